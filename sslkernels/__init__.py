@@ -1,0 +1,7 @@
+"""Fused kernels for self-supervised learning in PyTorch."""
+
+from sslkernels.dispatch import available_backends, use_backend
+from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.version import __version__
+
+__all__ = ["CrossEntropyStats", "available_backends", "cross_entropy", "use_backend", "__version__"]

@@ -1,0 +1,89 @@
+"""Argument checks of the public functions, with one message style.
+
+Every message reads ``"<function>: <argument> must <what>; got <what it was>"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def fail(kind: type[Exception], function: str, argument: str, must: str, got: object) -> None:
+    raise kind(f"{function}: {argument} must {must}; got {got}")
+
+
+def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtype], *, optional: bool = False) -> None:
+    """`value` is a plain strided tensor of one of `dtypes` (or None where `optional`)."""
+    if value is None and optional:
+        return
+    if not isinstance(value, Tensor):
+        fail(
+            TypeError, function, argument, "be a torch.Tensor" + (" or None" if optional else ""), type(value).__name__
+        )
+    if type(value).__module__.startswith("torch.distributed"):
+        must = "be a plain tensor (pass the local shard, or gather it with full_tensor())"
+        fail(TypeError, function, argument, must, type(value).__name__)
+    if value.layout != torch.strided:
+        fail(TypeError, function, argument, "have a strided layout", value.layout)
+    if value.dtype not in dtypes:
+        fail(TypeError, function, argument, f"have dtype {_either(dtypes)}", value.dtype)
+
+
+def shape(function: str, argument: str, value: Tensor | None, expected: Sequence[int], meaning: str) -> None:
+    """`value` (if given) has the shape `expected`; `meaning` says what that is, as in "(vocab,)"."""
+    if value is not None and tuple(value.shape) != tuple(expected):
+        fail(ValueError, function, argument, f"have shape {meaning} = {tuple(expected)}", tuple(value.shape))
+
+
+def dims(function: str, argument: str, value: Tensor, low: int, meaning: str, high: int | None = None) -> None:
+    """`value` has at least `low` (and at most `high`) dimensions."""
+    if value.dim() < low or (high is not None and value.dim() > high):
+        fail(ValueError, function, argument, f"have shape {meaning}", tuple(value.shape))
+
+
+def same_device(function: str, argument: str, value: Tensor | None, other: str, device: torch.device) -> None:
+    if value is not None and value.device != device:
+        fail(ValueError, function, argument, f"be on the device of {other}, {device}", value.device)
+
+
+def choice(function: str, argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        fail(ValueError, function, argument, f"be {_either([repr(c) for c in choices])}", repr(value))
+
+
+def number(
+    function: str,
+    argument: str,
+    value: Any,
+    *,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    low_open: bool = False,
+) -> None:
+    """`value` is a real number in [low, high], or (low, high] where `low_open`."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        fail(TypeError, function, argument, "be a number", type(value).__name__)
+    if not (low <= value <= high) or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        fail(ValueError, function, argument, f"be in {bracket}{low:g}, {high:g}]", value)
+
+
+def integer(function: str, argument: str, value: Any, *, low: int | None = None, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        fail(TypeError, function, argument, "be an int" + (" or None" if optional else ""), type(value).__name__)
+    if low is not None and value < low:
+        fail(ValueError, function, argument, f"be at least {low}", value)
+
+
+def _either(names: Sequence[object]) -> str:
+    words = [str(name) for name in names]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,187 @@
+"""Raw operators and the choice of the backend that runs them.
+
+A raw operator is one entry in torch's dispatcher (namespace `sslkernels`), opaque to `torch.compile`. Which backend
+computes it is decided each time it runs, so `use_backend` also acts on a graph that was compiled before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+CHOICES = ("auto", *BACKENDS)
+
+_library = torch.library.Library("sslkernels", "DEF")
+_registry: dict[str, Op] = {}
+
+
+def _checked_choice(name: str, source: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}; got {name!r}")
+    return name
+
+
+_choice = _checked_choice(os.environ.get("SSLKERNELS_BACKEND", "auto"), "SSLKERNELS_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend.
+
+    `name`: "auto", "reference", "cpu", "triton" or "cuda". "auto" takes the preferred backend that can run; any other
+    choice raises `RuntimeError`, with the reason, where it cannot run. The choice holds for the whole process, so that
+    backward passes, which autograd runs in threads of its own, see it too. The environment variable
+    `SSLKERNELS_BACKEND` sets the choice outside any block.
+
+    >>> import sslkernels as sk
+    >>> with sk.use_backend("reference"):
+    ...     loss = sk.cross_entropy(torch.randn(4, 10), torch.tensor([1, 2, 3, 4]))
+    """
+    global _choice
+    previous = _choice
+    _choice = _checked_choice(name, "use_backend: name")
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+class Op:
+    """One raw operator: its schema, its fake, and one implementation a backend.
+
+    public: the public function that it belongs to; schema: as for `torch.library`, functional; fake: allocates the
+    outputs; implementations: backend name -> function or "module:function", imported at the first call;
+    native_ops: the operators of the compiled extension that its "cpu" and "cuda" implementations call;
+    prefer: the backends of "auto" on a CUDA device, best first.
+    """
+
+    def __init__(
+        self,
+        public: str,
+        schema: str,
+        fake: Callable[..., Any],
+        implementations: dict[str, Callable[..., Any] | str],
+        *,
+        native_ops: tuple[str, ...] = (),
+        prefer: tuple[str, ...] = BACKENDS,
+    ) -> None:
+        self.public = public
+        self.name = schema.split("(", 1)[0]
+        self.implementations = implementations
+        self.native_ops = native_ops
+        self.prefer = prefer
+        _library.define(schema)
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sslkernels::{self.name}", fake, lib=_library)
+        self._call = getattr(torch.ops.sslkernels, self.name).default
+        _registry[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def _run(self, *args: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        implementation = self._implementation(self.choose(device))
+        with contextlib.ExitStack() as stack:
+            if torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            return implementation(*args)
+
+    def choose(self, device: torch.device) -> str:
+        """The backend that would run this operator on `device` now."""
+        if _choice != "auto":
+            reason = self.why_not(_choice, device)
+            if reason is not None:
+                raise RuntimeError(f"{self.public}: backend {_choice!r} cannot run on {device}: {reason}")
+            return _choice
+        for name in self.prefer:
+            if name == "triton" and device.type == "cpu":
+                continue  # the interpreter is for tests: it runs only where it is asked for
+            if self.why_not(name, device) is None:
+                return name
+        raise RuntimeError(f"{self.public}: no backend can run on {device}")
+
+    def why_not(self, name: str, device: torch.device) -> str | None:
+        """None if backend `name` can run this operator on `device`, else the reason."""
+        if name not in self.implementations:
+            return f"{self.public} has no {name} implementation"
+        if name == "reference":
+            return None
+        if name == "triton":
+            return _why_not_triton(device)
+        if device.type != name:
+            return f"it runs on {name} tensors"
+        return native.why_missing(self.native_ops, name.upper()) or _why_not_architecture(device)
+
+    def _implementation(self, name: str) -> Callable[..., Any]:
+        implementation = self.implementations[name]
+        if isinstance(implementation, str):
+            module, _, function = implementation.partition(":")
+            implementation = getattr(importlib.import_module(module), function)
+            self.implementations[name] = implementation
+        return implementation
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "it runs on cuda tensors (and on cpu tensors under TRITON_INTERPRET=1)"
+
+
+def _why_not_architecture(device: torch.device) -> str | None:
+    """The extension carries machine code of some architectures and PTX for those that come after."""
+    if device.type != "cuda":
+        return None
+    assert native.extension is not None
+    built = [int(arch.rstrip("a")) for arch in native.extension.build_info()["cuda_architectures"]]
+    major, minor = torch.cuda.get_device_capability(device)
+    current = 10 * major + minor
+    if any(arch // 10 == major and arch <= current for arch in built) or max(built) < current:
+        return None
+    return f"it was compiled for {', '.join(f'sm_{a}' for a in built)}, this device is sm_{current}; " + (
+        f'rebuild with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+    )
+
+
+def public_ops() -> list[str]:
+    """The public functions that have raw operators."""
+    return list(dict.fromkeys(op.public for op in _registry.values()))
+
+
+def why_not(public: str, backend: str, device: torch.device) -> str | None:
+    """None if `backend` can run every raw operator of the public function `public` on `device`, else the reason."""
+    reasons = [op.why_not(backend, device) for op in _registry.values() if op.public == public]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def available_backends(op: str | None = None, device: torch.device | str | None = None) -> tuple[str, ...]:
+    """The backends that can run here, best first.
+
+    op: a public function's name, as "cross_entropy"; None: those that can run every op. device: default the current
+    CUDA device where there is one, else the CPU. Raises `ValueError` for an unknown `op`.
+
+    >>> import sslkernels as sk
+    >>> "reference" in sk.available_backends("cross_entropy", "cpu")
+    True
+    """
+    if op is not None and op not in public_ops():
+        raise ValueError(f"available_backends: op must be one of {', '.join(public_ops())}; got {op!r}")
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    names = [op] if op is not None else public_ops()
+    return tuple(b for b in BACKENDS if all(why_not(name, b, where) is None for name in names))

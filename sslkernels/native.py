@@ -1,0 +1,38 @@
+"""Loads the compiled extension `sslkernels._C` if it was built, and says what it holds.
+
+Importing `_C` registers the operators of the namespace `sslkernels_native`; no tensor crosses the module itself.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch  # noqa: F401  libtorch_cpu must be loaded before _C
+
+extension: ModuleType | None
+load_error: str | None
+try:
+    from sslkernels import _C as extension  # type: ignore[attr-defined,no-redef]
+
+    load_error = None
+except ImportError as error:
+    extension = None
+    load_error = str(error)
+
+BUILD_COMMAND = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation -e ."
+
+
+def why_missing(ops: tuple[str, ...], dispatch_key: str) -> str | None:
+    """None if every native operator of `ops` has a kernel for "CPU" or "CUDA", else the reason."""
+    if extension is None:
+        return f"the compiled extension did not load ({load_error}); build it with: {BUILD_COMMAND}"
+    for op in ops:
+        if not _has_kernel(op, dispatch_key):
+            if dispatch_key == "CUDA" and not extension.build_info()["cuda"]:
+                return "the extension was built without CUDA kernels (nvcc was not found, or SSLKERNELS_CUDA=0)"
+            return f"the extension has no {dispatch_key} kernel for {op}"
+    return None
+
+
+def _has_kernel(op: str, dispatch_key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", dispatch_key))
