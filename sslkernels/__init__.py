@@ -4,4 +4,4 @@ from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.version import __version__
 
-__all__ = ["CrossEntropyStats", "available_backends", "cross_entropy", "use_backend", "__version__"]
+__all__ = ["CrossEntropyStats", "__version__", "available_backends", "cross_entropy", "use_backend"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch  # noqa: F401  libtorch_cpu must be loaded before _C
+import torch
 
 extension: ModuleType | None
 load_error: str | None
