@@ -4,6 +4,7 @@
 #include "bind.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/memory.h"
+#include "cpu/scale_add.h"
 
 namespace sslkernels {
 namespace {
@@ -42,6 +43,27 @@ void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, O
   });
 }
 
+void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
+  STD_TORCH_CHECK(input.is_contiguous() && out.is_contiguous() && input.numel() == out.numel(),
+                  "sslkernels: scale_add needs contiguous tensors of one size");
+  double factor = 1;
+  if (scale) {
+    check_vector(*scale, 1, scale->scalar_type(), "scale");
+    factor =
+        element_of(*scale) == Element::kDouble ? *scale->const_data_ptr<double>() : *scale->const_data_ptr<float>();
+  }
+  const ScaleAdd arguments{element_of(input),      element_of(out), input.const_data_ptr(),
+                           out.mutable_data_ptr(), factor,          add};
+  if (!add) advise_huge_pages(arguments.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(scale_add, arguments, begin, end);
+  });
+}
+
+void advise_huge_pages_of(Tensor memory) {
+  advise_huge_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -54,11 +76,15 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
+  m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages_of));
 }
 
 }  // namespace sslkernels
