@@ -18,7 +18,6 @@ from sslkernels.ops.cross_entropy import (
     CrossEntropyStats,
     check_options,
     contiguous,
-    differentiable,
     row_stats,
     valid_weight,
 )
