@@ -2,6 +2,7 @@
 
 from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.random_bits import random_bits
 from sslkernels.version import __version__
@@ -12,6 +13,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "cross_entropy",
+    "linear_cross_entropy",
     "mask_tokens",
     "random_bits",
     "use_backend",

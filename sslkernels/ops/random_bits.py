@@ -79,8 +79,8 @@ def random_bits(
     """Independent uniform 32-bit words that depend on seed, row, column and sample alone.
 
     The last dimension of `shape`, of size D, is the column; all before it, flattened, the row. Word (row, column) is
-    word `column % 4` of Philox4x32-10 with the seed as key and the counter `(sample, sample >> 32, group, group >> 32)`,
-    `group = row_id * ceil(D / 4) + column // 4`, each taken as a 32-bit word: the same on every backend and device,
+    word `column % 4` of Philox4x32-10 with the 64-bit seed as key and the 64-bit numbers `sample` and
+    `group = row_id * ceil(D / 4) + column // 4` as counter (low word first): the same on every backend and device,
     whatever the batch is split into. No state is kept and no other tensor of this size is made.
 
     Args:
