@@ -1,0 +1,257 @@
+// Random words and the masking of tokens: one pass, which reads the ids and writes the new ids and the labels.
+//
+// Groups of four columns are taken in blocks, across rows, so that Philox vectorises over groups also where rows are
+// short. Draws 1 and 2 are made for the chosen tokens alone, which are first collected in lists. A list is appended to
+// without a branch: every token is written at its end, and the end moves only where the token belongs to it.
+#include "mask_tokens.h"
+
+#include <cstring>
+
+#include "../common/philox.h"
+
+namespace sslkernels {
+namespace SSLKERNELS_ISA {
+namespace {
+
+constexpr int64_t kGroups = 512;  // of a block
+constexpr int64_t kTokens = 4 * kGroups;
+
+void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* __restrict words) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const PhiloxWords w = philox_words(seed, group[i], draw);
+    words[4 * i] = w.w0;
+    words[4 * i + 1] = w.w1;
+    words[4 * i + 2] = w.w2;
+    words[4 * i + 3] = w.w3;
+  }
+}
+
+// The word of each listed token, by its group and its column modulo 4.
+void words_of_tokens(uint64_t seed, const uint64_t* group, const int32_t* token, uint64_t draw, int64_t count,
+                     uint32_t* __restrict words) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const PhiloxWords w = philox_words(seed, group[i], draw);
+    const uint32_t low = (token[i] & 1) ? w.w1 : w.w0;
+    const uint32_t high = (token[i] & 1) ? w.w3 : w.w2;
+    words[i] = (token[i] & 2) ? high : low;
+  }
+}
+
+// A part of one row in a block: `count` tokens from `column` (a multiple of 4), whose draws begin at word 4 * at.
+struct Segment {
+  int64_t row;
+  int64_t column;
+  int64_t count;
+  int64_t at;
+};
+
+// Visits the segments of the groups [begin, end), at most kGroups, and fills their numbers for Philox.
+template <class Visit>
+void for_each_segment(int64_t begin, int64_t end, int64_t columns, const int64_t* row_ids, uint64_t* group,
+                      Visit visit) {
+  const int64_t groups = (columns + 3) / 4;
+  int64_t row = begin / groups;
+  for (int64_t at = begin; at < end; ++row) {
+    const int64_t first = at - row * groups;
+    const int64_t count = groups - first < end - at ? groups - first : end - at;
+    const uint64_t base = uint64_t(row_ids == nullptr ? row : row_ids[row]) * uint64_t(groups) + uint64_t(first);
+    uint64_t* out = group + (at - begin);
+    for (int64_t i = 0; i < count; ++i) out[i] = base + uint64_t(i);
+    const int64_t left = columns - 4 * first;
+    visit(Segment{row, 4 * first, left < 4 * count ? left : 4 * count, at - begin});
+    at += count;
+  }
+}
+
+// Lists of a block: the chosen tokens as offsets into the tensors, with the group of each and its place in the block.
+struct Chosen {
+  int64_t count;
+  int64_t offset[kTokens + 1];
+  int32_t token[kTokens + 1];  // 4 * (group in the block) + (column modulo 4)
+};
+
+template <class Id>
+void copy_segment(const MaskTokens& tokens, int64_t offset, int64_t count) {
+  std::memcpy(static_cast<Id*>(tokens.output_ids) + offset, static_cast<const Id*>(tokens.input_ids) + offset,
+              size_t(count) * sizeof(Id));
+  Id* labels = static_cast<Id*>(tokens.labels) + offset;
+  const Id ignore = Id(tokens.rule.ignore_index);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) labels[i] = ignore;
+}
+
+// Labels of the chosen tokens, and their replacement by draws 1 and 2.
+template <class Id>
+void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* block_group, const Chosen& chosen) {
+  const MaskRule& rule = tokens.rule;
+  const Id* input = static_cast<const Id*>(tokens.input_ids);
+  Id* output = static_cast<Id*>(tokens.output_ids);
+  Id* labels = static_cast<Id*>(tokens.labels);
+  uint64_t group[kTokens];
+  uint32_t words[kTokens];
+  for (int64_t i = 0; i < chosen.count; ++i) group[i] = block_group[chosen.token[i] / 4];
+  words_of_tokens(seed, group, chosen.token, 1, chosen.count, words);
+
+  int64_t random_offset[kTokens + 1];
+  int32_t random_token[kTokens + 1];
+  int64_t random_count = 0;
+  for (int64_t i = 0; i < chosen.count; ++i) {
+    const int64_t offset = chosen.offset[i];
+    const Id id = input[offset];
+    labels[offset] = id;
+    output[offset] = words[i] < rule.to_mask ? Id(rule.mask_id) : id;
+    random_offset[random_count] = offset;
+    random_token[random_count] = chosen.token[i];
+    random_count += words[i] >= rule.to_mask && words[i] < rule.to_random;
+  }
+  for (int64_t i = 0; i < random_count; ++i) group[i] = block_group[random_token[i] / 4];
+  words_of_tokens(seed, group, random_token, 2, random_count, words);
+  for (int64_t i = 0; i < random_count; ++i) output[random_offset[i]] = Id(random_id(rule, words[i]));
+}
+
+template <class Id>
+void mask_groups(const MaskTokens& tokens, int64_t begin, int64_t end) {
+  const MaskRule& rule = tokens.rule;
+  const uint64_t seed = uint64_t(*tokens.seed);
+  const Id* input = static_cast<const Id*>(tokens.input_ids);
+  uint64_t group[kGroups];
+  uint32_t words[kTokens];
+  Segment segments[kGroups];
+  Chosen chosen;
+  for (int64_t block = begin; block < end; block += kGroups) {
+    const int64_t block_end = end - block < kGroups ? end : block + kGroups;
+    int64_t segment_count = 0;
+    for_each_segment(block, block_end, tokens.columns, tokens.row_ids, group,
+                     [&](const Segment& segment) { segments[segment_count++] = segment; });
+    words_of_groups(seed, group, 0, block_end - block, words);
+    int64_t drawn = 0;
+    for (int64_t s = 0; s < segment_count; ++s) {
+      const Segment& segment = segments[s];
+      const int64_t offset = segment.row * tokens.columns + segment.column;
+      copy_segment<Id>(tokens, offset, segment.count);
+      for (int64_t i = 0; i < segment.count; ++i) {
+        chosen.offset[drawn] = offset + i;
+        chosen.token[drawn] = int32_t(4 * segment.at + i);
+        drawn += words[4 * segment.at + i] < rule.select;
+      }
+    }
+    chosen.count = 0;
+    for (int64_t i = 0; i < drawn; ++i) {
+      const int64_t offset = chosen.offset[i];
+      const bool masked = tokens.special_mask != nullptr && tokens.special_mask[offset] != 0;
+      chosen.offset[chosen.count] = offset;
+      chosen.token[chosen.count] = chosen.token[i];
+      chosen.count += !(masked | is_special(rule, input[offset]));
+    }
+    replace_chosen<Id>(tokens, seed, group, chosen);
+  }
+}
+
+// What a row carries from one token to the next.
+struct Chain {
+  bool state;
+  bool eligible;
+  int64_t word;
+};
+
+template <class Id>
+void eligible_tokens(const MaskTokens& tokens, int64_t offset, int64_t count, uint8_t* __restrict eligible) {
+  const Id* input = static_cast<const Id*>(tokens.input_ids) + offset;
+  std::memset(eligible, 1, size_t(count));
+  for (int64_t r = 0; r < tokens.rule.range_count; ++r) {
+    const int64_t start = tokens.rule.ranges[2 * r], end = tokens.rule.ranges[2 * r + 1];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) eligible[i] &= uint8_t((input[i] < start) | (input[i] >= end));
+  }
+  if (tokens.special_mask != nullptr) {
+    const uint8_t* masked = tokens.special_mask + offset;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) eligible[i] &= uint8_t(masked[i] == 0);
+  }
+}
+
+// One segment of a row: appends its chosen tokens and returns what the row carries on.
+template <class Word>
+Chain walk_segment(const MaskTokens& tokens, const Segment& segment, const uint32_t* words, const uint8_t* eligible,
+                   Chain chain, Chosen& chosen) {
+  const MaskRule& rule = tokens.rule;
+  const int64_t offset = segment.row * tokens.columns + segment.column;
+  const Word* word_ids = tokens.word_ids == nullptr ? nullptr : static_cast<const Word*>(tokens.word_ids) + offset;
+  for (int64_t i = 0; i < segment.count; ++i) {
+    const int64_t word = word_ids == nullptr ? -1 : int64_t(word_ids[i]);
+    const bool may = eligible[i] != 0 && (word_ids == nullptr || word >= 0);
+    const uint64_t after = chain.state ? rule.stay : rule.enter;
+    const bool drawn = words[i] < (chain.eligible ? after : rule.select);
+    const bool state = word >= 0 && word == chain.word ? chain.state : drawn;
+    chosen.offset[chosen.count] = offset + i;
+    chosen.token[chosen.count] = int32_t(4 * segment.at + i);
+    chosen.count += state & may;
+    chain = {state, may, word};
+  }
+  return chain;
+}
+
+template <class Id>
+void mask_rows(const MaskTokens& tokens, int64_t begin, int64_t end) {
+  const int64_t groups = (tokens.columns + 3) / 4;
+  const uint64_t seed = uint64_t(*tokens.seed);
+  uint64_t group[kGroups];
+  uint32_t words[kTokens];
+  uint8_t eligible[kTokens];
+  Segment segments[kGroups];
+  Chosen chosen;
+  Chain chain{};
+  for (int64_t block = begin * groups; block < end * groups; block += kGroups) {
+    const int64_t block_end = end * groups - block < kGroups ? end * groups : block + kGroups;
+    int64_t segment_count = 0;
+    for_each_segment(block, block_end, tokens.columns, tokens.row_ids, group,
+                     [&](const Segment& segment) { segments[segment_count++] = segment; });
+    words_of_groups(seed, group, 0, block_end - block, words);
+    chosen.count = 0;
+    for (int64_t s = 0; s < segment_count; ++s) {
+      const Segment& segment = segments[s];
+      const int64_t offset = segment.row * tokens.columns + segment.column;
+      if (segment.column == 0) chain = {false, false, -1};
+      copy_segment<Id>(tokens, offset, segment.count);
+      eligible_tokens<Id>(tokens, offset, segment.count, eligible);
+      const uint32_t* draws = words + 4 * segment.at;
+      chain = tokens.wide_words ? walk_segment<int64_t>(tokens, segment, draws, eligible, chain, chosen)
+                                : walk_segment<int32_t>(tokens, segment, draws, eligible, chain, chosen);
+    }
+    replace_chosen<Id>(tokens, seed, group, chosen);
+  }
+}
+
+}  // namespace
+
+void random_bits(const RandomBits& bits, int64_t begin, int64_t end) {
+  const uint64_t seed = uint64_t(*bits.seed);
+  uint64_t group[kGroups];
+  uint32_t words[kTokens];
+  Segment segments[kGroups];
+  for (int64_t block = begin; block < end; block += kGroups) {
+    const int64_t block_end = end - block < kGroups ? end : block + kGroups;
+    int64_t segment_count = 0;
+    for_each_segment(block, block_end, bits.columns, bits.row_ids, group,
+                     [&](const Segment& segment) { segments[segment_count++] = segment; });
+    words_of_groups(seed, group, uint64_t(bits.sample), block_end - block, words);
+    for (int64_t s = 0; s < segment_count; ++s) {
+      const Segment& segment = segments[s];
+      std::memcpy(bits.out + segment.row * bits.columns + segment.column, words + 4 * segment.at,
+                  size_t(segment.count) * sizeof(uint32_t));
+    }
+  }
+}
+
+void mask_tokens(const MaskTokens& tokens, int64_t begin, int64_t end) {
+  tokens.wide_ids ? mask_groups<int64_t>(tokens, begin, end) : mask_groups<int32_t>(tokens, begin, end);
+}
+
+void mask_tokens_chained(const MaskTokens& tokens, int64_t begin, int64_t end) {
+  tokens.wide_ids ? mask_rows<int64_t>(tokens, begin, end) : mask_rows<int32_t>(tokens, begin, end);
+}
+
+}  // namespace SSLKERNELS_ISA
+}  // namespace sslkernels
