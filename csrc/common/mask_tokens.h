@@ -49,12 +49,6 @@ struct RandomBits {
 
 namespace {  // one copy for each instruction set of the CPU
 
-SSLKERNELS_HD bool is_special(const MaskRule& rule, int64_t id) {
-  bool special = false;
-  for (int64_t r = 0; r < rule.range_count; ++r) special |= id >= rule.ranges[2 * r] && id < rule.ranges[2 * r + 1];
-  return special;
-}
-
 // Uniform over the ids of the vocabulary that are not special: steps over the special ones below the result.
 SSLKERNELS_HD int64_t random_id(const MaskRule& rule, uint32_t word) {
   int64_t id = int64_t((uint64_t(word) * uint64_t(rule.allowed)) >> 32);

@@ -13,7 +13,7 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kGroups = 512;  // of a block
+constexpr int64_t kGroups = 256;  // of a block
 constexpr int64_t kTokens = 4 * kGroups;
 
 void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* __restrict words) {
@@ -65,87 +65,119 @@ void for_each_segment(int64_t begin, int64_t end, int64_t columns, const int64_t
   }
 }
 
-// Lists of a block: the chosen tokens as offsets into the tensors, with the group of each and its place in the block.
+// The chosen tokens of a block. A token is 4 * (its group in the block) + (its column modulo 4).
+template <class Id>
 struct Chosen {
   int64_t count;
-  int64_t offset[kTokens + 1];
-  int32_t token[kTokens + 1];  // 4 * (group in the block) + (column modulo 4)
+  int32_t token[kTokens + 1];
+  int64_t offset[kTokens + 1];  // into the tensors
+  Id id[kTokens + 1];
 };
 
 template <class Id>
 void copy_segment(const MaskTokens& tokens, int64_t offset, int64_t count) {
-  std::memcpy(static_cast<Id*>(tokens.output_ids) + offset, static_cast<const Id*>(tokens.input_ids) + offset,
-              size_t(count) * sizeof(Id));
-  Id* labels = static_cast<Id*>(tokens.labels) + offset;
+  const Id* __restrict input = static_cast<const Id*>(tokens.input_ids) + offset;
+  Id* __restrict output = static_cast<Id*>(tokens.output_ids) + offset;
+  Id* __restrict labels = static_cast<Id*>(tokens.labels) + offset;
   const Id ignore = Id(tokens.rule.ignore_index);
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) labels[i] = ignore;
+  for (int64_t i = 0; i < count; ++i) {
+    output[i] = input[i];
+    labels[i] = ignore;
+  }
 }
 
 // Labels of the chosen tokens, and their replacement by draws 1 and 2.
 template <class Id>
-void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* block_group, const Chosen& chosen) {
-  const MaskRule& rule = tokens.rule;
-  const Id* input = static_cast<const Id*>(tokens.input_ids);
+void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* block_group, const Chosen<Id>& chosen) {
+  const MaskRule rule = tokens.rule;
   Id* output = static_cast<Id*>(tokens.output_ids);
   Id* labels = static_cast<Id*>(tokens.labels);
+  const Id mask_id = Id(rule.mask_id);
   uint64_t group[kTokens];
   uint32_t words[kTokens];
+  Id new_id[kTokens];
   for (int64_t i = 0; i < chosen.count; ++i) group[i] = block_group[chosen.token[i] / 4];
   words_of_tokens(seed, group, chosen.token, 1, chosen.count, words);
+#pragma omp simd
+  for (int64_t i = 0; i < chosen.count; ++i) new_id[i] = words[i] < rule.to_mask ? mask_id : chosen.id[i];
 
-  int64_t random_offset[kTokens + 1];
-  int32_t random_token[kTokens + 1];
+  int32_t random[kTokens + 1];  // indices into the list of the chosen
+  int32_t random_token[kTokens];
   int64_t random_count = 0;
   for (int64_t i = 0; i < chosen.count; ++i) {
-    const int64_t offset = chosen.offset[i];
-    const Id id = input[offset];
-    labels[offset] = id;
-    output[offset] = words[i] < rule.to_mask ? Id(rule.mask_id) : id;
-    random_offset[random_count] = offset;
-    random_token[random_count] = chosen.token[i];
-    random_count += words[i] >= rule.to_mask && words[i] < rule.to_random;
+    labels[chosen.offset[i]] = chosen.id[i];
+    output[chosen.offset[i]] = new_id[i];
+    random[random_count] = int32_t(i);
+    random_count += uint64_t(words[i]) - rule.to_mask < rule.to_random - rule.to_mask;
   }
-  for (int64_t i = 0; i < random_count; ++i) group[i] = block_group[random_token[i] / 4];
+  for (int64_t i = 0; i < random_count; ++i) {
+    random_token[i] = chosen.token[random[i]];
+    group[i] = block_group[random_token[i] / 4];
+  }
   words_of_tokens(seed, group, random_token, 2, random_count, words);
-  for (int64_t i = 0; i < random_count; ++i) output[random_offset[i]] = Id(random_id(rule, words[i]));
+  for (int64_t i = 0; i < random_count; ++i) output[chosen.offset[random[i]]] = Id(random_id(rule, words[i]));
+}
+
+// eligible[i] &= ids[i] is not special.
+template <class Id>
+void exclude_special(const MaskRule& rule, const Id* ids, int64_t count, uint8_t* __restrict eligible) {
+  for (int64_t r = 0; r < rule.range_count; ++r) {
+    const int64_t start = rule.ranges[2 * r], end = rule.ranges[2 * r + 1];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) eligible[i] &= uint8_t((ids[i] < start) | (ids[i] >= end));
+  }
+}
+
+// Keeps those that may be chosen of the tokens whose draw is low enough.
+template <class Id>
+void keep_eligible(const MaskTokens& tokens, Chosen<Id>& chosen) {
+  uint8_t eligible[kTokens];
+  const int64_t count = chosen.count;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t offset = chosen.offset[i];
+    chosen.id[i] = static_cast<const Id*>(tokens.input_ids)[offset];
+    eligible[i] = tokens.special_mask == nullptr || tokens.special_mask[offset] == 0;
+  }
+  exclude_special(tokens.rule, chosen.id, count, eligible);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    chosen.token[kept] = chosen.token[i];
+    chosen.offset[kept] = chosen.offset[i];
+    chosen.id[kept] = chosen.id[i];
+    kept += eligible[i];
+  }
+  chosen.count = kept;
 }
 
 template <class Id>
 void mask_groups(const MaskTokens& tokens, int64_t begin, int64_t end) {
-  const MaskRule& rule = tokens.rule;
-  const uint64_t seed = uint64_t(*tokens.seed);
-  const Id* input = static_cast<const Id*>(tokens.input_ids);
+  const uint64_t seed = uint64_t(*tokens.seed), select = tokens.rule.select;
   uint64_t group[kGroups];
   uint32_t words[kTokens];
   Segment segments[kGroups];
-  Chosen chosen;
+  Chosen<Id> chosen;
   for (int64_t block = begin; block < end; block += kGroups) {
     const int64_t block_end = end - block < kGroups ? end : block + kGroups;
     int64_t segment_count = 0;
     for_each_segment(block, block_end, tokens.columns, tokens.row_ids, group,
                      [&](const Segment& segment) { segments[segment_count++] = segment; });
     words_of_groups(seed, group, 0, block_end - block, words);
-    int64_t drawn = 0;
+    int64_t count = 0;
     for (int64_t s = 0; s < segment_count; ++s) {
       const Segment& segment = segments[s];
-      const int64_t offset = segment.row * tokens.columns + segment.column;
+      const int64_t offset = segment.row * tokens.columns + segment.column, at = 4 * segment.at;
       copy_segment<Id>(tokens, offset, segment.count);
+      const int64_t before = count;
       for (int64_t i = 0; i < segment.count; ++i) {
-        chosen.offset[drawn] = offset + i;
-        chosen.token[drawn] = int32_t(4 * segment.at + i);
-        drawn += words[4 * segment.at + i] < rule.select;
+        chosen.token[count] = int32_t(at + i);
+        count += words[at + i] < select;
       }
+      for (int64_t i = before; i < count; ++i) chosen.offset[i] = offset - at + chosen.token[i];
     }
-    chosen.count = 0;
-    for (int64_t i = 0; i < drawn; ++i) {
-      const int64_t offset = chosen.offset[i];
-      const bool masked = tokens.special_mask != nullptr && tokens.special_mask[offset] != 0;
-      chosen.offset[chosen.count] = offset;
-      chosen.token[chosen.count] = chosen.token[i];
-      chosen.count += !(masked | is_special(rule, input[offset]));
-    }
-    replace_chosen<Id>(tokens, seed, group, chosen);
+    chosen.count = count;
+    keep_eligible(tokens, chosen);
+    replace_chosen(tokens, seed, group, chosen);
   }
 }
 
@@ -158,38 +190,33 @@ struct Chain {
 
 template <class Id>
 void eligible_tokens(const MaskTokens& tokens, int64_t offset, int64_t count, uint8_t* __restrict eligible) {
-  const Id* input = static_cast<const Id*>(tokens.input_ids) + offset;
-  std::memset(eligible, 1, size_t(count));
-  for (int64_t r = 0; r < tokens.rule.range_count; ++r) {
-    const int64_t start = tokens.rule.ranges[2 * r], end = tokens.rule.ranges[2 * r + 1];
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) eligible[i] &= uint8_t((input[i] < start) | (input[i] >= end));
-  }
-  if (tokens.special_mask != nullptr) {
-    const uint8_t* masked = tokens.special_mask + offset;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) eligible[i] &= uint8_t(masked[i] == 0);
-  }
+  const uint8_t* masked = tokens.special_mask == nullptr ? nullptr : tokens.special_mask + offset;
+  for (int64_t i = 0; i < count; ++i) eligible[i] = masked == nullptr || masked[i] == 0;
+  exclude_special(tokens.rule, static_cast<const Id*>(tokens.input_ids) + offset, count, eligible);
 }
 
 // One segment of a row: appends its chosen tokens and returns what the row carries on.
-template <class Word>
+template <class Id, class Word>
 Chain walk_segment(const MaskTokens& tokens, const Segment& segment, const uint32_t* words, const uint8_t* eligible,
-                   Chain chain, Chosen& chosen) {
-  const MaskRule& rule = tokens.rule;
+                   Chain chain, Chosen<Id>& chosen) {
+  const uint64_t select = tokens.rule.select, stay = tokens.rule.stay, enter = tokens.rule.enter;
   const int64_t offset = segment.row * tokens.columns + segment.column;
+  const Id* input = static_cast<const Id*>(tokens.input_ids) + offset;
   const Word* word_ids = tokens.word_ids == nullptr ? nullptr : static_cast<const Word*>(tokens.word_ids) + offset;
+  int64_t count = chosen.count;
   for (int64_t i = 0; i < segment.count; ++i) {
     const int64_t word = word_ids == nullptr ? -1 : int64_t(word_ids[i]);
     const bool may = eligible[i] != 0 && (word_ids == nullptr || word >= 0);
-    const uint64_t after = chain.state ? rule.stay : rule.enter;
-    const bool drawn = words[i] < (chain.eligible ? after : rule.select);
-    const bool state = word >= 0 && word == chain.word ? chain.state : drawn;
-    chosen.offset[chosen.count] = offset + i;
-    chosen.token[chosen.count] = int32_t(4 * segment.at + i);
-    chosen.count += state & may;
+    const uint64_t threshold = chain.eligible ? (chain.state ? stay : enter) : select;
+    const bool same_word = word >= 0 && word == chain.word;
+    const bool state = same_word ? chain.state : words[i] < threshold;
+    chosen.token[count] = int32_t(4 * segment.at + i);
+    chosen.offset[count] = offset + i;
+    chosen.id[count] = input[i];
+    count += state & may;
     chain = {state, may, word};
   }
+  chosen.count = count;
   return chain;
 }
 
@@ -201,7 +228,7 @@ void mask_rows(const MaskTokens& tokens, int64_t begin, int64_t end) {
   uint32_t words[kTokens];
   uint8_t eligible[kTokens];
   Segment segments[kGroups];
-  Chosen chosen;
+  Chosen<Id> chosen;
   Chain chain{};
   for (int64_t block = begin * groups; block < end * groups; block += kGroups) {
     const int64_t block_end = end * groups - block < kGroups ? end * groups : block + kGroups;
@@ -217,10 +244,10 @@ void mask_rows(const MaskTokens& tokens, int64_t begin, int64_t end) {
       copy_segment<Id>(tokens, offset, segment.count);
       eligible_tokens<Id>(tokens, offset, segment.count, eligible);
       const uint32_t* draws = words + 4 * segment.at;
-      chain = tokens.wide_words ? walk_segment<int64_t>(tokens, segment, draws, eligible, chain, chosen)
-                                : walk_segment<int32_t>(tokens, segment, draws, eligible, chain, chosen);
+      chain = tokens.wide_words ? walk_segment<Id, int64_t>(tokens, segment, draws, eligible, chain, chosen)
+                                : walk_segment<Id, int32_t>(tokens, segment, draws, eligible, chain, chosen);
     }
-    replace_chosen<Id>(tokens, seed, group, chosen);
+    replace_chosen(tokens, seed, group, chosen);
   }
 }
 
