@@ -90,6 +90,7 @@ void copy_segment(const MaskTokens& tokens, int64_t offset, int64_t count) {
 // Labels of the chosen tokens, and their replacement by draws 1 and 2.
 template <class Id>
 void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* block_group, const Chosen<Id>& chosen) {
+  if (chosen.count <= 0) return;
   const MaskRule rule = tokens.rule;
   Id* output = static_cast<Id*>(tokens.output_ids);
   Id* labels = static_cast<Id*>(tokens.labels);
