@@ -1,5 +1,6 @@
 """Fused kernels for self-supervised learning in PyTorch."""
 
+from sslkernels import nn
 from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -15,6 +16,7 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "mask_tokens",
+    "nn",
     "random_bits",
     "use_backend",
 ]
