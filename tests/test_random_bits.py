@@ -152,9 +152,9 @@ def test_seed_tensor(device):
     torch.manual_seed(1)
     assert draws(None) == default
 
-    with pytest.raises(ValueError, match="^f: generator must be None where seed is given; got both"):
+    with pytest.raises(ValueError, match=r"^f: generator must be None where seed is given; got both"):
         seed_tensor("f", 1, generator, where)
     with pytest.raises(TypeError, match=r"^f: generator must be a torch.Generator or None; got int"):
         seed_tensor("f", None, 3, where)
-    with pytest.raises(ValueError, match="^f: generator must be on meta; got"):
+    with pytest.raises(ValueError, match=r"^f: generator must be on meta; got"):
         seed_tensor("f", None, generator, torch.device("meta"))

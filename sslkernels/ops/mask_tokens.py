@@ -377,7 +377,7 @@ def _check_options(
         checks.number(name, "replace", part, low=0.0, high=1.0)
     if replace[0] + replace[1] > 1:
         checks.fail(ValueError, name, "replace", "have a sum of at most 1", tuple(replace))
-    if replace[1] > 0 and special_ranges(tuple(special_ids), mask_id, vocab_size)[1] == 0:
+    if replace[1] > 0 and len({i for i in (*special_ids, mask_id) if 0 <= i < vocab_size}) == vocab_size:
         must = "be 0 where all ids of the vocabulary are special"
         checks.fail(ValueError, name, "replace[1]", must, replace[1])
     if mean_span is not None:
