@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from sslkernels.triton_kernels.philox import philox_words, token_groups
 
@@ -46,3 +49,16 @@ def random_bits(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, s
         seed, row_ids, out, rows, columns, groups, sample, HAS_ROW_IDS=row_ids is not None, BLOCK=BLOCK
     )
     return out
+
+
+def aot_signatures() -> Iterator[tuple[str, JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
+    """(name, kernel, type of each argument, constants, options) of representative launches, to compile without a GPU."""
+    types = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "out_ptr": "*i32", "sample": "i64"}
+    types |= dict.fromkeys(("rows", "columns", "groups"), "i32")
+    for has_row_ids in (False, True):
+        constants: dict[str, object] = {"HAS_ROW_IDS": has_row_ids, "BLOCK": BLOCK}
+        if not has_row_ids:
+            constants["row_ids_ptr"] = None
+        names = random_bits_kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types[n] for n in names}
+        yield f"random_bits_kernel{'-row_ids' if has_row_ids else ''}", random_bits_kernel, signature, constants, {}
