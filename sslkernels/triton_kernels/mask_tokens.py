@@ -213,7 +213,7 @@ def mask_tokens(
 
 
 def aot_signatures() -> Iterator[tuple[str, JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(name, kernel, type of each argument, constants, options) of representative launches, to compile without a GPU."""
+    """(name, kernel, type of each argument, constants, options) of typical launches, to compile without a GPU."""
     scalars = dict.fromkeys(_SCALARS, "i64") | {"groups": "i32", "rows": "i32", "columns": "i32"}
     tensors = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "special_mask_ptr": "*u8", "word_ids_ptr": "*i32"}
     for ids in ("i64", "i32"):

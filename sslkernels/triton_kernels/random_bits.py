@@ -52,7 +52,7 @@ def random_bits(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, s
 
 
 def aot_signatures() -> Iterator[tuple[str, JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(name, kernel, type of each argument, constants, options) of representative launches, to compile without a GPU."""
+    """(name, kernel, type of each argument, constants, options) of typical launches, to compile without a GPU."""
     types = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "out_ptr": "*i32", "sample": "i64"}
     types |= dict.fromkeys(("rows", "columns", "groups"), "i32")
     for has_row_ids in (False, True):
