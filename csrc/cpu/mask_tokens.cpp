@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "../common/philox.h"
+#include "philox_lanes.h"
 
 namespace sslkernels {
 namespace SSLKERNELS_ISA {
@@ -16,26 +16,15 @@ namespace {
 constexpr int64_t kGroups = 256;  // of a block
 constexpr int64_t kTokens = 4 * kGroups;
 
-void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* __restrict words) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const PhiloxWords w = philox_words(seed, group[i], draw);
-    words[4 * i] = w.w0;
-    words[4 * i + 1] = w.w1;
-    words[4 * i + 2] = w.w2;
-    words[4 * i + 3] = w.w3;
-  }
-}
-
 // The word of each listed token, by its group and its column modulo 4.
 void words_of_tokens(uint64_t seed, const uint64_t* group, const int32_t* token, uint64_t draw, int64_t count,
-                     uint32_t* __restrict words) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const PhiloxWords w = philox_words(seed, group[i], draw);
-    const uint32_t low = (token[i] & 1) ? w.w1 : w.w0;
-    const uint32_t high = (token[i] & 1) ? w.w3 : w.w2;
-    words[i] = (token[i] & 2) ? high : low;
+                     uint32_t* words) {
+  constexpr int64_t kStep = 64;
+  uint32_t all[4 * kStep];
+  for (int64_t begin = 0; begin < count; begin += kStep) {
+    const int64_t step = count - begin < kStep ? count - begin : kStep;
+    words_of_groups(seed, group + begin, draw, step, all);
+    for (int64_t i = 0; i < step; ++i) words[begin + i] = all[4 * i + (token[begin + i] & 3)];
   }
 }
 
