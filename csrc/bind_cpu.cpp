@@ -6,6 +6,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
+#include "cpu/scale_add.h"
 
 namespace sslkernels {
 namespace {
@@ -78,6 +79,27 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
   }
 }
 
+void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
+  STD_TORCH_CHECK(input.is_contiguous() && out.is_contiguous() && input.numel() == out.numel(),
+                  "sslkernels: scale_add needs contiguous tensors of one size");
+  double factor = 1;
+  if (scale) {
+    check_vector(*scale, 1, scale->scalar_type(), "scale");
+    factor =
+        element_of(*scale) == Element::kDouble ? *scale->const_data_ptr<double>() : *scale->const_data_ptr<float>();
+  }
+  const ScaleAdd arguments{element_of(input),      element_of(out), input.const_data_ptr(),
+                           out.mutable_data_ptr(), factor,          add};
+  if (!add) advise_huge_pages(arguments.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(scale_add, arguments, begin, end);
+  });
+}
+
+void advise_huge_pages_of(Tensor memory) {
+  advise_huge_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -95,6 +117,8 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
+  m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
+  m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
@@ -102,6 +126,8 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
+  m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages_of));
 }
 
 }  // namespace sslkernels

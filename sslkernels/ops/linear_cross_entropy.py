@@ -156,11 +156,6 @@ def _bwd_fake(grad_loss, input, linear_weight, *rest):
     return tuple(empty_gradients(input, linear_weight, Wanted(*rest[-3:])))
 
 
-def _scale(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    result = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient.to(scale.dtype), scale, out=result)
-
-
 def _triton(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from sslkernels.triton_kernels.cross_entropy import TritonRows
@@ -207,7 +202,12 @@ linear_cross_entropy_scale = Op(
     NAME,
     "linear_cross_entropy_scale(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor",
     fake=lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype),
-    implementations=dict.fromkeys(("reference", "cpu", "triton", "cuda"), _scale),
+    implementations={
+        "reference": ReferenceRows().scaled,
+        "cpu": NativeRows().scaled,
+        "cuda": NativeRows().scaled,
+        "triton": ReferenceRows().scaled,
+    },
 )
 
 
