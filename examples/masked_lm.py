@@ -1,6 +1,6 @@
 """Masked-token prediction from start to end: a small BERT learns to fill in the hidden letters of a text.
 
-    python examples/masked_lm.py [--steps 200]
+    python examples/masked_lm.py [--steps 500]
 
 The labels come from the data (`mask_tokens`), the loss never holds the logits (`linear_cross_entropy`, with the tied
 embedding and a bias), and its statistics give the accuracy from the same pass.
@@ -26,9 +26,12 @@ class Encoder(nn.Module):
     def __init__(self, dim: int = 64) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCAB, dim)
+        nn.init.normal_(self.tokens.weight, std=0.05)
         self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, dim))
-        layer = nn.TransformerEncoderLayer(dim, nhead=4, dim_feedforward=4 * dim, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            dim, 4, dim_feedforward=4 * dim, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers=2, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         self.bias = nn.Parameter(torch.zeros(VOCAB))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -37,7 +40,7 @@ class Encoder(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     steps = parser.parse_args().steps
 
     torch.manual_seed(0)
@@ -46,7 +49,7 @@ def main() -> None:
     model = Encoder().to(device)
     masker = sk.nn.TokenMasker(mask_id=MASK, vocab_size=VOCAB, probability=0.15)
     criterion = sk.nn.LinearCrossEntropyLoss(return_stats=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     for step in range(1, steps + 1):
         starts = torch.randint(0, len(corpus) - LENGTH, (BATCH, 1), device=device)

@@ -3,7 +3,8 @@
 Rows that are ignored are left out first. Then, chunk by chunk: logits = input @ linear_weight.T into a buffer that is
 reused, one pass of the backend's row kernel that turns it into losses and, in place, the gradient of the logits, and
 the matmuls of the gradients. The buffer's row pitch is a multiple of 64 elements, so that a vocabulary of any size has
-aligned rows. The weight's gradient accumulates over chunks in float32.
+aligned rows. The weight's gradient accumulates over chunks in float32; where one chunk holds all rows, a matmul writes
+it.
 
 In float16 the gradient of the logits is held divided by the largest coefficient of a row, which is returned: a loss
 divided by a large batch would vanish in its subnormals.
@@ -18,12 +19,11 @@ from torch import Tensor
 
 from sslkernels.ops.rows import RowOptions, RowOutputs, Rows, accumulation_dtype, empty_outputs
 
-# Bytes of the logits buffer. CPU: measured, smaller ones make the weight's gradient wait for memory. CUDA: the bound
-# of the documented peak memory.
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Bytes of the logits buffer.
+WORKSPACE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
 PITCH = 64
-# Rows of the vocabulary whose weight gradient is added at a time where a matmul cannot accumulate in float32 itself:
-# the partial product stays in the last-level cache.
+# Rows of the vocabulary whose weight gradient is computed at a time in half precision: the product stays in the cache
+# until it is added, and oneDNN's matmul is faster on them than on a whole vocabulary.
 VOCAB_BLOCK = 8192
 
 
@@ -36,8 +36,9 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the input (N, D) in its dtype, of the weight (V, D) and bias (V,) in the accumulation dtype; empty if not
-    wanted. The true gradients are these times `scale` (0-d)."""
+    """Of the input (N, D) and the weight (V, D) in their dtypes (but a float16 weight's in float32: without `scale` it
+    may exceed float16), of the bias (V,) in the accumulation dtype; empty if not wanted. The true gradients are these
+    times `scale` (0-d)."""
 
     input: Tensor
     weight: Tensor
@@ -47,9 +48,10 @@ class Gradients(NamedTuple):
 
 def empty_gradients(input: Tensor, linear_weight: Tensor, wanted: Wanted) -> Gradients:
     acc = accumulation_dtype(input.dtype)
+    weight_dtype = acc if linear_weight.dtype == torch.float16 else linear_weight.dtype
     return Gradients(
         input.new_empty(input.shape if wanted.input else (0, 0)),
-        linear_weight.new_empty(linear_weight.shape if wanted.weight else (0, 0), dtype=acc),
+        linear_weight.new_empty(linear_weight.shape if wanted.weight else (0, 0), dtype=weight_dtype),
         linear_weight.new_empty(linear_weight.shape[0] if wanted.bias else 0, dtype=acc),
         input.new_empty((), dtype=acc),
     )
@@ -155,10 +157,14 @@ class _Chunks:
         self.total = input.shape[0]
         self.count = self.input.shape[0]
         self.vocab = linear_weight.shape[0]
-        self.chunk_rows = _chunk_rows(self.count, self.vocab, self.dtype, input.device.type)
+        self.chunk_rows = self._chunk_rows()
         pitch = -(-self.vocab // PITCH) * PITCH
         self.buffer = rows.fresh(input.new_empty((self.chunk_rows, pitch), dtype=self.dtype))
-        rows.fresh(gradients.weight)
+        self.grad_weight = rows.fresh(gradients.weight)
+        one_chunk = self.chunk_rows >= self.count and gradients.weight.dtype == self.dtype
+        if wanted.weight and not one_chunk and gradients.weight.dtype != accumulation_dtype(self.dtype):
+            acc = accumulation_dtype(self.dtype)
+            self.grad_weight = rows.fresh(torch.empty_like(gradients.weight, dtype=acc))
         in_place = self.index is None and input.dtype == self.dtype
         self.grad_input = gradients.input if in_place else torch.empty_like(self.input) if wanted.input else None
         self.first = True
@@ -173,6 +179,16 @@ class _Chunks:
 
             yield self.input[rows], self.target[rows], take
 
+    def _chunk_rows(self) -> int:
+        """Equal chunks whose logits fit the workspace. In half precision that is at least as large as the accumulator
+        of the weight's gradient, which is read and written once for each chunk."""
+        size = WORKSPACE_BYTES.get(self.input.device.type, WORKSPACE_BYTES["cuda"])
+        if self.wanted.weight and self.dtype.itemsize == 2:
+            size = max(size, 4 * self.weight.numel())
+        fit = max(size // (self.vocab * self.dtype.itemsize), 16)
+        chunks = max(-(-self.count // fit), 1)
+        return min(-(-self.count // (16 * chunks)) * 16, self.count)
+
     def logits(self, x: Tensor) -> Tensor:
         out = self.buffer[: x.shape[0], : self.vocab]
         return torch.mm(x, self.weight.t(), out=out)
@@ -182,30 +198,41 @@ class _Chunks:
         if self.wanted.input:
             torch.mm(grad_logits, self.weight, out=self.grad_input[self.rows])
         if self.wanted.weight:
-            self._add_product(self.gradients.weight, grad_logits, x)
+            self._add_product(self.grad_weight, grad_logits, x)
         if self.wanted.bias:
             part = grad_logits.sum(0, dtype=self.gradients.bias.dtype)
             self.gradients.bias.copy_(part) if self.first else self.gradients.bias.add_(part)
         self.first = False
 
     def _add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor) -> None:
-        """total = (0 if first else total) + grad_logits.T @ x, accumulated in the dtype of `total`."""
-        if grad_logits.dtype == total.dtype:
+        """total = (0 if first else total) + grad_logits.T @ x."""
+        half = grad_logits.dtype.itemsize == 2
+        if not half:
             torch.addmm(total, grad_logits.t(), x, beta=0 if self.first else 1, out=total)
             return
-        out_dtype = {"out_dtype": total.dtype} if total.is_cuda else {}
-        for begin in range(0, total.shape[0], VOCAB_BLOCK):
-            block = slice(begin, begin + VOCAB_BLOCK)
-            self.kernels.add(total[block], torch.mm(grad_logits[:, block].t(), x, **out_dtype), self.first)
+        direct = total.dtype == grad_logits.dtype
+        out_dtype = {"out_dtype": total.dtype} if total.is_cuda and not direct else {}
+        step = total.shape[0] if total.is_cuda and direct else VOCAB_BLOCK
+        part = None if direct or total.is_cuda else x.new_empty((step, x.shape[1]))
+        for begin in range(0, total.shape[0], step):
+            block = total[begin : begin + step]
+            grads = grad_logits[:, begin : begin + step].t()
+            if direct:
+                torch.mm(grads, x, out=block)
+            else:
+                out = {} if part is None else {"out": part[: block.shape[0]]}
+                self.kernels.add(block, torch.mm(grads, x, **out_dtype, **out), self.first)
 
     def finish(self) -> None:
         """Applies logit_scale and puts the rows back in their places."""
         gradients, scale = self.gradients, self.options.logit_scale
         if self.first:
-            for gradient in (gradients.weight, gradients.bias):
+            for gradient in (self.grad_weight, gradients.bias):
                 gradient.zero_()
         if self.wanted.weight and scale != 1.0:
-            gradients.weight.mul_(scale)
+            self.grad_weight.mul_(scale)
+        if self.grad_weight is not gradients.weight:
+            self.kernels.add(gradients.weight, self.grad_weight, True)
         if not self.wanted.input:
             return
         if scale != 1.0:
@@ -239,11 +266,3 @@ def _valid_index(target: Tensor, ignore_index: int) -> Tensor | None:
         return None
     index = (target != ignore_index).nonzero().squeeze(1)
     return None if index.numel() == target.numel() else index
-
-
-def _chunk_rows(count: int, vocab: int, dtype: torch.dtype, device_type: str) -> int:
-    """Equal chunks whose logits fit the workspace."""
-    fit = max(WORKSPACE_BYTES.get(device_type, WORKSPACE_BYTES["cuda"]) // (max(vocab, 1) * dtype.itemsize), 16)
-    chunks = max(-(-count // fit), 1)
-    rows = -(-count // chunks)
-    return min(-(-rows // 16) * 16, count)

@@ -384,7 +384,8 @@ def linear_cross_entropy(
     """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, which never exist as a whole.
 
     A superset of `torch.nn.functional.linear_cross_entropy`. Rows whose target is `ignore_index` are left out before
-    the matmuls; the others go through in chunks whose logits fit a buffer of 64 MiB (CPU) or 512 MiB (CUDA).
+    the matmuls; the others go through in chunks whose logits fit a buffer of 80 MiB (CPU) or 512 MiB (CUDA),
+    or of the size of the weight in float32 where that is more and a half-precision gradient accumulates into it.
 
     Args:
         input: hidden states `(..., D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its
