@@ -27,7 +27,7 @@ def config(vocab: int, dtype: torch.dtype, *, plain: bool, write_grad: bool) -> 
     plain: no option and no statistics, which leaves a thread registers for more logits. Holding a row saves nothing
     but the second read, for the gradient.
     """
-    wide = 4 if dtype == torch.float64 else 1
+    wide = 8 if dtype == torch.float64 else 1
     tile = 8192 if plain else 4096
     held = 4096
     if plain and write_grad and wide == 1:
@@ -160,7 +160,7 @@ def aot_signatures() -> Iterator[AotEntry]:
         (torch.float16, False, True, True, 50265, {**none, "SMOOTHING": True}),
         (torch.float32, False, False, True, 16000, none),
         (torch.float32, False, True, True, 50265, every),
-        (torch.float64, False, True, True, 1000, every),
+        (torch.float64, False, True, True, 500, every),
         (torch.float64, False, False, True, 50265, none),
         (torch.float64, True, True, True, 50265, every),
     ):

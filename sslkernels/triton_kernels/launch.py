@@ -24,7 +24,7 @@ class AotEntry(NamedTuple):
     """One specialisation of a kernel: what `triton.compile` needs to build it where there is no GPU.
 
     signature: argument name -> Triton type, of the arguments that are not constexpr, in order; aligned: the names of
-    those that a launcher would find divisible by 16.
+    those that a launcher would find divisible by 16; architectures: those whose configuration this is.
     """
 
     name: str
@@ -33,6 +33,7 @@ class AotEntry(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, int]
     aligned: tuple[str, ...]
+    architectures: tuple[int, ...] = (80, 90, 100)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

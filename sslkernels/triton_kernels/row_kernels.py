@@ -80,7 +80,7 @@ def _sums(
 
 
 @triton.jit
-def _ranked(z):
+def ranked(z):
     """NaN is the largest, as for torch.argmax."""
     return tl.where(z != z, float("inf"), z)
 
@@ -97,8 +97,8 @@ def _accumulate(
     e, m, s = _sums(z, cols, mask, anchor, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT)
     if STATS:
         moment = decay * (moment + others * tl.where(row_max == float("-inf"), 0.0, row_max - anchor)) + m
-        better = mask & ((_ranked(z) > best) | (best_col < 0))
-        best = tl.where(better, _ranked(z), best)
+        better = mask & ((ranked(z) > best) | (best_col < 0))
+        best = tl.where(better, ranked(z), best)
         best_col = tl.where(better, cols, best_col)
     others = others * decay + e
     if SMOOTHING:
@@ -271,7 +271,7 @@ def cross_entropy_rows_fwd_kernel(
         of_target = tl.where(tl.exp(shifted) > 0.0, tl.exp(shifted) * shifted, 0.0)
         expected = (tl.sum(moment, 0) + tl.sum(edge_moment, 0) + of_target) / sum_exp
         tl.store(entropy + row, log_sum - expected)
-        edge_best = _ranked(edge_z)
+        edge_best = ranked(edge_z)
         largest = tl.maximum(tl.max(best, 0), tl.max(edge_best, 0))
         lowest = tl.minimum(
             _lowest(best, best_col, best_col >= 0, largest), _lowest(edge_best, edge_cols, edge_mask, largest)
