@@ -1,0 +1,68 @@
+"""What the launchers share: devices, dtypes, and the entries that ahead-of-time compilation reads."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+VECTOR_BYTES = 16
+DEFAULT_CAPABILITY = (9, 0)
+DEFAULT_PROCESSORS = 132
+
+
+class Config(NamedTuple):
+    """constexpr arguments of a kernel and the options it is launched with."""
+
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+
+
+class AotEntry(NamedTuple):
+    """One specialisation of a kernel: what `triton.compile` needs to build it where there is no GPU.
+
+    signature: argument name -> Triton type, of the arguments that are not constexpr, in order; aligned: the names of
+    those that a launcher would find divisible by 16; architectures: those whose configuration this is.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    aligned: tuple[str, ...]
+    architectures: tuple[int, ...] = (80, 90, 100)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else DEFAULT_CAPABILITY
+
+
+def processors(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return DEFAULT_PROCESSORS
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def signature(kernel: Any, types: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:
+    """Orders `types` as the kernel's arguments, and raises where one is missing or unknown."""
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    unknown = (set(types) | set(constexprs)) - set(kernel.arg_names)
+    if unknown or set(names) - set(types):
+        raise ValueError(f"{kernel.__name__}: unknown {sorted(unknown)}, missing {sorted(set(names) - set(types))}")
+    return {name: types[name] for name in names}
+
+
+def next_power_of_2(value: int) -> int:
+    return triton.next_power_of_2(max(value, 1))
