@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -9,10 +10,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreter
 import pytest
 
 import sslkernels as sk
 from sslkernels import dispatch
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    interpreter.repair()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

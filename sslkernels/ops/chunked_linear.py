@@ -81,14 +81,18 @@ def forward(
 ) -> tuple[RowOutputs, Gradients]:
     """Losses and state of each row, and the gradients of sum(coefficient * loss) where they are wanted."""
     gradients = empty_gradients(input, linear_weight, wanted)
-    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
-    parts: list[RowOutputs] = []
+    gradients.scale.fill_(1)
     if any(wanted):
         assert coefficient is not None
         coefficient, scale = normalise(coefficient, input.dtype, compute_dtype)
         gradients.scale.copy_(scale)
     else:
-        gradients.scale.fill_(1)
+        projection = (input.to(compute_dtype), linear_weight.to(compute_dtype))
+        outputs = rows.evaluate(*projection, target, bias, weight, options, stats=stats)
+        if outputs is not None:
+            return outputs, gradients
+    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
+    parts: list[RowOutputs] = []
     for x, y, take in chunks:
         logits = chunks.logits(x)
         grad = logits if any(wanted) else None

@@ -19,6 +19,7 @@ from sslkernels.ops.rows import (
     RowOptions,
     RowOutputs,
     Rows,
+    TritonRows,
     accumulation_dtype,
     check_target_range,
     empty_outputs,
@@ -77,22 +78,13 @@ def _bwd(
     return grad
 
 
-def _triton(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from sslkernels.triton_kernels.cross_entropy import TritonRows
-
-        return function(TritonRows(), *args)
-
-    return call
-
-
 def _implementations(function: Callable[..., Any]) -> dict[str, Callable[..., Any] | str]:
     native = partial(function, NativeRows())
     return {
         "reference": partial(function, ReferenceRows()),
         "cpu": native,
         "cuda": native,
-        "triton": _triton(function),
+        "triton": partial(function, TritonRows()),
     }
 
 

@@ -26,6 +26,7 @@ from sslkernels.ops.rows import (
     ReferenceRows,
     RowOptions,
     RowOutputs,
+    TritonRows,
     accumulation_dtype,
     check_target_range,
     empty_outputs,
@@ -162,18 +163,9 @@ def _bwd_fake(grad_loss, input, linear_weight, *rest):
     return tuple(empty_gradients(input, linear_weight, Wanted(*rest[-3:])))
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from sslkernels.triton_kernels.cross_entropy import TritonRows
-
-        return getattr(chunked_linear, name)(TritonRows(), *args)
-
-    return call
-
-
 def _chunked(name: str) -> dict[str, Callable[..., Any]]:
     native = partial(getattr(chunked_linear, name), NativeRows())
-    return {"cpu": native, "cuda": native, "triton": _triton(name)}
+    return {"cpu": native, "cuda": native, "triton": partial(getattr(chunked_linear, name), TritonRows())}
 
 
 _COMMON_SCHEMA = (
@@ -212,7 +204,7 @@ linear_cross_entropy_scale = Op(
         "reference": ReferenceRows().scaled,
         "cpu": NativeRows().scaled,
         "cuda": NativeRows().scaled,
-        "triton": ReferenceRows().scaled,
+        "triton": TritonRows().scaled,
     },
 )
 

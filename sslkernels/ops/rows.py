@@ -103,6 +103,20 @@ class Rows:
     ) -> None:
         raise NotImplementedError
 
+    def evaluate(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        options: RowOptions,
+        *,
+        stats: bool,
+    ) -> RowOutputs | None:
+        """The outputs for the logits of a projection without a gradient, in one kernel; None where there is none."""
+        return None
+
     def add(self, total: Tensor, part: Tensor, first: bool) -> None:
         """total = (0 if first else total) + part, of different dtypes."""
         total.copy_(part) if first else total.add_(part)
@@ -239,6 +253,32 @@ class NativeRows(Rows):
         if not memory.is_cuda:
             torch.ops.sslkernels_native.advise_huge_pages(memory)
         return memory
+
+
+class TritonRows(Rows):
+    """The Triton kernels, imported at the first call."""
+
+    def forward(self, *args, **kwargs):
+        from sslkernels.triton_kernels.cross_entropy import TritonRows as Kernels
+
+        return RowOutputs(*Kernels().forward(*args, **kwargs))
+
+    def backward(self, *args):
+        from sslkernels.triton_kernels.cross_entropy import TritonRows as Kernels
+
+        Kernels().backward(*args)
+
+    def evaluate(self, input, linear_weight, target, bias, weight, options, *, stats):
+        from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+
+        if input.dtype == torch.float64:
+            return None
+        # Valid rows first: blocks of ignored ones end at once, and their number need not be known here.
+        order = torch.argsort((target == options.ignore_index).to(torch.int8), stable=True)
+        index = torch.where(target[order] == options.ignore_index, -1, order)
+        args = (input, linear_weight, target, bias, weight, options)
+        outputs = RowOutputs(*stream_forward(*args, stats=stats, row_index=index))
+        return RowOutputs(*(torch.empty_like(o).index_copy_(0, order, o) if o.numel() else o for o in outputs))
 
 
 def _prepared(
