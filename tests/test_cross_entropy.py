@@ -214,7 +214,7 @@ def test_half_precision_gradients_at_a_large_batch(backend, scale, device):
         if scale > 1:
             assert oracle.error(grads[0], truth[0]) < 2e-3
         else:  # the output itself is subnormal: right to its spacing, 2**-24
-            assert (grads[0].double() - truth[0]).abs().max() <= 2**-24
+            assert ((grads[0].double() - truth[0]).abs() <= 2**-24 + 2**-9 * truth[0].abs()).all()
 
 
 def test_rows_are_independent_of_the_batch_and_of_the_chunks(backend, monkeypatch, device):
