@@ -243,8 +243,10 @@ def cross_entropy_rows_fwd_kernel(
                 STATS, SMOOTHING, HAS_WEIGHT,
             )  # fmt: skip
 
+    # As in _accumulate, so that the compiler finds the exponentials of a held row already there.
+    anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
     edge_e, edge_moment, edge_smooth = _sums(
-        edge_z, edge_cols, edge_mask, row_max, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT
+        edge_z, edge_cols, edge_mask, anchor, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT
     )
     sum_exp, log_sum, logprob = log_probability(target_z, row_max, tl.sum(others, 0) + tl.sum(edge_e, 0))
 
@@ -284,13 +286,13 @@ def cross_entropy_rows_fwd_kernel(
             tl.where(wrong, float("nan"), factor), vocab, label_smoothing, z_loss,
         )  # fmt: skip
         _write(
-            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, row_max, of_exp, of_weight, at_target,
+            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, anchor, of_exp, of_weight, at_target,
             weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
         )  # fmt: skip
         if ONE_TILE:
             at, mask = _tile(0, length, BLOCK, VECTOR)
             _write(
-                grad_body, at, z, head + at, mask, y, row_max, of_exp, of_weight, at_target,
+                grad_body, at, z, head + at, mask, y, anchor, of_exp, of_weight, at_target,
                 weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
             )  # fmt: skip
         else:
@@ -300,7 +302,7 @@ def cross_entropy_rows_fwd_kernel(
                 cols = head + at
                 again = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
                 _write(
-                    grad_body, at, again, cols, mask, y, row_max, of_exp, of_weight, at_target,
+                    grad_body, at, again, cols, mask, y, anchor, of_exp, of_weight, at_target,
                     weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
                 )  # fmt: skip
 
