@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,15 +18,20 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 CASES = {compile_triton.label(e, a): (e, a) for e in compile_triton.entries() for a in e.architectures}
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, int]]:
+def run_program(name: str) -> Any:
+    """What a program of this folder prints, in a process where kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(root / "tests" / "compile_triton.py")]
+    command = [sys.executable, str(root / "tests" / name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, int]]:
+    return run_program("compile_triton.py")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,6 +62,10 @@ def test_every_kernel_is_covered():
     covered = {(entry.kernel.__name__, architecture) for entry, architecture in CASES.values()}
     assert kernels
     assert {(name, a) for name in kernels for a in ARCHITECTURES} == covered
+
+
+def test_launchers_bind_their_arguments():
+    assert run_program("bind_triton.py") == sorted(compile_triton.kernels())
 
 
 def test_names_are_unique():

@@ -24,7 +24,7 @@ from sslkernels.triton_kernels.launch import (
 )
 from sslkernels.triton_kernels.row_kernels import log_probability, ranked, transformed
 
-NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "ignore_index"]
+NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "splits", "ignore_index"]
 REDUCE_ROWS = 128
 
 

@@ -243,6 +243,7 @@ def cross_entropy_rows_fwd_kernel(
                 STATS, SMOOTHING, HAS_WEIGHT,
             )  # fmt: skip
 
+    # As in _accumulate, so that the compiler finds the exponentials of a held row already there.
     anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
     edge_e, edge_moment, edge_smooth = _sums(
         edge_z, edge_cols, edge_mask, anchor, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT

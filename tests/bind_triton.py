@@ -1,0 +1,76 @@
+"""Calls the Triton launchers as on a GPU up to the launch itself, and prints the kernels that they compiled as JSON.
+
+The interpreter never specialises arguments; this does: strides of 1, absent tensors, integers of either width. A
+program of its own, for the same reason as `compile_triton`.
+"""
+
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from sslkernels.ops.rows import RowOptions
+from sslkernels.triton_kernels.cross_entropy import TritonRows
+from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+
+PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
+EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
+
+
+class NoDevice:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def record_instead_of_launching() -> list[str]:
+    compiled = []
+    compile_and_launch = JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel.name)
+        return kernel
+
+    JITFunction.run = run
+    driver.set_active(NoDevice())
+    return compiled
+
+
+def bind_rows(vocab: int, options: RowOptions, index_dtype: torch.dtype) -> None:
+    every = options is EVERY
+    logits = torch.zeros(2, vocab, dtype=torch.bfloat16)
+    target = torch.zeros(2, dtype=index_dtype)
+    bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
+    coefficient = torch.ones(()).expand(2)
+    outputs = TritonRows().forward(logits, target, bias, weight, options, stats=every)
+    TritonRows().forward(logits, target, bias, weight, options, stats=every, coefficient=coefficient, grad=logits)
+    TritonRows().backward(logits, target, bias, weight, options, outputs, coefficient, logits)
+
+
+def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dtype) -> None:
+    every = options is EVERY
+    input, linear_weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
+    target = torch.zeros(2, dtype=index_dtype)
+    bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
+    row_index = torch.zeros(2, dtype=index_dtype) if every else None
+    stream_forward(input, linear_weight, target, bias, weight, options, stats=every, row_index=row_index)
+
+
+if __name__ == "__main__":
+    compiled = record_instead_of_launching()
+    for options, index_dtype in ((PLAIN, torch.int64), (EVERY, torch.int32)):
+        for size in (1, 16, 1003):
+            bind_rows(size, options, index_dtype)
+            bind_stream(size, size, options, index_dtype)
+    json.dump(sorted(set(compiled)), sys.stdout)
