@@ -38,9 +38,7 @@ def make_case(
     touched = (rows * width + vocab * width) * dtype.itemsize
     matmul = 2 * valid * width * vocab
     passes = 2 if backward else 1
-    return Case(
-        OP, shape, dtype, passes * touched, matmul * (3 if backward else 1), regime, ignored, backward, bias
-    )
+    return Case(OP, shape, dtype, passes * touched, matmul * (3 if backward else 1), regime, ignored, backward, bias)
 
 
 def cases(device: str) -> list[Case]:

@@ -126,7 +126,9 @@ def error_over_eager(rows: dict[str, Row]) -> float | None:
 def error_bars(cases: list[Case]) -> list[Bar]:
     """Accuracy: at most the error of eager torch, plus four units in the last place of float32."""
     limit = 4 * torch.finfo(torch.float32).eps
-    return [Bar("error against float64 above that of eager torch", case.name, error_over_eager, limit) for case in cases]
+    return [
+        Bar("error against float64 above that of eager torch", case.name, error_over_eager, limit) for case in cases
+    ]
 
 
 def test_device() -> torch.device:
