@@ -198,12 +198,27 @@ class NativeRows(Rows):
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
         outputs = empty_outputs(logits, logits.shape[0], stats)
+        bias, weight, weight_sum = _prepared(logits, bias, weight)
         torch.ops.sslkernels_native.cross_entropy_rows_fwd(
-            logits, target, bias, weight, coefficient, *outputs, grad, *options, stats
+            logits, target.long(), bias, weight, weight_sum, coefficient, *outputs, grad, *options, stats
         )
         return outputs
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
+        bias, weight, weight_sum = _prepared(logits, bias, weight)
+        saved = (state.row_max, state.sum_exp, state.logprob)
         torch.ops.sslkernels_native.cross_entropy_rows_bwd(
-            logits, target, bias, weight, coefficient, state.row_max, state.sum_exp, state.logprob, grad, *options
+            logits, target.long(), bias, weight, weight_sum, coefficient, *saved, grad, *options
         )
+
+
+def _prepared(
+    logits: Tensor, bias: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """bias, class weights and the sum of the latter in the accumulation dtype."""
+    acc = accumulation_dtype(logits.dtype)
+    bias = None if bias is None else bias.to(acc).contiguous()
+    if weight is None:
+        return bias, None, None
+    weight = weight.to(acc).contiguous()
+    return bias, weight, weight.sum().reshape(1)

@@ -1,0 +1,42 @@
+// Chooses, once a process, among the copies of the CPU kernels that were compiled for different instruction sets.
+//
+// The kernel files (csrc/cpu/<op>.cpp) are compiled once for each set, inside the namespace SSLKERNELS_ISA. They
+// include no torch header and keep every function of theirs in that namespace or in an anonymous one, so that no code
+// compiled for a newer set can be linked into the path of an older one.
+#pragma once
+
+#if defined(SSLKERNELS_X86_VARIANTS)
+#define SSLKERNELS_FOR_EACH_ISA(DO) DO(isa_default) DO(isa_avx2) DO(isa_avx512)
+#else
+#define SSLKERNELS_FOR_EACH_ISA(DO) DO(isa_default)
+#endif
+
+namespace sslkernels {
+
+enum class Isa { isa_default, isa_avx2, isa_avx512 };
+
+// The best one that this processor has; the environment variable SSLKERNELS_CPU_ISA (default, avx2, avx512) lowers it.
+Isa current_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace sslkernels
+
+// Calls sslkernels::<isa>::function(...) of the current instruction set.
+#if defined(SSLKERNELS_X86_VARIANTS)
+#define SSLKERNELS_CALL_ISA(function, ...)                \
+  do {                                                    \
+    switch (::sslkernels::current_isa()) {                \
+      case ::sslkernels::Isa::isa_avx512:                 \
+        ::sslkernels::isa_avx512::function(__VA_ARGS__);  \
+        break;                                            \
+      case ::sslkernels::Isa::isa_avx2:                   \
+        ::sslkernels::isa_avx2::function(__VA_ARGS__);    \
+        break;                                            \
+      default:                                            \
+        ::sslkernels::isa_default::function(__VA_ARGS__); \
+        break;                                            \
+    }                                                     \
+  } while (0)
+#else
+#define SSLKERNELS_CALL_ISA(function, ...) ::sslkernels::isa_default::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,52 @@
+// exp and tanh that the compiler vectorises: no branches, no tables, no calls. Within 2 ulp over their domains.
+#pragma once
+
+#include <cmath>
+
+#include "element.h"
+
+namespace sslkernels {
+namespace {  // one copy for each instruction set: see isa.h
+
+// exp(x) for x <= 0 or NaN; 0 where the result would be subnormal.
+SSLKERNELS_HD float exp_nonpositive(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  // Minimax polynomial of Cephes' expf (Moshier).
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t exponent = (bit_cast<uint32_t>(shifted) << 23) + (127u << 23);
+  const float result = p * bit_cast<float>(exponent);
+  return x < -87.3365f ? 0.0f : result;
+}
+
+inline double exp_nonpositive(double x) { return std::exp(x); }
+
+SSLKERNELS_HD float vector_tanh(float x) {
+  const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
+  const float t = exp_nonpositive(-2.0f * magnitude);
+  const float large = (1.0f - t) / (1.0f + t);
+  // Polynomial of Cephes' tanhf (Moshier).
+  const float s = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float small = x + x * s * p;
+  const float signed_large = bit_cast<float>(bit_cast<uint32_t>(large) | (bit_cast<uint32_t>(x) & 0x80000000u));
+  return magnitude < 0.625f ? small : signed_large;
+}
+
+inline double vector_tanh(double x) { return std::tanh(x); }
+
+}  // namespace
+}  // namespace sslkernels
