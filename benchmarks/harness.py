@@ -1,8 +1,8 @@
 """Cases, providers, and how a provider is timed, metered and checked.
 
-A `Benchmark` (one per op) has cases and, for each case, providers. A provider is built into a `Run` on the inputs of the
-case. `measure` takes all providers of a case together: first the error of each against float64, then its peak memory,
-then rounds in which every provider runs once, in random order, so that drift of the machine hits all of them alike.
+A `Benchmark` (one per op) has cases and, for each case, providers. A provider is built into a `Run` on the inputs of
+the case. `measure` takes all providers of a case together: first the error of each against float64, then its peak
+memory, then rounds in which every provider runs once, in random order, so that drift of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One row group of the table. `bytes`: each input read once and each output written once; `flops`: of the matmuls."""
+    """One group of rows of the table. bytes: each input read once, each output written once; flops: of the matmuls."""
 
     op: str
     shape: dict[str, int]
@@ -153,8 +153,8 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 class Timer:
-    """Times single calls. On CUDA: events around the call, after a write of a buffer larger than the L2 cache and a wait
-    on the device that lets the host run ahead; `finish` synchronises and gives seconds."""
+    """Times single calls. On CUDA: events around the call, after a write of a buffer larger than the L2 cache and a
+    wait on the device that lets the host run ahead; `finish` synchronises and gives seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -296,7 +296,7 @@ def measure(
     baseline = rows.get(benchmark.baseline)
     if baseline is not None and baseline.median is not None:
         for row in rows.values():
-            row.speedup = baseline.median / row.median if row.median is not None else None
+            row.speedup = None if row.median is None else baseline.median / row.median
     return list(rows.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -32,10 +33,8 @@ def _reset_peak() -> bool:
     """Hands free heap pages back and sets the peak resident set to the present one."""
     if not sys.platform.startswith("linux"):
         return False
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # not glibc
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -1,4 +1,4 @@
-"""Other packages' fused losses, as providers where they can be imported. Which shapes one takes is found by running it."""
+"""Other packages' fused losses, where they can be imported. Which shapes one takes is found by running it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = {  # import name -> distribution name
 def versions() -> dict[str, str]:
     """Version of each peer, or "not installed"."""
     found = {}
-    for module, distribution in PACKAGES.items():
+    for distribution in PACKAGES.values():
         try:
             found[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:

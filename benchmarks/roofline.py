@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +30,7 @@ def measure_roofs(device: torch.device, dtypes: list[torch.dtype]) -> Roofs:
     size = (2 << 30 if device.type == "cuda" else 256 << 20) // 4
     source = torch.rand(size, device=device)
     copy = torch.empty_like(source)
-    roofs = Roofs(2 * source.nbytes / _best(lambda: copy.copy_(source), device))
+    roofs = Roofs(2 * source.nbytes / _best(functools.partial(copy.copy_, source), device))
     del source, copy
     sides = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048)
     for dtype in dtypes:
@@ -36,12 +38,12 @@ def measure_roofs(device: torch.device, dtypes: list[torch.dtype]) -> Roofs:
         for side in sides:
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
-            rates.append(2 * side**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
+            rates.append(2 * side**3 / _best(functools.partial(torch.mm, a, b, out=out), device))
         roofs.peaks[str(dtype).removeprefix("torch.")] = max(rates)
     return roofs
 
 
-def _best(call, device: torch.device, repeats: int = 7) -> float:
+def _best(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     """Seconds of the fastest of `repeats` calls: a roof is what the machine can do."""
     call()
     times = []
