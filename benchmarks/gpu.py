@@ -120,7 +120,7 @@ def sanitize(run: Runner, options: argparse.Namespace) -> int:
 
 
 def bench(run: Runner, options: argparse.Namespace) -> int:
-    """The benchmark matrix: the named parts (default: all), joined into benchmarks/results/<device> when all are there."""
+    """The benchmark matrix: the named parts (default: all), joined into one result when all are there."""
     unknown = [name for name in options.arguments if name not in PARTS]
     if unknown:
         print(f"unknown part {', '.join(unknown)}; the parts are: {', '.join(PARTS)}", file=sys.stderr)
