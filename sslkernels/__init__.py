@@ -2,6 +2,14 @@
 
 from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.version import __version__
 
-__all__ = ["CrossEntropyStats", "__version__", "available_backends", "cross_entropy", "use_backend"]
+__all__ = [
+    "CrossEntropyStats",
+    "__version__",
+    "available_backends",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "use_backend",
+]
