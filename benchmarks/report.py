@@ -218,15 +218,15 @@ def write(report: Report, directory: Path, verbose: bool = False) -> list[Path]:
 
     directory.mkdir(parents=True, exist_ok=True)
     figures = plots.figures(report)
-    written = [_atomic(directory / name, save) for name, save in figures.items()]
+    written = [write_atomically(directory / name, save) for name, save in figures.items()]
     text = markdown(report, verbose, list(figures))
-    written.append(_atomic(directory / "results.md", lambda path: path.write_text(text)))
+    written.append(write_atomically(directory / "results.md", lambda path: path.write_text(text)))
     data = json.dumps(report.to_json(), indent=1)
-    written.append(_atomic(directory / "results.json", lambda path: path.write_text(data + "\n")))
+    written.append(write_atomically(directory / "results.json", lambda path: path.write_text(data + "\n")))
     return written
 
 
-def _atomic(path: Path, save: Callable[[Path], object]) -> Path:
+def write_atomically(path: Path, save: Callable[[Path], object]) -> Path:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
