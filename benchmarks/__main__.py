@@ -106,6 +106,8 @@ def run(options: argparse.Namespace, chosen: list[tuple[Benchmark, Case]], conso
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             progress.advance(task)
+            if not console.is_terminal:
+                print(f"[{len(result.cases)}/{len(chosen)}] {case.name}", flush=True)
         progress.update(task, description="done")
         progress.refresh()
     return result
@@ -114,8 +116,8 @@ def run(options: argparse.Namespace, chosen: list[tuple[Benchmark, Case]], conso
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
-    if not console.is_terminal or console.width < 140:
-        console = Console(width=max(170, console.width))
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
     if options.combine:
         parts = [json.loads((directory / "results.json").read_text()) for directory in options.combine]
         result = report.combine([report.Report.from_json(part) for part in parts])

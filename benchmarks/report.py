@@ -26,16 +26,18 @@ COLUMNS = (
     "rate",
     "of light",
     "peak extra",
-    "beyond results",
+    "beyond",
     "error",
 )
+FULL_WIDTH = 132  # a narrower screen gets the table without these columns
+WIDE_ONLY = ("p20 - p80", "rate")
 NOTES = (
     "median, p20 - p80: of n single calls; the providers of a case take turns in random order.",
     "speed-up: over the first row of the case.",
     "rate: bytes or flops of the case (each input read once, each output written once; matmul flops) over the median.",
     "of light: max(bytes / copy bandwidth, flops / matmul rate), both measured on this machine, over the median.",
-    "peak extra: peak memory of one call above what was in use before; beyond results: less the results it returns.",
-    "error: relative Frobenius norm against float64, the largest over loss and gradients, on the rows named after @; "
+    "peak extra: peak memory of one call above what was in use before; beyond: less the loss and gradients it returns.",
+    "error: relative Frobenius norm against float64, the largest over loss and gradients, on fewer rows where so named; "
     "for mask_tokens the number of tokens that break the masking rule.",
 )
 
@@ -109,6 +111,12 @@ def shown_rows(report: Report, case: dict[str, Any], verbose: bool) -> list[Row]
     return [row for row in rows if verbose or not row.status.startswith("not run")]
 
 
+def facts(rows: list[Row], case: dict[str, Any]) -> str:
+    """The case's time at the speed of light, and on which rows the errors were measured."""
+    errors_on = next((row.errors_on for row in rows if row.errors_on not in ("", "all rows")), None)
+    return f"speed of light {seconds(case['light'])}" + (f"; errors measured on {errors_on}" if errors_on else "")
+
+
 def cells(row: Row, case: dict[str, Any]) -> list[str]:
     """The text of a row under COLUMNS."""
     if row.median is None:
@@ -127,9 +135,7 @@ def cells(row: Row, case: dict[str, Any]) -> list[str]:
         f"{row.light:.0%}",
         megabytes(row.peak_extra),
         megabytes(row.beyond_results),
-        ""
-        if row.error is None
-        else f"{row.error:.1e}" + ("" if row.errors_on == "all rows" else f" @ {row.errors_on}"),
+        "" if row.error is None else f"{row.error:.1e}",
     ]
 
 
@@ -166,16 +172,19 @@ def print_report(report: Report, console: Console, verbose: bool) -> None:
     for line in header(report):
         console.print(line, highlight=False)
     for case in report.cases:
-        title = f"{case['name']}  (speed of light {seconds(case['light'])})"
+        shown = shown_rows(report, case, verbose)
+        title = f"{case['name']}  ({facts(shown, case)})"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number > 0)
+        kept = [number for number, name in enumerate(COLUMNS) if console.width >= FULL_WIDTH or name not in WIDE_ONLY]
+        for number in kept:
+            table.add_column(COLUMNS[number], justify="left" if number == 0 else "right", no_wrap=number > 0)
         said = []
-        for row in shown_rows(report, case, verbose):
+        for row in shown:
             if row.median is None:
                 said.append(f"  {row.provider}: {row.status}")
             else:
-                table.add_row(*cells(row, case))
+                text = cells(row, case)
+                table.add_row(*[text[number] for number in kept])
         console.print(table)
         for line in said:
             console.print(line, highlight=False, markup=False)
@@ -192,8 +201,9 @@ def markdown(report: Report, verbose: bool, plots: list[str]) -> str:
     lines = [f"# Benchmarks on {report.environment['device']}", ""]
     lines += [f"- {line}" for line in header(report)] + [""]
     for case in report.cases:
-        lines += [f"## {case['name']}", "", f"Speed of light: {seconds(case['light'])}.", ""]
-        lines += _table(COLUMNS, [cells(row, case) for row in shown_rows(report, case, verbose)])
+        shown = shown_rows(report, case, verbose)
+        lines += [f"## {case['name']}", "", f"({facts(shown, case)})", ""]
+        lines += _table(COLUMNS, [cells(row, case) for row in shown])
     if report.bars:
         lines += [
             "## Bars",
