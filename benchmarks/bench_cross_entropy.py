@@ -34,7 +34,7 @@ def make_case(
 
 def cases(device: str) -> list[Case]:
     if device == "cpu":
-        return [make_case({"N": 4096, "V": 50257}), make_case({"N": 4096, "V": 50257}, torch.bfloat16)]
+        return [make_case({"N": 4096, "V": 50257})]
     shapes = [(8192, 128256), (16384, 30522), (8192, 50265), (8192, 50368), (8192, 250002), (8192, 256000)]
     found = [make_case({"N": n, "V": v}, torch.bfloat16) for n, v in shapes]
     for n, v in shapes[:3]:

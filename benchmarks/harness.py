@@ -68,7 +68,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """samples: at most this many timed runs (for slow ones); warmups: runs before the memory is metered;
+    """samples: at most this many timed runs; with 1, for slow ones, the run whose memory is metered is also the timed
+    one; warmups: runs before that;
     unavailable: why it cannot run here; checked: its results are held to float64 by the smoke tests;
     is_floor: it does a part of the work and has no error."""
 
@@ -264,6 +265,7 @@ def measure(
     live = _measure_errors(benchmark, case, device, live, rows, tick)
     inputs = benchmark.inputs(case, device)
     runs: dict[str, Run] = {}
+    once: dict[str, list[float]] = {}
     for provider in live:
         tick(f"{provider.name}: memory")
         try:
@@ -274,7 +276,9 @@ def measure(
                 run.call()
             if run.prepare is not None:
                 run.prepare()
+            start = time.perf_counter()
             peak, results = memory.peak_extra(run.call, device)
+            spent = time.perf_counter() - start
         except Exception as error:
             rows[provider.name].status = f"rejects: {reason(error)}"
             continue
@@ -283,12 +287,15 @@ def measure(
             row.peak_extra = peak
             row.beyond_results = max(0, peak - result_bytes(run, results, inputs))
         del results
-        runs[provider.name] = run
+        if provider.samples == 1:
+            once[provider.name] = [spent]
+        else:
+            runs[provider.name] = run
 
     limits = {p.name: p.samples for p in live}
     timer = Timer(device)
     samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, limits, tick)
-    for name, times in samples.items():
+    for name, times in (once | samples).items():
         row = rows[name]
         row.n = len(times)
         row.median, row.p20, row.p80 = (quantile(times, q) for q in (0.5, 0.2, 0.8))

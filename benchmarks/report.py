@@ -37,7 +37,7 @@ NOTES = (
     "rate: bytes or flops of the case (each input read once, each output written once; matmul flops) over the median.",
     "of light: max(bytes / copy bandwidth, flops / matmul rate), both measured on this machine, over the median.",
     "peak extra: peak memory of one call above what was in use before; beyond: less the loss and gradients it returns.",
-    "error: relative Frobenius norm against float64, the largest over loss and gradients, on fewer rows where so named; "
+    "error: relative Frobenius norm against float64, the largest of loss and gradients, on fewer rows where so named; "
     "for mask_tokens the number of tokens that break the masking rule.",
 )
 
