@@ -1,5 +1,6 @@
 """Fused kernels for self-supervised learning in PyTorch."""
 
+from sslkernels import nn
 from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -11,5 +12,6 @@ __all__ = [
     "available_backends",
     "cross_entropy",
     "linear_cross_entropy",
+    "nn",
     "use_backend",
 ]

@@ -93,6 +93,7 @@ class Op:
         device = next(a.device for a in args if isinstance(a, Tensor))
         implementation = self._implementation(self.choose(device))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
             if torch.is_autocast_enabled(device.type):
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             if device.type == "cuda":
@@ -157,6 +158,19 @@ def _why_not_architecture(device: torch.device) -> str | None:
     return f"it was compiled for {', '.join(f'sm_{a}' for a in built)}, this device is sm_{current}; " + (
         f'rebuild with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
     )
+
+
+def current_choice() -> str:
+    """What `use_backend` or `SSLKERNELS_BACKEND` chose."""
+    return _choice
+
+
+def chosen(public: str, device: torch.device) -> str:
+    """The backend that the public function would use on `device` now, or why none can run."""
+    try:
+        return next(op.choose(device) for op in _registry.values() if op.public == public)
+    except RuntimeError as error:
+        return f"nothing: {error}"
 
 
 def public_ops() -> list[str]:

@@ -20,7 +20,6 @@ from sslkernels.ops.rows import (
     ReferenceRows,
     RowOptions,
     RowOutputs,
-    Rows,
     accumulation_dtype,
     check_target_range,
     empty_outputs,
@@ -294,12 +293,12 @@ class _ReducedLoss(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, linear_weight, linear_bias, _, _, token_weight, divisor, *_ = inputs
-        ctx.dtypes = [None if t is None else t.dtype for t in (input, linear_weight, linear_bias, token_weight)]
+        leaves = (*inputs[:3], inputs[5])
+        ctx.dtypes = [None if t is None else t.dtype for t in leaves]
         ctx.computed = inputs[-4:-1]
-        rows, (grad_input, grad_weight, grad_bias, scale) = output[1], output[-4:]
+        divisor, rows, (grad_input, grad_weight, grad_bias, scale) = inputs[6], output[1], output[-4:]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(grad_input, grad_weight, grad_bias, scale, rows, divisor)
+        ctx.save_for_backward(grad_input, grad_weight, grad_bias, scale, rows, divisor, *leaves)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -307,39 +306,43 @@ class _ReducedLoss(Function):
         result = [None] * 17
         if grad_loss is None:
             return tuple(result)
-        *gradients, scale, rows, divisor = ctx.saved_tensors
+        grad_input, grad_weight, grad_bias, scale, rows, divisor, *leaves = ctx.saved_tensors
+        gradients = (grad_input, grad_weight, grad_bias)
         for i, name in enumerate(("input", "linear_weight", "linear_bias")):
             if not ctx.needs_input_grad[i]:
                 continue
             if not ctx.computed[i]:
                 raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}; use mode='compact' here")
-            result[i] = _scaled(gradients[i], grad_loss * scale, ctx.dtypes[i])
+            result[i] = _ScaledGradient.apply(gradients[i], grad_loss * scale, ctx.dtypes[i], *leaves)
         if ctx.needs_input_grad[5]:
             by_row = rows if divisor is None else rows / divisor
-            result[5] = _scaled(by_row, grad_loss, ctx.dtypes[3])
+            result[5] = _ScaledGradient.apply(by_row, grad_loss, ctx.dtypes[3], *leaves)
         return tuple(result)
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    # On the CPU looking at the scale is free: a plain `loss.backward()` then copies nothing.
+    """gradient * scale in `dtype`; the gradient itself where that is the same, looking at the scale is free, and the
+    graph is not kept (what is saved must not become somebody's .grad, to be added to)."""
     if (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and gradient.dtype == dtype
-        and scale.device.type == "cpu"
         and not torch._C._functorch.is_functorch_wrapped_tensor(scale)
+        and scale.device.type == "cpu"
+        and gradient.dtype == dtype
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
         and scale.item() == 1
     ):
         return gradient
-    return _ScaledGradient.apply(gradient, scale, dtype)
+    return linear_cross_entropy_scale(gradient, scale, dtype)
 
 
 class _ScaledGradient(Function):
+    """The gradient of `_ReducedLoss`. It takes the leaves so that differentiating it again raises, and is not zero."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient, scale, dtype):
-        return linear_cross_entropy_scale(gradient, scale, dtype)
+    def forward(gradient, scale, dtype, input, linear_weight, linear_bias, token_weight):
+        return _scaled(gradient, scale, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,0 +1,114 @@
+"""The table of cases: every op, its sizes by regime, and its options. Every backend and dtype runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: tensors that may require grad by name, tensors that may not, and options."""
+
+    op: str
+    name: str
+    rows: int
+    vocab: int
+    dim: int = 0
+    ignored: float = 0.3
+    spread: float = 1.0
+    class_weight: bool = False
+    bias: bool = False
+    token_weight: bool = False
+    batch: tuple[int, ...] = ()
+    int32: bool = False
+    options: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def inputs(self, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(differentiable, constant) arguments; float32 draws rounded to `dtype`, the same on every device."""
+        g = torch.Generator().manual_seed(hash((self.rows, self.vocab, self.dim)) % 2**31)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(shape, generator=g)).to(dtype).to(device)
+
+        shape = self.batch or (self.rows,)
+        target = torch.randint(0, self.vocab, shape, generator=g)
+        target[torch.rand(shape, generator=g) < self.ignored] = self.options.get("ignore_index", -100)
+        constant = {"target": target.to(torch.int32 if self.int32 else torch.int64).to(device)}
+        if self.class_weight:
+            constant["weight"] = torch.rand(self.vocab, generator=g).to(dtype).to(device)
+        if self.op == "cross_entropy":
+            return {"input": normal(*shape, self.vocab, scale=self.spread)}, constant
+        differentiable = {
+            "input": normal(*shape, self.dim),
+            "linear_weight": normal(self.vocab, self.dim, scale=self.spread * self.dim**-0.5),
+        }
+        if self.bias:
+            differentiable["linear_bias"] = normal(self.vocab)
+        if self.token_weight:
+            differentiable["token_weight"] = torch.rand(shape, generator=g).to(dtype).to(device)
+        return differentiable, constant
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    op = "cross_entropy"
+    yield Case(op, "plain", 37, 53)
+    yield Case(op, "no_rows_ignored", 16, 128, ignored=0.0)
+    yield Case(op, "one_row", 1, 257, ignored=0.0)
+    yield Case(op, "one_class", 5, 1)
+    yield Case(op, "two_classes", 9, 2)
+    yield Case(op, "several_blocks", 3, 5003, ignored=0.0)
+    yield Case(op, "peaked", 33, 301, spread=12.0)
+    yield Case(op, "sum", 21, 77, options={"reduction": "sum"})
+    yield Case(op, "none", 21, 77, options={"reduction": "none"})
+    yield Case(op, "weight", 21, 77, class_weight=True)
+    yield Case(op, "smoothing", 21, 77, options={"label_smoothing": 0.1})
+    yield Case(op, "smoothing_weight", 21, 77, class_weight=True, options={"label_smoothing": 0.3})
+    yield Case(op, "smoothing_only", 21, 77, options={"label_smoothing": 1.0})
+    yield Case(op, "z_loss", 21, 77, options={"z_loss": 1e-2})
+    yield Case(op, "softcap", 21, 77, spread=10.0, options={"softcap": 5.0})
+    yield Case(op, "int32_ignore_7", 40, 11, int32=True, options={"ignore_index": 7})
+    everything = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0}
+    yield Case(op, "everything", 29, 131, spread=4.0, class_weight=True, options=everything)
+    yield Case(op, "everything_none", 29, 131, class_weight=True, options={**everything, "reduction": "none"})
+
+
+def linear_cross_entropy_cases() -> Iterator[Case]:
+    op = "linear_cross_entropy"
+    yield Case(op, "plain", 37, 53, 19)
+    yield Case(op, "no_rows_ignored", 16, 128, 32, ignored=0.0)
+    yield Case(op, "mostly_ignored", 100, 61, 16, ignored=0.85)
+    yield Case(op, "one_row", 1, 257, 8, ignored=0.0)
+    yield Case(op, "one_class", 5, 1, 3)
+    yield Case(op, "one_feature", 12, 30, 1)
+    yield Case(op, "several_blocks", 5, 5003, 8, ignored=0.0)
+    yield Case(op, "batch", 0, 67, 24, batch=(3, 1, 11), bias=True)
+    for mode in ("fast", "compact"):
+        for reduction in ("mean", "sum", "none"):
+            yield Case(
+                op, f"bias_{mode}_{reduction}", 35, 71, 16, bias=True, options={"reduction": reduction, "mode": mode}
+            )
+        everything = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0, "logit_scale": 1.7, "mode": mode}
+        tensors = {"bias": True, "class_weight": True, "token_weight": True}
+        yield Case(op, f"everything_{mode}", 41, 87, 12, spread=3.0, **tensors, options=everything)
+        yield Case(op, f"num_items_{mode}", 35, 71, 16, options={"num_items": 123, "mode": mode})
+    yield Case(op, "weight", 35, 71, 16, class_weight=True)
+    yield Case(op, "smoothing_weight", 35, 71, 16, class_weight=True, options={"label_smoothing": 0.3})
+    yield Case(op, "z_loss", 35, 71, 16, options={"z_loss": 1e-2})
+    yield Case(op, "softcap", 35, 71, 16, spread=8.0, options={"softcap": 5.0})
+    yield Case(op, "logit_scale", 35, 71, 16, bias=True, options={"logit_scale": 0.25})
+    yield Case(op, "token_weight", 35, 71, 16, token_weight=True)
+    yield Case(op, "token_weight_none", 35, 71, 16, token_weight=True, options={"reduction": "none"})
+    yield Case(op, "int32_ignore_7", 40, 11, 6, int32=True, options={"ignore_index": 7})
+    yield Case(op, "peaked", 33, 301, 16, spread=12.0)
+
+
+CASES = [*cross_entropy_cases(), *linear_cross_entropy_cases()]

@@ -1,0 +1,49 @@
+"""Fixtures. Without a GPU the Triton kernels run by the interpreter, chosen before triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+import sslkernels as sk
+from sslkernels import dispatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Runs the test on every backend of the op family under test that can run here."""
+    op = getattr(request.module, "OP", None)
+    if request.param not in sk.available_backends(op, DEVICE):
+        pytest.skip(f"{request.param}: {dispatch.why_not(op or 'cross_entropy', request.param, torch.device(DEVICE))}")
+    with sk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_and_fixed_seed():
+    """Uninitialised memory is NaN (torch fills it so under deterministic algorithms), and the seed is fixed."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,77 @@
+"""The losses written independently of the package: formulas in plain torch, differentiable, in any dtype.
+
+In float64 they are the truth; in the dtype under test they are what eager torch would do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Logits (..., V), targets (...)."""
+    vocab = input.shape[-1]
+    z = input.reshape(-1, vocab)
+    y = target.reshape(-1).long()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    valid = y != ignore_index
+    index = torch.where(valid, y, 0)
+    w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
+    log_probability = torch.log_softmax(z, dim=-1)
+    nll = -log_probability.gather(1, index[:, None]).squeeze(1)
+    loss = (1 - label_smoothing) * w[index] * nll
+    if label_smoothing:
+        loss = loss + label_smoothing / vocab * -(w * log_probability).sum(1)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(z, dim=-1) ** 2
+    loss = torch.where(valid, loss, 0)
+    if token_weight is not None:
+        loss = loss * token_weight.reshape(-1)
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    if reduction == "sum":
+        return loss.sum()
+    divisor = torch.where(valid, w[index], 0).sum() if num_items is None else num_items
+    return loss.sum() / divisor
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    mode: str = "auto",
+    **options,
+) -> Tensor:
+    logits = logit_scale * (input @ linear_weight.t())
+    if linear_bias is not None:
+        logits = logits + linear_bias
+    return cross_entropy(logits, target, **options)
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Relative to the norm of the truth; infinite where the non-finite values differ."""
+    value, truth = value.detach().double(), truth.detach().double()
+    finite = truth.isfinite()
+    if not torch.equal(finite, value.isfinite()) or not torch.equal(
+        value[~finite].nan_to_num(nan=1.5), truth[~finite].nan_to_num(nan=1.5)
+    ):
+        return float("inf")
+    difference = (value[finite] - truth[finite]).norm()
+    return 0.0 if difference == 0 else (difference / truth[finite].norm()).item()
