@@ -12,7 +12,7 @@ from torch import Tensor
 import sslkernels as sk
 from benchmarks import harness, peers, providers
 from benchmarks.bench_cross_entropy import make_targets
-from benchmarks.harness import MAX_SAMPLES, Bar, Benchmark, Case, Provider, Run
+from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import COMPILED, EAGER, OURS
 
 OP = "linear_cross_entropy"
@@ -101,12 +101,12 @@ def eager(case: Case, t: dict[str, Tensor]) -> Tensor:
 
 
 @functools.cache
-def _compiled():
-    return torch.compile(_linear_loss)
+def _compiled(device: str):
+    return torch.compile(_linear_loss, dynamic=True if device == "cpu" else None)  # one compilation for all shapes
 
 
 def compiled(case: Case, t: dict[str, Tensor]) -> Tensor:
-    return _compiled()(t["input"], t["weight"], t.get("bias"), t["target"])
+    return _compiled(t["target"].device.type)(t["input"], t["weight"], t.get("bias"), t["target"])
 
 
 def chunked(case: Case, t: dict[str, Tensor]) -> Tensor:
@@ -142,25 +142,25 @@ def matmuls(case: Case, inputs: dict[str, Tensor]) -> Run:
 
 
 def case_providers(case: Case, device: torch.device) -> list[Provider]:
-    slow = device.type == "cpu" and case.shape["N"] * case.shape["D"] * case.shape["V"] > 5e10
+    patience = providers.patience(device)
     chunked_missing = None
     if not hasattr(F, "linear_cross_entropy"):
         chunked_missing = f"torch {torch.__version__} has no F.linear_cross_entropy"
     found = [
         Provider(EAGER, providers.loss_run(eager, LEAVES)),
-        Provider(COMPILED, providers.loss_run(compiled, LEAVES), samples=1 if slow else MAX_SAMPLES, warmups=1),
+        Provider(COMPILED, providers.loss_run(compiled, LEAVES), warmups=1, patience=patience),
         Provider(
             CHUNKED,
             providers.loss_run(chunked, LEAVES),
-            samples=1 if slow else MAX_SAMPLES,
+            patience=patience,
             unavailable=chunked_missing,
         ),
         Provider(FLOOR if case.backward else FLOOR_FORWARD, matmuls, is_floor=True),
     ]
     if hasattr(sk, OP):
         backends = providers.backend_providers
-        found += backends(OP, device, ours("auto"), LEAVES, reference_samples=1 if slow else 2)
-        if case.backward and not slow:
+        found += backends(OP, device, ours("auto"), LEAVES)
+        if case.backward and (device.type == "cuda" or case.shape["N"] < 1024):
             compact = backends(OP, device, ours("compact"), LEAVES, " compact")
             found += [p for p in compact if "reference" not in p.name]
     return found + peers.linear_cross_entropy(device)

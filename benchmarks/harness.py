@@ -7,6 +7,7 @@ memory, then rounds in which every provider runs once, in random order, so that 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -68,14 +69,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """samples: at most this many timed runs; with 1, for slow ones, the run whose memory is metered is also the timed
-    one; warmups: runs before that;
+    """patience: where the call whose memory is metered takes more seconds than this, it is also the only timed one;
+    warmups: calls before that;
     unavailable: why it cannot run here; checked: its results are held to float64 by the smoke tests;
     is_floor: it does a part of the work and has no error."""
 
     name: str
     build: Callable[[Case, dict[str, Tensor]], Run]
-    samples: int = MAX_SAMPLES
+    patience: float = math.inf
     warmups: int = 0
     unavailable: str | None = None
     checked: bool = True
@@ -192,26 +193,23 @@ def interleave(
     timer: Timer,
     minimum: int,
     budget: float,
-    limits: dict[str, int] | None = None,
     tick: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Rounds over all runs, each once a round in random order (fixed seed), at least `minimum` of them and as many as
-    fit in `budget` seconds. A run leaves when it has its `limits` samples."""
+    fit in `budget` seconds."""
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    limits = limits or {}
     start = time.perf_counter()
     for number in range(MAX_SAMPLES):
-        active = [name for name in runs if len(samples[name]) < limits.get(name, MAX_SAMPLES)]
         spent = time.perf_counter() - start
-        if not active or (number >= minimum and spent * (number + 1) / number > budget):
+        if number >= minimum and spent * (number + 1) / number > budget:
             break
-        order.shuffle(active)
+        turn = order.sample(list(runs), len(runs))
         marks = []
-        for name in active:
+        for name in turn:
             tick(name)
             marks.append(timer.time(runs[name]))
-        for name, seconds in zip(active, timer.finish(marks), strict=True):
+        for name, seconds in zip(turn, timer.finish(marks), strict=True):
             samples[name].append(seconds)
     return samples
 
@@ -287,14 +285,13 @@ def measure(
             row.peak_extra = peak
             row.beyond_results = max(0, peak - result_bytes(run, results, inputs))
         del results
-        if provider.samples == 1:
+        if spent > provider.patience:
             once[provider.name] = [spent]
         else:
             runs[provider.name] = run
 
-    limits = {p.name: p.samples for p in live}
     timer = Timer(device)
-    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, limits, tick)
+    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick)
     for name, times in (once | samples).items():
         row = rows[name]
         row.n = len(times)
