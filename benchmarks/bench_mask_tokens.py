@@ -122,10 +122,9 @@ def case_providers(case: Case, device: torch.device) -> list[Provider]:
         Provider(WHERE, where),
         Provider(COMPILED_WHERE, compiled, warmups=1),
     ]
-    if hasattr(sk, OP):
-        for backend in providers.BACKENDS:
-            reason = providers.why_not(OP, backend, device)
-            found.append(Provider(f"{OURS} {backend}", providers.within(backend, ours), unavailable=reason))
+    for backend in providers.BACKENDS:
+        reason = providers.why_not(OP, backend, device)
+        found.append(Provider(f"{OURS} {backend}", providers.within(backend, ours), unavailable=reason))
     return found
 
 

@@ -72,7 +72,7 @@ class Provider:
     """patience: where the call whose memory is metered takes more seconds than this, it is also the only timed one;
     warmups: calls before that;
     unavailable: why it cannot run here; checked: its results are held to float64 by the smoke tests;
-    is_floor: it does a part of the work and has no error."""
+    is_floor: it does a part of the work, into memory that is there: no error, no peak memory."""
 
     name: str
     build: Callable[[Case, dict[str, Tensor]], Run]
@@ -281,7 +281,7 @@ def measure(
             rows[provider.name].status = f"rejects: {reason(error)}"
             continue
         row = rows[provider.name]
-        if peak is not None:
+        if peak is not None and not provider.is_floor:
             row.peak_extra = peak
             row.beyond_results = max(0, peak - result_bytes(run, results, inputs))
         del results

@@ -43,11 +43,12 @@ def measure_roofs(device: torch.device, dtypes: list[torch.dtype]) -> Roofs:
     return roofs
 
 
-def _best(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """Seconds of the fastest of `repeats` calls: a roof is what the machine can do."""
+def _best(call: Callable[[], object], device: torch.device, least: int = 7, seconds: float = 0.5) -> float:
+    """Seconds of the fastest call, of at least `least` and as many as fit: a roof is what the machine can do."""
     call()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < least or time.perf_counter() - begin < seconds:
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
