@@ -2,8 +2,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "bind.h"
+#include "bind_mask_tokens.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
+#include "cpu/scale_add.h"
 
 namespace sslkernels {
 namespace {
@@ -42,6 +45,61 @@ void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, O
   });
 }
 
+void random_bits(Tensor seed, OptionalTensor row_ids, int64_t sample, Tensor out) {
+  const RandomBits bits = random_bits_arguments(seed, row_ids, sample, out);
+  advise_huge_pages(bits.out, out.numel() * out.element_size());
+  const int64_t groups = bits.rows * ((bits.columns + 3) / 4);
+  torch::stable::parallel_for(0, groups, kGrain / 4,
+                              [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(random_bits, bits, begin, end); });
+}
+
+void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
+                 OptionalTensor row_ids, Tensor ranges, Tensor output_ids, Tensor labels, int64_t select, int64_t stay,
+                 int64_t enter, int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed,
+                 int64_t ignore_index, bool chained) {
+  check_vector(ranges, ranges.numel() / 2 * 2, torch::headeronly::ScalarType::Long, "ranges");
+  const MaskRule rule{uint64_t(select),  uint64_t(stay),      uint64_t(enter),
+                      uint64_t(to_mask), uint64_t(to_random), mask_id,
+                      allowed,           ignore_index,        ranges.const_data_ptr<int64_t>(),
+                      ranges.numel() / 2};
+  const MaskTokens tokens =
+      mask_tokens_arguments(input_ids, seed, special_mask, word_ids, row_ids, output_ids, labels, chained, rule);
+  if (tokens.columns == 0) return;
+  advise_huge_pages(tokens.output_ids, output_ids.numel() * output_ids.element_size());
+  advise_huge_pages(tokens.labels, labels.numel() * labels.element_size());
+  if (chained) {
+    torch::stable::parallel_for(0, tokens.rows, row_grain(tokens.columns), [&](int64_t begin, int64_t end) {
+      SSLKERNELS_CALL_ISA(mask_tokens_chained, tokens, begin, end);
+    });
+  } else {
+    const int64_t groups = tokens.rows * ((tokens.columns + 3) / 4);
+    torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
+      SSLKERNELS_CALL_ISA(mask_tokens, tokens, begin, end);
+    });
+  }
+}
+
+void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
+  STD_TORCH_CHECK(input.is_contiguous() && out.is_contiguous() && input.numel() == out.numel(),
+                  "sslkernels: scale_add needs contiguous tensors of one size");
+  double factor = 1;
+  if (scale) {
+    check_vector(*scale, 1, scale->scalar_type(), "scale");
+    factor =
+        element_of(*scale) == Element::kDouble ? *scale->const_data_ptr<double>() : *scale->const_data_ptr<float>();
+  }
+  const ScaleAdd arguments{element_of(input),      element_of(out), input.const_data_ptr(),
+                           out.mutable_data_ptr(), factor,          add};
+  if (!add) advise_huge_pages(arguments.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(scale_add, arguments, begin, end);
+  });
+}
+
+void advise_huge_pages_of(Tensor memory) {
+  advise_huge_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -54,11 +112,22 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def("random_bits(Tensor seed, Tensor? row_ids, int sample, Tensor(a!) out) -> ()");
+  m.def(
+      "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
+      "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
+      "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
+  m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
+  m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
+  m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages_of));
 }
 
 }  // namespace sslkernels

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
+from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 
 
 class _Options(nn.Module):
@@ -118,5 +121,57 @@ class LinearCrossEntropyLoss(_Options):
             linear_bias=linear_bias,
             token_weight=token_weight,
             num_items=num_items,
+            **self.options(),
+        )
+
+
+class TokenMasker(_Options):
+    """Module of `mask_tokens`: the masking of a data collator, on the device where the ids are.
+
+    >>> import sslkernels as sk
+    >>> masker = sk.nn.TokenMasker(mask_id=103, vocab_size=30522, special_ids=(0, 101, 102))
+    >>> masked = masker(torch.randint(1000, 30522, (2, 16)))
+    """
+
+    def __init__(
+        self,
+        *,
+        mask_id: int,
+        vocab_size: int,
+        probability: float = 0.15,
+        replace: tuple[float, float] = (0.8, 0.1),
+        special_ids: Sequence[int] | Tensor = (),
+        mean_span: float | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        if isinstance(special_ids, Tensor):
+            special_ids = special_ids.tolist()
+        super().__init__(
+            mask_id=mask_id,
+            vocab_size=vocab_size,
+            probability=probability,
+            replace=tuple(replace),
+            special_ids=tuple(special_ids),
+            mean_span=mean_span,
+            ignore_index=ignore_index,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        special_mask: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskedTokens:
+        return mask_tokens(
+            input_ids,
+            special_mask=special_mask,
+            word_ids=word_ids,
+            row_ids=row_ids,
+            seed=seed,
+            generator=generator,
             **self.options(),
         )

@@ -62,6 +62,12 @@ SSLKERNELS_HD void from_float(float x, float* out) { *out = x; }
 SSLKERNELS_HD void from_float(double x, double* out) { *out = x; }
 
 template <class T>
+SSLKERNELS_HD void from_float(double x, T* out) {
+  from_float(float(x), out);
+}
+SSLKERNELS_HD void from_float(float x, double* out) { *out = x; }
+
+template <class T>
 struct Accumulation {
   using type = float;
 };

@@ -79,7 +79,7 @@ def forward(
 ) -> tuple[RowOutputs, Gradients]:
     """Losses and state of each row, and the gradients of sum(coefficient * loss) where they are wanted."""
     gradients = empty_gradients(input, linear_weight, wanted)
-    chunks = _Chunks(input, linear_weight, target, compute_dtype, options, wanted, gradients)
+    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
     parts: list[RowOutputs] = []
     if any(wanted):
         assert coefficient is not None
@@ -113,7 +113,7 @@ def backward(
 ) -> Gradients:
     """The gradients of sum(grad_loss * loss), from the logits computed again."""
     gradients = empty_gradients(input, linear_weight, wanted)
-    chunks = _Chunks(input, linear_weight, target, compute_dtype, options, wanted, gradients)
+    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
     # Ignored rows are left out of the scale: their gradient may be anything (0 / 0 where no row is valid).
     grad_loss = torch.where(target != options.ignore_index, grad_loss, 0)
     coefficient, scale = normalise(grad_loss, input.dtype, compute_dtype)
@@ -132,6 +132,7 @@ class _Chunks:
 
     def __init__(
         self,
+        rows: Rows,
         input: Tensor,
         linear_weight: Tensor,
         target: Tensor,
@@ -143,6 +144,7 @@ class _Chunks:
         # On a CPU a float16 matmul is about a thousand times slower than a float32 one.
         cpu_half = input.device.type == "cpu" and compute_dtype == torch.float16
         self.dtype = torch.float32 if cpu_half else compute_dtype
+        self.kernels = rows
         self.options = options
         self.wanted = wanted
         self.gradients = gradients
@@ -154,7 +156,9 @@ class _Chunks:
         self.count = self.input.shape[0]
         self.vocab = linear_weight.shape[0]
         self.chunk_rows = _chunk_rows(self.count, self.vocab, self.dtype, input.device.type)
-        self.buffer = input.new_empty((self.chunk_rows, -(-self.vocab // PITCH) * PITCH), dtype=self.dtype)
+        pitch = -(-self.vocab // PITCH) * PITCH
+        self.buffer = rows.fresh(input.new_empty((self.chunk_rows, pitch), dtype=self.dtype))
+        rows.fresh(gradients.weight)
         in_place = self.index is None and input.dtype == self.dtype
         self.grad_input = gradients.input if in_place else torch.empty_like(self.input) if wanted.input else None
         self.first = True
@@ -178,11 +182,21 @@ class _Chunks:
         if self.wanted.input:
             torch.mm(grad_logits, self.weight, out=self.grad_input[self.rows])
         if self.wanted.weight:
-            _add_product(self.gradients.weight, grad_logits, x, self.first)
+            self._add_product(self.gradients.weight, grad_logits, x)
         if self.wanted.bias:
             part = grad_logits.sum(0, dtype=self.gradients.bias.dtype)
             self.gradients.bias.copy_(part) if self.first else self.gradients.bias.add_(part)
         self.first = False
+
+    def _add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor) -> None:
+        """total = (0 if first else total) + grad_logits.T @ x, accumulated in the dtype of `total`."""
+        if grad_logits.dtype == total.dtype:
+            torch.addmm(total, grad_logits.t(), x, beta=0 if self.first else 1, out=total)
+            return
+        out_dtype = {"out_dtype": total.dtype} if total.is_cuda else {}
+        for begin in range(0, total.shape[0], VOCAB_BLOCK):
+            block = slice(begin, begin + VOCAB_BLOCK)
+            self.kernels.add(total[block], torch.mm(grad_logits[:, block].t(), x, **out_dtype), self.first)
 
     def finish(self) -> None:
         """Applies logit_scale and puts the rows back in their places."""
@@ -233,15 +247,3 @@ def _chunk_rows(count: int, vocab: int, dtype: torch.dtype, device_type: str) ->
     chunks = max(-(-count // fit), 1)
     rows = -(-count // chunks)
     return min(-(-rows // 16) * 16, count)
-
-
-def _add_product(total: Tensor, grad_logits: Tensor, x: Tensor, first: bool) -> None:
-    """total = (0 if first else total) + grad_logits.T @ x, accumulated in the dtype of `total`."""
-    if grad_logits.dtype == total.dtype:
-        torch.addmm(total, grad_logits.t(), x, beta=0 if first else 1, out=total)
-        return
-    out_dtype = {"out_dtype": total.dtype} if total.is_cuda else {}
-    for begin in range(0, total.shape[0], VOCAB_BLOCK):
-        block = slice(begin, begin + VOCAB_BLOCK)
-        part = torch.mm(grad_logits[:, block].t(), x, **out_dtype)
-        total[block].copy_(part) if first else total[block].add_(part)

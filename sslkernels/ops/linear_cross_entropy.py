@@ -14,7 +14,13 @@ from sslkernels import checks
 from sslkernels.dispatch import Op
 from sslkernels.ops import chunked_linear
 from sslkernels.ops.chunked_linear import Gradients, Wanted, empty_gradients
-from sslkernels.ops.cross_entropy import CrossEntropyStats, check_options, contiguous, row_stats, valid_weight
+from sslkernels.ops.cross_entropy import (
+    CrossEntropyStats,
+    check_options,
+    contiguous,
+    row_stats,
+    valid_weight,
+)
 from sslkernels.ops.rows import (
     NativeRows,
     ReferenceRows,
@@ -156,11 +162,6 @@ def _bwd_fake(grad_loss, input, linear_weight, *rest):
     return tuple(empty_gradients(input, linear_weight, Wanted(*rest[-3:])))
 
 
-def _scale(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    result = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient.to(scale.dtype), scale, out=result)
-
-
 def _triton(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from sslkernels.triton_kernels.cross_entropy import TritonRows
@@ -207,7 +208,12 @@ linear_cross_entropy_scale = Op(
     NAME,
     "linear_cross_entropy_scale(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor",
     fake=lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype),
-    implementations=dict.fromkeys(("reference", "cpu", "triton", "cuda"), _scale),
+    implementations={
+        "reference": ReferenceRows().scaled,
+        "cpu": NativeRows().scaled,
+        "cuda": NativeRows().scaled,
+        "triton": ReferenceRows().scaled,
+    },
 )
 
 
@@ -256,7 +262,7 @@ class _RowLossesBackward(Function):
             ignore_index, label_smoothing, z_loss, softcap, logit_scale, want_input, want_weight, want_bias,
         )  # fmt: skip
         dtypes = (input.dtype, linear_weight.dtype, input.dtype if linear_bias is None else linear_bias.dtype)
-        return tuple(linear_cross_entropy_scale(grad, scale, dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+        return tuple(_scaled(grad, scale, dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -320,15 +326,17 @@ class _ReducedLoss(Function):
         return tuple(result)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in `dtype`; the gradient itself where that is the same, looking at the scale is free, and the
-    graph is not kept (what is saved must not become somebody's .grad, to be added to)."""
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = False) -> Tensor:
+    """gradient * scale in `dtype`; the gradient itself where that is the same and looking at the scale is free.
+
+    saved: it is kept by the graph. While that is retained it must not become somebody's .grad, to be added to.
+    """
     if (
         not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(scale)
         and scale.device.type == "cpu"
         and gradient.dtype == dtype
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not (saved and torch._C._autograd._get_current_graph_task_keep_graph())
         and scale.item() == 1
     ):
         return gradient
@@ -342,7 +350,7 @@ class _ScaledGradient(Function):
 
     @staticmethod
     def forward(gradient, scale, dtype, input, linear_weight, linear_bias, token_weight):
-        return _scaled(gradient, scale, dtype)
+        return _scaled(gradient, scale, dtype, saved=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -103,6 +103,18 @@ class Rows:
     ) -> None:
         raise NotImplementedError
 
+    def add(self, total: Tensor, part: Tensor, first: bool) -> None:
+        """total = (0 if first else total) + part, of different dtypes."""
+        total.copy_(part) if first else total.add_(part)
+
+    def scaled(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """values * scale (0-d) in `dtype`, rounded once."""
+        return (values.to(scale.dtype) * scale).to(dtype)
+
+    def fresh(self, memory: Tensor) -> Tensor:
+        """Told of large memory before it is first written."""
+        return memory
+
 
 class ReferenceRows(Rows):
     """Plain torch: it defines the row loss."""
@@ -210,6 +222,23 @@ class NativeRows(Rows):
         torch.ops.sslkernels_native.cross_entropy_rows_bwd(
             logits, target.long(), bias, weight, weight_sum, coefficient, *saved, grad, *options
         )
+
+    def add(self, total, part, first):
+        if total.is_cuda:
+            return super().add(total, part, first)
+        torch.ops.sslkernels_native.scale_add(part, None, total, not first)
+
+    def scaled(self, values, scale, dtype):
+        if values.is_cuda:
+            return super().scaled(values, scale, dtype)
+        result = torch.empty_like(values, dtype=dtype)
+        torch.ops.sslkernels_native.scale_add(values, scale.reshape(1), result, False)
+        return result
+
+    def fresh(self, memory):
+        if not memory.is_cuda:
+            torch.ops.sslkernels_native.advise_huge_pages(memory)
+        return memory
 
 
 def _prepared(

@@ -1,0 +1,78 @@
+// From tensors to the arguments of the masking kernels and of random_bits, as bind.h.
+#pragma once
+
+#include "bind.h"
+#include "common/mask_tokens.h"
+
+namespace sslkernels {
+
+inline const int64_t* seed_pointer(const torch::stable::Tensor& seed) {
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "sslkernels: seed must be one int64");
+  return seed.const_data_ptr<int64_t>();
+}
+
+inline const int64_t* row_ids_pointer(const OptionalTensor& row_ids, int64_t rows) {
+  if (!row_ids) return nullptr;
+  check_vector(*row_ids, rows, torch::headeronly::ScalarType::Long, "row_ids");
+  return row_ids->const_data_ptr<int64_t>();
+}
+
+inline bool is_wide(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const bool wide = tensor.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || tensor.scalar_type() == ScalarType::Int, "sslkernels: ", name, " must be int64 or int32");
+  return wide;
+}
+
+inline void check_like(const torch::stable::Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.is_contiguous(),
+                  "sslkernels: ", name, " must be contiguous, of the shape of input_ids");
+}
+
+inline RandomBits random_bits_arguments(const torch::stable::Tensor& seed, const OptionalTensor& row_ids,
+                                        int64_t sample, const torch::stable::Tensor& out) {
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == torch::headeronly::ScalarType::Int,
+                  "sslkernels: out must be a contiguous int32 matrix");
+  return {row_ids_pointer(row_ids, out.size(0)),         seed_pointer(seed), out.size(0), out.size(1), sample,
+          static_cast<uint32_t*>(out.mutable_data_ptr())};
+}
+
+inline MaskTokens mask_tokens_arguments(const torch::stable::Tensor& input_ids, const torch::stable::Tensor& seed,
+                                        const OptionalTensor& special_mask, const OptionalTensor& word_ids,
+                                        const OptionalTensor& row_ids, const torch::stable::Tensor& output_ids,
+                                        const torch::stable::Tensor& labels, bool chained, const MaskRule& rule) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(input_ids.dim() == 2, "sslkernels: input_ids must have 2 dimensions");
+  const int64_t rows = input_ids.size(0), columns = input_ids.size(1);
+  check_like(input_ids, rows, columns, "input_ids");
+  check_like(output_ids, rows, columns, "output_ids");
+  check_like(labels, rows, columns, "labels");
+  MaskTokens tokens{};
+  tokens.wide_ids = is_wide(input_ids, "input_ids");
+  STD_TORCH_CHECK(
+      output_ids.scalar_type() == input_ids.scalar_type() && labels.scalar_type() == input_ids.scalar_type(),
+      "sslkernels: the outputs must have the dtype of input_ids");
+  if (special_mask) {
+    check_like(*special_mask, rows, columns, "special_mask");
+    STD_TORCH_CHECK(special_mask->scalar_type() == ScalarType::Bool, "sslkernels: special_mask must be bool");
+  }
+  if (word_ids) {
+    check_like(*word_ids, rows, columns, "word_ids");
+    tokens.wide_words = is_wide(*word_ids, "word_ids");
+  }
+  tokens.input_ids = input_ids.const_data_ptr();
+  tokens.special_mask = static_cast<const uint8_t*>(pointer(special_mask));
+  tokens.word_ids = pointer(word_ids);
+  tokens.row_ids = row_ids_pointer(row_ids, rows);
+  tokens.seed = seed_pointer(seed);
+  tokens.rows = rows;
+  tokens.columns = columns;
+  tokens.output_ids = output_ids.mutable_data_ptr();
+  tokens.labels = labels.mutable_data_ptr();
+  tokens.chained = chained;
+  tokens.rule = rule;
+  return tokens;
+}
+
+}  // namespace sslkernels

@@ -1,0 +1,51 @@
+"""Seeds of the random streams.
+
+The streams themselves are defined in `sslkernels.ops.random_bits`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslkernels import checks
+
+_INT64_MIN = -(2**63)
+_INT64_MAX = 2**63 - 1
+
+
+def wrap_int64(value: int) -> int:
+    """The int64 with the low 64 bits of `value`."""
+    return value - 2**64 if value > _INT64_MAX else value
+
+
+def seed_tensor(
+    function: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """The seed as a 0-d int64 tensor on `device`, without a host-device synchronisation.
+
+    function: the public function, for messages; seed: an int in [-2**63, 2**64), of which the 64 bits count, or a 0-d
+    int64 tensor on `device`, which is returned as it is; generator: draws the seed where `seed` is None, and is torch's
+    default generator of the device where it is None too. Both given: `ValueError`.
+
+    The kernels read the seed from memory when they run, so that a captured CUDA graph draws a new one on each replay.
+    """
+    if seed is not None and generator is not None:
+        checks.fail(ValueError, function, "generator", "be None where seed is given", "both")
+    if isinstance(seed, Tensor):
+        checks.tensor(function, "seed", seed, (torch.int64,))
+        checks.shape(function, "seed", seed, (), "()")
+        checks.same_device(function, "seed", seed, "the other tensors", device)
+        return seed
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+            checks.fail(TypeError, function, "seed", "be an int, a 0-d int64 tensor or None", type(seed).__name__)
+        if not _INT64_MIN <= seed < 2**64:
+            checks.fail(ValueError, function, "seed", "be in [-2**63, 2**64)", seed)
+        return torch.full((), wrap_int64(seed), dtype=torch.int64, device=device)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            checks.fail(TypeError, function, "generator", "be a torch.Generator or None", type(generator).__name__)
+        if generator.device.type != device.type:
+            checks.fail(ValueError, function, "generator", f"be on {device}", generator.device)
+    return torch.randint(_INT64_MIN, _INT64_MAX, (), dtype=torch.int64, device=device, generator=generator)

@@ -1,0 +1,28 @@
+"""The random stream in Triton: Philox4x32-10, whose `tl.philox` with 32-bit counters is that of Random123."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox_words(seed, group, draw):
+    """The four words (uint32) of each group, column by column: shape (4 * BLOCK,) from group (BLOCK,), int64."""
+    c0 = tl.full(group.shape, 0, tl.uint32) + (draw & 0xFFFFFFFF).to(tl.uint32)
+    c1 = tl.full(group.shape, 0, tl.uint32) + ((draw >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c2 = (group & 0xFFFFFFFF).to(tl.uint32)
+    c3 = ((group >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, (4 * group.shape[0],))
+
+
+@triton.jit
+def token_groups(first, rows, groups, BLOCK: tl.constexpr):
+    """Row and group-in-row of the groups first ... first + BLOCK - 1 of all rows, int64, and which are in range."""
+    # One 64-bit division a program; those of the lanes are 32-bit unless `groups` is not.
+    row = first // groups
+    local = (first - row * groups).to(groups.dtype) + tl.arange(0, BLOCK)
+    row = row + (local // groups).to(tl.int64)
+    return row, (local % groups).to(tl.int64), row < rows

@@ -1,0 +1,27 @@
+"""Philox4x32-10 in Python integers, and the address of a word: what every backend must give, bit for bit."""
+
+from __future__ import annotations
+
+_LOW = 2**32 - 1
+
+
+def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3
+
+
+def word(seed: int, row_id: int, column: int, columns: int, sample: int) -> int:
+    seed, sample = seed % 2**64, sample % 2**64
+    group = (row_id * ((columns + 3) // 4) + column // 4) % 2**64
+    counter = (sample & _LOW, sample >> 32, group & _LOW, group >> 32)
+    return philox(counter, (seed & _LOW, seed >> 32))[column % 4]
+
+
+def chi_square_limit(degrees: int) -> float:
+    """The value that a chi-square variable exceeds with probability 1e-3 (Wilson-Hilferty)."""
+    return degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3

@@ -1,0 +1,141 @@
+"""The compiled extension, and installing with and without it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslkernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no compiled extension: {native.load_error}")
+needs_cuda_kernels = pytest.mark.skipif(
+    native.extension is None or not native.extension.build_info()["cuda"], reason="no CUDA kernels were compiled"
+)
+
+
+def cuobjdump(*arguments: str) -> str:
+    """The tool of the CUDA toolkit that comes with triton."""
+    spec = importlib.util.find_spec("triton")
+    tool = None
+    if spec is not None and spec.origin is not None:
+        tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool is None or not tool.exists():
+        pytest.skip("no cuobjdump")
+    return subprocess.run(
+        [tool, *arguments, native.extension.__file__], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@needs_extension
+def test_no_unstable_torch_symbol_is_used():
+    """Only the stable C ABI of torch: an object that works with every later torch."""
+    if shutil.which("nm") is None or shutil.which("c++filt") is None:
+        pytest.skip("no nm")
+    names = subprocess.run(
+        ["nm", "-D", "--undefined-only", native.extension.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    readable = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
+    assert "torch_parallel_for" in readable
+    assert [line for line in readable.splitlines() if re.search(r"\b(c10|at|torch)::", line)] == []
+
+
+@needs_extension
+def test_no_path_of_the_build_machine_is_kept():
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    dynamic = subprocess.run(["readelf", "-d", native.extension.__file__], capture_output=True, text=True, check=True)
+    assert "RPATH" not in dynamic.stdout
+    assert "RUNPATH" not in dynamic.stdout
+
+
+@needs_cuda_kernels
+def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
+    architectures = native.extension.build_info()["cuda_architectures"]
+    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd"):
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
+    listed = cuobjdump("--list-elf")
+    for architecture in architectures:
+        assert f"sm_{architecture}" in listed
+
+
+@needs_cuda_kernels
+def test_cuda_kernels_do_not_spill():
+    usage = cuobjdump("-res-usage")
+    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert any("cross_entropy_rows_fwd_kernel" in name for name, *_ in functions)
+    for name, registers, stack, shared, local in functions:
+        assert int(registers) <= 128, name
+        assert int(local) == 0, name
+        assert int(stack) == 0 or "d" in name, (name, stack)
+        assert int(shared) <= 48 * 1024, name
+
+
+def test_setup_imports_no_torch():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any(name.split(".")[0] in {"torch", "numpy", "pybind11"} for name in names)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a source distribution holds."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("csrc", "sslkernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+def install(source: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    target = source.parent / "installed"
+    arguments = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--target", str(target), str(source)]
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "install", *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, "SSLKERNELS_BUILD_EXT": "", **env},
+    )  # fmt: skip
+
+
+def test_install_without_a_compiler_gives_a_working_package(source):
+    result = install(source, CMAKE_ARGS="-DCMAKE_CXX_COMPILER=/nonexistent/c++")
+    assert result.returncode == 0, result.stderr
+    target = source.parent / "installed"
+    assert (target / "sslkernels" / "py.typed").exists()
+    code = (
+        # An editable install of this checkout would lend its extension.
+        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
+        "import torch, sslkernels as sk\n"
+        "assert sk.available_backends('cross_entropy', 'cpu') == ('reference',), sk.available_backends()\n"
+        "print(sk.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1])), sk.__file__)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=source.parent,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(target)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert str(target) in ran.stdout
+
+
+def test_a_required_extension_that_fails_is_fatal(source):
+    result = install(source, CMAKE_ARGS="-DCMAKE_CXX_COMPILER=/nonexistent/c++", SSLKERNELS_BUILD_EXT="1")
+    assert result.returncode != 0
+
+
+def test_version_is_in_one_place():
+    from sslkernels.version import __version__
+
+    assert f"[{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert __version__ not in (ROOT / "pyproject.toml").read_text()
