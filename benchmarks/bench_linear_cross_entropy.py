@@ -83,9 +83,10 @@ def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def oracle(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    leaves = [inputs[name].double().requires_grad_(case.backward) for name in LEAVES if name in inputs]
-    loss = F.cross_entropy(F.linear(*leaves), inputs["target"])
-    return (loss.detach(), *(torch.autograd.grad(loss, leaves) if case.backward else ()))
+    valid = inputs["target"] != -100
+    hidden, *parameters = (inputs[name].double().requires_grad_(case.backward) for name in LEAVES if name in inputs)
+    loss = F.cross_entropy(F.linear(hidden[valid], *parameters), inputs["target"][valid])
+    return (loss.detach(), *(torch.autograd.grad(loss, [hidden, *parameters]) if case.backward else ()))
 
 
 def twin(case: Case) -> Case:

@@ -338,6 +338,6 @@ def _measure_errors(
 
 
 def rows_twin(benchmark_case: Callable[..., Case], case: Case, rows: int) -> Case:
-    """The case with at most `rows` rows (N), every other size kept."""
-    shape = {**case.shape, "N": min(case.shape["N"], rows)}
+    """The case with about `rows` rows that are not ignored, or fewer; every size but N is kept."""
+    shape = {**case.shape, "N": min(case.shape["N"], round(rows / (1 - case.ignored)))}
     return benchmark_case(shape, case.dtype, case.regime, case.ignored, case.backward, case.bias)
