@@ -20,7 +20,7 @@ from benchmarks.roofline import measure_roofs
 BENCHMARKS = (bench_mask_tokens.BENCHMARK, bench_cross_entropy.BENCHMARK, bench_linear_cross_entropy.BENCHMARK)
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}
-HURRY_AFTER = 180.0  # seconds on a CPU; then 3 rounds a case are enough, so that a slow machine also comes to an end
+HURRY_AFTER = 180.0  # seconds on a CPU; from then on a case gets three rounds
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--budget",
         type=float,
-        help="seconds of timing a case, beyond the minimum of 5 rounds on CPU (3 after 3 minutes) and 30 on CUDA",
+        help="seconds of timing a case, beyond the minimum of 5 rounds on CPU (3 where they are slow) and 30 on CUDA",
     )
     add("--quick", action="store_true", help="small shapes and few rounds, to see that everything runs")
     add("--verbose", action="store_true", help="also list the providers that cannot run here, and why")
@@ -109,10 +109,8 @@ def run(options: argparse.Namespace, chosen: list[tuple[Benchmark, Case]], conso
                 if not options.provider or any(text in provider.name for text in options.provider)
             ]
             hurried = device.type == "cpu" and time.perf_counter() - begin > HURRY_AFTER
-            minimum = 2 if options.quick else 3 if hurried else None
-            rows = harness.measure(
-                benchmark, case, device, result.roofs, 0.0 if hurried else budget, providers, tick, minimum
-            )
+            minimum, cap = 2 if options.quick else None, 0.0 if hurried else harness.CAP
+            rows = harness.measure(benchmark, case, device, result.roofs, budget, providers, tick, minimum, cap)
             result.add(case, rows, benchmark.bars(device.type))
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -22,6 +22,8 @@ from benchmarks.roofline import Roofs
 
 MIN_SAMPLES = {"cpu": 5, "cuda": 30}
 MAX_SAMPLES = 200
+ENOUGH = 3  # rounds, once a case has taken `CAP` seconds: a slow or busy machine comes to an end too
+CAP = 60.0
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int64: "int64"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -194,15 +196,18 @@ def interleave(
     minimum: int,
     budget: float,
     tick: Callable[[str], object] = lambda name: None,
+    cap: float = CAP,
 ) -> dict[str, list[float]]:
     """Rounds over all runs, each once a round in random order (fixed seed), at least `minimum` of them and as many as
-    fit in `budget` seconds."""
+    fit in `budget` seconds; `ENOUGH` of them once they have taken `cap` seconds."""
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for number in range(MAX_SAMPLES):
         spent = time.perf_counter() - start
         if number >= minimum and spent * (number + 1) / number > budget:
+            break
+        if number >= ENOUGH and spent > cap:
             break
         turn = order.sample(list(runs), len(runs))
         marks = []
@@ -250,6 +255,7 @@ def measure(
     providers: list[Provider],
     tick: Callable[[str], object] = lambda text: None,
     minimum: int | None = None,
+    cap: float = CAP,
 ) -> list[Row]:
     """All providers of one case. A provider that raises keeps its row, with the reason as its status."""
     rows = {p.name: Row(case.name, p.name) for p in providers}
@@ -291,7 +297,7 @@ def measure(
             runs[provider.name] = run
 
     timer = Timer(device)
-    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick)
+    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick, cap)
     for name, times in (once | samples).items():
         row = rows[name]
         row.n = len(times)

@@ -49,7 +49,7 @@ def _figure(series: dict[str, list], attribute: str, scale: float, label: str, t
         matplotlib.use("Agg")
         from matplotlib import pyplot, ticker
 
-        figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
         for number, (name, points) in enumerate(series.items()):
             shown = [(v, getattr(row, attribute) * scale) for v, row in points if getattr(row, attribute)]
             if shown:
@@ -68,12 +68,14 @@ def _figure(series: dict[str, list], attribute: str, scale: float, label: str, t
         axes.set_xticks(ticks, [f"{v:,}" for v in ticks], rotation=30)
         axes.minorticks_off()
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_major_formatter(
+            ticker.FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+        )
         axes.set_xlabel("vocabulary size")
         axes.set_ylabel(label)
         axes.set_title(title, fontsize=11)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
+        figure.legend(fontsize=9, loc="outside right upper")
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
 
