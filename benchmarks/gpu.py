@@ -1,0 +1,237 @@
+"""What `make gpu` runs on a machine with a CUDA device: build, tests, sanitizer, benchmark matrix, record.
+
+Needs no network and no virtual environment: everything runs with the interpreter that runs this file. `record` writes
+benchmarks/results/gpu_validated.json: for each kernel file the commit at which the GPU tests last passed, and where.
+It refuses unless the tests passed on these very files and, where there is a git repository, the files are those of the
+commit. Without one (a plain copy of the tree) the commit is taken from --commit or the variable COMMIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+
+ROOT = environment.ROOT
+KERNEL_FILES = (
+    "csrc/cuda/*.cu",
+    "csrc/cuda/*.h",
+    "csrc/common/*.h",
+    "sslkernels/triton_kernels/*.py",
+)
+RESULTS = ROOT / "benchmarks" / "results"
+RECORD = RESULTS / "gpu_validated.json"
+PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
+PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less than 8 minutes
+    "mask": ["--op", "mask_tokens"],
+    "logits-1": ["--op", "cross_entropy", "--part", "1/2"],
+    "logits-2": ["--op", "cross_entropy", "--part", "2/2"],
+    **{f"linear-{i}": ["--op", "linear_cross_entropy", "--part", f"{i}/7"] for i in range(1, 8)},
+}
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+
+
+class Runner:
+    """Runs commands in the repository, or prints them."""
+
+    def __init__(self, dry_run: bool) -> None:
+        self.dry_run = dry_run
+
+    def __call__(self, command: list[str], **variables: str) -> int:
+        shown = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in variables.items()), shlex.join(command)])
+        print(f"$ {shown}", flush=True)
+        if self.dry_run:
+            return 0
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, **variables}).returncode
+
+
+def build(run: Runner, options: argparse.Namespace) -> int:
+    """The extension, in place, for the device's architecture unless TORCH_CUDA_ARCH_LIST says otherwise."""
+    variables = {"SSLKERNELS_BUILD_EXT": "1", "SSLKERNELS_CUDA": "1"}
+    architecture = _architecture()
+    if architecture is not None and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        variables["TORCH_CUDA_ARCH_LIST"] = architecture
+    return run([sys.executable, "setup.py", "build_ext", "--inplace"], **variables)
+
+
+def _architecture() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}" + ("a" if major >= 9 else "")
+
+
+def test(run: Runner, options: argparse.Namespace) -> int:
+    """All tests, those that need a GPU included; a pass is noted for `record` with the files that it holds for."""
+    if not run.dry_run:
+        PASSED.unlink(missing_ok=True)
+    before = blobs()
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests",
+        "benchmarks",
+        "-q",
+        "-m",
+        "gpu or not gpu",
+        "--benchmark-disable",
+    ]
+    code = run([*command, *options.arguments])
+    if code == 0 and not run.dry_run and not options.arguments:
+        note_pass(before, device_facts())
+    elif options.arguments:
+        print("a selection of the tests was run: this pass is not noted for the record")
+    return code
+
+
+def note_pass(files: dict[str, str], facts: dict[str, Any]) -> None:
+    _write_json(PASSED, {**facts, "files": files})
+
+
+def sanitize(run: Runner, options: argparse.Namespace) -> int:
+    """compute-sanitizer on the tests marked `sanitize`, one tool after the other."""
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not installed: nothing was checked")
+        if not run.dry_run:
+            return 0
+    worst = 0
+    tests = [sys.executable, "-m", "pytest", "tests", "benchmarks", "-q", "-m", "sanitize", "--benchmark-disable"]
+    for tool in SANITIZERS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "97", "--target-processes", "all"]
+        code = run([*command, *tests, *options.arguments], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if code == 5:
+            print(f"{tool}: no test is marked sanitize")
+        worst = max(worst, 0 if code == 5 else code)
+    return worst
+
+
+def bench(run: Runner, options: argparse.Namespace) -> int:
+    """The benchmark matrix: the named parts (default: all), joined into one result when all are there."""
+    unknown = [name for name in options.arguments if name not in PARTS]
+    if unknown:
+        print(f"unknown part {', '.join(unknown)}; the parts are: {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    folder = RESULTS / "scratch" / "gpu"
+    for name in options.arguments or PARTS:
+        command = [sys.executable, "-m", "benchmarks", "--device", "cuda", *PARTS[name], "--output", str(folder / name)]
+        code = run(command)
+        if code != 0:
+            return code
+    there = [folder / name for name in PARTS if run.dry_run or (folder / name / "results.json").exists()]
+    if len(there) < len(PARTS):
+        print(f"{len(there)} of {len(PARTS)} parts are measured; the results are joined when all are")
+        return 0
+    return run([sys.executable, "-m", "benchmarks", "--combine", *map(str, there)])
+
+
+def record(run: Runner, options: argparse.Namespace) -> int:
+    """Writes gpu_validated.json."""
+    if run.dry_run:
+        print(f"would write {RECORD.relative_to(ROOT)} for: {', '.join(blobs()) or 'no kernel files'}")
+        return 0
+    try:
+        entries = validated(options.commit)
+    except ValueError as error:
+        print(f"nothing recorded: {error}", file=sys.stderr)
+        return 1
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    present = {name: entry for name, entry in known.items() if (ROOT / name).exists()}
+    _write_json(RECORD, dict(sorted({**present, **entries}.items())))
+    print(f"recorded {len(entries)} kernel files in {RECORD.relative_to(ROOT)}")
+    return 0
+
+
+def validated(commit: str | None) -> dict[str, dict[str, str]]:
+    """The entries of the record. ValueError: the tests did not pass on these files, or these are not the commit's."""
+    if not PASSED.exists():
+        raise ValueError("the GPU tests did not pass here; run `make gpu-test`")
+    passed = json.loads(PASSED.read_text())
+    files = passed.pop("files")
+    now = blobs()
+    changed = sorted(name for name in files.keys() | now.keys() if files.get(name) != now.get(name))
+    if changed:
+        raise ValueError(f"changed since the GPU tests passed: {', '.join(changed)}")
+    head = environment.git("rev-parse", "--verify", f"{commit or 'HEAD'}^{{commit}}")
+    if head is not None:
+        foreign = [name for name, blob in now.items() if environment.git("rev-parse", f"{head}:{name}") != blob]
+        if foreign:
+            raise ValueError(f"not as in commit {head[:12]}: {', '.join(foreign)}")
+    elif commit is None:
+        raise ValueError("there is no git repository here; give the commit with COMMIT=...")
+    return {name: {"commit": head or commit, "blob": blob, **passed} for name, blob in now.items()}
+
+
+def blobs() -> dict[str, str]:
+    """Kernel file -> its git blob hash."""
+    paths = sorted(path for pattern in KERNEL_FILES for path in ROOT.glob(pattern))
+    return {path.relative_to(ROOT).as_posix(): blob_hash(path.read_bytes()) for path in paths}
+
+
+def blob_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def device_facts() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: a pass without one is not noted")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "date": now.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "triton": environment.version("triton"),
+    }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def copy_out(target: Path) -> None:
+    """Copies the results to the folder that the variable OUT names."""
+    if RESULTS.exists():
+        shutil.copytree(RESULTS, target / "results", dirs_exist_ok=True)
+
+
+STEPS = {"build": build, "test": test, "sanitize": sanitize, "bench": bench, "record": record}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT") or None, help="commit of this tree without git")
+    parser.add_argument("arguments", nargs="*", help="test, sanitize: for pytest, after --; bench: names of parts")
+    options = parser.parse_args(arguments)
+    code = 0
+    for name in STEPS if options.step == "all" else [options.step]:
+        code = STEPS[name](Runner(options.dry_run), options)
+        if code != 0:
+            print(f"{name} failed with exit code {code}", file=sys.stderr)
+            break
+    if os.environ.get("OUT") and not options.dry_run:
+        copy_out(Path(os.environ["OUT"]))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

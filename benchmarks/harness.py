@@ -1,0 +1,349 @@
+"""Cases, providers, and how a provider is timed, metered and checked.
+
+A `Benchmark` (one per op) has cases and, for each case, providers. A provider is built into a `Run` on the inputs of
+the case. `measure` takes all providers of a case together: first the error of each against float64, then its peak
+memory, then rounds in which every provider runs once, in random order, so that drift of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import memory
+from benchmarks.roofline import Roofs
+
+MIN_SAMPLES = {"cpu": 5, "cuda": 30}
+MAX_SAMPLES = 200
+ENOUGH = 3  # rounds, once a case has taken `CAP` seconds: a slow or busy machine comes to an end too
+CAP = 60.0
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int64: "int64"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class Rejected(Exception):
+    """A provider does not take this case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group of rows of the table. bytes: each input read once, each output written once; flops: of the matmuls."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    bytes: int
+    flops: int = 0
+    regime: str = "random"
+    ignored: float = 0.0
+    backward: bool = True
+    bias: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [f"{key}={size}" for key, size in self.shape.items()] + [DTYPE_NAMES[self.dtype]]
+        if self.dtype.is_floating_point:
+            words.append("fwd+bwd" if self.backward else "fwd")
+        if self.regime != "random":
+            words.append(self.regime)
+        if self.ignored:
+            words.append(f"{self.ignored:.0%} ignored")
+        if self.bias:
+            words.append("bias")
+        return f"{self.op} " + ", ".join([" ".join(words[: len(self.shape)]), *words[len(self.shape) :]])
+
+
+class Run(NamedTuple):
+    """call: computes and returns the results; prepare: restores what `call` overwrites, not timed; owned: results that
+    live in memory allocated before the call."""
+
+    call: Callable[[], Sequence[Tensor]]
+    prepare: Callable[[], object] | None = None
+    owned: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provider:
+    """patience: where the call whose memory is metered takes more seconds than this, it is also the only timed one;
+    warmups: calls before that;
+    unavailable: why it cannot run here; checked: its results are held to float64 by the smoke tests;
+    is_floor: it does a part of the work, into memory that is there: no error, no peak memory."""
+
+    name: str
+    build: Callable[[Case, dict[str, Tensor]], Run]
+    patience: float = math.inf
+    warmups: int = 0
+    unavailable: str | None = None
+    checked: bool = True
+    is_floor: bool = False
+
+
+@dataclass
+class Row:
+    """One line of the table. Times in seconds, memory in bytes; None: not measured."""
+
+    case: str
+    provider: str
+    status: str = "ok"
+    n: int = 0
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    speedup: float | None = None
+    light: float | None = None  # speed-of-light time / median
+    peak_extra: int | None = None
+    beyond_results: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    errors_on: str = ""
+
+    @property
+    def error(self) -> float | None:
+        return max(self.errors.values()) if self.errors else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit that a case of the default run is held to. `value` gets the rows of the case by provider name."""
+
+    what: str
+    case: str
+    value: Callable[[dict[str, Row]], float | None]
+    limit: float
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What the harness needs to know about an op; every function gets the device type or the case first.
+
+    make_case: (shape, dtype, regime, ignored, backward, bias) -> Case; twin: the case on which the error is measured
+    (fewer rows where float64 of the whole case would take too long); oracle: results in float64; errors: compares.
+    """
+
+    op: str
+    shape_keys: tuple[str, ...]
+    baseline: str
+    make_case: Callable[..., Case]
+    cases: Callable[[str], list[Case]]
+    smoke_cases: Callable[[str], list[Case]]
+    inputs: Callable[[Case, torch.device], dict[str, Tensor]]
+    providers: Callable[[Case, torch.device], list[Provider]]
+    twin: Callable[[Case], Case]
+    oracle: Callable[[Case, dict[str, Tensor]], Any]
+    errors: Callable[[Any, Sequence[Tensor]], dict[str, float]]
+    bars: Callable[[str], list[Bar]]
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered = sorted(samples)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+class Timer:
+    """Times single calls. On CUDA: events around the call, after a write of a buffer larger than the L2 cache and a
+    wait on the device that lets the host run ahead; `finish` synchronises and gives seconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            size = max(256 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+            self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def time(self, run: Run) -> Any:
+        if run.prepare is not None:
+            run.prepare()
+        if not self.cuda:
+            start = time.perf_counter()
+            results = run.call()
+            seconds = time.perf_counter() - start
+            del results
+            return seconds
+        self.flush.zero_()
+        torch.cuda._sleep(500_000)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run.call()
+        end.record()
+        return start, end
+
+    def finish(self, marks: list[Any]) -> list[float]:
+        if not self.cuda:
+            return marks
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in marks]
+
+
+def interleave(
+    runs: dict[str, Run],
+    timer: Timer,
+    minimum: int,
+    budget: float,
+    tick: Callable[[str], object] = lambda name: None,
+    cap: float = CAP,
+) -> dict[str, list[float]]:
+    """Rounds over all runs, each once a round in random order (fixed seed), at least `minimum` of them and as many as
+    fit in `budget` seconds; `ENOUGH` of them once they have taken `cap` seconds."""
+    order = random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    for number in range(MAX_SAMPLES):
+        spent = time.perf_counter() - start
+        if number >= minimum and spent * (number + 1) / number > budget:
+            break
+        if number >= ENOUGH and spent > cap:
+            break
+        turn = order.sample(list(runs), len(runs))
+        marks = []
+        for name in turn:
+            tick(name)
+            marks.append(timer.time(runs[name]))
+        for name, seconds in zip(turn, timer.finish(marks), strict=True):
+            samples[name].append(seconds)
+    return samples
+
+
+def relative_error(result: Tensor, oracle: Tensor) -> float:
+    """Frobenius norm of the difference over that of the oracle."""
+    difference = (result.detach().to(oracle.device, torch.float64) - oracle).norm()
+    return float(difference / oracle.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def named_errors(names: Sequence[str]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, float]]:
+    """An `errors` function of results called `names`; those that a provider does not return are left out."""
+
+    def errors(oracle: Sequence[Tensor], results: Sequence[Tensor]) -> dict[str, float]:
+        return {name: relative_error(r, o) for name, r, o in zip(names, results, oracle, strict=False)}
+
+    return errors
+
+
+def result_bytes(run: Run, results: Iterable[Tensor], inputs: dict[str, Tensor]) -> int:
+    """Bytes of the results that the call allocated."""
+    known = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *run.owned)}
+    return sum(t.nbytes for t in results if t.untyped_storage().data_ptr() not in known)
+
+
+def reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    return first if isinstance(error, Rejected) else f"{type(error).__name__}: {first}"[:160]
+
+
+def measure(
+    benchmark: Benchmark,
+    case: Case,
+    device: torch.device,
+    roofs: Roofs,
+    budget: float,
+    providers: list[Provider],
+    tick: Callable[[str], object] = lambda text: None,
+    minimum: int | None = None,
+    cap: float = CAP,
+) -> list[Row]:
+    """All providers of one case. A provider that raises keeps its row, with the reason as its status."""
+    rows = {p.name: Row(case.name, p.name) for p in providers}
+    live = []
+    for provider in providers:
+        if provider.unavailable is not None:
+            rows[provider.name].status = f"not run: {provider.unavailable}"
+        else:
+            live.append(provider)
+
+    live = _measure_errors(benchmark, case, device, live, rows, tick)
+    inputs = benchmark.inputs(case, device)
+    runs: dict[str, Run] = {}
+    once: dict[str, list[float]] = {}
+    for provider in live:
+        tick(f"{provider.name}: memory")
+        try:
+            run = provider.build(case, inputs)
+            for _ in range(provider.warmups if device.type == "cpu" else 3):
+                if run.prepare is not None:
+                    run.prepare()
+                run.call()
+            if run.prepare is not None:
+                run.prepare()
+            start = time.perf_counter()
+            peak, results = memory.peak_extra(run.call, device)
+            spent = time.perf_counter() - start
+        except Exception as error:
+            rows[provider.name].status = f"rejects: {reason(error)}"
+            continue
+        row = rows[provider.name]
+        if peak is not None and not provider.is_floor:
+            row.peak_extra = peak
+            row.beyond_results = max(0, peak - result_bytes(run, results, inputs))
+        del results
+        if spent > provider.patience:
+            once[provider.name] = [spent]
+        else:
+            runs[provider.name] = run
+
+    timer = Timer(device)
+    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick, cap)
+    for name, times in (once | samples).items():
+        row = rows[name]
+        row.n = len(times)
+        row.median, row.p20, row.p80 = (quantile(times, q) for q in (0.5, 0.2, 0.8))
+        row.light = roofs.light(case.bytes, case.flops, DTYPE_NAMES[case.dtype]) / row.median
+    baseline = rows.get(benchmark.baseline)
+    if baseline is not None and baseline.median is not None:
+        for row in rows.values():
+            row.speedup = None if row.median is None else baseline.median / row.median
+    return list(rows.values())
+
+
+def _measure_errors(
+    benchmark: Benchmark,
+    case: Case,
+    device: torch.device,
+    providers: list[Provider],
+    rows: dict[str, Row],
+    tick: Callable[[str], object],
+) -> list[Provider]:
+    """Fills in the errors; returns the providers that took the case."""
+    twin = benchmark.twin(case)
+    inputs = benchmark.inputs(twin, device)
+    tick("float64 oracle")
+    oracle = benchmark.oracle(twin, inputs)
+    changed = [f"{key}={twin.shape[key]}" for key in case.shape if twin.shape[key] != case.shape[key]]
+    live = []
+    for provider in providers:
+        tick(f"{provider.name}: error")
+        row = rows[provider.name]
+        try:
+            run = provider.build(twin, inputs)
+            if run.prepare is not None:
+                run.prepare()
+            results = run.call()
+            if not provider.is_floor:
+                row.errors = benchmark.errors(oracle, results)
+                row.errors_on = " ".join(changed) or "all rows"
+        except Exception as error:
+            row.status = f"rejects: {reason(error)}"
+            continue
+        live.append(provider)
+    return live
+
+
+def rows_twin(benchmark_case: Callable[..., Case], case: Case, rows: int) -> Case:
+    """The case with about `rows` rows that are not ignored, or fewer; every size but N is kept."""
+    shape = {**case.shape, "N": min(case.shape["N"], round(rows / (1 - case.ignored)))}
+    return benchmark_case(shape, case.dtype, case.regime, case.ignored, case.backward, case.bias)

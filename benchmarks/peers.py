@@ -1,0 +1,106 @@
+"""Other packages' fused losses, where they can be imported. Which shapes one takes is found by running it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Provider, Rejected, Run
+from benchmarks.providers import Loss, loss_run
+
+PACKAGES = {  # import name -> distribution name
+    "liger_kernel": "liger-kernel",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "quack": "quack-kernels",
+    "flash_attn": "flash-attn",
+}
+
+
+def versions() -> dict[str, str]:
+    """Version of each peer, or "not installed"."""
+    found = {}
+    for distribution in PACKAGES.values():
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[distribution] = "not installed"
+    return found
+
+
+def cross_entropy(device: torch.device) -> list[Provider]:
+    """Losses on logits."""
+
+    def liger(case: Case, t: dict[str, Tensor]) -> Tensor:
+        return _get("liger_kernel.transformers.functional", "liger_cross_entropy")(t["logits"], t["target"])
+
+    def quack(case: Case, t: dict[str, Tensor]) -> Tensor:
+        return _get("quack.cross_entropy", "cross_entropy")(t["logits"], t["target"], reduction="mean")
+
+    def flash(case: Case, t: dict[str, Tensor]) -> Tensor:
+        losses, _ = _get("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")(t["logits"], t["target"])
+        return losses.sum() / (t["target"] != -100).sum()
+
+    return [
+        _peer("liger_kernel", "liger", liger, ["logits"], device, overwrites="logits"),
+        _peer("quack", "quack", quack, ["logits"], device),
+        _peer("flash_attn", "flash-attn", flash, ["logits"], device),
+    ]
+
+
+def linear_cross_entropy(device: torch.device) -> list[Provider]:
+    """Losses on the input of the last linear layer."""
+    leaves = ["input", "weight", "bias"]
+
+    def liger(case: Case, t: dict[str, Tensor]) -> Tensor:
+        function = _get("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+        return function(t["input"], t["weight"], t["target"], bias=t.get("bias"))
+
+    def cce(implementation: str) -> Loss:
+        def loss(case: Case, t: dict[str, Tensor]) -> Tensor:
+            function = _get("cut_cross_entropy", "linear_cross_entropy")
+            bias = {"bias": t["bias"]} if case.bias else {}
+            return function(t["input"], t["weight"], t["target"], impl=implementation, **bias)
+
+        return loss
+
+    def quack(case: Case, t: dict[str, Tensor]) -> Tensor:
+        if case.bias:
+            raise Rejected("it takes no bias")
+        function = _get("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+        return function(t["input"], t["weight"], t["target"])
+
+    return [
+        _peer("liger_kernel", "liger", liger, leaves, device),
+        _peer("cut_cross_entropy", "cce", cce("cce"), leaves, device),
+        _peer("cut_cross_entropy", "cce_exact", cce("cce_exact"), leaves, device),
+        _peer("quack", "quack", quack, leaves, device),
+    ]
+
+
+def _get(module: str, name: str):
+    return getattr(importlib.import_module(module), name)
+
+
+def _peer(
+    module: str, name: str, loss: Loss, leaves: Sequence[str], device: torch.device, overwrites: str | None = None
+) -> Provider:
+    """overwrites: the input that the peer uses as its gradient buffer; it is restored before each run, not timed."""
+    unavailable = None
+    if importlib.util.find_spec(module) is None:
+        unavailable = f"{PACKAGES[module]} is not installed"
+    elif device.type != "cuda":
+        unavailable = "it needs a CUDA device"
+
+    def build(case: Case, inputs: dict[str, Tensor]) -> Run:
+        if overwrites is None:
+            return loss_run(loss, leaves)(case, inputs)
+        scratch = inputs[overwrites].clone()
+        run = loss_run(loss, leaves)(case, {**inputs, overwrites: scratch})
+        return run._replace(prepare=lambda: scratch.copy_(inputs[overwrites]), owned=(scratch,))
+
+    return Provider(f"peer {name}", build, unavailable=unavailable, checked=False)

@@ -1,0 +1,249 @@
+"""Results as a table on the screen, Markdown, JSON and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import DTYPE_NAMES, Bar, Case, Row
+from benchmarks.roofline import Roofs
+
+COLUMNS = (
+    "provider",
+    "median",
+    "p20 - p80",
+    "n",
+    "speed-up",
+    "rate",
+    "of light",
+    "peak extra",
+    "beyond",
+    "error",
+)
+FULL_WIDTH = 132  # a narrower screen gets the table without these columns
+WIDE_ONLY = ("p20 - p80", "rate")
+NOTES = (
+    "median, p20 - p80: of n single calls; the providers of a case take turns in random order.",
+    "speed-up: over the first row of the case.",
+    "rate: bytes or flops of the case (each input read once, each output written once; matmul flops) over the median.",
+    "of light: max(bytes / copy bandwidth, flops / matmul rate), both measured on this machine, over the median.",
+    "peak extra: peak memory of one call above what was in use before; beyond: less the loss and gradients it returns.",
+    "error: relative Frobenius norm against float64, the largest of loss and gradients, on fewer rows where so named; "
+    "for mask_tokens the number of tokens that break the masking rule.",
+)
+
+
+@dataclass
+class Report:
+    """All cases of a run; `cases` holds, for each, what the table and the plots need of it."""
+
+    environment: dict[str, Any]
+    roofs: Roofs
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    bars: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, case: Case, rows: list[Row], bars: list[Bar]) -> None:
+        self.cases.append(
+            {
+                "name": case.name,
+                "op": case.op,
+                "shape": case.shape,
+                "dtype": DTYPE_NAMES[case.dtype],
+                "setting": case.name.split(", ", 1)[-1],
+                "bytes": case.bytes,
+                "flops": case.flops,
+                "light": self.roofs.light(case.bytes, case.flops, DTYPE_NAMES[case.dtype]),
+            }
+        )
+        self.rows += rows
+        by_name = {row.provider: row for row in rows}
+        for bar in bars:
+            if bar.case == case.name:
+                value = bar.value(by_name)
+                met = None if value is None else bar.met(value)
+                limit = f"{'>=' if bar.at_least else '<='} {bar.limit:.3g}"
+                self.bars.append({"case": bar.case, "what": bar.what, "limit": limit, "value": value, "met": met})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "environment": self.environment,
+            "roofs": {"bandwidth": self.roofs.bandwidth, "peaks": self.roofs.peaks},
+            "cases": self.cases,
+            "rows": [row.to_json() for row in self.rows],
+            "bars": self.bars,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Report:
+        rows = [Row(**row) for row in data["rows"]]
+        return cls(data["environment"], Roofs(**data["roofs"]), data["cases"], rows, data["bars"])
+
+
+def combine(reports: list[Report]) -> Report:
+    """One report of several runs on one device; of a case that was measured more than once the last counts."""
+    devices = {report.environment["device"] for report in reports}
+    if len(devices) != 1:
+        raise ValueError(f"results of different devices cannot be combined: {', '.join(sorted(devices))}")
+    merged = Report(dict(reports[-1].environment), reports[-1].roofs)
+    merged.environment["commit"] = ", ".join(dict.fromkeys(report.environment["commit"] for report in reports))
+    last = {case["name"]: report for report in reports for case in report.cases}
+    for report in reports:
+        own = {case["name"] for case in report.cases if last[case["name"]] is report}
+        merged.cases += [case for case in report.cases if case["name"] in own]
+        merged.rows += [row for row in report.rows if row.case in own]
+        merged.bars += [bar for bar in report.bars if bar["case"] in own]
+    return merged
+
+
+def shown_rows(report: Report, case: dict[str, Any], verbose: bool) -> list[Row]:
+    """Rows of a case, in the order of the providers; those that cannot run here only where `verbose`."""
+    rows = [row for row in report.rows if row.case == case["name"]]
+    return [row for row in rows if verbose or not row.status.startswith("not run")]
+
+
+def facts(rows: list[Row], case: dict[str, Any]) -> str:
+    """The case's time at the speed of light, and on which rows the errors were measured."""
+    errors_on = next((row.errors_on for row in rows if row.errors_on not in ("", "all rows")), None)
+    return f"speed of light {seconds(case['light'])}" + (f"; errors measured on {errors_on}" if errors_on else "")
+
+
+def cells(row: Row, case: dict[str, Any]) -> list[str]:
+    """The text of a row under COLUMNS."""
+    if row.median is None:
+        return [row.provider, row.status]
+    if case["flops"]:
+        rate = f"{case['flops'] / row.median / 1e12:.3g} TFLOP/s"
+    else:
+        rate = f"{case['bytes'] / row.median / 1e9:.3g} GB/s"
+    return [
+        row.provider,
+        seconds(row.median),
+        f"{seconds(row.p20)} - {seconds(row.p80)}",
+        str(row.n),
+        "" if row.speedup is None else f"{row.speedup:.2f} x",
+        rate,
+        f"{row.light:.0%}",
+        megabytes(row.peak_extra),
+        megabytes(row.beyond_results),
+        "" if row.error is None else f"{row.error:.1e}",
+    ]
+
+
+def seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}" if value / scale < 1000 else f"{value / scale:.0f} {unit}"
+    return f"{value * 1e9:.0f} ns"
+
+
+def megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.{0 if value >= 1e7 else 1}f} MB"
+
+
+def bar_cells(bar: dict[str, Any]) -> list[str]:
+    value = "not measured" if bar["value"] is None else f"{bar['value']:.3g}"
+    met = {None: "", True: "met", False: "not met"}[bar["met"]]
+    return [bar["case"], bar["what"], bar["limit"], value, met]
+
+
+def header(report: Report) -> list[str]:
+    env = report.environment
+    extension = env["extension"] if isinstance(env["extension"], str) else "built"
+    installed = [f"{name} {v}" for name, v in env["peers"].items() if v != "not installed"]
+    return [
+        f"{env['device']}, {env['threads']} CPU threads, {env['date']}, commit {env['commit']}",
+        f"torch {env['torch']}, triton {env['triton']}, Python {env['python']}, extension {extension}",
+        f"peers: {', '.join(installed) or 'none installed'}",
+        "measured roofs: " + "; ".join(report.roofs.lines()),
+    ]
+
+
+def print_report(report: Report, console: Console, verbose: bool) -> None:
+    for line in header(report):
+        console.print(line, highlight=False)
+    for case in report.cases:
+        shown = shown_rows(report, case, verbose)
+        title = f"{case['name']}  ({facts(shown, case)})"
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        kept = [number for number, name in enumerate(COLUMNS) if console.width >= FULL_WIDTH or name not in WIDE_ONLY]
+        for number in kept:
+            table.add_column(COLUMNS[number], justify="left" if number == 0 else "right", no_wrap=number > 0)
+        said = []
+        for row in shown:
+            if row.median is None:
+                said.append(f"  {row.provider}: {row.status}")
+            else:
+                text = cells(row, case)
+                table.add_row(*[text[number] for number in kept])
+        console.print(table)
+        for line in said:
+            console.print(line, highlight=False, markup=False)
+    if report.bars:
+        table = Table(title="Bars", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for name in ("case", "what", "limit", "measured", ""):
+            table.add_column(name)
+        for bar in report.bars:
+            table.add_row(*bar_cells(bar), style="red" if bar["met"] is False else None)
+        console.print(table)
+
+
+def markdown(report: Report, verbose: bool, plots: list[str]) -> str:
+    lines = [f"# Benchmarks on {report.environment['device']}", ""]
+    lines += [f"- {line}" for line in header(report)] + [""]
+    for case in report.cases:
+        shown = shown_rows(report, case, verbose)
+        lines += [f"## {case['name']}", "", f"({facts(shown, case)})", ""]
+        lines += _table(COLUMNS, [cells(row, case) for row in shown])
+    if report.bars:
+        lines += [
+            "## Bars",
+            "",
+            *_table(("case", "what", "limit", "measured", ""), [bar_cells(b) for b in report.bars]),
+        ]
+    if plots:
+        lines += ["## Plots", "", *[f"![{name}]({name})" for name in plots], ""]
+    lines += ["## Columns", "", *[f"- {note}" for note in NOTES], ""]
+    return "\n".join(lines)
+
+
+def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    padded = [row + [""] * (len(columns) - len(row)) for row in rows]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return [*lines, *["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in padded], ""]
+
+
+def write(report: Report, directory: Path, verbose: bool = False) -> list[Path]:
+    """Writes results.json, results.md and the plots; every file appears whole or not at all."""
+    from benchmarks import plots
+
+    directory.mkdir(parents=True, exist_ok=True)
+    figures = plots.figures(report)
+    written = [write_atomically(directory / name, save) for name, save in figures.items()]
+    text = markdown(report, verbose, list(figures))
+    written.append(write_atomically(directory / "results.md", lambda path: path.write_text(text)))
+    data = json.dumps(report.to_json(), indent=1)
+    written.append(write_atomically(directory / "results.json", lambda path: path.write_text(data + "\n")))
+    return written
+
+
+def write_atomically(path: Path, save: Callable[[Path], object]) -> Path:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        save(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

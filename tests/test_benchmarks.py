@@ -1,0 +1,307 @@
+"""The benchmark harness: statistics, order, memory meter, cost models, what is written, what is recorded."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import (
+    bench_cross_entropy,
+    bench_linear_cross_entropy,
+    bench_mask_tokens,
+    gpu,
+    memory,
+    providers,
+    report,
+)
+from benchmarks.harness import (
+    Bar,
+    Benchmark,
+    Case,
+    Provider,
+    Rejected,
+    Row,
+    Run,
+    interleave,
+    measure,
+    named_errors,
+    quantile,
+    result_bytes,
+)
+from benchmarks.roofline import Roofs
+
+CPU = torch.device("cpu")
+ROOFS = Roofs(10e9, {"float32": 1e11, "bfloat16": 4e11})
+
+
+def test_quantile():
+    samples = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert quantile(samples, 0.5) == 3.0
+    assert quantile(samples, 0.2) == pytest.approx(1.8)
+    assert quantile([7.0], 0.8) == 7.0
+
+
+class CountingTimer:
+    """A timer that notes the order of the runs and gives them a fixed time."""
+
+    def __init__(self):
+        self.order = []
+
+    def time(self, run):
+        self.order.append(run.call())
+        return 0.001
+
+    def finish(self, marks):
+        return marks
+
+
+def test_rounds_interleave_all_providers():
+    runs = {name: Run(lambda name=name: name) for name in "abc"}
+    timer = CountingTimer()
+    samples = interleave(runs, timer, minimum=6, budget=0.0)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 6, "b": 6, "c": 6}
+    rounds = [tuple(timer.order[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(set(turn) == set("abc") for turn in rounds)
+    assert len(set(rounds)) > 1
+    again = CountingTimer()
+    interleave(runs, again, minimum=6, budget=0.0)
+    assert again.order == timer.order
+
+
+def test_memory_meter_sees_an_allocation():
+    size = 64 << 20
+    peak, result = memory.peak_extra(lambda: torch.ones(size // 4).sum(), CPU)
+    if peak is None:
+        pytest.skip("this system has no resettable peak resident set")
+    assert result == size // 4
+    assert 0.95 * size < peak < 1.5 * size
+    small, _ = memory.peak_extra(lambda: None, CPU)
+    assert small < 4 << 20
+
+
+def test_results_that_were_there_before_do_not_count():
+    owned, given = torch.empty(8), torch.empty(8)
+    run = Run(lambda: (), owned=(owned,))
+    assert result_bytes(run, [owned[:4], given, torch.empty(16)], {"x": given}) == 64
+
+
+def test_cost_models():
+    case = bench_linear_cross_entropy.make_case({"N": 100, "D": 8, "V": 1000}, ignored=0.85)
+    assert case.flops == 6 * 15 * 8 * 1000
+    assert case.bytes == 2 * 4 * (100 * 8 + 1000 * 8)
+    forward = bench_linear_cross_entropy.make_case({"N": 100, "D": 8, "V": 1000}, torch.bfloat16, backward=False)
+    assert (forward.flops, forward.bytes) == (2 * 100 * 8 * 1000, 2 * (100 * 8 + 1000 * 8))
+    assert bench_cross_entropy.make_case({"N": 100, "V": 1000}).bytes == 2 * 4 * 100 * 1000
+    assert bench_cross_entropy.make_case({"N": 100, "V": 1000}, ignored=0.7).bytes == 4 * (30 + 100) * 1000
+    assert bench_mask_tokens.make_case({"B": 4, "T": 8}).bytes == 25 * 32
+    assert ROOFS.light(10**10, 10**9, "float32") == 1.0
+    assert ROOFS.light(10**9, 10**11, "float32") == 1.0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("benchmark_", command.BENCHMARKS, ids=lambda b: b.op)
+def test_bars_belong_to_default_cases(benchmark_, device):
+    names = [case.name for case in benchmark_.cases(device)]
+    assert len(set(names)) == len(names)
+    assert {bar.case for bar in benchmark_.bars(device)} <= set(names)
+
+
+@pytest.mark.parametrize("regime", ["random", "peaked"])
+def test_inputs_have_the_given_part_ignored(regime):
+    for benchmark_ in (bench_cross_entropy.BENCHMARK, bench_linear_cross_entropy.BENCHMARK):
+        shape = {"N": 40, "D": 16, "V": 300}
+        case = benchmark_.make_case({key: shape[key] for key in benchmark_.shape_keys}, regime=regime, ignored=0.85)
+        inputs = benchmark_.inputs(case, CPU)
+        assert (inputs["target"] == -100).sum() == 34
+        loss = benchmark_.oracle(case, inputs)[0]
+        assert loss > 5 if regime == "random" else loss < 3
+
+
+def test_masking_rule_check_finds_a_wrong_token():
+    case = bench_mask_tokens.make_case({"B": 64, "T": 64})
+    inputs = bench_mask_tokens.make_inputs(case, CPU)
+    run = bench_mask_tokens.collator(case, inputs)
+    ids, labels = run.call()
+    assert max(bench_mask_tokens.errors(inputs, (ids, labels)).values()) == 0
+    labels[3, 0] = inputs["ids"][3, 0]  # a special token
+    assert bench_mask_tokens.errors(inputs, (ids, labels))["tokens against the rule"] == 1
+    assert bench_mask_tokens.errors(inputs, (inputs["ids"], torch.full_like(ids, -100)))["counts"] > 0
+
+
+def toy_benchmark() -> Benchmark:
+    """x -> 2 x, by a provider that is right, one that is wrong, one slow, one that raises, one that is absent."""
+
+    def make_case(shape, *setting):
+        return Case("double", shape, torch.float32, 8 * shape["V"])
+
+    def rejecting(case, inputs):
+        raise Rejected("it takes no odd size")
+
+    found = [
+        Provider("right", lambda case, inputs: Run(lambda: (inputs["x"] * 2,))),
+        Provider("sslkernels wrong", lambda case, inputs: Run(lambda: (inputs["x"] * 2.2,))),
+        Provider("slow", lambda case, inputs: Run(lambda: (inputs["x"] * 2,)), patience=0.0),
+        Provider("peer rejecting", rejecting),
+        Provider("peer missing", rejecting, unavailable="it is not installed"),
+    ]
+    cases = [make_case({"V": v}) for v in (1000, 2000, 4000)]
+    return Benchmark(
+        op="double",
+        shape_keys=("V",),
+        baseline="right",
+        make_case=make_case,
+        cases=lambda device: cases,
+        smoke_cases=lambda device: cases[:1],
+        inputs=lambda case, device: {"x": torch.ones(case.shape["V"])},
+        providers=lambda case, device: found,
+        twin=lambda case: case,
+        oracle=lambda case, inputs: (inputs["x"].double() * 2,),
+        errors=named_errors(["y"]),
+        bars=lambda device: [Bar("slower", cases[0].name, providers.time_ratio(providers.OURS, "right"), 1e9)],
+    )
+
+
+@pytest.fixture
+def toy_report():
+    toy = toy_benchmark()
+    environment = {"device": "toy", "threads": 1, "date": "today", "commit": "c0ffee", "torch": "2", "triton": "3"}
+    result = report.Report({**environment, "python": "3", "extension": "not built", "peers": {}}, ROOFS)
+    for case in toy.cases("cpu"):
+        rows = measure(toy, case, CPU, ROOFS, 0.0, toy.providers(case, CPU), minimum=3)
+        result.add(case, rows, toy.bars("cpu"))
+    return result
+
+
+def test_measure(toy_report):
+    rows = {row.provider: row for row in toy_report.rows if row.case == toy_report.cases[0]["name"]}
+    assert rows["right"].error == 0
+    assert rows["right"].speedup == 1
+    assert rows["right"].n == 3
+    assert rows["slow"].n == 1
+    assert rows["sslkernels wrong"].error == pytest.approx(0.1, rel=1e-3)
+    assert rows["peer rejecting"].status == "rejects: it takes no odd size"
+    assert rows["peer missing"].status == "not run: it is not installed"
+    light = 8 * 1000 / ROOFS.bandwidth
+    assert rows["right"].light == pytest.approx(light / rows["right"].median)
+
+
+def test_report_is_written_whole(toy_report, tmp_path):
+    written = report.write(toy_report, tmp_path)
+    assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    text = (tmp_path / "results.md").read_text()
+    assert "rejects: it takes no odd size" in text
+    assert "peer missing" not in text
+    assert "## Bars" in text
+    read = report.Report.from_json(json.loads((tmp_path / "results.json").read_text()))
+    assert read == toy_report
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text("old")
+
+    def interrupted(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.write_atomically(path, interrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["results.md"]
+    assert path.read_text() == "old"
+
+
+def test_combine(toy_report):
+    data = toy_report.to_json()
+    other = report.Report.from_json(json.loads(json.dumps(data)))
+    other.cases, other.rows, other.bars = other.cases[:1], [Row(data["cases"][0]["name"], "right", n=99)], []
+    merged = report.combine([toy_report, other])
+    first = [row for row in merged.rows if row.case == data["cases"][0]["name"]]
+    assert [row.n for row in first] == [99]
+    assert len(merged.cases) == 3
+    other.environment = {**other.environment, "device": "another"}
+    with pytest.raises(ValueError, match="different devices"):
+        report.combine([toy_report, other])
+
+
+def test_selection():
+    def names(*arguments):
+        return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cpu"]))]
+
+    everything = names()
+    parts = [names("--part", f"{i}/3") for i in (1, 2, 3)]
+    assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(everything)
+    custom = names("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    assert custom == ["linear_cross_entropy N=8 D=4 V=100, bfloat16, fwd+bwd, 70% ignored"]
+    assert names("--op", "cross_entropy", "--shape", "N=8,D=4,V=100") == []
+
+
+@pytest.fixture
+def kernel_tree(tmp_path, monkeypatch):
+    """A tree with one kernel file and no git repository."""
+    source = tmp_path / "csrc" / "cuda" / "op.cu"
+    source.parent.mkdir(parents=True)
+    source.write_text("kernel")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RECORD", tmp_path / "gpu_validated.json")
+    monkeypatch.setattr(gpu, "PASSED", tmp_path / "scratch" / "tests_passed.json")
+    monkeypatch.setattr(gpu.environment, "git", lambda *arguments: None)
+    monkeypatch.delenv("COMMIT", raising=False)
+    monkeypatch.delenv("OUT", raising=False)
+    return source
+
+
+FACTS = {"device": "some GPU", "date": "2026-01-01", "torch": "2", "triton": "3"}
+
+
+def test_record_needs_a_pass_of_these_files(kernel_tree, monkeypatch):
+    assert gpu.main(["record", "--commit", "c0ffee"]) == 1
+    assert not gpu.RECORD.exists()
+    gpu.note_pass(gpu.blobs(), FACTS)
+    assert gpu.main(["record"]) == 1, "no git and no commit given"
+    assert gpu.main(["record", "--commit", "c0ffee"]) == 0
+    entry = json.loads(gpu.RECORD.read_text())["csrc/cuda/op.cu"]
+    assert entry == {"commit": "c0ffee", "blob": gpu.blob_hash(b"kernel"), **FACTS}
+    kernel_tree.write_text("another kernel")
+    assert gpu.main(["record", "--commit", "beef"]) == 1
+    assert json.loads(gpu.RECORD.read_text())["csrc/cuda/op.cu"]["commit"] == "c0ffee"
+
+
+def test_record_refuses_files_that_are_not_the_commits(kernel_tree, monkeypatch):
+    gpu.note_pass(gpu.blobs(), FACTS)
+    monkeypatch.setattr(gpu.environment, "git", lambda *a: "f00d" if "--verify" in a else "another hash")
+    assert gpu.main(["record"]) == 1
+    monkeypatch.setattr(gpu.environment, "git", lambda *a: "f00d" if "--verify" in a else gpu.blob_hash(b"kernel"))
+    assert gpu.main(["record"]) == 0
+    assert json.loads(gpu.RECORD.read_text())["csrc/cuda/op.cu"]["commit"] == "f00d"
+
+
+def test_failed_tests_take_the_pass_back(kernel_tree, monkeypatch):
+    gpu.note_pass(gpu.blobs(), FACTS)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: types.SimpleNamespace(returncode=1))
+    assert gpu.main(["test"]) == 1
+    assert gpu.main(["record", "--commit", "c0ffee"]) == 1
+    assert not gpu.RECORD.exists()
+
+
+def test_blob_hash_is_gits():
+    assert gpu.blob_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_dry_run_prints_every_step(kernel_tree, capsys):
+    assert gpu.main(["all", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "build_ext --inplace",
+        "gpu or not gpu",
+        "racecheck",
+        "--op linear_cross_entropy",
+        "--combine",
+        "op.cu",
+    ):
+        assert text in printed
+    assert not gpu.RECORD.exists()
