@@ -43,7 +43,7 @@ def make_case(
 
 def cases(device: str) -> list[Case]:
     if device == "cpu":
-        sweep = [make_case({"N": 1024, "D": 64, "V": v}) for v in (8192, 16384, 32768, 65536, 131072)]
+        sweep = [make_case({"N": 512, "D": 64, "V": v}) for v in (8192, 16384, 32768, 65536, 131072)]
         bar = [make_case(BAR_SHAPE), make_case(BAR_SHAPE, torch.bfloat16), make_case(BAR_SHAPE, ignored=0.85)]
         return bar + sweep
     half = torch.bfloat16

@@ -124,7 +124,9 @@ def case_providers(case: Case, device: torch.device) -> list[Provider]:
     ]
     for backend in providers.BACKENDS:
         reason = providers.why_not(OP, backend, device)
-        found.append(Provider(f"{OURS} {backend}", providers.within(backend, ours), unavailable=reason))
+        patience = providers.patience(device) if backend == "reference" else math.inf
+        build = providers.within(backend, ours)
+        found.append(Provider(f"{OURS} {backend}", build, patience=patience, unavailable=reason))
     return found
 
 
