@@ -22,6 +22,9 @@ from sslkernels.ops.rows import RowOptions, RowOutputs, Rows, accumulation_dtype
 # Bytes of the logits buffer.
 WORKSPACE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
 PITCH = 64
+# The compacted rows are padded to a multiple of this in the product that gives the input's gradient: for some smaller
+# numbers of rows MKL sums a large vocabulary with four times the error.
+ROW_MULTIPLE = 16
 # Rows of the vocabulary whose weight gradient is computed at a time in half precision: the product stays in the cache
 # until it is added, and oneDNN's matmul is faster on them than on a whole vocabulary.
 VOCAB_BLOCK = 8192
@@ -162,15 +165,17 @@ class _Chunks:
         self.count = self.input.shape[0]
         self.vocab = linear_weight.shape[0]
         self.chunk_rows = self._chunk_rows()
-        pitch = -(-self.vocab // PITCH) * PITCH
-        self.buffer = rows.fresh(input.new_empty((self.chunk_rows, pitch), dtype=self.dtype))
+        self.buffer = rows.fresh(
+            input.new_empty((_round_up(self.chunk_rows, ROW_MULTIPLE), _round_up(self.vocab, PITCH)), dtype=self.dtype)
+        )
         self.grad_weight = rows.fresh(gradients.weight)
         one_chunk = self.chunk_rows >= self.count and gradients.weight.dtype == self.dtype
         if wanted.weight and not one_chunk and gradients.weight.dtype != accumulation_dtype(self.dtype):
             acc = accumulation_dtype(self.dtype)
             self.grad_weight = rows.fresh(torch.empty_like(gradients.weight, dtype=acc))
-        in_place = self.index is None and input.dtype == self.dtype
-        self.grad_input = gradients.input if in_place else torch.empty_like(self.input) if wanted.input else None
+        self.grad_input = gradients.input
+        if wanted.input and (self.index is not None or input.dtype != self.dtype):
+            self.grad_input = self.input.new_empty((_round_up(self.count, ROW_MULTIPLE), input.shape[1]))
         self.first = True
 
     def __iter__(self):
@@ -189,9 +194,9 @@ class _Chunks:
         size = WORKSPACE_BYTES.get(self.input.device.type, WORKSPACE_BYTES["cuda"])
         if self.wanted.weight and self.dtype.itemsize == 2:
             size = max(size, 4 * self.weight.numel())
-        fit = max(size // (self.vocab * self.dtype.itemsize), 16)
+        fit = max(size // (self.vocab * self.dtype.itemsize), ROW_MULTIPLE)
         chunks = max(-(-self.count // fit), 1)
-        return min(-(-self.count // (16 * chunks)) * 16, self.count)
+        return min(_round_up(-(-self.count // chunks), ROW_MULTIPLE), self.count)
 
     def logits(self, x: Tensor) -> Tensor:
         out = self.buffer[: x.shape[0], : self.vocab]
@@ -200,7 +205,8 @@ class _Chunks:
     def accumulate(self, grad_logits: Tensor, x: Tensor) -> None:
         """Adds the chunk's part of every gradient that is wanted."""
         if self.wanted.input:
-            torch.mm(grad_logits, self.weight, out=self.grad_input[self.rows])
+            out = self.grad_input[self.rows.start : self.rows.start + _round_up(len(x), ROW_MULTIPLE)]
+            torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
         if self.wanted.weight:
             self._add_product(self.grad_weight, grad_logits, x)
         if self.wanted.bias:
@@ -242,9 +248,10 @@ class _Chunks:
         if scale != 1.0:
             self.grad_input.mul_(scale)
         if self.index is not None:
-            gradients.input.zero_().index_copy_(0, self.index, self.grad_input.to(gradients.input.dtype))
+            valid_rows = self.grad_input[: self.count].to(gradients.input.dtype)
+            gradients.input.zero_().index_copy_(0, self.index, valid_rows)
         elif self.grad_input is not gradients.input:
-            gradients.input.copy_(self.grad_input)
+            gradients.input.copy_(self.grad_input[: self.count])
 
     def spread(self, parts: list[RowOutputs], stats: bool) -> RowOutputs:
         """The outputs of all rows; those of ignored rows as the row kernels give them."""
@@ -261,6 +268,10 @@ class _Chunks:
             if out.numel() and parts:
                 out.index_copy_(0, self.index, torch.cat([getattr(part, name) for part in parts]))
         return result
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _valid_index(target: Tensor, ignore_index: int) -> Tensor | None:

@@ -64,5 +64,15 @@ def signature(kernel: Any, types: dict[str, str], constexprs: dict[str, Any]) ->
     return {name: types[name] for name in names}
 
 
+def pointers_aligned(
+    name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], options: dict[str, int]
+) -> AotEntry:
+    """An entry whose tensors start at multiples of 16 bytes, from types and constants of several kernels."""
+    own = {n: value for n, value in constexprs.items() if n in kernel.arg_names}
+    kinds = {n: kind for n, kind in types.items() if n in kernel.arg_names and n not in own}
+    aligned = tuple(n for n, kind in kinds.items() if kind.startswith("*"))
+    return AotEntry(name, kernel, signature(kernel, kinds, own), own, options, aligned)
+
+
 def next_power_of_2(value: int) -> int:
     return triton.next_power_of_2(max(value, 1))

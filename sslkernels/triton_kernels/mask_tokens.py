@@ -7,13 +7,14 @@ the maps of the state block by block, since maps of {0, 1} to itself compose ass
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
+from sslkernels.triton_kernels.launch import AotEntry, pointers_aligned
 from sslkernels.triton_kernels.philox import philox_words, token_groups
 
 BLOCK = 128  # groups of four tokens a program (or a step of a row) takes
@@ -212,20 +213,16 @@ def mask_tokens(
         )  # fmt: skip
 
 
-def aot_signatures() -> Iterator[tuple[str, JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(name, kernel, type of each argument, constants, options) of typical launches, to compile without a GPU."""
+def aot_signatures() -> Iterator[AotEntry]:
     scalars = dict.fromkeys(_SCALARS, "i64") | {"groups": "i32", "rows": "i32", "columns": "i32"}
     tensors = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "special_mask_ptr": "*u8", "word_ids_ptr": "*i32"}
     for ids in ("i64", "i32"):
         types = scalars | tensors | dict.fromkeys(("ids_ptr", "output_ids_ptr", "labels_ptr"), f"*{ids}")
         for optional in (False, True):
-            constants: dict[str, object] = {"RANGES": (0, 1, 100, 104), "BLOCK": BLOCK}
+            constants: dict[str, Any] = {"RANGES": (0, 1, 100, 104), "BLOCK": BLOCK}
             constants |= dict.fromkeys(("HAS_SPECIAL_MASK", "HAS_ROW_IDS", "HAS_WORDS"), optional)
             if not optional:
                 constants |= {"special_mask_ptr": None, "row_ids_ptr": None, "word_ids_ptr": None}
             for kernel in (mask_tokens_kernel, mask_tokens_chain_kernel):
-                names = kernel.arg_names
-                name = f"{kernel.__name__}-{ids}{'-optional' if optional else ''}"
-                own = {n: value for n, value in constants.items() if n in names}
-                signature = {n: "constexpr" if n in own else types[n] for n in names}
-                yield name, kernel, signature, own, {"num_warps": 4}
+                name = f"{kernel.__name__.removesuffix('_kernel')}-{ids}{'-optional' if optional else ''}"
+                yield pointers_aligned(name, kernel, types, constants, {"num_warps": 4})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
+from sslkernels.triton_kernels.launch import AotEntry, pointers_aligned
 from sslkernels.triton_kernels.philox import philox_words, token_groups
 
 BLOCK = 256
@@ -51,14 +52,11 @@ def random_bits(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, s
     return out
 
 
-def aot_signatures() -> Iterator[tuple[str, JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(name, kernel, type of each argument, constants, options) of typical launches, to compile without a GPU."""
+def aot_signatures() -> Iterator[AotEntry]:
     types = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "out_ptr": "*i32", "sample": "i64"}
     types |= dict.fromkeys(("rows", "columns", "groups"), "i32")
     for has_row_ids in (False, True):
-        constants: dict[str, object] = {"HAS_ROW_IDS": has_row_ids, "BLOCK": BLOCK}
-        if not has_row_ids:
-            constants["row_ids_ptr"] = None
-        names = random_bits_kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types[n] for n in names}
-        yield f"random_bits_kernel{'-row_ids' if has_row_ids else ''}", random_bits_kernel, signature, constants, {}
+        constants: dict[str, Any] = {"HAS_ROW_IDS": has_row_ids, "BLOCK": BLOCK}
+        constants |= {} if has_row_ids else {"row_ids_ptr": None}
+        name = "random_bits" + ("-row_ids" if has_row_ids else "")
+        yield pointers_aligned(name, random_bits_kernel, types, constants, {"num_warps": 4})
