@@ -27,15 +27,19 @@ def config(vocab: int, dtype: torch.dtype, *, plain: bool, write_grad: bool) -> 
     plain: no option and no statistics, which leaves a thread registers for more logits. Holding a row saves nothing
     but the second read, for the gradient.
     """
-    wide = 8 if dtype == torch.float64 else 1
-    tile = 8192 if plain else 4096
-    held = 4096
-    if plain and write_grad and wide == 1:
-        held = 16384 if dtype == torch.float32 else 32768
     size = max(64, next_power_of_2(vocab))
-    if size <= held // wide:
-        return Config({"ONE_TILE": True, "BLOCK": size}, {"num_warps": min(max(size * wide // 512, 1), 32)})
-    return Config({"ONE_TILE": False, "BLOCK": tile // wide}, {"num_warps": 16 if wide == 1 else 8})
+    if dtype == torch.float64:
+        held, tile, warps = 512, 512, 8
+    elif plain:
+        held, tile, warps = 4096, 8192, 16
+        if write_grad:
+            held = 16384 if dtype == torch.float32 else 32768
+    else:
+        held, tile, warps = 4096, 2048, 8
+    if size <= held:
+        per_warp = 64 if dtype == torch.float64 else 512
+        return Config({"ONE_TILE": True, "BLOCK": size}, {"num_warps": min(max(size // per_warp, 1), 32)})
+    return Config({"ONE_TILE": False, "BLOCK": tile}, {"num_warps": warps})
 
 
 def backward_config(vocab: int, dtype: torch.dtype) -> Config:
