@@ -15,6 +15,8 @@ from triton.runtime.jit import JITFunction
 from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+from sslkernels.triton_kernels.mask_tokens import mask_tokens
+from sslkernels.triton_kernels.random_bits import random_bits
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
 EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
@@ -67,10 +69,24 @@ def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dt
     stream_forward(input, linear_weight, target, bias, weight, options, stats=every, row_index=row_index)
 
 
+def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
+    seed = torch.zeros((), dtype=torch.int64)
+    ids = torch.zeros(2, columns, dtype=id_dtype)
+    special = torch.zeros(2, columns, dtype=torch.bool) if every else None
+    words = torch.zeros(2, columns, dtype=id_dtype) if every else None
+    row_ids = torch.zeros(2, dtype=torch.int64) if every else None
+    random_bits(seed, row_ids, 2, columns, 2**40 if every else 0)
+    thresholds = (2**32, 2**31, 5, 2**32, 2**32)
+    for chained in (False, True):
+        args = (ids, seed, special, words if chained else None, row_ids, ids, ids, *thresholds)
+        mask_tokens(*args, 3, 100, (0, 4, 7, 8), -100, chained=chained)
+
+
 if __name__ == "__main__":
     compiled = record_instead_of_launching()
     for options, index_dtype in ((PLAIN, torch.int64), (EVERY, torch.int32)):
         for size in (1, 16, 1003):
             bind_rows(size, options, index_dtype)
             bind_stream(size, size, options, index_dtype)
+            bind_random(size, index_dtype, options is EVERY)
     json.dump(sorted(set(compiled)), sys.stdout)
