@@ -1,98 +1,34 @@
-"""The Triton row kernels and streamed linear cross-entropy against the reference in float64."""
+"""The Triton row kernels of cross-entropy against the reference in float64."""
 
 import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from row_oracle import (
+    DTYPES,
+    EPS32,
+    EVERY,
+    PLAIN,
+    assert_gradient,
+    assert_near,
+    assert_outputs,
+    make,
+    oracle,
+    tolerance_of,
+)
 
-from sslkernels.ops.rows import ReferenceRows, RowOptions, RowOutputs
+from sslkernels.ops.rows import RowOutputs
 from sslkernels.triton_kernels import cross_entropy as row_launcher
-from sslkernels.triton_kernels import linear_cross_entropy as stream_launcher
 from sslkernels.triton_kernels import numerics
 from sslkernels.triton_kernels.cross_entropy import TritonRows
-from sslkernels.triton_kernels.linear_cross_entropy import config as stream_config
-from sslkernels.triton_kernels.linear_cross_entropy import split_vocab, stream_forward
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
-EVERY = RowOptions(-100, 0.125, 2.0**-10, 3.0, 0.75)
-EPS32 = torch.finfo(torch.float32).eps
-
-
-def make(device, count, vocab, dtype=torch.float32, *, seed=0, scale=2.0, pitch=None, index_dtype=torch.int64):
-    """Logits, targets (one ignored where there are three or more), bias, class weights, coefficients."""
-    generator = torch.Generator().manual_seed(seed)
-    storage = torch.randn(count, pitch or vocab, generator=generator, dtype=torch.float64) * scale
-    logits = storage.to(device, dtype)[:, :vocab]
-    target = torch.randint(0, vocab, (count,), generator=generator).to(device, index_dtype)
-    if count > 2:
-        target[1] = -100
-    bias = torch.randn(vocab, generator=generator).to(device)
-    weight = torch.rand(vocab, generator=generator).to(device) + 0.1
-    coefficient = torch.rand(count, generator=generator).to(device) + 0.5
-    return logits, target, bias, weight, coefficient
-
-
-def oracle(logits, target, bias, weight, options, coefficient=None, stats=True):
-    """The reference in float64 and its gradient."""
-    wide = [None if t is None else t.double() for t in (bias, weight)]
-    grad = None if coefficient is None else torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
-    outputs = ReferenceRows().forward(
-        logits.double(), target, *wide, options, stats=stats, coefficient=coefficient, grad=grad
-    )
-    return outputs, grad
-
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | float = 1.0) -> None:
-    """|got - want| <= tolerance * (|want| + scale), and the same NaNs and infinities."""
-    got, want = got.double(), want.double()
-    assert torch.equal(got.isnan(), want.isnan()), what
-    assert torch.equal(got[got.isinf()], want[want.isinf()]), what
-    finite = want.isfinite()
-    error = (got - want).abs()[finite]
-    bound = tolerance * (want.abs() + scale)[finite]
-    assert bool((error <= bound).all()), f"{what}: {float((error / bound).max()):.3g} times the tolerance"
-
-
-def assert_outputs(got, want: RowOutputs, tolerance: float, *, stats: bool) -> None:
-    """lse is compared in place of row_max and sum_exp; the terms of a loss are of the size of its largest |z|."""
-    assert type(got) is tuple
-    scale = 1.0 + want.row_max.abs()
-    assert_near(got[1] + got[2].log(), want.row_max + want.sum_exp.log(), tolerance, "lse")
-    assert_near(got[3], want.logprob, tolerance, "logprob")
-    assert_near(got[0], want.loss, tolerance, "loss", scale)
-    if stats:
-        assert got[4].dtype == torch.int64
-        assert torch.equal(got[4].cpu(), want.prediction.cpu())
-        assert_near(got[5], want.entropy, tolerance, "entropy", scale)
-    else:
-        assert got[4].numel() == got[5].numel() == 0
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """Of results: the accumulation dtype's rounding, some ulp for exp, log and sums in blocks."""
-    return 1e-13 if dtype == torch.float64 else 16 * EPS32
-
-
-def assert_gradient(got: Tensor, want: Tensor, coefficient: Tensor, tolerance: float | None = None) -> None:
-    """To the accumulation's error relative to the row's coefficient, and half an ulp of rounding."""
-    accumulation = tolerance_of(got.dtype) if tolerance is None else tolerance
-    info = torch.finfo(got.dtype)
-    rounding = 0 if got.dtype in (torch.float32, torch.float64) else 0.5 * info.eps
-    bound = accumulation * coefficient.double().abs().unsqueeze(1) + rounding * want.abs() + info.smallest_normal
-    assert torch.equal(got.isnan().cpu(), want.isnan().cpu())
-    finite = want.isfinite()
-    error = (got.double() - want).abs()
-    assert bool((error <= bound)[finite].all()), float((error / bound)[finite].max())
 
 
 def check(logits, target, bias, weight, options, coefficient, *, stats=True, gradient_tolerance=None):
@@ -354,115 +290,6 @@ def test_numerics(device, dtype, function, sign):
     assert_near(out, getattr(torch, function)(x.double()), 8 * torch.finfo(dtype).eps, function, 0.0)
 
 
-def linear_case(device, count, vocab, dim, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(count + vocab)
-    input = torch.randn(count, dim, generator=generator).to(device, dtype)
-    linear_weight = (torch.randn(vocab, dim, generator=generator) * 2 / dim**0.5).to(device, dtype)
-    _, target, bias, weight, _ = make(device, count, vocab)
-    return input, linear_weight, target, bias, weight
-
-
-@pytest.fixture(params=["one", "many"])
-def tiles_of_a_split(request, monkeypatch):
-    """Few rows on many processors make a split of every tile; on one, they make splits of several tiles."""
-    if request.param == "many":
-        monkeypatch.setattr(stream_launcher, "processors", lambda tensor: 1)
-
-
-def check_linear(input, linear_weight, target, bias, weight, options, *, stats=True):
-    logits = input.double() @ linear_weight.double().T
-    want, _ = oracle(logits, target, bias, weight, options, stats=stats)
-    got = stream_forward(input, linear_weight, target, bias, weight, options, stats=stats)
-    assert_outputs(got, want, 32 * EPS32, stats=stats)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize(
-    ("count", "vocab", "dim"), [(1, 1, 1), (3, 7, 16), (33, 129, 50), (150, 300, 64), (5, 2003, 8)]
-)
-def test_stream_shapes(device, dtype, count, vocab, dim, tiles_of_a_split):
-    case = linear_case(device, count, vocab, dim, dtype)
-    check_linear(*case, EVERY)
-    check_linear(*case[:3], None, None, PLAIN, stats=False)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        PLAIN._replace(label_smoothing=0.1),
-        PLAIN._replace(z_loss=1e-3),
-        PLAIN._replace(softcap=2.0),
-        PLAIN._replace(logit_scale=-1.5),
-    ],
-    ids=["smoothing", "z_loss", "softcap", "negative-scale"],
-)
-@pytest.mark.parametrize("with_weight", [False, True], ids=["", "weight"])
-def test_stream_options(device, options, with_weight):
-    input, linear_weight, target, bias, weight = linear_case(device, 9, 301, 24)
-    for bias_or_none in (None, bias):
-        check_linear(input, linear_weight, target, bias_or_none, weight if with_weight else None, options)
-
-
-def test_stream_special_rows(device, tiles_of_a_split):
-    """Ignored, out of range, NaN, a masked class, a masked target, a whole tile masked, no rows."""
-    input, linear_weight, target, bias, weight = linear_case(device, 20, 301, 24)
-    target[3], target[4], target[5], target[6] = 301, -1, 2**40, 250
-    input[7] = float("nan")
-    bias[:192] = float("-inf")
-    bias[250] = float("-inf")
-    for options in (PLAIN, PLAIN._replace(label_smoothing=0.1), PLAIN._replace(softcap=4.0)):
-        check_linear(input, linear_weight, target, bias, None, options)
-        check_linear(input, linear_weight, target, bias, weight.masked_fill(bias.isneginf(), 0.0), options)
-    target.fill_(-100)
-    check_linear(input, linear_weight, target, bias, weight, EVERY)
-    outputs = stream_forward(input[:0], linear_weight, target[:0], bias, weight, EVERY, stats=True)
-    assert [tuple(o.shape) for o in outputs] == [(0,)] * 6
-
-
-def test_stream_confident_target(device):
-    input, linear_weight, target, *_ = linear_case(device, 6, 301, 24)
-    linear_weight *= 0.1
-    target.copy_(torch.tensor([0, 1, 100, 200, 299, 300]))
-    bias = torch.zeros(301, device=device)
-    for row in range(6):
-        bias.zero_()[target[row]] = 30.0
-        want, _ = oracle(input.double() @ linear_weight.double().T, target, bias, None, PLAIN)
-        got = stream_forward(input, linear_weight, target, bias, None, PLAIN, stats=False)
-        assert_near(got[0][row], want.loss[row], 1e-5, "loss", 0.0)
-
-
-def test_stream_row_index(device):
-    input, linear_weight, target, bias, weight = linear_case(device, 40, 150, 24)
-    index = torch.tensor([5, 0, 39, -1, 1, 17], device=device)
-    for index_dtype in (torch.int32, torch.int64):
-        got = stream_forward(
-            input, linear_weight, target, bias, weight, EVERY, stats=True, row_index=index.to(index_dtype)
-        )
-        rows = index.clamp(min=0)
-        wanted = torch.where(index < 0, -100, target[rows])
-        want, _ = oracle(input[rows].double() @ linear_weight.double().T, wanted, bias, weight, EVERY)
-        assert_outputs(got, want, 32 * EPS32, stats=True)
-
-
-def test_stream_strided_operands(device):
-    input, linear_weight, target, bias, weight = linear_case(device, 9, 150, 48)
-    check_linear(input[:, :31], linear_weight[:, :31], target, bias, weight, EVERY)
-
-
-def test_stream_rejects_float64(device):
-    case = linear_case(device, 3, 7, 4, torch.float64)
-    with pytest.raises(TypeError, match="float64"):
-        stream_forward(*case, PLAIN, stats=False)
-
-
-def test_splits_cover_the_vocabulary():
-    for count, vocab, processors in itertools.product((1, 100, 8192, 10**6), (1, 129, 30522, 256000), (1, 108, 132)):
-        chosen = stream_config(count, 768, torch.bfloat16, (9, 0), plain=True)
-        splits, per_split = split_vocab(count, vocab, chosen, processors)
-        tiles = -(-vocab // chosen.constexprs["BLOCK_V"])
-        assert (splits - 1) * per_split < tiles <= splits * per_split
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [30522, 50265, 128256, 250002])
@@ -471,15 +298,6 @@ def test_real_rows(device, dtype, vocab, options):
     logits, target, bias, weight, coefficient = make(device, 300, vocab, dtype)
     bias, weight = (None, None) if options is PLAIN else (bias, weight)
     check(logits, target, bias, weight, options, coefficient, stats=options is EVERY)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize(("count", "vocab", "dim"), [(2048, 30522, 768), (513, 50265, 1024), (64, 250002, 770)])
-@pytest.mark.parametrize("options", [PLAIN, EVERY], ids=["plain", "every"])
-def test_real_stream(device, dtype, count, vocab, dim, options):
-    input, linear_weight, target, bias, weight = linear_case(device, count, vocab, dim, dtype)
-    check_linear(input, linear_weight, target, bias, weight, options, stats=False)
 
 
 @pytest.mark.gpu
