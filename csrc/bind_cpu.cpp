@@ -90,14 +90,9 @@ void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
   }
   const ScaleAdd arguments{element_of(input),      element_of(out), input.const_data_ptr(),
                            out.mutable_data_ptr(), factor,          add};
-  if (!add) advise_huge_pages(arguments.out, out.numel() * out.element_size());
   torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(scale_add, arguments, begin, end);
   });
-}
-
-void advise_huge_pages_of(Tensor memory) {
-  advise_huge_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
 }
 
 }  // namespace
@@ -118,7 +113,6 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
   m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
-  m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
@@ -127,7 +121,6 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("scale_add", TORCH_BOX(&scale_add));
-  m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages_of));
 }
 
 }  // namespace sslkernels

@@ -165,14 +165,13 @@ class _Chunks:
         self.count = self.input.shape[0]
         self.vocab = linear_weight.shape[0]
         self.chunk_rows = self._chunk_rows()
-        self.buffer = rows.fresh(
-            input.new_empty((_round_up(self.chunk_rows, ROW_MULTIPLE), _round_up(self.vocab, PITCH)), dtype=self.dtype)
-        )
-        self.grad_weight = rows.fresh(gradients.weight)
+        buffer_shape = (_round_up(self.chunk_rows, ROW_MULTIPLE), _round_up(self.vocab, PITCH))
+        self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)
+        self.grad_weight = gradients.weight
         one_chunk = self.chunk_rows >= self.count and gradients.weight.dtype == self.dtype
         if wanted.weight and not one_chunk and gradients.weight.dtype != accumulation_dtype(self.dtype):
             acc = accumulation_dtype(self.dtype)
-            self.grad_weight = rows.fresh(torch.empty_like(gradients.weight, dtype=acc))
+            self.grad_weight = torch.empty_like(gradients.weight, dtype=acc)
         self.grad_input = gradients.input
         if wanted.input and (self.index is not None or input.dtype != self.dtype):
             self.grad_input = self.input.new_empty((_round_up(self.count, ROW_MULTIPLE), input.shape[1]))

@@ -125,10 +125,6 @@ class Rows:
         """values * scale (0-d) in `dtype`, rounded once."""
         return (values.to(scale.dtype) * scale).to(dtype)
 
-    def fresh(self, memory: Tensor) -> Tensor:
-        """Told of large memory before it is first written."""
-        return memory
-
 
 class ReferenceRows(Rows):
     """Plain torch: it defines the row loss."""
@@ -248,11 +244,6 @@ class NativeRows(Rows):
         result = torch.empty_like(values, dtype=dtype)
         torch.ops.sslkernels_native.scale_add(values, scale.reshape(1), result, False)
         return result
-
-    def fresh(self, memory):
-        if not memory.is_cuda:
-            torch.ops.sslkernels_native.advise_huge_pages(memory)
-        return memory
 
 
 class TritonRows(Rows):
