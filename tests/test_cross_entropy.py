@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sslkernels as sk
+from benchmarks import memory
 
 OP = "cross_entropy"
 
@@ -269,6 +272,55 @@ def test_ignored_rows_may_hold_anything(backend, device):
         assert loss.isfinite()
         assert all(grad.isfinite().all() for grad in grads)
         assert torch.equal(grads[0][4], torch.zeros(5, device=device))
+
+
+def test_inputs_are_never_modified(backend, device):
+    """In-place gradients of other packages corrupted logits that were still needed."""
+    x, w = torch.randn(9, 5, device=device, requires_grad=True), torch.randn(31, 5, device=device, requires_grad=True)
+    target, tokens = torch.randint(0, 31, (9,), device=device), torch.rand(9, device=device)
+    logits = (x @ w.t()).detach().requires_grad_()
+    before = [t.detach().clone() for t in (x, w, target, tokens, logits)]
+    for mode in ("fast", "compact"):
+        sk.linear_cross_entropy(x, w, target, token_weight=tokens, mode=mode).backward()
+    sk.cross_entropy(logits, target).backward()
+    for tensor, copy in zip((x, w, target, tokens, logits), before, strict=True):
+        assert torch.equal(tensor, copy)
+        assert tensor._version == 0
+
+
+def test_more_elements_than_an_int32_counts(device):
+    """Rows beyond 2**31 elements: offsets are 64-bit. The zero pages of the logits are never allocated."""
+    if device == "cuda" or "cpu" not in sk.available_backends(OP, device):
+        pytest.skip("tests/test_gpu.py has it for a GPU")
+    rows, vocab = 66000, 32768
+    logits = torch.from_numpy(np.zeros((rows, vocab), dtype=np.float16))
+    assert logits.numel() > 2**31
+    logits[-1, 5] = 8.0
+    target = torch.full((rows,), -100)
+    target[[0, -1]] = torch.tensor([7, 5])
+    loss = sk.cross_entropy(logits, target, reduction="none")
+    truth = torch.tensor([vocab, 1 + (vocab - 1) * math.exp(-8.0)]).log()
+    torch.testing.assert_close(loss[[0, -1]], truth)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_logits_never_exist(train, device):
+    """Peak memory of training and evaluation stays far below the N x V logits (512 MiB here)."""
+    if device == "cuda" or "cpu" not in sk.available_backends("linear_cross_entropy", device):
+        pytest.skip("tests/test_gpu.py has it for a GPU")
+    x = torch.randn(4096, 16, requires_grad=train)
+    w = torch.randn(32768, 16, requires_grad=train)
+    target = torch.randint(0, 32768, (4096,))
+
+    def step():
+        loss = sk.linear_cross_entropy(x, w, target)
+        if train:
+            loss.backward()
+
+    peak, _ = memory.peak_extra(step, torch.device(device))
+    if peak is None:
+        pytest.skip("this system does not report peak memory")
+    assert peak < 128 << 20
 
 
 def test_num_items_as_int_and_tensor(backend, device):

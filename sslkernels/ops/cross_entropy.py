@@ -14,6 +14,7 @@ from torch.autograd import Function
 from sslkernels import checks
 from sslkernels.dispatch import Op
 from sslkernels.ops.rows import (
+    PREFERENCE,
     NativeRows,
     ReferenceRows,
     RowOptions,
@@ -97,6 +98,7 @@ cross_entropy_fwd = Op(
     ),
     implementations=_implementations(_fwd),
     native_ops=NativeRows.OPS,
+    prefer=PREFERENCE,
 )
 cross_entropy_bwd = Op(
     "cross_entropy",
@@ -105,6 +107,7 @@ cross_entropy_bwd = Op(
     fake=lambda grad_loss, logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
     implementations=_implementations(_bwd),
     native_ops=NativeRows.OPS,
+    prefer=PREFERENCE,
 )
 
 

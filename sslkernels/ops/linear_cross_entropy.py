@@ -22,6 +22,7 @@ from sslkernels.ops.cross_entropy import (
     valid_weight,
 )
 from sslkernels.ops.rows import (
+    PREFERENCE,
     NativeRows,
     ReferenceRows,
     RowOptions,
@@ -183,6 +184,7 @@ linear_cross_entropy_fwd = Op(
         **{backend: partial(_fwd, forward) for backend, forward in _chunked("forward").items()},
     },
     native_ops=NativeRows.OPS,
+    prefer=PREFERENCE,
 )
 linear_cross_entropy_bwd = Op(
     NAME,
@@ -195,6 +197,7 @@ linear_cross_entropy_bwd = Op(
         **{backend: partial(_bwd, backward) for backend, backward in _chunked("backward").items()},
     },
     native_ops=NativeRows.OPS,
+    prefer=PREFERENCE,
 )
 linear_cross_entropy_scale = Op(
     NAME,

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from sslkernels import checks
 
+# On a GPU, until a measurement says otherwise: the CUDA row kernel is the simple one, which reads a row three times.
+PREFERENCE = ("triton", "cuda", "cpu", "reference")
+
 
 class RowOptions(NamedTuple):
     """Scalars of the row loss; softcap 0 means none."""

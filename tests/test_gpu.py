@@ -1,0 +1,155 @@
+"""What only a GPU shows: real sizes, streams, graphs, synchronisations and memory."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+
+import sslkernels as sk
+
+pytestmark = pytest.mark.gpu
+OP = "linear_cross_entropy"
+
+
+def problem(rows, dim, vocab, dtype=torch.bfloat16, ignored=0.5):
+    x = torch.randn(rows, dim, device="cuda").to(dtype).requires_grad_()
+    w = (torch.randn(vocab, dim, device="cuda") * dim**-0.5).to(dtype).requires_grad_()
+    b = torch.randn(vocab, device="cuda").to(dtype).requires_grad_()
+    target = torch.randint(0, vocab, (rows,), device="cuda")
+    target[torch.rand(rows, device="cuda") < ignored] = -100
+    return x, w, b, target
+
+
+@pytest.mark.parametrize("vocab", [30522, 50265, 50368, 128256, 250002])
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_real_vocabularies(backend, mode, vocab):
+    if backend == "reference":
+        pytest.skip("the reference holds the logits several times")
+    leaves = problem(515, 256, vocab)
+    *leaves, target = leaves
+    loss = sk.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], mode=mode)
+    grads = torch.autograd.grad(loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = oracle.linear_cross_entropy(*exact[:2], target, linear_bias=exact[2])
+    eager = oracle.linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2])
+    assert oracle.error(loss, truth) <= oracle.error(eager, truth) + 1e-6
+    true_grads, eager_grads = torch.autograd.grad(truth, exact), torch.autograd.grad(eager, leaves)
+    for got, rough, true in zip(grads, eager_grads, true_grads, strict=True):
+        assert oracle.error(got, true) <= oracle.error(rough, true) + torch.finfo(torch.bfloat16).eps
+
+
+def test_more_elements_than_an_int32_counts(backend):
+    if backend == "reference":
+        pytest.skip("the reference holds the logits several times")
+    rows, vocab = 66000, 32768
+    logits = torch.zeros(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    logits[-1, 5] = 8.0
+    logits.requires_grad_()
+    target = torch.full((rows,), -100, device="cuda")
+    target[[0, -1]] = torch.tensor([7, 5], device="cuda")
+    loss = sk.cross_entropy(logits, target, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    leaf = logits.detach()[[0, -1]].double().requires_grad_()
+    truth = torch.nn.functional.cross_entropy(leaf, target[[0, -1]], reduction="none")
+    torch.testing.assert_close(loss[[0, -1]].double(), truth, rtol=1e-5, atol=1e-6)
+    (true_grad,) = torch.autograd.grad(truth.sum(), leaf)
+    assert oracle.error(grad[[0, -1]], true_grad) < torch.finfo(torch.bfloat16).eps
+    assert not grad[1:-1].any()
+
+
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_cuda_graph_capture_and_replay(backend, mode):
+    x, w, b, target = problem(129, 64, 1003)
+
+    def step():
+        x.grad = w.grad = b.grad = None
+        loss = sk.linear_cross_entropy(x, w, target, linear_bias=b, mode=mode)
+        (loss + sk.cross_entropy(x @ w.t(), target)).backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    captured = (x.grad, w.grad, b.grad)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        target.copy_(torch.randint_like(target, 0, 1003))
+        target[::3] = -100
+    graph.replay()
+    replayed = [tensor.clone() for tensor in (loss, *captured)]
+    expected = [step(), x.grad, w.grad, b.grad]
+    for got, want in zip(replayed, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
+
+
+def test_no_synchronisation_but_the_documented_one(backend):
+    """cross_entropy has none; linear_cross_entropy reads the number of valid rows, so it is left out here."""
+    logits = torch.randn(33, 1003, device="cuda", requires_grad=True)
+    target = torch.randint(0, 1003, (33,), device="cuda")
+    ids = torch.randint(0, 1003, (4, 33), device="cuda")
+    sk.cross_entropy(logits, target).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = sk.cross_entropy(logits, target, label_smoothing=0.1, return_stats=True)
+        loss.backward()
+        if backend != "cuda":
+            sk.mask_tokens(ids, mask_id=1, vocab_size=1003, special_ids=(0, 2))
+            sk.mask_tokens(ids, mask_id=1, vocab_size=1003, seed=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_stream(backend):
+    x, w, b, target = problem(257, 64, 5003)
+    expected = torch.autograd.grad(sk.linear_cross_entropy(x, w, target, linear_bias=b), (x, w, b))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = torch.autograd.grad(sk.linear_cross_entropy(x, w, target, linear_bias=b), (x, w, b))
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, e in zip(got, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device(backend):
+    logits, target = torch.randn(9, 1003, device="cuda:1"), torch.randint(0, 1003, (9,), device="cuda:1")
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(sk.cross_entropy(logits, target), expected)
+
+
+def test_masking_is_the_same_on_every_device(backend):
+    if backend == "cuda":
+        pytest.skip("mask_tokens has no cuda implementation")
+    ids = torch.randint(0, 30522, (64, 509))
+    options = {"mask_id": 103, "vocab_size": 30522, "special_ids": (0, 101, 102), "seed": 2**40 + 7}
+    for extra in ({}, {"mean_span": 3.0}, {"word_ids": torch.arange(509).expand(64, 509) // 3}):
+        on_cpu = {k: v for k, v in extra.items()}
+        on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
+        with sk.use_backend("reference"):
+            expected = sk.mask_tokens(ids, **options, **on_cpu)
+        got = sk.mask_tokens(ids.cuda(), **options, **on_gpu)
+        for a, e in zip(got, expected, strict=True):
+            assert torch.equal(a.cpu(), e)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_logits_never_exist(backend, train):
+    if backend == "reference":
+        pytest.skip("the reference holds the logits")
+    x, w, b, target = problem(16384, 128, 128256, ignored=0.0)  # 4.2 GB of logits
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.set_grad_enabled(train):
+        loss = sk.linear_cross_entropy(x, w, target, linear_bias=b)
+    if train:
+        loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 900 << 20
