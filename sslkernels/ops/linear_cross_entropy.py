@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from sslkernels import checks
 from sslkernels.dispatch import Op
-from sslkernels.ops import chunked_linear
+from sslkernels.ops import chunked_linear, linear_reference
 from sslkernels.ops.chunked_linear import Gradients, Wanted, empty_gradients
 from sslkernels.ops.cross_entropy import (
     CrossEntropyStats,
@@ -34,68 +34,6 @@ from sslkernels.ops.rows import (
 )
 
 NAME = "linear_cross_entropy"
-
-
-def _reference_gradients(
-    grad_logits: Tensor, input: Tensor, linear_weight: Tensor, options: RowOptions, wanted: Wanted
-) -> Gradients:
-    gradients = empty_gradients(input, linear_weight, wanted)
-    gradients.scale.fill_(1)
-    acc = grad_logits.dtype
-    if wanted.input:
-        gradients.input.copy_(options.logit_scale * grad_logits @ linear_weight.to(acc))
-    if wanted.weight:
-        gradients.weight.copy_(options.logit_scale * grad_logits.t() @ input.to(acc))
-    if wanted.bias:
-        gradients.bias.copy_(grad_logits.sum(0))
-    return gradients
-
-
-def _reference_logits(input: Tensor, linear_weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    acc = accumulation_dtype(input.dtype)
-    return input.to(compute_dtype).to(acc) @ linear_weight.to(compute_dtype).to(acc).t()
-
-
-def _reference_forward(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    coefficient: Tensor | None,
-    compute_dtype: torch.dtype,
-    options: RowOptions,
-    wanted: Wanted,
-    stats: bool,
-) -> tuple[RowOutputs, Gradients]:
-    logits = _reference_logits(input, linear_weight, compute_dtype)
-    if not any(wanted):
-        outputs = ReferenceRows().forward(logits, target, bias, weight, options, stats=stats)
-        return outputs, _reference_gradients(logits, input, linear_weight, options, wanted)
-    coefficient, scale = chunked_linear.normalise(coefficient, input.dtype)
-    outputs = ReferenceRows().forward(
-        logits, target, bias, weight, options, stats=stats, coefficient=coefficient, grad=logits
-    )
-    gradients = _reference_gradients(logits, input, linear_weight, options, wanted)
-    gradients.scale.copy_(scale)
-    return outputs, gradients
-
-
-def _reference_backward(
-    grad_loss: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    state: RowOutputs,
-    compute_dtype: torch.dtype,
-    options: RowOptions,
-    wanted: Wanted,
-) -> Gradients:
-    logits = _reference_logits(input, linear_weight, compute_dtype)
-    ReferenceRows().backward(logits, target, bias, weight, options, state, grad_loss, logits)
-    return _reference_gradients(logits, input, linear_weight, options, wanted)
 
 
 def _fwd(
@@ -180,7 +118,7 @@ linear_cross_entropy_fwd = Op(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     implementations={
-        "reference": partial(_fwd, _reference_forward),
+        "reference": partial(_fwd, linear_reference.forward),
         **{backend: partial(_fwd, forward) for backend, forward in _chunked("forward").items()},
     },
     native_ops=NativeRows.OPS,
@@ -193,7 +131,7 @@ linear_cross_entropy_bwd = Op(
     f"{_COMMON_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     implementations={
-        "reference": partial(_bwd, _reference_backward),
+        "reference": partial(_bwd, linear_reference.backward),
         **{backend: partial(_bwd, backward) for backend, backward in _chunked("backward").items()},
     },
     native_ops=NativeRows.OPS,

@@ -1,0 +1,79 @@
+"""Linear cross-entropy in plain torch: it defines the op. All logits exist, in the accumulation dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslkernels.ops.chunked_linear import Gradients, Wanted, empty_gradients, normalise
+from sslkernels.ops.rows import ReferenceRows, RowOptions, RowOutputs, accumulation_dtype
+
+ROWS = ReferenceRows()
+
+
+def _operands(input: Tensor, linear_weight: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounded to the dtype of the matmuls, then held in the accumulation dtype."""
+    acc = accumulation_dtype(input.dtype)
+    return input.to(compute_dtype).to(acc), linear_weight.to(compute_dtype).to(acc)
+
+
+def _gradients(
+    grad_logits: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    compute_dtype: torch.dtype,
+    options: RowOptions,
+    wanted: Wanted,
+) -> Gradients:
+    gradients = empty_gradients(input, linear_weight, wanted)
+    gradients.scale.fill_(1)
+    x, w = _operands(input, linear_weight, compute_dtype)
+    if wanted.input:
+        gradients.input.copy_(options.logit_scale * grad_logits @ w)
+    if wanted.weight:
+        gradients.weight.copy_(options.logit_scale * grad_logits.t() @ x)
+    if wanted.bias:
+        gradients.bias.copy_(grad_logits.sum(0))
+    return gradients
+
+
+def forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    coefficient: Tensor | None,
+    compute_dtype: torch.dtype,
+    options: RowOptions,
+    wanted: Wanted,
+    stats: bool,
+) -> tuple[RowOutputs, Gradients]:
+    x, w = _operands(input, linear_weight, compute_dtype)
+    logits = x @ w.t()
+    if not any(wanted):
+        outputs = ROWS.forward(logits, target, bias, weight, options, stats=stats)
+        return outputs, _gradients(logits, input, linear_weight, compute_dtype, options, wanted)
+    coefficient, scale = normalise(coefficient, input.dtype)
+    outputs = ROWS.forward(logits, target, bias, weight, options, stats=stats, coefficient=coefficient, grad=logits)
+    gradients = _gradients(logits, input, linear_weight, compute_dtype, options, wanted)
+    gradients.scale.copy_(scale)
+    return outputs, gradients
+
+
+def backward(
+    grad_loss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    state: RowOutputs,
+    compute_dtype: torch.dtype,
+    options: RowOptions,
+    wanted: Wanted,
+) -> Gradients:
+    x, w = _operands(input, linear_weight, compute_dtype)
+    logits = x @ w.t()
+    ROWS.backward(logits, target, bias, weight, options, state, grad_loss, logits)
+    return _gradients(logits, input, linear_weight, compute_dtype, options, wanted)
