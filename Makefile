@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens").
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(or $(ARGS),tests)
+	$(BIN)/python -m pytest $(or $(ARGS),tests benchmarks --benchmark-disable)
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)

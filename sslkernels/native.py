@@ -5,18 +5,16 @@ Importing `_C` registers the operators of the namespace `sslkernels_native`; no 
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
 
-extension: ModuleType | None
-load_error: str | None
+extension: ModuleType | None = None
+load_error: str | None = None
 try:
-    from sslkernels import _C as extension  # type: ignore[attr-defined,no-redef]
-
-    load_error = None
+    extension = importlib.import_module("sslkernels._C")
 except ImportError as error:
-    extension = None
     load_error = str(error)
 
 BUILD_COMMAND = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation -e ."

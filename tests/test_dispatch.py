@@ -22,7 +22,7 @@ ALLOWED = {
     "ops": {"ops", "dispatch", "native", "checks", "random"},
     "random": {"checks"},
     "dispatch": {"native"},
-    "native": {"_C"},
+    "native": set(),
     "checks": set(),
     "version": set(),
     "triton_kernels": {"triton_kernels"},
