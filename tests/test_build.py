@@ -77,7 +77,7 @@ def test_cuda_kernels_do_not_spill():
     for name, registers, stack, shared, local in functions:
         assert int(registers) <= 128, name
         assert int(local) == 0, name
-        assert int(stack) == 0 or "d" in name, (name, stack)
+        assert int(stack) == 0, name
         assert int(shared) <= 48 * 1024, name
 
 

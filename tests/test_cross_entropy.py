@@ -220,6 +220,21 @@ def test_half_precision_gradients_at_a_large_batch(backend, scale, device):
             assert ((grads[0].double() - truth[0]).abs() <= 2**-24 + 2**-9 * truth[0].abs()).all()
 
 
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_the_weight_of_an_ignored_token_does_not_set_the_float16_scale(backend, mode, device):
+    x, w = (torch.randn(n, 4, device=device).half().requires_grad_() for n in (8, 9))
+    target = torch.tensor([1, 2, 3, 4, 5, 6, 7, -100], device=device)
+    tokens = torch.full((8,), 1e-6, device=device)
+    plain = sk.linear_cross_entropy(x, w, target, token_weight=tokens, reduction="sum", mode=mode)
+    expected = torch.autograd.grad(1e6 * plain, (x, w))
+    tokens[-1] = 1e6
+    loss = sk.linear_cross_entropy(x, w, target, token_weight=tokens, reduction="sum", mode=mode)
+    got = torch.autograd.grad(1e6 * loss, (x, w))
+    for one, other in zip(got, expected, strict=True):
+        assert other.abs().max() > 0.1
+        assert torch.equal(one, other)
+
+
 def test_rows_are_independent_of_the_batch_and_of_the_chunks(backend, monkeypatch, device):
     from sslkernels.ops import chunked_linear
 

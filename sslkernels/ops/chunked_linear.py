@@ -60,8 +60,12 @@ def empty_gradients(input: Tensor, linear_weight: Tensor, wanted: Wanted) -> Gra
     )
 
 
-def normalise(coefficient: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(coefficient / scale, scale), with scale 1 unless one of `dtypes` is float16."""
+def normalise(coefficient: Tensor, target: Tensor, ignore_index: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(coefficient / scale, scale), with scale 1 unless one of `dtypes` is float16.
+
+    Ignored rows, whose coefficient may be anything (1 / 0 where no row is valid), get 0 and do not count.
+    """
+    coefficient = torch.where(target != ignore_index, coefficient, 0)
     if torch.float16 not in dtypes or coefficient.numel() == 0:
         return coefficient, coefficient.new_ones(())
     largest = coefficient.abs().max()
@@ -87,7 +91,7 @@ def forward(
     gradients.scale.fill_(1)
     if any(wanted):
         assert coefficient is not None
-        coefficient, scale = normalise(coefficient, input.dtype, compute_dtype)
+        coefficient, scale = normalise(coefficient, target, options.ignore_index, input.dtype, compute_dtype)
         gradients.scale.copy_(scale)
     else:
         projection = (input.to(compute_dtype), linear_weight.to(compute_dtype))
@@ -123,9 +127,7 @@ def backward(
     """The gradients of sum(grad_loss * loss), from the logits computed again."""
     gradients = empty_gradients(input, linear_weight, wanted)
     chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
-    # Ignored rows are left out of the scale: their gradient may be anything (0 / 0 where no row is valid).
-    grad_loss = torch.where(target != options.ignore_index, grad_loss, 0)
-    coefficient, scale = normalise(grad_loss, input.dtype, compute_dtype)
+    coefficient, scale = normalise(grad_loss, target, options.ignore_index, input.dtype, compute_dtype)
     gradients.scale.copy_(scale)
     for x, y, take in chunks:
         logits = chunks.logits(x)

@@ -54,7 +54,7 @@ def forward(
     if not any(wanted):
         outputs = ROWS.forward(logits, target, bias, weight, options, stats=stats)
         return outputs, _gradients(logits, input, linear_weight, compute_dtype, options, wanted)
-    coefficient, scale = normalise(coefficient, input.dtype)
+    coefficient, scale = normalise(coefficient, target, options.ignore_index, input.dtype)
     outputs = ROWS.forward(logits, target, bias, weight, options, stats=stats, coefficient=coefficient, grad=logits)
     gradients = _gradients(logits, input, linear_weight, compute_dtype, options, wanted)
     gradients.scale.copy_(scale)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,63 +154,37 @@ def _chain(word: Tensor, eligible: Tensor, word_ids: Tensor | None, rule: MaskRu
     return if_unchosen  # the first map of a row is constant, hence all of them are now
 
 
-def _cpu(
+def _fused(
+    fill: Callable[..., None],
     input_ids: Tensor,
     seed: Tensor,
     special_mask: Tensor | None,
     word_ids: Tensor | None,
     row_ids: Tensor | None,
-    special_ids: Sequence[int],
-    mask_id: int,
-    vocab_size: int,
-    probability: float,
-    replace_mask: float,
-    replace_random: float,
-    mean_span: float,
-    ignore_index: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    rule = mask_rule(special_ids, mask_id, vocab_size, probability, replace_mask, replace_random, mean_span)
+    """options: the arguments of `mask_rule`, and ignore_index."""
+    *rule_options, ignore_index = options
+    rule = mask_rule(*rule_options)
+    chained = word_ids is not None or rule_options[-1] > 0
     output_ids, labels = _empty_outputs(input_ids)
-    torch.ops.sslkernels_native.mask_tokens(
-        input_ids,
-        seed,
-        special_mask,
-        word_ids,
-        row_ids,
-        torch.tensor(rule.ranges, dtype=torch.int64),
-        output_ids,
-        labels,
-        *rule[:-1],
-        ignore_index,
-        word_ids is not None or mean_span > 0,
-    )
+    fill((input_ids, seed, special_mask, word_ids, row_ids), (output_ids, labels), rule, ignore_index, chained)
     return output_ids, labels
 
 
-def _triton(
-    input_ids: Tensor,
-    seed: Tensor,
-    special_mask: Tensor | None,
-    word_ids: Tensor | None,
-    row_ids: Tensor | None,
-    special_ids: Sequence[int],
-    mask_id: int,
-    vocab_size: int,
-    probability: float,
-    replace_mask: float,
-    replace_random: float,
-    mean_span: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+def _fill_cpu(
+    inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
+) -> None:
+    ranges = torch.tensor(rule.ranges, dtype=torch.int64)
+    torch.ops.sslkernels_native.mask_tokens(*inputs, ranges, *outputs, *rule[:-1], ignore_index, chained)
+
+
+def _fill_triton(
+    inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
+) -> None:
     from sslkernels.triton_kernels.mask_tokens import mask_tokens
 
-    rule = mask_rule(special_ids, mask_id, vocab_size, probability, replace_mask, replace_random, mean_span)
-    output_ids, labels = _empty_outputs(input_ids)
-    chained = word_ids is not None or mean_span > 0
-    mask_tokens(
-        input_ids, seed, special_mask, word_ids, row_ids, output_ids, labels, *rule, ignore_index, chained=chained
-    )
-    return output_ids, labels
+    mask_tokens(*inputs, *outputs, *rule, ignore_index, chained=chained)
 
 
 def _empty_outputs(input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +199,11 @@ mask_tokens_op = Op(
     "int[] special_ids, int mask_id, int vocab_size, float probability, float replace_mask, float replace_random, "
     "float mean_span, int ignore_index) -> (Tensor, Tensor)",
     fake=lambda input_ids, *rest: _empty_outputs(input_ids),
-    implementations={"reference": _reference, "cpu": _cpu, "triton": _triton},
+    implementations={
+        "reference": _reference,
+        "cpu": partial(_fused, _fill_cpu),
+        "triton": partial(_fused, _fill_triton),
+    },
     native_ops=("mask_tokens",),
 )
 
