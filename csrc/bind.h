@@ -43,6 +43,14 @@ inline void check_vector(const torch::stable::Tensor& tensor, int64_t size, torc
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "sslkernels: wrong dtype of ", name);
 }
 
+// int64, else int32.
+inline bool is_wide(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const bool wide = tensor.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || tensor.scalar_type() == ScalarType::Int, "sslkernels: ", name, " must be int64 or int32");
+  return wide;
+}
+
 inline void check_matrix(const torch::stable::Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, "sslkernels: ", name, " must have 2 dimensions");
   STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1 || tensor.size(0) == 0, "sslkernels: ", name,
@@ -61,7 +69,8 @@ inline CrossEntropyRows cross_entropy_rows(const torch::stable::Tensor& logits, 
   check_matrix(logits, "logits");
   const int64_t count = logits.size(0), vocab = logits.size(1);
   const auto type = accumulation_type(logits);
-  check_vector(target, count, torch::headeronly::ScalarType::Long, "target");
+  const bool wide_target = is_wide(target, "target");
+  check_vector(target, count, target.scalar_type(), "target");
   check_vector(row_max, count, type, "row_max");
   check_vector(sum_exp, count, type, "sum_exp");
   check_vector(logprob, count, type, "logprob");
@@ -82,7 +91,8 @@ inline CrossEntropyRows cross_entropy_rows(const torch::stable::Tensor& logits, 
   rows.logits_stride = logits.stride(0);
   rows.count = count;
   rows.vocab = vocab;
-  rows.target = target.const_data_ptr<int64_t>();
+  rows.target = target.const_data_ptr();
+  rows.wide_target = wide_target;
   rows.bias = pointer(bias);
   rows.weight = pointer(weight);
   rows.weight_sum = pointer(weight_sum);

@@ -18,13 +18,6 @@ inline const int64_t* row_ids_pointer(const OptionalTensor& row_ids, int64_t row
   return row_ids->const_data_ptr<int64_t>();
 }
 
-inline bool is_wide(const torch::stable::Tensor& tensor, const char* name) {
-  using torch::headeronly::ScalarType;
-  const bool wide = tensor.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || tensor.scalar_type() == ScalarType::Int, "sslkernels: ", name, " must be int64 or int32");
-  return wide;
-}
-
 inline void check_like(const torch::stable::Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.is_contiguous(),
                   "sslkernels: ", name, " must be contiguous, of the shape of input_ids");

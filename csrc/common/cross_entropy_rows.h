@@ -16,7 +16,8 @@ struct CrossEntropyRows {
   int64_t logits_stride;
   int64_t count;
   int64_t vocab;
-  const int64_t* target;
+  const void* target;
+  bool wide_target;         // int64 targets, else int32
   const void* bias;         // A (vocab)
   const void* weight;       // A (vocab)
   const void* weight_sum;   // A (1); null: vocab
@@ -32,4 +33,11 @@ struct CrossEntropyRows {
   RowOptions options;
 };
 
+namespace {  // one copy for each instruction set of the CPU
+
+SSLKERNELS_HD int64_t target_of(const CrossEntropyRows& rows, int64_t i) {
+  return rows.wide_target ? static_cast<const int64_t*>(rows.target)[i] : static_cast<const int32_t*>(rows.target)[i];
+}
+
+}  // namespace
 }  // namespace sslkernels

@@ -173,7 +173,7 @@ void fill_gradient(const CrossEntropyRows& rows, int64_t i, float value) {
 template <class T>
 bool excluded_row(const CrossEntropyRows& rows, int64_t i, bool forward) {
   using A = typename Accumulation<T>::type;
-  const int64_t target = rows.target[i];
+  const int64_t target = target_of(rows, i);
   const bool ignored = target == rows.options.ignore_index;
   if (!ignored && target >= 0 && target < rows.vocab) return false;
   const float value = ignored ? 0.0f : std::numeric_limits<float>::quiet_NaN();
@@ -195,7 +195,7 @@ void fwd_row(const CrossEntropyRows& rows, int64_t i) {
   using A = typename Accumulation<T>::type;
   if (excluded_row<T>(rows, i, true)) return;
   const Row<T> row = make_row<T>(rows, i);
-  const int64_t target = rows.target[i];
+  const int64_t target = target_of(rows, i);
   const A* weight = static_cast<const A*>(rows.weight);
   const bool stats = rows.prediction != nullptr;
   A buffer[kBlock];
@@ -246,7 +246,7 @@ void fwd_row(const CrossEntropyRows& rows, int64_t i) {
 
 template <class T>
 void bwd_row(const CrossEntropyRows& rows, int64_t i) {
-  if (!excluded_row<T>(rows, i, false)) write_gradient<T>(rows, i, make_row<T>(rows, i), rows.target[i]);
+  if (!excluded_row<T>(rows, i, false)) write_gradient<T>(rows, i, make_row<T>(rows, i), target_of(rows, i));
 }
 
 }  // namespace

@@ -5,7 +5,26 @@
 
 namespace sslkernels {
 
+struct DeviceLimits;
+
 void launch_cross_entropy_rows_fwd(const CrossEntropyRows& rows, void* stream);
 void launch_cross_entropy_rows_bwd(const CrossEntropyRows& rows, void* stream);
+
+// How a row is shared by blocks, and whether the forward holds it in shared memory for the gradient.
+struct RowPlan {
+  bool held;
+  int cluster;  // blocks of a row that reduce it together
+  int parts;    // blocks of a row that write its gradient apart from one another
+  int threads;
+  int64_t shared_bytes;
+};
+
+RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const DeviceLimits& limits);
+RowPlan plan_rows_bwd(const CrossEntropyRows& rows);
+
+template <class T>
+void launch_rows_fwd(const CrossEntropyRows& rows, void* stream);
+template <class T>
+void launch_rows_bwd(const CrossEntropyRows& rows, void* stream);
 
 }  // namespace sslkernels

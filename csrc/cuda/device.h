@@ -1,53 +1,160 @@
-// What the kernels use of the GPU: reductions over a block. The only header that knows it runs on one.
+// What the kernels use of the GPU: the only file that knows it runs on one. Compiled for the host, where each CUDA
+// thread is a std::thread, its twin in tests/cuda_host takes its place.
 #pragma once
+
+#if !defined(__CUDACC__)
+#include "device_host.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "../common/element.h"
+
 namespace sslkernels {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
+// --- The threads of a warp -----------------------------------------------------------------------------------------
+
 constexpr int kWarpSize = 32;
-constexpr int kMaxWarps = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
 
-struct Sum {
-  template <class A>
-  static __device__ A identity() {
-    return A(0);
-  }
-  template <class A>
-  static __device__ A combine(A a, A b) {
-    return a + b;
-  }
-};
-
-struct Max {
-  template <class A>
-  static __device__ A identity() {
-    return A(-INFINITY);
-  }
-  template <class A>
-  static __device__ A combine(A a, A b) {
-    return a > b ? a : b;
-  }
-};
-
-// The reduction of `value` over the block, in the same order each time, returned to every thread. blockDim.x is a
-// multiple of the warp size; every thread of the block calls it.
-template <class Reduction, class A>
-__device__ A block_reduce(A value) {
-  __shared__ A of_warp[kMaxWarps];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    value = Reduction::combine(value, __shfl_xor_sync(kFullWarp, value, step));
-  }
-  if (lane == 0) of_warp[warp] = value;
-  __syncthreads();
-  value = lane < warps ? of_warp[lane] : Reduction::template identity<A>();
-  for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    value = Reduction::combine(value, __shfl_xor_sync(kFullWarp, value, step));
-  }
-  __syncthreads();  // of_warp may be written again
+// Moves a value of any trivially copyable type word by word. Every thread of the warp takes part.
+template <class T, class Move>
+__device__ __forceinline__ T move_words(T value, Move move) {
+  static_assert(sizeof(T) % sizeof(uint32_t) == 0, "move_words: whole words");
+  constexpr int kWords = sizeof(T) / sizeof(uint32_t);
+  uint32_t words[kWords];
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = move(words[w]);
+  memcpy(&value, words, sizeof(T));
   return value;
 }
 
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return move_words(value, [=](uint32_t word) { return __shfl_sync(kFullWarp, word, lane); });
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lanes) {
+  return move_words(value, [=](uint32_t word) { return __shfl_xor_sync(kFullWarp, word, lanes); });
+}
+
+// Lanes below `lanes` keep their value.
+template <class T>
+__device__ __forceinline__ T shuffle_up(T value, int lanes) {
+  return move_words(value, [=](uint32_t word) { return __shfl_up_sync(kFullWarp, word, lanes); });
+}
+
+// --- The blocks of a cluster (one block where there are no clusters) -----------------------------------------------
+
+// The dynamic shared memory of the block, aligned to 16 bytes.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+__device__ __forceinline__ int cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Where the block of that rank has what this one has at `pointer` in its shared memory.
+template <class T>
+__device__ __forceinline__ const T* cluster_shared(const T* pointer, int rank) {
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
+  return reinterpret_cast<const T*>(there);
+}
+#else
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ int cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+template <class T>
+__device__ __forceinline__ const T* cluster_shared(const T* pointer, int) {
+  return pointer;
+}
+#endif
+
+// --- Memory: 16 bytes at a time ------------------------------------------------------------------------------------
+
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+
+__device__ __forceinline__ Words load_words(const void* pointer) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(pointer));
+  return {v.x, v.y, v.z, v.w};
+}
+// Of memory that is not read again.
+__device__ __forceinline__ Words load_words_last(const void* pointer) {
+  const uint4 v = __ldcs(static_cast<const uint4*>(pointer));
+  return {v.x, v.y, v.z, v.w};
+}
+// Of memory that other blocks read too.
+__device__ __forceinline__ Words load_words_shared(const void* pointer) {
+  const uint4 v = *static_cast<const uint4*>(pointer);
+  return {v.x, v.y, v.z, v.w};
+}
+// To memory that is not read again soon.
+__device__ __forceinline__ void store_words(void* pointer, Words words) {
+  __stcs(static_cast<uint4*>(pointer), make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]));
+}
+
+// --- Two 16-bit elements in a word ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ void unpack(uint32_t word, BFloat16, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(uint32_t word, Half, float& low, float& high) {
+  __half2 pair;
+  memcpy(&pair, &word, sizeof(word));
+  const float2 both = __half22float2(pair);
+  low = both.x;
+  high = both.y;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, BFloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, Half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+
+// --- Approximations of the special function unit -------------------------------------------------------------------
+
+// 2^x within 2 ulp; 0 where the result would be subnormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// 1 / x within 1 ulp; 0 for infinity.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 }  // namespace sslkernels
+#endif

@@ -1,18 +1,81 @@
-// Launch errors, with the kernel's name.
+// Launches with an error check that names the kernel, and the facts of the device that launchers plan with.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "device.h"
+
 namespace sslkernels {
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("sslkernels: launch of ") + kernel + " failed: " + cudaGetErrorString(error));
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, and not by whoever looks next
+  throw std::runtime_error(std::string("sslkernels: ") + what + " failed: " + cudaGetErrorString(error));
+}
+
+struct DeviceLimits {
+  int processors;            // streaming multiprocessors
+  int64_t shared_per_block;  // bytes of shared memory
+  int64_t shared_per_processor;
+  int64_t shared_reserved;  // of each block, by the system
+  int largest_cluster;      // 1: no clusters
+};
+
+// Of the current device.
+inline DeviceLimits device_limits() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const auto attribute = [device](cudaDeviceAttr name) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+          major == 9 || major == 10 ? 16
+          : major > 10              ? 8
+                                    : 1};
+}
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+  int cluster;  // blocks of a cluster; divides `blocks`
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+            const Arguments&... arguments) {
+  if (shape.blocks == 0) return;
+  if (shape.blocks > INT32_MAX) {
+    throw std::runtime_error(std::string("sslkernels: ") + name + " would need more than 2^31 - 1 blocks");
   }
+  const auto function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared_bytes > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               name);
+  }
+  if (shape.cluster > 8) {
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 
 }  // namespace sslkernels

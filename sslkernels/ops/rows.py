@@ -225,7 +225,7 @@ class NativeRows(Rows):
         outputs = empty_outputs(logits, logits.shape[0], stats)
         bias, weight, weight_sum = _prepared(logits, bias, weight)
         torch.ops.sslkernels_native.cross_entropy_rows_fwd(
-            logits, target.long(), bias, weight, weight_sum, coefficient, *outputs, grad, *options, stats
+            logits, target, bias, weight, weight_sum, coefficient, *outputs, grad, *options, stats
         )
         return outputs
 
@@ -233,7 +233,7 @@ class NativeRows(Rows):
         bias, weight, weight_sum = _prepared(logits, bias, weight)
         saved = (state.row_max, state.sum_exp, state.logprob)
         torch.ops.sslkernels_native.cross_entropy_rows_bwd(
-            logits, target.long(), bias, weight, weight_sum, coefficient, *saved, grad, *options
+            logits, target, bias, weight, weight_sum, coefficient, *saved, grad, *options
         )
 
     def add(self, total, part, first):

@@ -1,0 +1,54 @@
+// How the kernels of cross_entropy_rows.h are launched, for one element type.
+#pragma once
+
+#include "cross_entropy.h"
+#include "cross_entropy_rows.h"
+#include "launch.h"
+
+namespace sslkernels {
+
+// Calls `run` with the least features that the rows need; float64 has one kernel for all.
+template <class T, bool kSums, class Run>
+void with_features(const CrossEntropyRows& rows, Run run) {
+  if constexpr (sizeof(T) == 8) {
+    run(RowFeatures<true, true, kSums>{});
+  } else if (rows.options.softcap != 0) {
+    run(RowFeatures<true, true, kSums>{});
+  } else if (rows.bias != nullptr || rows.options.logit_scale != 1) {
+    run(RowFeatures<true, false, kSums>{});
+  } else {
+    run(RowFeatures<false, false, kSums>{});
+  }
+}
+
+template <class T>
+void launch_rows_fwd(const CrossEntropyRows& rows, void* stream) {
+  const auto run = [&](auto features) {
+    using F = decltype(features);
+    const int64_t scratch = (sizeof(typename Reduction<RowPartial<T, F::kSums>>::Scratch) + 15) / 16 * 16;
+    const RowPlan plan = plan_rows_fwd(rows, scratch, device_limits());
+    const LaunchShape shape{rows.count * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
+    constexpr const char* kName = "cross_entropy_rows_fwd_kernel";
+    if constexpr (sizeof(T) < 8) {
+      if (plan.held) return launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape, stream, rows);
+    }
+    launch(kName, cross_entropy_rows_fwd_kernel<T, F, false>, shape, stream, rows);
+  };
+  if (sizeof(T) == 8 || rows.prediction != nullptr || rows.options.label_smoothing > 0) {
+    with_features<T, true>(rows, run);
+  } else {
+    with_features<T, sizeof(T) == 8>(rows, run);
+  }
+}
+
+template <class T>
+void launch_rows_bwd(const CrossEntropyRows& rows, void* stream) {
+  with_features<T, false>(rows, [&](auto features) {
+    const RowPlan plan = plan_rows_bwd(rows);
+    const LaunchShape shape{rows.count * plan.parts, plan.threads, 0, 1};
+    launch("cross_entropy_rows_bwd_kernel", cross_entropy_rows_bwd_kernel<T, decltype(features)>, shape, stream, rows,
+           plan.parts);
+  });
+}
+
+}  // namespace sslkernels

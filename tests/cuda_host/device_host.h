@@ -1,0 +1,251 @@
+// The twin of csrc/cuda/device.h on a host: every CUDA thread is a std::thread, so that the sanitizers of the host
+// compiler check the kernels. Two clusters run at a time and share no barrier: blocks that touch the same memory race.
+#pragma once
+
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/common/element.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// --- The machine ---------------------------------------------------------------------------------------------------
+
+namespace cuda_host {
+
+struct Device {
+  int processors = 4;
+  int shared_per_block = 232448;
+  int shared_per_processor = 233472;
+  int shared_reserved = 1024;
+  int major = 9;
+};
+inline Device device;
+inline std::vector<const void*> launched;  // kernels, in order
+
+constexpr int kWarp = 32;
+constexpr int kSlot = 128;  // bytes that a shuffle moves at most
+
+struct Warp {
+  std::barrier<> barrier{kWarp};
+  alignas(16) char slot[2][kWarp][kSlot];
+};
+
+struct Block {
+  std::barrier<> barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::unique_ptr<char[], void (*)(char*)> shared;
+  size_t shared_bytes;
+
+  Block(int threads, size_t bytes)
+      : barrier(threads),
+        shared(static_cast<char*>(::operator new(bytes, std::align_val_t(16))),
+               [](char* p) { ::operator delete(p, std::align_val_t(16)); }),
+        shared_bytes(bytes) {
+    for (int w = 0; w < threads / kWarp; ++w) warps.push_back(std::make_unique<Warp>());
+  }
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::barrier<> barrier;
+  std::barrier<> between;  // of one cluster of blocks and the next that these threads run
+
+  Cluster(int size, int threads, size_t bytes) : barrier(size * threads), between(size * threads) {
+    for (int b = 0; b < size; ++b) blocks.push_back(std::make_unique<Block>(threads, bytes));
+  }
+};
+
+struct Thread {
+  Cluster* cluster;
+  Block* block;
+  Warp* warp;
+  int rank;
+  int lane;
+  int parity;
+  std::optional<std::barrier<>::arrival_token> arrived;
+};
+inline thread_local Thread* self;
+
+template <class T, class From>
+T exchange(T value, From from) {
+  static_assert(sizeof(T) <= kSlot, "exchange: the slot is too small");
+  self->parity ^= 1;
+  auto& slots = self->warp->slot[self->parity];
+  std::memcpy(slots[self->lane], &value, sizeof(T));
+  self->warp->barrier.arrive_and_wait();
+  std::memcpy(&value, slots[from(self->lane)], sizeof(T));
+  return value;
+}
+
+template <class Call>
+void run(unsigned grid, int threads, size_t shared_bytes, int cluster_size, Call call) {
+  const unsigned clusters = grid / cluster_size, teams = clusters < 2 ? clusters : 2;
+  std::vector<std::unique_ptr<Cluster>> team;
+  std::vector<std::thread> pool;
+  for (unsigned t = 0; t < teams; ++t) {
+    team.push_back(std::make_unique<Cluster>(cluster_size, threads, shared_bytes));
+    Cluster* cluster = team.back().get();
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      for (int thread = 0; thread < threads; ++thread) {
+        pool.emplace_back([=] {
+          Block* block = cluster->blocks[rank].get();
+          Thread own{cluster, block, block->warps[thread / kWarp].get(), rank, thread % kWarp, 0, {}};
+          self = &own;
+          threadIdx = dim3(thread);
+          blockDim = dim3(threads);
+          gridDim = dim3(grid);
+          for (unsigned c = t; c < clusters; c += teams) {
+            if (thread == 0) std::memset(block->shared.get(), 0xff, shared_bytes);
+            cluster->between.arrive_and_wait();
+            blockIdx = dim3(c * cluster_size + rank);
+            call();
+            cluster->between.arrive_and_wait();
+          }
+        });
+      }
+    }
+  }
+  for (std::thread& thread : pool) thread.join();
+}
+
+}  // namespace cuda_host
+
+inline void __syncthreads() { cuda_host::self->block->barrier.arrive_and_wait(); }
+
+// --- The runtime ---------------------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+  cudaDevAttrComputeCapabilityMajor,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch configuration"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const cuda_host::Device& device = cuda_host::device;
+  const int values[] = {device.processors, device.shared_per_block, device.shared_per_processor, device.shared_reserved,
+                        device.major};
+  *value = values[name];
+  return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  const int cluster = config->numAttrs == 0 ? 1 : int(config->attrs->val.clusterDim.x);
+  const int threads = int(config->blockDim.x), most = cuda_host::device.major >= 9 ? 16 : 1;
+  if (threads < 1 || threads > 1024 || threads % cuda_host::kWarp != 0 || cluster < 1 || cluster > most ||
+      config->gridDim.x % cluster != 0 || config->gridDim.x == 0 ||
+      config->dynamicSmemBytes > size_t(cuda_host::device.shared_per_block)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  cuda_host::launched.push_back(reinterpret_cast<const void*>(kernel));
+  cuda_host::run(config->gridDim.x, threads, config->dynamicSmemBytes, cluster, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
+// --- What device.h offers ------------------------------------------------------------------------------------------
+
+namespace sslkernels {
+
+constexpr int kWarpSize = cuda_host::kWarp;
+
+template <class T>
+T shuffle(T value, int lane) {
+  return cuda_host::exchange(value, [=](int) { return lane; });
+}
+template <class T>
+T shuffle_xor(T value, int lanes) {
+  return cuda_host::exchange(value, [=](int own) { return own ^ lanes; });
+}
+template <class T>
+T shuffle_up(T value, int lanes) {
+  return cuda_host::exchange(value, [=](int own) { return own < lanes ? own : own - lanes; });
+}
+
+inline char* shared_memory() { return cuda_host::self->block->shared.get(); }
+
+inline int cluster_rank() { return cuda_host::self->rank; }
+inline int cluster_size() { return int(cuda_host::self->cluster->blocks.size()); }
+inline void cluster_arrive() { cuda_host::self->arrived.emplace(cuda_host::self->cluster->barrier.arrive()); }
+inline void cluster_wait() {
+  cuda_host::self->cluster->barrier.wait(std::move(*cuda_host::self->arrived));
+  cuda_host::self->arrived.reset();
+}
+template <class T>
+const T* cluster_shared(const T* pointer, int rank) {
+  const auto offset = reinterpret_cast<const char*>(pointer) - shared_memory();
+  return reinterpret_cast<const T*>(cuda_host::self->cluster->blocks[rank]->shared.get() + offset);
+}
+
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+inline Words load_words(const void* pointer) { return *static_cast<const Words*>(pointer); }
+inline Words load_words_last(const void* pointer) { return load_words(pointer); }
+inline Words load_words_shared(const void* pointer) { return load_words(pointer); }
+inline void store_words(void* pointer, Words words) { *static_cast<Words*>(pointer) = words; }
+
+template <class T>
+void unpack(uint32_t word, T, float& low, float& high) {
+  low = to_float(T{uint16_t(word)});
+  high = to_float(T{uint16_t(word >> 16)});
+}
+template <class T>
+uint32_t pack(float low, float high, T) {
+  T pair[2];
+  from_float(low, &pair[0]);
+  from_float(high, &pair[1]);
+  return uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+
+}  // namespace sslkernels

@@ -1,0 +1,90 @@
+// Runs the CUDA launchers on the host: main CALLS RESULTS.
+#include "../../csrc/cuda/cross_entropy.h"
+#include "device_host.h"
+#include "planted.h"
+#include "protocol.h"
+
+namespace {
+
+using cuda_host::Call;
+
+sslkernels::CrossEntropyRows rows_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  sslkernels::CrossEntropyRows rows{};
+  rows.element = static_cast<sslkernels::Element>(call.integer("element"));
+  const int64_t bytes = kBytes[call.integer("element")];
+  const bool in_place = call.integer("in_place") != 0;
+  rows.logits = call.array<char>("logits") + call.integer("logits_offset") * bytes;
+  rows.logits_stride = call.integer("logits_stride");
+  rows.count = call.integer("count");
+  rows.vocab = call.integer("vocab");
+  rows.target = call.array("target");
+  rows.wide_target = call.integer("wide_target") != 0;
+  rows.bias = call.array("bias");
+  rows.weight = call.array("weight");
+  rows.weight_sum = call.array("weight_sum");
+  rows.coefficient = call.array("coefficient");
+  rows.loss = call.array("loss");
+  rows.row_max = call.array("row_max");
+  rows.sum_exp = call.array("sum_exp");
+  rows.logprob = call.array("logprob");
+  rows.prediction = call.array<int64_t>("prediction");
+  rows.entropy = call.array("entropy");
+  if (in_place) {
+    rows.grad = const_cast<void*>(rows.logits);
+    rows.grad_stride = rows.logits_stride;
+  } else if (call.array("grad") != nullptr) {
+    rows.grad = call.array<char>("grad") + call.integer("grad_offset") * bytes;
+    rows.grad_stride = call.integer("grad_stride");
+  }
+  rows.options = {call.integer("ignore_index"), call.real("label_smoothing"), call.real("z_loss"), call.real("softcap"),
+                  call.real("logit_scale")};
+  return rows;
+}
+
+const std::map<std::string, void (*)(const Call&)> kOperations = {
+    {"cross_entropy_rows_fwd",
+     [](const Call& call) { sslkernels::launch_cross_entropy_rows_fwd(rows_of(call), nullptr); }},
+    {"cross_entropy_rows_bwd",
+     [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
+    {"planted", [](const Call& call) { launch_planted(call); }},
+};
+
+void set_device(const Call& call) {
+  cuda_host::device = {};
+  const auto set = [&](const char* key, int& value) {
+    if (call.ints.count(key)) value = int(call.integer(key));
+  };
+  set("processors", cuda_host::device.processors);
+  set("shared_per_block", cuda_host::device.shared_per_block);
+  set("shared_per_processor", cuda_host::device.shared_per_processor);
+  set("shared_reserved", cuda_host::device.shared_reserved);
+  set("major", cuda_host::device.major);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3) {
+    std::fprintf(stderr, "usage: %s CALLS RESULTS\n", arguments[0]);
+    return 2;
+  }
+  cuda_host::File calls(arguments[1], "rb"), results(arguments[2], "wb");
+  for (auto left = calls.value<uint32_t>(); left > 0; --left) {
+    const Call call = cuda_host::read_call(calls);
+    set_device(call);
+    cuda_host::launched.clear();
+    std::string error;
+    try {
+      kOperations.at(call.name)(call);
+    } catch (const std::exception& caught) {
+      error = caught.what();
+    }
+    std::vector<int64_t> launched;  // as distances from main, for a symbol table to name
+    for (const void* kernel : cuda_host::launched) {
+      launched.push_back(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&main));
+    }
+    cuda_host::write_result(results, call, error, launched);
+  }
+  return 0;
+}

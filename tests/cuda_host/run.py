@@ -1,0 +1,166 @@
+"""Builds the CUDA kernels for the host under a sanitizer, and runs launchers there. The other end is protocol.h."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COMPILER = os.environ.get("CXX", "g++")
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+FLAGS = ["-std=c++20", "-O1", "-g", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-pthread", "-Wall"]
+IGNORED = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-function"]
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=1:exitcode=97",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:exitcode=97",
+}
+
+
+@dataclass
+class Call:
+    """One launch. Arrays are passed as they lie in memory and come back as the launch left them."""
+
+    name: str
+    ints: Mapping[str, int] = field(default_factory=dict)
+    reals: Mapping[str, float] = field(default_factory=dict)
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """error: what the launcher threw, else empty; launched: the kernels, in order; arrays: as in the call."""
+
+    error: str
+    launched: list[str]
+    arrays: dict[str, Tensor]
+
+
+def missing() -> str | None:
+    """Why the host run is not possible here, if it is not."""
+    if shutil.which(COMPILER) is None:
+        return f"no C++ compiler ({COMPILER})"
+    probe = "#include <barrier>\nstd::barrier<> b(1);\nint main() { b.arrive_and_wait(); }"
+    command = [COMPILER, "-std=c++20", "-fsanitize=thread", "-pthread", "-x", "c++", "-", "-o", os.devnull]
+    done = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else f"{COMPILER} has no std::barrier or no ThreadSanitizer"
+
+
+def build(sanitizer: str) -> Path:
+    """The program, built anew where a source has changed."""
+    sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
+    headers = sorted([*ROOT.glob("csrc/c*/*.h"), *HERE.glob("*.h")])
+    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{HERE}"]
+    state = hashlib.sha256(repr([COMPILER, flags]).encode())
+    for path in (*sources, *headers):
+        state.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_host" / f"{sanitizer}-{state.hexdigest()[:16]}"
+    program = folder / "cuda_host"
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        _run([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    partial = folder / f"cuda_host.{os.getpid()}"
+    _run([COMPILER, *flags, *map(str, objects), "-o", str(partial)])
+    partial.replace(program)
+    return program
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def run(program: Path, calls: Sequence[Call], folder: Path, timeout: float = 600) -> list[Result]:
+    """RuntimeError with the sanitizer's report where it found something."""
+    paths = folder / "calls", folder / "results"
+    paths[0].write_bytes(struct.pack("<I", len(calls)) + b"".join(map(_packed, calls)))
+    done = subprocess.run(
+        [str(program), *map(str, paths)],
+        capture_output=True, text=True, check=False, timeout=timeout, env={**os.environ, **ENVIRONMENT},
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stderr[:6000]}")
+    names = kernels(program)
+    data = memoryview(paths[1].read_bytes())
+    results = []
+    for call in calls:
+        result, data = _unpacked(call, data, names)
+        results.append(result)
+    assert len(data) == 0
+    return results
+
+
+def kernels(program: Path) -> dict[int, str]:
+    """The kernels that were compiled into the program: distance from main -> name with template arguments."""
+    symbols = subprocess.run(["nm", "-C", str(program)], capture_output=True, text=True, check=True).stdout
+    found, main = {}, 0
+    for line in symbols.splitlines():
+        matched = re.match(r"([0-9a-f]+) [tTwWV] (.*)", line)
+        if matched is None:
+            continue
+        if matched[2] == "main":
+            main = int(matched[1], 16)
+        elif name := re.match(r"(?:void )?((?:[\w:]|\(anonymous namespace\))*\w+_kernel(?:<.*>)?)\(", matched[2]):
+            found[int(matched[1], 16)] = name[1].replace("sslkernels::", "").replace("(anonymous namespace)::", "")
+    return {address - main: name for address, name in found.items()}
+
+
+def _packed(call: Call) -> bytes:
+    parts = [_text(call.name)]
+    for kind, values in (("q", call.ints), ("d", call.reals)):
+        parts.append(struct.pack("<I", len(values)))
+        parts += [_text(key) + struct.pack(f"<{kind}", value) for key, value in values.items()]
+    parts.append(struct.pack("<I", len(call.arrays)))
+    for key, tensor in call.arrays.items():
+        data = _bytes(tensor)
+        parts.append(_text(key) + struct.pack("<Q", len(data)) + data)
+    return b"".join(parts)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<I", len(text)) + text.encode()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _unpacked(call: Call, data: memoryview, names: dict[int, str]) -> tuple[Result, memoryview]:
+    def take(size: int) -> memoryview:
+        nonlocal data
+        part, data = data[:size], data[size:]
+        return part
+
+    error = bytes(take(struct.unpack("<I", take(4))[0])).decode()
+    (count,) = struct.unpack("<I", take(4))
+    launched = [names[distance] for distance in struct.unpack(f"<{count}q", take(8 * count))]
+    arrays = {}
+    for key, tensor in call.arrays.items():
+        part = bytearray(take(tensor.numel() * tensor.element_size()))
+        values = torch.frombuffer(part, dtype=tensor.dtype) if part else tensor.new_empty(0)
+        arrays[key] = values.reshape(tensor.shape)
+    return Result(error, launched, arrays), data
