@@ -56,10 +56,10 @@ class File {
   }
   ~File() { std::fclose(file_); }
   void read(void* data, size_t bytes) {
-    if (std::fread(data, 1, bytes, file_) != bytes) throw std::runtime_error("the calls end early");
+    if (bytes > 0 && std::fread(data, 1, bytes, file_) != bytes) throw std::runtime_error("the calls end early");
   }
   void write(const void* data, size_t bytes) {
-    if (std::fwrite(data, 1, bytes, file_) != bytes) throw std::runtime_error("cannot write the results");
+    if (bytes > 0 && std::fwrite(data, 1, bytes, file_) != bytes) throw std::runtime_error("cannot write the results");
   }
   template <class T>
   T value() {

@@ -1,0 +1,308 @@
+"""The CUDA kernels of cross-entropy, run on the host under sanitizers: every kernel, dtype and regime against float64.
+
+A regime is chosen by the device that the launcher believes to be on: its shared memory and its clusters decide whether
+a row is held by one block, held by a cluster, or read twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import run
+from row_oracle import DTYPES, assert_gradient, assert_outputs, make, oracle, tolerance_of
+from torch import Tensor
+
+from sslkernels.ops.rows import RowOptions, RowOutputs, empty_outputs
+
+pytestmark = pytest.mark.skipif(run.missing() is not None, reason=str(run.missing()))
+
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+SCRATCH = 33 * 48  # bytes of a block's reduction, at most
+
+# What the launcher is told of the device, and the kernel that this leads to for VOCAB columns.
+VOCAB = 1003
+REGIMES = {
+    "block": ({}, {"held": True}),
+    "cluster": ({"shared_per_block": SCRATCH + 1100, "shared_per_processor": 3 * (SCRATCH + 2124)}, {"held": True}),
+    "two_reads": ({"major": 8, "shared_per_processor": 4096}, {"held": False}),
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"bias": True, "softcap": 3.0, "logit_scale": 0.75},
+    "stats": {"stats": True},
+    "smoothing_scale": {"label_smoothing": 0.125, "logit_scale": -1.5},
+    "everything": {
+        "bias": True, "weight": True, "stats": True,
+        "softcap": 3.0, "logit_scale": 0.75, "label_smoothing": 0.125, "z_loss": 2.0**-10,
+    },
+}  # fmt: skip
+KERNEL_FEATURES = {
+    "plain": (False, False, False),
+    "bias": (True, False, False),
+    "softcap": (True, True, False),
+    "stats": (False, False, True),
+    "smoothing_scale": (True, False, True),
+    "everything": (True, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows lie: elements before the first, elements a row takes beyond the vocabulary; for the gradient too."""
+
+    offset: int = 0
+    pitch: int = 0
+    grad_offset: int = 0
+    grad_pitch: int = 0
+    in_place: bool = False
+
+
+LAYOUTS = {
+    "contiguous": Layout(),
+    "in_place": Layout(offset=3, in_place=True),
+    "pitched": Layout(pitch=-VOCAB % 64, in_place=True),
+    "apart": Layout(offset=1, pitch=5, grad_offset=4, grad_pitch=2),
+}
+
+
+@dataclass
+class Case:
+    dtype: torch.dtype
+    features: str
+    regime: str = "block"
+    layout: str = "contiguous"
+    rows: int = 4
+    vocab: int = VOCAB
+    gradient: bool = True
+    backward: bool = False  # the backward kernel instead of the forward's
+    device: dict[str, int] = field(default_factory=dict)
+    scale: float = 2.0
+    special: str = ""
+
+    def __str__(self) -> str:
+        parts = (
+            NAMES[self.dtype], self.features, self.regime, self.layout, f"{self.rows}x{self.vocab}",
+            "" if self.gradient else "loss", "backward" if self.backward else "", self.special,
+        )  # fmt: skip
+        return "-".join(filter(None, parts))
+
+
+def cases() -> list[Case]:
+    found = []
+    layouts = itertools.cycle(LAYOUTS)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype, features, regime in itertools.product(low, FEATURES, REGIMES):
+        found.append(Case(dtype, features, regime, next(layouts)))
+    for dtype, features in itertools.product(low, ("plain", "bias", "everything")):
+        found.append(Case(dtype, features, layout=next(layouts), backward=True))
+    for dtype, layout in itertools.product(low, LAYOUTS):
+        found.append(Case(dtype, "everything", "block", layout))
+        found.append(Case(dtype, "everything", "cluster", layout, rows=2))
+        found.append(Case(dtype, "plain", "two_reads", layout, rows=2))
+        found.append(Case(dtype, "plain", layout=layout, backward=True, rows=2))
+    for backward in (False, True):
+        found.append(Case(torch.float64, "plain", layout="apart", backward=backward))
+        found.append(Case(torch.float64, "everything", backward=backward))
+    for vocab in (1, 2, 7, 8, 9, 16, 17, 65):
+        found.append(Case(torch.bfloat16, "everything", vocab=vocab, layout="in_place", rows=9))
+        found.append(Case(torch.float32, "stats", "cluster", vocab=vocab, rows=3, device={"shared_per_block": SCRATCH}))
+    for dtype, regime in itertools.product(low, REGIMES):
+        found.append(Case(dtype, "stats", regime, gradient=False, special="none"))
+    wide = {"processors": 132}
+    found.append(Case(torch.bfloat16, "bias", "block", vocab=16411, rows=2, device=wide, special="few_rows"))
+    found.append(Case(torch.bfloat16, "bias", "block", vocab=40007, rows=1, backward=True, special="parts"))
+    for dtype, regime in itertools.product(DTYPES, REGIMES):
+        found.append(Case(dtype, "stats", regime, rows=10, vocab=131, special="extreme"))
+        found.append(Case(dtype, "everything", regime, rows=10, vocab=131, special="extreme"))
+    found.append(Case(torch.bfloat16, "plain", rows=0))
+    found.append(Case(torch.bfloat16, "plain", rows=0, backward=True))
+    return found
+
+
+CASES = {str(case): case for case in cases()}
+
+
+def options_of(case: Case) -> RowOptions:
+    chosen = FEATURES[case.features]
+    names = ("label_smoothing", "z_loss", "softcap")
+    return RowOptions(-100, *(chosen.get(name, 0.0) for name in names), chosen.get("logit_scale", 1.0))
+
+
+def inputs_of(case: Case) -> tuple[Tensor, ...]:
+    """As row_oracle.make; rows 0 and 1 of three or more are out of range and ignored."""
+    index = torch.int32 if case.rows % 2 else torch.int64
+    logits, target, bias, weight, coefficient = make(
+        "cpu", case.rows, case.vocab, case.dtype, scale=case.scale, index_dtype=index
+    )
+    if case.rows > 2:
+        target[0] = case.vocab
+    if case.special == "extreme":
+        infinity = float("inf")
+        target[2:] = torch.arange(3, 3 + case.rows - 2)
+        logits[2] += 1000
+        logits[3, 10:20] = -infinity
+        logits[4, target[4]] = -infinity
+        logits[5] = -infinity
+        logits[6, 60] = infinity
+        logits[7, 70] = float("nan")
+        logits[8, target[8]] = 40
+        logits[9] = 0.5  # ties
+    chosen = FEATURES[case.features]
+    if case.dtype == torch.float64:
+        bias, weight, coefficient = bias.double(), weight.double(), coefficient.double()
+    return logits, target, bias if chosen.get("bias") else None, weight if chosen.get("weight") else None, coefficient
+
+
+def storage(values: Tensor, offset: int, pitch: int) -> tuple[Tensor, Tensor]:
+    """Memory that starts `offset` elements before the rows and ends with the last one; and the rows in it."""
+    rows, columns = values.shape
+    stride = columns + pitch
+    memory = torch.full((offset + max((rows - 1) * stride + columns, 0) * (rows > 0),), 7.0, dtype=values.dtype)
+    view = memory.as_strided((rows, columns), (stride, 1), offset) if rows else values
+    view.copy_(values)
+    return memory, view
+
+
+def call_of(case: Case) -> run.Call:
+    logits, target, bias, weight, coefficient = inputs_of(case)
+    layout, options = LAYOUTS[case.layout], options_of(case)
+    stats = FEATURES[case.features].get("stats", False) and not case.backward
+    outputs = empty_outputs(logits, case.rows, stats)._asdict()
+    for tensor in outputs.values():
+        tensor.fill_(7)
+    if case.backward:
+        state, _ = oracle(logits, target, bias, weight, options, stats=False)
+        outputs |= {name: getattr(state, name).to(coefficient.dtype) for name in ("row_max", "sum_exp", "logprob")}
+    arrays: dict[str, Tensor | None] = {"target": target, "bias": bias, "weight": weight, **outputs}
+    if not stats:
+        arrays |= {"prediction": None, "entropy": None}
+    if weight is not None:
+        arrays["weight_sum"] = weight.sum().reshape(1)
+    arrays["logits"], _ = storage(logits, layout.offset, layout.pitch)
+    in_place = layout.in_place and case.gradient
+    if case.gradient:
+        arrays["coefficient"] = coefficient
+        if not in_place:
+            arrays["grad"], _ = storage(torch.full_like(logits, 7), layout.grad_offset, layout.grad_pitch)
+    ints = {
+        "element": ELEMENTS[case.dtype], "in_place": in_place, "count": case.rows, "vocab": case.vocab,
+        "logits_offset": layout.offset, "logits_stride": case.vocab + layout.pitch,
+        "grad_offset": layout.grad_offset, "grad_stride": case.vocab + layout.grad_pitch,
+        "wide_target": target.dtype == torch.int64, "ignore_index": options.ignore_index,
+        **REGIMES[case.regime][0], **case.device,
+    }  # fmt: skip
+    reals = {name: getattr(options, name) for name in ("label_smoothing", "z_loss", "softcap", "logit_scale")}
+    name = "cross_entropy_rows_bwd" if case.backward else "cross_entropy_rows_fwd"
+    return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None})
+
+
+@pytest.fixture(scope="module", params=run.SANITIZERS)
+def results(request, tmp_path_factory) -> dict[str, run.Result]:
+    """All cases in one process of the program under one sanitizer; nothing found."""
+    program = run.build(request.param)
+    done = run.run(program, [call_of(case) for case in CASES.values()], tmp_path_factory.mktemp("cuda_host"))
+    return dict(zip(CASES, done, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name, results):
+    case, result = CASES[name], results[name]
+    assert result.error == ""
+    logits, target, bias, weight, coefficient = inputs_of(case)
+    stats = FEATURES[case.features].get("stats", False)
+    want, want_grad = oracle(logits, target, bias, weight, options_of(case), coefficient)
+    if not case.backward:
+        names = ("loss", "row_max", "sum_exp", "logprob", "prediction", "entropy")
+        got = tuple(result.arrays.get(key, torch.empty(0)) for key in names)
+        if case.rows > 2:  # the target of row 0 is out of range: no statistics, and its loss is NaN
+            assert got[0][0].isnan()
+            got, want = (tuple(part[1:] for part in outputs) for outputs in (got, want))
+            want = RowOutputs(*want)
+        if case.special == "extreme" and stats:
+            got[4][4:7] = want.prediction[4:7]  # rows of NaN have no largest logit
+        assert_outputs(got, want, tolerance_of(case.dtype), stats=stats)
+    if case.gradient:
+        assert_gradient(written_gradient(case, result), want_grad, coefficient)
+    assert_untouched(case, result)
+
+
+def written_gradient(case: Case, result: run.Result) -> Tensor:
+    layout = LAYOUTS[case.layout]
+    key, offset, pitch = ("logits", layout.offset, layout.pitch)
+    if not layout.in_place:
+        key, offset, pitch = ("grad", layout.grad_offset, layout.grad_pitch)
+    if case.rows == 0:
+        return torch.empty(0, case.vocab, dtype=case.dtype)
+    return result.arrays[key].as_strided((case.rows, case.vocab), (case.vocab + pitch, 1), offset)
+
+
+def assert_untouched(case: Case, result: run.Result) -> None:
+    """What lies between the rows is as it was, and so are the logits where the gradient is elsewhere."""
+    before = call_of(case).arrays
+    layout = LAYOUTS[case.layout]
+    for key, offset, pitch in (("logits", layout.offset, layout.pitch), ("grad", layout.grad_offset, layout.grad_pitch)):
+        if key not in before:
+            continue
+        position = torch.arange(before[key].numel()) - offset
+        outside = (position < 0) | (position % (case.vocab + pitch) >= case.vocab)
+        if key == "logits" and not (layout.in_place and case.gradient):
+            outside |= True
+        same = before[key].eq(result.arrays[key]) | (before[key].isnan() & result.arrays[key].isnan())
+        assert bool(same[outside].all()), key
+
+
+def test_every_kernel_runs_in_the_regime_meant_for_it(results, request):
+    launched = {name for result in results.values() for name in result.launched}
+    program = run.build(request.node.callspec.params["results"])
+    compiled = {name for name in run.kernels(program).values() if name.startswith("cross_entropy")}
+    assert len(compiled) >= 47
+    assert launched == compiled
+    types = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
+    for name, case in CASES.items():
+        if case.dtype == torch.float64 or case.backward or case.rows == 0 or not case.gradient:
+            continue
+        flags = ", ".join(str(flag).lower() for flag in KERNEL_FEATURES[case.features])
+        held = str(REGIMES[case.regime][1]["held"]).lower()
+        expected = f"cross_entropy_rows_fwd_kernel<{types[case.dtype]}, RowFeatures<{flags}>, {held}>"
+        if case.vocab == VOCAB:
+            assert results[name].launched == [expected]
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "mistake", "report"),
+    [
+        ("thread", 1, "data race"),
+        ("address", 2, "heap-buffer-overflow"),
+        ("thread", 3, "data race"),
+        ("thread", 4, "data race"),
+        ("address", 5, "misaligned address"),
+    ],
+    ids=["missing_barrier", "out_of_bounds", "missing_cluster_barrier", "blocks_write_one_element", "misaligned"],
+)
+def test_the_harness_finds_a_planted_mistake(sanitizer, mistake, report, tmp_path):
+    program = run.build(sanitizer)
+    threads, blocks = 32, 8
+
+    def planted(number: int) -> run.Call:
+        out = torch.zeros(threads * blocks, dtype=torch.int32)
+        return run.Call("planted", {"mistake": number, "blocks": blocks}, {}, {"out": out})
+
+    (right,) = run.run(program, [planted(0)], tmp_path)
+    neighbour = torch.arange(threads).roll(-1) + 1
+    assert torch.equal(right.arrays["out"], (neighbour + torch.arange(threads) + 1).repeat(blocks).int())
+    with pytest.raises(RuntimeError, match=report):
+        run.run(program, [planted(mistake)], tmp_path)
+
+
+def test_a_launch_that_fails_names_the_kernel(tmp_path):
+    out = torch.zeros(32, dtype=torch.int32)
+    (result,) = run.run(
+        run.build("address"), [run.Call("planted", {"mistake": 0, "blocks": 3}, {}, {"out": out})], tmp_path
+    )
+    assert result.error == "sslkernels: planted_kernel failed: invalid launch configuration"
