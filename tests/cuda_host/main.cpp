@@ -1,5 +1,7 @@
 // Runs the CUDA launchers on the host: main CALLS RESULTS.
+#include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
+#include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
 #include "planted.h"
 #include "protocol.h"
@@ -42,11 +44,37 @@ sslkernels::CrossEntropyRows rows_of(const Call& call) {
   return rows;
 }
 
+sslkernels::ScaleAdd scale_add_of(const Call& call) {
+  const auto element = [&](const char* key) { return static_cast<sslkernels::Element>(call.integer(key)); };
+  char* out = call.array<char>("out") + call.integer("out_offset");
+  const void* input = call.integer("in_place") != 0 ? out : call.array<char>("input") + call.integer("input_offset");
+  return {
+      element("input_element"),        element("out_element"),  input, out, call.integer("count"), call.array("scale"),
+      call.integer("wide_scale") != 0, call.integer("add") != 0};
+}
+
+void column_sums(const Call& call) {
+  sslkernels::ColumnSums sums{static_cast<sslkernels::Element>(call.integer("element")),
+                              call.array<char>("values") + call.integer("values_offset"),
+                              call.integer("stride"),
+                              call.integer("rows"),
+                              call.integer("columns"),
+                              nullptr,
+                              call.array("total"),
+                              call.integer("add") != 0};
+  const bool wide = sums.element == sslkernels::Element::kDouble;
+  const cuda_host::Array partials(sslkernels::column_sums_row_blocks(sums) * sums.columns * (wide ? 8 : 4));
+  sums.partials = partials.data();
+  sslkernels::launch_column_sums(sums, nullptr);
+}
+
 const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_fwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_fwd(rows_of(call), nullptr); }},
     {"cross_entropy_rows_bwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
+    {"scale_add", [](const Call& call) { sslkernels::launch_scale_add(scale_add_of(call), nullptr); }},
+    {"column_sums", column_sums},
     {"planted", [](const Call& call) { launch_planted(call); }},
 };
 
