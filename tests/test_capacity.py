@@ -62,7 +62,7 @@ def test_empty_slots_do_not_change_half_precision(backend, mode, dtype, device):
     expected, _ = run(tensors, target, mode=mode, num_items=items)
     got, _ = run(tensors, target, mode=mode, num_items=items, capacity=VALID + 5)
     for one, other in zip(got, expected, strict=True):
-        assert oracle.error(one, other) <= (torch.finfo(one.dtype).eps if one.is_floating_point() else 0)
+        assert oracle.error(one, other) <= (torch.finfo(dtype).eps if one.is_floating_point() else 0)
 
 
 @pytest.mark.parametrize("capacity", [VALID, ROWS])
@@ -88,6 +88,14 @@ def test_frozen_inputs(backend, mode, device):
     tensors, target = problem(device, requires_grad=())
     loss = sk.linear_cross_entropy(**tensors, target=target, capacity=VALID + 1)
     torch.testing.assert_close(loss, full[0].detach())
+
+
+def test_int32_targets_beside_an_ignore_index_of_64_bits(backend, device):
+    tensors, target = problem(device)
+    target = target.clamp_min(0).to(torch.int32)
+    got, expected = (run(tensors, target, ignore_index=2**40, capacity=capacity)[0] for capacity in (ROWS, None))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mode", MODES)

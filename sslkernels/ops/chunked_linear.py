@@ -180,7 +180,7 @@ class _Chunks:
         self.selection = Selection(target, options.ignore_index, limits.capacity)
         # Zero in an empty slot: its row's gradient is 0, which times a NaN would be NaN in the weight's.
         self.input = self.selection.take(input, 0).to(self.dtype)
-        self.target = self.selection.take(target, options.ignore_index)
+        self.target = self.selection.take(target.long(), options.ignore_index)
         self.weight = linear_weight.to(self.dtype)
         self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]

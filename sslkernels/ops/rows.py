@@ -131,7 +131,8 @@ class Rows:
 
     def scaled(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """values * scale (0-d) in `dtype`, rounded once."""
-        return (values.to(scale.dtype) * scale).to(dtype)
+        # With one dimension the scale sets the dtype of the product, which on CUDA is only held in registers.
+        return torch.mul(values, scale.reshape(1), out=torch.empty_like(values, dtype=dtype))
 
 
 class ReferenceRows(Rows):
