@@ -88,6 +88,8 @@ class LinearCrossEntropyLoss(_Options):
         mode: str = "auto",
         process_group: Any = None,
         vocab_start: int = 0,
+        capacity: int | None = None,
+        workspace_bytes: int | None = None,
         return_stats: bool = False,
     ) -> None:
         super().__init__(
@@ -101,6 +103,8 @@ class LinearCrossEntropyLoss(_Options):
             mode=mode,
             process_group=process_group,
             vocab_start=vocab_start,
+            capacity=capacity,
+            workspace_bytes=workspace_bytes,
             return_stats=return_stats,
         )
 

@@ -99,6 +99,8 @@ def linear_cross_entropy_cases() -> Iterator[Case]:
         everything = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0, "logit_scale": 1.7, "mode": mode}
         tensors = {"bias": True, "class_weight": True, "token_weight": True}
         yield Case(op, f"everything_{mode}", 41, 87, 12, spread=3.0, **tensors, options=everything)
+        limits = {"capacity": 30, "workspace_bytes": 1}
+        yield Case(op, f"limits_{mode}", 41, 87, 12, ignored=0.6, **tensors, options={**everything, **limits})
         yield Case(op, f"num_items_{mode}", 35, 71, 16, options={"num_items": 123, "mode": mode})
     yield Case(op, "weight", 35, 71, 16, class_weight=True)
     yield Case(op, "smoothing_weight", 35, 71, 16, class_weight=True, options={"label_smoothing": 0.3})

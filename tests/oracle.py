@@ -57,6 +57,8 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     logit_scale: float = 1.0,
     mode: str = "auto",
+    capacity: int | None = None,
+    workspace_bytes: int | None = None,
     **options,
 ) -> Tensor:
     logits = logit_scale * (input @ linear_weight.t())

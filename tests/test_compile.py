@@ -164,17 +164,18 @@ def raw_calls(tensors):
     _, row_max, sum_exp, logprob, _, _ = cross_entropy_fwd(logits, target, class_weight, *options, True)
     grad = torch.randn(13, device=x.device)
     state = (row_max, sum_exp, logprob)
+    limits = (12, 4096)
     flags = (True, True, True)
     return {
         "cross_entropy_fwd": (cross_entropy_fwd, (logits, target, class_weight, *options, True)),
         "cross_entropy_bwd": (cross_entropy_bwd, (grad, logits, target, class_weight, *state, *options)),
         "linear_cross_entropy_fwd": (
             linear_cross_entropy_fwd,
-            (x, w, target, b, class_weight, grad, torch.float32, *options, 1.5, *flags, True),
+            (x, w, target, b, class_weight, grad, torch.float32, *options, 1.5, *limits, *flags, True),
         ),
         "linear_cross_entropy_bwd": (
             linear_cross_entropy_bwd,
-            (grad, x, w, target, b, class_weight, *state, torch.float32, *options, 1.5, *flags),
+            (grad, x, w, target, b, class_weight, *state, torch.float32, *options, 1.5, *limits, *flags),
         ),
         "linear_cross_entropy_scale": (linear_cross_entropy_scale, (w, row_max.sum(), torch.bfloat16)),
     }

@@ -90,7 +90,7 @@ def test_cuda_graph_capture_and_replay(backend, mode):
 
 
 def test_no_synchronisation_but_the_documented_one(backend):
-    """cross_entropy has none; linear_cross_entropy reads the number of valid rows, so it is left out here."""
+    """cross_entropy has none; linear_cross_entropy without a capacity reads the number of valid rows."""
     logits = torch.randn(33, 1003, device="cuda", requires_grad=True)
     target = torch.randint(0, 1003, (33,), device="cuda")
     ids = torch.randint(0, 1003, (4, 33), device="cuda")
@@ -104,6 +104,109 @@ def test_no_synchronisation_but_the_documented_one(backend):
             sk.mask_tokens(ids, mask_id=1, vocab_size=1003, seed=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "mean of num_items", "sum", "none"])
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_no_synchronisation_with_a_capacity(backend, mode, reduction):
+    x, w, b, target = problem(515, 64, 5003)
+    tokens = torch.rand(515, device="cuda", requires_grad=True)
+    grad_output = torch.rand((515,) if reduction == "none" else (), device="cuda")
+    options = {"mode": mode, "reduction": reduction.split()[0], "capacity": 400, "workspace_bytes": 1 << 20}
+    options |= {
+        "linear_bias": b,
+        "label_smoothing": 0.1,
+        "weight": torch.rand(5003, device="cuda"),
+        "return_stats": True,
+    }
+    if reduction == "mean of num_items":
+        options["num_items"] = torch.tensor(300, device="cuda")
+
+    def step():
+        loss, _ = sk.linear_cross_entropy(x, w, target, token_weight=tokens, **options)
+        loss.backward(grad_output)
+        with torch.no_grad():
+            sk.linear_cross_entropy(x, w, target, **options)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(leaf.grad.isfinite().all() for leaf in (x, w, b, tokens))
+
+
+@pytest.mark.parametrize("capacity", [None, 100])
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_a_captured_graph_follows_its_targets(backend, mode, capacity):
+    """How many rows are valid, and which, may differ at each replay; what ignored rows hold reaches no gradient."""
+    x, w, b, target = problem(129, 64, 1003)
+
+    def step(capacity):
+        x.grad = w.grad = b.grad = None
+        loss = sk.linear_cross_entropy(x, w, target, linear_bias=b, mode=mode, capacity=capacity)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(capacity)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(capacity)
+    results = (loss, x.grad, w.grad, b.grad)
+    for every in (3, 2, 129):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            target.copy_(torch.randint_like(target, 0, 1003))
+            target[::every] = -100
+            x[0] = float("nan")
+        graph.replay()
+        replayed = [tensor.clone() for tensor in results]
+        if capacity is not None and every == 129:  # 128 valid rows
+            assert all(tensor.isnan().all() for tensor in replayed)
+            continue
+        expected = [step(None), x.grad, w.grad, b.grad]
+        for got, want in zip(replayed, expected, strict=True):
+            assert got.isfinite().all()
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
+        assert not replayed[1][target == -100].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_more_valid_rows_than_the_capacity_are_nan(backend, mode, reduction):
+    x, w, b, target = problem(129, 64, 1003)
+    capacity = int((target != -100).sum()) - 1
+    options = {"linear_bias": b, "mode": mode, "reduction": reduction, "capacity": capacity}
+    loss = sk.linear_cross_entropy(x, w, target, **options)
+    for values in (loss, *torch.autograd.grad(loss.sum(), (x, w, b))):
+        assert values.isnan().all()
+    with torch.no_grad():
+        assert sk.linear_cross_entropy(x, w, target, **options).isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_a_capacity_changes_no_result(backend, mode):
+    if backend == "reference":
+        pytest.skip("the reference holds the logits several times")
+    x, w, b, target = problem(4096, 256, 50265, ignored=0.85)
+    valid = int((target != -100).sum())
+
+    def run(capacity):
+        loss, stats = sk.linear_cross_entropy(
+            x, w, target, linear_bias=b, mode=mode, capacity=capacity, return_stats=True
+        )
+        return [loss, stats.lse, stats.entropy, *torch.autograd.grad(loss, (x, w, b))]
+
+    expected = run(None)
+    for capacity in (valid, 800, 4096):
+        for got, want in zip(run(capacity), expected, strict=True):
+            assert oracle.error(got, want) <= torch.finfo(torch.bfloat16).eps
 
 
 def test_another_stream(backend):
@@ -153,3 +256,27 @@ def test_the_logits_never_exist(backend, train):
     if train:
         loss.backward()
     assert torch.cuda.max_memory_allocated() - before < 900 << 20
+
+
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_memory_beyond_the_gradients_is_the_workspace_and_the_accumulator(backend, mode):
+    if backend == "reference":
+        pytest.skip("the reference holds the logits")
+    rows, dim, vocab, workspace = 8192, 2048, 128256, 256 << 20  # 2.1 GB of logits
+    x, w, b, target = problem(rows, dim, vocab, ignored=0.5)
+    options = {"linear_bias": b, "mode": mode, "capacity": 5000, "workspace_bytes": workspace}
+
+    def step():
+        x.grad = w.grad = b.grad = None
+        sk.linear_cross_entropy(x, w, target, **options).backward()
+
+    step()  # cuBLAS allocates its own workspaces
+    x.grad = w.grad = b.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    gradients = x.nbytes + w.nbytes
+    compacted = 2 * 5000 * dim * 2  # input and its gradient
+    accumulator = 4 * w.numel()
+    assert torch.cuda.max_memory_allocated() - before < gradients + compacted + workspace + accumulator + (16 << 20)

@@ -1,10 +1,10 @@
 """Linear cross-entropy in chunks of rows: the plan of every backend but the reference.
 
-Rows that are ignored are left out first. Then, chunk by chunk: logits = input @ linear_weight.T into a buffer that is
-reused, one pass of the backend's row kernel that turns it into losses and, in place, the gradient of the logits, and
-the matmuls of the gradients. The buffer's row pitch is a multiple of 64 elements, so that a vocabulary of any size has
-aligned rows. The weight's gradient accumulates over chunks in float32; where one chunk holds all rows, a matmul writes
-it.
+Rows that are ignored are left out first (`selection`). Then, chunk by chunk: logits = input @ linear_weight.T into a
+buffer that is reused, one pass of the backend's row kernel that turns it into losses and, in place, the gradient of the
+logits, and the matmuls of the gradients. The buffer's row pitch is a multiple of 64 elements, so that a vocabulary of
+any size has aligned rows. The weight's gradient accumulates over chunks in float32; where one chunk holds all rows, a
+matmul writes it.
 
 In float16 the gradient of the logits is held divided by the largest coefficient of a row, which is returned: a loss
 divided by a large batch would vanish in its subnormals.
@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from sslkernels.ops.rows import RowOptions, RowOutputs, Rows, accumulation_dtype, empty_outputs
+from sslkernels.ops.selection import IGNORED_ROW, Selection
 
-# Bytes of the logits buffer.
+# Bytes of the logits buffer, unless the caller bounds them.
 WORKSPACE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
 PITCH = 64
 # The compacted rows are padded to a multiple of this in the product that gives the input's gradient: for some smaller
 # numbers of rows MKL sums a large vocabulary with four times the error.
 ROW_MULTIPLE = 16
-# Rows of the vocabulary whose weight gradient is computed at a time in half precision: the product stays in the cache
-# until it is added, and oneDNN's matmul is faster on them than on a whole vocabulary.
+# Rows of the vocabulary whose weight gradient a CPU computes at a time in half precision: the product stays in the
+# cache until it is added, and oneDNN's matmul is faster on them than on a whole vocabulary.
 VOCAB_BLOCK = 8192
+# Rows and columns of the logits that one multiprocessor of a GPU computes at a time.
+TILE = (128, 256)
 
 
 class Wanted(NamedTuple):
@@ -36,6 +39,13 @@ class Wanted(NamedTuple):
     input: bool
     weight: bool
     bias: bool
+
+
+class Limits(NamedTuple):
+    """What the caller bounds, None where not: the number of valid rows, and the bytes of the logits buffer."""
+
+    capacity: int | None
+    workspace_bytes: int | None
 
 
 class Gradients(NamedTuple):
@@ -83,6 +93,7 @@ def forward(
     coefficient: Tensor | None,
     compute_dtype: torch.dtype,
     options: RowOptions,
+    limits: Limits,
     wanted: Wanted,
     stats: bool,
 ) -> tuple[RowOutputs, Gradients]:
@@ -94,19 +105,21 @@ def forward(
         coefficient, scale = normalise(coefficient, target, options.ignore_index, input.dtype, compute_dtype)
         gradients.scale.copy_(scale)
     else:
+        coefficient = None
         projection = (input.to(compute_dtype), linear_weight.to(compute_dtype))
         outputs = rows.evaluate(*projection, target, bias, weight, options, stats=stats)
         if outputs is not None:
             return outputs, gradients
-    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
+    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, limits, wanted, gradients)
+    if coefficient is not None:
+        coefficient = chunks.selection.take(coefficient, 0)
     parts: list[RowOutputs] = []
-    for x, y, take in chunks:
+    for chunk, x, y in chunks:
         logits = chunks.logits(x)
-        grad = logits if any(wanted) else None
-        part = None if coefficient is None else take(coefficient)
+        part, grad = (None, None) if coefficient is None else (coefficient[chunk], logits)
         parts.append(rows.forward(logits, y, bias, weight, options, stats=stats, coefficient=part, grad=grad))
         if grad is not None:
-            chunks.accumulate(grad, x)
+            chunks.accumulate(grad, x, chunk.start)
     chunks.finish()
     return chunks.spread(parts, stats), gradients
 
@@ -122,24 +135,28 @@ def backward(
     state: RowOutputs,
     compute_dtype: torch.dtype,
     options: RowOptions,
+    limits: Limits,
     wanted: Wanted,
 ) -> Gradients:
     """The gradients of sum(grad_loss * loss), from the logits computed again."""
     gradients = empty_gradients(input, linear_weight, wanted)
-    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, wanted, gradients)
+    chunks = _Chunks(rows, input, linear_weight, target, compute_dtype, options, limits, wanted, gradients)
     coefficient, scale = normalise(grad_loss, target, options.ignore_index, input.dtype, compute_dtype)
     gradients.scale.copy_(scale)
-    for x, y, take in chunks:
+    take = chunks.selection.take
+    coefficient = take(coefficient, 0)
+    state = RowOutputs(*(take(v, e) if v.numel() else v for v, e in zip(state, IGNORED_ROW, strict=True)))
+    for chunk, x, y in chunks:
         logits = chunks.logits(x)
-        part = RowOutputs(*(take(values) if values.numel() else values for values in state))
-        rows.backward(logits, y, bias, weight, options, part, take(coefficient), logits)
-        chunks.accumulate(logits, x)
+        part = RowOutputs(*(values[chunk] for values in state))
+        rows.backward(logits, y, bias, weight, options, part, coefficient[chunk], logits)
+        chunks.accumulate(logits, x, chunk.start)
     chunks.finish()
     return gradients
 
 
 class _Chunks:
-    """Walks over the valid rows in chunks and gathers their gradients."""
+    """Walks over the selected rows in chunks and gathers their gradients."""
 
     def __init__(
         self,
@@ -149,6 +166,7 @@ class _Chunks:
         target: Tensor,
         compute_dtype: torch.dtype,
         options: RowOptions,
+        limits: Limits,
         wanted: Wanted,
         gradients: Gradients,
     ) -> None:
@@ -159,14 +177,14 @@ class _Chunks:
         self.options = options
         self.wanted = wanted
         self.gradients = gradients
-        self.index = _valid_index(target, options.ignore_index)
-        self.input = (input if self.index is None else input.index_select(0, self.index)).to(self.dtype)
-        self.target = target if self.index is None else target.index_select(0, self.index)
+        self.selection = Selection(target, options.ignore_index, limits.capacity)
+        # Zero in an empty slot: its row's gradient is 0, which times a NaN would be NaN in the weight's.
+        self.input = self.selection.take(input, 0).to(self.dtype)
+        self.target = self.selection.take(target.long(), options.ignore_index)
         self.weight = linear_weight.to(self.dtype)
-        self.total = input.shape[0]
-        self.count = self.input.shape[0]
+        self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]
-        self.chunk_rows = self._chunk_rows()
+        self.chunk_rows = self._chunk_rows(limits.workspace_bytes)
         buffer_shape = (_round_up(self.chunk_rows, ROW_MULTIPLE), _round_up(self.vocab, PITCH))
         self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)
         self.grad_weight = gradients.weight
@@ -175,64 +193,60 @@ class _Chunks:
             acc = accumulation_dtype(self.dtype)
             self.grad_weight = torch.empty_like(gradients.weight, dtype=acc)
         self.grad_input = gradients.input
-        if wanted.input and (self.index is not None or input.dtype != self.dtype):
+        if wanted.input and not (self.selection.all_rows and input.dtype == self.dtype):
             self.grad_input = self.input.new_empty((_round_up(self.count, ROW_MULTIPLE), input.shape[1]))
         self.first = True
 
     def __iter__(self):
         for begin in range(0, self.count, max(self.chunk_rows, 1)):
-            rows = slice(begin, min(begin + self.chunk_rows, self.count))
-            self.rows = rows
+            chunk = slice(begin, min(begin + self.chunk_rows, self.count))
+            yield chunk, self.input[chunk], self.target[chunk]
 
-            def take(values: Tensor, rows: slice = rows) -> Tensor:
-                return values[rows] if self.index is None else values[self.index[rows]]
-
-            yield self.input[rows], self.target[rows], take
-
-    def _chunk_rows(self) -> int:
-        """Equal chunks whose logits fit the workspace. In half precision that is at least as large as the accumulator
-        of the weight's gradient, which is read and written once for each chunk."""
-        size = WORKSPACE_BYTES.get(self.input.device.type, WORKSPACE_BYTES["cuda"])
-        if self.wanted.weight and self.dtype.itemsize == 2:
-            size = max(size, 4 * self.weight.numel())
-        fit = max(size // (self.vocab * self.dtype.itemsize), ROW_MULTIPLE)
-        chunks = max(-(-self.count // fit), 1)
-        return min(_round_up(-(-self.count // chunks), ROW_MULTIPLE), self.count)
+    def _chunk_rows(self, workspace_bytes: int | None) -> int:
+        device = self.input.device
+        if workspace_bytes is None:
+            workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+            if device.type == "cpu" and self.wanted.weight and self.dtype.itemsize == 2:
+                # As large as the accumulator of the weight's gradient, which is read and written once for each chunk.
+                workspace_bytes = max(workspace_bytes, 4 * self.weight.numel())
+        fit = workspace_bytes // (_round_up(self.vocab, PITCH) * self.dtype.itemsize)
+        fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+        if device.type != "cuda":
+            return equal_rows(self.count, fit)
+        return wave_rows(self.count, self.vocab, fit, torch.cuda.get_device_properties(device).multi_processor_count)
 
     def logits(self, x: Tensor) -> Tensor:
         out = self.buffer[: x.shape[0], : self.vocab]
         return torch.mm(x, self.weight.t(), out=out)
 
-    def accumulate(self, grad_logits: Tensor, x: Tensor) -> None:
-        """Adds the chunk's part of every gradient that is wanted."""
+    def accumulate(self, grad_logits: Tensor, x: Tensor, begin: int) -> None:
+        """Adds the part of every gradient that is wanted of the chunk whose first row is `begin`."""
         if self.wanted.input:
-            out = self.grad_input[self.rows.start : self.rows.start + _round_up(len(x), ROW_MULTIPLE)]
+            out = self.grad_input[begin : begin + _round_up(len(x), ROW_MULTIPLE)]
             torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
         if self.wanted.weight:
-            self._add_product(self.grad_weight, grad_logits, x)
+            self._add_product(self.grad_weight, grad_logits.t(), x)
         if self.wanted.bias:
-            part = grad_logits.sum(0, dtype=self.gradients.bias.dtype)
-            self.gradients.bias.copy_(part) if self.first else self.gradients.bias.add_(part)
+            self.kernels.add_column_sums(grad_logits, self.gradients.bias, self.first)
         self.first = False
 
-    def _add_product(self, total: Tensor, grad_logits: Tensor, x: Tensor) -> None:
-        """total = (0 if first else total) + grad_logits.T @ x."""
-        half = grad_logits.dtype.itemsize == 2
-        if not half:
-            torch.addmm(total, grad_logits.t(), x, beta=0 if self.first else 1, out=total)
+    def _add_product(self, total: Tensor, grads: Tensor, x: Tensor) -> None:
+        """total = (0 if first else total) + grads @ x. In half precision the total is of that dtype for the one chunk
+        of all rows, else float32."""
+        half = grads.dtype.itemsize == 2
+        if total.is_cuda or not half:
+            out_dtype = {} if total.dtype == grads.dtype else {"out_dtype": total.dtype}
+            torch.addmm(total, grads, x, **out_dtype, beta=0 if self.first else 1, out=total)
             return
-        direct = total.dtype == grad_logits.dtype
-        out_dtype = {"out_dtype": total.dtype} if total.is_cuda and not direct else {}
-        step = total.shape[0] if total.is_cuda and direct else VOCAB_BLOCK
-        part = None if direct or total.is_cuda else x.new_empty((step, x.shape[1]))
-        for begin in range(0, total.shape[0], step):
-            block = total[begin : begin + step]
-            grads = grad_logits[:, begin : begin + step].t()
-            if direct:
-                torch.mm(grads, x, out=block)
+        direct = total.dtype == grads.dtype
+        part = None if direct else x.new_empty((VOCAB_BLOCK, x.shape[1]))
+        for begin in range(0, total.shape[0], VOCAB_BLOCK):
+            block = total[begin : begin + VOCAB_BLOCK]
+            if part is None:
+                torch.mm(grads[begin : begin + VOCAB_BLOCK], x, out=block)
             else:
-                out = {} if part is None else {"out": part[: block.shape[0]]}
-                self.kernels.add(block, torch.mm(grads, x, **out_dtype, **out), self.first)
+                product = torch.mm(grads[begin : begin + VOCAB_BLOCK], x, out=part[: block.shape[0]])
+                self.kernels.add(block, product, self.first)
 
     def finish(self) -> None:
         """Applies logit_scale and puts the rows back in their places."""
@@ -248,37 +262,49 @@ class _Chunks:
             return
         if scale != 1.0:
             self.grad_input.mul_(scale)
-        if self.index is not None:
-            valid_rows = self.grad_input[: self.count].to(gradients.input.dtype)
-            gradients.input.zero_().index_copy_(0, self.index, valid_rows)
-        elif self.grad_input is not gradients.input:
-            gradients.input.copy_(self.grad_input[: self.count])
+        if self.grad_input is not gradients.input:
+            self.selection.spread(self.grad_input[: self.count], 0, gradients.input)
 
     def spread(self, parts: list[RowOutputs], stats: bool) -> RowOutputs:
         """The outputs of all rows; those of ignored rows as the row kernels give them."""
-        if self.index is None and len(parts) == 1:
-            return parts[0]
-        result = empty_outputs(self.input, self.total, stats)
-        if self.index is None:
-            for name, out in result._asdict().items():
-                if out.numel():
-                    torch.cat([getattr(part, name) for part in parts], out=out)
-            return result
-        for (name, out), ignored in zip(result._asdict().items(), (0, 0, 1, 0, -1, 0), strict=True):
-            out.fill_(ignored)
-            if out.numel() and parts:
-                out.index_copy_(0, self.index, torch.cat([getattr(part, name) for part in parts]))
+        slots = RowOutputs(*map(torch.cat, zip(*parts, strict=True))) if parts else empty_outputs(self.input, 0, stats)
+        result = empty_outputs(self.input, self.selection.rows, stats)
+        for values, ignored, out in zip(slots, IGNORED_ROW, result, strict=True):
+            if out.numel():
+                self.selection.spread(values, ignored, out)
         return result
+
+
+def equal_rows(count: int, fit: int) -> int:
+    """Rows of a chunk, of about equal ones, as few as possible; `fit`, a multiple of ROW_MULTIPLE, is the most."""
+    chunks = max(-(-count // fit), 1)
+    return min(_round_up(-(-count // chunks), ROW_MULTIPLE), count)
+
+
+def wave_rows(count: int, vocab: int, fit: int, processors: int) -> int:
+    """Rows of a chunk for a GPU of so many multiprocessors: as few chunks as possible, then as few waves of tiles.
+
+    A matmul computes a wave of tiles at a time, one on each multiprocessor; in the last wave of a chunk some may idle.
+    That is less than the time of another chunk, which reads and writes the accumulator of the weight's gradient.
+    """
+    most = fit // TILE[0] * TILE[0]
+    if count <= fit or most == 0:
+        return equal_rows(count, fit)
+    chunks = -(-count // most)
+    # One in any `processors` successive multiples of a tile's rows fills whole waves.
+    candidates = range(_round_up(-(-count // chunks), TILE[0]), most + 1, TILE[0])[:processors]
+    return min(candidates, key=lambda rows: waves(count, vocab, rows, processors))
+
+
+def waves(count: int, vocab: int, rows: int, processors: int) -> int:
+    """Waves of the logits of `count` rows in chunks of `rows`."""
+
+    def of_chunk(rows: int) -> int:
+        return -(-(-(-rows // TILE[0]) * -(-vocab // TILE[1])) // processors)
+
+    chunks, rest = divmod(count, rows)
+    return chunks * of_chunk(rows) + of_chunk(rest)
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def _valid_index(target: Tensor, ignore_index: int) -> Tensor | None:
-    """The rows that are not ignored; None for all of them, and while a CUDA graph is captured: their number is not
-    known there without a synchronisation."""
-    if target.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    index = (target != ignore_index).nonzero().squeeze(1)
-    return None if index.numel() == target.numel() else index

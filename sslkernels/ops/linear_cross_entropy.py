@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +9,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sslkernels import checks
-from sslkernels.dispatch import Op
-from sslkernels.ops import chunked_linear, linear_reference
-from sslkernels.ops.chunked_linear import Gradients, Wanted, empty_gradients
 from sslkernels.ops.cross_entropy import (
     CrossEntropyStats,
     check_options,
@@ -21,133 +16,13 @@ from sslkernels.ops.cross_entropy import (
     row_stats,
     valid_weight,
 )
-from sslkernels.ops.rows import (
-    PREFERENCE,
-    NativeRows,
-    ReferenceRows,
-    RowOptions,
-    RowOutputs,
-    TritonRows,
-    accumulation_dtype,
-    check_target_range,
-    empty_outputs,
-)
-
-NAME = "linear_cross_entropy"
-
-
-def _fwd(
-    forward: Callable[..., tuple[RowOutputs, Gradients]],
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    coefficient: Tensor | None,
-    compute_dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    want_input: bool,
-    want_weight: bool,
-    want_bias: bool,
-    stats: bool,
-) -> tuple[Tensor, ...]:
-    check_target_range(NAME, target, linear_weight.shape[0], ignore_index)
-    options = RowOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    wanted = Wanted(want_input, want_weight, want_bias)
-    outputs, gradients = forward(
-        input, linear_weight, target, linear_bias, weight, coefficient, compute_dtype, options, wanted, stats
-    )
-    return (*outputs, *gradients)
-
-
-def _fwd_fake(input, linear_weight, *rest):
-    want_input, want_weight, want_bias, stats = rest[-4:]
-    outputs = empty_outputs(input, input.shape[0], stats)
-    return (*outputs, *empty_gradients(input, linear_weight, Wanted(want_input, want_weight, want_bias)))
-
-
-def _bwd(
-    backward: Callable[..., Gradients],
-    grad_loss: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    row_max: Tensor,
-    sum_exp: Tensor,
-    logprob: Tensor,
-    compute_dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    want_input: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, ...]:
-    options = RowOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    wanted = Wanted(want_input, want_weight, want_bias)
-    empty = empty_outputs(input, 0, False)
-    state = RowOutputs(empty.loss, row_max, sum_exp, logprob, empty.prediction, empty.entropy)
-    return backward(grad_loss, input, linear_weight, target, linear_bias, weight, state, compute_dtype, options, wanted)
-
-
-def _bwd_fake(grad_loss, input, linear_weight, *rest):
-    return tuple(empty_gradients(input, linear_weight, Wanted(*rest[-3:])))
-
-
-def _chunked(name: str) -> dict[str, Callable[..., Any]]:
-    native = partial(getattr(chunked_linear, name), NativeRows())
-    return {"cpu": native, "cuda": native, "triton": partial(getattr(chunked_linear, name), TritonRows())}
-
-
-_COMMON_SCHEMA = (
-    "ScalarType compute_dtype, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-    "float logit_scale, bool want_input, bool want_weight, bool want_bias"
-)
-linear_cross_entropy_fwd = Op(
+from sslkernels.ops.linear_operators import (
     NAME,
-    "linear_cross_entropy_fwd(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
-    f"Tensor? coefficient, {_COMMON_SCHEMA}, bool stats) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fwd_fake,
-    implementations={
-        "reference": partial(_fwd, linear_reference.forward),
-        **{backend: partial(_fwd, forward) for backend, forward in _chunked("forward").items()},
-    },
-    native_ops=NativeRows.OPS,
-    prefer=PREFERENCE,
+    linear_cross_entropy_bwd,
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_scale,
 )
-linear_cross_entropy_bwd = Op(
-    NAME,
-    "linear_cross_entropy_bwd(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor target, "
-    "Tensor? linear_bias, Tensor? weight, Tensor row_max, Tensor sum_exp, Tensor logprob, "
-    f"{_COMMON_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_bwd_fake,
-    implementations={
-        "reference": partial(_bwd, linear_reference.backward),
-        **{backend: partial(_bwd, backward) for backend, backward in _chunked("backward").items()},
-    },
-    native_ops=NativeRows.OPS,
-    prefer=PREFERENCE,
-)
-linear_cross_entropy_scale = Op(
-    NAME,
-    "linear_cross_entropy_scale(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor",
-    fake=lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype),
-    implementations={
-        "reference": ReferenceRows().scaled,
-        "cpu": NativeRows().scaled,
-        "cuda": NativeRows().scaled,
-        "triton": TritonRows().scaled,
-    },
-)
+from sslkernels.ops.rows import accumulation_dtype
 
 
 class _RowLosses(Function):
@@ -158,11 +33,12 @@ class _RowLosses(Function):
     @staticmethod
     def forward(
         input, linear_weight, linear_bias, target, weight, compute_dtype,
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, stats,
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, capacity, workspace_bytes, stats,
     ):  # fmt: skip
         return linear_cross_entropy_fwd(
             input, linear_weight, target, linear_bias, weight, None, compute_dtype,
-            ignore_index, label_smoothing, z_loss, softcap, logit_scale, False, False, False, stats,
+            ignore_index, label_smoothing, z_loss, softcap, logit_scale, capacity, workspace_bytes,
+            False, False, False, stats,
         )[:6]  # fmt: skip
 
     @staticmethod
@@ -179,7 +55,7 @@ class _RowLosses(Function):
         grads = (None, None, None)
         if grad_loss is not None:
             grads = _RowLossesBackward.apply(grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, *wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 9
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 11
 
 
 class _RowLossesBackward(Function):
@@ -188,11 +64,13 @@ class _RowLossesBackward(Function):
     @staticmethod
     def forward(
         grad_loss, input, linear_weight, linear_bias, target, weight, row_max, sum_exp, logprob, compute_dtype,
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, want_input, want_weight, want_bias,
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, capacity, workspace_bytes,
+        want_input, want_weight, want_bias,
     ):  # fmt: skip
         *grads, scale = linear_cross_entropy_bwd(
             grad_loss, input, linear_weight, target, linear_bias, weight, row_max, sum_exp, logprob, compute_dtype,
-            ignore_index, label_smoothing, z_loss, softcap, logit_scale, want_input, want_weight, want_bias,
+            ignore_index, label_smoothing, z_loss, softcap, logit_scale, capacity, workspace_bytes,
+            want_input, want_weight, want_bias,
         )  # fmt: skip
         dtypes = (input.dtype, linear_weight.dtype, input.dtype if linear_bias is None else linear_bias.dtype)
         return tuple(_scaled(grad, scale, dtype) for grad, dtype in zip(grads, dtypes, strict=True))
@@ -217,7 +95,8 @@ class _ReducedLoss(Function):
     @staticmethod
     def forward(
         input, linear_weight, linear_bias, target, weight, token_weight, divisor, compute_dtype,
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, want_input, want_weight, want_bias, stats,
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, capacity, workspace_bytes,
+        want_input, want_weight, want_bias, stats,
     ):  # fmt: skip
         acc = accumulation_dtype(input.dtype)
         coefficient = torch.ones_like(target, dtype=acc) if token_weight is None else token_weight.to(acc)
@@ -225,7 +104,8 @@ class _ReducedLoss(Function):
             coefficient = coefficient / divisor
         rows, *rest = linear_cross_entropy_fwd(
             input, linear_weight, target, linear_bias, weight, coefficient, compute_dtype,
-            ignore_index, label_smoothing, z_loss, softcap, logit_scale, want_input, want_weight, want_bias, stats,
+            ignore_index, label_smoothing, z_loss, softcap, logit_scale, capacity, workspace_bytes,
+            want_input, want_weight, want_bias, stats,
         )  # fmt: skip
         loss = (rows if token_weight is None else rows * token_weight).sum()
         return (loss if divisor is None else loss / divisor, rows, *rest)
@@ -242,7 +122,7 @@ class _ReducedLoss(Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        result = [None] * 17
+        result = [None] * 19
         if grad_loss is None:
             return tuple(result)
         grad_input, grad_weight, grad_bias, scale, rows, divisor, *leaves = ctx.saved_tensors
@@ -312,13 +192,16 @@ def linear_cross_entropy(
     mode: str = "auto",
     process_group: Any = None,
     vocab_start: int = 0,
+    capacity: int | None = None,
+    workspace_bytes: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, which never exist as a whole.
 
     A superset of `torch.nn.functional.linear_cross_entropy`. Rows whose target is `ignore_index` are left out before
-    the matmuls; the others go through in chunks whose logits fit a buffer of 80 MiB (CPU) or 512 MiB (CUDA),
-    or of the size of the weight in float32 where that is more and a half-precision gradient accumulates into it.
+    the matmuls; the others go through in chunks whose logits fit a buffer of `workspace_bytes`. Beyond the gradients
+    and the valid rows of input and of its gradient, this buffer is all the memory, and in half precision, where the
+    rows need more than one chunk, the weight's gradient in float32, which the chunks add up in.
 
     Args:
         input: hidden states `(..., D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its
@@ -339,17 +222,25 @@ def linear_cross_entropy(
             buffer of the size of a gradient before backward; "auto": fast where a gradient is wanted. With
             `reduction="none"` the weights of the rows are not known in forward, and every mode runs the compact plan.
         process_group, vocab_start: a weight sharded over ranks; not implemented yet.
+        capacity: the most rows that may be valid (target other than `ignore_index`) in a call. With it nothing
+            synchronises and no shape depends on the targets: that many rows, or all where they are fewer, go through
+            the matmuls, valid or not.
+        workspace_bytes: the most bytes of the buffer of logits, which holds 16 rows at least. Default: 512 MiB on CUDA;
+            on a CPU 80 MiB or, for a weight's gradient in half precision, the bytes of the weight in float32 where that
+            is more.
         return_stats: also return `CrossEntropyStats`, from the same pass.
 
     Returns:
         The loss, float32 (float64 for float64 input); with `return_stats` the pair (loss, statistics).
 
-    Synchronisation: on CUDA the number of valid rows is read once in forward (and once more in backward in compact
-    mode), except while a CUDA graph is captured, when ignored rows are computed along.
+    Synchronisation: on CUDA without a `capacity` the number of valid rows is read once in forward, and in compact mode
+    once in backward. With a `capacity` nothing is read. While a CUDA graph is captured the capacity is N unless given:
+    ignored rows are computed along.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A target out of range raises
-            `ValueError` on the CPU; on a GPU the loss of its row is NaN.
+            `ValueError` on the CPU; on a GPU the loss of its row is NaN. More valid rows than `capacity` raise
+            `ValueError` on the CPU; on a GPU the losses and all gradients are NaN.
         NotImplementedError: for a `process_group`.
 
     >>> import sslkernels as sk
@@ -365,6 +256,8 @@ def linear_cross_entropy(
         raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weight on every rank")
     if vocab_start != 0:
         checks.fail(ValueError, NAME, "vocab_start", "be 0 without a process_group", vocab_start)
+    checks.integer(NAME, "capacity", capacity, low=0, optional=True)
+    checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     compute_dtype = _compute_dtype(input, linear_weight)
 
     acc = accumulation_dtype(input.dtype)
@@ -380,6 +273,8 @@ def linear_cross_entropy(
         float(z_loss),
         0.0 if softcap is None else float(softcap),
         float(logit_scale),
+        capacity,
+        workspace_bytes,
     )
 
     divisor = None

@@ -124,9 +124,15 @@ class Rows:
         """total = (0 if first else total) + part, of different dtypes."""
         total.copy_(part) if first else total.add_(part)
 
+    def add_column_sums(self, grad_logits: Tensor, total: Tensor, first: bool) -> None:
+        """total (V,) = (0 if first else total) + the sum of the rows of grad_logits (N, V), in the dtype of total."""
+        part = grad_logits.sum(0, dtype=total.dtype)
+        total.copy_(part) if first else total.add_(part)
+
     def scaled(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """values * scale (0-d) in `dtype`, rounded once."""
-        return (values.to(scale.dtype) * scale).to(dtype)
+        # With one dimension the scale sets the dtype of the product, which on CUDA is only held in registers.
+        return torch.mul(values, scale.reshape(1), out=torch.empty_like(values, dtype=dtype))
 
 
 class ReferenceRows(Rows):
