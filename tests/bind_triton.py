@@ -17,6 +17,7 @@ from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.random_bits import random_bits
+from sslkernels.triton_kernels.scale import scale_
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
 EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
@@ -89,4 +90,5 @@ if __name__ == "__main__":
             bind_rows(size, options, index_dtype)
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
+            scale_(torch.ones(size), torch.ones(()))
     json.dump(sorted(set(compiled)), sys.stdout)

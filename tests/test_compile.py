@@ -10,11 +10,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
-from sslkernels.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
+from sslkernels.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_grad
+from sslkernels.ops.kept_gradient import scale_gradient, scale_gradient_
 from sslkernels.ops.linear_cross_entropy import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
-    linear_cross_entropy_scale,
 )
 
 OP = "linear_cross_entropy"
@@ -177,7 +177,9 @@ def raw_calls(tensors):
             linear_cross_entropy_bwd,
             (grad, x, w, target, b, class_weight, *state, torch.float32, *options, 1.5, *limits, *flags),
         ),
-        "linear_cross_entropy_scale": (linear_cross_entropy_scale, (w, row_max.sum(), torch.bfloat16)),
+        "cross_entropy_grad": (cross_entropy_grad, (logits, target, class_weight, grad, *options, True)),
+        "scale_gradient": (scale_gradient, (w, row_max.sum(), torch.bfloat16)),
+        "scale_gradient_": (scale_gradient_, (w.clone(), row_max.sum())),
     }
 
 
@@ -188,7 +190,9 @@ def raw_calls(tensors):
         "cross_entropy_bwd",
         "linear_cross_entropy_fwd",
         "linear_cross_entropy_bwd",
-        "linear_cross_entropy_scale",
+        "cross_entropy_grad",
+        "scale_gradient",
+        "scale_gradient_",
     ],
 )
 def test_opcheck(backend, name, tensors):

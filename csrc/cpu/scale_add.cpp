@@ -60,6 +60,7 @@ void run(const ScaleAdd& arguments, int64_t begin, int64_t end) {
 }  // namespace
 
 void scale_add(const ScaleAdd& arguments, int64_t begin, int64_t end) {
+  if (arguments.input == arguments.out && !arguments.add && scale_of(arguments) == 1) return;
   if (arguments.input_element == Element::kDouble || arguments.out_element == Element::kDouble) {
     run<double>(arguments, begin, end);
   } else {

@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from sslkernels import checks
 from sslkernels.dispatch import Op
+from sslkernels.ops.kept_gradient import KeptGradient
 from sslkernels.ops.rows import (
     PREFERENCE,
     NativeRows,
@@ -25,6 +26,9 @@ from sslkernels.ops.rows import (
     check_target_range,
     empty_outputs,
 )
+
+# Those whose kernel makes the gradient without reading the logits once more: a saved gradient saves them a pass.
+KEEPING_BACKENDS = ("cuda",)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -79,6 +83,25 @@ def _bwd(
     return grad
 
 
+def _grad(
+    rows: Rows,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    coefficient: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    stats: bool,
+) -> tuple[Tensor, ...]:
+    check_target_range("cross_entropy", target, logits.shape[1], ignore_index)
+    options = RowOptions(ignore_index, label_smoothing, z_loss, softcap)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
+    return (*outputs, grad)
+
+
 def _implementations(function: Callable[..., Any]) -> dict[str, Callable[..., Any] | str]:
     native = partial(function, NativeRows())
     return {
@@ -106,6 +129,21 @@ cross_entropy_bwd = Op(
     "Tensor logprob, int ignore_index, float label_smoothing, float z_loss, float softcap) -> Tensor",
     fake=lambda grad_loss, logits, *rest: torch.empty_like(logits, memory_format=torch.contiguous_format),
     implementations=_implementations(_bwd),
+    native_ops=NativeRows.OPS,
+    prefer=PREFERENCE,
+)
+
+
+cross_entropy_grad = Op(
+    "cross_entropy",
+    "cross_entropy_grad(Tensor logits, Tensor target, Tensor? weight, Tensor coefficient, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, bool stats) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda logits, *rest: (
+        *empty_outputs(logits, logits.shape[0], rest[-1]),
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+    ),
+    implementations=_implementations(_grad),
     native_ops=NativeRows.OPS,
     prefer=PREFERENCE,
 )
@@ -156,6 +194,53 @@ class _CrossEntropyBackward(Function):
         raise NotImplementedError("cross_entropy: double backward is not supported; use F.cross_entropy for it")
 
 
+class _ReducedCrossEntropy(Function):
+    """sum(loss) / divisor; its gradient is computed in the same pass over the logits and kept.
+
+    The logits are read once and the gradient is written once, where a pass for the loss and another for the gradient
+    read them twice. They need not live until backward: `anchor`, an empty tensor that depends on them, stands for them
+    where the gradient is differentiated again, which raises.
+    """
+
+    @staticmethod
+    def forward(logits, anchor, target, weight, divisor, ignore_index, label_smoothing, z_loss, softcap, stats):
+        coefficient = (1 / divisor).expand(logits.shape[0]).contiguous()
+        rows, *rest = cross_entropy_grad(
+            logits, target, weight, coefficient, ignore_index, label_smoothing, z_loss, softcap, stats
+        )
+        return (rows.sum() / divisor, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[1], output[-1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        grad = None
+        if grad_loss is not None:
+            anchor, kept = ctx.saved_tensors
+            grad = KeptGradient.apply("cross_entropy", kept, grad_loss, kept.dtype, anchor)
+        return grad, *(None,) * 9
+
+
+def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
+    """Whether backward follows at once, as far as can be seen, and the kernel makes the gradient in the same pass.
+
+    Not in float16, where the gradient of a mean over many rows is only exact with grad_output multiplied in.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
+        and torch.is_grad_enabled()
+        and logits.requires_grad
+        and reduction != "none"
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and cross_entropy_grad.choose(logits.device) in KEEPING_BACKENDS
+    )
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -170,8 +255,9 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy between logits and targets; a drop-in for `torch.nn.functional.cross_entropy`.
 
-    Neither the log-probabilities nor anything else of the size of the logits is kept: backward regenerates the
-    gradient from the logits and three numbers a row.
+    No log-probabilities are kept: backward regenerates the gradient from the logits and three numbers a row. On the
+    cuda backend the loss of reduction "mean" or "sum" of float32 or bfloat16 logits has its gradient computed in the
+    same pass, which reads the logits once; it is kept, in their dtype, until backward.
 
     Args:
         input: logits `(N, V)` or `(V,)`; `(N, V, d1, ...)` as in torch; or `(..., V)` with a target `(...)`, where
@@ -226,18 +312,26 @@ def cross_entropy(
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     rows = target.reshape(-1).contiguous()
-    loss, row_max, sum_exp, logprob, prediction, entropy = _CrossEntropy.apply(
-        logits, rows, contiguous(weight), ignore_index, float(label_smoothing), float(z_loss), cap, return_stats
-    )
-    if reduction == "none":
-        loss = loss.reshape(target.shape)
-    elif reduction == "sum":
-        loss = loss.sum()
+    options = (ignore_index, float(label_smoothing), float(z_loss), cap, return_stats)
+    acc = accumulation_dtype(logits.dtype)
+    if reduction == "mean":
+        divisor = valid_weight(rows, weight, vocab, ignore_index, acc)
     else:
-        loss = loss.sum() / valid_weight(rows, weight, vocab, ignore_index, loss.dtype)
+        divisor = torch.ones((), dtype=acc, device=logits.device)
+    if _keeps_gradient(logits, reduction):
+        anchor = logits[:0].clone()
+        loss, *state, _ = _ReducedCrossEntropy.apply(logits, anchor, rows, contiguous(weight), divisor, *options)
+    else:
+        loss, *state = _CrossEntropy.apply(logits, rows, contiguous(weight), *options)
+        if reduction == "none":
+            loss = loss.reshape(target.shape)
+        elif reduction == "sum":
+            loss = loss.sum()
+        else:
+            loss = loss.sum() / divisor
     if not return_stats:
         return loss
-    return loss, row_stats(rows, row_max, sum_exp, logprob, prediction, entropy, ignore_index, target.shape)
+    return loss, row_stats(rows, *state, ignore_index, target.shape)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

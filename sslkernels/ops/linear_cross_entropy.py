@@ -16,11 +16,11 @@ from sslkernels.ops.cross_entropy import (
     row_stats,
     valid_weight,
 )
+from sslkernels.ops.kept_gradient import KeptGradient, scaled
 from sslkernels.ops.linear_operators import (
     NAME,
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
-    linear_cross_entropy_scale,
 )
 from sslkernels.ops.rows import accumulation_dtype
 
@@ -73,7 +73,7 @@ class _RowLossesBackward(Function):
             want_input, want_weight, want_bias,
         )  # fmt: skip
         dtypes = (input.dtype, linear_weight.dtype, input.dtype if linear_bias is None else linear_bias.dtype)
-        return tuple(_scaled(grad, scale, dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+        return tuple(scaled(grad, scale, dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,46 +132,11 @@ class _ReducedLoss(Function):
                 continue
             if not ctx.computed[i]:
                 raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}; use mode='compact' here")
-            result[i] = _ScaledGradient.apply(gradients[i], grad_loss * scale, ctx.dtypes[i], *leaves)
+            result[i] = KeptGradient.apply(NAME, gradients[i], grad_loss * scale, ctx.dtypes[i], *leaves)
         if ctx.needs_input_grad[5]:
             by_row = rows if divisor is None else rows / divisor
-            result[5] = _ScaledGradient.apply(by_row, grad_loss, ctx.dtypes[3], *leaves)
+            result[5] = KeptGradient.apply(NAME, by_row, grad_loss, ctx.dtypes[3], *leaves)
         return tuple(result)
-
-
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = False) -> Tensor:
-    """gradient * scale in `dtype`; the gradient itself where that is the same and looking at the scale is free.
-
-    saved: it is kept by the graph. While that is retained it must not become somebody's .grad, to be added to.
-    """
-    if (
-        not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(scale)
-        and scale.device.type == "cpu"
-        and gradient.dtype == dtype
-        and not (saved and torch._C._autograd._get_current_graph_task_keep_graph())
-        and scale.item() == 1
-    ):
-        return gradient
-    return linear_cross_entropy_scale(gradient, scale, dtype)
-
-
-class _ScaledGradient(Function):
-    """The gradient of `_ReducedLoss`. It takes the leaves so that differentiating it again raises, and is not zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gradient, scale, dtype, input, linear_weight, linear_bias, token_weight):
-        return _scaled(gradient, scale, dtype, saved=True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
 
 
 def linear_cross_entropy(

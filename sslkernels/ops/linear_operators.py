@@ -15,7 +15,6 @@ from sslkernels.ops.chunked_linear import Gradients, Limits, Wanted, empty_gradi
 from sslkernels.ops.rows import (
     PREFERENCE,
     NativeRows,
-    ReferenceRows,
     RowOptions,
     RowOutputs,
     TritonRows,
@@ -139,15 +138,4 @@ linear_cross_entropy_bwd = Op(
     },
     native_ops=NativeRows.OPS,
     prefer=PREFERENCE,
-)
-linear_cross_entropy_scale = Op(
-    NAME,
-    "linear_cross_entropy_scale(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor",
-    fake=lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype),
-    implementations={
-        "reference": ReferenceRows().scaled,
-        "cpu": NativeRows().scaled,
-        "cuda": NativeRows().scaled,
-        "triton": TritonRows().scaled,
-    },
 )

@@ -134,6 +134,10 @@ class Rows:
         # With one dimension the scale sets the dtype of the product, which on CUDA is only held in registers.
         return torch.mul(values, scale.reshape(1), out=torch.empty_like(values, dtype=dtype))
 
+    def scale_(self, values: Tensor, scale: Tensor) -> None:
+        """values *= scale (0-d), rounded once."""
+        torch.mul(values, scale.reshape(1), out=values)
+
 
 class ReferenceRows(Rows):
     """Plain torch: it defines the row loss."""
@@ -225,7 +229,7 @@ def _split_target(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor
 class NativeRows(Rows):
     """The compiled extension: the dispatch key of the tensors picks its CPU or its CUDA kernels."""
 
-    OPS = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd")
+    OPS = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "scale_add")
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
         outputs = empty_outputs(logits, logits.shape[0], stats)
@@ -243,16 +247,22 @@ class NativeRows(Rows):
         )
 
     def add(self, total, part, first):
-        if total.is_cuda:
-            return super().add(total, part, first)
         torch.ops.sslkernels_native.scale_add(part, None, total, not first)
 
+    def add_column_sums(self, grad_logits, total, first):
+        if not grad_logits.is_cuda:  # torch's sum has a fixed order there
+            return super().add_column_sums(grad_logits, total, first)
+        torch.ops.sslkernels_native.column_sums(grad_logits, total, not first)
+
     def scaled(self, values, scale, dtype):
-        if values.is_cuda:
+        if values.dtype != dtype and torch.float64 in (values.dtype, dtype):
             return super().scaled(values, scale, dtype)
         result = torch.empty_like(values, dtype=dtype)
         torch.ops.sslkernels_native.scale_add(values, scale.reshape(1), result, False)
         return result
+
+    def scale_(self, values, scale):
+        torch.ops.sslkernels_native.scale_add(values, scale.reshape(1), values, False)
 
 
 class TritonRows(Rows):
@@ -267,6 +277,11 @@ class TritonRows(Rows):
         from sslkernels.triton_kernels.cross_entropy import TritonRows as Kernels
 
         Kernels().backward(*args)
+
+    def scale_(self, values, scale):
+        from sslkernels.triton_kernels.scale import scale_
+
+        scale_(values, scale)
 
     def evaluate(self, input, linear_weight, target, bias, weight, options, *, stats):
         from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
