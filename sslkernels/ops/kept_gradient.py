@@ -35,9 +35,12 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
     A scale of 1, which is what a loss mostly gets, then costs nothing, and on a GPU the host need not know it.
     saved: the gradient is kept by the graph, which may be retained for another backward.
     """
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(scale)
-    retained = saved and torch._C._autograd._get_current_graph_task_keep_graph()
-    if traced or retained or gradient.dtype != dtype:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(scale)
+        or gradient.dtype != dtype
+        or (saved and torch._C._autograd._get_current_graph_task_keep_graph())
+    ):
         return scale_gradient(gradient, scale, dtype)
     scale_gradient_(gradient, scale)
     return gradient
