@@ -61,7 +61,7 @@ def test_no_path_of_the_build_machine_is_kept():
 @needs_cuda_kernels
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
-    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd"):
+    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     listed = cuobjdump("--list-elf")
@@ -73,7 +73,8 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
 def test_cuda_kernels_do_not_spill():
     usage = cuobjdump("-res-usage")
     functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert any("cross_entropy_rows_fwd_kernel" in name for name, *_ in functions)
+    for kernel in ("cross_entropy_rows_fwd_kernel", "random_bits_kernel", "mask_tokens_chain_kernel"):
+        assert any(kernel in name for name, *_ in functions)
     for name, registers, stack, shared, local in functions:
         assert int(registers) <= 128, name
         assert int(local) == 0, name
