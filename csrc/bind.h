@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "common/cross_entropy_rows.h"
+#include "common/scale_add.h"
 
 namespace sslkernels {
 
@@ -104,6 +105,21 @@ inline CrossEntropyRows cross_entropy_rows(const torch::stable::Tensor& logits, 
   rows.grad_stride = grad ? grad->stride(0) : 0;
   rows.options = options;
   return rows;
+}
+
+inline ScaleAdd scale_add_arguments(const torch::stable::Tensor& input, const OptionalTensor& scale,
+                                    const torch::stable::Tensor& out, bool add) {
+  STD_TORCH_CHECK(input.is_contiguous() && out.is_contiguous() && input.numel() == out.numel(),
+                  "sslkernels: scale_add needs contiguous tensors of one size");
+  if (scale) check_vector(*scale, 1, accumulation_type(*scale), "scale");
+  return {element_of(input),
+          element_of(out),
+          input.const_data_ptr(),
+          out.mutable_data_ptr(),
+          out.numel(),
+          pointer(scale),
+          scale && element_of(*scale) == Element::kDouble,
+          add};
 }
 
 inline void add_forward_outputs(CrossEntropyRows& rows, const torch::stable::Tensor& logits,

@@ -76,17 +76,8 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
 }
 
 void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
-  STD_TORCH_CHECK(input.is_contiguous() && out.is_contiguous() && input.numel() == out.numel(),
-                  "sslkernels: scale_add needs contiguous tensors of one size");
-  double factor = 1;
-  if (scale) {
-    check_vector(*scale, 1, scale->scalar_type(), "scale");
-    factor =
-        element_of(*scale) == Element::kDouble ? *scale->const_data_ptr<double>() : *scale->const_data_ptr<float>();
-  }
-  const ScaleAdd arguments{element_of(input),      element_of(out), input.const_data_ptr(),
-                           out.mutable_data_ptr(), factor,          add};
-  torch::stable::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  const ScaleAdd arguments = scale_add_arguments(input, scale, out, add);
+  torch::stable::parallel_for(0, arguments.count, kGrain, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(scale_add, arguments, begin, end);
   });
 }
@@ -109,6 +100,7 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
   m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
+  m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {

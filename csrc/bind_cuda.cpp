@@ -4,8 +4,10 @@
 
 #include "bind.h"
 #include "bind_mask_tokens.h"
+#include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/mask_tokens.h"
+#include "cuda/scale_add.h"
 
 // Defined by libtorch_cuda alone; weak, so that this object also loads beside a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -68,6 +70,24 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
                      current_stream(input_ids));
 }
 
+void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  launch_scale_add(scale_add_arguments(input, scale, out, add), current_stream(out));
+}
+
+void column_sums(Tensor values, Tensor total, bool add) {
+  check_matrix(values, "values");
+  check_vector(total, values.size(1), accumulation_type(values), "total");
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  ColumnSums sums{element_of(values),       values.const_data_ptr(),
+                  values.stride(0),         values.size(0),
+                  values.size(1),           nullptr,
+                  total.mutable_data_ptr(), add};
+  const Tensor partials = torch::stable::new_empty(total, {column_sums_row_blocks(sums), sums.columns});
+  sums.partials = partials.mutable_data_ptr();
+  launch_column_sums(sums, current_stream(values));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
@@ -75,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
+  m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("column_sums", TORCH_BOX(&column_sums));
 }
 
 }  // namespace sslkernels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import resources
 from sslkernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,19 +21,6 @@ needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no compi
 needs_cuda_kernels = pytest.mark.skipif(
     native.extension is None or not native.extension.build_info()["cuda"], reason="no CUDA kernels were compiled"
 )
-
-
-def cuobjdump(*arguments: str) -> str:
-    """The tool of the CUDA toolkit that comes with triton."""
-    spec = importlib.util.find_spec("triton")
-    tool = None
-    if spec is not None and spec.origin is not None:
-        tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if tool is None or not tool.exists():
-        pytest.skip("no cuobjdump")
-    return subprocess.run(
-        [tool, *arguments, native.extension.__file__], capture_output=True, text=True, check=True
-    ).stdout
 
 
 @needs_extension
@@ -64,22 +51,43 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
-    listed = cuobjdump("--list-elf")
-    for architecture in architectures:
-        assert f"sm_{architecture}" in listed
+    assert architectures
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    if resources.cuobjdump() is None:
+        pytest.skip("no cuobjdump")
+    return resources.kernels()
 
 
 @needs_cuda_kernels
-def test_cuda_kernels_do_not_spill():
-    usage = cuobjdump("-res-usage")
-    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    for kernel in ("cross_entropy_rows_fwd_kernel", "random_bits_kernel", "mask_tokens_chain_kernel"):
-        assert any(kernel in name for name, *_ in functions)
-    for name, registers, stack, shared, local in functions:
-        assert int(registers) <= 128, name
-        assert int(local) == 0, name
-        assert int(stack) == 0, name
-        assert int(shared) <= 48 * 1024, name
+def test_cuda_kernels_do_not_spill(machine_code):
+    built = {int(re.sub("[a-z]", "", a)) for a in native.extension.build_info()["cuda_architectures"]}
+    assert {kernel.architecture for kernel in machine_code} == built
+    for name in ("cross_entropy_rows_fwd_kernel", "random_bits_kernel", "mask_tokens_chain_kernel"):
+        assert any(name in kernel.name for kernel in machine_code)
+    for kernel in machine_code:
+        assert kernel.spilled == 0, kernel
+
+
+@needs_cuda_kernels
+def test_registers_leave_room_for_enough_warps(machine_code):
+    """Half of the warps that a multiprocessor holds; what computes in float64 a quarter."""
+    for kernel in machine_code:
+        assert kernel.warps >= (16 if "double" in kernel.name else 32), kernel
+
+
+@needs_cuda_kernels
+def test_memory_is_accessed_by_16_bytes(machine_code):
+    """Also rows that start at no multiple of 16 bytes, as those of an odd vocabulary."""
+    for kernel in machine_code:
+        if kernel.name.startswith(("column_sums_finish", "store_ranges")):
+            continue  # neighbours a thread each
+        if not kernel.name.startswith("random_bits"):
+            assert kernel.wide_loads > 0, kernel
+        if not kernel.name.startswith("column_sums"):
+            assert kernel.wide_stores > 0, kernel
 
 
 def test_setup_imports_no_torch():

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from sslkernels.ops.rows import RowOptions, RowOutputs, empty_outputs
 
-pytestmark = pytest.mark.skipif(run.missing() is not None, reason=str(run.missing()))
+pytestmark = run.required
 
-ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 SCRATCH = 33 * 48  # bytes of a block's reduction, at most
 
@@ -191,7 +190,7 @@ def call_of(case: Case) -> run.Call:
         if not in_place:
             arrays["grad"], _ = storage(torch.full_like(logits, 7), layout.grad_offset, layout.grad_pitch)
     ints = {
-        "element": ELEMENTS[case.dtype], "in_place": in_place, "count": case.rows, "vocab": case.vocab,
+        "element": run.ELEMENTS[case.dtype], "in_place": in_place, "count": case.rows, "vocab": case.vocab,
         "logits_offset": layout.offset, "logits_stride": case.vocab + layout.pitch,
         "grad_offset": layout.grad_offset, "grad_stride": case.vocab + layout.grad_pitch,
         "wide_target": target.dtype == torch.int64, "ignore_index": options.ignore_index,
@@ -202,12 +201,7 @@ def call_of(case: Case) -> run.Call:
     return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None})
 
 
-@pytest.fixture(scope="module", params=run.SANITIZERS)
-def results(request, tmp_path_factory) -> dict[str, run.Result]:
-    """All cases in one process of the program under one sanitizer; nothing found."""
-    program = run.build(request.param)
-    done = run.run(program, [call_of(case) for case in CASES.values()], tmp_path_factory.mktemp("cuda_host"))
-    return dict(zip(CASES, done, strict=True))
+results = run.results_fixture(lambda: {name: call_of(case) for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -246,7 +240,10 @@ def assert_untouched(case: Case, result: run.Result) -> None:
     """What lies between the rows is as it was, and so are the logits where the gradient is elsewhere."""
     before = call_of(case).arrays
     layout = LAYOUTS[case.layout]
-    for key, offset, pitch in (("logits", layout.offset, layout.pitch), ("grad", layout.grad_offset, layout.grad_pitch)):
+    for key, offset, pitch in (
+        ("logits", layout.offset, layout.pitch),
+        ("grad", layout.grad_offset, layout.grad_pitch),
+    ):
         if key not in before:
             continue
         position = torch.arange(before[key].numel()) - offset

@@ -220,8 +220,8 @@ def test_known_answers_of_philox(results):
 def test_every_kernel_runs(results, request):
     launched = {name for result in results.values() for name in result.launched}
     program = run.build(request.node.callspec.params["results"])
-    others = ("cross_entropy", "planted")
-    compiled = {name for name in run.kernels(program).values() if not name.startswith(others)}
+    names = ("random_bits", "mask_tokens", "store_ranges")
+    compiled = {name for name in run.kernels(program).values() if name.startswith(names)}
     assert len(compiled) == 10
     assert launched == compiled
     assert results["spans-ranges-199-int32"].launched == [

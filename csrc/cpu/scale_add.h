@@ -1,19 +1,10 @@
 // out = scale * input (+ out), with conversion between element types, on the CPU.
 #pragma once
 
-#include "../common/cross_entropy_rows.h"
+#include "../common/scale_add.h"
 #include "isa.h"
 
 namespace sslkernels {
-
-struct ScaleAdd {
-  Element input_element;
-  Element out_element;
-  const void* input;
-  void* out;
-  double scale;
-  bool add;
-};
 
 // The elements [begin, end) of contiguous tensors.
 #define SSLKERNELS_DECLARE(isa)                                          \

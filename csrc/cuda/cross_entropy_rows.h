@@ -14,7 +14,8 @@
 namespace sslkernels {
 
 constexpr int kRowThreads = 256;  // of a block, at most
-constexpr int kRowBlocks = 4;     // on a multiprocessor, that registers must allow: 64 of them a thread
+template <class T>  // blocks on a multiprocessor, that registers must allow: 64 of them a thread, for float64 128
+constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 4;
 constexpr int kBatch = 2;         // groups that a thread has in flight
 
 // What a kernel can do; without a feature there is no trace of it.
@@ -145,7 +146,7 @@ struct Row {
         for (int k = 0; k < kSize; ++k) z[k] *= scale;
       } else {
         A add[kSize];
-        load_shared_values(bias, column, add);
+        load_elements(bias + column, add);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) z[k] = z[k] * scale + add[k];
       }
@@ -243,13 +244,16 @@ __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const R
     for (int k = 0; k < kSize; ++k) z[k] = column + k == row.target ? A(-INFINITY) : z[k];
   }
   const A reference = sums.maximum == A(-INFINITY) ? A(0) : sums.maximum;
+  A others = 0, expected = 0;  // of the group first: the sums of a thread have fewer, shorter terms
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
     const A shifted = z[k] - reference;
     const A e = row_exp<T>(shifted);
-    sums.others += e;
-    if constexpr (F::kSums) sums.expected += e > A(0) ? e * shifted : e;
+    others += e;
+    if constexpr (F::kSums) expected += e > A(0) ? e * shifted : e;
   }
+  sums.others += others;
+  if constexpr (F::kSums) sums.expected += expected;
 }
 
 template <class T, class F, bool kHeld>
@@ -266,7 +270,10 @@ __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRo
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int group = g + b * threads;
-      if (group < part.count && part.whole(group)) words[b] = load_words(row.logits + part.column(group));
+      if (group < part.count && part.whole(group)) {
+        const T* at = row.logits + part.column(group);
+        words[b] = kHeld ? load_words_last(at) : load_words(at);
+      }
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -426,7 +433,7 @@ __device__ __forceinline__ RowGradient<typename Accumulation<T>::type> gradient_
 
 // Grid: a cluster a row. Shared memory: a Reduction's scratch, then the held part of the row.
 template <class T, class F, bool kHeld>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     cross_entropy_rows_fwd_kernel(const __grid_constant__ CrossEntropyRows rows) {
   using A = typename Accumulation<T>::type;
   using Sums = Reduction<RowPartial<T, F::kSums>>;
@@ -472,7 +479,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 // Grid: `parts` blocks a row.
 template <class T, class F>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
     cross_entropy_rows_bwd_kernel(const __grid_constant__ CrossEntropyRows rows, int parts) {
   using A = typename Accumulation<T>::type;
   const int64_t i = int64_t(blockIdx.x) / parts;

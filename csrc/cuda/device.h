@@ -107,7 +107,7 @@ __device__ __forceinline__ Words load_words_last(const void* pointer) {
 }
 // Of memory that other blocks read too.
 __device__ __forceinline__ Words load_words_shared(const void* pointer) {
-  const uint4 v = *static_cast<const uint4*>(pointer);
+  const uint4 v = __ldca(static_cast<const uint4*>(pointer));
   return {v.x, v.y, v.z, v.w};
 }
 // To memory that is not read again soon.

@@ -69,21 +69,40 @@ __device__ __forceinline__ Words pack_group(const A (&values)[Groups<T>::kSize])
   return words;
 }
 
-// out = values[column ... column + N - 1], by 16 bytes where they lie so; other blocks read them too.
-template <int N, class A>
-__device__ __forceinline__ void load_shared_values(const A* values, int column, A (&out)[N]) {
-  constexpr int kEach = 16 / int(sizeof(A));
-  if (reinterpret_cast<uint64_t>(values + column) % 16 == 0) {
+// N elements from `from` on, by 16 bytes where they lie so.
+template <int N, class T, class A>
+__device__ __forceinline__ void load_elements(const T* from, A (&out)[N]) {
+  constexpr int kSize = Groups<T>::kSize;
+  static_assert(N % kSize == 0, "load_elements: whole groups");
+  if (reinterpret_cast<uint64_t>(from) % 16 == 0) {
 #pragma unroll
-    for (int k = 0; k < N; k += kEach) {
-      A part[kEach];
-      unpack_group<A>(load_words_shared(values + column + k), part);
+    for (int k = 0; k < N; k += kSize) {
+      A part[kSize];
+      unpack_group<T>(load_words_shared(from + k), part);
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) out[k + j] = part[j];
+      for (int j = 0; j < kSize; ++j) out[k + j] = part[j];
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = values[column + k];
+    for (int k = 0; k < N; ++k) out[k] = to_float(from[k]);
+  }
+}
+
+template <int N, class T, class A>
+__device__ __forceinline__ void store_elements(const A (&values)[N], T* to) {
+  constexpr int kSize = Groups<T>::kSize;
+  static_assert(N % kSize == 0, "store_elements: whole groups");
+  if (reinterpret_cast<uint64_t>(to) % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < N; k += kSize) {
+      A part[kSize];
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) part[j] = values[k + j];
+      store_words(to + k, pack_group<T>(part));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) from_float(values[k], to + k);
   }
 }
 

@@ -1,6 +1,8 @@
 // Runs the CUDA launchers on the host: main CALLS RESULTS.
+#include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
 #include "../../csrc/cuda/mask_tokens.h"
+#include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
 #include "planted.h"
 #include "protocol.h"
@@ -78,6 +80,30 @@ sslkernels::MaskTokens mask_tokens_of(const Call& call) {
   return tokens;
 }
 
+sslkernels::ScaleAdd scale_add_of(const Call& call) {
+  const auto element = [&](const char* key) { return static_cast<sslkernels::Element>(call.integer(key)); };
+  char* out = call.array<char>("out") + call.integer("out_offset");
+  const void* input = call.integer("in_place") != 0 ? out : call.array<char>("input") + call.integer("input_offset");
+  return {
+      element("input_element"),        element("out_element"),  input, out, call.integer("count"), call.array("scale"),
+      call.integer("wide_scale") != 0, call.integer("add") != 0};
+}
+
+void column_sums(const Call& call) {
+  sslkernels::ColumnSums sums{static_cast<sslkernels::Element>(call.integer("element")),
+                              call.array<char>("values") + call.integer("values_offset"),
+                              call.integer("stride"),
+                              call.integer("rows"),
+                              call.integer("columns"),
+                              nullptr,
+                              call.array("total"),
+                              call.integer("add") != 0};
+  const bool wide = sums.element == sslkernels::Element::kDouble;
+  const cuda_host::Array partials(sslkernels::column_sums_row_blocks(sums) * sums.columns * (wide ? 8 : 4));
+  sums.partials = partials.data();
+  sslkernels::launch_column_sums(sums, nullptr);
+}
+
 const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_fwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_fwd(rows_of(call), nullptr); }},
@@ -88,6 +114,8 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);
      }},
+    {"scale_add", [](const Call& call) { sslkernels::launch_scale_add(scale_add_of(call), nullptr); }},
+    {"column_sums", column_sums},
     {"planted", [](const Call& call) { launch_planted(call); }},
 };
 

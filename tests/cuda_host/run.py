@@ -8,11 +8,13 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +32,9 @@ ENVIRONMENT = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=97",
 }
+
+
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum class Element
 
 
 @dataclass
@@ -59,6 +64,22 @@ def missing() -> str | None:
     command = [COMPILER, "-std=c++20", "-fsanitize=thread", "-pthread", "-x", "c++", "-", "-o", os.devnull]
     done = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else f"{COMPILER} has no ThreadSanitizer, or this is not Linux"
+
+
+_missing = missing()
+required = pytest.mark.skipif(_missing is not None, reason=str(_missing))
+
+
+def results_fixture(calls: Callable[[], dict[str, Call]]) -> Any:
+    """A fixture: the results of all calls by name, from one process of the program under each sanitizer in turn."""
+
+    @pytest.fixture(scope="module", params=SANITIZERS, name="results")
+    def results(request, tmp_path_factory) -> dict[str, Result]:
+        wanted = calls()
+        done = run(build(request.param), list(wanted.values()), tmp_path_factory.mktemp("cuda_host"))
+        return dict(zip(wanted, done, strict=True))
+
+    return results
 
 
 def build(sanitizer: str) -> Path:
