@@ -63,7 +63,8 @@ def kernels() -> tuple[Kernel, ...]:
     path = native.extension.__file__
     found: dict[tuple[str, int], Kernel] = {}
     architecture, name = 0, ""
-    for line in subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout.split("\n"):
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    for line in usage.splitlines():
         if matched := re.search(r"arch = sm_(\d+)", line):
             architecture = int(matched[1])
         elif matched := re.search(r"Function (\S+):", line):

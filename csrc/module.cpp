@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cuda/floors.h"
 
 namespace {
 
@@ -33,6 +34,19 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts of the build of the sslkernels extension";
+  pybind11::class_<sslkernels::Floor>(m, "Floor", "Least bytes of device memory and floating-point operations")
+      .def_readonly("bytes", &sslkernels::Floor::bytes)
+      .def_readonly("flops", &sslkernels::Floor::flops);
+  const auto floors = m.def_submodule("floors", "The Floor of each kernel, by the name of its operator");
+  using pybind11::arg;
+  floors.def("cross_entropy_rows_fwd", &sslkernels::cross_entropy_rows_fwd_floor, arg("valid"), arg("rows"),
+             arg("vocab"), arg("element_bytes"), arg("gradient"));
+  floors.def("cross_entropy_rows_bwd", &sslkernels::cross_entropy_rows_bwd_floor, arg("valid"), arg("rows"),
+             arg("vocab"), arg("element_bytes"));
+  floors.def("column_sums", &sslkernels::column_sums_floor, arg("rows"), arg("columns"), arg("element_bytes"));
+  floors.def("scale_add", &sslkernels::scale_add_floor, arg("count"), arg("input_bytes"), arg("out_bytes"), arg("add"));
+  floors.def("random_bits", &sslkernels::random_bits_floor, arg("rows"), arg("columns"));
+  floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   m.def("build_info", &build_info,
         "compiler; torch (version built against); cuda (compiler, '' if none); cuda_architectures; cpu_isa (in use)");
 }

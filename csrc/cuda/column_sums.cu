@@ -18,7 +18,7 @@ constexpr int kTile = kWarpSize * Groups<T>::kSize;  // columns of a block
 
 // Grid: tiles of columns x blocks of rows. A warp takes every kWarps-th row of its block's.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_sums_kernel(const __grid_constant__ ColumnSums sums, int tiles, int64_t rows_of_block) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;

@@ -1,0 +1,42 @@
+// What each kernel must do at least, however it is written: bytes of device memory, every input read once and every
+// output written once, and floating-point operations. Benchmarks compare with it.
+#pragma once
+
+#include <cstdint>
+
+namespace sslkernels {
+
+struct Floor {
+  int64_t bytes;
+  int64_t flops;
+};
+
+// Of a row: the target and four results; of a group of four columns: one Philox call, integers alone.
+constexpr int64_t kRowState = 8 + 4 * 4;
+
+// The logits of the valid rows are read; the gradient of all rows is written, of ignored ones as zeros. A logit takes a
+// comparison, a subtraction, an exponential (2) and an addition; its gradient the exponential again and two more.
+inline Floor cross_entropy_rows_fwd_floor(int64_t valid, int64_t rows, int64_t vocab, int64_t element_bytes,
+                                          bool gradient) {
+  const int64_t written = gradient ? rows : 0;
+  return {(valid + written) * vocab * element_bytes + rows * kRowState, valid * vocab * (5 + (gradient ? 5 : 0))};
+}
+
+inline Floor cross_entropy_rows_bwd_floor(int64_t valid, int64_t rows, int64_t vocab, int64_t element_bytes) {
+  return {(valid + rows) * vocab * element_bytes + rows * kRowState, valid * vocab * 5};
+}
+
+inline Floor column_sums_floor(int64_t rows, int64_t columns, int64_t element_bytes) {
+  return {rows * columns * element_bytes + columns * 4, rows * columns};
+}
+
+inline Floor scale_add_floor(int64_t count, int64_t input_bytes, int64_t out_bytes, bool add) {
+  return {count * (input_bytes + out_bytes * (add ? 2 : 1)), count * (add ? 2 : 1)};
+}
+
+inline Floor random_bits_floor(int64_t rows, int64_t columns) { return {rows * columns * 4, 0}; }
+
+// Ids read, new ids and labels written.
+inline Floor mask_tokens_floor(int64_t tokens, int64_t id_bytes) { return {tokens * id_bytes * 3, 0}; }
+
+}  // namespace sslkernels
