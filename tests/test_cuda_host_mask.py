@@ -15,7 +15,7 @@ from torch import Tensor
 import sslkernels as sk
 from sslkernels.ops.mask_tokens import mask_rule
 
-pytestmark = pytest.mark.skipif(run.missing() is not None, reason=str(run.missing()))
+pytestmark = run.required
 
 INLINE_RANGES = 64  # kInlineRanges in csrc/cuda/mask_tokens.h
 VOCAB, MASK, SPECIAL = 60, 4, (0, 1, 2, 10, 11, 59, 70, -1)
@@ -195,12 +195,7 @@ def cases() -> dict[str, Mask | Bits]:
 CASES = cases()
 
 
-@pytest.fixture(scope="module", params=run.SANITIZERS)
-def results(request, tmp_path_factory) -> dict[str, run.Result]:
-    """All cases in one process of the program under one sanitizer; nothing found."""
-    program = run.build(request.param)
-    done = run.run(program, [case.call() for case in CASES.values()], tmp_path_factory.mktemp("cuda_host"))
-    return dict(zip(CASES, done, strict=True))
+results = run.results_fixture(lambda: {name: case.call() for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
