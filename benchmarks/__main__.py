@@ -13,11 +13,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, bench_mask_tokens, environment, harness, report
+from benchmarks import (
+    bench_cross_entropy,
+    bench_kernels,
+    bench_linear_cross_entropy,
+    bench_mask_tokens,
+    environment,
+    harness,
+    report,
+)
 from benchmarks.harness import DTYPES, Benchmark, Case
 from benchmarks.roofline import measure_roofs
 
-BENCHMARKS = (bench_mask_tokens.BENCHMARK, bench_cross_entropy.BENCHMARK, bench_linear_cross_entropy.BENCHMARK)
+BENCHMARKS = tuple(
+    module.BENCHMARK for module in (bench_mask_tokens, bench_cross_entropy, bench_linear_cross_entropy, bench_kernels)
+)
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}
 HURRY_AFTER = 180.0  # seconds on a CPU; from then on a case gets three rounds

@@ -37,7 +37,7 @@ PYBIND11_MODULE(_C, m) {
   pybind11::class_<sslkernels::Floor>(m, "Floor", "Least bytes of device memory and floating-point operations")
       .def_readonly("bytes", &sslkernels::Floor::bytes)
       .def_readonly("flops", &sslkernels::Floor::flops);
-  const auto floors = m.def_submodule("floors", "The Floor of each kernel, by the name of its operator");
+  auto floors = m.def_submodule("floors", "The Floor of each kernel, by the name of its operator");
   using pybind11::arg;
   floors.def("cross_entropy_rows_fwd", &sslkernels::cross_entropy_rows_fwd_floor, arg("valid"), arg("rows"),
              arg("vocab"), arg("element_bytes"), arg("gradient"));

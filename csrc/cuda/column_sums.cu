@@ -30,18 +30,22 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t end = begin + rows_of_block < sums.rows ? begin + rows_of_block : sums.rows;
   const T* values = static_cast<const T*>(sums.values) + column;
 
+  const bool aligned = reinterpret_cast<uint64_t>(values) % 16 == 0 && sums.stride % kSize == 0;
+
   A own[kSize] = {};
-  if (column + kSize <= sums.columns) {
+  if (aligned && column + kSize <= sums.columns) {
     for (int64_t row = begin + warp; row < end; row += kWarps * kRowsAtOnce) {
-      A part[kRowsAtOnce][kSize] = {};
+      Words words[kRowsAtOnce] = {};  // zeros beyond the last row
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
-        if (row + r * kWarps < end) load_elements(values + (row + r * kWarps) * sums.stride, part[r]);
+        if (row + r * kWarps < end) words[r] = load_words_last(values + (row + r * kWarps) * sums.stride);
       }
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
+        A part[kSize];
+        unpack_group<T>(words[r], part);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) own[k] += part[r][k];
+        for (int k = 0; k < kSize; ++k) own[k] += part[k];
       }
     }
   } else {

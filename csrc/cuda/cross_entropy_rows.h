@@ -16,7 +16,7 @@ namespace sslkernels {
 constexpr int kRowThreads = 256;  // of a block, at most
 template <class T>  // blocks on a multiprocessor, that registers must allow: 64 of them a thread, for float64 128
 constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 4;
-constexpr int kBatch = 2;         // groups that a thread has in flight
+constexpr int kBatch = 2;  // groups that a thread has in flight
 
 // What a kernel can do; without a feature there is no trace of it.
 template <bool kAffine_, bool kSoftcap_, bool kSums_>

@@ -1,0 +1,258 @@
+"""Single kernels of the extension, each against its floor: what `csrc/cuda/floors.h` says it must read and write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import harness, providers
+from benchmarks.bench_cross_entropy import make_inputs as make_logits
+from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
+from benchmarks.providers import OURS
+from sslkernels import native
+from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, Rows, TritonRows, accumulation_dtype
+
+OP = "kernels"
+PLAIN = "plain torch"
+COPY = "copy of the same bytes (floor)"
+OPTIONS = RowOptions(-100, 0.0, 0.0, 0.0)
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """floor: its arguments for a case; call: one launch into memory that is there; results: what to check of it;
+    oracle: the same in float64; eager: what torch does for it, where it is not a `Rows`."""
+
+    floor: Callable[[Case], dict[str, int]]
+    call: Callable[[Rows, Case, Inputs], object]
+    results: Callable[[Case, Inputs], tuple[Tensor, ...]]
+    oracle: Callable[[Case, Inputs], tuple[Tensor, ...]]
+    eager: Callable[[Case, Inputs], object] | None = None
+
+
+def _sizes(case: Case) -> tuple[int, int, int]:
+    rows = case.shape["N"]
+    return rows - round(rows * case.ignored), rows, case.shape["V"]
+
+
+def _rows_floor(case: Case) -> dict[str, int]:
+    valid, rows, vocab = _sizes(case)
+    return {"valid": valid, "rows": rows, "vocab": vocab, "element_bytes": case.dtype.itemsize}
+
+
+def _forward(rows: Rows, case: Case, t: Inputs) -> None:
+    outputs = rows.forward(
+        t["logits"], t["target"], t.get("bias"), None, OPTIONS,
+        stats=False, coefficient=t["coefficient"], grad=t["grad"] if case.backward else None,
+    )  # fmt: skip
+    t["loss"] = outputs.loss
+
+
+def _backward(rows: Rows, case: Case, t: Inputs) -> None:
+    state = t["state"]
+    rows.backward(t["logits"], t["target"], t.get("bias"), None, OPTIONS, state, t["coefficient"], t["grad"])
+
+
+def _row_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    leaf = t["logits"].double()
+    logits = (leaf + t["bias"].double() if "bias" in t else leaf).requires_grad_()
+    loss = F.cross_entropy(logits, t["target"], reduction="none")
+    (grad,) = torch.autograd.grad(loss, logits, t["coefficient"].double())
+    return (loss.detach(), grad)
+
+
+def _native(name: str) -> Callable[..., object]:
+    return getattr(torch.ops.sslkernels_native, name)
+
+
+KERNELS = {
+    "cross_entropy_rows_fwd": Kernel(
+        lambda case: {**_rows_floor(case), "gradient": case.backward},
+        _forward,
+        lambda case, t: (t["loss"], t["grad"]) if case.backward else (t["loss"],),
+        _row_oracle,
+    ),
+    "cross_entropy_rows_bwd": Kernel(
+        _rows_floor,
+        _backward,
+        lambda case, t: (t["grad"],),
+        lambda case, t: _row_oracle(case, t)[1:],
+    ),
+    "column_sums": Kernel(
+        lambda case: {"rows": case.shape["N"], "columns": case.shape["V"], "element_bytes": case.dtype.itemsize},
+        lambda rows, case, t: _native("column_sums")(t["logits"], t["total"], False),
+        lambda case, t: (t["total"],),
+        lambda case, t: (t["logits"].double().sum(0),),
+        lambda case, t: torch.sum(t["logits"], 0, dtype=t["total"].dtype, out=t["total"]),
+    ),
+    "scale_add": Kernel(
+        lambda case: {
+            "count": case.shape["N"] * case.shape["V"],
+            "input_bytes": accumulation_dtype(case.dtype).itemsize,
+            "out_bytes": case.dtype.itemsize,
+            "add": False,
+        },
+        lambda rows, case, t: _native("scale_add")(t["wide"], t["scale"], t["grad"], False),
+        lambda case, t: (t["grad"],),
+        lambda case, t: (t["wide"].double() * t["scale"].double(),),
+        lambda case, t: t["grad"].copy_(t["wide"] * t["scale"]),
+    ),
+}
+
+
+def make_kernel_case(
+    kernel: str,
+    shape: dict[str, int],
+    dtype: torch.dtype = torch.bfloat16,
+    regime: str = "random",
+    ignored: float = 0.0,
+    backward: bool = True,
+    bias: bool = False,
+) -> Case:
+    case = Case(kernel, shape, dtype, 0, 0, regime, ignored, backward, bias)
+    if native.extension is None:
+        return case  # nothing of it can run
+    floor = getattr(native.extension.floors, kernel)(**KERNELS[kernel].floor(case))
+    return dataclasses.replace(case, bytes=floor.bytes)
+
+
+def make_case(
+    shape: dict[str, int],
+    dtype: torch.dtype = torch.bfloat16,
+    regime: str = "random",
+    ignored: float = 0.0,
+    backward: bool = True,
+    bias: bool = False,
+) -> Case:
+    return make_kernel_case("cross_entropy_rows_fwd", shape, dtype, regime, ignored, backward, bias)
+
+
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        shape = {"N": 1024, "V": 50257}
+        return [make_case(shape, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    found = []
+    for n, v in ((8192, 128256), (16384, 30522), (8192, 50265), (8192, 256000)):
+        shape = {"N": n, "V": v}
+        found += [make_case(shape), make_case(shape, bias=True), make_case(shape, backward=False)]
+        found.append(make_kernel_case("cross_entropy_rows_bwd", shape))
+    found.append(make_case({"N": 8192, "V": 50265}, torch.float32))
+    for kernel in ("column_sums", "scale_add"):
+        found += [make_kernel_case(kernel, {"N": n, "V": v}) for n, v in ((16384, 30522), (8192, 50265))]
+    return found
+
+
+def smoke_cases(device: str) -> list[Case]:
+    shape = {"N": 33, "V": 1003}
+    names = [name for name in KERNELS if device == "cuda" or name != "column_sums"]
+    return [make_kernel_case(name, shape, bias=name.startswith("cross")) for name in names]
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    inputs = make_logits(case, device)
+    logits = inputs["logits"]
+    rows, vocab = logits.shape
+    acc = accumulation_dtype(case.dtype)
+    generator = torch.Generator(device).manual_seed(2)
+    inputs["coefficient"] = torch.full((rows,), 1 / rows, dtype=acc, device=device)
+    inputs["grad"] = torch.empty_like(logits)
+    if case.bias:
+        inputs["bias"] = torch.randn(vocab, generator=generator, device=device).mul_(0.1)
+    if case.op == "column_sums":
+        inputs["total"] = torch.empty(vocab, dtype=acc, device=device)
+    if case.op == "scale_add":
+        inputs["wide"] = logits.to(acc)
+        inputs["scale"] = torch.full((1,), 0.5, dtype=acc, device=device)
+    return inputs
+
+
+def _run(rows: Rows) -> Callable[[Case, Inputs], Run]:
+    def build(case: Case, inputs: Inputs) -> Run:
+        kernel, t = KERNELS[case.op], dict(inputs)
+        if case.op == "cross_entropy_rows_bwd":
+            t["state"] = rows.forward(t["logits"], t["target"], t.get("bias"), None, OPTIONS, stats=False)
+
+        def call() -> tuple[Tensor, ...]:
+            kernel.call(rows, case, t)
+            return kernel.results(case, t)
+
+        return Run(call, owned=tuple(t[name] for name in ("grad", "total") if name in t))
+
+    return build
+
+
+def _eager(case: Case, inputs: Inputs) -> Run:
+    kernel = KERNELS[case.op]
+    if kernel.eager is None:
+        return _run(ReferenceRows())(case, inputs)
+
+    def call() -> tuple[Tensor, ...]:
+        kernel.eager(case, inputs)
+        return kernel.results(case, inputs)
+
+    return Run(call, owned=tuple(inputs[name] for name in ("grad", "total") if name in inputs))
+
+
+def _copy(case: Case, inputs: Inputs) -> Run:
+    source = torch.ones(case.bytes // 2, dtype=torch.uint8, device=inputs["logits"].device)
+    target = torch.empty_like(source)
+
+    def call() -> tuple[Tensor, ...]:
+        return (target.copy_(source),)
+
+    return Run(call, owned=(target,))
+
+
+def case_providers(case: Case, device: torch.device) -> list[Provider]:
+    missing = native.why_missing((case.op,), device.type.upper())
+    found = [
+        Provider(PLAIN, _eager, patience=providers.patience(device)),
+        Provider(COPY, _copy, is_floor=True),
+        Provider(f"{OURS} {device.type}", _run(NativeRows()), unavailable=missing),
+    ]
+    if KERNELS[case.op].eager is None:
+        unavailable = providers.why_not("cross_entropy", "triton", device)
+        found.append(Provider(f"{OURS} triton", _run(TritonRows()), unavailable=unavailable))
+    return found
+
+
+def twin(case: Case) -> Case:
+    rows = min(case.shape["N"], round(256 / (1 - case.ignored)))
+    return dataclasses.replace(case, shape={**case.shape, "N": rows})
+
+
+def bars(device: str) -> list[Bar]:
+    if device == "cpu":
+        return []
+    limit = 3.35 / 2.7  # of an H100's bandwidth on paper, to 2.7 TB/s
+    return [
+        Bar("median / copy of the same bytes", c.name, providers.time_ratio(OURS, COPY), limit) for c in cases(device)
+    ]
+
+
+BENCHMARK = Benchmark(
+    op=OP,
+    shape_keys=("N", "V"),
+    baseline=PLAIN,
+    make_case=make_case,
+    cases=cases,
+    smoke_cases=smoke_cases,
+    inputs=make_inputs,
+    providers=case_providers,
+    twin=twin,
+    oracle=lambda case, inputs: KERNELS[case.op].oracle(case, inputs),
+    errors=harness.named_errors(["result", "gradient"]),
+    bars=bars,
+)
+
+
+@pytest.mark.parametrize(("case", "provider"), providers.smoke_parameters(BENCHMARK))
+def test_kernels(benchmark, case, provider):
+    providers.smoke(benchmark, BENCHMARK, case, provider)
