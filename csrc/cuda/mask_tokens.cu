@@ -24,9 +24,9 @@ constexpr int kEach = int(sizeof(Words) / sizeof(T));  // elements of an access 
 // --- Groups of four columns ----------------------------------------------------------------------------------------
 
 struct TokenGroup {
-  int64_t offset;  // of its first column, into the tensors
-  int count;       // of its columns: kGroup but at the end of a row, 0 beyond
-  uint64_t number;
+  int64_t offset;   // of its first column, into the tensors
+  int count;        // of its columns: kGroup but at the end of a row, 0 beyond
+  uint64_t number;  // for Philox
 };
 
 SSLKERNELS_HD int64_t groups_of_row(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
@@ -178,8 +178,7 @@ struct StateMap {
 
 // The word ids of a group, negative without.
 template <int N>
-__device__ __forceinline__ void load_words_of_tokens(const MaskTokens& tokens, int64_t offset, int count,
-                                                     int64_t (&out)[N]) {
+__device__ __forceinline__ void load_word_ids(const MaskTokens& tokens, int64_t offset, int count, int64_t (&out)[N]) {
   if (tokens.word_ids == nullptr) {
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = -1;
@@ -196,7 +195,7 @@ __device__ __forceinline__ void load_words_of_tokens(const MaskTokens& tokens, i
 // N tokens as far as their chain needs them.
 template <int N>
 struct ChainTokens {
-  int64_t words[N];
+  int64_t word_ids[N];
   uint32_t eligible;  // bit k: token k may be chosen
 };
 
@@ -204,11 +203,11 @@ template <int N, class Id>
 __device__ __forceinline__ ChainTokens<N> chain_tokens(const MaskTokens& tokens, const MaskRule& rule, int64_t offset,
                                                        int count, const Id (&ids)[N]) {
   ChainTokens<N> chain;
-  load_words_of_tokens(tokens, offset, count, chain.words);
+  load_word_ids(tokens, offset, count, chain.word_ids);
   chain.eligible = eligible_tokens(tokens, rule, offset, count, ids);
   if (tokens.word_ids != nullptr) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) chain.eligible &= ~(uint32_t(chain.words[k] < 0) << k);
+    for (int k = 0; k < N; ++k) chain.eligible &= ~(uint32_t(chain.word_ids[k] < 0) << k);
   }
   return chain;
 }
@@ -267,16 +266,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     draw_words(seed, group.number, 0, draw);
     StateMap maps[kGroup], of_group = StateMap::identity();
     uint32_t eligible_before = before.eligible;
-    int64_t word_before = before_count > 0 ? before.words[0] : -1;
+    int64_t word_id_before = before_count > 0 ? before.word_ids[0] : -1;
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       const uint32_t if_unchosen = draw[k] < (eligible_before ? rule.enter : rule.select);
       const uint32_t if_chosen = draw[k] < (eligible_before ? rule.stay : rule.select);
-      const bool same_word = chain.words[k] >= 0 && chain.words[k] == word_before;
+      const bool same_word = chain.word_ids[k] >= 0 && chain.word_ids[k] == word_id_before;
       maps[k] = same_word ? StateMap::identity() : StateMap{if_unchosen | if_chosen << 1};
       of_group = StateMap::combine(of_group, maps[k]);
       eligible_before = chain.eligible >> k & 1;
-      word_before = chain.words[k];
+      word_id_before = chain.word_ids[k];
     }
 
     StateMap total;
