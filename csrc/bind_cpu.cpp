@@ -57,11 +57,7 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
                  OptionalTensor row_ids, Tensor ranges, Tensor output_ids, Tensor labels, int64_t select, int64_t stay,
                  int64_t enter, int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed,
                  int64_t ignore_index, bool chained) {
-  check_vector(ranges, ranges.numel() / 2 * 2, torch::headeronly::ScalarType::Long, "ranges");
-  const MaskRule rule{uint64_t(select),  uint64_t(stay),      uint64_t(enter),
-                      uint64_t(to_mask), uint64_t(to_random), mask_id,
-                      allowed,           ignore_index,        ranges.const_data_ptr<int64_t>(),
-                      ranges.numel() / 2};
+  const MaskRule rule = mask_rule(ranges, select, stay, enter, to_mask, to_random, mask_id, allowed, ignore_index);
   const MaskTokens tokens =
       mask_tokens_arguments(input_ids, seed, special_mask, word_ids, row_ids, output_ids, labels, chained, rule);
   if (tokens.columns == 0) return;

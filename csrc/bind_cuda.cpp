@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "bind.h"
+#include "bind_mask_tokens.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/mask_tokens.h"
 #include "cuda/scale_add.h"
 
 // Defined by libtorch_cuda alone; weak, so that this object also loads beside a torch without CUDA.
@@ -48,6 +50,26 @@ void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, O
   launch_cross_entropy_rows_bwd(rows, current_stream(logits));
 }
 
+void random_bits(Tensor seed, OptionalTensor row_ids, int64_t sample, Tensor out) {
+  const RandomBits bits = random_bits_arguments(seed, row_ids, sample, out);
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  launch_random_bits(bits, current_stream(out));
+}
+
+void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
+                 OptionalTensor row_ids, Tensor ranges, Tensor output_ids, Tensor labels, int64_t select, int64_t stay,
+                 int64_t enter, int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed,
+                 int64_t ignore_index, bool chained) {
+  const MaskRule rule = mask_rule(ranges, select, stay, enter, to_mask, to_random, mask_id, allowed, ignore_index);
+  const MaskTokens tokens =
+      mask_tokens_arguments(input_ids, seed, special_mask, word_ids, row_ids, output_ids, labels, chained, rule);
+  const torch::stable::accelerator::DeviceGuard guard(input_ids.get_device_index());
+  OptionalTensor device_ranges;
+  if (rule.range_count > kInlineRanges) device_ranges = torch::stable::new_empty(seed, {ranges.numel()});
+  launch_mask_tokens(tokens, device_ranges ? device_ranges->mutable_data_ptr<int64_t>() : nullptr,
+                     current_stream(input_ids));
+}
+
 void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   launch_scale_add(scale_add_arguments(input, scale, out, add), current_stream(out));
@@ -71,6 +93,8 @@ void column_sums(Tensor values, Tensor total, bool add) {
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("scale_add", TORCH_BOX(&scale_add));
   m.impl("column_sums", TORCH_BOX(&column_sums));
 }

@@ -31,6 +31,17 @@ inline RandomBits random_bits_arguments(const torch::stable::Tensor& seed, const
           static_cast<uint32_t*>(out.mutable_data_ptr())};
 }
 
+// `ranges` is read by the host, wherever the tokens are.
+inline MaskRule mask_rule(const torch::stable::Tensor& ranges, int64_t select, int64_t stay, int64_t enter,
+                          int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed, int64_t ignore_index) {
+  check_vector(ranges, ranges.numel() / 2 * 2, torch::headeronly::ScalarType::Long, "ranges");
+  STD_TORCH_CHECK(ranges.is_cpu(), "sslkernels: ranges must be on the CPU");
+  return {uint64_t(select),  uint64_t(stay),      uint64_t(enter),
+          uint64_t(to_mask), uint64_t(to_random), mask_id,
+          allowed,           ignore_index,        ranges.const_data_ptr<int64_t>(),
+          ranges.numel() / 2};
+}
+
 inline MaskTokens mask_tokens_arguments(const torch::stable::Tensor& input_ids, const torch::stable::Tensor& seed,
                                         const OptionalTensor& special_mask, const OptionalTensor& word_ids,
                                         const OptionalTensor& row_ids, const torch::stable::Tensor& output_ids,

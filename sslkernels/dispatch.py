@@ -20,6 +20,7 @@ from sslkernels import native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 CHOICES = ("auto", *BACKENDS)
+PREFERENCE = ("triton", "cuda", "cpu", "reference")  # on a GPU, until a measurement says otherwise
 
 _library = torch.library.Library("sslkernels", "DEF")
 _registry: dict[str, Op] = {}

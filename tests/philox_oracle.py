@@ -4,6 +4,17 @@ from __future__ import annotations
 
 _LOW = 2**32 - 1
 
+# Random123's known answers: counter, key, words.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     c0, c1, c2, c3 = counter
@@ -20,6 +31,11 @@ def word(seed: int, row_id: int, column: int, columns: int, sample: int) -> int:
     group = (row_id * ((columns + 3) // 4) + column // 4) % 2**64
     counter = (sample & _LOW, sample >> 32, group & _LOW, group >> 32)
     return philox(counter, (seed & _LOW, seed >> 32))[column % 4]
+
+
+def as_int64(low: int, high: int) -> int:
+    value = low | high << 32
+    return value - 2**64 if value >= 2**63 else value
 
 
 def chi_square_limit(degrees: int) -> float:

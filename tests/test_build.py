@@ -48,7 +48,7 @@ def test_no_path_of_the_build_machine_is_kept():
 @needs_cuda_kernels
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
-    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd"):
+    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures
@@ -65,7 +65,8 @@ def machine_code():
 def test_cuda_kernels_do_not_spill(machine_code):
     built = {int(re.sub("[a-z]", "", a)) for a in native.extension.build_info()["cuda_architectures"]}
     assert {kernel.architecture for kernel in machine_code} == built
-    assert any("cross_entropy_rows_fwd_kernel" in kernel.name for kernel in machine_code)
+    for name in ("cross_entropy_rows_fwd_kernel", "random_bits_kernel", "mask_tokens_chain_kernel"):
+        assert any(name in kernel.name for kernel in machine_code)
     for kernel in machine_code:
         assert kernel.spilled == 0, kernel
 
@@ -81,9 +82,10 @@ def test_registers_leave_room_for_enough_warps(machine_code):
 def test_memory_is_accessed_by_16_bytes(machine_code):
     """Also rows that start at no multiple of 16 bytes, as those of an odd vocabulary."""
     for kernel in machine_code:
-        if kernel.name.startswith("column_sums_finish"):
-            continue  # a column a thread: 4 bytes each, of neighbours
-        assert kernel.wide_loads > 0, kernel
+        if kernel.name.startswith(("column_sums_finish", "store_ranges")):
+            continue  # neighbours a thread each
+        if not kernel.name.startswith("random_bits"):
+            assert kernel.wide_loads > 0, kernel
         if not kernel.name.startswith("column_sums"):
             assert kernel.wide_stores > 0, kernel
 

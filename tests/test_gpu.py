@@ -99,9 +99,8 @@ def test_no_synchronisation_but_the_documented_one(backend):
     try:
         loss, _ = sk.cross_entropy(logits, target, label_smoothing=0.1, return_stats=True)
         loss.backward()
-        if backend != "cuda":
-            sk.mask_tokens(ids, mask_id=1, vocab_size=1003, special_ids=(0, 2))
-            sk.mask_tokens(ids, mask_id=1, vocab_size=1003, seed=3)
+        sk.mask_tokens(ids, mask_id=1, vocab_size=1003, special_ids=(0, 2))
+        sk.mask_tokens(ids, mask_id=1, vocab_size=1003, special_ids=range(2, 212, 3), mean_span=2.0, seed=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -229,8 +228,6 @@ def test_another_device(backend):
 
 
 def test_masking_is_the_same_on_every_device(backend):
-    if backend == "cuda":
-        pytest.skip("mask_tokens has no cuda implementation")
     ids = torch.randint(0, 30522, (64, 509))
     options = {"mask_id": 103, "vocab_size": 30522, "special_ids": (0, 101, 102), "seed": 2**40 + 7}
     for extra in ({}, {"mean_span": 3.0}, {"word_ids": torch.arange(509).expand(64, 509) // 3}):
@@ -241,6 +238,44 @@ def test_masking_is_the_same_on_every_device(backend):
         got = sk.mask_tokens(ids.cuda(), **options, **on_gpu)
         for a, e in zip(got, expected, strict=True):
             assert torch.equal(a.cpu(), e)
+
+
+@pytest.mark.parametrize("mean_span", [None, 3.0])
+def test_masking_of_more_tokens_than_an_int32_counts(backend, mean_span):
+    if backend == "reference":
+        pytest.skip("the reference holds its draws as int64")
+    rows, columns = 33000, 65535
+    ids = torch.arange(rows * columns, device="cuda", dtype=torch.int32).remainder_(30522).reshape(rows, columns)
+    options = {"mask_id": 103, "vocab_size": 30522, "special_ids": (0, 101, 102), "mean_span": mean_span, "seed": 11}
+    got = sk.mask_tokens(ids, **options)
+    some = torch.tensor([0, 1, rows // 2, 32768, 32769, rows - 1])
+    with sk.use_backend("reference"):
+        expected = sk.mask_tokens(ids[some.cuda()].cpu(), **options, row_ids=some)
+    for a, e in zip(got, expected, strict=True):
+        assert torch.equal(a[some.cuda()].cpu(), e)
+    assert int((got.labels[-1] != -100).sum()) > 0
+
+
+@pytest.mark.parametrize("count", [4, 70])
+def test_masking_in_a_cuda_graph_draws_anew_on_each_replay(backend, count):
+    """count: special ids, each a range of its own; the list outlives the call that captured it."""
+    if backend == "reference":
+        pytest.skip("the reference copies constants to the device")
+    ids = torch.randint(0, 1003, (8, 129), device="cuda")
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    options = {"mask_id": 1, "vocab_size": 1003, "mean_span": 2.0}
+    special = list(range(3, 3 + 3 * count, 3))
+    sk.mask_tokens(ids, **options, special_ids=special, seed=seed)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = sk.mask_tokens(ids, **options, special_ids=special, seed=seed)
+    for value in (5, 6):
+        seed.fill_(value)
+        graph.replay()
+        with sk.use_backend("reference"):
+            expected = sk.mask_tokens(ids, **options, special_ids=special, seed=seed)
+        for a, e in zip(got, expected, strict=True):
+            assert torch.equal(a, e)
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from philox_oracle import chi_square_limit, philox, word
+from philox_oracle import KNOWN, as_int64, chi_square_limit, philox, word
 
 import sslkernels as sk
 from sslkernels.ops.random_bits import random_bits_op
@@ -12,22 +12,7 @@ from sslkernels.random import seed_tensor
 
 OP = "random_bits"
 
-# Random123's known answers: counter, key, words.
-KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 SEEDS = [0, 12345, 2**32 + 7, 2**63 + 5, -1, -(2**40)]
-
-
-def as_int64(low: int, high: int) -> int:
-    value = low | high << 32
-    return value - 2**64 if value >= 2**63 else value
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import checks
-from sslkernels.dispatch import Op
+from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops.random_bits import random_words
 from sslkernels.random import seed_tensor
 
@@ -172,10 +172,10 @@ def _fused(
     return output_ids, labels
 
 
-def _fill_cpu(
+def _fill_native(
     inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
 ) -> None:
-    ranges = torch.tensor(rule.ranges, dtype=torch.int64)
+    ranges = torch.tensor(rule.ranges, dtype=torch.int64, device="cpu")  # on every device the host reads them
     torch.ops.sslkernels_native.mask_tokens(*inputs, ranges, *outputs, *rule[:-1], ignore_index, chained)
 
 
@@ -191,8 +191,8 @@ def _empty_outputs(input_ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(input_ids), torch.empty_like(input_ids)
 
 
-# The special ids are host ints: a kernel takes them as constants, so that neither a copy to the device nor a
-# synchronisation is needed, also while a CUDA graph is captured.
+# The special ids are host ints: kernels take them as constants or parameters, so that neither a copy to the device nor
+# a synchronisation is needed, also while a CUDA graph is captured.
 mask_tokens_op = Op(
     "mask_tokens",
     "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
@@ -201,10 +201,12 @@ mask_tokens_op = Op(
     fake=lambda input_ids, *rest: _empty_outputs(input_ids),
     implementations={
         "reference": _reference,
-        "cpu": partial(_fused, _fill_cpu),
+        "cpu": partial(_fused, _fill_native),
         "triton": partial(_fused, _fill_triton),
+        "cuda": partial(_fused, _fill_native),
     },
     native_ops=("mask_tokens",),
+    prefer=PREFERENCE,
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import checks
-from sslkernels.dispatch import Op
+from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.random import seed_tensor, wrap_int64
 
 _LOW = 0xFFFFFFFF
@@ -49,8 +49,8 @@ def _reference(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sa
     return ((words ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
-def _cpu(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int) -> Tensor:
-    out = torch.empty(rows, columns, dtype=torch.int32)
+def _native(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int) -> Tensor:
+    out = seed.new_empty((rows, columns), dtype=torch.int32)
     torch.ops.sslkernels_native.random_bits(seed, row_ids, sample, out)
     return out
 
@@ -61,10 +61,12 @@ random_bits_op = Op(
     fake=lambda seed, row_ids, rows, columns, sample: seed.new_empty((rows, columns), dtype=torch.int32),
     implementations={
         "reference": _reference,
-        "cpu": _cpu,
+        "cpu": _native,
         "triton": "sslkernels.triton_kernels.random_bits:random_bits",
+        "cuda": _native,
     },
     native_ops=("random_bits",),
+    prefer=PREFERENCE,
 )
 
 

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from sslkernels import checks
-
-# On a GPU, until a measurement says otherwise: the CUDA row kernel is the simple one, which reads a row three times.
-PREFERENCE = ("triton", "cuda", "cpu", "reference")
+from sslkernels.dispatch import PREFERENCE as PREFERENCE
 
 
 class RowOptions(NamedTuple):

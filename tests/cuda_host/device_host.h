@@ -2,7 +2,12 @@
 // compiler check the kernels. Two clusters run at a time and share no barrier: blocks that touch the same memory race.
 #pragma once
 
-#include <barrier>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -40,16 +45,46 @@ struct Device {
 inline Device device;
 inline std::vector<const void*> launched;  // kernels, in order
 
+// std::barrier waits through counters that all barriers of the process share, which orders threads that no barrier
+// orders: ThreadSanitizer then misses races. Here an arrival is ordered before the departures of the same phase alone.
+class Barrier {
+ public:
+  using Phase = uint32_t;
+
+  explicit Barrier(int threads) : threads_(threads), left_(threads) {}
+
+  Phase arrive() {
+    const Phase phase = phase_.load(std::memory_order_relaxed);
+    if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      left_.store(threads_, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      syscall(SYS_futex, &phase_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    }
+    return phase;
+  }
+  void wait(Phase phase) {
+    while (phase_.load(std::memory_order_acquire) == phase) {
+      syscall(SYS_futex, &phase_, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+    }
+  }
+  void arrive_and_wait() { wait(arrive()); }
+
+ private:
+  const int threads_;
+  std::atomic<int> left_;
+  std::atomic<Phase> phase_{0};
+};
+
 constexpr int kWarp = 32;
 constexpr int kSlot = 128;  // bytes that a shuffle moves at most
 
 struct Warp {
-  std::barrier<> barrier{kWarp};
+  Barrier barrier{kWarp};
   alignas(16) char slot[2][kWarp][kSlot];
 };
 
 struct Block {
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<char[], void (*)(char*)> shared;
   size_t shared_bytes;
@@ -65,8 +100,8 @@ struct Block {
 
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
-  std::barrier<> barrier;
-  std::barrier<> between;  // of one cluster of blocks and the next that these threads run
+  Barrier barrier;
+  Barrier between;  // of one cluster of blocks and the next that these threads run
 
   Cluster(int size, int threads, size_t bytes) : barrier(size * threads), between(size * threads) {
     for (int b = 0; b < size; ++b) blocks.push_back(std::make_unique<Block>(threads, bytes));
@@ -80,7 +115,7 @@ struct Thread {
   int rank;
   int lane;
   int parity;
-  std::optional<std::barrier<>::arrival_token> arrived;
+  std::optional<Barrier::Phase> arrived;
 };
 inline thread_local Thread* self;
 
@@ -215,7 +250,7 @@ inline int cluster_rank() { return cuda_host::self->rank; }
 inline int cluster_size() { return int(cuda_host::self->cluster->blocks.size()); }
 inline void cluster_arrive() { cuda_host::self->arrived.emplace(cuda_host::self->cluster->barrier.arrive()); }
 inline void cluster_wait() {
-  cuda_host::self->cluster->barrier.wait(std::move(*cuda_host::self->arrived));
+  cuda_host::self->cluster->barrier.wait(*cuda_host::self->arrived);
   cuda_host::self->arrived.reset();
 }
 template <class T>

@@ -1,6 +1,7 @@
 // Runs the CUDA launchers on the host: main CALLS RESULTS.
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
+#include "../../csrc/cuda/mask_tokens.h"
 #include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
 #include "planted.h"
@@ -44,6 +45,41 @@ sslkernels::CrossEntropyRows rows_of(const Call& call) {
   return rows;
 }
 
+sslkernels::RandomBits random_bits_of(const Call& call) {
+  return {call.array<int64_t>("row_ids"), call.array<int64_t>("seed"),
+          call.integer("rows"),           call.integer("columns"),
+          call.integer("sample"),         call.array<uint32_t>("out") + call.integer("output_offset")};
+}
+
+sslkernels::MaskTokens mask_tokens_of(const Call& call) {
+  const bool wide_ids = call.integer("wide_ids") != 0, wide_words = call.integer("wide_words") != 0;
+  const int64_t offset = call.integer("offset"), id_bytes = wide_ids ? 8 : 4, word_bytes = wide_words ? 8 : 4;
+  const int64_t output_offset = call.integer("output_offset");
+  const auto at = [&](const char* key, int64_t bytes) {
+    char* start = call.array<char>(key);
+    return start == nullptr ? nullptr : start + bytes;
+  };
+  sslkernels::MaskTokens tokens{};
+  tokens.input_ids = at("input_ids", offset * id_bytes);
+  tokens.wide_ids = wide_ids;
+  tokens.special_mask = reinterpret_cast<const uint8_t*>(at("special_mask", offset));
+  tokens.word_ids = at("word_ids", offset * word_bytes);
+  tokens.wide_words = wide_words;
+  tokens.row_ids = call.array<int64_t>("row_ids");
+  tokens.seed = call.array<int64_t>("seed");
+  tokens.rows = call.integer("rows");
+  tokens.columns = call.integer("columns");
+  tokens.output_ids = at("output_ids", output_offset * id_bytes);
+  tokens.labels = at("labels", output_offset * id_bytes);
+  tokens.chained = call.integer("chained") != 0;
+  const auto threshold = [&](const char* key) { return uint64_t(call.integer(key)); };
+  tokens.rule = {
+      threshold("select"),           threshold("stay"),          threshold("enter"),      threshold("to_mask"),
+      threshold("to_random"),        call.integer("mask_id"),    call.integer("allowed"), call.integer("ignore_index"),
+      call.array<int64_t>("ranges"), call.integer("range_count")};
+  return tokens;
+}
+
 sslkernels::ScaleAdd scale_add_of(const Call& call) {
   const auto element = [&](const char* key) { return static_cast<sslkernels::Element>(call.integer(key)); };
   char* out = call.array<char>("out") + call.integer("out_offset");
@@ -73,6 +109,11 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_fwd(rows_of(call), nullptr); }},
     {"cross_entropy_rows_bwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
+    {"random_bits", [](const Call& call) { sslkernels::launch_random_bits(random_bits_of(call), nullptr); }},
+    {"mask_tokens",
+     [](const Call& call) {
+       sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);
+     }},
     {"scale_add", [](const Call& call) { sslkernels::launch_scale_add(scale_add_of(call), nullptr); }},
     {"column_sums", column_sums},
     {"planted", [](const Call& call) { launch_planted(call); }},

@@ -60,10 +60,10 @@ def missing() -> str | None:
     """Why the host run is not possible here, if it is not."""
     if shutil.which(COMPILER) is None:
         return f"no C++ compiler ({COMPILER})"
-    probe = "#include <barrier>\nstd::barrier<> b(1);\nint main() { b.arrive_and_wait(); }"
+    probe = "#include <linux/futex.h>\nint main() { return FUTEX_WAIT_PRIVATE == 0; }"
     command = [COMPILER, "-std=c++20", "-fsanitize=thread", "-pthread", "-x", "c++", "-", "-o", os.devnull]
     done = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else f"{COMPILER} has no std::barrier or no ThreadSanitizer"
+    return None if done.returncode == 0 else f"{COMPILER} has no ThreadSanitizer, or this is not Linux"
 
 
 _missing = missing()

@@ -1,0 +1,365 @@
+// Random words and the masking of tokens: one pass, which reads the ids and writes the new ids and the labels. No draw
+// reaches memory.
+//
+// A thread has a group of four columns: one call of Philox a draw. For random words and independent tokens, the groups
+// of all rows are numbered through. Chained units (words, spans) take a block a row: a group maps the state of the
+// token before it to that of its last token, and a scan over the maps tells each group the state that it starts from.
+#include <algorithm>
+#include <cstring>
+
+#include "../common/philox.h"
+#include "launch.h"
+#include "mask_tokens.h"
+#include "scan.h"
+
+namespace sslkernels {
+namespace {
+
+constexpr int kThreads = 256;  // of a block, at most
+constexpr int kBlocks = 5;     // on a multiprocessor, that registers must allow: 48 of them a thread
+constexpr int kGroup = 4;      // columns of a group
+template <class T>
+constexpr int kEach = int(sizeof(Words) / sizeof(T));  // elements of an access of 16 bytes
+
+// --- Groups of four columns ----------------------------------------------------------------------------------------
+
+struct TokenGroup {
+  int64_t offset;   // of its first column, into the tensors
+  int count;        // of its columns: kGroup but at the end of a row, 0 beyond
+  uint64_t number;  // for Philox
+};
+
+SSLKERNELS_HD int64_t groups_of_row(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+
+template <class Arguments>
+__device__ __forceinline__ TokenGroup group_of_row(const Arguments& arguments, int64_t row, int64_t group) {
+  const int64_t columns = arguments.columns, left = columns - kGroup * group;
+  const int64_t row_id = arguments.row_ids == nullptr ? row : arguments.row_ids[row];
+  return {row * columns + kGroup * group,
+          left >= kGroup ? kGroup
+          : left > 0     ? int(left)
+                         : 0,
+          uint64_t(row_id) * uint64_t(groups_of_row(columns)) + uint64_t(group)};
+}
+
+// This thread's of the groups of all rows.
+template <class Arguments>
+__device__ __forceinline__ TokenGroup group_of_grid(const Arguments& arguments) {
+  const int64_t index = int64_t(blockIdx.x) * int64_t(blockDim.x) + int64_t(threadIdx.x);
+  const int64_t groups = groups_of_row(arguments.columns);
+  if (index >= arguments.rows * groups) return {0, 0, 0};
+  const bool narrow = ((index | groups) >> 32) == 0;
+  const int64_t row = narrow ? int64_t(uint32_t(index) / uint32_t(groups)) : index / groups;
+  return group_of_row(arguments, row, index - row * groups);
+}
+
+__device__ __forceinline__ void draw_words(uint64_t seed, uint64_t group, uint64_t draw, uint32_t (&out)[kGroup]) {
+  const PhiloxWords words = philox_words(seed, group, draw);
+  out[0] = words.w0;
+  out[1] = words.w1;
+  out[2] = words.w2;
+  out[3] = words.w3;
+}
+
+// Whether N elements lie so that they can be accessed by 16 bytes.
+template <int N, class T>
+__device__ __forceinline__ bool in_words(const T* pointer) {
+  return N * sizeof(T) % sizeof(Words) == 0 && reinterpret_cast<uint64_t>(pointer) % sizeof(Words) == 0;
+}
+
+// The first `count` of N elements, and 0 in place of the others.
+template <int N, class T>
+__device__ __forceinline__ void load_group(const T* from, int count, T (&out)[N]) {
+  if (count == N && in_words<N>(from)) {
+#pragma unroll
+    for (int w = 0; w < int(sizeof(out) / sizeof(Words)); ++w) {
+      const Words words = load_words_last(from + w * kEach<T>);
+      std::memcpy(out + w * kEach<T>, &words, sizeof(words));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = k < count ? from[k] : T(0);
+  }
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store_group(const T (&values)[N], int count, T* to) {
+  if (count == N && in_words<N>(to)) {
+#pragma unroll
+    for (int w = 0; w < int(sizeof(values) / sizeof(Words)); ++w) {
+      Words words;
+      std::memcpy(&words, values + w * kEach<T>, sizeof(words));
+      store_words(to + w * kEach<T>, words);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (k < count) to[k] = values[k];
+    }
+  }
+}
+
+// --- What a draw decides -------------------------------------------------------------------------------------------
+
+struct MaskTokensParameters {
+  MaskTokens tokens;
+  int64_t ranges[2 * kInlineRanges];  // kInline: in place of tokens.rule.ranges
+};
+
+template <bool kInline>
+__device__ __forceinline__ MaskRule rule_of(const MaskTokensParameters& parameters) {
+  MaskRule rule = parameters.tokens.rule;
+  if constexpr (kInline) rule.ranges = parameters.ranges;
+  return rule;
+}
+
+// Bit k: token k of a group may be chosen, as far as its id and the special mask say.
+template <int N, class Id>
+__device__ __forceinline__ uint32_t eligible_tokens(const MaskTokens& tokens, const MaskRule& rule, int64_t offset,
+                                                    int count, const Id (&ids)[N]) {
+  uint32_t eligible = (1u << count) - 1;
+#pragma unroll 1  // lists are short, registers few
+  for (int64_t r = 0; r < rule.range_count; ++r) {
+    const uint64_t start = uint64_t(rule.ranges[2 * r]), size = uint64_t(rule.ranges[2 * r + 1]) - start;
+#pragma unroll
+    for (int k = 0; k < N; ++k) eligible &= ~(uint32_t(uint64_t(int64_t(ids[k])) - start < size) << k);
+  }
+  if (tokens.special_mask != nullptr) {
+    uint8_t special[N];
+    load_group(tokens.special_mask + offset, count, special);
+#pragma unroll
+    for (int k = 0; k < N; ++k) eligible &= ~(uint32_t(special[k] != 0) << k);
+  }
+  return eligible;
+}
+
+// Writes the new ids and the labels of a group; bit k of `chosen`: token k is chosen.
+template <class Id>
+__device__ __forceinline__ void write_group(const MaskTokens& tokens, const MaskRule& rule, uint64_t seed,
+                                            const TokenGroup& group, uint32_t chosen, Id (&ids)[kGroup]) {
+  Id labels[kGroup];
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) labels[k] = chosen >> k & 1 ? ids[k] : Id(rule.ignore_index);
+  store_group(labels, group.count, static_cast<Id*>(tokens.labels) + group.offset);
+  if (chosen != 0) {
+    uint32_t words[kGroup], random = 0;
+    draw_words(seed, group.number, 1, words);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      const bool masked = words[k] < rule.to_mask;
+      if (chosen >> k & 1) {
+        if (masked) ids[k] = Id(rule.mask_id);
+        random |= uint32_t(!masked && words[k] < rule.to_random) << k;
+      }
+    }
+    if (random != 0) {
+      draw_words(seed, group.number, 2, words);
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        if (random >> k & 1) ids[k] = Id(random_id(rule, words[k]));
+      }
+    }
+  }
+  store_group(ids, group.count, static_cast<Id*>(tokens.output_ids) + group.offset);
+}
+
+// --- Chains --------------------------------------------------------------------------------------------------------
+
+// A map of the states {0, 1}: bit s is its value at s.
+struct StateMap {
+  uint32_t values;
+
+  __device__ __forceinline__ uint32_t at(uint32_t state) const { return values >> state & 1; }
+  static __device__ __forceinline__ StateMap identity() { return {2}; }
+  static __device__ __forceinline__ StateMap combine(StateMap first, StateMap second) {
+    return {second.at(first.at(0)) | second.at(first.at(1)) << 1};
+  }
+};
+
+// The word ids of a group, negative without.
+template <int N>
+__device__ __forceinline__ void load_word_ids(const MaskTokens& tokens, int64_t offset, int count, int64_t (&out)[N]) {
+  if (tokens.word_ids == nullptr) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = -1;
+  } else if (tokens.wide_words) {
+    load_group(static_cast<const int64_t*>(tokens.word_ids) + offset, count, out);
+  } else {
+    int32_t narrow[N];
+    load_group(static_cast<const int32_t*>(tokens.word_ids) + offset, count, narrow);
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = narrow[k];
+  }
+}
+
+// N tokens as far as their chain needs them.
+template <int N>
+struct ChainTokens {
+  int64_t word_ids[N];
+  uint32_t eligible;  // bit k: token k may be chosen
+};
+
+template <int N, class Id>
+__device__ __forceinline__ ChainTokens<N> chain_tokens(const MaskTokens& tokens, const MaskRule& rule, int64_t offset,
+                                                       int count, const Id (&ids)[N]) {
+  ChainTokens<N> chain;
+  load_word_ids(tokens, offset, count, chain.word_ids);
+  chain.eligible = eligible_tokens(tokens, rule, offset, count, ids);
+  if (tokens.word_ids != nullptr) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) chain.eligible &= ~(uint32_t(chain.word_ids[k] < 0) << k);
+  }
+  return chain;
+}
+
+// --- Kernels -------------------------------------------------------------------------------------------------------
+
+// Grid: a thread a group.
+__global__ void __launch_bounds__(kThreads) random_bits_kernel(const __grid_constant__ RandomBits bits) {
+  const TokenGroup group = group_of_grid(bits);
+  uint32_t words[kGroup];
+  draw_words(uint64_t(*bits.seed), group.number, uint64_t(bits.sample), words);
+  store_group(words, group.count, bits.out + group.offset);
+}
+
+// Grid: a thread a group.
+template <class Id, bool kInline>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    mask_tokens_kernel(const __grid_constant__ MaskTokensParameters parameters) {
+  const MaskTokens& tokens = parameters.tokens;
+  const MaskRule rule = rule_of<kInline>(parameters);
+  const TokenGroup group = group_of_grid(tokens);
+  Id ids[kGroup];
+  load_group(static_cast<const Id*>(tokens.input_ids) + group.offset, group.count, ids);
+  const uint64_t seed = uint64_t(*tokens.seed);
+  uint32_t draw[kGroup], chosen = 0;
+  draw_words(seed, group.number, 0, draw);
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) chosen |= uint32_t(draw[k] < rule.select) << k;
+  chosen &= eligible_tokens(tokens, rule, group.offset, group.count, ids);
+  write_group(tokens, rule, seed, group, chosen, ids);
+}
+
+// Grid: a block a row. Shared memory: two scratches of the scan.
+template <class Id, bool kInline>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    mask_tokens_chain_kernel(const __grid_constant__ MaskTokensParameters parameters) {
+  const MaskTokens& tokens = parameters.tokens;
+  const MaskRule rule = rule_of<kInline>(parameters);
+  const Id* input = static_cast<const Id*>(tokens.input_ids);
+  const uint64_t seed = uint64_t(*tokens.seed);
+  const int64_t groups = groups_of_row(tokens.columns);
+  auto* scratch = reinterpret_cast<Scan<StateMap>::Scratch*>(shared_memory());
+  uint32_t state = 0;  // of the last token of the step before
+  int step = 0;
+  for (int64_t first = 0; first < groups; first += int64_t(blockDim.x), ++step) {
+    const int64_t index = first + int64_t(threadIdx.x);
+    const TokenGroup group = group_of_row(tokens, int64_t(blockIdx.x), index);
+    Id ids[kGroup], id_before[1];
+    const int before_count = index > 0 && group.count > 0;
+    load_group(input + group.offset, group.count, ids);
+    load_group(input + group.offset - 1, before_count, id_before);
+    const ChainTokens<kGroup> chain = chain_tokens(tokens, rule, group.offset, group.count, ids);
+    const ChainTokens<1> before = chain_tokens(tokens, rule, group.offset - 1, before_count, id_before);
+
+    uint32_t draw[kGroup];
+    draw_words(seed, group.number, 0, draw);
+    StateMap maps[kGroup], of_group = StateMap::identity();
+    uint32_t eligible_before = before.eligible;
+    int64_t word_id_before = before_count > 0 ? before.word_ids[0] : -1;
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      const uint32_t if_unchosen = draw[k] < (eligible_before ? rule.enter : rule.select);
+      const uint32_t if_chosen = draw[k] < (eligible_before ? rule.stay : rule.select);
+      const bool same_word = chain.word_ids[k] >= 0 && chain.word_ids[k] == word_id_before;
+      maps[k] = same_word ? StateMap::identity() : StateMap{if_unchosen | if_chosen << 1};
+      of_group = StateMap::combine(of_group, maps[k]);
+      eligible_before = chain.eligible >> k & 1;
+      word_id_before = chain.word_ids[k];
+    }
+
+    StateMap total;
+    const StateMap prefix = Scan<StateMap>::exclusive_over_block(of_group, &scratch[step % 2], total);
+    uint32_t current = prefix.at(state), chosen = 0;
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      current = maps[k].at(current);
+      chosen |= current << k;
+    }
+    state = total.at(state);
+    write_group(tokens, rule, seed, group, chosen & chain.eligible, ids);
+  }
+}
+
+struct RangesParameters {
+  int64_t ranges[2 * kInlineRanges];
+};
+
+// Grid: one block of 2 * count threads, rounded up to warps.
+__global__ void store_ranges_kernel(const __grid_constant__ RangesParameters parameters, int count, int64_t* to) {
+  if (int(threadIdx.x) < 2 * count) to[threadIdx.x] = parameters.ranges[threadIdx.x];
+}
+
+// --- Launchers -----------------------------------------------------------------------------------------------------
+
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+int whole_warps(int64_t threads) { return int(ceil_div(threads, kWarpSize) * kWarpSize); }
+
+// A thread a group of all rows.
+LaunchShape shape_of_groups(int64_t rows, int64_t columns) {
+  const int64_t groups = rows * groups_of_row(columns);
+  const int threads = whole_warps(std::clamp<int64_t>(groups, 1, kThreads));
+  return {ceil_div(groups, threads), threads, 0, 1};
+}
+
+// A block a row, in steps of equal size.
+LaunchShape shape_of_rows(int64_t rows, int64_t columns) {
+  const int64_t groups = groups_of_row(columns), steps = ceil_div(groups, kThreads);
+  return {rows, whole_warps(ceil_div(groups, steps)), 2 * sizeof(Scan<StateMap>::Scratch), 1};
+}
+
+// `from` on the host, `to` on the device: kInlineRanges a launch.
+void store_ranges(const int64_t* from, int64_t count, int64_t* to, void* stream) {
+  for (int64_t first = 0; first < count; first += kInlineRanges) {
+    const int part = int(std::min<int64_t>(count - first, kInlineRanges));
+    RangesParameters parameters{};
+    std::copy_n(from + 2 * first, 2 * part, parameters.ranges);
+    launch("store_ranges_kernel", store_ranges_kernel, {1, whole_warps(2 * part), 0, 1}, stream, parameters, part,
+           to + 2 * first);
+  }
+}
+
+template <class Id, bool kInline>
+void launch_mask(const MaskTokensParameters& parameters, void* stream) {
+  const MaskTokens& tokens = parameters.tokens;
+  if (tokens.chained) {
+    launch("mask_tokens_chain_kernel", mask_tokens_chain_kernel<Id, kInline>,
+           shape_of_rows(tokens.rows, tokens.columns), stream, parameters);
+  } else {
+    launch("mask_tokens_kernel", mask_tokens_kernel<Id, kInline>, shape_of_groups(tokens.rows, tokens.columns), stream,
+           parameters);
+  }
+}
+
+}  // namespace
+
+void launch_random_bits(const RandomBits& bits, void* stream) {
+  launch("random_bits_kernel", random_bits_kernel, shape_of_groups(bits.rows, bits.columns), stream, bits);
+}
+
+void launch_mask_tokens(const MaskTokens& tokens, int64_t* device_ranges, void* stream) {
+  if (tokens.rows == 0 || tokens.columns == 0) return;
+  MaskTokensParameters parameters{tokens, {}};
+  const int64_t count = tokens.rule.range_count;
+  if (count <= kInlineRanges) {
+    std::copy_n(tokens.rule.ranges, 2 * count, parameters.ranges);
+    tokens.wide_ids ? launch_mask<int64_t, true>(parameters, stream) : launch_mask<int32_t, true>(parameters, stream);
+  } else {
+    store_ranges(tokens.rule.ranges, count, device_ranges, stream);
+    parameters.tokens.rule.ranges = device_ranges;
+    tokens.wide_ids ? launch_mask<int64_t, false>(parameters, stream) : launch_mask<int32_t, false>(parameters, stream);
+  }
+}
+
+}  // namespace sslkernels
