@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test bench lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
+.PHONY: test bench resources lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens").
 test: $(VENV)/built
@@ -12,6 +12,10 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Registers, spills and 16-byte accesses of the CUDA kernels that were compiled.
+resources: $(VENV)/built
+	$(BIN)/python -m benchmarks.resources benchmarks/results/cuda_kernels.md
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .
@@ -45,10 +49,17 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# No virtual environment and no network: PYTHON must have torch, pytest, pytest-benchmark, rich, matplotlib, and for the
-# build setuptools, pybind11, cmake, ninja. COMMIT=...: the commit of a tree without git. OUT: folder for the results.
-gpu:
+# With PYTHON as it is: it must have a torch with CUDA, and nvcc must be there. What else is missing of
+# requirements/gpu.txt
+# is installed into its environment; where nothing is missing, no network is needed. COMMIT=...: the commit of a tree
+# without git. OUT: folder for the results.
+gpu: gpu-setup
 	$(PYTHON) -m benchmarks.gpu all
+
+gpu-setup:
+	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "$(PYTHON) has no torch that sees a CUDA device; choose one with: make gpu PYTHON=..."; exit 1; }
+	$(PYTHON) -m pip install --disable-pip-version-check -q -r requirements/gpu.txt
 
 gpu-build gpu-test gpu-sanitize gpu-record:
 	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(if $(ARGS),-- $(ARGS))

@@ -34,6 +34,7 @@ RECORD = RESULTS / "gpu_validated.json"
 PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
 PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less than 8 minutes
     "mask": ["--op", "mask_tokens"],
+    "kernels": ["--op", "kernels"],
     "logits-1": ["--op", "cross_entropy", "--part", "1/2"],
     "logits-2": ["--op", "cross_entropy", "--part", "2/2"],
     **{f"linear-{i}": ["--op", "linear_cross_entropy", "--part", f"{i}/7"] for i in range(1, 8)},

@@ -39,7 +39,9 @@ def test_real_vocabularies(backend, mode, vocab):
         assert oracle.error(got, true) <= oracle.error(rough, true) + torch.finfo(torch.bfloat16).eps
 
 
-def test_more_elements_than_an_int32_counts(backend):
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_more_elements_than_an_int32_counts(backend, reduction):
+    """ "sum" makes the gradient with the loss where the backend can, "none" from a state of its own."""
     if backend == "reference":
         pytest.skip("the reference holds the logits several times")
     rows, vocab = 66000, 32768
@@ -48,14 +50,87 @@ def test_more_elements_than_an_int32_counts(backend):
     logits.requires_grad_()
     target = torch.full((rows,), -100, device="cuda")
     target[[0, -1]] = torch.tensor([7, 5], device="cuda")
-    loss = sk.cross_entropy(logits, target, reduction="none")
+    loss = sk.cross_entropy(logits, target, reduction=reduction)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     leaf = logits.detach()[[0, -1]].double().requires_grad_()
-    truth = torch.nn.functional.cross_entropy(leaf, target[[0, -1]], reduction="none")
-    torch.testing.assert_close(loss[[0, -1]].double(), truth, rtol=1e-5, atol=1e-6)
+    truth = torch.nn.functional.cross_entropy(leaf, target[[0, -1]], reduction=reduction)
+    got = loss if reduction == "sum" else loss[[0, -1]]
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
     (true_grad,) = torch.autograd.grad(truth.sum(), leaf)
     assert oracle.error(grad[[0, -1]], true_grad) < torch.finfo(torch.bfloat16).eps
     assert not grad[1:-1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [30522, 50265, 128256, 250002, 256000, 1000003])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_real_logits(backend, reduction, vocab, dtype):
+    """Rows held by a block, by a cluster of up to 16, and rows that no cluster holds; plain and with every option."""
+    if backend == "reference":
+        pytest.skip("the reference is what this would be compared with")
+    rows = 37
+    logits = (3 * torch.randn(rows, vocab, device="cuda")).to(dtype).requires_grad_()
+    target = torch.randint(0, vocab, (rows,), device="cuda")
+    target[::5] = -100
+    grad_output = torch.rand((rows,) if reduction == "none" else (), device="cuda")
+    class_weight = torch.rand(vocab, device="cuda")
+    every = {"weight": class_weight, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
+    for options in ({}, every):
+        loss, stats = sk.cross_entropy(logits, target, reduction=reduction, return_stats=True, **options)
+        (grad,) = torch.autograd.grad(loss, logits, grad_output.to(loss.dtype))
+        exact = logits.detach().double().requires_grad_()
+        truth = oracle.cross_entropy(exact, target, reduction=reduction, **options)
+        (true_grad,) = torch.autograd.grad(truth, exact, grad_output.double())
+        eager = oracle.cross_entropy(logits, target, reduction=reduction, **options)
+        (eager_grad,) = torch.autograd.grad(eager, logits, grad_output.to(eager.dtype))
+        rounding = 1e-13 if dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+        assert oracle.error(loss, truth) <= oracle.error(eager, truth) + rounding
+        assert oracle.error(grad, true_grad) <= oracle.error(eager_grad, true_grad) + 32 * rounding
+        z = exact.detach() if not options else 20 * torch.tanh(exact.detach() / 20)
+        lse = torch.where(target == -100, 0, torch.logsumexp(z, 1))
+        torch.testing.assert_close(stats.lse.double(), lse, rtol=1e-5, atol=1e-5)
+        assert torch.equal(stats.correct, (z.argmax(1) == target) & (target != -100))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [1, 77, 1003, 40007])
+def test_rows_that_start_anywhere(backend, vocab, dtype):
+    """Rows of a view, whose gradient's rows lie otherwise than they do."""
+    memory = torch.randn(5, vocab + 3, device="cuda").to(dtype)
+    target = torch.randint(0, vocab, (5,), device="cuda")
+    target[1] = -100
+    for first in range(4):
+        logits = memory[:, first : first + vocab].detach().requires_grad_()
+        for reduction in ("mean", "none"):
+            loss = sk.cross_entropy(logits, target, reduction=reduction)
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+            exact = logits.detach().double().requires_grad_()
+            truth = torch.nn.functional.cross_entropy(exact, target, reduction=reduction)
+            (true_grad,) = torch.autograd.grad(truth.sum(), exact)
+            torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+            assert oracle.error(grad, true_grad) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+def test_small_steps_for_the_sanitizer(backend, mode):
+    """One step of every op with every option, small enough for compute-sanitizer."""
+    x, w, b, target = problem(33, 64, 1003)
+    tokens = torch.rand(33, device="cuda", requires_grad=True)
+    for capacity in (None, 30):
+        loss, stats = sk.linear_cross_entropy(
+            x, w, target, linear_bias=b, token_weight=tokens, mode=mode, capacity=capacity, label_smoothing=0.1,
+            z_loss=1e-3, softcap=20.0, logit_scale=0.5, weight=torch.rand(1003, device="cuda"), return_stats=True,
+        )  # fmt: skip
+        loss.backward(torch.tensor(0.5, device="cuda"))
+    assert all(t.isfinite().all() for t in (loss, stats.lse, x.grad, w.grad, b.grad, tokens.grad))
+    ids = torch.randint(0, 1003, (3, 77), device="cuda")
+    words = torch.arange(77, device="cuda").expand(3, 77) // 3
+    for options in ({}, {"word_ids": words}, {"mean_span": 3.0}):
+        masked = sk.mask_tokens(ids, mask_id=1, vocab_size=1003, special_ids=(0, 2), seed=5, **options)
+        assert masked.input_ids.shape == masked.labels.shape == ids.shape
+    assert sk.random_bits((3, 77), 5, device="cuda").shape == (3, 77)
 
 
 @pytest.mark.parametrize("mode", ["fast", "compact"])
