@@ -49,9 +49,8 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# With PYTHON as it is: it must have a torch with CUDA, and nvcc must be there. What else is missing of
-# requirements/gpu.txt
-# is installed into its environment; where nothing is missing, no network is needed. COMMIT=...: the commit of a tree
+# With PYTHON as it is: it must have a torch with CUDA, and nvcc must be there. What is missing of requirements/gpu.txt is
+# installed into its environment; where nothing is missing, no network is needed. COMMIT=...: the commit of a tree
 # without git. OUT: folder for the results.
 gpu: gpu-setup
 	$(PYTHON) -m benchmarks.gpu all

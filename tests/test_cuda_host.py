@@ -119,6 +119,10 @@ def cases() -> list[Case]:
     for dtype, regime in itertools.product(DTYPES, REGIMES):
         found.append(Case(dtype, "stats", regime, rows=10, vocab=131, special="extreme"))
         found.append(Case(dtype, "everything", regime, rows=10, vocab=131, special="extreme"))
+    # So long for this device that only a cluster of 16 holds a row; there may be a place for 8 blocks at most.
+    for place, regime in ((16, "cluster"), (8, "two_reads")):
+        device = {**REGIMES["cluster"][0], "major": 9, "largest_cluster": place}
+        found.append(Case(torch.float32, "stats", regime, rows=2, vocab=4003, device=device, special=f"place_{place}"))
     found.append(Case(torch.bfloat16, "plain", rows=0))
     found.append(Case(torch.bfloat16, "plain", rows=0, backward=True))
     return found
@@ -267,7 +271,7 @@ def test_every_kernel_runs_in_the_regime_meant_for_it(results, request):
         flags = ", ".join(str(flag).lower() for flag in KERNEL_FEATURES[case.features])
         held = str(REGIMES[case.regime][1]["held"]).lower()
         expected = f"cross_entropy_rows_fwd_kernel<{types[case.dtype]}, RowFeatures<{flags}>, {held}>"
-        if case.vocab == VOCAB:
+        if case.vocab == VOCAB or case.special.startswith("place"):
             assert results[name].launched == [expected]
 
 
@@ -279,8 +283,16 @@ def test_every_kernel_runs_in_the_regime_meant_for_it(results, request):
         ("thread", 3, "data race"),
         ("thread", 4, "data race"),
         ("address", 5, "misaligned address"),
+        ("thread", 6, "data race"),
     ],
-    ids=["missing_barrier", "out_of_bounds", "missing_cluster_barrier", "blocks_write_one_element", "misaligned"],
+    ids=[
+        "missing_barrier",
+        "out_of_bounds",
+        "missing_cluster_barrier",
+        "blocks_write_one_element",
+        "misaligned",
+        "block_ends_while_read",
+    ],
 )
 def test_the_harness_finds_a_planted_mistake(sanitizer, mistake, report, tmp_path):
     program = run.build(sanitizer)

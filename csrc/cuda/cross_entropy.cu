@@ -53,8 +53,8 @@ RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const
     }
   }
   // Few rows are shared by more blocks, as long as each has work for all its threads.
-  while (2 * plan.cluster <= std::min(limits.largest_cluster, 8) && rows.count * plan.cluster < limits.processors &&
-         ceil_div(groups, 2 * plan.cluster) >= kBatch * kRowThreads) {
+  while (2 * plan.cluster <= std::min(limits.largest_cluster, kPortableCluster) &&
+         rows.count * plan.cluster < limits.processors && ceil_div(groups, 2 * plan.cluster) >= kBatch * kRowThreads) {
     plan.cluster *= 2;
   }
   if (plan.held) plan.shared_bytes = held_bytes(plan.cluster);

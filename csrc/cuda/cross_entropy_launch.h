@@ -26,13 +26,20 @@ void launch_rows_fwd(const CrossEntropyRows& rows, void* stream) {
   const auto run = [&](auto features) {
     using F = decltype(features);
     const int64_t scratch = (sizeof(typename Reduction<RowPartial<T, F::kSums>>::Scratch) + 15) / 16 * 16;
-    const RowPlan plan = plan_rows_fwd(rows, scratch, device_limits());
-    const LaunchShape shape{rows.count * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
+    DeviceLimits limits = device_limits();
+    RowPlan plan = plan_rows_fwd(rows, scratch, limits);
+    const auto shape = [&] {
+      return LaunchShape{rows.count * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
+    };
     constexpr const char* kName = "cross_entropy_rows_fwd_kernel";
     if constexpr (sizeof(T) < 8) {
-      if (plan.held) return launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape, stream, rows);
+      if (plan.cluster > kPortableCluster && !can_launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape())) {
+        limits.largest_cluster = kPortableCluster;
+        plan = plan_rows_fwd(rows, scratch, limits);
+      }
+      if (plan.held) return launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape(), stream, rows);
     }
-    launch(kName, cross_entropy_rows_fwd_kernel<T, F, false>, shape, stream, rows);
+    launch(kName, cross_entropy_rows_fwd_kernel<T, F, false>, shape(), stream, rows);
   };
   if (sizeof(T) == 8 || rows.prediction != nullptr || rows.options.label_smoothing > 0) {
     with_features<T, true>(rows, run);

@@ -40,6 +40,8 @@ inline DeviceLimits device_limits() {
                                     : 1};
 }
 
+constexpr int kPortableCluster = 8;  // what every device with clusters can run
+
 struct LaunchShape {
   int64_t blocks;
   int threads;
@@ -47,35 +49,51 @@ struct LaunchShape {
   int cluster;  // blocks of a cluster; divides `blocks`
 };
 
+// A launch as the runtime wants it.
+struct LaunchConfig {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(const char* name, const void* kernel, const LaunchShape& shape, void* stream) {
+    if (shape.blocks > INT32_MAX) {
+      throw std::runtime_error(std::string("sslkernels: ") + name + " would need more than 2^31 - 1 blocks");
+    }
+    if (shape.shared_bytes > 48 * 1024) {
+      const auto bytes = static_cast<int>(shape.shared_bytes);
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+    }
+    if (shape.cluster > kPortableCluster) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    }
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+// Whether the device has a place for one cluster of this shape.
+template <class... Parameters>
+bool can_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape) {
+  const LaunchConfig launch(name, reinterpret_cast<const void*>(kernel), shape, nullptr);
+  int clusters = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), name);
+  return clusters > 0;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
             const Arguments&... arguments) {
   if (shape.blocks == 0) return;
-  if (shape.blocks > INT32_MAX) {
-    throw std::runtime_error(std::string("sslkernels: ") + name + " would need more than 2^31 - 1 blocks");
-  }
-  const auto function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               name);
-  }
-  if (shape.cluster > 8) {
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+  const LaunchConfig launch(name, reinterpret_cast<const void*>(kernel), shape, stream);
+  check_cuda(cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...), name);
 }
 
 }  // namespace sslkernels

@@ -41,6 +41,7 @@ struct Device {
   int shared_per_processor = 233472;
   int shared_reserved = 1024;
   int major = 9;
+  int largest_cluster = 16;  // that there is a place for
 };
 inline Device device;
 inline std::vector<const void*> launched;  // kernels, in order
@@ -94,6 +95,7 @@ struct Block {
         shared(static_cast<char*>(::operator new(bytes, std::align_val_t(16))),
                [](char* p) { ::operator delete(p, std::align_val_t(16)); }),
         shared_bytes(bytes) {
+    std::memset(shared.get(), 0xff, bytes);
     for (int w = 0; w < threads / kWarp; ++w) warps.push_back(std::make_unique<Warp>());
   }
 };
@@ -148,10 +150,11 @@ void run(unsigned grid, int threads, size_t shared_bytes, int cluster_size, Call
           blockDim = dim3(threads);
           gridDim = dim3(grid);
           for (unsigned c = t; c < clusters; c += teams) {
-            if (thread == 0) std::memset(block->shared.get(), 0xff, shared_bytes);
-            cluster->between.arrive_and_wait();
             blockIdx = dim3(c * cluster_size + rank);
             call();
+            block->barrier.arrive_and_wait();
+            // A block that has ended gives its shared memory away, whoever of its cluster still reads it.
+            if (thread == 0) std::memset(block->shared.get(), 0xff, shared_bytes);
             cluster->between.arrive_and_wait();
           }
         });
@@ -210,11 +213,20 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
   return cudaSuccess;
 }
 
+inline int cluster_of(const cudaLaunchConfig_t* config) {
+  return config->numAttrs == 0 ? 1 : int(config->attrs->val.clusterDim.x);
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = cluster_of(config) <= cuda_host::device.largest_cluster;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  const int cluster = config->numAttrs == 0 ? 1 : int(config->attrs->val.clusterDim.x);
-  const int threads = int(config->blockDim.x), most = cuda_host::device.major >= 9 ? 16 : 1;
+  const int cluster = cluster_of(config), threads = int(config->blockDim.x);
+  const int most = cuda_host::device.major >= 9 ? cuda_host::device.largest_cluster : 1;
   if (threads < 1 || threads > 1024 || threads % cuda_host::kWarp != 0 || cluster < 1 || cluster > most ||
       config->gridDim.x % cluster != 0 || config->gridDim.x == 0 ||
       config->dynamicSmemBytes > size_t(cuda_host::device.shared_per_block)) {

@@ -129,6 +129,7 @@ void set_device(const Call& call) {
   set("shared_per_processor", cuda_host::device.shared_per_processor);
   set("shared_reserved", cuda_host::device.shared_reserved);
   set("major", cuda_host::device.major);
+  set("largest_cluster", cuda_host::device.largest_cluster);
 }
 
 }  // namespace

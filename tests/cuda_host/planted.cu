@@ -5,7 +5,15 @@ namespace {
 
 using namespace sslkernels;
 
-enum Mistake : int64_t { kNone, kNoBarrier, kOutOfBounds, kNoClusterBarrier, kSameElement, kMisaligned };
+enum Mistake : int64_t {
+  kNone,
+  kNoBarrier,
+  kOutOfBounds,
+  kNoClusterBarrier,
+  kSameElement,
+  kMisaligned,
+  kNoLastBarrier
+};
 
 // Each thread writes what its neighbour reads; then its sum with the neighbouring block's.
 __global__ void planted_kernel(int64_t mistake, int32_t* out) {
@@ -27,8 +35,10 @@ __global__ void planted_kernel(int64_t mistake, int32_t* out) {
   } else {
     out[at] = neighbour + other;
   }
-  cluster_arrive();
-  cluster_wait();
+  if (mistake != kNoLastBarrier) {
+    cluster_arrive();
+    cluster_wait();
+  }
 }
 
 }  // namespace
