@@ -54,6 +54,18 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     assert architectures
 
 
+@needs_cuda_kernels
+def test_every_native_operator_has_a_floor():
+    names = {name for name in dir(native.extension.floors) if not name.startswith("_")}
+    registered = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    assert names == {name for space, _, name in registered if space == "sslkernels_native"}
+    rows, vocab, valid = 16, 100, 12
+    fwd = native.extension.floors.cross_entropy_rows_fwd(valid, rows, vocab, 2, True)
+    # The logits of the valid rows once, the gradient of all rows once; a target and four results a row.
+    assert fwd.bytes == (valid + rows) * vocab * 2 + rows * 24
+    assert native.extension.floors.scale_add(100, 4, 2, True).bytes == 100 * (4 + 2 + 2)
+
+
 @pytest.fixture(scope="module")
 def machine_code():
     if resources.cuobjdump() is None:

@@ -117,8 +117,8 @@ def cases() -> list[Case]:
     found.append(Case(torch.bfloat16, "bias", "block", vocab=16411, rows=2, device=wide, special="few_rows"))
     found.append(Case(torch.bfloat16, "bias", "block", vocab=40007, rows=1, backward=True, special="parts"))
     for dtype, regime in itertools.product(DTYPES, REGIMES):
-        found.append(Case(dtype, "stats", regime, rows=10, vocab=131, special="extreme"))
-        found.append(Case(dtype, "everything", regime, rows=10, vocab=131, special="extreme"))
+        for features in ("plain", "stats", "everything"):
+            found.append(Case(dtype, features, regime, rows=11, vocab=131, special="extreme"))
     # So long for this device that only a cluster of 16 holds a row; there may be a place for 8 blocks at most.
     for place, regime in ((16, "cluster"), (8, "two_reads")):
         device = {**REGIMES["cluster"][0], "major": 9, "largest_cluster": place}
@@ -156,6 +156,7 @@ def inputs_of(case: Case) -> tuple[Tensor, ...]:
         logits[7, 70] = float("nan")
         logits[8, target[8]] = 40
         logits[9] = 0.5  # ties
+        logits[10] -= 1000
     chosen = FEATURES[case.features]
     if case.dtype == torch.float64:
         bias, weight, coefficient = bias.double(), weight.double(), coefficient.double()
@@ -315,3 +316,46 @@ def test_a_launch_that_fails_names_the_kernel(tmp_path):
         run.build("address"), [run.Call("planted", {"mistake": 0, "blocks": 3}, {}, {"out": out})], tmp_path
     )
     assert result.error == "sslkernels: planted_kernel failed: invalid launch configuration"
+
+
+A100 = {
+    "processors": 108, "shared_per_block": 166912, "shared_per_processor": 167936, "cache": 40 << 20, "major": 8,
+}  # fmt: skip
+H100 = {
+    "processors": 132, "shared_per_block": 232448, "shared_per_processor": 233472, "cache": 50 << 20, "major": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab", "rows", "gradient", "held", "cluster", "threads"),
+    [
+        (H100, 1000, 4096, True, True, 1, 64),
+        (H100, 18000, 4096, True, True, 1, 256),
+        (H100, 30522, 16384, True, True, 2, 256),
+        (H100, 50265, 8192, True, True, 4, 256),
+        (H100, 128256, 8192, True, True, 8, 256),
+        (H100, 256000, 8192, True, True, 16, 256),
+        (H100, 900000, 8192, True, True, 16, 256),  # a block has all the shared memory there is
+        (H100, 1000003, 8192, True, False, 1, 1024),
+        (H100, 128256, 8192, False, False, 1, 256),
+        (H100, 128256, 16, False, False, 8, 256),  # few rows: more blocks for each
+        (A100, 18000, 4096, True, True, 1, 256),
+        (A100, 30522, 4096, True, False, 1, 256),
+        (A100, 128256, 4096, True, False, 1, 1024),
+        (A100, 50265, 4096, True, False, 1, 512),
+    ],
+)
+def test_plans_on_real_devices(device, vocab, rows, gradient, held, cluster, threads, tmp_path):
+    """Of bfloat16 rows. A held part leaves room for several blocks where there are clusters enough; rows that are read
+    twice fit the L2 cache as far as one row a multiprocessor does."""
+    ints = {"element": 2, "count": rows, "vocab": vocab, "gradient": gradient, **device}
+    call = run.Call("plan_rows", ints, {}, {"plan": torch.zeros(4, dtype=torch.int64)})
+    (result,) = run.run(run.build("address"), [call], tmp_path)
+    assert result.arrays["plan"].tolist()[:3] == [held, cluster, threads]
+    shared = int(result.arrays["plan"][3])
+    assert shared <= device["shared_per_block"]
+    if held and vocab <= 512000:
+        assert (2 if device is A100 else 3) * (shared + 1024) <= device["shared_per_processor"]
+    if gradient and not held and vocab <= 128256:
+        at_once = 1024 // threads * device["processors"]
+        assert at_once * vocab * 2 <= device["cache"]

@@ -26,9 +26,25 @@ int64_t groups_of_row(const CrossEntropyRows& rows) {
   return ceil_div(rows.vocab, 16 / element_bytes(rows.element)) + 1;
 }
 
-int threads_for(int64_t groups) {
+void check_columns(const CrossEntropyRows& rows) {
+  if (rows.vocab > int64_t(1) << 30) {  // columns and their groups are numbered by 32 bits
+    throw std::runtime_error("sslkernels: the CUDA kernels of cross-entropy take at most 2^30 columns");
+  }
+}
+
+int threads_for(int64_t groups, int most = kRowThreads) {
   const int64_t wanted = ceil_div(ceil_div(groups, kBatch), kWarpSize) * kWarpSize;
-  return int(std::clamp<int64_t>(wanted, kWarpSize, kRowThreads));
+  return int(std::clamp<int64_t>(wanted, kWarpSize, most));
+}
+
+// Of a block that reads a row twice: as many as leave no room for more rows on the device than its L2 cache holds, in
+// three quarters of it.
+int threads_for_two_reads(const CrossEntropyRows& rows, const DeviceLimits& limits) {
+  const int resident = rows.element == Element::kDouble ? kResident<double> : kResident<float>;
+  const int64_t row_bytes = rows.vocab * element_bytes(rows.element);
+  const int64_t fit = limits.cache * 3 / 4 / (limits.processors * row_bytes);
+  const int64_t rows_at_once = std::clamp<int64_t>(fit, 1, resident / kRowThreads);
+  return int(resident / rows_at_once / kWarpSize * kWarpSize);
 }
 
 }  // namespace
@@ -58,7 +74,9 @@ RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const
     plan.cluster *= 2;
   }
   if (plan.held) plan.shared_bytes = held_bytes(plan.cluster);
-  plan.threads = threads_for(ceil_div(groups, plan.cluster));
+  const bool twice = rows.grad != nullptr && !plan.held;
+  const int most = twice ? threads_for_two_reads(rows, limits) : kRowThreads;
+  plan.threads = threads_for(ceil_div(groups, plan.cluster), most);
   return plan;
 }
 
@@ -70,6 +88,7 @@ RowPlan plan_rows_bwd(const CrossEntropyRows& rows) {
 }
 
 void launch_cross_entropy_rows_fwd(const CrossEntropyRows& rows, void* stream) {
+  check_columns(rows);
   switch (rows.element) {
     case Element::kFloat:
       return launch_rows_fwd<float>(rows, stream);
@@ -83,6 +102,7 @@ void launch_cross_entropy_rows_fwd(const CrossEntropyRows& rows, void* stream) {
 }
 
 void launch_cross_entropy_rows_bwd(const CrossEntropyRows& rows, void* stream) {
+  check_columns(rows);
   switch (rows.element) {
     case Element::kFloat:
       return launch_rows_bwd<float>(rows, stream);

@@ -2,9 +2,9 @@
 //
 // A row belongs to a block, or to the blocks of a cluster that share its columns. One pass over it keeps, per thread,
 // a running maximum and sums relative to it. For the gradient a row is either held in shared memory, as the
-// transformed logits in the accumulation type (one read, one write, no second transform), or read again, from its end
-// because that is what the L2 cache still holds. Nothing of the size of the logits is stored but the gradient. Every
-// reduction has a fixed order.
+// transformed logits in the accumulation type (one read, one write, no second transform), or read again: so few rows at
+// a time that the L2 cache holds them, and from the end, which is what it holds longest. Nothing of the size of the
+// logits is stored but the gradient. Every reduction has a fixed order.
 #pragma once
 
 #include "../common/cross_entropy_rows.h"
@@ -13,9 +13,9 @@
 
 namespace sslkernels {
 
-constexpr int kRowThreads = 256;  // of a block, at most
-template <class T>  // blocks on a multiprocessor, that registers must allow: 64 of them a thread, for float64 128
-constexpr int kRowBlocks = sizeof(T) == 8 ? 2 : 4;
+constexpr int kRowThreads = 256;  // of a block, at most, but for rows that are read twice
+template <class T>  // threads on a multiprocessor that registers must allow: 64 of them a thread, for float64 128
+constexpr int kResident = sizeof(T) == 8 ? 512 : 1024;
 constexpr int kBatch = 2;  // groups that a thread has in flight
 
 // What a kernel can do; without a feature there is no trace of it.
@@ -433,7 +433,7 @@ __device__ __forceinline__ RowGradient<typename Accumulation<T>::type> gradient_
 
 // Grid: a cluster a row. Shared memory: a Reduction's scratch, then the held part of the row.
 template <class T, class F, bool kHeld>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
+__global__ void __launch_bounds__(kHeld ? kRowThreads : kResident<T>, kHeld ? kResident<T> / kRowThreads : 1)
     cross_entropy_rows_fwd_kernel(const __grid_constant__ CrossEntropyRows rows) {
   using A = typename Accumulation<T>::type;
   using Sums = Reduction<RowPartial<T, F::kSums>>;
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
 
 // Grid: `parts` blocks a row.
 template <class T, class F>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks<T>)
+__global__ void __launch_bounds__(kRowThreads, kResident<T> / kRowThreads)
     cross_entropy_rows_bwd_kernel(const __grid_constant__ CrossEntropyRows rows, int parts) {
   using A = typename Accumulation<T>::type;
   const int64_t i = int64_t(blockIdx.x) / parts;

@@ -20,6 +20,7 @@ struct DeviceLimits {
   int64_t shared_per_block;  // bytes of shared memory
   int64_t shared_per_processor;
   int64_t shared_reserved;  // of each block, by the system
+  int64_t cache;            // bytes of the L2 cache
   int largest_cluster;      // 1: no clusters
 };
 
@@ -33,8 +34,11 @@ inline DeviceLimits device_limits() {
     return value;
   };
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+          attribute(cudaDevAttrL2CacheSize),
           major == 9 || major == 10 ? 16
           : major > 10              ? 8
                                     : 1};

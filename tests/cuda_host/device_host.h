@@ -40,6 +40,7 @@ struct Device {
   int shared_per_block = 232448;
   int shared_per_processor = 233472;
   int shared_reserved = 1024;
+  int cache = 50 << 20;
   int major = 9;
   int largest_cluster = 16;  // that there is a place for
 };
@@ -177,6 +178,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrReservedSharedMemoryPerBlock,
+  cudaDevAttrL2CacheSize,
   cudaDevAttrComputeCapabilityMajor,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
@@ -207,9 +209,26 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
   const cuda_host::Device& device = cuda_host::device;
-  const int values[] = {device.processors, device.shared_per_block, device.shared_per_processor, device.shared_reserved,
-                        device.major};
-  *value = values[name];
+  switch (name) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = device.processors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device.shared_per_block;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = device.shared_per_processor;
+      break;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = device.shared_reserved;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = device.cache;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = device.major;
+      break;
+  }
   return cudaSuccess;
 }
 

@@ -1,6 +1,7 @@
 // Runs the CUDA launchers on the host: main CALLS RESULTS.
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
+#include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
 #include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
@@ -104,6 +105,22 @@ void column_sums(const Call& call) {
   sslkernels::launch_column_sums(sums, nullptr);
 }
 
+// What the forward would be launched with: held, cluster, threads, bytes of shared memory.
+void plan_rows(const Call& call) {
+  constexpr int64_t kScratch = 1024;
+  sslkernels::CrossEntropyRows rows{};
+  rows.element = static_cast<sslkernels::Element>(call.integer("element"));
+  rows.count = call.integer("count");
+  rows.vocab = call.integer("vocab");
+  rows.grad = call.integer("gradient") != 0 ? call.array("plan") : nullptr;
+  const auto plan = sslkernels::plan_rows_fwd(rows, kScratch, sslkernels::device_limits());
+  int64_t* out = call.array<int64_t>("plan");
+  out[0] = plan.held;
+  out[1] = plan.cluster;
+  out[2] = plan.threads;
+  out[3] = plan.shared_bytes;
+}
+
 const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_fwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_fwd(rows_of(call), nullptr); }},
@@ -114,6 +131,7 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);
      }},
+    {"plan_rows", plan_rows},
     {"scale_add", [](const Call& call) { sslkernels::launch_scale_add(scale_add_of(call), nullptr); }},
     {"column_sums", column_sums},
     {"planted", [](const Call& call) { launch_planted(call); }},
@@ -128,6 +146,7 @@ void set_device(const Call& call) {
   set("shared_per_block", cuda_host::device.shared_per_block);
   set("shared_per_processor", cuda_host::device.shared_per_processor);
   set("shared_reserved", cuda_host::device.shared_reserved);
+  set("cache", cuda_host::device.cache);
   set("major", cuda_host::device.major);
   set("largest_cluster", cuda_host::device.largest_cluster);
 }
