@@ -52,15 +52,12 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 # With PYTHON as it is: it must have a torch with CUDA, and nvcc must be there. What is missing of requirements/gpu.txt is
 # installed into its environment; where nothing is missing, no network is needed. COMMIT=...: the commit of a tree
 # without git. OUT: folder for the results.
-gpu: gpu-setup
-	$(PYTHON) -m benchmarks.gpu all
-
-gpu-setup:
+gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "$(PYTHON) has no torch that sees a CUDA device; choose one with: make gpu PYTHON=..."; exit 1; }
-	$(PYTHON) -m pip install --disable-pip-version-check -q -r requirements/gpu.txt
+	$(PYTHON) -m benchmarks.gpu all
 
-gpu-build gpu-test gpu-sanitize gpu-record:
+gpu-setup gpu-build gpu-test gpu-sanitize gpu-record:
 	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(if $(ARGS),-- $(ARGS))
 
 # PARTS: some of the matrix, as in make gpu-bench PARTS="mask logits-1"; each takes less than 8 minutes.

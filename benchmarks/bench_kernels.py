@@ -190,6 +190,8 @@ def _run(rows: Rows) -> Callable[[Case, Inputs], Run]:
 
 def _eager(case: Case, inputs: Inputs) -> Run:
     kernel = KERNELS[case.op]
+    if case.shape["N"] * case.shape["V"] > 1 << 30:
+        raise harness.Rejected("plain torch would hold the logits several times in float32")
     if kernel.eager is None:
         return _run(ReferenceRows())(case, inputs)
 
@@ -231,7 +233,7 @@ def twin(case: Case) -> Case:
 def bars(device: str) -> list[Bar]:
     if device == "cpu":
         return []
-    limit = 3.35 / 2.7  # of an H100's bandwidth on paper, to 2.7 TB/s
+    limit = 3.0 / 2.7  # on an H100, whose copy moves 3.0 TB/s, this is 2.7 TB/s
     return [
         Bar("median / copy of the same bytes", c.name, providers.time_ratio(OURS, COPY), limit) for c in cases(device)
     ]

@@ -18,6 +18,7 @@ from sslkernels import native
 from sslkernels.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+MISSING = "not installed"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING
 
 
 def git(*arguments: str) -> str | None:

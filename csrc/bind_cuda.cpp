@@ -1,4 +1,5 @@
 // The CUDA implementations of the operators that bind_cpu.cpp declares: device guard, stream, launch.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,20 +10,28 @@
 #include "cuda/mask_tokens.h"
 #include "cuda/scale_add.h"
 
-// Defined by libtorch_cuda alone; weak, so that this object also loads beside a torch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
-
 namespace sslkernels {
 namespace {
 
 using torch::stable::Tensor;
 
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+
+// Of libtorch_cuda, which this object cannot be linked to, for it also loads beside a torch without CUDA. Python has
+// loaded that library for itself alone, so that its symbols are found in it, and not by their names.
+CurrentStream find_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+  if (library == nullptr) return nullptr;
+  return reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+}
+
 void* current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "sslkernels: this torch has no CUDA");
+  static const CurrentStream current = find_current_stream();
+  STD_TORCH_CHECK(current != nullptr,
+                  "sslkernels: aoti_torch_get_current_cuda_stream was not found in libtorch_cuda.so");
   void* stream = nullptr;
-  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "sslkernels: no current CUDA stream");
+  STD_TORCH_CHECK(current(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "sslkernels: no current CUDA stream");
   return stream;
 }
 

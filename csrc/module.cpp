@@ -26,6 +26,7 @@ pybind11::dict build_info() {
   info["torch"] = SSLKERNELS_BUILD_TORCH;
   info["cuda"] = SSLKERNELS_CUDA_COMPILER;
   info["cuda_architectures"] = split(SSLKERNELS_CUDA_ARCHITECTURES);
+  info["cuda_ptx"] = split(SSLKERNELS_CUDA_PTX);
   info["cpu_isa"] = sslkernels::isa_name(sslkernels::current_isa());
   return info;
 }
@@ -48,5 +49,6 @@ PYBIND11_MODULE(_C, m) {
   floors.def("random_bits", &sslkernels::random_bits_floor, arg("rows"), arg("columns"));
   floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   m.def("build_info", &build_info,
-        "compiler; torch (version built against); cuda (compiler, '' if none); cuda_architectures; cpu_isa (in use)");
+        "compiler; torch (version built against); cuda (compiler, '' if none); cuda_architectures; "
+        "cuda_ptx (of them, those whose PTX is there for later ones); cpu_isa (in use)");
 }

@@ -151,14 +151,25 @@ def _why_not_architecture(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     assert native.extension is not None
-    built = [int(arch.rstrip("a")) for arch in native.extension.build_info()["cuda_architectures"]]
+    info = native.extension.build_info()
     major, minor = torch.cuda.get_device_capability(device)
     current = 10 * major + minor
-    if any(arch // 10 == major and arch <= current for arch in built) or max(built) < current:
+    if any(_runs_on(built, current) for built in info["cuda_architectures"]):
         return None
-    return f"it was compiled for {', '.join(f'sm_{a}' for a in built)}, this device is sm_{current}; " + (
-        f'rebuild with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+    if any(built.isdigit() and int(built) <= current for built in info["cuda_ptx"]):
+        return None
+    built = ", ".join(f"sm_{architecture}" for architecture in info["cuda_architectures"])
+    return (
+        f'it was compiled for {built}, this device is sm_{current}; rebuild with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
     )
+
+
+def _runs_on(built: str, device: int) -> bool:
+    """Whether machine code for "90" or "90a" runs on a device of capability 90: on the same and, without a letter, on
+    later ones of its generation."""
+    if not built.isdigit():
+        return int(built[:-1]) == device
+    return int(built) // 10 == device // 10 and int(built) <= device
 
 
 def current_choice() -> str:

@@ -305,3 +305,15 @@ def test_dry_run_prints_every_step(kernel_tree, capsys):
     ):
         assert text in printed
     assert not gpu.RECORD.exists()
+
+
+def test_what_is_missing_for_the_gpu_run(monkeypatch):
+    versions = {"pytest": "9.2.0", "cmake": "3.20.1", "pybind11": "3.0"}
+    monkeypatch.setattr(gpu.environment, "version", lambda name: versions.get(name, gpu.environment.MISSING))
+    wanted = "# a comment\npytest\ncmake>=3.22\npybind11>=3.0  # and why\n\nninja\n"
+    assert gpu.missing_packages(wanted) == ["cmake>=3.22", "ninja"]
+    called = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **k: called.append(command))
+    monkeypatch.setattr(gpu, "missing_packages", lambda requirements: [])
+    assert gpu.main(["setup"]) == 0
+    assert called == []

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,3 +167,28 @@ def test_every_compiled_instruction_set_gives_the_same_losses(isa):
     assert result.returncode == 0, result.stderr
     order = ["default", "avx2", "avx512"]
     assert order.index(result.stdout.strip()) <= order.index(isa)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "ptx", "capability", "runs"),
+    [
+        (["80", "90", "100"], ["100"], (9, 0), True),
+        (["80", "90", "100"], ["100"], (8, 9), True),  # machine code of the same generation
+        (["80", "90", "100"], ["100"], (12, 0), True),  # from PTX
+        (["80", "90", "100"], ["100"], (7, 5), False),
+        (["90a"], [], (9, 0), True),
+        (["90a"], [], (10, 0), False),
+        (["100a"], [], (10, 3), False),  # machine code of one architecture alone
+        (["90"], [], (8, 0), False),
+        (["90"], [], (10, 0), False),
+        (["80"], ["80"], (9, 0), True),
+    ],
+)
+def test_architectures_that_the_kernels_run_on(monkeypatch, architectures, ptx, capability, runs):
+    info = {"cuda_architectures": architectures, "cuda_ptx": ptx}
+    monkeypatch.setattr(dispatch.native, "extension", SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = dispatch._why_not_architecture(torch.device("cuda"))
+    assert (reason is None) == runs
+    if reason is not None:
+        assert "TORCH_CUDA_ARCH_LIST" in reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from sslkernels.ops import cross_entropy as module
@@ -158,7 +159,7 @@ def test_other_layouts(backend, shape, device):
 
 
 @pytest.mark.parametrize(
-    "what", ["float16", "float64", "none", "no_grad", "frozen", "compiled"],
+    "what", ["float16", "float64", "none", "no_grad", "frozen", "compiled", "checkpoint"],
 )  # fmt: skip
 def test_where_nothing_is_kept(backend, what, device, kept):
     dtype = {"float16": torch.float16, "float64": torch.float64}.get(what, torch.float32)
@@ -168,6 +169,8 @@ def test_where_nothing_is_kept(backend, what, device, kept):
     with torch.set_grad_enabled(what != "no_grad"):
         if what == "compiled":
             torch.compile(sk.cross_entropy, fullgraph=True, backend="aot_eager")(logits, target)
+        elif what == "checkpoint":
+            checkpoint(sk.cross_entropy, logits, target, use_reentrant=False).backward()
         else:
             sk.cross_entropy(logits, target, reduction="none" if what == "none" else "mean")
     assert kept == []

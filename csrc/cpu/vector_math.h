@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../common/tanh.h"
 #include "element.h"
 
 namespace sslkernels {
@@ -34,14 +35,7 @@ SSLKERNELS_HD float vector_tanh(float x) {
   const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
   const float t = exp_nonpositive(-2.0f * magnitude);
   const float large = (1.0f - t) / (1.0f + t);
-  // Polynomial of Cephes' tanhf (Moshier).
-  const float s = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * s + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
-  const float small = x + x * s * p;
+  const float small = tanh_near_zero(x);
   const float signed_large = bit_cast<float>(bit_cast<uint32_t>(large) | (bit_cast<uint32_t>(x) & 0x80000000u));
   return magnitude < 0.625f ? small : signed_large;
 }

@@ -83,8 +83,6 @@ __global__ void __launch_bounds__(kThreads)
   *total = sum;
 }
 
-int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 template <class T>
 void launch_for(const ColumnSums& sums, void* stream) {
   using A = typename Accumulation<T>::type;

@@ -19,8 +19,6 @@ int element_bytes(Element element) {
   }
 }
 
-int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 // 16-byte groups of a row, wherever it starts.
 int64_t groups_of_row(const CrossEntropyRows& rows) {
   return ceil_div(rows.vocab, 16 / element_bytes(rows.element)) + 1;
@@ -33,16 +31,16 @@ void check_columns(const CrossEntropyRows& rows) {
 }
 
 int threads_for(int64_t groups, int most = kRowThreads) {
-  const int64_t wanted = ceil_div(ceil_div(groups, kBatch), kWarpSize) * kWarpSize;
+  const int64_t wanted = ceil_div(ceil_div(groups, kBatch<false>), kWarpSize) * kWarpSize;
   return int(std::clamp<int64_t>(wanted, kWarpSize, most));
 }
 
-// Of a block that reads a row twice: as many as leave no room for more rows on the device than its L2 cache holds, in
-// three quarters of it.
+// Of a block that reads a row twice: as many as leave no room for more rows on the device than its L2 cache holds. It
+// has two halves, each of which may hold what the other does, and gradients pass through it too: 3 / 8 of it count.
 int threads_for_two_reads(const CrossEntropyRows& rows, const DeviceLimits& limits) {
   const int resident = rows.element == Element::kDouble ? kResident<double> : kResident<float>;
   const int64_t row_bytes = rows.vocab * element_bytes(rows.element);
-  const int64_t fit = limits.cache * 3 / 4 / (limits.processors * row_bytes);
+  const int64_t fit = limits.cache * 3 / 8 / (limits.processors * row_bytes);
   const int64_t rows_at_once = std::clamp<int64_t>(fit, 1, resident / kRowThreads);
   return int(resident / rows_at_once / kWarpSize * kWarpSize);
 }
@@ -51,7 +49,9 @@ int threads_for_two_reads(const CrossEntropyRows& rows, const DeviceLimits& limi
 
 RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const DeviceLimits& limits) {
   const int64_t groups = groups_of_row(rows);
-  const int64_t group_bytes = 16 / element_bytes(rows.element) * int64_t(sizeof(float));
+  // RowFeatures::Held: as float where something is computed on the logits, else as they are.
+  const int held_bytes_each = is_affine(rows) || is_capped(rows) ? int(sizeof(float)) : element_bytes(rows.element);
+  const int64_t group_bytes = 16 / element_bytes(rows.element) * held_bytes_each;
   const auto held_bytes = [&](int cluster) { return scratch_bytes + ceil_div(groups, cluster) * group_bytes; };
   // Several blocks a multiprocessor, so that some of them load while others compute or store.
   const int blocks = limits.largest_cluster > 1 ? 3 : 2;
@@ -70,7 +70,8 @@ RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const
   }
   // Few rows are shared by more blocks, as long as each has work for all its threads.
   while (2 * plan.cluster <= std::min(limits.largest_cluster, kPortableCluster) &&
-         rows.count * plan.cluster < limits.processors && ceil_div(groups, 2 * plan.cluster) >= kBatch * kRowThreads) {
+         rows.count * plan.cluster < limits.processors &&
+         ceil_div(groups, 2 * plan.cluster) >= kBatch<false> * kRowThreads) {
     plan.cluster *= 2;
   }
   if (plan.held) plan.shared_bytes = held_bytes(plan.cluster);

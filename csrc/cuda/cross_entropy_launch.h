@@ -12,9 +12,9 @@ template <class T, bool kSums, class Run>
 void with_features(const CrossEntropyRows& rows, Run run) {
   if constexpr (sizeof(T) == 8) {
     run(RowFeatures<true, true, kSums>{});
-  } else if (rows.options.softcap != 0) {
+  } else if (is_capped(rows)) {
     run(RowFeatures<true, true, kSums>{});
-  } else if (rows.bias != nullptr || rows.options.logit_scale != 1) {
+  } else if (is_affine(rows)) {
     run(RowFeatures<true, false, kSums>{});
   } else {
     run(RowFeatures<false, false, kSums>{});
@@ -23,15 +23,19 @@ void with_features(const CrossEntropyRows& rows, Run run) {
 
 template <class T>
 void launch_rows_fwd(const CrossEntropyRows& rows, void* stream) {
+  constexpr const char* kName = "cross_entropy_rows_fwd_kernel";
+  if (rows.count == 0) return;
   const auto run = [&](auto features) {
     using F = decltype(features);
     const int64_t scratch = (sizeof(typename Reduction<RowPartial<T, F::kSums>>::Scratch) + 15) / 16 * 16;
     DeviceLimits limits = device_limits();
+    if (limits.largest_cluster > 1 && !knows_clusters(kName, cross_entropy_rows_fwd_kernel<T, F, false>)) {
+      limits.largest_cluster = 1;
+    }
     RowPlan plan = plan_rows_fwd(rows, scratch, limits);
     const auto shape = [&] {
       return LaunchShape{rows.count * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
     };
-    constexpr const char* kName = "cross_entropy_rows_fwd_kernel";
     if constexpr (sizeof(T) < 8) {
       if (plan.cluster > kPortableCluster && !can_launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape())) {
         limits.largest_cluster = kPortableCluster;

@@ -7,7 +7,10 @@
 // logits is stored but the gradient. Every reduction has a fixed order.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/cross_entropy_rows.h"
+#include "../common/tanh.h"
 #include "groups.h"
 #include "reduce.h"
 
@@ -16,7 +19,11 @@ namespace sslkernels {
 constexpr int kRowThreads = 256;  // of a block, at most, but for rows that are read twice
 template <class T>  // threads on a multiprocessor that registers must allow: 64 of them a thread, for float64 128
 constexpr int kResident = sizeof(T) == 8 ? 512 : 1024;
-constexpr int kBatch = 2;  // groups that a thread has in flight
+template <bool kHeld>  // groups that a thread has in flight
+constexpr int kBatch = kHeld ? 4 : 2;
+
+template <class T, class S>
+struct HeldRow;
 
 // What a kernel can do; without a feature there is no trace of it.
 template <bool kAffine_, bool kSoftcap_, bool kSums_>
@@ -24,6 +31,9 @@ struct RowFeatures {
   static constexpr bool kAffine = kAffine_;    // logit_scale and bias
   static constexpr bool kSoftcap = kSoftcap_;  // softcap, 0 is none
   static constexpr bool kSums = kSums_;        // statistics and label smoothing
+
+  template <class T>  // what a row is held as
+  using Held = HeldRow<T, std::conditional_t<kAffine || kSoftcap, typename Accumulation<T>::type, T>>;
 };
 
 // NaN only where both are.
@@ -42,10 +52,12 @@ __device__ __forceinline__ A row_exp(A x) {
   }
 }
 
+// tanh x, with an error relative to x also where x is small.
 template <class T, class A>
 __device__ __forceinline__ A row_tanh(A x) {
   if constexpr (sizeof(T) == 2) {
-    return 1.0f - 2.0f * reciprocal_approx(exp2_approx(x * 2.88539008177792681f) + 1.0f);
+    const float large = 1.0f - 2.0f * reciprocal_approx(exp2_approx(x * 2.88539008177792681f) + 1.0f);
+    return std::fabs(x) < 0.625f ? tanh_near_zero(x) : large;
   } else {
     return std::tanh(x);
   }
@@ -65,11 +77,11 @@ struct RowPartial {
 
   static __device__ __forceinline__ RowPartial identity() { return {A(-INFINITY), A(0), A(0), A(0), INT32_MAX, 0}; }
 
-  // What the sums are to be multiplied with when their maximum becomes `to`, and the moment's shift.
+  // Of the sums, when their maximum becomes `to`. What has become 0 stays so, however far below it is.
   __device__ __forceinline__ void rescale(A to) {
     if (maximum == A(-INFINITY)) return;
     const A factor = row_exp<T>(maximum - to);
-    expected = factor * (expected + others * (maximum - to));
+    expected = factor > A(0) ? factor * (expected + others * (maximum - to)) : factor * others;
     others *= factor;
   }
   static __device__ __forceinline__ RowPartial combine(RowPartial a, RowPartial b) {
@@ -164,38 +176,41 @@ struct Row {
   }
 };
 
-// The transformed logits of a block's part of a row, in shared memory. A group of 16-bit elements takes 32 bytes here:
-// its halves lie in two planes, so that the threads of a warp access different banks.
-template <class A>
+// The transformed logits of a block's part of a row, in shared memory: as S, the accumulation type or, where they are
+// the logits themselves, that of the logits. A group of 16-bit logits as float takes 32 bytes: its halves lie in two
+// planes, so that the threads of a warp access different banks.
+template <class T, class S>
 struct HeldRow {
-  static constexpr int kEach = 16 / int(sizeof(A));
-  A* values;
+  using A = typename Accumulation<T>::type;
+  static constexpr int kSize = Groups<T>::kSize;  // elements of a group
+  static constexpr int kEach = Groups<S>::kSize;  // of them in a plane
+  S* values;
   int groups;
 
-  template <int N>
-  __device__ __forceinline__ void store(int group, const A (&z)[N]) const {
+  __device__ __forceinline__ Words& words(int plane, int group) const {
+    return *reinterpret_cast<Words*>(values + (plane * groups + group) * kEach);
+  }
+  __device__ __forceinline__ void store(int group, const A (&z)[kSize]) const {
 #pragma unroll
-    for (int p = 0; p < N / kEach; ++p) {
+    for (int p = 0; p < kSize / kEach; ++p) {
       A part[kEach];
 #pragma unroll
       for (int k = 0; k < kEach; ++k) part[k] = z[p * kEach + k];
-      *reinterpret_cast<Words*>(values + (p * groups + group) * kEach) = pack_group<A>(part);
+      words(p, group) = pack_group<S>(part);
     }
   }
-  template <int N>
-  __device__ __forceinline__ void load(int group, A (&z)[N]) const {
+  __device__ __forceinline__ void load(int group, A (&z)[kSize]) const {
 #pragma unroll
-    for (int p = 0; p < N / kEach; ++p) {
+    for (int p = 0; p < kSize / kEach; ++p) {
       A part[kEach];
-      unpack_group<A>(*reinterpret_cast<const Words*>(values + (p * groups + group) * kEach), part);
+      unpack_group<S>(words(p, group), part);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) z[p * kEach + k] = part[k];
     }
   }
   // The element at `offset` from the first column of group 0.
-  template <int N>
   __device__ __forceinline__ A element(int offset) const {
-    return values[(offset % N / kEach * groups + offset / N) * kEach + offset % kEach];
+    return to_float(values[(offset % kSize / kEach * groups + offset / kSize) * kEach + offset % kEach]);
   }
 };
 
@@ -214,7 +229,7 @@ __device__ __forceinline__ A weight_of(const A* weight, int column) {
 // Adds a group to the sums; z is not kept.
 template <class T, class F>
 __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const Row<T, F>& row, const Groups<T>& part,
-                                           int column, typename Accumulation<T>::type anchor,
+                                           int column, bool whole, typename Accumulation<T>::type anchor,
                                            typename Accumulation<T>::type (&z)[Groups<T>::kSize],
                                            RowPartial<T, F::kSums>& sums) {
   using A = typename Accumulation<T>::type;
@@ -232,10 +247,15 @@ __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const R
   }
   if constexpr (F::kSums) {
     if (rows.options.label_smoothing > 0) {
+      if (whole && row.weight == nullptr) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const A w = part.holds(column + k) ? weight_of(row.weight, column + k) : A(0);
-        sums.gaps += w > A(0) ? w * (anchor - z[k]) : A(0);
+        for (int k = 0; k < kSize; ++k) sums.gaps += anchor - z[k];
+      } else {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
+          const A w = part.holds(column + k) ? weight_of(row.weight, column + k) : A(0);
+          sums.gaps += w > A(0) ? w * (anchor - z[k]) : A(0);
+        }
       }
     }
   }
@@ -259,16 +279,17 @@ __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const R
 template <class T, class F, bool kHeld>
 __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRows& rows, const Row<T, F>& row,
                                                             const Groups<T>& part,
-                                                            const HeldRow<typename Accumulation<T>::type>& held,
+                                                            const typename F::template Held<T>& held,
                                                             typename Accumulation<T>::type anchor) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
+  constexpr int kAhead = kBatch<kHeld>;
   RowPartial<T, F::kSums> sums = RowPartial<T, F::kSums>::identity();
   const int threads = int(blockDim.x);
-  for (int g = int(threadIdx.x); g < part.count; g += kBatch * threads) {
-    Words words[kBatch];
+  for (int g = int(threadIdx.x); g < part.count; g += kAhead * threads) {
+    Words words[kAhead];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kAhead; ++b) {
       const int group = g + b * threads;
       if (group < part.count && part.whole(group)) {
         const T* at = row.logits + part.column(group);
@@ -276,18 +297,19 @@ __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRo
       }
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kAhead; ++b) {
       const int group = g + b * threads;
       if (group >= part.count) break;
       const int column = part.column(group);
+      const bool whole = part.whole(group);
       A z[kSize];
-      if (part.whole(group)) {
+      if (whole) {
         row.transform(words[b], column, z);
       } else {
         row.gather(part, column, z);
       }
       if constexpr (kHeld) held.store(group, z);
-      accumulate<T, F>(rows, row, part, column, anchor, z, sums);
+      accumulate<T, F>(rows, row, part, column, whole, anchor, z, sums);
     }
   }
   return sums;
@@ -297,7 +319,7 @@ __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRo
 
 template <class T, class F, bool kHeld>
 __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t i, const Row<T, F>& row,
-                                           const Groups<T>& part, const HeldRow<typename Accumulation<T>::type>& held,
+                                           const Groups<T>& part, const typename F::template Held<T>& held,
                                            typename Accumulation<T>::type row_max,
                                            const RowGradient<typename Accumulation<T>::type>& gradient) {
   using A = typename Accumulation<T>::type;
@@ -308,7 +330,7 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
   const bool alike = out.first == part.first;
   const bool weighted = row.weight != nullptr && gradient.smooth != A(0);
   const int threads = int(blockDim.x);
-  constexpr int kHere = kHeld ? 1 : kBatch;
+  constexpr int kHere = kHeld ? 1 : kBatch<kHeld>;
   for (int g = out.count - 1 - int(threadIdx.x); g >= 0; g -= kHere * threads) {
     Words words[kHere];
     if constexpr (!kHeld) {
@@ -329,7 +351,7 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
       } else if (kHeld) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          z[k] = out.holds(column + k) ? held.template element<kSize>(column + k - part.first) : A(0);
+          z[k] = out.holds(column + k) ? held.element(column + k - part.first) : A(0);
         }
       } else if (alike && out.whole(group)) {
         row.transform(words[b], column, z);
@@ -338,13 +360,16 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
       }
       A value[kSize];
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const A e = row_exp<T>(z[k] - row_max);
-        value[k] = gradient.exp_scale * e - gradient.smooth;
-        if (weighted) {
+      for (int k = 0; k < kSize; ++k) value[k] = row_exp<T>(z[k] - row_max);
+      if (weighted) {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) {
           const A w = out.holds(column + k) ? row.weight[column + k] : A(0);
-          value[k] = gradient.exp_scale * e - gradient.smooth * w;
+          value[k] = gradient.exp_scale * value[k] - gradient.smooth * w;
         }
+      } else {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) value[k] = gradient.exp_scale * value[k] - gradient.smooth;
       }
       if (unsigned(row.target - column) < unsigned(kSize)) {
 #pragma unroll
@@ -444,7 +469,9 @@ __global__ void __launch_bounds__(kHeld ? kRowThreads : kResident<T>, kHeld ? kR
   if (excluded_row<T>(rows, i, part, true, first_block)) return;
 
   auto* scratch = reinterpret_cast<typename Sums::Scratch*>(shared_memory());
-  const HeldRow<A> held{reinterpret_cast<A*>(shared_memory() + (sizeof(*scratch) + 15) / 16 * 16), part.count};
+  using Held = typename F::template Held<T>;
+  const Held held{reinterpret_cast<decltype(Held::values)>(shared_memory() + (sizeof(*scratch) + 15) / 16 * 16),
+                  part.count};
   // Read before the reduction, after which the gradient may overwrite it.
   const A target_z = row.z(row.target);
   const A anchor = target_z > A(-INFINITY) ? target_z : A(0);
@@ -487,7 +514,7 @@ __global__ void __launch_bounds__(kRowThreads, kResident<T> / kRowThreads)
   const Groups<T> part = part_of_row(row.logits, int(rows.vocab), int(blockIdx.x) % parts, parts);
   if (excluded_row<T>(rows, i, part, false, false)) return;
   const A row_max = static_cast<const A*>(rows.row_max)[i];
-  write_part<T, F, false>(rows, i, row, part, HeldRow<A>{nullptr, 0}, row_max,
+  write_part<T, F, false>(rows, i, row, part, {nullptr, 0}, row_max,
                           gradient_of_row(rows, i, row, row_max, static_cast<const A*>(rows.sum_exp)[i],
                                           static_cast<const A*>(rows.logprob)[i]));
 }

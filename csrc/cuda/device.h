@@ -70,6 +70,10 @@ __device__ __forceinline__ int cluster_size() {
   return int(size);
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// Without the order of memory: for reads whose values have been used.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Where the block of that rank has what this one has at `pointer` in its shared memory.
@@ -83,6 +87,7 @@ __device__ __forceinline__ const T* cluster_shared(const T* pointer, int rank) {
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ int cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_arrive_relaxed() {}
 __device__ __forceinline__ void cluster_wait() {}
 template <class T>
 __device__ __forceinline__ const T* cluster_shared(const T* pointer, int) {

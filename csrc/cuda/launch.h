@@ -15,6 +15,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("sslkernels: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
+inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
 struct DeviceLimits {
   int processors;            // streaming multiprocessors
   int64_t shared_per_block;  // bytes of shared memory
@@ -25,14 +27,15 @@ struct DeviceLimits {
 };
 
 // Of the current device.
-inline DeviceLimits device_limits() {
-  int device = 0;
+inline int device_attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  const auto attribute = [device](cudaDeviceAttr name) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-    return value;
-  };
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline DeviceLimits device_limits() {
+  const auto attribute = device_attribute;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   return {attribute(cudaDevAttrMultiProcessorCount),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
@@ -62,9 +65,9 @@ struct LaunchConfig {
     if (shape.blocks > INT32_MAX) {
       throw std::runtime_error(std::string("sslkernels: ") + name + " would need more than 2^31 - 1 blocks");
     }
-    if (shape.shared_bytes > 48 * 1024) {
-      const auto bytes = static_cast<int>(shape.shared_bytes);
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+    if (shape.shared_bytes > 48 * 1024) {  // the most there is: threads that launch at a time set the same
+      const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
     }
     if (shape.cluster > kPortableCluster) {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
@@ -83,12 +86,23 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
+// Whether the code of the kernel that runs here knows of clusters: that compiled from PTX of an older chip does not.
+template <class... Parameters>
+bool knows_clusters(const char* name, void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), name);
+  return attributes.ptxVersion >= 90;
+}
+
 // Whether the device has a place for one cluster of this shape.
 template <class... Parameters>
 bool can_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape) {
   const LaunchConfig launch(name, reinterpret_cast<const void*>(kernel), shape, nullptr);
   int clusters = 0;
-  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), name);
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
   return clusters > 0;
 }
 

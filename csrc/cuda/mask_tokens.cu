@@ -302,8 +302,6 @@ __global__ void store_ranges_kernel(const __grid_constant__ RangesParameters par
 
 // --- Launchers -----------------------------------------------------------------------------------------------------
 
-int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 int whole_warps(int64_t threads) { return int(ceil_div(threads, kWarpSize) * kWarpSize); }
 
 // A thread a group of all rows.

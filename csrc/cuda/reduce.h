@@ -37,7 +37,7 @@ struct Reduction {
       cluster_arrive();
       cluster_wait();
       value = over_warp(lane < blocks ? *cluster_shared(&scratch->of_block, lane) : Value::identity());
-      cluster_arrive();
+      cluster_arrive_relaxed();
     }
     return value;
   }

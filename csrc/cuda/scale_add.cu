@@ -41,7 +41,7 @@ template <class In, class Out>
 void launch_pair(const ScaleAdd& arguments, void* stream) {
   constexpr int64_t kOfBlock = kThreads * kStep;
   const int64_t most = int64_t(device_limits().processors) * (2048 / kThreads);
-  const int64_t blocks = std::min((arguments.count + kOfBlock - 1) / kOfBlock, most);
+  const int64_t blocks = std::min(ceil_div(arguments.count, kOfBlock), most);
   launch("scale_add_kernel", scale_add_kernel<In, Out>, LaunchShape{blocks, kThreads, 0, 1}, stream, arguments);
 }
 

@@ -222,8 +222,9 @@ class _Chunks:
     def accumulate(self, grad_logits: Tensor, x: Tensor, begin: int) -> None:
         """Adds the part of every gradient that is wanted of the chunk whose first row is `begin`."""
         if self.wanted.input:
-            out = self.grad_input[begin : begin + _round_up(len(x), ROW_MULTIPLE)]
-            torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
+            # On a CPU with rows that nobody reads, on a GPU without: they are not initialised.
+            rows = len(x) if x.is_cuda else _round_up(len(x), ROW_MULTIPLE)
+            torch.mm(self.buffer[:rows, : self.vocab], self.weight, out=self.grad_input[begin : begin + rows])
         if self.wanted.weight:
             self._add_product(self.grad_weight, grad_logits.t(), x)
         if self.wanted.bias:

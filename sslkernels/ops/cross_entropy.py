@@ -36,7 +36,7 @@ class CrossEntropyStats(NamedTuple):
 
     lse: log-sum-exp; logprob: log-probability of the target; prediction: the lowest index of the largest logit (int64);
     correct: prediction equals target (bool); entropy: of the softmax, in nats. Rows whose target is `ignore_index` are
-    not computed: they hold 0, prediction -1, correct False.
+    not computed: they hold 0, prediction -1, correct False. Where a row holds a NaN, its prediction is some index.
     """
 
     lse: Tensor
@@ -228,13 +228,15 @@ class _ReducedCrossEntropy(Function):
 def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
     """Whether backward follows at once, as far as can be seen, and the kernel makes the gradient in the same pass.
 
-    Not in float16, where the gradient of a mean over many rows is only exact with grad_output multiplied in.
+    Not in float16, where the gradient of a mean over many rows is only exact with grad_output multiplied in; nor where
+    saved tensors are hooked, as by activation checkpointing, whose first forward would make it for nothing.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
         and torch.is_grad_enabled()
         and logits.requires_grad
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and reduction != "none"
         and logits.dtype in (torch.float32, torch.bfloat16)
         and cross_entropy_grad.choose(logits.device) in KEEPING_BACKENDS

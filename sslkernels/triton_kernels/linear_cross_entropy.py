@@ -22,6 +22,7 @@ from sslkernels.triton_kernels.launch import (
     processors,
     signature,
 )
+from sslkernels.triton_kernels.numerics import moved_moment
 from sslkernels.triton_kernels.row_kernels import log_probability, ranked, transformed
 
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "splits", "ignore_index"]
@@ -106,7 +107,8 @@ def linear_cross_entropy_stream_kernel(
         shifted = z - anchor[:, None]
         e = tl.where(at_target, 0.0, tl.exp(shifted))
         if STATS:
-            moment = decay * (moment + others * moved) + tl.sum(tl.where(e > 0.0, e * shifted, 0.0), 1)
+            moment = moved_moment(moment, others, moved, decay)
+            moment += tl.sum(tl.where(e > 0.0, e * shifted, 0.0), 1)
         if SMOOTHING:
             w = inside.to(tl.float32)
             if HAS_WEIGHT:
@@ -172,7 +174,7 @@ def linear_cross_entropy_reduce_kernel(
         decay = tl.exp(split_max - tl.where(row_max == float("-inf"), 0.0, row_max))
         others += split_others * decay
         if STATS:
-            moment += decay * (tl.load(moment_in + at, used, other=0.0) + split_others * moved)
+            moment += moved_moment(tl.load(moment_in + at, used, other=0.0), split_others, moved, decay)
         if SMOOTHING:
             split_weights = tl.load(weights_in + at, used, other=0.0)
             smooth += tl.load(smooth_in + at, used, other=0.0) + split_weights * moved

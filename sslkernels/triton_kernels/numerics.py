@@ -38,3 +38,10 @@ def tanh(x):
     p = p * z - 3.333331645e-1
     large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
     return tl.where(magnitude < 0.55, x + x * z * p, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def moved_moment(moment, others, moved, decay):
+    """sum(e * (z - m)) of terms that add up to `others`, once m has moved by -`moved` and the terms were multiplied by
+    decay = exp(moved). What has become 0 stays so, however far below it is."""
+    return tl.where(decay > 0.0, decay * (moment + others * moved), decay * others)

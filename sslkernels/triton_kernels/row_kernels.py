@@ -10,7 +10,7 @@ one tile stays in registers and is read once. Nothing of the size of the logits 
 import triton
 import triton.language as tl
 
-from sslkernels.triton_kernels.numerics import expm1, log1p, tanh
+from sslkernels.triton_kernels.numerics import expm1, log1p, moved_moment, tanh
 
 NOT_SPECIALIZED = ["vocab", "coefficient_stride", "ignore_index"]
 
@@ -96,7 +96,8 @@ def _accumulate(
     decay = tl.exp(row_max - anchor)
     e, m, s = _sums(z, cols, mask, anchor, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT)
     if STATS:
-        moment = decay * (moment + others * tl.where(row_max == float("-inf"), 0.0, row_max - anchor)) + m
+        moved = tl.where(row_max == float("-inf"), 0.0, row_max - anchor)
+        moment = moved_moment(moment, others, moved, decay) + m
         better = mask & ((ranked(z) > best) | (best_col < 0))
         best = tl.where(better, ranked(z), best)
         best_col = tl.where(better, cols, best_col)

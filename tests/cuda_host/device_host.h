@@ -43,6 +43,7 @@ struct Device {
   int cache = 50 << 20;
   int major = 9;
   int largest_cluster = 16;  // that there is a place for
+  int ptx = 90;              // that the code was compiled from
 };
 inline Device device;
 inline std::vector<const void*> launched;  // kernels, in order
@@ -232,20 +233,28 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
   return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = cuda_host::device.ptx;
+  return cudaSuccess;
+}
+
 inline int cluster_of(const cudaLaunchConfig_t* config) {
   return config->numAttrs == 0 ? 1 : int(config->attrs->val.clusterDim.x);
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
   *clusters = cluster_of(config) <= cuda_host::device.largest_cluster;
-  return cudaSuccess;
+  return config->gridDim.x > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   const int cluster = cluster_of(config), threads = int(config->blockDim.x);
-  const int most = cuda_host::device.major >= 9 ? cuda_host::device.largest_cluster : 1;
+  const int most = cuda_host::device.ptx >= 90 ? cuda_host::device.largest_cluster : 1;
   if (threads < 1 || threads > 1024 || threads % cuda_host::kWarp != 0 || cluster < 1 || cluster > most ||
       config->gridDim.x % cluster != 0 || config->gridDim.x == 0 ||
       config->dynamicSmemBytes > size_t(cuda_host::device.shared_per_block)) {
@@ -280,6 +289,7 @@ inline char* shared_memory() { return cuda_host::self->block->shared.get(); }
 inline int cluster_rank() { return cuda_host::self->rank; }
 inline int cluster_size() { return int(cuda_host::self->cluster->blocks.size()); }
 inline void cluster_arrive() { cuda_host::self->arrived.emplace(cuda_host::self->cluster->barrier.arrive()); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   cuda_host::self->cluster->barrier.wait(*cuda_host::self->arrived);
   cuda_host::self->arrived.reset();

@@ -112,6 +112,8 @@ void plan_rows(const Call& call) {
   rows.element = static_cast<sslkernels::Element>(call.integer("element"));
   rows.count = call.integer("count");
   rows.vocab = call.integer("vocab");
+  rows.options.logit_scale = 1;
+  rows.options.softcap = call.real("softcap");
   rows.grad = call.integer("gradient") != 0 ? call.array("plan") : nullptr;
   const auto plan = sslkernels::plan_rows_fwd(rows, kScratch, sslkernels::device_limits());
   int64_t* out = call.array<int64_t>("plan");
@@ -149,6 +151,7 @@ void set_device(const Call& call) {
   set("cache", cuda_host::device.cache);
   set("major", cuda_host::device.major);
   set("largest_cluster", cuda_host::device.largest_cluster);
+  set("ptx", cuda_host::device.ptx);
 }
 
 }  // namespace

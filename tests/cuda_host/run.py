@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -61,9 +62,15 @@ def missing() -> str | None:
     if shutil.which(COMPILER) is None:
         return f"no C++ compiler ({COMPILER})"
     probe = "#include <linux/futex.h>\nint main() { return FUTEX_WAIT_PRIVATE == 0; }"
-    command = [COMPILER, "-std=c++20", "-fsanitize=thread", "-pthread", "-x", "c++", "-", "-o", os.devnull]
-    done = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else f"{COMPILER} has no ThreadSanitizer, or this is not Linux"
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "probe"
+        command = [COMPILER, "-std=c++20", "-fsanitize=thread", "-pthread", "-x", "c++", "-", "-o", str(program)]
+        done = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return f"{COMPILER} has no ThreadSanitizer, or this is not Linux"
+        # That of older compilers does not start where the kernel spreads addresses widely.
+        done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else f"ThreadSanitizer does not run here: {done.stderr.strip()[:200]}"
 
 
 _missing = missing()

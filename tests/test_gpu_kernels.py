@@ -1,0 +1,91 @@
+"""Single kernels on a GPU, on memory that the host wrote and with no kernel of torch between: what compute-sanitizer's
+racecheck and initcheck can judge, for torch's own kernels read uninitialised memory and race by design."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import pytest
+import torch
+from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
+from torch import Tensor
+
+import sslkernels as sk
+from sslkernels.ops.rows import NativeRows, TritonRows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, pytest.mark.kernel_only]
+OP = "cross_entropy"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory():
+    """Not filled by a kernel of torch."""
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass
+class Rows:
+    logits: Tensor
+    target: Tensor
+    bias: Tensor | None
+    weight: Tensor | None
+    coefficient: Tensor
+
+    def to(self, device: str) -> Rows:
+        return Rows(*(None if tensor is None else tensor.to(device) for tensor in astuple(self)))
+
+
+def kernels(backend: str):
+    if backend not in ("cuda", "triton"):
+        pytest.skip("no kernel of its own on a GPU")
+    return NativeRows() if backend == "cuda" else TritonRows()
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("vocab", [77, 1003, 40007])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(backend, dtype, vocab, every):
+    rows, options = kernels(backend), EVERY if every else PLAIN
+    logits, target, bias, weight, coefficient = make("cpu", 5, vocab, dtype)
+    host = Rows(logits, target, bias if every else None, weight if every else None, coefficient)
+    want, want_grad = oracle(host.logits, host.target, host.bias, host.weight, options, coefficient)
+    r = host.to("cuda")
+    grad = torch.empty_like(r.logits)
+    inputs = (r.logits, r.target, r.bias, r.weight, options)
+    got = rows.forward(*inputs, stats=every, coefficient=r.coefficient, grad=grad)
+    assert_outputs(tuple(part.cpu() for part in got), want, 32 * torch.finfo(torch.float32).eps, stats=every)
+    assert_gradient(grad.cpu(), want_grad, coefficient, 32 * torch.finfo(torch.float32).eps)
+    again = torch.empty_like(grad)
+    rows.backward(*inputs, got, r.coefficient, again)
+    assert_gradient(again.cpu(), want_grad, coefficient, 32 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_sums_and_scaling(backend, dtype):
+    rows = kernels(backend)
+    values = torch.randn(300, 77, generator=torch.Generator().manual_seed(0)).to(dtype)
+    there = values.cuda()
+    if backend == "cuda":
+        total = torch.empty(77, device="cuda")
+        rows.add_column_sums(there, total, True)
+        torch.testing.assert_close(total.cpu(), values.float().sum(0), rtol=1e-4, atol=1e-4)
+    scale = torch.tensor(0.5).cuda()
+    rows.scale_(there, scale)
+    assert torch.equal(there.cpu(), values * 0.5)
+
+
+def test_masking_and_random_words(backend):
+    kernels(backend)
+    ids = torch.randint(0, 1003, (3, 77), generator=torch.Generator().manual_seed(0))
+    words = torch.arange(77).expand(3, 77).contiguous() // 3
+    options = {"mask_id": 1, "vocab_size": 1003, "special_ids": (0, 2), "seed": torch.tensor(5)}
+    for extra in ({}, {"mean_span": 3.0}, {"word_ids": words}):
+        with sk.use_backend("reference"):
+            expected = sk.mask_tokens(ids, **options, **extra)
+        there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in (options | extra).items()}
+        for got, want in zip(sk.mask_tokens(ids.cuda(), **there), expected, strict=True):
+            assert torch.equal(got.cpu(), want)
+    with sk.use_backend("reference"):
+        expected = sk.random_bits((3, 77), torch.tensor(5))
+    assert torch.equal(sk.random_bits((3, 77), torch.tensor(5).cuda()).cpu(), expected)
