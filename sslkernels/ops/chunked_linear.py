@@ -222,9 +222,10 @@ class _Chunks:
     def accumulate(self, grad_logits: Tensor, x: Tensor, begin: int) -> None:
         """Adds the part of every gradient that is wanted of the chunk whose first row is `begin`."""
         if self.wanted.input:
-            # On a CPU with rows that nobody reads, on a GPU without: they are not initialised.
+            # On a CPU with rows that nobody reads, where there is room; on a GPU without: they are not initialised.
             rows = len(x) if x.is_cuda else _round_up(len(x), ROW_MULTIPLE)
-            torch.mm(self.buffer[:rows, : self.vocab], self.weight, out=self.grad_input[begin : begin + rows])
+            out = self.grad_input[begin : begin + rows]
+            torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
         if self.wanted.weight:
             self._add_product(self.grad_weight, grad_logits.t(), x)
         if self.wanted.bias:
