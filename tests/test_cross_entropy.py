@@ -133,20 +133,20 @@ def test_minus_infinity_is_probability_zero(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_masked_by_the_lowest_number(backend, dtype, device):
     """What comes before a larger logit is far below it, and its moment with it."""
-    logits = torch.randn(5, 4096, device=device).to(dtype)
-    logits[:, :2000] = torch.finfo(dtype).min
-    target = torch.arange(3000, 3005, device=device)
+    logits = torch.randn(5, 10001, device=device).to(dtype)
+    logits[:, :6000] = torch.finfo(dtype).min
+    target = torch.arange(7000, 7005, device=device)
     loss, stats = sk.cross_entropy(logits, target, reduction="none", return_stats=True)
-    expected = torch.distributions.Categorical(logits=logits[:, 2000:].double())
+    expected = torch.distributions.Categorical(logits=logits[:, 6000:].double())
     torch.testing.assert_close(stats.entropy.double(), expected.entropy(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss.double(), -expected.log_prob(target - 2000), rtol=1e-5, atol=1e-5)
-    weight = torch.ones(4096, 1, device=device)
-    bias = torch.where(torch.arange(4096, device=device) < 2000, torch.finfo(torch.float32).min, 0.0)
+    torch.testing.assert_close(loss.double(), -expected.log_prob(target - 6000), rtol=1e-5, atol=1e-5)
+    weight = torch.ones(10001, 1, device=device)
+    bias = torch.where(torch.arange(10001, device=device) < 6000, torch.finfo(torch.float32).min, 0.0)
     with torch.no_grad():
         _, stats = sk.linear_cross_entropy(
             torch.zeros(5, 1, device=device), weight, target, linear_bias=bias, return_stats=True
         )
-    torch.testing.assert_close(stats.entropy, torch.full((5,), 2096.0, device=device).log())
+    torch.testing.assert_close(stats.entropy, torch.full((5,), 4001.0, device=device).log())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
