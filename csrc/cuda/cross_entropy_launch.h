@@ -45,10 +45,11 @@ void launch_rows_fwd(const CrossEntropyRows& rows, void* stream) {
     }
     launch(kName, cross_entropy_rows_fwd_kernel<T, F, false>, shape(), stream, rows);
   };
-  if (sizeof(T) == 8 || rows.prediction != nullptr || rows.options.label_smoothing > 0) {
+  [[maybe_unused]] const bool sums = rows.prediction != nullptr || rows.options.label_smoothing > 0;
+  if constexpr (sizeof(T) == 8) {
     with_features<T, true>(rows, run);
   } else {
-    with_features<T, sizeof(T) == 8>(rows, run);
+    sums ? with_features<T, true>(rows, run) : with_features<T, false>(rows, run);
   }
 }
 

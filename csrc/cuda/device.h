@@ -111,7 +111,7 @@ __device__ __forceinline__ Words load_words_last(const void* pointer) {
   return {v.x, v.y, v.z, v.w};
 }
 // Of memory that other blocks read too.
-__device__ __forceinline__ Words load_words_shared(const void* pointer) {
+__device__ __forceinline__ Words load_words_cached(const void* pointer) {
   const uint4 v = __ldca(static_cast<const uint4*>(pointer));
   return {v.x, v.y, v.z, v.w};
 }

@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_elements(const T* from, A (&out)[N]) {
 #pragma unroll
     for (int k = 0; k < N; k += kSize) {
       A part[kSize];
-      unpack_group<T>(load_words_shared(from + k), part);
+      unpack_group<T>(load_words_cached(from + k), part);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) out[k + j] = part[j];
     }

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sslkernels import checks
-from sslkernels.dispatch import Op
+from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops.kept_gradient import KeptGradient
 from sslkernels.ops.rows import (
-    PREFERENCE,
     NativeRows,
     ReferenceRows,
     RowOptions,
@@ -195,7 +194,7 @@ class _CrossEntropyBackward(Function):
 
 
 class _ReducedCrossEntropy(Function):
-    """sum(loss) / divisor; its gradient is computed in the same pass over the logits and kept.
+    """sum(loss), or that / divisor; its gradient is computed in the same pass over the logits and kept.
 
     The logits are read once and the gradient is written once, where a pass for the loss and another for the gradient
     read them twice. They need not live until backward: `anchor`, an empty tensor that depends on them, stands for them
@@ -204,11 +203,14 @@ class _ReducedCrossEntropy(Function):
 
     @staticmethod
     def forward(logits, anchor, target, weight, divisor, ignore_index, label_smoothing, z_loss, softcap, stats):
-        coefficient = (1 / divisor).expand(logits.shape[0]).contiguous()
+        coefficient = torch.ones_like(target, dtype=accumulation_dtype(logits.dtype))
+        if divisor is not None:
+            coefficient = coefficient / divisor
         rows, *rest = cross_entropy_grad(
             logits, target, weight, coefficient, ignore_index, label_smoothing, z_loss, softcap, stats
         )
-        return (rows.sum() / divisor, *rest)
+        loss = rows.sum()
+        return (loss if divisor is None else loss / divisor, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -315,22 +317,17 @@ def cross_entropy(
         logits = logits.contiguous()
     rows = target.reshape(-1).contiguous()
     options = (ignore_index, float(label_smoothing), float(z_loss), cap, return_stats)
-    acc = accumulation_dtype(logits.dtype)
+    divisor = None
     if reduction == "mean":
-        divisor = valid_weight(rows, weight, vocab, ignore_index, acc)
-    else:
-        divisor = torch.ones((), dtype=acc, device=logits.device)
+        divisor = valid_weight(rows, weight, vocab, ignore_index, accumulation_dtype(logits.dtype))
     if _keeps_gradient(logits, reduction):
         anchor = logits[:0].clone()
         loss, *state, _ = _ReducedCrossEntropy.apply(logits, anchor, rows, contiguous(weight), divisor, *options)
     else:
         loss, *state = _CrossEntropy.apply(logits, rows, contiguous(weight), *options)
-        if reduction == "none":
-            loss = loss.reshape(target.shape)
-        elif reduction == "sum":
-            loss = loss.sum()
-        else:
-            loss = loss.sum() / divisor
+        loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
+        if divisor is not None:
+            loss = loss / divisor
     if not return_stats:
         return loss
     return loss, row_stats(rows, *state, ignore_index, target.shape)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from sslkernels.dispatch import Op
-from sslkernels.ops.rows import PREFERENCE, NativeRows, ReferenceRows, TritonRows
+from sslkernels.dispatch import PREFERENCE, Op
+from sslkernels.ops.rows import NativeRows, ReferenceRows, TritonRows
 
 _ROWS = {"reference": ReferenceRows(), "cpu": NativeRows(), "cuda": NativeRows(), "triton": TritonRows()}
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels.dispatch import Op
+from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops import chunked_linear, linear_reference
 from sslkernels.ops.chunked_linear import Gradients, Limits, Wanted, empty_gradients
 from sslkernels.ops.rows import (
-    PREFERENCE,
     NativeRows,
     RowOptions,
     RowOutputs,

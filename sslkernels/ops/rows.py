@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from sslkernels import checks
-from sslkernels.dispatch import PREFERENCE as PREFERENCE
 
 
 class RowOptions(NamedTuple):

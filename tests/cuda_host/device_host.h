@@ -305,7 +305,7 @@ struct alignas(16) Words {
 };
 inline Words load_words(const void* pointer) { return *static_cast<const Words*>(pointer); }
 inline Words load_words_last(const void* pointer) { return load_words(pointer); }
-inline Words load_words_shared(const void* pointer) { return load_words(pointer); }
+inline Words load_words_cached(const void* pointer) { return load_words(pointer); }
 inline void store_words(void* pointer, Words words) { *static_cast<Words*>(pointer) = words; }
 
 template <class T>
