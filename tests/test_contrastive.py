@@ -83,7 +83,9 @@ def cases() -> list[dict]:
         if one[0] != two[0]:
             case = completed({**DEFAULTS, one[0]: one[1], two[0]: two[1]})
             if allowed(case):
-                name = "-".join(f"{k}={v}" for k, v in case.items() if v != DEFAULTS[k] and (k, v) != ("shape", "square"))
+                name = "-".join(
+                    f"{k}={v}" for k, v in case.items() if v != DEFAULTS[k] and (k, v) != ("shape", "square")
+                )
                 found[name or "default"] = case
     # Triples that share code: which candidates there are, in which direction, under which energy.
     for energy, direction, positive, ids, same_id, exclude in itertools.product(
@@ -159,7 +161,11 @@ def run(leaves: dict, options: dict, reduction: str):
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
-    return torch.linspace(-1.0, 2.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else loss.new_tensor(0.7)
+    return (
+        torch.linspace(-1.0, 2.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+        if loss.dim()
+        else loss.new_tensor(0.7)
+    )
 
 
 def check(case: dict, dtype, rtol: float, **sizes) -> None:
@@ -179,8 +185,12 @@ def check(case: dict, dtype, rtol: float, **sizes) -> None:
     for name, grad, want_grad in zip(wanted, grads, want_grads, strict=True):
         assert grad.dtype == leaves[name].dtype and grad.shape == leaves[name].shape
         size = float(want_grad.abs().max()) if want_grad.numel() else 0.0
-        floor = rtol * max(size, float(want.detach().abs().max()) if name in ("logit_scale", "logit_bias") else 0.0, 1e-3)
-        torch.testing.assert_close(grad.double(), want_grad, rtol=rtol, atol=floor, msg=lambda m, name=name: f"{name}: {m}")
+        floor = rtol * max(
+            size, float(want.detach().abs().max()) if name in ("logit_scale", "logit_bias") else 0.0, 1e-3
+        )
+        torch.testing.assert_close(
+            grad.double(), want_grad, rtol=rtol, atol=floor, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -457,7 +457,9 @@ def _check_tensors(
     checks.tensor(function, "negatives_mask", negatives_mask, (torch.bool,), optional=True)
     if negatives_mask is not None:
         if negatives is None:
-            checks.fail(ValueError, function, "negatives_mask", "be None without negatives", tuple(negatives_mask.shape))
+            checks.fail(
+                ValueError, function, "negatives_mask", "be None without negatives", tuple(negatives_mask.shape)
+            )
         checks.shape(function, "negatives_mask", negatives_mask, negatives.shape[:2], "(N, K)")
     keys = count if key is None else key.shape[0]
     for name, value, size, meaning in (("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)")):

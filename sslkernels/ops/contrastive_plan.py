@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.ops.chunked_linear import equal_rows
 from sslkernels.ops.contrastive_types import (
     PairGradients,
     PairInputs,
@@ -47,12 +46,20 @@ from sslkernels.ops.contrastive_types import (
 )
 from sslkernels.ops.designated import Designated, row_blocks
 from sslkernels.ops.own_negatives import own_negatives
-from sslkernels.ops.pair_scores import HINGE, SIGMOID, SOFTMAX, ColumnSums, Labels, PairKernels, RowSums, Side, Tile
+from sslkernels.ops.pair_scores import (
+    HINGE,
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    Labels,
+    PairKernels,
+    RowSums,
+    Side,
+    Thresholds,
+    Tile,
+)
 from sslkernels.ops.rows import accumulation_dtype
 
-# Bytes of the buffer that holds the products of a strip.
-WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-ROW_MULTIPLE = 16
 NORM_EPS = 1e-12
 
 
@@ -98,7 +105,8 @@ def backward(
 
 class _Block(NamedTuple):
     """Candidates that all queries share: their features, inverse norms, labels; whether a row's candidates and a
-    column's queries are summed; whether they are keys of other queries (`spread`); where their gradient accumulates."""
+    column's queries are summed; whether they are the keys (`spread`), or a column for each pair (`pairs`); where their
+    gradient accumulates."""
 
     values: Tensor
     norm: Tensor | None
@@ -106,6 +114,7 @@ class _Block(NamedTuple):
     rows: bool
     columns: bool
     spread: bool
+    pairs: bool
     gradient: Tensor | None
 
 
@@ -252,18 +261,18 @@ class _Plan:
             labels = tuple(pairs.key_labels)
             columns = options.columns and not gathers
             self.blocks.append(
-                _Block(self.key, self.key_norm, labels, options.rows, columns, True, self.grad_key)
+                _Block(self.key, self.key_norm, labels, options.rows, columns, True, False, self.grad_key)
             )
             if gathers:
                 self.grad_pair_key = gradient(self.query, wanted.key)
                 norm, *others = (None if v is None else v[pairs.index] for v in (self.key_norm, *labels[1:]))
                 labels = (pairs.row_labels[0], *others)
                 self.blocks.append(
-                    _Block(self.key[pairs.index], norm, labels, False, True, False, self.grad_pair_key)
+                    _Block(self.key[pairs.index], norm, labels, False, True, False, True, self.grad_pair_key)
                 )
         if self.bank is not None:
             none = (None, None, None)
-            self.blocks.append(_Block(self.bank, self.bank_norm, none, True, False, False, self.grad_bank))
+            self.blocks.append(_Block(self.bank, self.bank_norm, none, True, False, False, False, self.grad_bank))
 
         def zeros(count: int, needed: bool = True) -> Tensor | None:
             return self.query.new_zeros(count, dtype=torch.float64) if needed else None
@@ -271,7 +280,13 @@ class _Plan:
         def sums(count: int, softmax: bool) -> tuple[Tensor | None, ...]:
             lowest = self.query.new_full((count,), float("-inf"), dtype=self.acc) if softmax else None
             smooth, further = options.label_smoothing > 0, softmax and options.ids_positive
-            return lowest, zeros(count), zeros(count, not softmax and hinge), zeros(count, smooth), zeros(count, further)
+            return (
+                lowest,
+                zeros(count),
+                zeros(count, not softmax and hinge),
+                zeros(count, smooth),
+                zeros(count, further),
+            )
 
         n = self.count
         self.row_sums = RowSums(*sums(n, softmax), None, None)
@@ -279,13 +294,16 @@ class _Plan:
         self.column_sums = ColumnSums(*(self.row_sums[:5] if self.mutual else sums(columns, softmax)))
         self.statistic_sums = None
         if self.stats:
-            beaten = self.query.new_zeros(n, dtype=torch.int64)
-            max_, sum_, *_, positive_sum = sums(n, True)
-            self.statistic_sums = RowSums(max_, sum_, None, None, positive_sum, zeros(n), beaten)
-            norm = self.query_norm, self.key_norm
-            self.cosine_norms = norm if options.normalize else tuple(
-                _inverse_norm(values, self.acc) for values in (self.query, self.key)
-            )
+            # Of all candidates as a softmax over rows has them, whatever the loss.
+            counting = (zeros(n), self.query.new_zeros(n, dtype=torch.int64))
+            shared = softmax and options.rows
+            self.statistic_sums = RowSums(*(self.row_sums[:5] if shared else sums(n, True)), *counting)
+            if shared:
+                self.row_sums = self.statistic_sums
+            self.own_lse = self.query.new_full((n,), float("-inf"), dtype=self.acc)
+            self.cosine_norms = (self.query_norm, self.key_norm)
+            if not options.normalize:
+                self.cosine_norms = tuple(_inverse_norm(values, self.acc) for values in (self.query, self.key))
         self.loss = self.query.new_zeros(n, dtype=self.acc)
         self.state = empty_state(self.inputs, options)
         self.dot, self.total = zeros(n), zeros(n)
@@ -296,10 +314,8 @@ class _Plan:
     def walk(self, sums: bool, gradient: bool) -> None:
         """Takes the strips one after the other. sums: of rows and columns, with the losses of the rows."""
         columns = sum(block.values.shape[0] for block in self.blocks)
-        workspace = WORKSPACE_BYTES.get(self.query.device.type, WORKSPACE_BYTES["cuda"])
-        fit = workspace // max(columns * self.dtype.itemsize, 1)
-        strip = max(equal_rows(self.count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1)
-        buffer = self.query.new_empty(strip * columns)
+        strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient)
+        buffer = self.query.new_empty(strip * columns) if needs_products else None
         for begin in range(0, self.count, strip):
             rows = slice(begin, min(begin + strip, self.count))
             tiles = [(piece, self._tile(rows, piece, products)) for piece, products in self._pieces(rows, buffer)]
@@ -311,7 +327,7 @@ class _Plan:
                 for piece, tile in tiles:
                     self._add_gradient(rows, piece, tile)
 
-    def _pieces(self, rows: slice, buffer: Tensor) -> Iterator[tuple[_Piece, Tensor]]:
+    def _pieces(self, rows: slice, buffer: Tensor | None) -> Iterator[tuple[_Piece, Tensor | None]]:
         """The pieces of a strip, each with the place of its products in the buffer."""
         begin, height = 0, rows.stop - rows.start
         for block in self.blocks:
@@ -322,17 +338,19 @@ class _Plan:
             for piece in pieces:
                 width = piece.columns.stop - piece.columns.start
                 if width > 0:
-                    yield piece, buffer[begin : begin + height * width].view(height, width)
-                    begin += height * width
+                    end = begin + height * width
+                    yield piece, None if buffer is None else buffer[begin:end].view(height, width)
+                    begin = end
 
-    def _tile(self, rows: slice, piece: _Piece, products: Tensor) -> Tile:
+    def _tile(self, rows: slice, piece: _Piece, products: Tensor | None) -> Tile:
         block, columns = piece.block, piece.columns
-        torch.mm(self.query[rows], block.values[columns].t(), out=products)
         labels: list[Tensor | None] = []
         for row, column in zip(self.designated.row_labels, block.labels, strict=True):
             paired = row is not None and column is not None
             labels += [row[rows], column[columns]] if paired else [None, None]
-        return Tile(
+        tile = Tile(
+            self.query[rows],
+            block.values[columns],
             products,
             None if self.query_norm is None else self.query_norm[rows],
             None if block.norm is None else block.norm[columns],
@@ -342,21 +360,27 @@ class _Plan:
             Labels(*labels),
             self.options.ids_positive,
         )
+        self.kernels.begin(tile)
+        return tile
 
     def _add_sums(self, rows: slice, piece: _Piece, tile: Tile) -> None:
         block, columns = piece.block, piece.columns
-        if piece.rows_summed:
-            threshold = None if self.row_threshold is None else self.row_threshold[rows]
-            self.kernels.row_sums(tile, threshold, None, None, RowSums(*_part(self.row_sums, rows)))
-        if piece.columns_summed:
-            threshold = None if self.column_threshold is None else self.column_threshold[columns]
-            self.kernels.column_sums(tile, threshold, ColumnSums(*_part(self.column_sums, columns)))
-        if self.statistic_sums is not None and (block.rows or block.spread):
-            sums = RowSums(*_part(self.statistic_sums, rows))
-            norms = (self.cosine_norms[0][rows], self.cosine_norms[1][columns]) if block.spread else None
-            if not block.spread:
-                sums = sums._replace(spread=None)
-            self.kernels.row_sums(tile._replace(energy=SOFTMAX), None, self.score[rows], norms, sums)
+        row_threshold = None if self.row_threshold is None else self.row_threshold[rows]
+        column_threshold = None if self.column_threshold is None else self.column_threshold[columns]
+        thresholds = Thresholds(row_threshold, column_threshold, self.score[rows])
+        norms = (self.cosine_norms[0][rows], self.cosine_norms[1][columns]) if self.stats and block.spread else None
+
+        def row_sums(sums: RowSums) -> RowSums:
+            part = RowSums(*_part(sums, rows))
+            return part if norms is not None else part._replace(spread=None)
+
+        by_row = row_sums(self.row_sums) if piece.rows_summed else None
+        by_column = ColumnSums(*_part(self.column_sums, columns)) if piece.columns_summed else None
+        if by_row is not None or by_column is not None:
+            self.kernels.sums(tile, by_row, by_column, thresholds, norms)
+        if self.statistic_sums is not None and self.statistic_sums is not self.row_sums and not block.pairs:
+            statistic = row_sums(self.statistic_sums)
+            self.kernels.sums(tile._replace(energy=SOFTMAX), statistic, None, thresholds, norms)
 
     def _add_gradient(self, rows: slice, piece: _Piece, tile: Tile) -> None:
         block, columns = piece.block, piece.columns
@@ -365,22 +389,11 @@ class _Plan:
         if self.mutual:
             column = Side(*_part(self.row, columns))
         dot = torch.zeros_like(self.dot[rows]) if piece.twice else self.dot[rows]
-        self.kernels.gradient(tile, row, column, dot, self.total[rows])
+        grad_query = None if self.grad_query is None else self.grad_query[rows]
+        grad_values = None if block.gradient is None or piece.twice else block.gradient[columns]
+        self.kernels.add_gradients(tile, row, column, dot, self.total[rows], grad_query, grad_values)
         if piece.twice:
             self.dot[rows].add_(dot, alpha=0.5)
-        if self.grad_query is not None:
-            self._add_product(self.grad_query[rows], tile.products, block.values[columns])
-        if block.gradient is not None and not piece.twice:
-            self._add_product(block.gradient[columns], tile.products.t(), self.query[rows])
-
-    def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor) -> None:
-        """total += gradient @ values, in the accumulation dtype."""
-        if total.dtype == values.dtype:
-            torch.addmm(total, gradient, values, out=total)
-        elif total.is_cuda:
-            torch.addmm(total, gradient, values, out_dtype=total.dtype, out=total)
-        else:
-            self.kernels.add(total, torch.mm(gradient, values))
 
     # -- complete rows and columns ------------------------------------------------------------------------------------
 
@@ -414,12 +427,8 @@ class _Plan:
                 slope = torch.where(counted, torch.sigmoid(-score), 0) if options.energy == SIGMOID else sums.active
                 self.positive_gradient[rows] -= (weight * slope).to(self.acc)
         if own is not None and self.statistic_sums is not None:
-            statistic = RowSums(*_part(self.statistic_sums, rows))
-            statistic.beaten.add_((own[0] > score.unsqueeze(1)).sum(1))
-            own_lse = torch.logsumexp(own[0], 1).double()
-            lse = torch.logaddexp(_log_sum(statistic), own_lse)
-            statistic.max.copy_(lse)
-            statistic.sum.copy_((lse - statistic.max).exp().masked_fill(lse == float("-inf"), 0))
+            self.statistic_sums.beaten[rows] += (own[0] > score.unsqueeze(1)).sum(1)
+            self.own_lse[rows] = torch.logsumexp(own[0], 1)
         self.loss[rows] += self.half * torch.where(self.losing[rows], loss, 0)
 
     def _add_own(self, rows: slice, reference: Tensor | None, final: bool = False) -> tuple[Tensor, Tensor] | None:
@@ -558,7 +567,7 @@ class _Plan:
         sums, pairs, counted = self.statistic_sums, self.designated, self.designated.counted
         if sums is None:
             return empty_statistics(self.query, False)
-        others = _log_sum(sums)
+        others = torch.logaddexp(_log_sum(sums), self.own_lse.double())
         lse = torch.where(counted, torch.logaddexp(others, self.score.double()), others)
         positive = self.score
         if sums.positive_sum is not None:

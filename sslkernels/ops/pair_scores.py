@@ -16,6 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkernels.ops.chunked_linear import equal_rows
+
+# Bytes of the buffer that holds the products of a strip.
+WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+ROW_MULTIPLE = 16
+
 SOFTMAX, SIGMOID, HINGE = 0, 1, 2
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
@@ -33,7 +39,12 @@ class Labels(NamedTuple):
 
 
 class Tile(NamedTuple):
-    products: Tensor
+    """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products: where (rows, columns) of
+    that dtype may be written, None where the kernels need no such place; norms, labels and numbers as above."""
+
+    queries: Tensor
+    candidates: Tensor
+    products: Tensor | None
     row_norm: Tensor | None
     column_norm: Tensor | None
     logit_scale: Tensor
@@ -84,7 +95,70 @@ class Side(NamedTuple):
     smoothing: Tensor | None = None
 
 
+class Thresholds(NamedTuple):
+    """What scores are compared with: rows and columns in hinge; positive_score (rows) for `RowSums.beaten`."""
+
+    row: Tensor | None
+    column: Tensor | None
+    positive_score: Tensor | None
+
+
 class PairKernels:
+    """The kernels of one backend. Here: products by torch's matmul, sums and gradients by kernels that read them."""
+
+    def strip_rows(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
+        """(rows of a strip, whether its tiles need a place for their products); gradient: `add_gradients` follows."""
+        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+        fit = workspace // max(columns * features.element_size(), 1)
+        return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
+
+    def begin(self, tile: Tile) -> None:
+        """Called once for each tile, before its sums and gradients."""
+        torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
+
+    def sums(
+        self,
+        tile: Tile,
+        rows: RowSums | None,
+        columns: ColumnSums | None,
+        thresholds: Thresholds,
+        cosine_norms: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Adds the tile to the running sums of its rows and columns. cosine_norms: the inverse norms of both, for the
+        spread."""
+        if rows is not None:
+            self.row_sums(tile, thresholds.row, thresholds.positive_score, cosine_norms, rows)
+        if columns is not None:
+            self.column_sums(tile, thresholds.column, columns)
+
+    def add_gradients(
+        self,
+        tile: Tile,
+        row: Side,
+        column: Side,
+        dot: Tensor,
+        total: Tensor,
+        grad_queries: Tensor | None,
+        grad_candidates: Tensor | None,
+    ) -> None:
+        """With G the gradient of the scores times both norms: grad_queries += G @ candidates and grad_candidates +=
+        G.T @ queries, in the accumulation dtype; dot += sum of gradient * u and total += sum of the gradient of each
+        row, in float64. logit_scale is applied by the caller."""
+        self.gradient(tile, row, column, dot, total)
+        if grad_queries is not None:
+            self._add_product(grad_queries, tile.products, tile.candidates)
+        if grad_candidates is not None:
+            self._add_product(grad_candidates, tile.products.t(), tile.queries)
+
+    def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor) -> None:
+        """total += gradient @ values, in the dtype of total."""
+        if total.dtype == values.dtype:
+            torch.addmm(total, gradient, values, out=total)
+        elif total.is_cuda:
+            torch.addmm(total, gradient, values, out_dtype=total.dtype, out=total)
+        else:
+            self.add(total, torch.mm(gradient, values))
+
     def row_sums(
         self,
         tile: Tile,
@@ -93,15 +167,13 @@ class PairKernels:
         cosine_norms: tuple[Tensor, Tensor] | None,
         sums: RowSums,
     ) -> None:
-        """cosine_norms: the inverse norms of rows and columns, for the spread."""
         raise NotImplementedError
 
     def column_sums(self, tile: Tile, threshold: Tensor | None, sums: ColumnSums) -> None:
         raise NotImplementedError
 
     def gradient(self, tile: Tile, row: Side, column: Side, dot: Tensor, total: Tensor) -> None:
-        """Replaces the products by gradient * row_norm * column_norm; dot += sum of gradient * u and total += sum of
-        the gradient of each row, in float64."""
+        """Replaces the products by G, and adds to dot and total."""
         raise NotImplementedError
 
     def add(self, total: Tensor, part: Tensor) -> None:
@@ -223,7 +295,7 @@ class NativePairs(PairKernels):
 
 
 def _flat(tile: Tile) -> tuple:
-    products, row_norm, column_norm, scale, bias, energy, labels, ids_positive = tile
+    _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive = tile
     return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
 
 
