@@ -6,17 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sslkernels import checks
-from sslkernels.ops.contrastive_operators import (
-    contrastive_bwd,
-    contrastive_fwd,
-    own_contrastive_bwd,
-    own_contrastive_fwd,
-)
+from sslkernels.ops.contrastive_autograd import Call, reduced_loss, row_losses
+from sslkernels.ops.contrastive_types import PairInputs, PairOptions
 from sslkernels.ops.designated import INVALID_POSITIVE, NO_POSITIVE, next_of_same_id
-from sslkernels.ops.kept_gradient import KeptGradient, scaled
 from sslkernels.ops.pair_scores import ENERGIES, HINGE, SIGMOID, SOFTMAX
 from sslkernels.ops.rows import accumulation_dtype
 
@@ -40,156 +34,6 @@ class ContrastiveStats(NamedTuple):
     top1: Tensor
     alignment: Tensor
     uniformity: Tensor
-
-
-_LEAVES = ("query", "key", "bank", "negatives", "logit_scale", "logit_bias")
-
-
-class _RowEnergies(Function):
-    """Losses of rows and statistics; backward computes the products again, for any gradient of each row."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query, key, bank, negatives, logit_scale, logit_bias, negatives_mask, positive, query_ids, key_ids,
-        compute_dtype, energy, rows, columns, in_batch, exclude_self, ids_positive, normalize, label_smoothing, margin,
-        function, stats,
-    ):  # fmt: skip
-        tensors = _tensors(
-            query, key, bank, negatives, logit_scale, logit_bias, negatives_mask, positive, query_ids, key_ids
-        )
-        op = contrastive_fwd if in_batch or bank is not None else own_contrastive_fwd
-        return op(
-            *tensors, None, compute_dtype, energy, rows, columns, in_batch, exclude_self, ids_positive, normalize,
-            label_smoothing, margin, *[False] * 6, stats,
-        )[:9]  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, _function, _stats = inputs
-        ctx.function = _function
-        ctx.options = tensors[10:]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors[:10], *output[1:4])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        wanted = ctx.needs_input_grad[:6]
-        grads = (None,) * 6
-        if grad_loss is not None:
-            grads = _RowEnergiesBackward.apply(
-                grad_loss.contiguous(), *ctx.saved_tensors, *ctx.options, *wanted, ctx.function
-            )
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 16
-
-
-class _RowEnergiesBackward(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        grad_loss, query, key, bank, negatives, logit_scale, logit_bias, negatives_mask, positive, query_ids, key_ids,
-        row_others, column_lse, column_others, compute_dtype, energy, rows, columns, in_batch, exclude_self,
-        ids_positive, normalize, label_smoothing, margin, want_query, want_key, want_bank, want_negatives, want_scale,
-        want_bias, function,
-    ):  # fmt: skip
-        tensors = _tensors(
-            query, key, bank, negatives, logit_scale, logit_bias, negatives_mask, positive, query_ids, key_ids
-        )
-        op = contrastive_bwd if in_batch or bank is not None else own_contrastive_bwd
-        *grads, scale = op(
-            grad_loss, *tensors, row_others, column_lse, column_others, compute_dtype, energy, rows, columns, in_batch,
-            exclude_self, ids_positive, normalize, label_smoothing, margin, want_query, want_key, want_bank,
-            want_negatives, want_scale, want_bias,
-        )  # fmt: skip
-        leaves = (query, key, bank, negatives, logit_scale, logit_bias)
-        return tuple(
-            None if leaf is None else _shaped(scaled(grad, scale, leaf.dtype), leaf, i)
-            for i, (grad, leaf) in enumerate(zip(grads, leaves, strict=True))
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.function = inputs[-1]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{ctx.function}: double backward is not supported")
-
-
-class _ReducedEnergy(Function):
-    """sum(row_weight * loss) / divisor; its gradients are computed with it and kept. Backward multiplies them by
-    grad_output; what it needs and forward was not asked for is an error, never a zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query, key, bank, negatives, logit_scale, logit_bias, row_weight, negatives_mask, positive, query_ids, key_ids,
-        divisor, compute_dtype, energy, rows, columns, in_batch, exclude_self, ids_positive, normalize,
-        label_smoothing, margin, want_query, want_key, want_bank, want_negatives, want_scale, want_bias, function,
-        stats,
-    ):  # fmt: skip
-        acc = accumulation_dtype(query.dtype)
-        coefficient = query.new_ones(query.shape[0], dtype=acc) if row_weight is None else row_weight.to(acc)
-        if divisor is not None:
-            coefficient = coefficient / divisor
-        tensors = _tensors(
-            query, key, bank, negatives, logit_scale, logit_bias, negatives_mask, positive, query_ids, key_ids
-        )
-        op = contrastive_fwd if in_batch or bank is not None else own_contrastive_fwd
-        losses, *rest = op(
-            *tensors, coefficient, compute_dtype, energy, rows, columns, in_batch, exclude_self, ids_positive,
-            normalize, label_smoothing, margin, want_query, want_key, want_bank, want_negatives, want_scale, want_bias,
-            stats,
-        )  # fmt: skip
-        loss = (losses if row_weight is None else losses * row_weight.to(acc)).sum()
-        return (loss if divisor is None else loss / divisor, losses, *rest[3:])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        leaves = inputs[:7]
-        ctx.function = inputs[-2]
-        ctx.computed = inputs[-8:-2]
-        divisor, losses = inputs[11], output[1]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[-7:], losses, divisor, *leaves)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        result = [None] * 30
-        if grad_loss is None:
-            return tuple(result)
-        *gradients, scale, losses, divisor, query, key, bank, negatives, logit_scale, logit_bias, row_weight = (
-            ctx.saved_tensors
-        )
-        leaves = (query, key, bank, negatives, logit_scale, logit_bias, row_weight)
-        for i, name in enumerate(_LEAVES):
-            if not ctx.needs_input_grad[i]:
-                continue
-            if not ctx.computed[i]:
-                raise RuntimeError(f'{ctx.function}: forward saw no gradient wanted for {name}; use reduction="none"')
-            gradient = KeptGradient.apply(ctx.function, gradients[i], grad_loss * scale, leaves[i].dtype, *leaves)
-            result[i] = _shaped(gradient, leaves[i], i)
-        if ctx.needs_input_grad[6]:
-            by_row = losses if divisor is None else losses / divisor
-            result[6] = KeptGradient.apply(ctx.function, by_row, grad_loss, row_weight.dtype, *leaves)
-        return tuple(result)
-
-
-def _tensors(query, key, bank, negatives, logit_scale, logit_bias, negatives_mask, positive, query_ids, key_ids):
-    """In the order of the raw operators, the scalars in the accumulation dtype."""
-    acc = accumulation_dtype(query.dtype)
-    scale = logit_scale.reshape(1).to(acc)
-    bias = None if logit_bias is None else logit_bias.reshape(1).to(acc)
-    return query, key, bank, negatives, negatives_mask, positive, query_ids, key_ids, scale, bias
-
-
-def _shaped(gradient: Tensor, leaf: Tensor, i: int) -> Tensor:
-    return gradient if i < 4 else gradient.reshape(leaf.shape)
 
 
 def contrastive_energy(
@@ -337,19 +181,24 @@ def pair_energy(
     if exclude_self and positive is None and not further:
         must = 'be given with exclude_self (unless same_id="positive" makes positives)'
         checks.fail(ValueError, function, "positive", must, None)
-    ids_positive = further and kind != HINGE
     index = _resolved(function, positive, query, key, query_ids if further else None, exclude_self)
 
-    rows = direction != "column" or kind == SIGMOID
-    columns = direction != "row" and kind != SIGMOID
-    options = (
-        compute_dtype, kind, rows, columns, in_batch, exclude_self, ids_positive, bool(normalize),
-        float(label_smoothing), 0.2 if margin is None else float(margin),
+    options = PairOptions(
+        kind,
+        rows=direction != "column" or kind == SIGMOID,
+        columns=direction != "row" and kind != SIGMOID,
+        in_batch=in_batch,
+        ids_positive=further and kind != HINGE,
+        normalize=bool(normalize),
+        label_smoothing=float(label_smoothing),
+        margin=0.2 if margin is None else float(margin),
+    )
+    inputs = PairInputs(
+        query, key, bank, negatives, negatives_mask, index,
+        torch.arange(query.shape[0], device=query.device) if exclude_self else None, query_ids, key_ids, scale, bias,
     )  # fmt: skip
-    tensors = [None if t is None else t.contiguous() for t in (query, key, bank, negatives)]
-    tensors += [scale, bias]
-    index_tensors = [None if t is None else t.contiguous() for t in (negatives_mask, index, query_ids, key_ids)]
-    weight = None if row_weight is None else row_weight.contiguous()
+    inputs = PairInputs(*(None if t is None else t.contiguous() for t in inputs))
+    call = Call(function, compute_dtype, options, return_stats)
 
     divisor = None
     if reduction == "mean":
@@ -357,24 +206,24 @@ def pair_energy(
             divisor = torch.full((), query.shape[0], dtype=acc, device=query.device)
         else:
             divisor = (index != NO_POSITIVE).sum().to(acc)
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    if reduction != "none" and any(wanted):
-        loss, losses, *state = _ReducedEnergy.apply(
-            *tensors, weight, *index_tensors, divisor, *options, *wanted, function, return_stats
-        )
-        statistics = state[:5]
+    features = (query, key, bank, negatives, scale, bias)
+    if reduction != "none" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in features):
+        loss, statistics = reduced_loss(inputs, None if row_weight is None else row_weight.contiguous(), divisor, call)
     else:
-        losses, *state = _RowEnergies.apply(*tensors, *index_tensors, *options, function, return_stats)
-        statistics = state[3:8]
-        loss = losses if weight is None else losses * weight.to(acc)
+        loss, statistics = row_losses(inputs, call)
+        if row_weight is not None:
+            loss = loss * row_weight.to(acc)
         if reduction != "none":
             loss = loss.sum()
         if divisor is not None:
             loss = loss / divisor
     if not return_stats:
         return loss
-    lse, positive_score, rank, alignment, uniformity = statistics
-    return loss, ContrastiveStats(lse, positive_score, rank, rank == 0, alignment, uniformity)
+    rank = statistics.beaten
+    stats = ContrastiveStats(
+        statistics.lse, statistics.positive, rank, rank == 0, statistics.alignment, statistics.uniformity
+    )
+    return loss, stats
 
 
 def _resolved(

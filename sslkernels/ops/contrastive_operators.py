@@ -63,10 +63,10 @@ def _bwd_fake(grad_loss, *args):
 
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor? bank, Tensor? negatives, Tensor? negatives_mask, Tensor? positive, "
-    "Tensor? query_ids, Tensor? key_ids, Tensor logit_scale, Tensor? logit_bias"
+    "Tensor? self_index, Tensor? query_ids, Tensor? key_ids, Tensor logit_scale, Tensor? logit_bias"
 )
 _FLAGS = (
-    "ScalarType compute_dtype, int energy, bool rows, bool columns, bool in_batch, bool exclude_self, "
+    "ScalarType compute_dtype, int energy, bool rows, bool columns, bool in_batch, "
     "bool ids_positive, bool normalize, float label_smoothing, float margin, bool want_query, bool want_key, "
     "bool want_bank, bool want_negatives, bool want_logit_scale, bool want_logit_bias"
 )

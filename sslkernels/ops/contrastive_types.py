@@ -13,7 +13,8 @@ from sslkernels.ops.rows import accumulation_dtype
 
 class PairInputs(NamedTuple):
     """key None: the queries, which designate each other (i designates j where j designates i). positive (N,) int64,
-    None: i; `NO_POSITIVE`, `INVALID_POSITIVE` as in `designated`. logit_scale, logit_bias: (1,), accumulation dtype."""
+    None: i; `NO_POSITIVE`, `INVALID_POSITIVE` as in `designated`. self_index (N,) int64: the key that is the query
+    itself, which is no candidate. logit_scale, logit_bias: (1,), accumulation dtype."""
 
     query: Tensor
     key: Tensor | None
@@ -21,6 +22,7 @@ class PairInputs(NamedTuple):
     negatives: Tensor | None
     negatives_mask: Tensor | None
     positive: Tensor | None
+    self_index: Tensor | None
     query_ids: Tensor | None
     key_ids: Tensor | None
     logit_scale: Tensor
@@ -34,7 +36,6 @@ class PairOptions(NamedTuple):
     rows: bool
     columns: bool
     in_batch: bool
-    exclude_self: bool
     ids_positive: bool
     normalize: bool
     label_smoothing: float
@@ -72,8 +73,9 @@ class PairStatistics(NamedTuple):
 
 
 class PairGradients(NamedTuple):
-    """In the dtype of the tensor they belong to (but float16 query, key and bank in float32), logit_scale and logit_bias
-    (1,) in the accumulation dtype; those of tensors that are not wanted are empty. The true gradients are these times `scale` (0-d)."""
+    """In the dtype of the tensor they belong to, but float16 query, key and bank in float32; logit_scale and logit_bias
+    (1,) in the accumulation dtype; those of tensors that are not wanted are empty. The true gradients are these times
+    `scale` (0-d)."""
 
     query: Tensor
     key: Tensor

@@ -14,7 +14,8 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 class Designated:
-    """positive (rows,) int64, or None: row i designates key i.
+    """positive (rows,) int64, or None: row i designates key i. self_index (rows,) int64, or None: the key that is the
+    row itself, which is no candidate.
 
     has: rows that designate a key; counted: those and the invalid ones, whose loss is NaN.
     row_labels, key_labels: int32 labels of the designated pair, of the sample itself and of its id (`pair_scores`).
@@ -25,6 +26,7 @@ class Designated:
     def __init__(
         self,
         positive: Tensor | None,
+        self_index: Tensor | None,
         rows: int,
         keys: int,
         device: torch.device,
@@ -32,7 +34,6 @@ class Designated:
         key_ids: Tensor | None,
         *,
         in_batch: bool,
-        exclude_self: bool,
         ids_positive: bool,
     ) -> None:
         self.rows = rows
@@ -52,9 +53,10 @@ class Designated:
         self.key_labels: list[Tensor | None] = [key_index, None, None]
         row_out = torch.zeros(rows, dtype=torch.int64, device=device)
         column_out = torch.zeros(keys, dtype=torch.int64, device=device)
-        if exclude_self:
-            self.row_labels[1] = self.key_labels[1] = key_index
-            row_out, column_out = row_out + 1, column_out + 1
+        if self_index is not None:
+            self.row_labels[1], self.key_labels[1] = self_index.to(torch.int32), key_index
+            row_out = row_out + 1
+            column_out = _added(column_out, self_index, torch.ones_like(row_out))
         self.row_positives = self.has.long()
         self.designations = self.scatter(self.has.long(), torch.zeros_like(column_out))
         self.column_positives = self.designations
@@ -62,9 +64,9 @@ class Designated:
             query_ids, key_ids = query_ids.long(), key_ids.long()
             self.row_labels[2], self.key_labels[2] = _codes(query_ids, key_ids)
             same_row, same_column = _occurrences(query_ids, key_ids), _occurrences(key_ids, query_ids)
-            if exclude_self:
-                itself = (query_ids == key_ids).long()
-                same_row, same_column = same_row - itself, same_column - itself
+            if self_index is not None:
+                itself = (query_ids == key_ids[self_index]).long()
+                same_row, same_column = same_row - itself, _added(same_column, self_index, -itself)
             designated = (self.has & (query_ids == self.of_columns(key_ids))).long()
             same_row = same_row - designated
             same_column = same_column - self.scatter(designated, torch.zeros_like(same_column))
@@ -92,9 +94,7 @@ class Designated:
             return total
         index = self.index[rows]
         values = values.masked_fill(~self.has[rows].view(-1, *[1] * (values.dim() - 1)), 0)
-        if total.is_cuda:  # sorts; index_add_ would be atomic
-            return total.index_put_((index,), values, accumulate=True)
-        return total.index_add_(0, index, values)
+        return _added(total, index, values)
 
     def log_sum_exp(self, others: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """(lse of each key's column, lse of each row's column without its own pair), from `others` (keys,), the
@@ -117,6 +117,13 @@ class Designated:
     def blocks(self, width: int) -> Iterator[slice]:
         """Slices of the rows whose temporaries of `width` columns are small."""
         return row_blocks(self.rows, width)
+
+
+def _added(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """total[index] += values, in a fixed order also where an index occurs several times."""
+    if total.is_cuda:  # index_put_ sorts; index_add_ would be atomic
+        return total.index_put_((index,), values, accumulate=True)
+    return total.index_add_(0, index, values)
 
 
 def row_blocks(count: int, width: int) -> Iterator[slice]:

@@ -59,7 +59,8 @@ class RowSums(NamedTuple):
 
     max (softmax); sum: of exp(s - max), of softplus(s) (of softplus(-s) for further positives), or of
     max(0, s - threshold); active (hinge): how many s > threshold; score_sum: of s; positive_sum: of s of further
-    positives; spread: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features; beaten (int64): scores above positive_score, further positives apart.
+    positives; spread: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features; beaten (int64):
+    scores above positive_score, further positives apart.
     """
 
     max: Tensor | None
