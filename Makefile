@@ -30,12 +30,13 @@ format: $(VENV)/requirements
 clean:
 	rm -rf $(VENV) build sslkernels/_C.*.so *.egg-info
 
-$(VENV)/requirements: requirements/dev.txt
+$(VENV)/requirements: requirements/dev.txt requirements/peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; choose one with: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/peers.txt
 	@touch $@
 
 # A compiler is not required: without one the package runs on its reference and Triton backends.

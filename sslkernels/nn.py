@@ -17,13 +17,13 @@ from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 
 
 class _Options(nn.Module):
-    """Keeps keyword options; those that are tensors become buffers, so that they move with the module."""
+    """Keeps keyword options; those that are tensors become buffers, or stay parameters, and so move with the module."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
@@ -338,17 +338,21 @@ class ClipLoss(_ScaledLoss):
     ) -> None:
         super().__init__(init_logit_scale, None, max_logit_scale, learnable, normalize, process_group)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor | None = None
+    ) -> Tensor:
+        """logit_scale: instead of the one that the module holds."""
+        scale = self.logit_scale() if logit_scale is None else logit_scale
         if self.normalize:
             return contrastive_energy(
                 image_features,
                 text_features,
                 direction="symmetric",
-                logit_scale=self.logit_scale(),
+                logit_scale=scale,
                 normalize=True,
                 process_group=self.process_group,
             )
-        return clip_loss(image_features, text_features, self.logit_scale(), process_group=self.process_group)
+        return clip_loss(image_features, text_features, scale, process_group=self.process_group)
 
 
 class SigLipLoss(_ScaledLoss):
@@ -371,8 +375,16 @@ class SigLipLoss(_ScaledLoss):
     ) -> None:
         super().__init__(init_logit_scale, init_logit_bias, max_logit_scale, learnable, normalize, process_group)
 
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        scale, bias = self.logit_scale(), self.logit_bias
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """logit_scale, logit_bias: instead of those that the module holds."""
+        scale = self.logit_scale() if logit_scale is None else logit_scale
+        bias = self.logit_bias if logit_bias is None else logit_bias
         if self.normalize:
             return contrastive_energy(
                 image_features,

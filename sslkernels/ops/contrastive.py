@@ -197,7 +197,7 @@ def pair_energy(
         query, key, bank, negatives, negatives_mask, index,
         torch.arange(query.shape[0], device=query.device) if exclude_self else None, query_ids, key_ids, scale, bias,
     )  # fmt: skip
-    inputs = PairInputs(*(None if t is None else t.contiguous() for t in inputs))
+    inputs = PairInputs(*_distinct([None if t is None else t.contiguous() for t in inputs]))
     call = Call(function, compute_dtype, options, return_stats)
 
     divisor = None
@@ -224,6 +224,15 @@ def pair_energy(
         statistics.lse, statistics.positive, rank, rank == 0, statistics.alignment, statistics.uniformity
     )
     return loss, stats
+
+
+def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A view of each tensor that occurs before: torch.compile takes no tensor twice in one autograd function."""
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        seen = tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.view_as(tensor) if seen else tensor)
+    return result
 
 
 def _resolved(

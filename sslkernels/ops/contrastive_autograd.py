@@ -171,8 +171,8 @@ class _ReducedLoss(Function):
         result: list[Any] = [None] * 18
         if grad_loss is None:
             return tuple(result)
-        gradients = ctx.saved_tensors[: len(_DIFFERENTIABLE)]
-        scale, losses, divisor, *leaves = ctx.saved_tensors[len(_DIFFERENTIABLE) :]
+        saved = ctx.saved_tensors  # a checkpoint unpacks them once
+        gradients, (scale, losses, divisor, *leaves) = saved[: len(_DIFFERENTIABLE)], saved[len(_DIFFERENTIABLE) :]
         for i, name in enumerate(_DIFFERENTIABLE):
             if not ctx.needs_input_grad[i]:
                 continue

@@ -164,8 +164,8 @@ class _Plan:
             self.key_norm = self.query_norm if self.mutual else _inverse_norm(self.key, self.acc)
             self.bank_norm = None if self.bank is None else _inverse_norm(self.bank, self.acc)
         self.designated = Designated(
-            inputs.positive, inputs.self_index, self.count, self.key.shape[0], self.query.device, inputs.query_ids, inputs.key_ids,
-            in_batch=options.in_batch, ids_positive=options.ids_positive,
+            inputs.positive, inputs.self_index, self.count, self.key.shape[0], self.query.device,
+            inputs.query_ids, inputs.key_ids, in_batch=options.in_batch, ids_positive=options.ids_positive,
         )  # fmt: skip
         self.row_candidates = self.designated.row_candidates
         if self.bank is not None:
