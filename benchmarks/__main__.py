@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import (
+    bench_contrastive,
     bench_cross_entropy,
     bench_kernels,
     bench_linear_cross_entropy,
     bench_mask_tokens,
+    bench_own_negatives,
     environment,
     harness,
     report,
@@ -25,8 +27,13 @@ from benchmarks import (
 from benchmarks.harness import DTYPES, Benchmark, Case
 from benchmarks.roofline import measure_roofs
 
-BENCHMARKS = tuple(
-    module.BENCHMARK for module in (bench_mask_tokens, bench_cross_entropy, bench_linear_cross_entropy, bench_kernels)
+BENCHMARKS = (
+    bench_mask_tokens.BENCHMARK,
+    bench_cross_entropy.BENCHMARK,
+    bench_linear_cross_entropy.BENCHMARK,
+    *bench_contrastive.BENCHMARKS,
+    bench_own_negatives.BENCHMARK,
+    bench_kernels.BENCHMARK,
 )
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}

@@ -18,6 +18,9 @@ PACKAGES = {  # import name -> distribution name
     "cut_cross_entropy": "cut-cross-entropy",
     "quack": "quack-kernels",
     "flash_attn": "flash-attn",
+    "inf_cl": "inf-cl",
+    "memeff": "memeff",
+    "siglip_kernel": "siglip-kernel",
 }
 
 
@@ -80,6 +83,31 @@ def linear_cross_entropy(device: torch.device) -> list[Provider]:
         _peer("cut_cross_entropy", "cce_exact", cce("cce_exact"), leaves, device),
         _peer("quack", "quack", quack, leaves, device),
     ]
+
+
+def contrastive(op: str, device: torch.device) -> list[Provider]:
+    """Losses of pairs of normalised features."""
+
+    def memeff(case: Case, t: dict[str, Tensor]) -> Tensor:
+        # Its temperature is a number, and by default its gradient is not that of its loss.
+        function = _get("memeff.clip_loss", "MemoryEfficientCLIPLoss")
+        return function(temperature=0.1, normalized_inputs=True, stable=False)(t["x"], t["y"])
+
+    def inf_cl(case: Case, t: dict[str, Tensor]) -> Tensor:
+        function = _get("inf_cl", "cal_inf_loss")
+        return (function(t["x"], t["y"], scale=t["scale"]) + function(t["y"], t["x"], scale=t["scale"])) / 2
+
+    def siglip(case: Case, t: dict[str, Tensor]) -> Tensor:
+        return _get("siglip_kernel", "fused_siglip_loss")(t["x"], t["y"], t["scale"].log(), t["bias"])
+
+    if op == "clip_loss":
+        return [
+            _peer("memeff", "memeff", memeff, ["x", "y"], device),
+            _peer("inf_cl", "inf-cl", inf_cl, ["x", "y", "scale"], device),
+        ]
+    if op == "siglip_loss":
+        return [_peer("siglip_kernel", "siglip-kernel", siglip, ["x", "y", "scale", "bias"], device)]
+    return []
 
 
 def _get(module: str, name: str):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sslkernels import checks
-from sslkernels.ops.contrastive_autograd import Call, reduced_loss, row_losses
-from sslkernels.ops.contrastive_types import PairInputs, PairOptions
+from sslkernels.ops.contrastive_autograd import Call, pair_loss
+from sslkernels.ops.contrastive_types import PairInputs, PairOptions, PairStatistics, empty_statistics
 from sslkernels.ops.designated import INVALID_POSITIVE, NO_POSITIVE, next_of_same_id
 from sslkernels.ops.pair_scores import ENERGIES, HINGE, SIGMOID, SOFTMAX
+from sslkernels.ops.ranks import Ranks
 from sslkernels.ops.rows import accumulation_dtype
 
 NAME = "contrastive_energy"
@@ -96,7 +97,10 @@ def contrastive_energy(
         row_weight: `(N,)`, multiplies the loss of each query; not part of the divisor of "mean". Differentiable.
         reduction: "mean", over the queries that have a positive (in "sigmoid" over all); "sum"; "none": `(N,)`. A query
             without any positive has loss 0. With `direction="column"` row i is the loss of its key's column.
-        process_group: not implemented yet.
+        process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
+            each query, and the queries of all of each key. The loss is that of the local rows; gradients averaged over
+            the ranks, as DistributedDataParallel does, are those of the mean of the ranks' losses. `bank` is that of
+            each rank. How many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Returns:
@@ -108,7 +112,6 @@ def contrastive_energy(
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A `positive` out of range
             raises `ValueError` on the CPU; on a GPU the loss of its row is NaN.
-        NotImplementedError: for a `process_group`.
 
     >>> import sslkernels as sk
     >>> image, text = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
@@ -162,8 +165,6 @@ def pair_energy(
     _check_tensors(
         function, query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight, exclude_self
     )
-    if process_group is not None:
-        raise NotImplementedError(f"{function}: process_group is not implemented")
     checks.number(function, "label_smoothing", label_smoothing, low=0.0, high=1.0)
     kind = ENERGIES.index(energy)
     if label_smoothing > 0 and kind != SOFTMAX:
@@ -181,8 +182,6 @@ def pair_energy(
     if exclude_self and positive is None and not further:
         must = 'be given with exclude_self (unless same_id="positive" makes positives)'
         checks.fail(ValueError, function, "positive", must, None)
-    index = _resolved(function, positive, query, key, query_ids if further else None, exclude_self)
-
     options = PairOptions(
         kind,
         rows=direction != "column" or kind == SIGMOID,
@@ -193,30 +192,28 @@ def pair_energy(
         label_smoothing=float(label_smoothing),
         margin=0.2 if margin is None else float(margin),
     )
-    inputs = PairInputs(
-        query, key, bank, negatives, negatives_mask, index,
-        torch.arange(query.shape[0], device=query.device) if exclude_self else None, query_ids, key_ids, scale, bias,
-    )  # fmt: skip
-    inputs = PairInputs(*_distinct([None if t is None else t.contiguous() for t in inputs]))
     call = Call(function, compute_dtype, options, return_stats)
-
-    divisor = None
-    if reduction == "mean":
-        if index is None or kind == SIGMOID:
-            divisor = torch.full((), query.shape[0], dtype=acc, device=query.device)
-        else:
-            divisor = (index != NO_POSITIVE).sum().to(acc)
-    features = (query, key, bank, negatives, scale, bias)
-    if reduction != "none" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in features):
-        loss, statistics = reduced_loss(inputs, None if row_weight is None else row_weight.contiguous(), divisor, call)
+    local_keys = (query if key is None else key).shape[0]
+    start = 0
+    if process_group is not None:
+        if positive is not None and key is not None and options.columns:
+            must = f"be None with a process_group and direction={direction!r}"
+            checks.fail(ValueError, function, "positive", must, "a tensor")
+        ranks = Ranks(process_group, local_keys, query.device)
+        start = ranks.start
+        key = ranks.gather(query if key is None else key)
+        key_ids = None if key_ids is None else ranks.gather(key_ids)
+    index = _resolved(function, positive, query, local_keys, start, key_ids if further else None, exclude_self)
+    if index is None and process_group is not None:
+        index = torch.arange(start, start + query.shape[0], device=query.device)
+    itself = torch.arange(start, start + query.shape[0], device=query.device) if exclude_self else None
+    inputs = PairInputs(
+        query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias
+    )  # fmt: skip
+    if process_group is None or not options.columns:
+        loss, statistics = pair_loss(inputs, call, row_weight, reduction)
     else:
-        loss, statistics = row_losses(inputs, call)
-        if row_weight is not None:
-            loss = loss * row_weight.to(acc)
-        if reduction != "none":
-            loss = loss.sum()
-        if divisor is not None:
-            loss = loss / divisor
+        loss, statistics = _both_directions(inputs, call, row_weight, reduction, process_group)
     if not return_stats:
         return loss
     rank = statistics.beaten
@@ -226,28 +223,59 @@ def pair_energy(
     return loss, stats
 
 
-def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """A view of each tensor that occurs before: torch.compile takes no tensor twice in one autograd function."""
-    result: list[Tensor | None] = []
-    for tensor in tensors:
-        seen = tensor is not None and any(tensor is other for other in result)
-        result.append(tensor.view_as(tensor) if seen else tensor)
-    return result
+def _both_directions(
+    inputs: PairInputs, call: Call, row_weight: Tensor | None, reduction: str, group: Any
+) -> tuple[Tensor, PairStatistics]:
+    """`inputs` holds the keys of all ranks. The column direction is that of rows, with the keys of this rank's pairs
+    against the queries of all ranks."""
+    options = call.options
+    by_row = call._replace(options=options._replace(rows=True, columns=False))
+    if options.rows:
+        row_loss, statistics = pair_loss(inputs, by_row, row_weight, reduction)
+    else:
+        row_loss, statistics = None, None
+        if call.stats:
+            with torch.no_grad():
+                alone = inputs._replace(bank=None, negatives=None, negatives_mask=None)
+                _, statistics = pair_loss(alone, by_row, row_weight, reduction)
+    ranks = Ranks(group, inputs.query.shape[0], inputs.query.device)
+    index = inputs.positive
+    own = torch.arange(ranks.start, ranks.start + index.shape[0], device=index.device)
+    at = index.clamp(min=0)
+    turned = inputs._replace(
+        query=inputs.key[at],
+        key=ranks.gather(inputs.query),
+        bank=None,
+        negatives=None,
+        negatives_mask=None,
+        positive=torch.where(index < 0, index, own),
+        self_index=None if inputs.self_index is None else at,
+        query_ids=None if inputs.key_ids is None else inputs.key_ids[at],
+        key_ids=None if inputs.query_ids is None else ranks.gather(inputs.query_ids),
+    )
+    column_loss, _ = pair_loss(turned, by_row._replace(stats=False), row_weight, reduction)
+    loss = column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss
+    return loss, statistics if statistics is not None else empty_statistics(inputs.query, False)
 
 
 def _resolved(
     function: str,
     positive: Tensor | None,
     query: Tensor,
-    key: Tensor | None,
+    keys: int,
+    start: int,
     ids: Tensor | None,
     exclude_self: bool,
 ) -> Tensor | None:
-    """The designated key of each row (int64), None for row i. ids: where they make positives."""
-    count, keys = query.shape[0], (query if key is None else key).shape[0]
+    """The designated key of each row (int64) among those of all ranks, None for row i of a single one. keys, start: how
+    many keys are this rank's and where they begin; ids: of all keys, where they make positives."""
+    count = query.shape[0]
+    following = None
+    if exclude_self:
+        following = NO_POSITIVE if ids is None else next_of_same_id(ids)[start : start + count]
     if positive is None:
         if exclude_self:
-            return next_of_same_id(ids)
+            return following
         if keys < count:
             must = f"be given where key has fewer rows ({keys}) than query ({count})"
             checks.fail(ValueError, function, "positive", must, None)
@@ -256,11 +284,10 @@ def _resolved(
     wrong = (index < 0) | (index >= keys)
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong.any()):
         checks.fail(ValueError, function, "positive", f"be in [0, {keys})", index[wrong][0].item())
-    index = torch.where(wrong, INVALID_POSITIVE, index)
     if exclude_self:
-        other = NO_POSITIVE if ids is None else next_of_same_id(ids)
-        index = torch.where(index == torch.arange(count, device=index.device), other, index)
-    return index
+        itself = index == torch.arange(count, device=index.device)
+    index = torch.where(wrong, INVALID_POSITIVE, index + start)
+    return torch.where(itself, following, index) if exclude_self else index
 
 
 def _scalar(function: str, name: str, value: float | Tensor, query: Tensor, acc: torch.dtype) -> Tensor:

@@ -16,7 +16,9 @@ from sslkernels.ops.contrastive_operators import (
     own_contrastive_fwd,
 )
 from sslkernels.ops.contrastive_types import PairInputs, PairOptions, PairState, PairStatistics
+from sslkernels.ops.designated import NO_POSITIVE
 from sslkernels.ops.kept_gradient import KeptGradient, scaled
+from sslkernels.ops.pair_scores import SIGMOID
 from sslkernels.ops.rows import accumulation_dtype
 
 _DIFFERENTIABLE = ("query", "key", "bank", "negatives", "logit_scale", "logit_bias")
@@ -31,6 +33,38 @@ class Call(NamedTuple):
     compute_dtype: torch.dtype
     options: PairOptions
     stats: bool
+
+
+def pair_loss(
+    inputs: PairInputs, call: Call, row_weight: Tensor | None, reduction: str
+) -> tuple[Tensor, PairStatistics]:
+    """The loss of the pairs, reduced, and its statistics."""
+    acc = accumulation_dtype(inputs.query.dtype)
+    inputs = PairInputs(*_distinct([None if t is None else t.contiguous() for t in inputs]))
+    divisor = None
+    if reduction == "mean":
+        if inputs.positive is None or call.options.energy == SIGMOID:
+            divisor = torch.full((), inputs.query.shape[0], dtype=acc, device=inputs.query.device)
+        else:
+            divisor = (inputs.positive != NO_POSITIVE).sum().to(acc)
+    leaves = [getattr(inputs, name) for name in _DIFFERENTIABLE]
+    if reduction != "none" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        return reduced_loss(inputs, None if row_weight is None else row_weight.contiguous(), divisor, call)
+    loss, statistics = row_losses(inputs, call)
+    if row_weight is not None:
+        loss = loss * row_weight.to(acc)
+    if reduction != "none":
+        loss = loss.sum()
+    return loss if divisor is None else loss / divisor, statistics
+
+
+def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A view of each tensor that occurs before: torch.compile takes no tensor twice in one autograd function."""
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        seen = tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.view_as(tensor) if seen else tensor)
+    return result
 
 
 def row_losses(inputs: PairInputs, call: Call) -> tuple[Tensor, PairStatistics]:

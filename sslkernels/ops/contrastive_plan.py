@@ -380,6 +380,7 @@ class _Plan:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
         if self.statistic_sums is not None and self.statistic_sums is not self.row_sums and not block.pairs:
             statistic = row_sums(self.statistic_sums)
+            thresholds = Thresholds(None, None, self.score[rows])
             self.kernels.sums(tile._replace(energy=SOFTMAX), statistic, None, thresholds, norms)
 
     def _add_gradient(self, rows: slice, piece: _Piece, tile: Tile) -> None:

@@ -1,0 +1,148 @@
+"""Contrastive energies over process groups (gloo): the gradients are those of one process that has all rows."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import sslkernels as sk
+
+OPTIONS = {
+    "row": {},
+    "column": {"direction": "column"},
+    "symmetric": {"direction": "symmetric", "label_smoothing": 0.1},
+    "sigmoid": {"energy": "sigmoid", "logit_bias": -1.0},
+    "hinge": {"energy": "hinge", "direction": "symmetric"},
+    "ids": {"direction": "symmetric", "ids": True},
+    "supervised": {"ids": True, "same_id": "positive", "exclude_self": True, "direction": "symmetric"},
+    "ragged": {"direction": "symmetric", "ragged": True},
+}
+
+
+def data(world: int, ragged: bool):
+    generator = torch.Generator().manual_seed(0)
+    counts = [3 + (2 * rank if ragged else 0) for rank in range(world)]
+    x = [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in counts]
+    y = [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in counts]
+    ids = [torch.randint(0, 4, (n,), generator=generator) for n in counts]
+    return x, y, ids
+
+
+def encoders():
+    """Two towers and a scale: the parameters whose gradients DDP averages."""
+    torch.manual_seed(1)
+    towers = [torch.nn.Linear(6, 5, dtype=torch.float64) for _ in range(2)]
+    return towers, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+
+def loss_of(name, towers, scale, x, y, ids, group):
+    options = dict(OPTIONS[name])
+    options.pop("ragged", None)
+    with_ids = options.pop("ids", False)
+    query = towers[0](x)
+    key = query if options.get("exclude_self") else towers[1](y)
+    if with_ids:
+        options.update(query_ids=ids, key_ids=ids)
+    return sk.contrastive_energy(
+        query, key, logit_scale=scale, normalize=True, process_group=group, return_stats=True, **options
+    )
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    found = {}
+    for name, options in OPTIONS.items():
+        x, y, ids = data(world, options.get("ragged", False))
+        towers, scale = encoders()
+        loss, stats = loss_of(name, towers, scale, x[rank], y[rank], ids[rank], dist.group.WORLD)
+        loss.backward()
+        parameters = [*towers[0].parameters(), *towers[1].parameters(), scale]
+        averaged = []
+        for parameter in parameters:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(grad)
+            averaged.append(grad / world)
+        found[name] = (loss.detach(), averaged, stats.rank)
+    x, y, _ = data(world, False)
+    towers, _ = encoders()
+    features = [tower(part[rank]) for tower, part in zip(towers, (x, y), strict=True)]
+    for name, loss in (
+        ("nt_xent", sk.nt_xent(*features, process_group=dist.group.WORLD)),
+        ("clip_loss", sk.clip_loss(*features, 2.0, process_group=dist.group.WORLD)),
+        ("siglip_loss", sk.siglip_loss(*features, 2.0, -1.0, process_group=dist.group.WORLD)),
+    ):
+        grads = torch.autograd.grad(loss, towers[0].weight, retain_graph=True)[0]
+        dist.all_reduce(grads)
+        found[name] = (loss.detach(), grads / world)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request, tmp_path_factory):
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (world, port, str(folder)), world)
+    return world, [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def single_losses(name, world):
+    """Each rank's loss as one process with all rows computes it, and the parameters."""
+    x, y, ids = data(world, OPTIONS[name].get("ragged", False))
+    towers, scale = encoders()
+    options = {k: v for k, v in OPTIONS[name].items() if k not in ("ids", "ragged")}
+    query = towers[0](torch.cat(x))
+    key = query if options.get("exclude_self") else towers[1](torch.cat(y))
+    if OPTIONS[name].get("ids"):
+        options.update(query_ids=torch.cat(ids), key_ids=torch.cat(ids))
+    rows, stats = sk.contrastive_energy(
+        query, key, logit_scale=scale, normalize=True, reduction="none", return_stats=True, **options
+    )
+    counts = [len(part) for part in x]
+    losses = [
+        part.sum() / (rank >= 0).sum() for part, rank in zip(rows.split(counts), stats.rank.split(counts), strict=True)
+    ]
+    return losses, stats.rank.split(counts), [*towers[0].parameters(), *towers[1].parameters(), scale]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_averaged_gradients_are_those_of_the_mean_over_ranks(ranks, name):
+    world, results = ranks
+    losses, rank_statistics, parameters = single_losses(name, world)
+    for rank in range(world):
+        torch.testing.assert_close(results[rank][name][0], losses[rank].detach())
+        assert torch.equal(results[rank][name][2], rank_statistics[rank])
+    want = torch.autograd.grad(torch.stack(losses).mean(), parameters, allow_unused=True, materialize_grads=True)
+    for rank in range(world):
+        for got, grad in zip(results[rank][name][1], want, strict=True):
+            torch.testing.assert_close(got, grad)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "siglip_loss"])
+def test_named_losses(ranks, name):
+    world, results = ranks
+    x, y, _ = data(world, False)
+    towers, _ = encoders()
+    features = [tower(torch.cat(part)) for tower, part in zip(towers, (x, y), strict=True)]
+    loss = {
+        "nt_xent": lambda a, b: sk.nt_xent(a, b),
+        "clip_loss": lambda a, b: sk.clip_loss(a, b, 2.0),
+        "siglip_loss": lambda a, b: sk.siglip_loss(a, b, 2.0, -1.0),
+    }[name](*features)
+    torch.testing.assert_close(torch.stack([results[rank][name][0] for rank in range(world)]).mean(), loss.detach())
+    (want,) = torch.autograd.grad(loss, towers[0].weight)
+    for rank in range(world):
+        torch.testing.assert_close(results[rank][name][1], want)
+
+
+def test_given_positives_have_no_columns_over_ranks():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="positive must be None with a process_group and direction='symmetric'"):
+        sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=object())
