@@ -20,7 +20,7 @@ FEATURES = {
     "bias": ("tensor",),
     "own": ("plain", "masked", "none"),
     "bank": (5,),
-    "ids": ("few", "one", "unlike"),
+    "ids": ("few", "some", "one", "unlike"),
     "same_id": ("positive",),
     "exclude_self": (True,),
     "label_smoothing": (0.1, 1.0),
@@ -90,7 +90,7 @@ def cases() -> list[dict]:
     # Triples that share code: which candidates there are, in which direction, under which energy.
     for energy, direction, positive, ids, same_id, exclude in itertools.product(
         ("softmax", "sigmoid", "hinge"), ("row", "column", "symmetric"), (None, "permuted", "duplicated"),
-        (None, "few"), ("ignore", "positive"), (False, True),
+        (None, "some"), ("ignore", "positive"), (False, True),
     ):  # fmt: skip
         case = {**DEFAULTS, "energy": energy, "direction": direction, "positive": positive, "ids": ids}
         case = {**case, "same_id": same_id, "exclude_self": exclude, "shape": "square", "own": "masked", "bank": 3}
@@ -134,7 +134,7 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
     if case["bank"] is not None:
         leaves["bank"] = torch.randn(case["bank"], dim, dtype=dtype)
     if case["ids"] is not None:
-        kinds = {"few": 4, "one": 1, "unlike": 10**12}[case["ids"]]
+        kinds = {"few": 4, "some": 9, "one": 1, "unlike": 10**12}[case["ids"]]
         options["query_ids"] = torch.randint(0, kinds, (n,))
         options["key_ids"] = options["query_ids"].clone() if m == n else torch.randint(0, kinds, (m,))
     if case["row_weight"]:

@@ -547,7 +547,7 @@ class _Plan:
         )
         weight, _, share, smoothing = (None if v is None else pairs.of_columns(v) for v in self.column)
         slope = self._softmax_slope(self.weight, state.column_others, self.score, share, smoothing)
-        of_other_rows = weight - self.weight
+        of_other_rows = torch.where(pairs.counted, weight - self.weight, 0)
         probability = (self.score - pairs.of_columns(state.column_lse)).exp()
         self.positive_gradient += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
 
