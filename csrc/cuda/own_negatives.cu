@@ -287,7 +287,7 @@ __device__ __forceinline__ void add_grad_query(const Block<T>& block, const OwnR
 
 // Grid: a block a row. Shared memory: Layout.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads<T>)
+__global__ void __launch_bounds__(kMostThreads<T>, 1)
     own_negatives_kernel(const __grid_constant__ OwnNegatives own, const __grid_constant__ OwnPlan plan) {
   using A = typename Accumulation<T>::type;
   const Block<T> block(own, plan);

@@ -2,10 +2,11 @@
 
 For row i of the query x (N, D) and its negative k of (N, K, D), in the accumulation dtype:
 
-    s_ik = logit_scale * u_ik + logit_bias        u_ik = <x_i, n_ik>, or the cosine where query_inverse_norm (N,) is given
+    s_ik = logit_scale * u_ik + logit_bias
+    u_ik = <x_i, n_ik>, or query_inverse_norm_i / max(|n_ik|, 1e-12) times it where query_inverse_norm (N,) is given
 
-A negative whose mask (N, K) is False takes no part: its score is -inf, its gradient 0, and its memory may hold anything.
-reference (N,) is what a row is merged with, and the weight G_ik the derivative of value_i times coefficient_i:
+A negative whose mask (N, K) is False takes no part: its score is -inf, its gradient 0, its memory may hold anything.
+reference (N,) is what a row is merged with, and the weight G_ik is the derivative of value_i times coefficient_i:
 
     energy   reference                       value                             G
     SOFTMAX  log-sum-exp of the others       logaddexp(reference, lse_k s_k)   coefficient * exp(s - value) - smoothing
@@ -13,9 +14,9 @@ reference (N,) is what a row is merged with, and the weight G_ik the derivative 
     HINGE    threshold                       sum_k max(0, s_k - reference)     coefficient where s > reference
 
 Without a reference there are no others (-inf), and the threshold is 0. `final`: the reference of the softmax counts
-these negatives already, and is the value. The gradients are sum_k G_ik ds_ik/d. of the query, the negatives, logit_scale
-and logit_bias; that of the query takes x_i times its inverse norm for a constant direction: what its normalisation adds
-is the caller's.
+these negatives already, and is the value. The gradients are the sums of G_ik times the derivatives of s_ik with respect
+to query, negatives, logit_scale and logit_bias. query_inverse_norm is a constant to that of the query: what the
+normalisation of the query adds is the caller's.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _reference(
 
 def _value(scores: Tensor, energy: int, reference: Tensor | None, final: bool) -> Tensor:
     if energy == SIGMOID:
-        return torch.nn.functional.softplus(scores, threshold=float("inf")).sum(1)
+        return -torch.nn.functional.logsigmoid(-scores).sum(1)
     if energy == HINGE:
         return (scores if reference is None else scores - reference.unsqueeze(1)).clamp_min(0).sum(1)
     if reference is None:
