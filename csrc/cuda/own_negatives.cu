@@ -29,7 +29,7 @@ using Sums = Reduction<OwnSums<typename Accumulation<T>::type>>;
 template <class T>
 using Scratch = typename Sums<T>::Scratch;
 
-// --- Shared memory: scratch of two reductions, the dots and factors of a tile, the query, the tile ------------------
+// --- Shared memory: scratch of two reductions, factors and dots of a tile, the query, who takes part, the tile -------
 
 constexpr SSLKERNELS_HD int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -40,6 +40,7 @@ struct Layout {
   int64_t factors;
   int64_t dots;
   int64_t query;
+  int64_t taken;
   int64_t held;
   int64_t bytes;
 
@@ -47,14 +48,16 @@ struct Layout {
     factors = 2 * int64_t(sizeof(Scratch<T>));
     dots = factors + tile * int64_t(sizeof(OwnFactors<A>));
     query = dots + tile * int64_t(sizeof(Dots<A>));
-    held = aligned(query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A)));
+    taken = query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A));
+    held = aligned(taken + tile);
     bytes = held + (hold ? int64_t(tile) * pitch * 16 : 0);
   }
 };
 
 // --- The row of a block --------------------------------------------------------------------------------------------
 
-template <class T>
+// kAligned: all negatives and their gradients start at multiples of 16 bytes.
+template <class T, bool kAligned>
 struct Block {
   using A = typename Accumulation<T>::type;
   static constexpr int kSize = Groups<T>::kSize;
@@ -68,6 +71,7 @@ struct Block {
   OwnFactors<A>* factors;
   Dots<A>* dots;
   A* query;
+  uint8_t* taken;
   Words* held;
 
   __device__ __forceinline__ Block(const OwnNegatives& own, const OwnPlan& plan)
@@ -78,14 +82,25 @@ struct Block {
     factors = reinterpret_cast<OwnFactors<A>*>(shared_memory() + layout.factors);
     dots = reinterpret_cast<Dots<A>*>(shared_memory() + layout.dots);
     query = reinterpret_cast<A*>(shared_memory() + layout.query);
+    taken = reinterpret_cast<uint8_t*>(shared_memory() + layout.taken);
     held = reinterpret_cast<Words*>(shared_memory() + layout.held);
   }
 
   __device__ __forceinline__ int tile_size(int64_t first) const {
     return int(own.count - first < plan.tile ? own.count - first : plan.tile);
   }
-  __device__ __forceinline__ bool takes_part(int64_t negative) const {
-    return sslkernels::takes_part(own, i * own.count + negative);
+  __device__ __forceinline__ Groups<T> groups_of(const T* negative) const {
+    return Groups<T>(kAligned ? nullptr : negative, 0, dim);
+  }
+  static __device__ __forceinline__ bool whole(const Groups<T>& groups, int group) {
+    return kAligned || groups.whole(group);
+  }
+
+  // Known before the negatives are read, so that their loads wait for nothing.
+  __device__ __forceinline__ void mark_tile(int64_t first, int size) const {
+    for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
+      taken[t] = takes_part(own, i * own.count + first + t);
+    }
   }
 
   // After every kSize numbers one is left out; zeros stand before the first column and after the last.
@@ -96,27 +111,27 @@ struct Block {
       query[place + place / kSize] = column >= 0 && column < dim ? A(to_float(from[column])) : A(0);
     }
   }
-  // Its columns from group * kSize - shift on.
-  __device__ __forceinline__ void query_group(int group, int shift, A (&x)[kSize]) const {
+  // Its columns from groups.column(group) on.
+  __device__ __forceinline__ void query_group(const Groups<T>& groups, int group, A (&x)[kSize]) const {
+    const int shift = kAligned ? 0 : -groups.first;
     const A* from = query + (group + 1) * (kSize + 1) - shift;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) x[k] = from[k < shift ? k - 1 : k];
   }
 
-  // A group of a negative as it lies in memory, with what its neighbours have of it; zeros where there is none.
-  __device__ __forceinline__ Words read(int64_t negative, int group, bool last) const {
-    const T* from = negatives + negative * own.dim;
-    const Groups<T> groups(from, 0, dim);
-    if (group >= groups.count || !takes_part(negative)) return {};
-    const int column = groups.column(group);
-    const T* all = static_cast<const T*>(own.negatives);
-    if (from + column >= all && from + column + kSize <= all + own.rows * own.count * own.dim) {
-      return last ? load_words_last(from + column) : load_words(from + column);
-    }
-    A n[kSize];
+  // A group of a negative as it lies in memory, with what its neighbours have of it.
+  __device__ __forceinline__ Words read(const T* negative, const Groups<T>& groups, int group, bool last) const {
+    const T* from = negative + groups.column(group);
+    if constexpr (!kAligned) {
+      const T* all = static_cast<const T*>(own.negatives);
+      if (from < all || from + kSize > all + own.rows * own.count * own.dim) {
+        A n[kSize];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) n[k] = groups.holds(column + k) ? A(to_float(from[column + k])) : A(0);
-    return pack_group<T>(n);
+        for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? A(to_float(from[k])) : A(0);
+        return pack_group<T>(n);
+      }
+    }
+    return last ? load_words_last(from) : load_words(from);
   }
 };
 
@@ -153,38 +168,47 @@ struct Visit {
 
 // Reads the negatives [first, first + size) and takes their dots; `hold` keeps them too, as zeros where they take no
 // part. `last`: they are not read again.
-template <class T>
-__device__ __forceinline__ void load_tile(const Block<T>& block, int64_t first, int size, bool hold, bool last) {
+template <class T, bool kAligned>
+__device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64_t first, int size, bool hold,
+                                          bool last) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
+  const bool normalise = block.own.query_inverse_norm != nullptr;
+  block.mark_tile(first, size);
+  __syncthreads();
   Visit ahead(block.plan, size), here(block.plan, size);
   A dot = 0, square = 0;
   while (here.left > 0) {
     Words words[kBatch] = {};
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (ahead.negative < size) words[b] = block.read(first + ahead.negative, ahead.group(), last);
+      const T* negative = block.negatives + (first + ahead.negative) * block.own.dim;
+      const Groups<T> groups = block.groups_of(negative);
+      if (ahead.negative < size && ahead.group() < groups.count && block.taken[ahead.negative]) {
+        words[b] = block.read(negative, groups, ahead.group(), last);
+      }
       ahead.next();
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (here.left <= 0) break;
       const int group = here.group();
-      const Groups<T> groups(block.negatives + (first + here.negative) * block.own.dim, 0, block.dim);
+      const Groups<T> groups = block.groups_of(block.negatives + (first + here.negative) * block.own.dim);
       if (here.negative < size && group < groups.count) {
         A n[kSize], x[kSize];
         unpack_group<T>(words[b], n);
-        if (!groups.whole(group)) {
+        if (!block.whole(groups, group)) {
 #pragma unroll
           for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? n[k] : A(0);
           words[b] = pack_group<T>(n);
         }
         if (hold) block.held[here.negative * block.plan.pitch + group] = words[b];
-        block.query_group(group, -groups.first, x);
+        block.query_group(groups, group, x);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) {
-          dot += x[k] * n[k];
-          square += n[k] * n[k];
+        for (int k = 0; k < kSize; ++k) dot += x[k] * n[k];
+        if (normalise) {
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) square += n[k] * n[k];
         }
       }
       if (here.ends_negative()) {
@@ -200,12 +224,12 @@ __device__ __forceinline__ void load_tile(const Block<T>& block, int64_t first, 
   }
 }
 
-template <class T, class A>
-__device__ __forceinline__ void score_tile(const Block<T>& block, const OwnRow<A>& row, int64_t first, int size,
-                                           OwnSums<A>& sums) {
+template <class T, bool kAligned, class A>
+__device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, const OwnRow<A>& row, int64_t first,
+                                           int size, OwnSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     A score = -INFINITY;
-    if (block.takes_part(first + t)) {
+    if (block.taken[t]) {
       score = score_of(row, block.dots[t].dot, block.dots[t].square).score;
       sums.add(row, score);
     }
@@ -215,12 +239,12 @@ __device__ __forceinline__ void score_tile(const Block<T>& block, const OwnRow<A
   }
 }
 
-template <class T, class A>
-__device__ __forceinline__ void weigh_tile(const Block<T>& block, const OwnRow<A>& row, int64_t first, int size,
-                                           A value, OwnSums<A>& sums) {
+template <class T, bool kAligned, class A>
+__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const OwnRow<A>& row, int size, A value,
+                                           OwnSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     OwnFactors<A> factors{A(0), A(0), A(0)};
-    if (block.takes_part(first + t)) {
+    if (block.taken[t]) {
       const OwnScore<A> score = score_of(row, block.dots[t].dot, block.dots[t].square);
       const A weight = weight_of(row, score.score, value);
       sums.scale += weight * score.similarity;
@@ -231,73 +255,86 @@ __device__ __forceinline__ void weigh_tile(const Block<T>& block, const OwnRow<A
   }
 }
 
-template <class T>
-__device__ __forceinline__ void write_grad_negatives(const Block<T>& block, int64_t first, int size) {
+template <class T, bool kAligned>
+__device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& block, int64_t first, int size) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   for (Visit at(block.plan, size); at.left > 0; at.next()) {
     if (at.negative >= size) continue;
     const int64_t offset = (first + at.negative) * block.own.dim;
-    const Groups<T> groups(block.negatives + offset, 0, block.dim);
+    const Groups<T> groups = block.groups_of(block.negatives + offset);
     const int group = at.group(), column = groups.column(group);
     if (group >= groups.count) continue;
     const OwnFactors<A> factors = block.factors[at.negative];
-    A n[kSize], x[kSize];
-    unpack_group<T>(block.held[at.negative * block.plan.pitch + group], n);
-    block.query_group(group, -groups.first, x);
+    A value[kSize] = {};
+    if (factors.of_query != A(0)) {  // the query of a negative that takes no part may be NaN
+      A n[kSize], x[kSize];
+      unpack_group<T>(block.held[at.negative * block.plan.pitch + group], n);
+      block.query_group(groups, group, x);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {  // the query of a negative that takes no part may be NaN
-      x[k] = factors.of_query == A(0) ? A(0) : factors.of_query * (x[k] - factors.projection * n[k]);
+      for (int k = 0; k < kSize; ++k) value[k] = factors.of_query * (x[k] - factors.projection * n[k]);
     }
-    T* grad = static_cast<T*>(block.own.grad_negatives) + block.i * block.own.count * block.own.dim + offset;
-    if (groups.whole(group) && reinterpret_cast<uint64_t>(grad + column) % 16 == 0) {
-      store_words(grad + column, pack_group<T>(x));
+    T* grad = static_cast<T*>(block.own.grad_negatives) + block.i * block.own.count * block.own.dim + offset + column;
+    if (kAligned || (groups.whole(group) && reinterpret_cast<uint64_t>(grad) % 16 == 0)) {
+      store_words(grad, pack_group<T>(value));
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        if (groups.holds(column + k)) from_float(x[k], grad + column + k);
+        if (groups.holds(column + k)) from_float(value[k], grad + k);
       }
     }
   }
 }
 
-// A thread a column. The first tile's sums are written, those of others added.
-template <class T, class A>
-__device__ __forceinline__ void add_grad_query(const Block<T>& block, const OwnRow<A>& row, int64_t first, int size) {
+// A thread a column, or two 16-bit ones that lie in a word. The first tile's sums are written, those of others added.
+template <class T, bool kAligned, class A>
+__device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, const OwnRow<A>& row, int64_t first,
+                                               int size) {
   constexpr int kSize = Groups<T>::kSize;
+  constexpr int kColumns = kAligned && sizeof(T) == 2 ? 2 : 1;
   constexpr int kSums = 4;
   A* grad = static_cast<A*>(block.own.grad_query) + block.i * block.own.dim;
   const T* held = reinterpret_cast<const T*>(block.held);
   const uint64_t start = reinterpret_cast<uint64_t>(block.negatives + first * block.own.dim) / sizeof(T);
-  for (int column = int(threadIdx.x); column < block.dim; column += int(blockDim.x)) {
-    A sums[kSums] = {};
+  for (int column = int(threadIdx.x) * kColumns; column < block.dim; column += int(blockDim.x) * kColumns) {
+    A sums[kSums][kColumns] = {};
     for (int t = 0; t < size; t += kSums) {
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
         if (t + s >= size) break;
-        const int shift = int((start + uint64_t(t + s) * block.dim) % kSize);
-        const T element = held[(t + s) * block.plan.pitch * kSize + shift + column];
-        sums[s] += block.factors[t + s].of_negative * to_float(element);
+        const int shift = kAligned ? 0 : int((start + uint64_t(t + s) * block.dim) % kSize);
+        const T* at = held + (t + s) * block.plan.pitch * kSize + shift + column;
+        const A factor = block.factors[t + s].of_negative;
+        if constexpr (kColumns == 2) {
+          A low, high;
+          unpack(*reinterpret_cast<const uint32_t*>(at), T{}, low, high);
+          sums[s][0] += factor * low;
+          sums[s][1] += factor * high;
+        } else {
+          sums[s][0] += factor * to_float(*at);
+        }
       }
     }
-    const A sum = row.scale * row.query_inverse_norm * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    grad[column] = first == 0 ? sum : grad[column] + sum;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const A sum = row.scale * row.query_inverse_norm * ((sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]));
+      grad[column + c] = first == 0 ? sum : grad[column + c] + sum;
+    }
   }
 }
 
 // Grid: a block a row. Shared memory: Layout.
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     own_negatives_kernel(const __grid_constant__ OwnNegatives own, const __grid_constant__ OwnPlan plan) {
   using A = typename Accumulation<T>::type;
-  const Block<T> block(own, plan);
+  const Block<T, kAligned> block(own, plan);
   const OwnRow<A> row = own_row<A>(own, block.i);
   const bool gradient = own.coefficient != nullptr;
   const bool apart = row.energy != Energy::kSoftmax || row.final;
   const bool one_tile = own.count <= plan.tile;
   OwnSums<A> sums = OwnSums<A>::identity();
-  block.load_query();
-  __syncthreads();
+  block.load_query();  // there at the first barrier
 
   A value = 0;
   if (!apart) {
@@ -321,7 +358,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
         score_tile(block, row, first, size, sums);
         if (row.final) value = row.reference;
       }
-      if (gradient) weigh_tile(block, row, first, size, value, sums);
+      if (gradient) weigh_tile(block, row, size, value, sums);
       __syncthreads();
       if (gradient && own.grad_negatives != nullptr) write_grad_negatives(block, first, size);
       if (gradient && own.grad_query != nullptr) add_grad_query(block, row, first, size);
@@ -349,14 +386,15 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
     throw std::runtime_error("sslkernels: the CUDA kernel of own_negatives takes at most 2^24 columns");
   }
   OwnPlan plan{};
-  const bool whole_groups = own.dim % kSize == 0 && reinterpret_cast<uint64_t>(own.negatives) % 16 == 0;
-  plan.pitch = int(std::max<int64_t>(ceil_div(whole_groups ? own.dim : own.dim + kSize - 1, kSize), 1));
+  plan.aligned = own.dim % kSize == 0 && reinterpret_cast<uint64_t>(own.negatives) % 16 == 0 &&
+                 reinterpret_cast<uint64_t>(own.grad_negatives) % 16 == 0;
+  plan.pitch = int(std::max<int64_t>(ceil_div(plan.aligned ? own.dim : own.dim + kSize - 1, kSize), 1));
   plan.team = 1;
   while (plan.team < kWarpSize && plan.team < plan.pitch) plan.team *= 2;
   plan.held = own.coefficient != nullptr && (own.grad_query != nullptr || own.grad_negatives != nullptr);
 
   const int64_t fixed = Layout<T>(0, plan.pitch, plan.held, own.dim).bytes + 16;
-  const int64_t of_negative = sizeof(OwnFactors<A>) + sizeof(Dots<A>) + (plan.held ? int64_t(plan.pitch) * 16 : 0);
+  const int64_t of_negative = sizeof(OwnFactors<A>) + sizeof(Dots<A>) + 1 + (plan.held ? int64_t(plan.pitch) * 16 : 0);
   // Several blocks a multiprocessor, so that some of them load while others compute or store; fewer where a row would
   // be read twice else.
   const int blocks = limits.largest_cluster > 1 ? 3 : 2;
@@ -381,8 +419,12 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
 template <class T>
 void launch_for(const OwnNegatives& own, void* stream) {
   const OwnPlan plan = plan_for<T>(own, device_limits());
-  launch("own_negatives_kernel", own_negatives_kernel<T>, LaunchShape{own.rows, plan.threads, plan.shared_bytes, 1},
-         stream, own, plan);
+  const LaunchShape shape{own.rows, plan.threads, plan.shared_bytes, 1};
+  constexpr const char* kName = "own_negatives_kernel";
+  if constexpr (sizeof(T) < 8) {
+    if (plan.aligned) return launch(kName, own_negatives_kernel<T, true>, shape, stream, own, plan);
+  }
+  launch(kName, own_negatives_kernel<T, false>, shape, stream, own, plan);
 }
 
 }  // namespace

@@ -9,10 +9,11 @@ struct DeviceLimits;
 
 // How a block computes its row: the negatives in tiles, each negative by a team of threads.
 struct OwnPlan {
-  int tile;   // negatives
-  int team;   // threads, a power of two, at most a warp
-  int pitch;  // 16-byte groups of a negative in shared memory, however it is aligned
-  bool held;  // a tile is held in shared memory, for the gradients
+  int tile;      // negatives
+  int team;      // threads, a power of two, at most a warp
+  int pitch;     // 16-byte groups of a negative in shared memory, however it is aligned
+  bool held;     // a tile is held in shared memory, for the gradients
+  bool aligned;  // every negative and its gradient start at multiples of 16 bytes
   int threads;
   int64_t shared_bytes;
 };
