@@ -9,6 +9,7 @@ import pytest
 import torch
 from own_oracle import FEATURES, NAMES, OwnCase, asked_for, assert_results, make, oracle, pairs, pairwise_cases
 
+import sslkernels as sk
 from sslkernels.ops.own_negatives import HINGE, SIGMOID, SOFTMAX, own_negatives
 
 OP = "info_nce"
@@ -30,6 +31,25 @@ def test_every_two_features_meet():
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(backend, device, name):
     check(CASES[name], device)
+
+
+@pytest.mark.parametrize("tile", [(2, 512), (4, 32), (8, 16)], ids=str)
+@pytest.mark.parametrize("name", list(CASES)[::5])
+def test_triton_tiles(device, monkeypatch, name, tile):
+    """Rows of several tiles, and negatives of several blocks, as long ones have them."""
+    if "triton" not in sk.available_backends(OP, device):
+        pytest.skip("no triton here")
+    from sslkernels.triton_kernels import own_negatives as launcher
+    from sslkernels.triton_kernels.launch import Config
+
+    def small(count, dim, dtype):
+        block_k, block_d = tile
+        whole = {"ONE_TILE": count <= block_k and dim <= block_d, "ONE_BLOCK": dim <= block_d}
+        return Config({**whole, "BLOCK_K": block_k, "BLOCK_D": block_d}, {"num_warps": 1})
+
+    monkeypatch.setattr(launcher, "config", small)
+    with sk.use_backend("triton"):
+        check(CASES[name], device)
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
