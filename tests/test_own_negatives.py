@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from own_oracle import FEATURES, NAMES, OwnCase, asked_for, assert_results, make, oracle, pairs, pairwise_cases
 
 import sslkernels as sk
+from sslkernels import native
 from sslkernels.ops.own_negatives import HINGE, SIGMOID, SOFTMAX, own_negatives
 
 OP = "info_nce"
@@ -154,6 +159,26 @@ def test_negatives_that_start_anywhere(backend, device):
         view.copy_(inputs.negatives)
         inputs.negatives = view
         assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments(device))))
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_compiled_instruction_set(isa):
+    if native.extension is None:
+        pytest.skip("no compiled extension")
+    code = (
+        "import torch, sslkernels as sk\n"
+        "from own_oracle import OwnCase, asked_for, assert_results, make\n"
+        "from sslkernels.ops.own_negatives import own_negatives\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "    for energy in range(3):\n"
+        "        inputs = make(OwnCase(dtype, energy, (5, 9, 77), normalise=energy != 1, mask='some'))\n"
+        "        with sk.use_backend('cpu'): outputs = own_negatives(*inputs.arguments())\n"
+        "        assert_results(inputs, asked_for(inputs, outputs))\n"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "SSLKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here)))}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.gpu

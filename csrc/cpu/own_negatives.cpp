@@ -42,15 +42,26 @@ void add_to_grad_query(const T* negative, int64_t dim, A factor, A* grad_query) 
   for (int64_t d = 0; d < dim; ++d) grad_query[d] += factor * to_float(negative[d]);
 }
 
+// In blocks, for a loop that computes and converts to 16 bits is not vectorised.
 template <class T, class A>
 void write_grad_negative(const A* query, const T* negative, int64_t dim, const OwnFactors<A>& factors, T* grad) {
+  constexpr int64_t kBlock = 1024;
   const A factor = factors.of_query, projection = factors.projection;
-  if (projection == A(0)) {
+  A buffer[kBlock];
+  for (int64_t begin = 0; begin < dim; begin += kBlock) {
+    const int64_t count = dim - begin < kBlock ? dim - begin : kBlock;
+    A* out = buffer;
+    if constexpr (sizeof(T) == sizeof(A)) out = grad + begin;
+    const A* x = query + begin;
+    const T* n = negative + begin;
+    if (projection == A(0)) {
 #pragma omp simd
-    for (int64_t d = 0; d < dim; ++d) from_float(factor * query[d], &grad[d]);
-  } else {
+      for (int64_t d = 0; d < count; ++d) out[d] = factor * x[d];
+    } else {
 #pragma omp simd
-    for (int64_t d = 0; d < dim; ++d) from_float(factor * (query[d] - projection * to_float(negative[d])), &grad[d]);
+      for (int64_t d = 0; d < count; ++d) out[d] = factor * (x[d] - projection * to_float(n[d]));
+    }
+    if (out == buffer) store(buffer, count, grad + begin);
   }
 }
 
