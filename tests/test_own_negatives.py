@@ -176,7 +176,8 @@ def test_every_compiled_instruction_set(isa):
         "        assert_results(inputs, asked_for(inputs, outputs))\n"
     )
     here = Path(__file__).parent
-    environment = {**os.environ, "SSLKERNELS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here)))}
+    path = os.pathsep.join(map(str, (here.parent, here)))
+    environment = {**os.environ, "SSLKERNELS_CPU_ISA": isa, "PYTHONPATH": path}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
 
