@@ -149,14 +149,14 @@ H100 = {"processors": 132, "shared_per_block": 232448, "shared_per_processor": 2
 @pytest.mark.parametrize(
     ("device", "count", "dim", "whole", "team", "threads", "blocks"),
     [
-        (H100, 32, 1024, True, 32, 320, 3),
+        (H100, 32, 1024, True, 32, 256, 3),
         (H100, 8, 512, True, 32, 128, 4),
         (H100, 5, 128, True, 16, 32, 4),
         (H100, 64, 1024, True, 32, 1024, 1),  # a block has more than a third of the shared memory: one read
         (H100, 256, 768, False, 32, 320, 3),
         (H100, 512, 32, True, 4, 256, 4),
         (A100, 32, 1024, True, 32, 512, 2),
-        (A100, 256, 768, False, 32, 512, 2),
+        (A100, 256, 768, False, 32, 416, 2),
     ],
 )
 def test_plans_on_real_devices(device, count, dim, whole, team, threads, blocks, tmp_path):

@@ -410,9 +410,12 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
                              std::to_string(own.dim) + " columns");
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
-  const int64_t threads = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
-  const int64_t warps = ceil_div(int64_t(plan.tile) * plan.pitch, kBatch * kWarpSize);
-  plan.threads = int(std::clamp<int64_t>(warps, 1, threads)) * kWarpSize;
+  const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
+  const int64_t useful = ceil_div(int64_t(plan.tile) * plan.pitch, kBatch * kWarpSize);
+  // No more warps than take the negatives in as many turns.
+  const int64_t of_warps = ceil_div(plan.tile, kWarpSize / plan.team);
+  const int64_t turns = ceil_div(of_warps, std::clamp<int64_t>(useful, 1, most_warps));
+  plan.threads = int(ceil_div(of_warps, turns)) * kWarpSize;
   return plan;
 }
 
