@@ -6,10 +6,12 @@
 #include "bind.h"
 #include "bind_mask_tokens.h"
 #include "bind_own_negatives.h"
+#include "bind_pair_scores.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
 #include "cpu/own_negatives.h"
+#include "cpu/pair_scores.h"
 #include "cpu/scale_add.h"
 
 namespace sslkernels {
@@ -102,6 +104,92 @@ void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
   });
 }
 
+void pair_row_sums(Tensor products, OptionalTensor row_norm, OptionalTensor column_norm, Tensor scale,
+                   OptionalTensor bias, int64_t energy, OptionalTensor row_positive, OptionalTensor column_positive,
+                   OptionalTensor row_self, OptionalTensor column_self, OptionalTensor row_id, OptionalTensor column_id,
+                   bool ids_positive, OptionalTensor threshold, OptionalTensor positive_score,
+                   OptionalTensor cosine_row_norm, OptionalTensor cosine_column_norm, OptionalTensor max, Tensor sum,
+                   OptionalTensor active, OptionalTensor score_sum, OptionalTensor positive_sum, OptionalTensor spread,
+                   OptionalTensor beaten) {
+  const PairScores scores = pair_scores(products, row_norm, column_norm, scale, bias, energy, row_positive,
+                                        column_positive, row_self, column_self, row_id, column_id, ids_positive);
+  const auto type = accumulation_type(products);
+  const int64_t rows = scores.rows;
+  check_optional(threshold, rows, type, "threshold");
+  check_optional(positive_score, rows, type, "positive_score");
+  check_optional(cosine_row_norm, rows, type, "cosine_row_norm");
+  check_optional(cosine_column_norm, scores.columns, type, "cosine_column_norm");
+  check_optional(max, rows, type, "max");
+  check_optional(beaten, rows, torch::headeronly::ScalarType::Long, "beaten");
+  STD_TORCH_CHECK(max.has_value() == (scores.energy == Energy::kSoftmax), "sslkernels: softmax has maxima");
+  STD_TORCH_CHECK(threshold.has_value() == (scores.energy == Energy::kHinge), "sslkernels: hinge has thresholds");
+  STD_TORCH_CHECK(!beaten || positive_score, "sslkernels: beaten needs positive_score");
+  STD_TORCH_CHECK(!spread || (cosine_row_norm && cosine_column_norm), "sslkernels: spread needs norms");
+  PairRowSums sums{};
+  sums.max = max ? max->mutable_data_ptr() : nullptr;
+  sums.sum = sums_of(sum, rows, "sum");
+  sums.active = sums_of(active, rows, "active");
+  sums.score_sum = sums_of(score_sum, rows, "score_sum");
+  sums.positive_sum = sums_of(positive_sum, rows, "positive_sum");
+  sums.spread = sums_of(spread, rows, "spread");
+  sums.beaten = beaten ? static_cast<int64_t*>(beaten->mutable_data_ptr()) : nullptr;
+  sums.threshold = pointer(threshold);
+  sums.positive_score = pointer(positive_score);
+  sums.row_norm = pointer(cosine_row_norm);
+  sums.column_norm = pointer(cosine_column_norm);
+  torch::stable::parallel_for(0, rows, row_grain(scores.columns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(pair_row_sums, scores, sums, begin, end);
+  });
+}
+
+void pair_column_sums(Tensor products, OptionalTensor row_norm, OptionalTensor column_norm, Tensor scale,
+                      OptionalTensor bias, int64_t energy, OptionalTensor row_positive, OptionalTensor column_positive,
+                      OptionalTensor row_self, OptionalTensor column_self, OptionalTensor row_id,
+                      OptionalTensor column_id, bool ids_positive, OptionalTensor threshold, OptionalTensor max,
+                      Tensor sum, OptionalTensor active, OptionalTensor score_sum, OptionalTensor positive_sum) {
+  const PairScores scores = pair_scores(products, row_norm, column_norm, scale, bias, energy, row_positive,
+                                        column_positive, row_self, column_self, row_id, column_id, ids_positive);
+  const auto type = accumulation_type(products);
+  const int64_t columns = scores.columns;
+  check_optional(threshold, columns, type, "threshold");
+  check_optional(max, columns, type, "max");
+  STD_TORCH_CHECK(max.has_value() == (scores.energy == Energy::kSoftmax), "sslkernels: softmax has maxima");
+  STD_TORCH_CHECK(threshold.has_value() == (scores.energy == Energy::kHinge), "sslkernels: hinge has thresholds");
+  STD_TORCH_CHECK(active.has_value() || !threshold, "sslkernels: a threshold needs active");
+  PairColumnSums sums{};
+  sums.max = max ? max->mutable_data_ptr() : nullptr;
+  sums.sum = sums_of(sum, columns, "sum");
+  sums.active = sums_of(active, columns, "active");
+  sums.score_sum = sums_of(score_sum, columns, "score_sum");
+  sums.positive_sum = sums_of(positive_sum, columns, "positive_sum");
+  sums.threshold = pointer(threshold);
+  const int64_t blocks = (columns + kPairColumns - 1) / kPairColumns;
+  torch::stable::parallel_for(0, blocks, row_grain(scores.rows * kPairColumns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(pair_column_sums, scores, sums, begin, end);
+  });
+}
+
+void pair_gradient(Tensor products, OptionalTensor row_norm, OptionalTensor column_norm, Tensor scale,
+                   OptionalTensor bias, int64_t energy, OptionalTensor row_positive, OptionalTensor column_positive,
+                   OptionalTensor row_self, OptionalTensor column_self, OptionalTensor row_id, OptionalTensor column_id,
+                   bool ids_positive, OptionalTensor row_weight, OptionalTensor row_reference, OptionalTensor row_share,
+                   OptionalTensor row_smoothing, OptionalTensor column_weight, OptionalTensor column_reference,
+                   OptionalTensor column_share, OptionalTensor column_smoothing, Tensor dot, Tensor total) {
+  const PairScores scores = pair_scores(products, row_norm, column_norm, scale, bias, energy, row_positive,
+                                        column_positive, row_self, column_self, row_id, column_id, ids_positive);
+  const auto type = accumulation_type(products);
+  PairGradient gradient{};
+  gradient.row = pair_side(row_weight, row_reference, row_share, row_smoothing, scores.rows, type, scores);
+  gradient.column =
+      pair_side(column_weight, column_reference, column_share, column_smoothing, scores.columns, type, scores);
+  STD_TORCH_CHECK(scores.energy != Energy::kSigmoid || !column_weight, "sslkernels: sigmoid has no column side");
+  gradient.dot = sums_of(dot, scores.rows, "dot");
+  gradient.total = sums_of(total, scores.rows, "total");
+  torch::stable::parallel_for(0, scores.rows, row_grain(scores.columns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(pair_gradient, scores, gradient, begin, end);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -125,6 +213,23 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
       "Tensor(f!) grad_bias) -> ()");
   m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
+  m.def(
+      "pair_row_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor? positive_score, Tensor? "
+      "cosine_row_norm, Tensor? cosine_column_norm, Tensor(a!)? max, Tensor(b!) sum, Tensor(c!)? active, "
+      "Tensor(d!)? score_sum, Tensor(e!)? positive_sum, Tensor(f!)? spread, Tensor(g!)? beaten) -> ()");
+  m.def(
+      "pair_column_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor(a!)? max, Tensor(b!) sum, "
+      "Tensor(c!)? active, Tensor(d!)? score_sum, Tensor(e!)? positive_sum) -> ()");
+  m.def(
+      "pair_gradient(Tensor(a!) products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? row_weight, Tensor? row_reference, Tensor? "
+      "row_share, Tensor? row_smoothing, Tensor? column_weight, Tensor? column_reference, Tensor? column_share, "
+      "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
@@ -135,6 +240,9 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("pair_row_sums", TORCH_BOX(&pair_row_sums));
+  m.impl("pair_column_sums", TORCH_BOX(&pair_column_sums));
+  m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
 }
 
 }  // namespace sslkernels

@@ -2,6 +2,8 @@
 
 from sslkernels import nn
 from sslkernels.dispatch import available_backends, use_backend
+from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
+from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
@@ -9,14 +11,20 @@ from sslkernels.ops.random_bits import random_bits
 from sslkernels.version import __version__
 
 __all__ = [
+    "ContrastiveStats",
     "CrossEntropyStats",
     "MaskedTokens",
     "__version__",
     "available_backends",
+    "clip_loss",
+    "contrastive_energy",
     "cross_entropy",
+    "info_nce",
     "linear_cross_entropy",
     "mask_tokens",
     "nn",
+    "nt_xent",
     "random_bits",
+    "siglip_loss",
     "use_backend",
 ]

@@ -14,12 +14,21 @@ import torch
 from own_oracle import FEATURES, NAMES, OwnCase, asked_for, assert_results, make, oracle, pairs, pairwise_cases
 
 import sslkernels as sk
-from sslkernels import native
+from sslkernels import dispatch, native
 from sslkernels.ops.own_negatives import HINGE, SIGMOID, SOFTMAX, own_negatives
 
-OP = "info_nce"
 ENERGIES = (SOFTMAX, SIGMOID, HINGE)
 CASES = {str(case): case for case in pairwise_cases()}
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request, device):
+    """Those of this operator, which are more than those of the functions that use it."""
+    reason = own_negatives.why_not(request.param, torch.device(device))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with sk.use_backend(request.param):
+        yield request.param
 
 
 def check(case: OwnCase, device: str) -> None:
@@ -42,8 +51,8 @@ def test_against_float64(backend, device, name):
 @pytest.mark.parametrize("name", list(CASES)[::5])
 def test_triton_tiles(device, monkeypatch, name, tile):
     """Rows of several tiles, and negatives of several blocks, as long ones have them."""
-    if "triton" not in sk.available_backends(OP, device):
-        pytest.skip("no triton here")
+    if reason := own_negatives.why_not("triton", torch.device(device)):
+        pytest.skip(reason)
     from sslkernels.triton_kernels import own_negatives as launcher
     from sslkernels.triton_kernels.launch import Config
 

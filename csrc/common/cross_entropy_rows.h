@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "element.h"
 #include "row_loss.h"
 
 namespace sslkernels {
-
-enum class Element { kFloat, kDouble, kBFloat16, kHalf };
 
 // A is the accumulation type: double for double logits, else float. `grad` may be `logits`. Null: absent.
 struct CrossEntropyRows {

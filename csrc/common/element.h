@@ -14,6 +14,8 @@ struct Half {
   uint16_t bits;
 };
 
+enum class Element { kFloat, kDouble, kBFloat16, kHalf };
+
 // What sums and statistics are computed in.
 template <class T>
 struct Accumulation {

@@ -5,11 +5,10 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cross_entropy_rows.h"
+#include "element.h"
+#include "energy.h"
 
 namespace sslkernels {
-
-enum class Energy { kSoftmax, kSigmoid, kHinge };
 
 // Contiguous tensors. A is the accumulation type: double for double negatives, else float. Null: absent, or an output
 // that is not asked for.

@@ -47,13 +47,15 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
 
 
 class KeptGradient(Function):
-    """`scaled` of a gradient that the graph keeps. It takes the leaves of the loss, four at most, so that
+    """`scaled` of a gradient that the graph keeps. It takes the leaves of the loss, seven at most, so that
     differentiating it again raises, and is not zero."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(function, gradient, scale, dtype, leaf0, leaf1=None, leaf2=None, leaf3=None):
+    def forward(
+        function, gradient, scale, dtype, leaf0, leaf1=None, leaf2=None, leaf3=None, leaf4=None, leaf5=None, leaf6=None
+    ):
         return scaled(gradient, scale, dtype, saved=True)
 
     @staticmethod

@@ -1,0 +1,652 @@
+"""The contrastive energies over tiles of pair scores: the plan of every backend.
+
+Queries are taken in strips of rows. A strip's products with every shared candidate (the keys, the bank) fit a buffer
+that is reused; nothing of the size queries x keys lives. For sigmoid and hinge, and for a softmax over rows, one strip
+gives sums and then, from the same products, the gradient: three matmuls in all, two where the candidates are frozen. A
+softmax over columns needs the sums of all strips before the first gradient, and the products a second time: four.
+
+Where the queries are the keys and designate each other, scores are symmetric: a strip computes the columns from its own
+first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all.
+
+For query i with designated key j = positive[i] and scores s over its candidates,
+
+    softmax: (1 - e) * (lse_i - mean_{p in P_i} s_ip) + e * (lse_i - mean_c s_ic)      e = label_smoothing
+    sigmoid: softplus(-s_ij) + sum of softplus(s) over negatives (of softplus(-s) over further positives)
+    hinge:   sum of max(0, margin + s - s_ij) over negatives
+
+with P_i the designated pair and the further positives. The column direction is the same over the queries of key j. The
+designated pair never enters a tile: its score, loss and gradient are computed from the two rows in the accumulation
+dtype, so that a confident pair keeps them in half precision too.
+
+The gradient of a feature is accumulated as if u were the product of the features as they are: with r = 1 / norm, what
+is accumulated is r times the gradient of the normalised feature, of which the gradient is what is left without its part
+along x. No normalised copy of the features exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels.ops.contrastive_types import (
+    PairGradients,
+    PairInputs,
+    PairOptions,
+    PairState,
+    PairStatistics,
+    PairWanted,
+    empty_gradients,
+    empty_state,
+    empty_statistics,
+    gradient_dtype,
+)
+from sslkernels.ops.designated import Designated, row_blocks
+from sslkernels.ops.own_negatives import own_negatives
+from sslkernels.ops.pair_scores import (
+    HINGE,
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    Labels,
+    PairKernels,
+    RowSums,
+    Side,
+    Thresholds,
+    Tile,
+)
+from sslkernels.ops.rows import accumulation_dtype
+
+NORM_EPS = 1e-12
+
+
+def forward(
+    kernels: PairKernels,
+    inputs: PairInputs,
+    options: PairOptions,
+    coefficient: Tensor | None,
+    compute_dtype: torch.dtype,
+    wanted: PairWanted,
+    stats: bool,
+) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
+    """Losses and statistics, and the gradients of sum(coefficient * loss) where they are wanted."""
+    plan = _Plan(kernels, inputs, options, coefficient, compute_dtype, wanted, stats)
+    plan.walk(sums=True, gradient=plan.wants_gradients and not plan.two_pass)
+    if options.columns:
+        plan.finish_columns()
+    if plan.wants_gradients and plan.two_pass:
+        plan.walk(sums=False, gradient=True)
+    return plan.loss, plan.state, plan.statistics(), plan.gradients()
+
+
+def backward(
+    kernels: PairKernels,
+    inputs: PairInputs,
+    options: PairOptions,
+    grad_loss: Tensor,
+    state: PairState,
+    compute_dtype: torch.dtype,
+    wanted: PairWanted,
+) -> PairGradients:
+    """The gradients of sum(grad_loss * loss), from products computed again."""
+    plan = _Plan(kernels, inputs, options, grad_loss, compute_dtype, wanted, False)
+    if options.energy == SOFTMAX:
+        plan.restore(state)
+        plan.walk(sums=False, gradient=True)
+    else:
+        plan.walk(sums=True, gradient=True)
+        if options.columns:
+            plan.finish_columns()
+    return plan.gradients()
+
+
+class _Block(NamedTuple):
+    """Candidates that all queries share: their features, inverse norms, labels; whether a row's candidates and a
+    column's queries are summed; whether they are the keys (`spread`), or a column for each pair (`pairs`); where their
+    gradient accumulates."""
+
+    values: Tensor
+    norm: Tensor | None
+    labels: tuple[Tensor | None, Tensor | None, Tensor | None]
+    rows: bool
+    columns: bool
+    spread: bool
+    pairs: bool
+    gradient: Tensor | None
+
+
+class _Piece(NamedTuple):
+    """The columns of a block that a strip computes, and what is summed over them. twice: the tile holds each pair of
+    the strip's rows in both orders."""
+
+    block: _Block
+    columns: slice
+    rows_summed: bool
+    columns_summed: bool
+    twice: bool
+
+
+class _Plan:
+    def __init__(
+        self,
+        kernels: PairKernels,
+        inputs: PairInputs,
+        options: PairOptions,
+        coefficient: Tensor | None,
+        compute_dtype: torch.dtype,
+        wanted: PairWanted,
+        stats: bool,
+    ) -> None:
+        self.kernels = kernels
+        self.inputs = inputs
+        self.options = options
+        self.stats = stats
+        self.wanted = wanted
+        self.wants_gradients = coefficient is not None and any(wanted)
+        self.mutual = inputs.key is None
+        self.two_pass = options.energy == SOFTMAX and (options.columns or self.mutual)
+        self.acc = accumulation_dtype(inputs.query.dtype)
+        # On a CPU a float16 matmul is about a thousand times slower than a float32 one.
+        cpu_half = inputs.query.device.type == "cpu" and compute_dtype == torch.float16
+        self.dtype = torch.float32 if cpu_half else compute_dtype
+        self.count = inputs.query.shape[0]
+        self.query = inputs.query.to(self.dtype)
+        self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)
+        self.bank = None if inputs.bank is None or not options.rows else inputs.bank.to(self.dtype)
+        self.own = inputs.negatives if options.rows else None
+
+        self.query_norm = self.key_norm = self.bank_norm = None
+        if options.normalize:
+            self.query_norm = _inverse_norm(self.query, self.acc)
+            self.key_norm = self.query_norm if self.mutual else _inverse_norm(self.key, self.acc)
+            self.bank_norm = None if self.bank is None else _inverse_norm(self.bank, self.acc)
+        self.designated = Designated(
+            inputs.positive, inputs.self_index, self.count, self.key.shape[0], self.query.device, inputs.query_ids, inputs.key_ids,
+            in_batch=options.in_batch, ids_positive=options.ids_positive,
+        )  # fmt: skip
+        self.row_candidates = self.designated.row_candidates
+        if self.bank is not None:
+            self.row_candidates = self.row_candidates + self.bank.shape[0]
+        if self.own is not None:
+            mask = inputs.negatives_mask
+            self.row_candidates = self.row_candidates + (self.own.shape[1] if mask is None else mask.sum(1))
+        self._score_designated()
+        self._weigh(coefficient)
+        self._allocate()
+
+    def _score_designated(self) -> None:
+        """u and s of the designated pairs, and the thresholds of hinge: what a negative exceeds where it costs."""
+        pairs, inputs = self.designated, self.inputs
+        product = self.query.new_zeros(self.count, dtype=self.acc)
+        for rows, x, y in self._designated_features():
+            product[rows] = (x * y).sum(1)
+        self.positive_norm = None
+        if self.query_norm is not None:
+            self.positive_norm = self.query_norm * pairs.of_columns(self.key_norm)
+            product = product * self.positive_norm
+        self.positive_u = product.masked_fill(pairs.invalid, float("nan"))
+        self.score = inputs.logit_scale * self.positive_u
+        if inputs.logit_bias is not None:
+            self.score = self.score + inputs.logit_bias
+        self.row_threshold = self.column_threshold = None
+        if self.options.energy == HINGE:
+            threshold = (self.score - self.options.margin).masked_fill(~pairs.counted, float("inf"))
+            self.row_threshold = threshold
+            # A column for each pair: a key that several rows designate has several thresholds.
+            self.column_threshold = F.pad(threshold, (0, self._hinge_columns() - self.count), value=float("inf"))
+
+    def _hinge_columns(self) -> int:
+        return self.key.shape[0] if self.designated.in_order else self.count
+
+    def _designated_features(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, their queries, their designated keys) in the accumulation dtype, a block of rows at a time."""
+        if self.key.shape[0] == 0:
+            return
+        for rows in row_blocks(self.count, self.query.shape[1]):
+            keys = self.key[rows] if self.designated.in_order else self.key[self.designated.index[rows]]
+            yield rows, self.query[rows].to(self.acc), keys.to(self.acc)
+
+    def _weigh(self, coefficient: Tensor | None) -> None:
+        """The weights of rows and columns in sum(coefficient * loss) / scale, as sides of the gradient."""
+        options, pairs = self.options, self.designated
+        self.half = 0.5 if options.rows and options.columns else 1.0
+        self.losing = torch.ones_like(pairs.has) if options.energy == SIGMOID else pairs.counted
+        self.scale = torch.ones((), dtype=self.acc, device=self.query.device)
+        self.row, self.column = Side(), Side()
+        if not self.wants_gradients:
+            return
+        weight = torch.where(self.losing, coefficient.to(self.acc), 0)
+        if torch.float16 in (self.inputs.query.dtype, self.dtype) and self.count:
+            # In float16 a gradient is held over the largest coefficient: 1 / N would vanish in its subnormals.
+            largest = weight.abs().max() * self.inputs.logit_scale.abs().clamp(min=1).reshape(())
+            self.scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+        self.weight = weight = self.half * weight / self.scale
+        e, softmax = options.label_smoothing, options.energy == SOFTMAX
+
+        def side(weight: Tensor, reference: Tensor | None, positives: Tensor, candidates: Tensor) -> Side:
+            share = (1 - e) * weight / positives.clamp(min=1) if options.ids_positive and softmax else None
+            return Side(weight, reference, share, e * weight / candidates.clamp(min=1) if e > 0 else None)
+
+        if options.rows:
+            self.row = side(weight, self.row_threshold, pairs.row_positives, self.row_candidates)
+        if options.columns and options.energy == HINGE:
+            self.column = Side(F.pad(weight, (0, self._hinge_columns() - self.count)), self.column_threshold)
+        elif options.columns:
+            total = pairs.scatter(weight, weight.new_zeros(self.key.shape[0]))
+            self.column = side(total, None, pairs.column_positives, pairs.column_candidates)
+
+    def _allocate(self) -> None:
+        options, wanted, pairs = self.options, self.wanted, self.designated
+        softmax, hinge = options.energy == SOFTMAX, options.energy == HINGE
+
+        def gradient(values: Tensor | None, want: bool) -> Tensor | None:
+            if values is None or not (want and self.wants_gradients):
+                return None
+            return values.new_zeros(values.shape, dtype=self.acc)
+
+        self.grad_query = gradient(self.query, wanted.query)
+        self.grad_key = self.grad_query if self.mutual else gradient(self.key, wanted.key)
+        self.grad_bank = gradient(self.bank, wanted.bank)
+        self.grad_pair_key = self.own_query = self.grad_own = None
+        if self.own is not None and self.wants_gradients:
+            self.own_query = torch.empty_like(self.grad_query) if wanted.query else None
+            self.grad_own = torch.empty_like(self.own) if wanted.negatives else None
+
+        self.blocks: list[_Block] = []
+        if options.in_batch:
+            gathers = hinge and options.columns and not pairs.in_order and self.key.shape[0] > 0
+            labels = tuple(pairs.key_labels)
+            columns = options.columns and not gathers
+            self.blocks.append(
+                _Block(self.key, self.key_norm, labels, options.rows, columns, True, False, self.grad_key)
+            )
+            if gathers:
+                self.grad_pair_key = gradient(self.query, wanted.key)
+                norm, *others = (None if v is None else v[pairs.index] for v in (self.key_norm, *labels[1:]))
+                labels = (pairs.row_labels[0], *others)
+                self.blocks.append(
+                    _Block(self.key[pairs.index], norm, labels, False, True, False, True, self.grad_pair_key)
+                )
+        if self.bank is not None:
+            none = (None, None, None)
+            self.blocks.append(_Block(self.bank, self.bank_norm, none, True, False, False, False, self.grad_bank))
+
+        def zeros(count: int, needed: bool = True) -> Tensor | None:
+            return self.query.new_zeros(count, dtype=torch.float64) if needed else None
+
+        def sums(count: int, softmax: bool) -> tuple[Tensor | None, ...]:
+            lowest = self.query.new_full((count,), float("-inf"), dtype=self.acc) if softmax else None
+            smooth, further = options.label_smoothing > 0, softmax and options.ids_positive
+            return (
+                lowest,
+                zeros(count),
+                zeros(count, not softmax and hinge),
+                zeros(count, smooth),
+                zeros(count, further),
+            )
+
+        n = self.count
+        self.row_sums = RowSums(*sums(n, softmax), None, None)
+        columns = self._hinge_columns() if hinge else self.key.shape[0]
+        self.column_sums = ColumnSums(*(self.row_sums[:5] if self.mutual else sums(columns, softmax)))
+        self.statistic_sums = None
+        if self.stats:
+            # Of all candidates as a softmax over rows has them, whatever the loss.
+            counting = (zeros(n), self.query.new_zeros(n, dtype=torch.int64))
+            shared = softmax and options.rows
+            self.statistic_sums = RowSums(*(self.row_sums[:5] if shared else sums(n, True)), *counting)
+            if shared:
+                self.row_sums = self.statistic_sums
+            self.own_lse = self.query.new_full((n,), float("-inf"), dtype=self.acc)
+            self.cosine_norms = (self.query_norm, self.key_norm)
+            if not options.normalize:
+                self.cosine_norms = tuple(_inverse_norm(values, self.acc) for values in (self.query, self.key))
+        self.loss = self.query.new_zeros(n, dtype=self.acc)
+        self.state = empty_state(self.inputs, options)
+        self.dot, self.total = zeros(n), zeros(n)
+        self.positive_gradient = self.query.new_zeros(n, dtype=self.acc)
+
+    # -- tiles --------------------------------------------------------------------------------------------------------
+
+    def walk(self, sums: bool, gradient: bool) -> None:
+        """Takes the strips one after the other. sums: of rows and columns, with the losses of the rows."""
+        columns = sum(block.values.shape[0] for block in self.blocks)
+        strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient)
+        buffer = self.query.new_empty(strip * columns) if needs_products else None
+        for begin in range(0, self.count, strip):
+            rows = slice(begin, min(begin + strip, self.count))
+            tiles = [(piece, self._tile(rows, piece, products)) for piece, products in self._pieces(rows, buffer)]
+            if sums:
+                for piece, tile in tiles:
+                    self._add_sums(rows, piece, tile)
+                self._finish_rows(rows)
+            if gradient:
+                for piece, tile in tiles:
+                    self._add_gradient(rows, piece, tile)
+
+    def _pieces(self, rows: slice, buffer: Tensor | None) -> Iterator[tuple[_Piece, Tensor | None]]:
+        """The pieces of a strip, each with the place of its products in the buffer."""
+        begin, height = 0, rows.stop - rows.start
+        for block in self.blocks:
+            pieces = [_Piece(block, slice(0, block.values.shape[0]), block.rows, block.columns, False)]
+            if self.mutual:
+                later = slice(rows.stop, self.count)
+                pieces = [_Piece(block, rows, True, False, True), _Piece(block, later, True, True, False)]
+            for piece in pieces:
+                width = piece.columns.stop - piece.columns.start
+                if width > 0:
+                    end = begin + height * width
+                    yield piece, None if buffer is None else buffer[begin:end].view(height, width)
+                    begin = end
+
+    def _tile(self, rows: slice, piece: _Piece, products: Tensor | None) -> Tile:
+        block, columns = piece.block, piece.columns
+        labels: list[Tensor | None] = []
+        for row, column in zip(self.designated.row_labels, block.labels, strict=True):
+            paired = row is not None and column is not None
+            labels += [row[rows], column[columns]] if paired else [None, None]
+        tile = Tile(
+            self.query[rows],
+            block.values[columns],
+            products,
+            None if self.query_norm is None else self.query_norm[rows],
+            None if block.norm is None else block.norm[columns],
+            self.inputs.logit_scale,
+            self.inputs.logit_bias,
+            self.options.energy,
+            Labels(*labels),
+            self.options.ids_positive,
+        )
+        self.kernels.begin(tile)
+        return tile
+
+    def _add_sums(self, rows: slice, piece: _Piece, tile: Tile) -> None:
+        block, columns = piece.block, piece.columns
+        row_threshold = None if self.row_threshold is None else self.row_threshold[rows]
+        column_threshold = None if self.column_threshold is None else self.column_threshold[columns]
+        thresholds = Thresholds(row_threshold, column_threshold, self.score[rows])
+        norms = (self.cosine_norms[0][rows], self.cosine_norms[1][columns]) if self.stats and block.spread else None
+
+        def row_sums(sums: RowSums) -> RowSums:
+            part = RowSums(*_part(sums, rows))
+            return part if norms is not None else part._replace(spread=None)
+
+        by_row = row_sums(self.row_sums) if piece.rows_summed else None
+        by_column = ColumnSums(*_part(self.column_sums, columns)) if piece.columns_summed else None
+        if by_row is not None or by_column is not None:
+            self.kernels.sums(tile, by_row, by_column, thresholds, norms)
+        if self.statistic_sums is not None and self.statistic_sums is not self.row_sums and not block.pairs:
+            statistic = row_sums(self.statistic_sums)
+            self.kernels.sums(tile._replace(energy=SOFTMAX), statistic, None, thresholds, norms)
+
+    def _add_gradient(self, rows: slice, piece: _Piece, tile: Tile) -> None:
+        block, columns = piece.block, piece.columns
+        row = Side(*_part(self.row, rows)) if block.rows else Side()
+        column = Side(*_part(self.column, columns)) if block.columns else Side()
+        if self.mutual:
+            column = Side(*_part(self.row, columns))
+        dot = torch.zeros_like(self.dot[rows]) if piece.twice else self.dot[rows]
+        grad_query = None if self.grad_query is None else self.grad_query[rows]
+        grad_values = None if block.gradient is None or piece.twice else block.gradient[columns]
+        self.kernels.add_gradients(tile, row, column, dot, self.total[rows], grad_query, grad_values)
+        if piece.twice:
+            self.dot[rows].add_(dot, alpha=0.5)
+
+    # -- complete rows and columns ------------------------------------------------------------------------------------
+
+    def _finish_rows(self, rows: slice) -> None:
+        """The losses of rows whose sums are complete, and what their gradient needs."""
+        options = self.options
+        if not options.rows:
+            return
+        sums = RowSums(*_part(self.row_sums, rows))
+        score, counted = self.score[rows], self.designated.counted[rows]
+        if options.energy == SOFTMAX:
+            others = _log_sum(sums).to(self.acc)
+            own = self._add_own(rows, torch.where(counted, torch.logaddexp(others, score), others))
+            if own is not None:
+                others = torch.logaddexp(others, torch.logsumexp(own[0], 1))
+            self.state.row_others[rows] = others
+            loss = self._softmax_loss(
+                others, sums, score, torch.logaddexp(others, score), self.designated.row_positives[rows],
+                self.row_candidates[rows], None if own is None else own[0],
+            )  # fmt: skip
+            self._finish_row_side(rows)
+        else:
+            own = self._add_own(rows, None if self.row_threshold is None else self.row_threshold[rows])
+            loss = sums.sum.to(self.acc)
+            if own is not None:
+                loss = loss + own[1]
+            if options.energy == SIGMOID:
+                loss = loss + torch.where(counted, -F.logsigmoid(score), 0)
+            if self.wants_gradients:
+                weight = self.row.weight[rows]
+                slope = torch.where(counted, torch.sigmoid(-score), 0) if options.energy == SIGMOID else sums.active
+                self.positive_gradient[rows] -= (weight * slope).to(self.acc)
+        if own is not None and self.statistic_sums is not None:
+            self.statistic_sums.beaten[rows] += (own[0] > score.unsqueeze(1)).sum(1)
+            self.own_lse[rows] = torch.logsumexp(own[0], 1)
+        self.loss[rows] += self.half * torch.where(self.losing[rows], loss, 0)
+
+    def _add_own(self, rows: slice, reference: Tensor | None, final: bool = False) -> tuple[Tensor, Tensor] | None:
+        """(scores, value) of the rows' own negatives, as `own_negatives`; their gradients go where they are kept."""
+        if self.own is None:
+            return None
+        options, inputs = self.options, self.inputs
+        weight = self.row.weight[rows] if self.wants_gradients else None
+        scores, value, grad_query, grad_negatives, dot, total = own_negatives(
+            inputs.query[rows].to(self.own.dtype),
+            self.own[rows],
+            None if inputs.negatives_mask is None else inputs.negatives_mask[rows],
+            None if self.query_norm is None else self.query_norm[rows],
+            inputs.logit_scale,
+            inputs.logit_bias,
+            options.energy,
+            reference,
+            weight,
+            None if self.row.smoothing is None else self.row.smoothing[rows],
+            final,
+            self.own_query is not None,
+            self.grad_own is not None,
+            True,
+        )
+        if weight is not None:
+            self.dot[rows] += dot
+            self.total[rows] += total
+            if options.energy == HINGE:
+                self.positive_gradient[rows] -= total
+        if self.own_query is not None:
+            self.own_query[rows] = grad_query
+        if self.grad_own is not None:
+            self.grad_own[rows] = grad_negatives
+        return scores, value
+
+    def _softmax_loss(
+        self,
+        others: Tensor,
+        sums: RowSums | ColumnSums,
+        score: Tensor,
+        lse: Tensor,
+        positives: Tensor,
+        candidates: Tensor,
+        own_scores: Tensor | None = None,
+    ) -> Tensor:
+        """Of pairs whose own score is left out of `others` and of the sums."""
+        e = self.options.label_smoothing
+        loss = -F.logsigmoid(score - others)
+        if self.options.ids_positive:
+            loss = (lse - (sums.positive_sum + score) / positives).to(self.acc)
+        if e == 0:
+            return loss
+        score_sum = sums.score_sum + score
+        if own_scores is not None:
+            score_sum = score_sum + own_scores.masked_fill(own_scores == float("-inf"), 0).sum(1)
+        return (1 - e) * loss + e * (lse - score_sum / candidates).to(self.acc)
+
+    def finish_columns(self) -> None:
+        """The losses of the column direction, whose sums are complete after the last strip."""
+        pairs, sums, score = self.designated, self.column_sums, self.score
+        if self.options.energy == HINGE:
+            loss = sums.sum[: self.count].to(self.acc)
+            if self.wants_gradients:
+                self.positive_gradient -= (self.weight * sums.active[: self.count]).to(self.acc)
+        else:
+            lse, others = pairs.log_sum_exp(_log_sum(sums).to(self.acc), score)
+            self.state.column_lse.copy_(lse)
+            self.state.column_others.copy_(others)
+            wide = score.double().masked_fill(~pairs.has, 0)
+
+            def without_own_pair(values: Tensor | None) -> Tensor | None:
+                """Sums over the column of each row, its own pair left out and those of other rows not."""
+                return None if values is None else pairs.of_columns(pairs.scatter(wide, values.clone())) - score
+
+            others_sums = sums._replace(
+                score_sum=without_own_pair(sums.score_sum), positive_sum=without_own_pair(sums.positive_sum)
+            )
+            loss = self._softmax_loss(
+                others, others_sums, score, torch.logaddexp(others, score), pairs.of_columns(pairs.column_positives),
+                pairs.of_columns(pairs.column_candidates),
+            )  # fmt: skip
+            self._finish_column_side()
+        self.loss += self.half * torch.where(self.losing, loss, 0)
+
+    def restore(self, state: PairState) -> None:
+        """Takes the state of a forward instead of the sums."""
+        self.state = state
+        if self.options.rows:
+            everything = slice(0, self.count)
+            lse = torch.logaddexp(state.row_others, self.score)
+            self._add_own(everything, torch.where(self.designated.counted, lse, state.row_others), final=True)
+            self._finish_row_side(everything)
+        if self.options.columns:
+            self._finish_column_side()
+
+    def _finish_row_side(self, rows: slice) -> None:
+        """The references of softmax rows and the gradient of their designated scores."""
+        if not self.wants_gradients:
+            return
+        others, score, counted = self.state.row_others[rows], self.score[rows], self.designated.counted[rows]
+        if self.row.reference is None:
+            self.row = self.row._replace(reference=torch.empty_like(self.score))
+        # Nothing is weighed where nothing is designated: every exponential is 0.
+        self.row.reference[rows] = torch.logaddexp(others, score).masked_fill(~counted, float("inf"))
+        weight, _, share, smoothing = _part(self.row, rows)
+        self.positive_gradient[rows] += self._softmax_slope(weight, others, score, share, smoothing)
+
+    def _finish_column_side(self) -> None:
+        """The same of the columns, of which one may be designated by several rows."""
+        if not self.wants_gradients:
+            return
+        pairs, state = self.designated, self.state
+        self.column = self.column._replace(
+            reference=state.column_lse.masked_fill(pairs.designations == 0, float("inf"))
+        )
+        weight, _, share, smoothing = (None if v is None else pairs.of_columns(v) for v in self.column)
+        slope = self._softmax_slope(self.weight, state.column_others, self.score, share, smoothing)
+        of_other_rows = weight - self.weight
+        probability = (self.score - pairs.of_columns(state.column_lse)).exp()
+        self.positive_gradient += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
+
+    def _softmax_slope(
+        self, weight: Tensor, others: Tensor, score: Tensor, share: Tensor | None, smoothing: Tensor | None
+    ) -> Tensor:
+        """weight * (probability - 1) + weight - share - smoothing, without the cancellation of a confident pair."""
+        if share is None:
+            share = (1 - self.options.label_smoothing) * weight
+        slope = (weight - share) - weight * torch.sigmoid(others - score)
+        if smoothing is not None:
+            slope = slope - smoothing
+        return torch.where(weight != 0, slope, 0)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> PairStatistics:
+        sums, pairs, counted = self.statistic_sums, self.designated, self.designated.counted
+        if sums is None:
+            return empty_statistics(self.query, False)
+        others = torch.logaddexp(_log_sum(sums), self.own_lse.double())
+        lse = torch.where(counted, torch.logaddexp(others, self.score.double()), others)
+        positive = self.score
+        if sums.positive_sum is not None:
+            positive = (sums.positive_sum + self.score) / pairs.row_positives
+        cosine = self.positive_u
+        if not self.options.normalize:
+            cosine = cosine * self.cosine_norms[0] * pairs.of_columns(self.cosine_norms[1])
+        pair_count = (pairs.row_candidates - pairs.has.long()).sum() if self.options.in_batch else 0
+        return PairStatistics(
+            lse.to(self.acc),
+            positive.to(self.acc).masked_fill(~counted, 0),
+            sums.beaten.masked_fill(~counted, -1),
+            torch.where(counted, 2 - 2 * cosine, 0).sum() / counted.sum(),
+            (sums.spread.sum() / pair_count).log().to(self.acc),
+        )
+
+    def gradients(self) -> PairGradients:
+        if not self.wants_gradients:
+            return empty_gradients(self.inputs, PairWanted(*[False] * 6))
+        gradient, inputs = self.positive_gradient, self.inputs
+        logit_scale = self.dot.sum() + (gradient * self.positive_u.masked_fill(gradient == 0, 0)).sum()
+        logit_bias = self.total.sum() + gradient.sum() if self.options.energy == SIGMOID else gradient.new_zeros(1)
+        self._add_designated()
+        norms = (self.query_norm, self.key_norm, self.bank_norm)
+        features = (self.query, None if self.mutual else self.key, self.bank)
+        totals = (self.grad_query, None if self.mutual else self.grad_key, self.grad_bank)
+        own = (self.own_query, None, None)
+        results = []
+        for total, values, norm, part, original, want in zip(
+            totals, features, norms, own, (inputs.query, inputs.key, inputs.bank), self.wanted[:3], strict=True
+        ):
+            if total is not None:
+                self._finish_gradient(total, values, norm, part)
+                results.append(total.to(gradient_dtype(original)))
+            elif want and original is not None:  # a bank that takes no part
+                results.append(torch.zeros_like(original, dtype=gradient_dtype(original)))
+            else:
+                results.append(self.query.new_empty(0))
+        negatives = self.query.new_empty(0)
+        if self.wanted.negatives and inputs.negatives is not None:
+            negatives = torch.zeros_like(inputs.negatives) if self.grad_own is None else self.grad_own
+        scalars = (logit_scale.reshape(1).to(self.acc), logit_bias.reshape(1).to(self.acc))
+        return PairGradients(*results, negatives, *scalars, self.scale)
+
+    def _finish_gradient(self, total: Tensor, values: Tensor, norm: Tensor | None, own: Tensor | None) -> None:
+        """Applies logit_scale, adds what the own negatives gave, and takes out what normalisation does."""
+        for rows in row_blocks(*total.shape):
+            part = total[rows].mul_(self.inputs.logit_scale)
+            if own is not None:
+                part += own[rows]
+            if norm is not None:
+                x, r = values[rows].to(self.acc), norm[rows]
+                along = (part * x).sum(1) * r * r
+                along = torch.where(r * NORM_EPS < 1, along, 0)  # a norm that was clamped is a constant
+                part.addcmul_(along.unsqueeze(1), x, value=-1)
+
+    def _add_designated(self) -> None:
+        """What the designated pairs add to the gradients of queries and keys, and the columns of pairs to the keys."""
+        pairs, gradient = self.designated, self.positive_gradient
+        if self.positive_norm is not None:
+            gradient = torch.where(gradient != 0, gradient * self.positive_norm, 0)
+        for rows, x, y in self._designated_features():
+            part = gradient[rows].unsqueeze(1)
+            if self.grad_query is not None:
+                self.grad_query[rows] += torch.where(part != 0, part * y, 0)
+            if self.grad_key is not None:
+                pairs.scatter(torch.where(part != 0, part * x, 0), self.grad_key, rows)
+        if self.grad_pair_key is not None:
+            pairs.scatter(self.grad_pair_key, self.grad_key)
+
+
+def _part(values: tuple[Tensor | None, ...], at: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if v is None else v[at] for v in values)
+
+
+def _log_sum(sums: RowSums | ColumnSums) -> Tensor:
+    """log(sum) + max, -inf of nothing."""
+    return torch.where(sums.sum == 0, float("-inf"), sums.max + sums.sum.log())
+
+
+def _inverse_norm(values: Tensor, acc: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(values, dim=1, dtype=acc).clamp_min(NORM_EPS).reciprocal()
