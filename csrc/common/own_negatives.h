@@ -36,10 +36,10 @@ struct OwnNegatives {
   void* grad_bias;
 };
 
-// Whether the weight of a negative depends on its own score alone.
-inline bool weights_are_apart(const OwnNegatives& own) { return own.energy != Energy::kSoftmax || own.final; }
-
 namespace {  // one copy for each instruction set of the CPU
+
+// Whether the weight of a negative depends on its own score alone.
+SSLKERNELS_HD bool weights_are_apart(const OwnNegatives& own) { return own.energy != Energy::kSoftmax || own.final; }
 
 SSLKERNELS_HD bool takes_part(const OwnNegatives& own, int64_t negative) {
   return own.mask == nullptr || own.mask[negative] != 0;

@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const Block<T, kAligned> block(own, plan);
   const OwnRow<A> row = own_row<A>(own, block.i);
   const bool gradient = own.coefficient != nullptr;
-  const bool apart = row.energy != Energy::kSoftmax || row.final;
+  const bool apart = weights_are_apart(own);
   const bool one_tile = own.count <= plan.tile;
   OwnSums<A> sums = OwnSums<A>::identity();
   block.load_query();  // there at the first barrier
