@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from benchmarks import harness, providers
 from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
-from sslkernels import native
+from sslkernels import native, use_backend
+from sslkernels.ops.own_negatives import SOFTMAX, own_negatives
 from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, Rows, TritonRows, accumulation_dtype
 
 OP = "kernels"
@@ -29,13 +31,15 @@ Inputs = dict[str, Tensor]
 @dataclass(frozen=True)
 class Kernel:
     """floor: its arguments for a case; call: one launch into memory that is there; results: what to check of it;
-    oracle: the same in float64; eager: what torch does for it, where it is not a `Rows`."""
+    oracle: the same in float64; eager: what torch does for it, where it is not a `Rows`; triton: it is there in Triton
+    too."""
 
     floor: Callable[[Case], dict[str, int]]
     call: Callable[[Rows, Case, Inputs], object]
     results: Callable[[Case, Inputs], tuple[Tensor, ...]]
     oracle: Callable[[Case, Inputs], tuple[Tensor, ...]]
     eager: Callable[[Case, Inputs], object] | None = None
+    triton: bool = False
 
 
 def _sizes(case: Case) -> tuple[int, int, int]:
@@ -69,6 +73,37 @@ def _row_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     return (loss.detach(), grad)
 
 
+def _own(rows: Rows, case: Case, t: Inputs) -> None:
+    coefficient = t["coefficient"] if case.backward else None
+    with use_backend("triton" if isinstance(rows, TritonRows) else t["query"].device.type):
+        outputs = own_negatives(
+            t["query"], t["negatives"], None, None, t["scale"], None, SOFTMAX, t["reference"], coefficient, None,
+            False, True, True, False,
+        )  # fmt: skip
+    t["value"], t["grad_query"], t["grad_negatives"] = outputs[1:4]
+
+
+def _own_eager(case: Case, t: Inputs, dtype: torch.dtype | None = None) -> None:
+    query, negatives = (t[name].detach().to(dtype).requires_grad_(case.backward) for name in ("query", "negatives"))
+    scores = torch.einsum("nd,nkd->nk", query, negatives) * t["scale"].to(query.dtype)
+    candidates = torch.cat([t["reference"].to(query.dtype).unsqueeze(1), scores], 1)
+    value = candidates.logsumexp(1)
+    t["value"] = value.detach()
+    if case.backward:
+        grads = torch.autograd.grad(value, (query, negatives), t["coefficient"].to(query.dtype))
+        t["grad_query"], t["grad_negatives"] = grads
+
+
+def _own_results(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    return (t["value"], t["grad_negatives"]) if case.backward else (t["value"],)
+
+
+def _own_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    wide = dict(t)
+    _own_eager(case, wide, torch.float64)
+    return _own_results(case, wide)
+
+
 def _native(name: str) -> Callable[..., object]:
     return getattr(torch.ops.sslkernels_native, name)
 
@@ -79,12 +114,29 @@ KERNELS = {
         _forward,
         lambda case, t: (t["loss"], t["grad"]) if case.backward else (t["loss"],),
         _row_oracle,
+        triton=True,
     ),
     "cross_entropy_rows_bwd": Kernel(
         _rows_floor,
         _backward,
         lambda case, t: (t["grad"],),
         lambda case, t: _row_oracle(case, t)[1:],
+        triton=True,
+    ),
+    "own_negatives": Kernel(
+        lambda case: {
+            "rows": case.shape["N"],
+            "count": case.shape["K"],
+            "dim": case.shape["D"],
+            "element_bytes": case.dtype.itemsize,
+            "normalise": False,
+            "gradient": case.backward,
+        },
+        _own,
+        _own_results,
+        _own_oracle,
+        _own_eager,
+        triton=True,
     ),
     "column_sums": Kernel(
         lambda case: {"rows": case.shape["N"], "columns": case.shape["V"], "element_bytes": case.dtype.itemsize},
@@ -129,26 +181,45 @@ make_case = functools.partial(make_kernel_case, "cross_entropy_rows_fwd")
 
 def cases(device: str) -> list[Case]:
     if device == "cpu":
-        shape = {"N": 1024, "V": 50257}
-        return [make_case(shape, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        dtypes = (torch.float32, torch.bfloat16)
+        own = [make_kernel_case("own_negatives", {"N": 4096, "K": 32, "D": 256}, dtype) for dtype in dtypes]
+        return [make_case({"N": 1024, "V": 50257}, dtype) for dtype in dtypes] + own
     found = []
     for n, v in ((8192, 128256), (16384, 30522), (8192, 50265), (8192, 256000)):
         shape = {"N": n, "V": v}
         found += [make_case(shape), make_case(shape, bias=True), make_case(shape, backward=False)]
         found.append(make_kernel_case("cross_entropy_rows_bwd", shape))
     found.append(make_case({"N": 8192, "V": 50265}, torch.float32))
+    for n, k, d in ((8192, 32, 1024), (65536, 8, 512)):
+        found.append(make_kernel_case("own_negatives", {"N": n, "K": k, "D": d}))
+    found.append(make_kernel_case("own_negatives", {"N": 8192, "K": 32, "D": 1024}, backward=False))
+    found.append(make_kernel_case("own_negatives", {"N": 8192, "K": 32, "D": 512}, torch.float32))
     for kernel in ("column_sums", "scale_add"):
         found += [make_kernel_case(kernel, {"N": n, "V": v}) for n, v in ((16384, 30522), (8192, 50265))]
     return found
 
 
 def smoke_cases(device: str) -> list[Case]:
-    shape = {"N": 33, "V": 1003}
     names = [name for name in KERNELS if device == "cuda" or name != "column_sums"]
-    return [make_kernel_case(name, shape, bias=name.startswith("cross")) for name in names]
+    shapes = {name: {"N": 33, "V": 1003} for name in names} | {"own_negatives": {"N": 33, "K": 7, "D": 77}}
+    return [make_kernel_case(name, shapes[name], bias=name.startswith("cross")) for name in names]
+
+
+def make_own_inputs(case: Case, device: torch.device) -> Inputs:
+    n, k, d = case.shape.values()
+    generator = torch.Generator(device).manual_seed(0)
+    query = torch.randn(n, d, generator=generator, device=device).mul_(d**-0.5).to(case.dtype)
+    negatives = torch.empty(n, k, d, dtype=case.dtype, device=device).normal_(generator=generator)
+    acc = accumulation_dtype(case.dtype)
+    values = {"scale": torch.full((1,), 2.0, dtype=acc, device=device)}
+    values["reference"] = torch.randn(n, generator=generator, device=device).to(acc)
+    values["coefficient"] = torch.full((n,), 1 / n, dtype=acc, device=device)
+    return {"query": query, "negatives": negatives, **values}
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
+    if case.op == "own_negatives":
+        return make_own_inputs(case, device)
     inputs = make_logits(case, device)
     logits = inputs["logits"]
     rows, vocab = logits.shape
@@ -183,7 +254,7 @@ def _run(rows: Rows) -> Callable[[Case, Inputs], Run]:
 
 def _eager(case: Case, inputs: Inputs) -> Run:
     kernel = KERNELS[case.op]
-    if case.shape["N"] * case.shape["V"] > 1 << 30:
+    if math.prod(case.shape.values()) > 1 << 30:
         raise harness.Rejected("plain torch would hold the logits several times in float32")
     if kernel.eager is None:
         return _run(ReferenceRows())(case, inputs)
@@ -196,7 +267,7 @@ def _eager(case: Case, inputs: Inputs) -> Run:
 
 
 def _copy(case: Case, inputs: Inputs) -> Run:
-    source = torch.ones(case.bytes // 2, dtype=torch.uint8, device=inputs["logits"].device)
+    source = torch.ones(case.bytes // 2, dtype=torch.uint8, device=inputs["coefficient"].device)
     target = torch.empty_like(source)
 
     def call() -> tuple[Tensor, ...]:
@@ -212,7 +283,7 @@ def case_providers(case: Case, device: torch.device) -> list[Provider]:
         Provider(COPY, _copy, is_floor=True),
         Provider(f"{OURS} {device.type}", _run(NativeRows()), unavailable=missing),
     ]
-    if KERNELS[case.op].eager is None:
+    if KERNELS[case.op].triton:
         unavailable = providers.why_not("cross_entropy", "triton", device)
         found.append(Provider(f"{OURS} triton", _run(TritonRows()), unavailable=unavailable))
     return found

@@ -1,12 +1,16 @@
 // The operators of the namespace sslkernels_native, and their CPU implementations over torch's thread pool.
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "bind.h"
 #include "bind_mask_tokens.h"
+#include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
+#include "cpu/own_negatives.h"
 #include "cpu/pair_scores.h"
 #include "cpu/scale_add.h"
 
@@ -75,6 +79,22 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
       SSLKERNELS_CALL_ISA(mask_tokens, tokens, begin, end);
     });
   }
+}
+
+void own_negatives(Tensor query, Tensor negatives, OptionalTensor mask, OptionalTensor query_inverse_norm,
+                   Tensor logit_scale, OptionalTensor logit_bias, int64_t energy, OptionalTensor reference,
+                   OptionalTensor coefficient, OptionalTensor smoothing, bool final, Tensor scores, Tensor value,
+                   Tensor grad_query, Tensor grad_negatives, Tensor grad_scale, Tensor grad_bias) {
+  const OwnNegatives own = own_negatives_arguments(query, negatives, mask, query_inverse_norm, logit_scale, logit_bias,
+                                                   energy, reference, coefficient, smoothing, final, scores, value,
+                                                   grad_query, grad_negatives, grad_scale, grad_bias);
+  if (own.grad_negatives != nullptr) {
+    advise_huge_pages(own.grad_negatives, grad_negatives.numel() * grad_negatives.element_size());
+  }
+  torch::stable::parallel_for(0, own.rows, row_grain(own.count * own.dim), [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(own_negatives_scratch_bytes(own) / sizeof(double));
+    SSLKERNELS_CALL_ISA(own_negatives, own, begin, end, scratch.data());
+  });
 }
 
 void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
@@ -187,6 +207,11 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
+  m.def(
+      "own_negatives(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
+      "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
+      "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
+      "Tensor(f!) grad_bias) -> ()");
   m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
   m.def(
       "pair_row_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
@@ -213,6 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
+  m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));
   m.impl("pair_row_sums", TORCH_BOX(&pair_row_sums));
   m.impl("pair_column_sums", TORCH_BOX(&pair_column_sums));

@@ -5,9 +5,11 @@
 
 #include "bind.h"
 #include "bind_mask_tokens.h"
+#include "bind_own_negatives.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/mask_tokens.h"
+#include "cuda/own_negatives.h"
 #include "cuda/scale_add.h"
 
 namespace sslkernels {
@@ -79,6 +81,17 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
                      current_stream(input_ids));
 }
 
+void own_negatives(Tensor query, Tensor negatives, OptionalTensor mask, OptionalTensor query_inverse_norm,
+                   Tensor logit_scale, OptionalTensor logit_bias, int64_t energy, OptionalTensor reference,
+                   OptionalTensor coefficient, OptionalTensor smoothing, bool final, Tensor scores, Tensor value,
+                   Tensor grad_query, Tensor grad_negatives, Tensor grad_scale, Tensor grad_bias) {
+  const OwnNegatives own = own_negatives_arguments(query, negatives, mask, query_inverse_norm, logit_scale, logit_bias,
+                                                   energy, reference, coefficient, smoothing, final, scores, value,
+                                                   grad_query, grad_negatives, grad_scale, grad_bias);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  launch_own_negatives(own, current_stream(query));
+}
+
 void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   launch_scale_add(scale_add_arguments(input, scale, out, add), current_stream(out));
@@ -104,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
+  m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));
   m.impl("column_sums", TORCH_BOX(&column_sums));
 }

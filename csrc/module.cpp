@@ -46,6 +46,8 @@ PYBIND11_MODULE(_C, m) {
              arg("vocab"), arg("element_bytes"));
   floors.def("column_sums", &sslkernels::column_sums_floor, arg("rows"), arg("columns"), arg("element_bytes"));
   floors.def("scale_add", &sslkernels::scale_add_floor, arg("count"), arg("input_bytes"), arg("out_bytes"), arg("add"));
+  floors.def("own_negatives", &sslkernels::own_negatives_floor, arg("rows"), arg("count"), arg("dim"),
+             arg("element_bytes"), arg("normalise"), arg("gradient"));
   floors.def("random_bits", &sslkernels::random_bits_floor, arg("rows"), arg("columns"));
   floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   m.def("build_info", &build_info,

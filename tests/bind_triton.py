@@ -16,6 +16,7 @@ from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
+from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.random_bits import random_bits
 from sslkernels.triton_kernels.scale import scale_
 
@@ -83,6 +84,18 @@ def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
         mask_tokens(*args, 3, 100, (0, 4, 7, 8), -100, chained=chained)
 
 
+def bind_own(size: int, every: bool) -> None:
+    rows, count, dim = 2, size % 100, size
+    query, negatives = torch.zeros(rows, dim, dtype=torch.bfloat16), torch.zeros(rows, count, dim, dtype=torch.bfloat16)
+    one, values = torch.ones(1), torch.zeros(rows)
+    mask = torch.ones(rows, count, dtype=torch.bool) if every else None
+    outputs = (torch.zeros(rows, count), values, query.float(), torch.zeros_like(negatives), values, values)
+    empty = torch.zeros(0)
+    some = (values, one, one, 0, values, values, values) if every else (None, one, None, 1, None, None, None)
+    outputs = outputs if every else (empty, values, *[empty] * 4)
+    own_negatives(query, negatives, mask, *some, False, outputs)
+
+
 if __name__ == "__main__":
     compiled = record_instead_of_launching()
     for options, index_dtype in ((PLAIN, torch.int64), (EVERY, torch.int32)):
@@ -91,4 +104,5 @@ if __name__ == "__main__":
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
             scale_(torch.ones(size), torch.ones(()))
+            bind_own(size, options is EVERY)
     json.dump(sorted(set(compiled)), sys.stdout)

@@ -51,7 +51,7 @@ def test_no_path_of_the_build_machine_is_kept():
 @needs_cuda_kernels
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
-    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens"):
+    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens", "own_negatives"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures

@@ -7,10 +7,13 @@ from dataclasses import astuple, dataclass
 
 import pytest
 import torch
+from own_oracle import OwnCase, asked_for, assert_results
+from own_oracle import make as make_own
 from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
 from torch import Tensor
 
 import sslkernels as sk
+from sslkernels.ops.own_negatives import own_negatives
 from sslkernels.ops.rows import NativeRows, TritonRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, pytest.mark.kernel_only]
@@ -73,6 +76,15 @@ def test_column_sums_and_scaling(backend, dtype):
     scale = torch.tensor(0.5).cuda()
     rows.scale_(there, scale)
     assert torch.equal(there.cpu(), values * 0.5)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("shape", [(3, 7, 77), (3, 9, 64), (2, 300, 512)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_negatives(backend, dtype, shape, normalise):
+    kernels(backend)
+    inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
+    assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments("cuda"))))
 
 
 def test_masking_and_random_words(backend):

@@ -62,7 +62,9 @@ SSLKERNELS_HD void from_float(float x, Half* out) {
   const float absolute = bit_cast<float>(magnitude);
   const uint32_t subnormal = bit_cast<uint32_t>(absolute + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  // A mask, for compilers make a branch of a conditional here, and then no vectors.
+  const uint32_t is_subnormal = 0u - uint32_t(magnitude < (113u << 23));
+  uint32_t half = (subnormal & is_subnormal) | (normal & ~is_subnormal);
   half = half > 0x7c00u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   out->bits = uint16_t(half | sign);

@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "element.h"
+#include "energy.h"
 
 namespace sslkernels {
-
-enum class Energy { kSoftmax = 0, kSigmoid = 1, kHinge = 2 };
 
 // Two labels that, where they are equal, say something about a pair; null where nothing is.
 struct PairLabels {

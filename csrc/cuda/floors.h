@@ -34,6 +34,17 @@ inline Floor scale_add_floor(int64_t count, int64_t input_bytes, int64_t out_byt
   return {count * (input_bytes + out_bytes * (add ? 2 : 1)), count * (add ? 2 : 1)};
 }
 
+// Of a row: the query, its gradient in float32, and the reference, coefficient, value and two gradients; of a negative
+// its score stays inside. A product and its sum (2), those of the norm (2), of the query's gradient (2), and the
+// negative's gradient (3).
+inline Floor own_negatives_floor(int64_t rows, int64_t count, int64_t dim, int64_t element_bytes, bool normalise,
+                                 bool gradient) {
+  const int64_t elements = rows * count * dim;
+  return {elements * element_bytes * (gradient ? 2 : 1) + rows * dim * (element_bytes + (gradient ? 4 : 0)) +
+              rows * 4 * (gradient ? 5 : 2),
+          elements * ((normalise ? 4 : 2) + (gradient ? 5 : 0))};
+}
+
 inline Floor random_bits_floor(int64_t rows, int64_t columns) { return {rows * columns * 4, 0}; }
 
 // Ids read, new ids and labels written.

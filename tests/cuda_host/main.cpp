@@ -1,8 +1,12 @@
 // Runs the CUDA launchers on the host: main CALLS RESULTS.
+#include <algorithm>
+#include <iterator>
+
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
+#include "../../csrc/cuda/own_negatives.h"
 #include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
 #include "planted.h"
@@ -105,6 +109,48 @@ void column_sums(const Call& call) {
   sslkernels::launch_column_sums(sums, nullptr);
 }
 
+sslkernels::OwnNegatives own_negatives_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  const int64_t bytes = kBytes[call.integer("element")];
+  const auto at = [&](const char* key, const char* offset) -> char* {
+    char* start = call.array<char>(key);
+    return start == nullptr ? nullptr : start + call.integer(offset) * bytes;
+  };
+  sslkernels::OwnNegatives own{};
+  own.element = static_cast<sslkernels::Element>(call.integer("element"));
+  own.query = at("query", "query_offset");
+  own.negatives = at("negatives", "negatives_offset");
+  own.rows = call.integer("rows");
+  own.count = call.integer("count");
+  own.dim = call.integer("dim");
+  own.mask = call.array<uint8_t>("mask");
+  own.query_inverse_norm = call.array("query_inverse_norm");
+  own.logit_scale = call.array("logit_scale");
+  own.logit_bias = call.array("logit_bias");
+  own.energy = static_cast<sslkernels::Energy>(call.integer("energy"));
+  own.reference = call.array("reference");
+  own.coefficient = call.array("coefficient");
+  own.smoothing = call.array("smoothing");
+  own.final = call.integer("final") != 0;
+  own.scores = call.array("scores");
+  own.value = call.array("value");
+  own.grad_query = call.array("grad_query");
+  own.grad_negatives = at("grad_negatives", "grad_offset");
+  own.grad_scale = call.array("grad_scale");
+  own.grad_bias = call.array("grad_bias");
+  return own;
+}
+
+// What own_negatives would be launched with: tile, team, pitch, held, threads, bytes of shared memory.
+void plan_own_negatives(const Call& call) {
+  sslkernels::OwnNegatives own = own_negatives_of(call);
+  int64_t* out = call.array<int64_t>("plan");
+  own.coefficient = own.grad_query = own.grad_negatives = call.integer("gradient") != 0 ? out : nullptr;
+  const auto plan = sslkernels::plan_own_negatives(own, sslkernels::device_limits());
+  const int64_t found[] = {plan.tile, plan.team, plan.pitch, plan.held, plan.threads, plan.shared_bytes};
+  std::copy(std::begin(found), std::end(found), out);
+}
+
 // What the forward would be launched with: held, cluster, threads, bytes of shared memory.
 void plan_rows(const Call& call) {
   constexpr int64_t kScratch = 1024;
@@ -133,6 +179,8 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);
      }},
+    {"own_negatives", [](const Call& call) { sslkernels::launch_own_negatives(own_negatives_of(call), nullptr); }},
+    {"plan_own_negatives", plan_own_negatives},
     {"plan_rows", plan_rows},
     {"scale_add", [](const Call& call) { sslkernels::launch_scale_add(scale_add_of(call), nullptr); }},
     {"column_sums", column_sums},
