@@ -15,7 +15,7 @@ from own_oracle import FEATURES, NAMES, OwnCase, asked_for, assert_results, make
 
 import sslkernels as sk
 from sslkernels import dispatch, native
-from sslkernels.ops.own_negatives import HINGE, SIGMOID, SOFTMAX, own_negatives
+from sslkernels.ops.own_negatives import HINGE, SIGMOID, SOFTMAX, empty_outputs, own_negatives, own_negatives_
 
 ENERGIES = (SOFTMAX, SIGMOID, HINGE)
 CASES = {str(case): case for case in pairwise_cases()}
@@ -24,7 +24,7 @@ CASES = {str(case): case for case in pairwise_cases()}
 @pytest.fixture(params=dispatch.BACKENDS)
 def backend(request, device):
     """Those of this operator, which are more than those of the functions that use it."""
-    reason = own_negatives.why_not(request.param, torch.device(device))
+    reason = own_negatives_.why_not(request.param, torch.device(device))
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     with sk.use_backend(request.param):
@@ -51,7 +51,7 @@ def test_against_float64(backend, device, name):
 @pytest.mark.parametrize("name", list(CASES)[::5])
 def test_triton_tiles(device, monkeypatch, name, tile):
     """Rows of several tiles, and negatives of several blocks, as long ones have them."""
-    if reason := own_negatives.why_not("triton", torch.device(device)):
+    if reason := own_negatives_.why_not("triton", torch.device(device)):
         pytest.skip(reason)
     from sslkernels.triton_kernels import own_negatives as launcher
     from sslkernels.triton_kernels.launch import Config
@@ -155,8 +155,11 @@ def test_repeats_to_the_bit(backend, device):
 
 @pytest.mark.parametrize("case", [OwnCase(mask="some", normalise=True), OwnCase(gradient=False, scores=False)], ids=str)
 def test_fake_and_schema(backend, device, case):
-    arguments = make(case).arguments(device)
-    torch.library.opcheck(own_negatives._call, arguments, test_utils=("test_schema", "test_faketensor"))
+    *arguments, want_query, want_negatives, want_scores = make(case).arguments(device)
+    gradients = arguments[8] is not None
+    outputs = empty_outputs(*arguments[:2], gradients, want_query, want_negatives, want_scores)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(own_negatives_._call, (*arguments, *outputs), test_utils=checks)
 
 
 def test_negatives_that_start_anywhere(backend, device):

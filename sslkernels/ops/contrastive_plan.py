@@ -45,7 +45,7 @@ from sslkernels.ops.contrastive_types import (
     gradient_dtype,
 )
 from sslkernels.ops.designated import Designated, row_blocks
-from sslkernels.ops.own_negatives import own_negatives
+from sslkernels.ops.own_negatives import own_negatives_
 from sslkernels.ops.pair_scores import (
     HINGE,
     SIGMOID,
@@ -438,7 +438,11 @@ class _Plan:
             return None
         options, inputs = self.options, self.inputs
         weight = self.row.weight[rows] if self.wants_gradients else None
-        scores, value, grad_query, grad_negatives, dot, total = own_negatives(
+        count = rows.stop - rows.start
+        nothing = self.score.new_empty(0)
+        scores, value = self.score.new_empty(count, self.own.shape[1]), self.score.new_empty(count)
+        dot, total = (nothing if weight is None else torch.empty_like(value) for _ in range(2))
+        own_negatives_(
             inputs.query[rows].to(self.own.dtype),
             self.own[rows],
             None if inputs.negatives_mask is None else inputs.negatives_mask[rows],
@@ -450,19 +454,18 @@ class _Plan:
             weight,
             None if self.row.smoothing is None else self.row.smoothing[rows],
             final,
-            self.own_query is not None,
-            self.grad_own is not None,
-            True,
+            scores,
+            value,
+            nothing if self.own_query is None else self.own_query[rows],
+            nothing if self.grad_own is None else self.grad_own[rows],
+            dot,
+            total,
         )
         if weight is not None:
             self.dot[rows] += dot
             self.total[rows] += total
             if options.energy == HINGE:
                 self.positive_gradient[rows] -= total
-        if self.own_query is not None:
-            self.own_query[rows] = grad_query
-        if self.grad_own is not None:
-            self.grad_own[rows] = grad_negatives
         return scores, value
 
     def _softmax_loss(

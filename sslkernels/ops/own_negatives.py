@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from sslkernels.dispatch import PREFERENCE, Op
+from sslkernels.ops.pair_scores import HINGE, SIGMOID, SOFTMAX
 from sslkernels.ops.rows import accumulation_dtype
 
-SOFTMAX, SIGMOID, HINGE = range(3)
 NORM_FLOOR = 1e-12  # of a negative's norm, as in torch.nn.functional.normalize
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_INPUTS = 11  # arguments of the operator before its outputs
 
 
 def empty_outputs(
@@ -53,16 +54,9 @@ def empty_outputs(
     )
 
 
-def _fake(
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-    final, want_query, want_negatives, want_scores,
-):  # fmt: skip
-    return empty_outputs(query, negatives, coefficient is not None, want_query, want_negatives, want_scores)
-
-
 def _reference(
     query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-    final, want_query, want_negatives, want_scores,
+    final, out_scores, out_value, out_query, out_negatives, out_scale, out_bias,
 ):  # fmt: skip
     acc = accumulation_dtype(query.dtype)
     x, n = query.to(acc), negatives.to(acc)
@@ -81,12 +75,11 @@ def _reference(
         scores = scores.masked_fill(~mask, float("-inf"))
 
     value = _value(scores, energy, reference, final)
-    outputs = list(empty_outputs(query, negatives, coefficient is not None, want_query, want_negatives, want_scores))
-    outputs[1] = value
-    if want_scores:
-        outputs[0] = scores
+    out_value.copy_(value)
+    if out_scores.numel():
+        out_scores.copy_(scores)
     if coefficient is None:
-        return tuple(outputs)
+        return
 
     weight = _slope(scores, value, energy, reference) * coefficient.unsqueeze(1)
     if smoothing is not None and energy == SOFTMAX:
@@ -94,10 +87,10 @@ def _reference(
     if mask is not None:
         weight = weight.masked_fill(~mask, 0)
         similarity = similarity.masked_fill(~mask, 0)
-    if want_query:
+    if out_query.numel():
         grad_query = logit_scale * (weight.unsqueeze(2) * n).sum(1)
-        outputs[2] = grad_query if query_inverse_norm is None else grad_query * query_inverse_norm.unsqueeze(1)
-    if want_negatives:
+        out_query.copy_(grad_query if query_inverse_norm is None else grad_query * query_inverse_norm.unsqueeze(1))
+    if out_negatives.numel():
         direction = x.unsqueeze(1).expand_as(n)
         if query_inverse_norm is not None:
             along = torch.where(norm < NORM_FLOOR, 0, similarity)
@@ -105,10 +98,9 @@ def _reference(
         grad_negatives = (logit_scale * weight).unsqueeze(2) * direction
         if mask is not None:
             grad_negatives = grad_negatives.masked_fill(~mask.unsqueeze(2), 0)
-        outputs[3] = grad_negatives.to(negatives.dtype)
-    outputs[4] = (weight * similarity).sum(1)
-    outputs[5] = weight.sum(1)
-    return tuple(outputs)
+        out_negatives.copy_(grad_negatives)
+    out_scale.copy_((weight * similarity).sum(1))
+    out_bias.copy_(weight.sum(1))
 
 
 def _value(scores: Tensor, energy: int, reference: Tensor | None, final: bool) -> Tensor:
@@ -131,40 +123,37 @@ def _slope(scores: Tensor, value: Tensor, energy: int, reference: Tensor | None)
     return torch.where(value.isneginf().unsqueeze(1), 0, (scores - value.unsqueeze(1)).exp())
 
 
-def _native(
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-    final, want_query, want_negatives, want_scores,
-):  # fmt: skip
-    outputs = empty_outputs(query, negatives, coefficient is not None, want_query, want_negatives, want_scores)
-    torch.ops.sslkernels_native.own_negatives(
-        query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient,
-        smoothing, final, *outputs,
-    )  # fmt: skip
-    return outputs
+def _native(*args):
+    torch.ops.sslkernels_native.own_negatives(*args)
 
 
-def _triton(
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-    final, want_query, want_negatives, want_scores,
-):  # fmt: skip
+def _triton(*args):
     from sslkernels.triton_kernels.own_negatives import own_negatives
 
-    outputs = empty_outputs(query, negatives, coefficient is not None, want_query, want_negatives, want_scores)
-    own_negatives(
-        query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient,
-        smoothing, final, outputs,
-    )  # fmt: skip
-    return outputs
+    own_negatives(*args[:_INPUTS], args[_INPUTS:])
 
 
-own_negatives = Op(
+own_negatives_ = Op(
     "info_nce",
-    "own_negatives(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
+    "own_negatives_(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
     "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
-    "bool want_query, bool want_negatives, bool want_scores) "
-    "-> (Tensor scores, Tensor value, Tensor grad_query, Tensor grad_negatives, Tensor grad_scale, Tensor grad_bias)",
-    fake=_fake,
+    "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
+    "Tensor(f!) grad_bias) -> ()",
+    fake=lambda *args: None,
     implementations={"reference": _reference, "cpu": _native, "triton": _triton, "cuda": _native},
     native_ops=("own_negatives",),
     prefer=PREFERENCE,
 )
+
+
+def own_negatives(
+    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
+    final, want_query, want_negatives, want_scores,
+) -> Outputs:  # fmt: skip
+    """The outputs of `own_negatives_`, in memory of their own."""
+    outputs = empty_outputs(query, negatives, coefficient is not None, want_query, want_negatives, want_scores)
+    own_negatives_(
+        query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
+        final, *outputs,
+    )  # fmt: skip
+    return outputs
