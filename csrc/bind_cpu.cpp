@@ -3,9 +3,12 @@
 
 #include "bind.h"
 #include "bind_mask_tokens.h"
+#include "bind_negative_sampling.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
+#include "cpu/negative_sampling.h"
+#include "cpu/row_sums.h"
 #include "cpu/scale_add.h"
 
 namespace sslkernels {
@@ -82,6 +85,36 @@ void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
   });
 }
 
+void negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, Tensor context_weight,
+                           Tensor loss, OptionalTensor slopes, OptionalTensor direction, bool exclude_positive) {
+  const NegativeSampling pairs = negative_sampling_arguments(center, context, negatives, center_weight, context_weight,
+                                                             loss, slopes, direction, exclude_positive);
+  if (direction) advise_huge_pages(pairs.direction, direction->numel() * direction->element_size());
+  const int64_t grain = row_grain((pairs.negative_count + 1) * pairs.dim);
+  torch::stable::parallel_for(0, pairs.count, grain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(negative_sampling_fwd, pairs, begin, end);
+  });
+}
+
+void sort_rows(Tensor keys, Tensor order, Tensor starts) {
+  using torch::headeronly::ScalarType;
+  check_vector(keys, keys.numel(), keys.scalar_type(), "keys");
+  check_vector(order, keys.numel(), ScalarType::Long, "order");
+  check_vector(starts, starts.numel(), ScalarType::Long, "starts");
+  STD_TORCH_CHECK(starts.numel() > 0, "sslkernels: starts must have one element more than there are rows");
+  SSLKERNELS_CALL_ISA(sort_rows, keys.const_data_ptr(), is_wide(keys, "keys"), keys.numel(), starts.numel() - 1,
+                      order.mutable_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>());
+}
+
+void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, OptionalTensor source_index,
+                       Tensor out, int64_t entries_of_source) {
+  const WeightedRowSums sums = row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
+  advise_huge_pages(sums.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, sums.entries + sums.rows, row_grain(sums.dim), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(weighted_row_sums, sums, begin, end);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -100,6 +133,14 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
   m.def("scale_add(Tensor input, Tensor? scale, Tensor(a!) out, bool add) -> ()");
+  m.def(
+      "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
+      "Tensor context_weight, Tensor(a!) loss, Tensor(b!)? slopes, Tensor(c!)? direction, bool exclude_positive) -> "
+      "()");
+  m.def("sort_rows(Tensor keys, Tensor(a!) order, Tensor(b!) starts) -> ()");  // on a GPU torch's own sort will do
+  m.def(
+      "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
+      "Tensor(a!) out, int entries_of_source) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
@@ -109,6 +150,9 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("scale_add", TORCH_BOX(&scale_add));
+  m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
+  m.impl("sort_rows", TORCH_BOX(&sort_rows));
+  m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
 }
 
 }  // namespace sslkernels

@@ -5,6 +5,7 @@ from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.random_bits import random_bits
 from sslkernels.version import __version__
 
@@ -16,6 +17,7 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "mask_tokens",
+    "negative_sampling_loss",
     "nn",
     "random_bits",
     "use_backend",

@@ -1,0 +1,57 @@
+"""Rows of a table, weighted and added up by index: the gradient of a gather, without float atomics.
+
+    out[r] = sum over the entries e with keys[e] == r, in their order, of coefficient[e] * source[row(e)]
+
+with row(e) = source_index[e // n], or e // n itself where there is no index, for the n entries of each source row. Keys
+outside [0, rows) belong to no row. An entry whose source row is out of range has to have the coefficient NaN. Sums are
+in the accumulation dtype and rounded once to that of `out`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(order, starts): the entries sorted by key, those of row r at [starts[r], starts[r + 1]). Nothing synchronises."""
+    keys = keys.masked_fill((keys < 0) | (keys >= rows), rows)
+    if rows < 2**31 - 1:
+        keys = keys.to(torch.int32)  # half the passes of a radix sort
+    keys, order = torch.sort(keys, stable=True)
+    return order, torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device))
+
+
+def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    order, starts = sort_rows(keys, out.shape[0])
+    per_row = _entries_of_source(keys, source, source_index)
+    row = order // per_row
+    if source_index is not None:
+        row = source_index[row].long().clamp(0, source.shape[0] - 1)
+    terms = coefficient[order, None] * source[row].to(coefficient.dtype)
+    padded = torch.cat([terms, terms.new_zeros(1, out.shape[1])])  # where there is no entry, segments start there
+    out.copy_(torch.segment_reduce(padded, "sum", lengths=starts.diff(), unsafe=True))
+
+
+def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    """On the CPU every key has to be in its range."""
+    if keys.is_cuda:
+        order, starts = sort_rows(keys, out.shape[0])
+    else:
+        order, starts = (keys.new_empty(n, dtype=torch.int64) for n in (keys.numel(), out.shape[0] + 1))
+        torch.ops.sslkernels_native.sort_rows(keys, order, starts)
+    per_row = _entries_of_source(keys, source, source_index)
+    torch.ops.sslkernels_native.weighted_row_sums(starts, order, coefficient, source, source_index, out, per_row)
+
+
+def triton(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    from sslkernels.triton_kernels.row_sums import weighted_row_sums
+
+    order, _ = sort_rows(keys, out.shape[0])
+    per_row = _entries_of_source(keys, source, source_index)
+    weighted_row_sums(keys[order], order, coefficient, source, source_index, out.zero_(), per_row)
+
+
+def _entries_of_source(keys: Tensor, source: Tensor, source_index: Tensor | None) -> int:
+    rows = source.shape[0] if source_index is None else source_index.shape[0]
+    return max(keys.shape[0] // max(rows, 1), 1)
