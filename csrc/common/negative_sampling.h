@@ -1,7 +1,6 @@
 // The arguments of the kernels of negative_sampling_loss, and the loss and slope of one score.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "cross_entropy_rows.h"
@@ -42,13 +41,14 @@ struct ScoreTerm {
   A slope;
 };
 
-// -logsigmoid(score) of a positive, -logsigmoid(-score) of a negative.
-template <class A>
+// -logsigmoid(score) of a positive, -logsigmoid(-score) of a negative. Math has exp(x) of x <= 0 and log1p(x) of x in
+// [0, 1].
+template <class Math, class A>
 SSLKERNELS_HD ScoreTerm<A> score_term(A score, bool positive) {
   const A x = positive ? -score : score;
-  const A e = std::exp(x > A(0) ? -x : x);
+  const A e = Math::exp(x > A(0) ? -x : x);
   const A sigmoid = (x > A(0) ? A(1) : e) / (A(1) + e);
-  return {(x > A(0) ? x : A(0)) + std::log1p(e), positive ? -sigmoid : sigmoid};
+  return {(x > A(0) ? x : A(0)) + Math::log1p(e), positive ? -sigmoid : sigmoid};
 }
 
 }  // namespace

@@ -2,14 +2,26 @@
 // are asked for meanwhile, because nothing else foretells where they are.
 #include "negative_sampling.h"
 
-#include "element.h"
 #include "prefetch.h"
+#include "vector_math.h"
 
 namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kRowsAhead = 24;  // that are being read: as many as a core has outstanding misses for
+constexpr int64_t kRowsAhead = 16;  // that are being read
+constexpr int kBatch = 16;          // scores whose terms are computed side by side
+
+struct VectorMath {
+  template <class A>
+  static SSLKERNELS_HD A exp(A x) {
+    return exp_nonpositive(x);
+  }
+  template <class A>
+  static SSLKERNELS_HD A log1p(A x) {
+    return log1p_unit(x);
+  }
+};
 
 template <class T, class A>
 A dot(const T* a, const T* b, int64_t dim) {
@@ -34,39 +46,47 @@ void add_row(const T* row, A weight, int64_t dim, bool first, A* out) {
 template <class T, class Index>
 void run(const NegativeSampling& pairs, int64_t begin, int64_t end) {
   using A = typename Accumulation<T>::type;
-  const int64_t dim = pairs.dim, negatives = pairs.negative_count;
+  const int64_t dim = pairs.dim, negatives = pairs.negative_count, candidates = 1 + negatives;
   const T* center_weight = static_cast<const T*>(pairs.center_weight);
   const T* context_weight = static_cast<const T*>(pairs.context_weight);
   const Index* center = static_cast<const Index*>(pairs.center);
   const Index* context = static_cast<const Index*>(pairs.context);
   const Index* negative = static_cast<const Index*>(pairs.negatives);
-  A* slopes = static_cast<A*>(pairs.slopes);
-  A* direction = static_cast<A*>(pairs.direction);
-  const int64_t ahead = kRowsAhead / (negatives + 2) + 1;
-
-  const auto prefetch = [&](int64_t i) {
-    prefetch_row(center_weight + int64_t(center[i]) * dim, dim);
-    prefetch_row(context_weight + int64_t(context[i]) * dim, dim);
-    for (int64_t k = 0; k < negatives; ++k) {
-      prefetch_row(context_weight + int64_t(negative[i * negatives + k]) * dim, dim);
-    }
+  const int64_t ahead = kRowsAhead / (candidates + 1) + 1;
+  const auto candidate = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+    return k == 0 ? context[i] : negative[i * negatives + k - 1];
   };
-  for (int64_t i = begin; i < end && i < begin + ahead; ++i) prefetch(i);
+
   for (int64_t i = begin; i < end; ++i) {
-    if (i + ahead < end) prefetch(i + ahead);
     const T* u = center_weight + int64_t(center[i]) * dim;
+    A* slopes = pairs.slopes == nullptr ? nullptr : static_cast<A*>(pairs.slopes) + i * candidates;
+    A* direction = pairs.direction == nullptr ? nullptr : static_cast<A*>(pairs.direction) + i * dim;
+    if (i + ahead < end) prefetch_row(center_weight + int64_t(center[i + ahead]) * dim, dim);
     A loss = 0;
-    for (int64_t k = -1; k < negatives; ++k) {
-      const bool positive = k < 0;
-      const Index row = positive ? context[i] : negative[i * negatives + k];
-      ScoreTerm<A> term = {0, 0};
-      if (positive || !pairs.exclude_positive || row != context[i]) {
-        const T* v = context_weight + int64_t(row) * dim;
-        term = score_term(dot<T, A>(u, v, dim), positive);
-        if (direction != nullptr) add_row(v, term.slope, dim, positive, direction + i * dim);
+    for (int64_t first = 0; first < candidates; first += kBatch) {
+      const int count = int(candidates - first < kBatch ? candidates - first : kBatch);
+      const T* rows[kBatch];
+      A scores[kBatch] = {}, losses[kBatch], used[kBatch] = {};
+      for (int t = 0; t < count; ++t) {
+        const int64_t k = first + t;
+        if (i + ahead < end) prefetch_row(context_weight + int64_t(candidate(i + ahead, k)) * dim, dim);
+        const Index index = candidate(i, k);
+        rows[t] = context_weight + int64_t(index) * dim;
+        if (k > 0 && pairs.exclude_positive && index == context[i]) continue;
+        used[t] = 1;
+        scores[t] = dot<T, A>(u, rows[t], dim);
       }
-      loss += term.loss;
-      if (slopes != nullptr) slopes[i * (negatives + 1) + k + 1] = term.slope;
+#pragma omp simd
+      for (int t = 0; t < kBatch; ++t) {  // of a fixed length: in vectors without a remainder
+        const ScoreTerm<A> term = score_term<VectorMath>(scores[t], first + t == 0);
+        losses[t] = used[t] > A(0) ? term.loss : A(0);
+        scores[t] = used[t] > A(0) ? term.slope : A(0);
+      }
+      for (int t = 0; t < count; ++t) {
+        loss += losses[t];
+        if (slopes != nullptr) slopes[first + t] = scores[t];
+        if (direction != nullptr && used[t] > A(0)) add_row(rows[t], scores[t], dim, first + t == 0, direction);
+      }
     }
     static_cast<A*>(pairs.loss)[i] = loss;
   }
