@@ -108,7 +108,8 @@ void sort_rows(Tensor keys, Tensor order, Tensor starts) {
 
 void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, OptionalTensor source_index,
                        Tensor out, int64_t entries_of_source) {
-  const WeightedRowSums sums = row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
+  const WeightedRowSums sums =
+      row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
   advise_huge_pages(sums.out, out.numel() * out.element_size());
   torch::stable::parallel_for(0, sums.entries + sums.rows, row_grain(sums.dim), [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(weighted_row_sums, sums, begin, end);

@@ -14,11 +14,13 @@ inline void check_table(const torch::stable::Tensor& tensor, int64_t rows, int64
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "sslkernels: wrong dtype of ", name);
 }
 
-inline NegativeSampling negative_sampling_arguments(
-    const torch::stable::Tensor& center, const torch::stable::Tensor& context, const torch::stable::Tensor& negatives,
-    const torch::stable::Tensor& center_weight, const torch::stable::Tensor& context_weight,
-    const torch::stable::Tensor& loss, const OptionalTensor& slopes, const OptionalTensor& direction,
-    bool exclude_positive) {
+inline NegativeSampling negative_sampling_arguments(const torch::stable::Tensor& center,
+                                                    const torch::stable::Tensor& context,
+                                                    const torch::stable::Tensor& negatives,
+                                                    const torch::stable::Tensor& center_weight,
+                                                    const torch::stable::Tensor& context_weight,
+                                                    const torch::stable::Tensor& loss, const OptionalTensor& slopes,
+                                                    const OptionalTensor& direction, bool exclude_positive) {
   STD_TORCH_CHECK(center_weight.dim() == 2 && context_weight.dim() == 2 && negatives.dim() == 2,
                   "sslkernels: the tables and negatives must have 2 dimensions");
   NegativeSampling pairs{};
@@ -51,9 +53,9 @@ inline NegativeSampling negative_sampling_arguments(
 }
 
 inline WeightedRowSums row_sums_arguments(const torch::stable::Tensor& starts, const torch::stable::Tensor& order,
-                                  const torch::stable::Tensor& coefficient, const torch::stable::Tensor& source,
-                                  const OptionalTensor& source_index, const torch::stable::Tensor& out,
-                                  int64_t entries_of_source) {
+                                          const torch::stable::Tensor& coefficient, const torch::stable::Tensor& source,
+                                          const OptionalTensor& source_index, const torch::stable::Tensor& out,
+                                          int64_t entries_of_source) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(out.dim() == 2 && source.dim() == 2 && entries_of_source > 0,
                   "sslkernels: source and out must have 2 dimensions");

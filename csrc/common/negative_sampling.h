@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cross_entropy_rows.h"
+#include "index.h"
 
 namespace sslkernels {
 
@@ -28,12 +29,6 @@ struct NegativeSampling {
 };
 
 namespace {  // one copy for each instruction set of the CPU
-
-SSLKERNELS_HD int64_t index_at(const void* indices, bool wide, int64_t i) {
-  return wide ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
-}
-
-SSLKERNELS_HD bool in_range(int64_t index, int64_t rows) { return uint64_t(index) < uint64_t(rows); }
 
 template <class A>
 struct ScoreTerm {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cross_entropy_rows.h"
+#include "index.h"
 
 namespace sslkernels {
 
@@ -47,10 +48,11 @@ SSLKERNELS_HD int64_t rows_before(const WeightedRowSums& sums, int64_t at) {
 }
 
 SSLKERNELS_HD int64_t source_row(const WeightedRowSums& sums, int64_t entry) {
-  const int64_t i = entry / sums.entries_of_source;
+  const int64_t n = sums.entries_of_source;
+  const int64_t i =
+      ((entry | n) >> 32) == 0 ? uint32_t(entry) / uint32_t(n) : entry / n;  // the latter is slow on a GPU
   if (sums.source_index == nullptr) return i;
-  return sums.wide_index ? static_cast<const int64_t*>(sums.source_index)[i]
-                         : static_cast<const int32_t*>(sums.source_index)[i];
+  return index_at(sums.source_index, sums.wide_index, i);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Skip-gram with negative sampling, a pair at a time: each of its rows is read from memory once. The rows of a later pair
-// are asked for meanwhile, because nothing else foretells where they are.
+// Skip-gram with negative sampling, a pair at a time: each of its rows is read from memory once. The rows of a later
+// pair are asked for meanwhile, because nothing else foretells where they are.
 #include "negative_sampling.h"
 
 #include "prefetch.h"

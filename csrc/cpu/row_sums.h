@@ -6,14 +6,13 @@
 
 namespace sslkernels {
 
-// sort_rows: a stable counting sort. order holds the entries by key, those of row r at [starts[r], starts[r + 1]). Every
-// key is in [0, rows).
-// weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work, each by one thread: the sums
-// do not depend on how it is split.
-#define SSLKERNELS_DECLARE(isa)                                                                                 \
-  namespace isa {                                                                                               \
+// sort_rows: a stable counting sort. order holds the entries by key, those of row r at [starts[r], starts[r + 1]).
+// Every key is in [0, rows). weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work,
+// each by one thread: the sums do not depend on how it is split.
+#define SSLKERNELS_DECLARE(isa)                                                                                \
+  namespace isa {                                                                                              \
   void sort_rows(const void* keys, bool wide, int64_t entries, int64_t rows, int64_t* order, int64_t* starts); \
-  void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end);                                      \
+  void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end);                             \
   }
 SSLKERNELS_FOR_EACH_ISA(SSLKERNELS_DECLARE)
 #undef SSLKERNELS_DECLARE

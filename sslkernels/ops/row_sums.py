@@ -13,30 +13,29 @@ import torch
 from torch import Tensor
 
 
-def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(order, starts): the entries sorted by key, those of row r at [starts[r], starts[r + 1]). Nothing synchronises."""
+def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(sorted keys, order, starts): the entries by key, those of row r at [starts[r], starts[r + 1]), those of no row
+    last, with the key `rows`. Nothing synchronises."""
     keys = keys.masked_fill((keys < 0) | (keys >= rows), rows)
     if rows < 2**31 - 1:
         keys = keys.to(torch.int32)  # half the passes of a radix sort
     keys, order = torch.sort(keys, stable=True)
-    return order, torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device))
+    return keys, order, torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device))
 
 
 def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
-    order, starts = sort_rows(keys, out.shape[0])
-    per_row = _entries_of_source(keys, source, source_index)
-    row = order // per_row
+    _, order, starts = sort_rows(keys, out.shape[0])
+    row = order // _entries_of_source(keys, source, source_index)
     if source_index is not None:
         row = source_index[row].long().clamp(0, source.shape[0] - 1)
     terms = coefficient[order, None] * source[row].to(coefficient.dtype)
-    padded = torch.cat([terms, terms.new_zeros(1, out.shape[1])])  # where there is no entry, segments start there
-    out.copy_(torch.segment_reduce(padded, "sum", lengths=starts.diff(), unsafe=True))
+    out.copy_(torch.segment_reduce(terms, "sum", lengths=starts.diff(), unsafe=True))
 
 
 def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
     """On the CPU every key has to be in its range."""
     if keys.is_cuda:
-        order, starts = sort_rows(keys, out.shape[0])
+        _, order, starts = sort_rows(keys, out.shape[0])
     else:
         order, starts = (keys.new_empty(n, dtype=torch.int64) for n in (keys.numel(), out.shape[0] + 1))
         torch.ops.sslkernels_native.sort_rows(keys, order, starts)
@@ -47,9 +46,9 @@ def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tens
 def triton(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
     from sslkernels.triton_kernels.row_sums import weighted_row_sums
 
-    order, _ = sort_rows(keys, out.shape[0])
+    keys, order, starts = sort_rows(keys, out.shape[0])
     per_row = _entries_of_source(keys, source, source_index)
-    weighted_row_sums(keys[order], order, coefficient, source, source_index, out.zero_(), per_row)
+    weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_row)
 
 
 def _entries_of_source(keys: Tensor, source: Tensor, source_index: Tensor | None) -> int:
