@@ -91,7 +91,7 @@ def _fill_reference(
     scores = (v @ u[:, :, None]).squeeze(2)
     sign = torch.ones_like(scores)
     sign[:, 0] = -1
-    terms, slope = F.softplus(sign * scores), sign * torch.sigmoid(sign * scores)
+    terms, slope = -F.logsigmoid(-sign * scores), sign * torch.sigmoid(sign * scores)
     if exclude_positive:
         excluded = candidates == context[:, None]
         excluded[:, 0] = False
@@ -179,9 +179,7 @@ class _PairLosses(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        center_weight, context_weight, center, context, negatives, exclude_positive, want_center, want_context
-    ):
+    def forward(center_weight, context_weight, center, context, negatives, exclude_positive, want_center, want_context):
         return negative_sampling_fwd(
             center, context, negatives, center_weight, context_weight, exclude_positive, want_context, want_center
         )

@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton_kernels.launch import DTYPE_NAMES, AotEntry, accumulation_dtype, next_power_of_2, pointers_aligned
+from sslkernels.triton_kernels.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    accumulation_dtype,
+    next_power_of_2,
+    pointers_aligned,
+)
 from sslkernels.triton_kernels.numerics import log1p
 
 ELEMENTS = 4096  # of rows that a program holds at most, unless one row has more
@@ -132,6 +138,4 @@ def aot_signatures() -> Iterator[AotEntry]:
             if not gradient:
                 constants |= {"slopes_ptr": None, "direction_ptr": None}
             label = f"negative_sampling-{name}-{index}-{dim}-{negatives}{'-grad' if gradient else ''}"
-            yield pointers_aligned(
-                label, negative_sampling_fwd_kernel, types, {**constants, **constexprs}, options
-            )
+            yield pointers_aligned(label, negative_sampling_fwd_kernel, types, {**constants, **constexprs}, options)

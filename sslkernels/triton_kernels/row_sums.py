@@ -10,11 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.triton_kernels.launch import DTYPE_NAMES, AotEntry, accumulation_dtype, next_power_of_2, pointers_aligned
+from sslkernels.triton_kernels.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    accumulation_dtype,
+    next_power_of_2,
+    pointers_aligned,
+)
 
 BLOCK_E = 32  # entries of a chunk
 BLOCK_D = 128  # columns of a program at most
 BLOCK_P = 16  # partial sums at a time
+OPTIONS = {"num_warps": 8}
 
 
 @triton.jit
@@ -129,10 +136,10 @@ def weighted_row_sums(
     grid = (chunks, triton.cdiv(dim, block_d))
     weighted_row_sums_kernel[grid](
         keys, order, coefficient, source, source_index, out, partials, entries, rows, source.shape[0], dim,
-        entries_of_source, HAS_INDEX=source_index is not None, BLOCK_E=BLOCK_E, BLOCK_D=block_d, num_warps=4,
+        entries_of_source, HAS_INDEX=source_index is not None, BLOCK_E=BLOCK_E, BLOCK_D=block_d, **OPTIONS,
     )  # fmt: skip
     weighted_row_sums_finish_kernel[grid](
-        keys, starts, out, partials, entries, rows, dim, BLOCK_E=BLOCK_E, BLOCK_P=BLOCK_P, BLOCK_D=block_d, num_warps=4
+        keys, starts, out, partials, entries, rows, dim, BLOCK_E=BLOCK_E, BLOCK_P=BLOCK_P, BLOCK_D=block_d, **OPTIONS
     )
 
 
@@ -145,8 +152,7 @@ def aot_signatures() -> Iterator[AotEntry]:
         constants = {"BLOCK_E": BLOCK_E, "BLOCK_D": BLOCK_D, "BLOCK_P": BLOCK_P}
         by_index = {**constants, "HAS_INDEX": True}
         direct = {**constants, "HAS_INDEX": False, "source_index_ptr": None}
-        options = {"num_warps": 4}
         kernel, finish = weighted_row_sums_kernel, weighted_row_sums_finish_kernel
-        yield pointers_aligned(f"row_sums-{name}-index", kernel, types | {"source_ptr": f"*{name}"}, by_index, options)
-        yield pointers_aligned(f"row_sums-{name}", kernel, types | {"source_ptr": f"*{acc}"}, direct, options)
-        yield pointers_aligned(f"row_sums_finish-{name}", finish, types, constants, options)
+        yield pointers_aligned(f"row_sums-{name}-index", kernel, types | {"source_ptr": f"*{name}"}, by_index, OPTIONS)
+        yield pointers_aligned(f"row_sums-{name}", kernel, types | {"source_ptr": f"*{acc}"}, direct, OPTIONS)
+        yield pointers_aligned(f"row_sums_finish-{name}", finish, types, constants, OPTIONS)
