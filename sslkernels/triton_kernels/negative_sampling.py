@@ -13,6 +13,7 @@ from sslkernels.triton_kernels.launch import (
     DTYPE_NAMES,
     AotEntry,
     accumulation_dtype,
+    dim_aligned,
     next_power_of_2,
     pointers_aligned,
 )
@@ -138,4 +139,6 @@ def aot_signatures() -> Iterator[AotEntry]:
             if not gradient:
                 constants |= {"slopes_ptr": None, "direction_ptr": None}
             label = f"negative_sampling-{name}-{index}-{dim}-{negatives}{'-grad' if gradient else ''}"
-            yield pointers_aligned(label, negative_sampling_fwd_kernel, types, {**constants, **constexprs}, options)
+            constants |= constexprs
+            entry = pointers_aligned(label, negative_sampling_fwd_kernel, types, constants, options)
+            yield dim_aligned(entry) if dim % 16 == 0 else entry

@@ -14,14 +14,15 @@ from sslkernels.triton_kernels.launch import (
     DTYPE_NAMES,
     AotEntry,
     accumulation_dtype,
+    dim_aligned,
     next_power_of_2,
     pointers_aligned,
 )
 
-BLOCK_E = 32  # entries of a chunk
-BLOCK_D = 128  # columns of a program at most
+BLOCK_E = 16  # entries of a chunk
+BLOCK_BYTES = 512  # of a row's columns of a program at most, as they are accumulated
 BLOCK_P = 16  # partial sums at a time
-OPTIONS = {"num_warps": 8}
+OPTIONS = {"num_warps": 1}  # so that a thread scans its columns in registers
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def weighted_row_sums(
     entries, (rows, dim) = keys.shape[0], out.shape
     if entries == 0 or dim == 0:
         return
-    block_d = min(BLOCK_D, next_power_of_2(dim))
+    block_d = min(BLOCK_BYTES // coefficient.element_size(), next_power_of_2(dim))
     chunks = triton.cdiv(entries, BLOCK_E)
     partials = coefficient.new_empty((2 * chunks, dim))
     grid = (chunks, triton.cdiv(dim, block_d))
@@ -149,10 +150,16 @@ def aot_signatures() -> Iterator[AotEntry]:
         acc = DTYPE_NAMES[accumulation_dtype(dtype)]
         types = sizes | {"keys_ptr": "*i32", "order_ptr": "*i64", "starts_ptr": "*i64", "source_index_ptr": "*i64"}
         types |= {"coefficient_ptr": f"*{acc}", "partials_ptr": f"*{acc}", "out_ptr": f"*{name}"}
-        constants = {"BLOCK_E": BLOCK_E, "BLOCK_D": BLOCK_D, "BLOCK_P": BLOCK_P}
+        block_d = BLOCK_BYTES // accumulation_dtype(dtype).itemsize
+        constants = {"BLOCK_E": BLOCK_E, "BLOCK_D": block_d, "BLOCK_P": BLOCK_P}
         by_index = {**constants, "HAS_INDEX": True}
         direct = {**constants, "HAS_INDEX": False, "source_index_ptr": None}
         kernel, finish = weighted_row_sums_kernel, weighted_row_sums_finish_kernel
-        yield pointers_aligned(f"row_sums-{name}-index", kernel, types | {"source_ptr": f"*{name}"}, by_index, OPTIONS)
-        yield pointers_aligned(f"row_sums-{name}", kernel, types | {"source_ptr": f"*{acc}"}, direct, OPTIONS)
-        yield pointers_aligned(f"row_sums_finish-{name}", finish, types, constants, OPTIONS)
+        entries = (
+            pointers_aligned(f"row_sums-{name}-index", kernel, types | {"source_ptr": f"*{name}"}, by_index, OPTIONS),
+            pointers_aligned(f"row_sums-{name}", kernel, types | {"source_ptr": f"*{acc}"}, direct, OPTIONS),
+            pointers_aligned(f"row_sums_finish-{name}", finish, types, constants, OPTIONS),
+        )
+        for entry in entries:
+            yield entry
+            yield dim_aligned(entry)
