@@ -121,8 +121,8 @@ def case_providers(case: Case, device: torch.device) -> list[Provider]:
 
 
 def negatives_mb(case: Case) -> float:
-    """MB of the rows of the negatives, (N, K, D), as float32."""
-    return case.shape["N"] * case.shape["K"] * case.shape["D"] * 4 / 1e6
+    """MB of the rows of the negatives, (N, K, D)."""
+    return case.shape["N"] * case.shape["K"] * case.shape["D"] * case.dtype.itemsize / 1e6
 
 
 def bars(device: str) -> list[Bar]:
