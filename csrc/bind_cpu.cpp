@@ -111,7 +111,8 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   const WeightedRowSums sums =
       row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
   advise_huge_pages(sums.out, out.numel() * out.element_size());
-  torch::stable::parallel_for(0, sums.entries + sums.rows, row_grain(sums.dim), [&](int64_t begin, int64_t end) {
+  const int64_t work = sums.starts[sums.rows] + sums.rows;
+  torch::stable::parallel_for(0, work, row_grain(sums.dim), [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(weighted_row_sums, sums, begin, end);
   });
 }

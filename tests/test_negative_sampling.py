@@ -385,15 +385,20 @@ def test_index_out_of_range_makes_its_pair_nan(backend, device):
     for part in (loss[:, None], slopes, direction):
         assert torch.equal(part.isnan(), wrong[:, None].expand_as(part))
 
-    sum_rows = {"reference": row_sums.reference, "triton": row_sums.triton}[backend]
-    keys = torch.cat([indices["context"][:, None], indices["negatives"]], 1).flatten()
-    out = torch.empty_like(tables["context_weight"])
-    sum_rows(keys, slopes.flatten(), tables["center_weight"], indices["center"], out)
-    of_wrong = torch.cat([indices["context"][wrong], indices["negatives"][wrong].flatten()])
-    touched = torch.isin(torch.arange(40, device=device), of_wrong)
-    assert torch.equal(out.isnan(), touched[:, None].expand_as(out))
-    untouched = torch.isin(torch.arange(40, device=device), keys, invert=True)
-    assert torch.equal(out[untouched], torch.zeros_like(out[untouched]))
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_row_sums_of_keys_out_of_range(backend, index_dtype, device):
+    """Keys of no row add to none; an entry whose source row does not exist is NaN in its row alone."""
+    sum_rows = {"reference": row_sums.reference, "triton": row_sums.triton}.get(backend, row_sums.native)
+    keys = torch.tensor([3, -1, 0, 3, 7, 5, 2**31 - 1, 0], dtype=index_dtype, device=device)
+    source_index = torch.tensor([1, 4, 0, -2], dtype=index_dtype, device=device)  # of two entries each
+    coefficient = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8], device=device)
+    coefficient[[2, 3, 6, 7]] = torch.nan
+    source, out = torch.randn(3, 5, device=device), torch.empty(7, 5, device=device)
+    sum_rows(keys, coefficient, source, source_index, out)
+    expected = torch.zeros(7, 5, device=device)
+    expected[0], expected[3], expected[5] = torch.nan, torch.nan, 6 * source[0]
+    torch.testing.assert_close(out, expected, equal_nan=True)
 
 
 INDICES, WEIGHTS = problem("cpu", pairs=4, words=5, dim=3, dtype=torch.float32, requires_grad=())

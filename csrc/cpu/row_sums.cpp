@@ -2,6 +2,7 @@
 // of the result is written once, also where it has no entry.
 #include "row_sums.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "element.h"
@@ -18,14 +19,18 @@ template <class Index>
 void sort(const Index* keys, int64_t entries, int64_t rows, int64_t* order, int64_t* starts) {
   int64_t* next = starts + 1;  // of a row: its count, then where its next entry goes, then where it ends
   std::memset(starts, 0, size_t(rows + 1) * sizeof(int64_t));
-  for (int64_t e = 0; e < entries; ++e) ++next[keys[e]];
+  for (int64_t e = 0; e < entries; ++e) {
+    if (in_range(keys[e], rows)) ++next[keys[e]];
+  }
   int64_t start = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t count = next[r];
     next[r] = start;
     start += count;
   }
-  for (int64_t e = 0; e < entries; ++e) order[next[keys[e]]++] = e;
+  for (int64_t e = 0; e < entries; ++e) {
+    if (in_range(keys[e], rows)) order[next[keys[e]]++] = e;
+  }
 }
 
 template <class Source, class Out>
@@ -51,8 +56,10 @@ void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
           prefetch_row(source + source_row(sums, sums.order[n + kAhead]) * sums.dim + column, count);
         }
         const int64_t entry = sums.order[n];
-        const Source* row = source + source_row(sums, entry) * sums.dim + column;
-        const A weight = coefficient[entry];
+        const int64_t from = source_row(sums, entry);
+        const bool exists = in_range(from, sums.source_rows);
+        const Source* row = source + (exists ? from : 0) * sums.dim + column;
+        const A weight = exists ? coefficient[entry] : A(NAN);
         if (first) {
 #pragma omp simd
           for (int64_t j = 0; j < count; ++j) values[j] = weight * A(to_float(row[j]));

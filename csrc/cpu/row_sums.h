@@ -6,9 +6,10 @@
 
 namespace sslkernels {
 
-// sort_rows: a stable counting sort. order holds the entries by key, those of row r at [starts[r], starts[r + 1]).
-// Every key is in [0, rows). weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work,
-// each by one thread: the sums do not depend on how it is split.
+// sort_rows: a stable counting sort. order holds the entries by key, those of row r at [starts[r], starts[r + 1]); of
+// entries whose key is out of range it says nothing.
+// weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work, each by one thread: the sums
+// do not depend on how it is split. An entry whose source row is out of range counts as NaN.
 #define SSLKERNELS_DECLARE(isa)                                                                                \
   namespace isa {                                                                                              \
   void sort_rows(const void* keys, bool wide, int64_t entries, int64_t rows, int64_t* order, int64_t* starts); \

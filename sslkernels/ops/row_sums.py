@@ -3,8 +3,8 @@
     out[r] = sum over the entries e with keys[e] == r, in their order, of coefficient[e] * source[row(e)]
 
 with row(e) = source_index[e // n], or e // n itself where there is no index, for the n entries of each source row. Keys
-outside [0, rows) belong to no row. An entry whose source row is out of range has to have the coefficient NaN. Sums are
-in the accumulation dtype and rounded once to that of `out`.
+outside [0, rows) belong to no row. An entry whose source row is out of range has to have the coefficient NaN, so that
+any row will do for it. Sums are in the accumulation dtype and rounded once to that of `out`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """(sorted keys, order, starts): the entries by key, those of row r at [starts[r], starts[r + 1]), those of no row
     last, with the key `rows`. Nothing synchronises."""
-    keys = keys.masked_fill((keys < 0) | (keys >= rows), rows)
-    if rows < 2**31 - 1:
-        keys = keys.to(torch.int32)  # half the passes of a radix sort
-    keys, order = torch.sort(keys, stable=True)
+    narrow = rows < 2**31 - 1  # half the passes of a radix sort
+    keys = (keys if narrow else keys.long()).masked_fill((keys < 0) | (keys >= rows), rows)
+    keys, order = torch.sort(keys.to(torch.int32) if narrow else keys, stable=True)
     return keys, order, torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device))
 
 
@@ -33,7 +32,6 @@ def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: T
 
 
 def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
-    """On the CPU every key has to be in its range."""
     if keys.is_cuda:
         _, order, starts = sort_rows(keys, out.shape[0])
     else:
