@@ -401,6 +401,19 @@ def test_row_sums_of_keys_out_of_range(backend, index_dtype, device):
     torch.testing.assert_close(out, expected, equal_nan=True)
 
 
+def test_a_row_of_many_entries_keeps_its_digits(backend, device):
+    """Positive terms one after the other in float32 would lose about 1e-5 of their sum."""
+    if backend == "reference" or (backend == "triton" and device == "cpu"):
+        pytest.skip("the reference adds them so; the interpreter takes minutes")
+    keys = torch.ones(300_001, dtype=torch.int64, device=device)
+    coefficient, source = torch.rand(300_001, device=device), torch.rand(300_001, 3, device=device)
+    out = torch.empty(3, 3, device=device)
+    (row_sums.triton if backend == "triton" else row_sums.native)(keys, coefficient, source, None, out)
+    truth = torch.zeros(3, 3, dtype=torch.float64, device=device)
+    truth[1] = coefficient.double() @ source.double()
+    assert oracle.error(out, truth) < 8 * torch.finfo(torch.float32).eps
+
+
 INDICES, WEIGHTS = problem("cpu", pairs=4, words=5, dim=3, dtype=torch.float32, requires_grad=())
 VALID = INDICES | WEIGHTS
 ERRORS = [

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // columns
 constexpr int64_t kAhead = 16;    // entries whose rows are being read
+constexpr int64_t kRun = 64;      // entries added up in A; the sums of the runs of a row are added up in double
 
 template <class Index>
 void sort(const Index* keys, int64_t entries, int64_t rows, int64_t* order, int64_t* starts) {
@@ -41,17 +42,13 @@ void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
   const int64_t first_row = rows_before(sums, begin), last_row = rows_before(sums, end);
   const int64_t last_entry = sums.starts[last_row];
   A values[kBlock];
+  double totals[kBlock];
   for (int64_t column = 0; column < sums.dim; column += kBlock) {
     const int64_t count = sums.dim - column < kBlock ? sums.dim - column : kBlock;
-    for (int64_t r = first_row; r < last_row; ++r) {
-      Out* out = static_cast<Out*>(sums.out) + r * sums.dim + column;
-      const int64_t row_end = sums.starts[r + 1];
-      int64_t n = sums.starts[r];
-      if (n == row_end) {
-        std::memset(out, 0, size_t(count) * sizeof(Out));
-        continue;
-      }
-      for (bool first = true; n < row_end; ++n, first = false) {
+
+    // The sums of the entries [n, stop).
+    const auto add_up = [&](int64_t n, int64_t stop) {
+      for (bool first = true; n < stop; ++n, first = false) {
         if (n + kAhead < last_entry) {
           prefetch_row(source + source_row(sums, sums.order[n + kAhead]) * sums.dim + column, count);
         }
@@ -68,7 +65,27 @@ void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
           for (int64_t j = 0; j < count; ++j) values[j] += weight * A(to_float(row[j]));
         }
       }
-      store(values, count, out);
+    };
+
+    for (int64_t r = first_row; r < last_row; ++r) {
+      Out* out = static_cast<Out*>(sums.out) + r * sums.dim + column;
+      const int64_t start = sums.starts[r], stop = sums.starts[r + 1];
+      if (start == stop) {
+        std::memset(out, 0, size_t(count) * sizeof(Out));
+        continue;
+      }
+      if (stop - start <= kRun) {
+        add_up(start, stop);
+        store(values, count, out);
+        continue;
+      }
+      std::memset(totals, 0, size_t(count) * sizeof(double));
+      for (int64_t n = start; n < stop; n += kRun) {
+        add_up(n, stop - n < kRun ? stop : n + kRun);
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) totals[j] += double(values[j]);
+      }
+      store(totals, count, out);
     }
   }
 }
