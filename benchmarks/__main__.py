@@ -19,6 +19,7 @@ from benchmarks import (
     bench_kernels,
     bench_linear_cross_entropy,
     bench_mask_tokens,
+    bench_negative_sampling,
     bench_own_negatives,
     environment,
     harness,
@@ -33,6 +34,7 @@ BENCHMARKS = (
     bench_linear_cross_entropy.BENCHMARK,
     *bench_contrastive.BENCHMARKS,
     bench_own_negatives.BENCHMARK,
+    bench_negative_sampling.BENCHMARK,
     bench_kernels.BENCHMARK,
 )
 RESULTS = environment.ROOT / "benchmarks" / "results"

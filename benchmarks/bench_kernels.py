@@ -18,6 +18,7 @@ from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
 from sslkernels import native, use_backend
+from sslkernels.ops import negative_sampling, row_sums
 from sslkernels.ops.own_negatives import SOFTMAX, own_negatives
 from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, Rows, TritonRows, accumulation_dtype
 
@@ -25,6 +26,9 @@ OP = "kernels"
 PLAIN = "plain torch"
 COPY = "copy of the same bytes (floor)"
 OPTIONS = RowOptions(-100, 0.0, 0.0, 0.0)
+NEGATIVES = 5
+ENTRIES_OF_ROW = 2
+OWNED = ("grad", "total", "out", "loss", "slopes", "direction")
 Inputs = dict[str, Tensor]
 
 
@@ -104,6 +108,26 @@ def _own_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     return _own_results(case, wide)
 
 
+def _pairs(fill: Callable[..., object], t: Inputs) -> None:
+    tables = (t["logits"], t["logits"])
+    fill(t["center"], t["context"], t["negatives"], *tables, t["loss"], t["slopes"], t["direction"], False)
+
+
+def _pairs_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    exact = {name: t[name].double() for name in ("logits", "loss", "slopes", "direction")}
+    _pairs(negative_sampling._fill_reference, {**t, **exact})
+    return exact["loss"], exact["direction"]
+
+
+def _row_sums(t: Inputs) -> None:
+    _native("weighted_row_sums")(t["starts"], t["order"], t["coefficient"], t["logits"], None, t["out"], 1)
+
+
+def _row_sums_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    terms = t["coefficient"].double()[:, None] * t["logits"].double()
+    return (torch.zeros(t["out"].shape, dtype=torch.float64, device=terms.device).index_add_(0, t["keys"], terms),)
+
+
 def _native(name: str) -> Callable[..., object]:
     return getattr(torch.ops.sslkernels_native, name)
 
@@ -157,6 +181,38 @@ KERNELS = {
         lambda case, t: (t["wide"].double() * t["scale"].double(),),
         lambda case, t: t["grad"].copy_(t["wide"] * t["scale"]),
     ),
+    # N pairs and N words, V columns.
+    "negative_sampling_fwd": Kernel(
+        lambda case: {
+            "pairs": case.shape["N"],
+            "negatives": NEGATIVES,
+            "center_rows": case.shape["N"],
+            "context_rows": case.shape["N"],
+            "dim": case.shape["V"],
+            "element_bytes": case.dtype.itemsize,
+            "index_bytes": 8,
+            "gradient": True,
+        },
+        lambda rows, case, t: _pairs(_native("negative_sampling_fwd"), t),
+        lambda case, t: (t["loss"], t["direction"]),
+        _pairs_oracle,
+        lambda case, t: _pairs(negative_sampling._fill_reference, t),
+    ),
+    # N entries of V columns, added up into N / 2 rows.
+    "weighted_row_sums": Kernel(
+        lambda case: {
+            "entries": case.shape["N"],
+            "rows": case.shape["N"] // ENTRIES_OF_ROW,
+            "source_rows": case.shape["N"],
+            "dim": case.shape["V"],
+            "source_bytes": case.dtype.itemsize,
+            "out_bytes": case.dtype.itemsize,
+        },
+        lambda rows, case, t: _row_sums(t),
+        lambda case, t: (t["out"],),
+        _row_sums_oracle,
+        lambda case, t: row_sums.reference(t["keys"], t["coefficient"], t["logits"], None, t["out"]),
+    ),
 }
 
 
@@ -196,6 +252,9 @@ def cases(device: str) -> list[Case]:
     found.append(make_kernel_case("own_negatives", {"N": 8192, "K": 32, "D": 512}, torch.float32))
     for kernel in ("column_sums", "scale_add"):
         found += [make_kernel_case(kernel, {"N": n, "V": v}) for n, v in ((16384, 30522), (8192, 50265))]
+    for kernel in ("negative_sampling_fwd", "weighted_row_sums"):
+        for v in (128, 300):
+            found += [make_kernel_case(kernel, {"N": 1 << 20, "V": v}, d) for d in (torch.bfloat16, torch.float32)]
     return found
 
 
@@ -234,6 +293,16 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     if case.op == "scale_add":
         inputs["wide"] = logits.to(acc)
         inputs["scale"] = torch.full((1,), 0.5, dtype=acc, device=device)
+    if case.op == "negative_sampling_fwd":
+        logits.mul_(vocab**-0.25)
+        for name, shape in (("center", (rows,)), ("context", (rows,)), ("negatives", (rows, NEGATIVES))):
+            inputs[name] = torch.randint(rows, shape, generator=generator, device=device)
+        for name, shape in (("loss", (rows,)), ("slopes", (rows, 1 + NEGATIVES)), ("direction", (rows, vocab))):
+            inputs[name] = torch.empty(shape, dtype=acc, device=device)
+    if case.op == "weighted_row_sums":
+        inputs["keys"] = torch.randint(rows // ENTRIES_OF_ROW, (rows,), generator=generator, device=device)
+        _, inputs["order"], inputs["starts"] = row_sums.sort_rows(inputs["keys"], rows // ENTRIES_OF_ROW)
+        inputs["out"] = torch.empty(rows // ENTRIES_OF_ROW, vocab, dtype=case.dtype, device=device)
     return inputs
 
 
@@ -247,7 +316,7 @@ def _run(rows: Rows) -> Callable[[Case, Inputs], Run]:
             kernel.call(rows, case, t)
             return kernel.results(case, t)
 
-        return Run(call, owned=tuple(t[name] for name in ("grad", "total") if name in t))
+        return Run(call, owned=tuple(t[name] for name in OWNED if name in t))
 
     return build
 
@@ -263,7 +332,7 @@ def _eager(case: Case, inputs: Inputs) -> Run:
         kernel.eager(case, inputs)
         return kernel.results(case, inputs)
 
-    return Run(call, owned=tuple(inputs[name] for name in ("grad", "total") if name in inputs))
+    return Run(call, owned=tuple(inputs[name] for name in OWNED if name in inputs))
 
 
 def _copy(case: Case, inputs: Inputs) -> Run:

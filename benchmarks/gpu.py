@@ -36,6 +36,7 @@ RECORD = RESULTS / "gpu_validated.json"
 PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
 PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less than 8 minutes
     "mask": ["--op", "mask_tokens"],
+    "negative": ["--op", "negative_sampling_loss"],
     "kernels": ["--op", "kernels"],
     "logits-1": ["--op", "cross_entropy", "--part", "1/2"],
     "logits-2": ["--op", "cross_entropy", "--part", "2/2"],

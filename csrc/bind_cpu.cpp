@@ -5,13 +5,16 @@
 
 #include "bind.h"
 #include "bind_mask_tokens.h"
+#include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
+#include "cpu/negative_sampling.h"
 #include "cpu/own_negatives.h"
 #include "cpu/pair_scores.h"
+#include "cpu/row_sums.h"
 #include "cpu/scale_add.h"
 
 namespace sslkernels {
@@ -190,6 +193,38 @@ void pair_gradient(Tensor products, OptionalTensor row_norm, OptionalTensor colu
   });
 }
 
+void negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, Tensor context_weight,
+                           Tensor loss, OptionalTensor slopes, OptionalTensor direction, bool exclude_positive) {
+  const NegativeSampling pairs = negative_sampling_arguments(center, context, negatives, center_weight, context_weight,
+                                                             loss, slopes, direction, exclude_positive);
+  if (direction) advise_huge_pages(pairs.direction, direction->numel() * direction->element_size());
+  const int64_t grain = row_grain((pairs.negative_count + 1) * pairs.dim);
+  torch::stable::parallel_for(0, pairs.count, grain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(negative_sampling_fwd, pairs, begin, end);
+  });
+}
+
+void sort_rows(Tensor keys, Tensor order, Tensor starts) {
+  using torch::headeronly::ScalarType;
+  check_vector(keys, keys.numel(), keys.scalar_type(), "keys");
+  check_vector(order, keys.numel(), ScalarType::Long, "order");
+  check_vector(starts, starts.numel(), ScalarType::Long, "starts");
+  STD_TORCH_CHECK(starts.numel() > 0, "sslkernels: starts must have one element more than there are rows");
+  SSLKERNELS_CALL_ISA(sort_rows, keys.const_data_ptr(), is_wide(keys, "keys"), keys.numel(), starts.numel() - 1,
+                      order.mutable_data_ptr<int64_t>(), starts.mutable_data_ptr<int64_t>());
+}
+
+void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, OptionalTensor source_index,
+                       Tensor out, int64_t entries_of_source) {
+  const WeightedRowSums sums =
+      row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
+  advise_huge_pages(sums.out, out.numel() * out.element_size());
+  const int64_t work = sums.starts[sums.rows] + sums.rows;
+  torch::stable::parallel_for(0, work, row_grain(sums.dim), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(weighted_row_sums, sums, begin, end);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -230,6 +265,14 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "row_id, Tensor? column_id, bool ids_positive, Tensor? row_weight, Tensor? row_reference, Tensor? "
       "row_share, Tensor? row_smoothing, Tensor? column_weight, Tensor? column_reference, Tensor? column_share, "
       "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total) -> ()");
+  m.def(
+      "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
+      "Tensor context_weight, Tensor(a!) loss, Tensor(b!)? slopes, Tensor(c!)? direction, bool exclude_positive) -> "
+      "()");
+  m.def("sort_rows(Tensor keys, Tensor(a!) order, Tensor(b!) starts) -> ()");  // on a GPU torch's own sort will do
+  m.def(
+      "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
+      "Tensor(a!) out, int entries_of_source) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
@@ -243,6 +286,9 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("pair_row_sums", TORCH_BOX(&pair_row_sums));
   m.impl("pair_column_sums", TORCH_BOX(&pair_column_sums));
   m.impl("pair_gradient", TORCH_BOX(&pair_gradient));
+  m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
+  m.impl("sort_rows", TORCH_BOX(&sort_rows));
+  m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
 }
 
 }  // namespace sslkernels

@@ -5,11 +5,14 @@
 
 #include "bind.h"
 #include "bind_mask_tokens.h"
+#include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/mask_tokens.h"
+#include "cuda/negative_sampling.h"
 #include "cuda/own_negatives.h"
+#include "cuda/row_sums.h"
 #include "cuda/scale_add.h"
 
 namespace sslkernels {
@@ -110,6 +113,23 @@ void column_sums(Tensor values, Tensor total, bool add) {
   launch_column_sums(sums, current_stream(values));
 }
 
+void negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, Tensor context_weight,
+                           Tensor loss, OptionalTensor slopes, OptionalTensor direction, bool exclude_positive) {
+  const NegativeSampling pairs = negative_sampling_arguments(center, context, negatives, center_weight, context_weight,
+                                                             loss, slopes, direction, exclude_positive);
+  const torch::stable::accelerator::DeviceGuard guard(center.get_device_index());
+  launch_negative_sampling_fwd(pairs, current_stream(center));
+}
+
+void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, OptionalTensor source_index,
+                       Tensor out, int64_t entries_of_source) {
+  const WeightedRowSums sums =
+      row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
+  const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
+  const Tensor partials = torch::stable::new_empty(coefficient, {row_sums_partials(sums)});
+  launch_weighted_row_sums(sums, partials.mutable_data_ptr(), current_stream(out));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
@@ -120,6 +140,8 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));
   m.impl("column_sums", TORCH_BOX(&column_sums));
+  m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
+  m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
 }
 
 }  // namespace sslkernels

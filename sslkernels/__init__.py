@@ -7,6 +7,7 @@ from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, sigl
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.random_bits import random_bits
 from sslkernels.version import __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "info_nce",
     "linear_cross_entropy",
     "mask_tokens",
+    "negative_sampling_loss",
     "nn",
     "nt_xent",
     "random_bits",

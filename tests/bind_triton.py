@@ -16,8 +16,10 @@ from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
+from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.random_bits import random_bits
+from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
@@ -96,6 +98,19 @@ def bind_own(size: int, every: bool) -> None:
     own_negatives(query, negatives, mask, *some, False, outputs)
 
 
+def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> None:
+    pairs, negatives = 2, dim if every else 1
+    index, table = torch.zeros(pairs, dtype=index_dtype), torch.zeros(3, dim, dtype=torch.float16)
+    drawn = torch.zeros(pairs, negatives, dtype=index_dtype)
+    slopes, direction = (torch.zeros(pairs, 1 + negatives), torch.zeros(pairs, dim)) if every else (None, None)
+    negative_sampling_fwd(index, index, drawn, table, table, torch.zeros(pairs), slopes, direction, every)
+    keys, order = torch.zeros(2 * pairs, dtype=torch.int32), torch.arange(2 * pairs)
+    source, source_index = (table, index) if every else (torch.zeros(2 * pairs, dim), None)
+    starts = torch.zeros(4, dtype=torch.int64)
+    per_source = 2 if every else 1
+    weighted_row_sums(keys, order, starts, torch.ones(2 * pairs), source, source_index, table, per_source)
+
+
 if __name__ == "__main__":
     compiled = record_instead_of_launching()
     for options, index_dtype in ((PLAIN, torch.int64), (EVERY, torch.int32)):
@@ -103,6 +118,7 @@ if __name__ == "__main__":
             bind_rows(size, options, index_dtype)
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
+            bind_negative_sampling(size, index_dtype, options is EVERY)
             scale_(torch.ones(size), torch.ones(()))
             bind_own(size, options is EVERY)
     json.dump(sorted(set(compiled)), sys.stdout)

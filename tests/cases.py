@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TABLES = ("center_weight", "context_weight")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,6 +28,7 @@ class Case:
     token_weight: bool = False
     batch: tuple[int, ...] = ()
     int32: bool = False
+    negatives: int = 5
     options: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -40,6 +42,12 @@ class Case:
             return (scale * torch.randn(shape, generator=g)).to(dtype).to(device)
 
         shape = self.batch or (self.rows,)
+        if self.op == "negative_sampling_loss":
+            index = torch.int32 if self.int32 else torch.int64
+            sizes = {"center": shape, "context": shape, "negatives": (*shape, self.negatives)}
+            tables = {name: normal(self.vocab, self.dim, scale=self.spread) for name in TABLES}
+            draws = {name: torch.randint(0, self.vocab, size, generator=g) for name, size in sizes.items()}
+            return tables, {name: draw.to(index).to(device) for name, draw in draws.items()}
         target = torch.randint(0, self.vocab, shape, generator=g)
         target[torch.rand(shape, generator=g) < self.ignored] = self.options.get("ignore_index", -100)
         constant = {"target": target.to(torch.int32 if self.int32 else torch.int64).to(device)}
@@ -113,4 +121,26 @@ def linear_cross_entropy_cases() -> Iterator[Case]:
     yield Case(op, "peaked", 33, 301, 16, spread=12.0)
 
 
-CASES = [*cross_entropy_cases(), *linear_cross_entropy_cases()]
+def negative_sampling_cases() -> Iterator[Case]:
+    op = "negative_sampling_loss"
+    yield Case(op, "plain", 37, 53, 19)
+    yield Case(op, "aligned", 40, 30, 32)
+    yield Case(op, "several_tiles", 9, 12, 300, spread=0.2)
+    yield Case(op, "one_pair", 1, 257, 8)
+    yield Case(op, "two_words", 21, 2, 5)
+    yield Case(op, "one_feature", 30, 12, 1)
+    yield Case(op, "one_negative", 30, 17, 16, negatives=1)
+    yield Case(op, "no_negatives", 30, 17, 16, negatives=0)
+    yield Case(op, "many_negatives", 11, 90, 16, negatives=70)
+    yield Case(op, "large_scores", 33, 41, 16, spread=4.0)
+    yield Case(op, "few_pairs_of_many_words", 6, 500, 12)
+    yield Case(op, "batch", 0, 67, 24, batch=(3, 1, 11))
+    yield Case(op, "int32", 40, 11, 6, int32=True)
+    for reduction in ("sum", "none"):
+        yield Case(op, reduction, 35, 23, 16, options={"reduction": reduction})
+    for reduction in ("mean", "none"):
+        options = {"exclude_positive": True, "reduction": reduction}
+        yield Case(op, f"exclude_positive_{reduction}", 35, 7, 16, options=options)
+
+
+CASES = [*cross_entropy_cases(), *linear_cross_entropy_cases(), *negative_sampling_cases()]

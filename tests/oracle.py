@@ -6,6 +6,7 @@ In float64 they are the truth; in the dtype under test they are what eager torch
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,6 +66,26 @@ def linear_cross_entropy(
     if linear_bias is not None:
         logits = logits + linear_bias
     return cross_entropy(logits, target, **options)
+
+
+def negative_sampling_loss(
+    center: Tensor,
+    context: Tensor,
+    negatives: Tensor,
+    center_weight: Tensor,
+    context_weight: Tensor,
+    *,
+    reduction: str = "mean",
+    exclude_positive: bool = False,
+) -> Tensor:
+    u = F.embedding(center, center_weight)
+    positive = torch.einsum("...d,...d->...", u, F.embedding(context, context_weight))
+    negative = torch.einsum("...d,...kd->...k", u, F.embedding(negatives, context_weight))
+    terms = F.logsigmoid(-negative)
+    if exclude_positive:
+        terms = torch.where(negatives == context.unsqueeze(-1), 0, terms)
+    loss = -F.logsigmoid(positive) - terms.sum(-1)
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
 def error(value: Tensor, truth: Tensor) -> float:

@@ -51,7 +51,8 @@ def test_no_path_of_the_build_machine_is_kept():
 @needs_cuda_kernels
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
-    for op in ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens", "own_negatives"):
+    ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens", "own_negatives")
+    for op in (*ops, "negative_sampling_fwd", "weighted_row_sums"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures
@@ -69,6 +70,11 @@ def test_every_operator_with_a_cuda_kernel_has_a_floor():
     # The logits of the valid rows once, the gradient of all rows once; a target and four results a row.
     assert fwd.bytes == (valid + rows) * vocab * 2 + rows * 24
     assert native.extension.floors.scale_add(100, 4, 2, True).bytes == 100 * (4 + 2 + 2)
+    # 7 rows of the centers and all 9 of the contexts, 4 indices a pair; loss, slopes and direction in float32.
+    pairs = native.extension.floors.negative_sampling_fwd(7, 2, 100, 9, 10, 2, 8, True)
+    assert pairs.bytes == (7 + 9) * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4
+    sums = native.extension.floors.weighted_row_sums(21, 9, 100, 10, 4, 2)
+    assert sums.bytes == 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2)
 
 
 @pytest.fixture(scope="module")

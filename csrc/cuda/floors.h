@@ -2,6 +2,7 @@
 // output written once, and floating-point operations. Benchmarks compare with it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace sslkernels {
@@ -49,5 +50,28 @@ inline Floor random_bits_floor(int64_t rows, int64_t columns) { return {rows * c
 
 // Ids read, new ids and labels written.
 inline Floor mask_tokens_floor(int64_t tokens, int64_t id_bytes) { return {tokens * id_bytes * 3, 0}; }
+
+// The indices, and each row of the tables that may occur; of a pair the loss and, for a gradient, 1 + negatives slopes
+// and the direction, in float32. A score takes a dot product, its part of the direction as much again.
+inline Floor negative_sampling_fwd_floor(int64_t pairs, int64_t negatives, int64_t center_rows, int64_t context_rows,
+                                         int64_t dim, int64_t element_bytes, int64_t index_bytes, bool gradient) {
+  const int64_t scores = pairs * (1 + negatives);
+  const int64_t rows = std::min(pairs, center_rows) + std::min(scores, context_rows);
+  const int64_t written = pairs + (gradient ? scores + pairs * dim : 0);
+  return {rows * dim * element_bytes + (pairs + scores) * index_bytes + written * 4,
+          2 * scores * dim * (gradient ? 2 : 1)};
+}
+
+// Keys read, the order and the starts written.
+inline Floor sort_rows_floor(int64_t entries, int64_t rows, int64_t key_bytes) {
+  return {entries * (key_bytes + 8) + (rows + 1) * 8, 0};
+}
+
+// An order and a coefficient an entry, the source rows that may occur, the starts, and every row written.
+inline Floor weighted_row_sums_floor(int64_t entries, int64_t rows, int64_t source_rows, int64_t dim,
+                                     int64_t source_bytes, int64_t out_bytes) {
+  return {entries * (8 + 4) + std::min(entries, source_rows) * dim * source_bytes + rows * (8 + dim * out_bytes),
+          2 * entries * dim};
+}
 
 }  // namespace sslkernels

@@ -74,5 +74,10 @@ def pointers_aligned(
     return AotEntry(name, kernel, signature(kernel, kinds, own), own, options, aligned)
 
 
+def dim_aligned(entry: AotEntry) -> AotEntry:
+    """The specialisation for rows whose length `dim` is a multiple of 16."""
+    return entry._replace(name=f"{entry.name}-aligned", aligned=(*entry.aligned, "dim"))
+
+
 def next_power_of_2(value: int) -> int:
     return triton.next_power_of_2(max(value, 1))

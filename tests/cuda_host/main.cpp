@@ -6,7 +6,9 @@
 #include "../../csrc/cuda/cross_entropy.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
+#include "../../csrc/cuda/negative_sampling.h"
 #include "../../csrc/cuda/own_negatives.h"
+#include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
 #include "planted.h"
@@ -151,6 +153,48 @@ void plan_own_negatives(const Call& call) {
   std::copy(std::begin(found), std::end(found), out);
 }
 
+sslkernels::NegativeSampling negative_sampling_of(const Call& call) {
+  sslkernels::NegativeSampling pairs{};
+  pairs.element = static_cast<sslkernels::Element>(call.integer("element"));
+  pairs.center_weight = call.array("center_weight");
+  pairs.context_weight = call.array("context_weight");
+  pairs.center_rows = call.integer("center_rows");
+  pairs.context_rows = call.integer("context_rows");
+  pairs.dim = call.integer("dim");
+  pairs.center = call.array("center");
+  pairs.context = call.array("context");
+  pairs.negatives = call.array("negatives");
+  pairs.wide_index = call.integer("wide_index") != 0;
+  pairs.count = call.integer("count");
+  pairs.negative_count = call.integer("negative_count");
+  pairs.exclude_positive = call.integer("exclude_positive") != 0;
+  pairs.loss = call.array("loss");
+  pairs.slopes = call.array("slopes");
+  pairs.direction = call.array("direction");
+  return pairs;
+}
+
+void weighted_row_sums(const Call& call) {
+  sslkernels::WeightedRowSums sums{};
+  sums.source_element = static_cast<sslkernels::Element>(call.integer("source_element"));
+  sums.out_element = static_cast<sslkernels::Element>(call.integer("out_element"));
+  sums.starts = call.array<int64_t>("starts");
+  sums.order = call.array<int64_t>("order");
+  sums.coefficient = call.array("coefficient");
+  sums.source = call.array("source");
+  sums.source_index = call.array("source_index");
+  sums.wide_index = call.integer("wide_index") != 0;
+  sums.entries_of_source = call.integer("entries_of_source");
+  sums.source_rows = call.integer("source_rows");
+  sums.entries = call.integer("entries");
+  sums.rows = call.integer("rows");
+  sums.dim = call.integer("dim");
+  sums.out = call.array("out");
+  const bool wide = sums.out_element == sslkernels::Element::kDouble;
+  const cuda_host::Array partials(sslkernels::row_sums_partials(sums) * (wide ? 8 : 4));
+  sslkernels::launch_weighted_row_sums(sums, partials.data(), nullptr);
+}
+
 // What the forward would be launched with: held, cluster, threads, bytes of shared memory.
 void plan_rows(const Call& call) {
   constexpr int64_t kScratch = 1024;
@@ -184,6 +228,9 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"plan_rows", plan_rows},
     {"scale_add", [](const Call& call) { sslkernels::launch_scale_add(scale_add_of(call), nullptr); }},
     {"column_sums", column_sums},
+    {"negative_sampling_fwd",
+     [](const Call& call) { sslkernels::launch_negative_sampling_fwd(negative_sampling_of(call), nullptr); }},
+    {"weighted_row_sums", weighted_row_sums},
     {"planted", [](const Call& call) { launch_planted(call); }},
 };
 
