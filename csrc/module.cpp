@@ -53,7 +53,6 @@ PYBIND11_MODULE(_C, m) {
   floors.def("negative_sampling_fwd", &sslkernels::negative_sampling_fwd_floor, arg("pairs"), arg("negatives"),
              arg("center_rows"), arg("context_rows"), arg("dim"), arg("element_bytes"), arg("index_bytes"),
              arg("gradient"));
-  floors.def("sort_rows", &sslkernels::sort_rows_floor, arg("entries"), arg("rows"), arg("key_bytes"));
   floors.def("weighted_row_sums", &sslkernels::weighted_row_sums_floor, arg("entries"), arg("rows"), arg("source_rows"),
              arg("dim"), arg("source_bytes"), arg("out_bytes"));
   m.def("build_info", &build_info,

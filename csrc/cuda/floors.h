@@ -62,11 +62,6 @@ inline Floor negative_sampling_fwd_floor(int64_t pairs, int64_t negatives, int64
           2 * scores * dim * (gradient ? 2 : 1)};
 }
 
-// Keys read, the order and the starts written.
-inline Floor sort_rows_floor(int64_t entries, int64_t rows, int64_t key_bytes) {
-  return {entries * (key_bytes + 8) + (rows + 1) * 8, 0};
-}
-
 // An order and a coefficient an entry, the source rows that may occur, the starts, and every row written.
 inline Floor weighted_row_sums_floor(int64_t entries, int64_t rows, int64_t source_rows, int64_t dim,
                                      int64_t source_bytes, int64_t out_bytes) {
