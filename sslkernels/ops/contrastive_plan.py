@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslkernels.ops.contrastive_gradients import FeatureGradients
+from sslkernels.ops.contrastive_problem import Problem, inverse_norm
 from sslkernels.ops.contrastive_types import (
     PairGradients,
     PairInputs,
@@ -39,15 +41,13 @@ from sslkernels.ops.contrastive_types import (
     PairState,
     PairStatistics,
     PairWanted,
-    empty_gradients,
     empty_state,
     empty_statistics,
-    gradient_dtype,
 )
-from sslkernels.ops.designated import Designated, row_blocks
 from sslkernels.ops.own_negatives import own_negatives_
 from sslkernels.ops.pair_scores import (
     HINGE,
+    ROW_MULTIPLE,
     SIGMOID,
     SOFTMAX,
     ColumnSums,
@@ -58,9 +58,9 @@ from sslkernels.ops.pair_scores import (
     Thresholds,
     Tile,
 )
-from sslkernels.ops.rows import accumulation_dtype
 
-NORM_EPS = 1e-12
+# Strips of a symmetric score matrix, whose products serve two rows each but in the blocks on the diagonal.
+MUTUAL_STRIPS = 16
 
 
 def forward(
@@ -79,7 +79,7 @@ def forward(
         plan.finish_columns()
     if plan.wants_gradients and plan.two_pass:
         plan.walk(sums=False, gradient=True)
-    return plan.loss, plan.state, plan.statistics(), plan.gradients()
+    return plan.loss, plan.state, plan.statistics(), plan.grads.results()
 
 
 def backward(
@@ -100,7 +100,7 @@ def backward(
         plan.walk(sums=True, gradient=True)
         if options.columns:
             plan.finish_columns()
-    return plan.gradients()
+    return plan.grads.results()
 
 
 class _Block(NamedTuple):
@@ -129,7 +129,9 @@ class _Piece(NamedTuple):
     twice: bool
 
 
-class _Plan:
+class _Plan(Problem):
+    """The walk over the strips of a problem, and what it adds up."""
+
     def __init__(
         self,
         kernels: PairKernels,
@@ -140,139 +142,37 @@ class _Plan:
         wanted: PairWanted,
         stats: bool,
     ) -> None:
+        super().__init__(inputs, options, coefficient, compute_dtype, any(wanted))
         self.kernels = kernels
-        self.inputs = inputs
-        self.options = options
         self.stats = stats
-        self.wanted = wanted
-        self.wants_gradients = coefficient is not None and any(wanted)
-        self.mutual = inputs.key is None
         self.two_pass = options.energy == SOFTMAX and (options.columns or self.mutual)
-        self.acc = accumulation_dtype(inputs.query.dtype)
-        # On a CPU a float16 matmul is about a thousand times slower than a float32 one.
-        cpu_half = inputs.query.device.type == "cpu" and compute_dtype == torch.float16
-        self.dtype = torch.float32 if cpu_half else compute_dtype
-        self.count = inputs.query.shape[0]
-        self.query = inputs.query.to(self.dtype)
-        self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)
-        self.bank = None if inputs.bank is None or not options.rows else inputs.bank.to(self.dtype)
-        self.own = inputs.negatives if options.rows else None
+        self.grads = FeatureGradients(self, wanted)
+        self._make_blocks()
+        self._allocate_sums()
 
-        self.query_norm = self.key_norm = self.bank_norm = None
-        if options.normalize:
-            self.query_norm = _inverse_norm(self.query, self.acc)
-            self.key_norm = self.query_norm if self.mutual else _inverse_norm(self.key, self.acc)
-            self.bank_norm = None if self.bank is None else _inverse_norm(self.bank, self.acc)
-        self.designated = Designated(
-            inputs.positive, inputs.self_index, self.count, self.key.shape[0], self.query.device,
-            inputs.query_ids, inputs.key_ids, in_batch=options.in_batch, ids_positive=options.ids_positive,
-        )  # fmt: skip
-        self.row_candidates = self.designated.row_candidates
-        if self.bank is not None:
-            self.row_candidates = self.row_candidates + self.bank.shape[0]
-        if self.own is not None:
-            mask = inputs.negatives_mask
-            self.row_candidates = self.row_candidates + (self.own.shape[1] if mask is None else mask.sum(1))
-        self._score_designated()
-        self._weigh(coefficient)
-        self._allocate()
-
-    def _score_designated(self) -> None:
-        """u and s of the designated pairs, and the thresholds of hinge: what a negative exceeds where it costs."""
-        pairs, inputs = self.designated, self.inputs
-        product = self.query.new_zeros(self.count, dtype=self.acc)
-        for rows, x, y in self._designated_features():
-            product[rows] = (x * y).sum(1)
-        self.positive_norm = None
-        if self.query_norm is not None:
-            self.positive_norm = self.query_norm * pairs.of_columns(self.key_norm)
-            product = product * self.positive_norm
-        self.positive_u = product.masked_fill(pairs.invalid, float("nan"))
-        self.score = inputs.logit_scale * self.positive_u
-        if inputs.logit_bias is not None:
-            self.score = self.score + inputs.logit_bias
-        self.row_threshold = self.column_threshold = None
-        if self.options.energy == HINGE:
-            threshold = (self.score - self.options.margin).masked_fill(~pairs.counted, float("inf"))
-            self.row_threshold = threshold
-            # A column for each pair: a key that several rows designate has several thresholds.
-            self.column_threshold = F.pad(threshold, (0, self._hinge_columns() - self.count), value=float("inf"))
-
-    def _hinge_columns(self) -> int:
-        return self.key.shape[0] if self.designated.in_order else self.count
-
-    def _designated_features(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, their queries, their designated keys) in the accumulation dtype, a block of rows at a time."""
-        if self.key.shape[0] == 0:
-            return
-        for rows in row_blocks(self.count, self.query.shape[1]):
-            keys = self.key[rows] if self.designated.in_order else self.key[self.designated.index[rows]]
-            yield rows, self.query[rows].to(self.acc), keys.to(self.acc)
-
-    def _weigh(self, coefficient: Tensor | None) -> None:
-        """The weights of rows and columns in sum(coefficient * loss) / scale, as sides of the gradient."""
+    def _make_blocks(self) -> None:
         options, pairs = self.options, self.designated
-        self.half = 0.5 if options.rows and options.columns else 1.0
-        self.losing = torch.ones_like(pairs.has) if options.energy == SIGMOID else pairs.counted
-        self.scale = torch.ones((), dtype=self.acc, device=self.query.device)
-        self.row, self.column = Side(), Side()
-        if not self.wants_gradients:
-            return
-        weight = torch.where(self.losing, coefficient.to(self.acc), 0)
-        if torch.float16 in (self.inputs.query.dtype, self.dtype) and self.count:
-            # In float16 a gradient is held over the largest coefficient: 1 / N would vanish in its subnormals.
-            largest = weight.abs().max() * self.inputs.logit_scale.abs().clamp(min=1).reshape(())
-            self.scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-        self.weight = weight = self.half * weight / self.scale
-        e, softmax = options.label_smoothing, options.energy == SOFTMAX
-
-        def side(weight: Tensor, reference: Tensor | None, positives: Tensor, candidates: Tensor) -> Side:
-            share = (1 - e) * weight / positives.clamp(min=1) if options.ids_positive and softmax else None
-            return Side(weight, reference, share, e * weight / candidates.clamp(min=1) if e > 0 else None)
-
-        if options.rows:
-            self.row = side(weight, self.row_threshold, pairs.row_positives, self.row_candidates)
-        if options.columns and options.energy == HINGE:
-            self.column = Side(F.pad(weight, (0, self._hinge_columns() - self.count)), self.column_threshold)
-        elif options.columns:
-            total = pairs.scatter(weight, weight.new_zeros(self.key.shape[0]))
-            self.column = side(total, None, pairs.column_positives, pairs.column_candidates)
-
-    def _allocate(self) -> None:
-        options, wanted, pairs = self.options, self.wanted, self.designated
-        softmax, hinge = options.energy == SOFTMAX, options.energy == HINGE
-
-        def gradient(values: Tensor | None, want: bool) -> Tensor | None:
-            if values is None or not (want and self.wants_gradients):
-                return None
-            return values.new_zeros(values.shape, dtype=self.acc)
-
-        self.grad_query = gradient(self.query, wanted.query)
-        self.grad_key = self.grad_query if self.mutual else gradient(self.key, wanted.key)
-        self.grad_bank = gradient(self.bank, wanted.bank)
-        self.grad_pair_key = self.own_query = self.grad_own = None
-        if self.own is not None and self.wants_gradients:
-            self.own_query = torch.empty_like(self.grad_query) if wanted.query else None
-            self.grad_own = torch.empty_like(self.own) if wanted.negatives else None
-
         self.blocks: list[_Block] = []
         if options.in_batch:
-            gathers = hinge and options.columns and not pairs.in_order and self.key.shape[0] > 0
+            gathers = options.energy == HINGE and options.columns and not pairs.in_order and self.key.shape[0] > 0
             labels = tuple(pairs.key_labels)
             columns = options.columns and not gathers
             self.blocks.append(
-                _Block(self.key, self.key_norm, labels, options.rows, columns, True, False, self.grad_key)
+                _Block(self.key, self.key_norm, labels, options.rows, columns, True, False, self.grads.key)
             )
             if gathers:
-                self.grad_pair_key = gradient(self.query, wanted.key)
                 norm, *others = (None if v is None else v[pairs.index] for v in (self.key_norm, *labels[1:]))
                 labels = (pairs.row_labels[0], *others)
                 self.blocks.append(
-                    _Block(self.key[pairs.index], norm, labels, False, True, False, True, self.grad_pair_key)
+                    _Block(self.key[pairs.index], norm, labels, False, True, False, True, self.grads.pair_key)
                 )
         if self.bank is not None:
             none = (None, None, None)
-            self.blocks.append(_Block(self.bank, self.bank_norm, none, True, False, False, False, self.grad_bank))
+            self.blocks.append(_Block(self.bank, self.bank_norm, none, True, False, False, False, self.grads.bank))
+
+    def _allocate_sums(self) -> None:
+        options = self.options
+        softmax, hinge = options.energy == SOFTMAX, options.energy == HINGE
 
         def zeros(count: int, needed: bool = True) -> Tensor | None:
             return self.query.new_zeros(count, dtype=torch.float64) if needed else None
@@ -290,7 +190,7 @@ class _Plan:
 
         n = self.count
         self.row_sums = RowSums(*sums(n, softmax), None, None)
-        columns = self._hinge_columns() if hinge else self.key.shape[0]
+        columns = self.hinge_columns() if hinge else self.key.shape[0]
         self.column_sums = ColumnSums(*(self.row_sums[:5] if self.mutual else sums(columns, softmax)))
         self.statistic_sums = None
         if self.stats:
@@ -303,18 +203,16 @@ class _Plan:
             self.own_lse = self.query.new_full((n,), float("-inf"), dtype=self.acc)
             self.cosine_norms = (self.query_norm, self.key_norm)
             if not options.normalize:
-                self.cosine_norms = tuple(_inverse_norm(values, self.acc) for values in (self.query, self.key))
+                self.cosine_norms = tuple(inverse_norm(values, self.acc) for values in (self.query, self.key))
         self.loss = self.query.new_zeros(n, dtype=self.acc)
         self.state = empty_state(self.inputs, options)
-        self.dot, self.total = zeros(n), zeros(n)
-        self.positive_gradient = self.query.new_zeros(n, dtype=self.acc)
-
-    # -- tiles --------------------------------------------------------------------------------------------------------
 
     def walk(self, sums: bool, gradient: bool) -> None:
         """Takes the strips one after the other. sums: of rows and columns, with the losses of the rows."""
         columns = sum(block.values.shape[0] for block in self.blocks)
         strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient)
+        if self.mutual:
+            strip = min(strip, max(-(-self.count // MUTUAL_STRIPS), ROW_MULTIPLE))
         buffer = self.query.new_empty(strip * columns) if needs_products else None
         for begin in range(0, self.count, strip):
             rows = slice(begin, min(begin + strip, self.count))
@@ -389,14 +287,12 @@ class _Plan:
         column = Side(*_part(self.column, columns)) if block.columns else Side()
         if self.mutual:
             column = Side(*_part(self.row, columns))
-        dot = torch.zeros_like(self.dot[rows]) if piece.twice else self.dot[rows]
-        grad_query = None if self.grad_query is None else self.grad_query[rows]
+        dot = torch.zeros_like(self.grads.dot[rows]) if piece.twice else self.grads.dot[rows]
+        grad_query = None if self.grads.query is None else self.grads.query[rows]
         grad_values = None if block.gradient is None or piece.twice else block.gradient[columns]
-        self.kernels.add_gradients(tile, row, column, dot, self.total[rows], grad_query, grad_values)
+        self.kernels.add_gradients(tile, row, column, dot, self.grads.total[rows], grad_query, grad_values)
         if piece.twice:
-            self.dot[rows].add_(dot, alpha=0.5)
-
-    # -- complete rows and columns ------------------------------------------------------------------------------------
+            self.grads.dot[rows].add_(dot, alpha=0.5)
 
     def _finish_rows(self, rows: slice) -> None:
         """The losses of rows whose sums are complete, and what their gradient needs."""
@@ -426,7 +322,7 @@ class _Plan:
             if self.wants_gradients:
                 weight = self.row.weight[rows]
                 slope = torch.where(counted, torch.sigmoid(-score), 0) if options.energy == SIGMOID else sums.active
-                self.positive_gradient[rows] -= (weight * slope).to(self.acc)
+                self.grads.designated[rows] -= (weight * slope).to(self.acc)
         if own is not None and self.statistic_sums is not None:
             self.statistic_sums.beaten[rows] += (own[0] > score.unsqueeze(1)).sum(1)
             self.own_lse[rows] = torch.logsumexp(own[0], 1)
@@ -456,16 +352,16 @@ class _Plan:
             final,
             scores,
             value,
-            nothing if self.own_query is None else self.own_query[rows],
-            nothing if self.grad_own is None else self.grad_own[rows],
+            nothing if self.grads.own_query is None else self.grads.own_query[rows],
+            nothing if self.grads.own is None else self.grads.own[rows],
             dot,
             total,
         )
         if weight is not None:
-            self.dot[rows] += dot
-            self.total[rows] += total
+            self.grads.dot[rows] += dot
+            self.grads.total[rows] += total
             if options.energy == HINGE:
-                self.positive_gradient[rows] -= total
+                self.grads.designated[rows] -= total
         return scores, value
 
     def _softmax_loss(
@@ -496,7 +392,7 @@ class _Plan:
         if self.options.energy == HINGE:
             loss = sums.sum[: self.count].to(self.acc)
             if self.wants_gradients:
-                self.positive_gradient -= (self.weight * sums.active[: self.count]).to(self.acc)
+                self.grads.designated -= (self.weight * sums.active[: self.count]).to(self.acc)
         else:
             lse, others = pairs.log_sum_exp(_log_sum(sums).to(self.acc), score)
             self.state.column_lse.copy_(lse)
@@ -538,7 +434,7 @@ class _Plan:
         # Nothing is weighed where nothing is designated: every exponential is 0.
         self.row.reference[rows] = torch.logaddexp(others, score).masked_fill(~counted, float("inf"))
         weight, _, share, smoothing = _part(self.row, rows)
-        self.positive_gradient[rows] += self._softmax_slope(weight, others, score, share, smoothing)
+        self.grads.designated[rows] += self._softmax_slope(weight, others, score, share, smoothing)
 
     def _finish_column_side(self) -> None:
         """The same of the columns, of which one may be designated by several rows."""
@@ -552,7 +448,7 @@ class _Plan:
         slope = self._softmax_slope(self.weight, state.column_others, self.score, share, smoothing)
         of_other_rows = torch.where(pairs.counted, weight - self.weight, 0)
         probability = (self.score - pairs.of_columns(state.column_lse)).exp()
-        self.positive_gradient += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
+        self.grads.designated += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
 
     def _softmax_slope(
         self, weight: Tensor, others: Tensor, score: Tensor, share: Tensor | None, smoothing: Tensor | None
@@ -564,8 +460,6 @@ class _Plan:
         if smoothing is not None:
             slope = slope - smoothing
         return torch.where(weight != 0, slope, 0)
-
-    # -- results ------------------------------------------------------------------------------------------------------
 
     def statistics(self) -> PairStatistics:
         sums, pairs, counted = self.statistic_sums, self.designated, self.designated.counted
@@ -588,60 +482,6 @@ class _Plan:
             (sums.spread.sum() / pair_count).log().to(self.acc),
         )
 
-    def gradients(self) -> PairGradients:
-        if not self.wants_gradients:
-            return empty_gradients(self.inputs, PairWanted(*[False] * 6))
-        gradient, inputs = self.positive_gradient, self.inputs
-        logit_scale = self.dot.sum() + (gradient * self.positive_u.masked_fill(gradient == 0, 0)).sum()
-        logit_bias = self.total.sum() + gradient.sum() if self.options.energy == SIGMOID else gradient.new_zeros(1)
-        self._add_designated()
-        norms = (self.query_norm, self.key_norm, self.bank_norm)
-        features = (self.query, None if self.mutual else self.key, self.bank)
-        totals = (self.grad_query, None if self.mutual else self.grad_key, self.grad_bank)
-        own = (self.own_query, None, None)
-        results = []
-        for total, values, norm, part, original, want in zip(
-            totals, features, norms, own, (inputs.query, inputs.key, inputs.bank), self.wanted[:3], strict=True
-        ):
-            if total is not None:
-                self._finish_gradient(total, values, norm, part)
-                results.append(total.to(gradient_dtype(original)))
-            elif want and original is not None:  # a bank that takes no part
-                results.append(torch.zeros_like(original, dtype=gradient_dtype(original)))
-            else:
-                results.append(self.query.new_empty(0))
-        negatives = self.query.new_empty(0)
-        if self.wanted.negatives and inputs.negatives is not None:
-            negatives = torch.zeros_like(inputs.negatives) if self.grad_own is None else self.grad_own
-        scalars = (logit_scale.reshape(1).to(self.acc), logit_bias.reshape(1).to(self.acc))
-        return PairGradients(*results, negatives, *scalars, self.scale)
-
-    def _finish_gradient(self, total: Tensor, values: Tensor, norm: Tensor | None, own: Tensor | None) -> None:
-        """Applies logit_scale, adds what the own negatives gave, and takes out what normalisation does."""
-        for rows in row_blocks(*total.shape):
-            part = total[rows].mul_(self.inputs.logit_scale)
-            if own is not None:
-                part += own[rows]
-            if norm is not None:
-                x, r = values[rows].to(self.acc), norm[rows]
-                along = (part * x).sum(1) * r * r
-                along = torch.where(r * NORM_EPS < 1, along, 0)  # a norm that was clamped is a constant
-                part.addcmul_(along.unsqueeze(1), x, value=-1)
-
-    def _add_designated(self) -> None:
-        """What the designated pairs add to the gradients of queries and keys, and the columns of pairs to the keys."""
-        pairs, gradient = self.designated, self.positive_gradient
-        if self.positive_norm is not None:
-            gradient = torch.where(gradient != 0, gradient * self.positive_norm, 0)
-        for rows, x, y in self._designated_features():
-            part = gradient[rows].unsqueeze(1)
-            if self.grad_query is not None:
-                self.grad_query[rows] += torch.where(part != 0, part * y, 0)
-            if self.grad_key is not None:
-                pairs.scatter(torch.where(part != 0, part * x, 0), self.grad_key, rows)
-        if self.grad_pair_key is not None:
-            pairs.scatter(self.grad_pair_key, self.grad_key)
-
 
 def _part(values: tuple[Tensor | None, ...], at: slice) -> tuple[Tensor | None, ...]:
     return tuple(None if v is None else v[at] for v in values)
@@ -650,7 +490,3 @@ def _part(values: tuple[Tensor | None, ...], at: slice) -> tuple[Tensor | None, 
 def _log_sum(sums: RowSums | ColumnSums) -> Tensor:
     """log(sum) + max, -inf of nothing."""
     return torch.where(sums.sum == 0, float("-inf"), sums.max + sums.sum.log())
-
-
-def _inverse_norm(values: Tensor, acc: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(values, dim=1, dtype=acc).clamp_min(NORM_EPS).reciprocal()
