@@ -1,0 +1,94 @@
+"""Bad input of the contrastive energies: function, argument, what it must be and what it was."""
+
+import pytest
+import torch
+
+import sslkernels as sk
+
+Q, K = torch.randn(4, 3), torch.randn(6, 3)
+N = torch.randn(4, 2, 3)
+IDS = torch.arange(4)
+
+CONTRASTIVE = [
+    (dict(query=[1.0]), TypeError, r"query must be a torch.Tensor; got list"),
+    (dict(query=Q.long()), TypeError, r"query must have dtype .*; got torch.int64"),
+    (dict(query=Q[0]), ValueError, r"query must have shape \(N, D\); got \(3,\)"),
+    (dict(query=N), ValueError, r"query must have shape \(N, D\); got \(4, 2, 3\)"),
+    (dict(key=None), TypeError, r"key must be a torch.Tensor; got NoneType"),
+    (dict(key=torch.randn(6, 4)), ValueError, r"key must have shape \(M, D\) = \(6, 3\); got \(6, 4\)"),
+    (dict(key=K.bfloat16()), TypeError, r"key must have the dtype of query, torch.float32, outside autocast; got"),
+    (dict(key=K[:3]), ValueError, r"positive must be given where key has fewer rows \(3\) than query \(4\); got None"),
+    (dict(key=K.to("meta")), ValueError, r"key must be on the device of query, cpu; got meta"),
+    (dict(positive=torch.tensor([0, 1, 2, 6])), ValueError, r"positive must be in \[0, 6\); got 6"),
+    (dict(positive=torch.tensor([0, 1, 2, -1])), ValueError, r"positive must be in \[0, 6\); got -1"),
+    (dict(positive=torch.tensor([0, 1])), ValueError, r"positive must have shape \(N,\) = \(4,\); got \(2,\)"),
+    (dict(positive=IDS.float()), TypeError, r"positive must have dtype torch.int64 or torch.int32; got torch.float32"),
+    (dict(energy="margin"), ValueError, r"energy must be 'softmax', 'sigmoid' or 'hinge'; got 'margin'"),
+    (dict(direction="both"), ValueError, r"direction must be 'row', 'column' or 'symmetric'; got 'both'"),
+    (dict(same_id="keep"), ValueError, r"same_id must be 'ignore' or 'positive'; got 'keep'"),
+    (dict(reduction="avg"), ValueError, r"reduction must be 'none', 'mean' or 'sum'; got 'avg'"),
+    (dict(logit_scale="10"), TypeError, r"logit_scale must be a number; got str"),
+    (
+        dict(logit_scale=torch.ones(2)),
+        ValueError,
+        r"logit_scale must be a number or a tensor of one element; got \(2,\)",
+    ),
+    (dict(logit_bias=torch.ones(1).int()), TypeError, r"logit_bias must have dtype .*; got torch.int32"),
+    (dict(negatives=torch.randn(4, 3)), ValueError, r"negatives must have shape \(N, K, D\); got \(4, 3\)"),
+    (dict(negatives=torch.randn(5, 2, 3)), ValueError, r"negatives must have shape .* = \(4, 2, 3\); got \(5, 2, 3\)"),
+    (dict(negatives=N.half()), TypeError, r"negatives must have the dtype of query"),
+    (dict(negatives_mask=torch.ones(4, 2).bool()), ValueError, r"negatives_mask must be None without negatives"),
+    (dict(negatives=N, negatives_mask=torch.ones(4, 2)), TypeError, r"negatives_mask must have dtype torch.bool; got"),
+    (dict(negatives=N, negatives_mask=torch.ones(4).bool()), ValueError, r"negatives_mask must have shape \(N, K\)"),
+    (dict(bank=torch.randn(5, 2)), ValueError, r"bank must have shape \(B, D\) = \(5, 3\); got \(5, 2\)"),
+    (dict(query_ids=IDS), ValueError, r"key_ids must be given with the other ids; got None"),
+    (dict(key_ids=torch.arange(6)), ValueError, r"query_ids must be given with the other ids; got None"),
+    (dict(query_ids=IDS, key_ids=IDS), ValueError, r"key_ids must have shape \(M,\) = \(6,\); got \(4,\)"),
+    (dict(query_ids=IDS.float(), key_ids=IDS), TypeError, r"query_ids must have dtype"),
+    (dict(exclude_self=True), ValueError, r"key must be the queries with exclude_self; got 6 rows for 4 queries"),
+    (dict(exclude_self=True, key=Q), ValueError, r"positive must be given with exclude_self .*; got None"),
+    (dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
+    (
+        dict(label_smoothing=0.1, energy="sigmoid"),
+        ValueError,
+        r'label_smoothing must be 0 unless energy is "softmax"; got 0.1',
+    ),
+    (dict(margin=0.5), ValueError, r'margin must be None unless energy is "hinge"; got 0.5'),
+    (dict(margin="1", energy="hinge"), TypeError, r"margin must be a number; got str"),
+    (dict(row_weight=torch.ones(3)), ValueError, r"row_weight must have shape \(N,\) = \(4,\); got \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"), CONTRASTIVE, ids=lambda v: "-".join(v) if isinstance(v, dict) else ""
+)
+def test_contrastive_energy(change, kind, message):
+    with pytest.raises(kind, match=r"^contrastive_energy: " + message):
+        sk.contrastive_energy(**{"query": Q, "key": K, **change})
+
+
+NAMED = [
+    (lambda: sk.info_nce(Q, K), ValueError, r"info_nce: positive_key must have shape that of query = \(4, 3\); got"),
+    (lambda: sk.info_nce(Q, Q, K, negative_mode="own"), ValueError, r"info_nce: negative_mode must be 'unpaired' or"),
+    (lambda: sk.info_nce(Q, Q, N), ValueError, r'info_nce: negative_keys must have shape \(M, D\) in .*"unpaired"'),
+    (lambda: sk.info_nce(Q, Q, K, negative_mode="paired"), ValueError, r"info_nce: negative_keys must have shape"),
+    (lambda: sk.info_nce(Q, Q, temperature=0), ValueError, r"info_nce: temperature must not be 0; got 0"),
+    (lambda: sk.info_nce(Q, Q, temperature="1"), TypeError, r"info_nce: temperature must be a number; got str"),
+    (lambda: sk.nt_xent(Q, K), ValueError, r"nt_xent: z1 must have shape that of z0 = \(4, 3\); got \(6, 3\)"),
+    (lambda: sk.clip_loss(Q, Q.tolist(), 1.0), TypeError, r"clip_loss: text_features must be a torch.Tensor; got list"),
+    (lambda: sk.clip_loss(Q, Q, torch.ones(3)), ValueError, r"clip_loss: logit_scale must be a number or a tensor"),
+    (lambda: sk.siglip_loss(Q, Q, 1.0, "x"), TypeError, r"siglip_loss: logit_bias must be a number; got str"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), NAMED)
+def test_named_losses(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_options_are_keyword_only():
+    with pytest.raises(TypeError):
+        sk.contrastive_energy(Q, K, IDS)
+    with pytest.raises(TypeError):
+        sk.info_nce(Q, Q, K, 0.1)
