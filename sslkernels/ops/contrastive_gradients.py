@@ -91,7 +91,7 @@ class FeatureGradients:
             if want and original is not None:
                 return torch.zeros_like(original, dtype=gradient_dtype(original))
             return self.designated.new_empty(0, dtype=self.problem.inputs.query.dtype)
-        for rows in row_blocks(*total.shape):
+        for rows in row_blocks(total):
             part = total[rows].mul_(self.problem.inputs.logit_scale)
             if own is not None:
                 part += own[rows]

@@ -94,7 +94,7 @@ class Problem:
         """(rows, their queries, their designated keys) in the accumulation dtype, a block of rows at a time."""
         if self.key.shape[0] == 0:
             return
-        for rows in row_blocks(self.count, self.query.shape[1]):
+        for rows in row_blocks(self.query):
             keys = self.key[rows] if self.designated.in_order else self.key[self.designated.index[rows]]
             yield rows, self.query[rows].to(self.acc), keys.to(self.acc)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Rows that have no designated key, and rows whose index was out of range.
 NO_POSITIVE, INVALID_POSITIVE = -1, -2
-# Elements of a block of rows whose temporaries in the accumulation dtype are small.
-BLOCK_ELEMENTS = 1 << 20
+# Elements of a block of rows, whose temporaries in the accumulation dtype are small; on a GPU each costs launches.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Designated:
@@ -114,10 +114,6 @@ class Designated:
         shared = shift[self.index] + (rest[self.index] + (designated[self.index] - part).clamp(min=0)).log()
         return lse, torch.where(self.designations[self.index] > 1, shared, others[self.index])
 
-    def blocks(self, width: int) -> Iterator[slice]:
-        """Slices of the rows whose temporaries of `width` columns are small."""
-        return row_blocks(self.rows, width)
-
 
 def _added(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """total[index] += values, in a fixed order also where an index occurs several times."""
@@ -126,8 +122,10 @@ def _added(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return total.index_add_(0, index, values)
 
 
-def row_blocks(count: int, width: int) -> Iterator[slice]:
-    rows = max(BLOCK_ELEMENTS // max(width, 1), 1)
+def row_blocks(values: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `values` (rows, width) whose temporaries are small."""
+    count, width = values.shape
+    rows = max(BLOCK_ELEMENTS.get(values.device.type, BLOCK_ELEMENTS["cuda"]) // max(width, 1), 1)
     for begin in range(0, count, rows):
         yield slice(begin, min(begin + rows, count))
 
