@@ -299,5 +299,45 @@ def _flat(tile: Tile) -> tuple:
     return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
 
 
-class TritonPairs(PairKernels):
-    """The Triton kernels, imported at the first call."""
+class TritonPairs(ReferencePairs):
+    """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
+
+    def strip_rows(self, count, columns, features, gradient):
+        from sslkernels.triton_kernels.pair_gradients import strip_rows
+
+        if features.dtype == torch.float64:
+            return super().strip_rows(count, columns, features, gradient)
+        if not gradient:
+            return max(count, 1), False
+        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+        return strip_rows(count, columns, features, workspace)
+
+    def begin(self, tile):
+        if tile.queries.dtype == torch.float64:
+            super().begin(tile)
+
+    def sums(self, tile, rows, columns, thresholds, cosine_norms):
+        from sslkernels.triton_kernels.pair_sums import add_sums
+
+        if tile.queries.dtype == torch.float64:
+            return super().sums(tile, rows, columns, thresholds, cosine_norms)
+        add_sums(tile, rows, columns, thresholds, cosine_norms)
+
+    def add_gradients(self, tile, row, column, dot, total, grad_queries, grad_candidates):
+        from sslkernels.triton_kernels.pair_gradients import add_gradients
+
+        if tile.queries.dtype == torch.float64:
+            return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
+        gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
+        for grad, gradient, values in (
+            (grad_queries, tile.products, tile.candidates),
+            (grad_candidates, None if tile.products is None else tile.products.t(), tile.queries),
+        ):
+            if not written or grad is None:
+                continue
+            if gain is None:
+                self._add_product(grad, gradient, values)
+            else:
+                part = torch.zeros_like(grad)
+                self._add_product(part, gradient, values)
+                grad.addcmul_(part, 1 / gain)

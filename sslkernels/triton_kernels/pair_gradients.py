@@ -1,0 +1,325 @@
+"""The gradient of a tile of pair scores, from scores that are computed again.
+
+Where D is small, a program owns rows of a gradient: it takes all columns, one block after the other, and adds G times
+their features in registers. Rows and columns are exchanged for the gradient of the other side: five matmuls' work in
+all, and no memory but the results. Where D is large, G is written in the dtype of the features and multiplied by the
+library's matmuls: three. A program's sums are partials of its split of the columns, added up in their order.
+
+In float16, G is held times a power of two (`gain`): probabilities of many candidates are subnormal else, as are the
+inverse norms of wide features. What exceeds float16 nevertheless is set to its largest number.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.triton_kernels.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    capability,
+    on_device_of,
+    pointers_aligned,
+    processors,
+)
+from sslkernels.triton_kernels.pair_scores import (
+    ENERGY_HINGE,
+    ENERGY_SIGMOID,
+    ENERGY_SOFTMAX,
+    SIGMOID,
+    SOFTMAX,
+    block_products,
+    block_scores,
+    config,
+    load_or_none,
+    operand_types,
+    operands,
+    owns_rows,
+    row_scale,
+    splits,
+)
+
+NOT_SPECIALIZED = ["rows", "columns", "column_tiles"]
+# In float16, log2 of a gradient 1 of a score of a pair with average norms.
+GAIN = 8
+
+
+@triton.jit
+def _side_gradient(s, further, weight, reference, share, smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
+    """What the rows, or the columns, add to the gradient of scores; share and smoothing may be absent."""
+    if ENERGY == SOFTMAX:
+        gradient = weight * tl.exp(s - reference)
+        if IDS_POSITIVE:
+            if share is not None:
+                gradient -= tl.where(further, share, 0.0)
+        if smoothing is not None:
+            gradient -= smoothing
+    elif ENERGY == SIGMOID:
+        if IDS_POSITIVE:
+            s = tl.where(further, -s, s)
+            weight = tl.where(further, -weight, weight)
+        gradient = weight / (1.0 + tl.exp(-s))
+    else:
+        over = s - reference
+        gradient = tl.where(over > 0.0, weight, tl.where(over <= 0.0, 0.0, over))  # of NaN NaN
+    return gradient
+
+
+@triton.jit
+def _row_vector(pointer, at, inside):
+    if pointer is None:
+        return None
+    else:
+        return tl.load(pointer + at, inside, other=0.0)[:, None]
+
+
+@triton.jit
+def _column_vector(pointer, at, inside):
+    if pointer is None:
+        return None
+    else:
+        return tl.load(pointer + at, inside, other=0.0)[None, :]
+
+
+@triton.jit
+def _score_gradient(
+    s, out, further, row, row_inside, column, column_inside, row_weight, row_reference, row_share, row_smoothing,
+    column_weight, column_reference, column_share, column_smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    gradient = tl.zeros_like(s)
+    if row_weight is not None:
+        gradient += _side_gradient(
+            s, further, _row_vector(row_weight, row, row_inside), _row_vector(row_reference, row, row_inside),
+            _row_vector(row_share, row, row_inside), _row_vector(row_smoothing, row, row_inside), ENERGY, IDS_POSITIVE,
+        )  # fmt: skip
+    if column_weight is not None:
+        gradient += _side_gradient(
+            s, further, _column_vector(column_weight, column, column_inside),
+            _column_vector(column_reference, column, column_inside), _column_vector(column_share, column, column_inside),
+            _column_vector(column_smoothing, column, column_inside), ENERGY, IDS_POSITIVE,
+        )  # fmt: skip
+    return tl.where(out, 0.0, gradient)
+
+
+@triton.jit
+def _narrowed(gradient, gain, dtype: tl.constexpr):
+    if gain is not None:
+        gradient *= tl.load(gain)
+        gradient = tl.where(gradient > 65504.0, 65504.0, tl.where(gradient < -65504.0, -65504.0, gradient))
+    return gradient.to(dtype)
+
+
+@triton.jit
+def _store_sums(dot_out, total_out, dot, total, row_norm, row, row_inside, rows):
+    at = tl.program_id(1).to(tl.int64) * rows + row
+    if row_norm is not None:
+        dot *= row_norm
+    tl.store(dot_out + at, dot, row_inside)
+    tl.store(total_out + at, total, row_inside)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def pair_gradient_tile_kernel(
+    queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
+    column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
+    column_reference, column_share, column_smoothing, gain, gradient_out, dot_out, total_out, rows, columns,
+    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """G (rows, columns), where it is asked for, and per split of the columns the sums of each row."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = row < rows
+    norm = load_or_none(row_norm, row, row_inside, 0.0)
+    scale = row_scale(logit_scale, norm)
+    positive_of_row = load_or_none(row_positive, row, row_inside, 0)
+    self_of_row = load_or_none(row_self, row, row_inside, 0)
+    id_of_row = load_or_none(row_id, row, row_inside, 0)
+    dot = tl.zeros((BLOCK_M,), tl.float64)
+    total = tl.zeros((BLOCK_M,), tl.float64)
+    first = tl.program_id(1) * column_tiles
+    for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_inside = column < columns
+        products = block_products(
+            queries, candidates, row, row_inside, column, column_inside, DIM, BLOCK_M, BLOCK_N, BLOCK_D
+        )
+        norm_of_column = load_or_none(column_norm, column, column_inside, 0.0)
+        u, s, out, further = block_scores(
+            products, norm_of_column, scale, logit_bias, row_inside, column_inside, positive_of_row,
+            load_or_none(column_positive, column, column_inside, 0), self_of_row,
+            load_or_none(column_self, column, column_inside, 0), id_of_row,
+            load_or_none(column_id, column, column_inside, 0), IDS_POSITIVE,
+        )  # fmt: skip
+        gradient = _score_gradient(
+            s, out, further, row, row_inside, column, column_inside, row_weight, row_reference, row_share,
+            row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY, IDS_POSITIVE,
+        )  # fmt: skip
+        dot += tl.sum(tl.where(out, 0.0, gradient * u), 1).to(tl.float64)
+        total += tl.sum(gradient, 1).to(tl.float64)
+        if gradient_out is not None:
+            if column_norm is not None:
+                gradient *= norm[:, None] * norm_of_column[None, :]
+            at = gradient_out + row.to(tl.int64)[:, None] * columns + column[None, :]
+            value = _narrowed(gradient, gain, gradient_out.dtype.element_ty)
+            tl.store(at, value, row_inside[:, None] & column_inside[None, :])
+    _store_sums(dot_out, total_out, dot, total, norm, row, row_inside, rows)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def pair_gradient_owner_kernel(
+    queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
+    column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
+    column_reference, column_share, column_smoothing, gain, features_out, dot_out, total_out, rows, columns,
+    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of G @ candidates: added to features_out (rows, D), or written for each split of the columns."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = row < rows
+    depth = tl.arange(0, BLOCK_D)
+    depth_inside = depth < DIM
+    norm = load_or_none(row_norm, row, row_inside, 0.0)
+    scale = row_scale(logit_scale, norm)
+    positive_of_row = load_or_none(row_positive, row, row_inside, 0)
+    self_of_row = load_or_none(row_self, row, row_inside, 0)
+    id_of_row = load_or_none(row_id, row, row_inside, 0)
+    row_offset = row.to(tl.int64)[:, None] * DIM + depth[None, :]
+    query = tl.load(queries + row_offset, row_inside[:, None] & depth_inside[None, :], other=0.0)
+    features = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dot = tl.zeros((BLOCK_M,), tl.float64)
+    total = tl.zeros((BLOCK_M,), tl.float64)
+    first = tl.program_id(1) * column_tiles
+    for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        column_inside = column < columns
+        column_offset = column.to(tl.int64)[:, None] * DIM + depth[None, :]
+        values = tl.load(candidates + column_offset, column_inside[:, None] & depth_inside[None, :], other=0.0)
+        products = tl.dot(query, tl.trans(values), input_precision="ieee")
+        norm_of_column = load_or_none(column_norm, column, column_inside, 0.0)
+        u, s, out, further = block_scores(
+            products, norm_of_column, scale, logit_bias, row_inside, column_inside, positive_of_row,
+            load_or_none(column_positive, column, column_inside, 0), self_of_row,
+            load_or_none(column_self, column, column_inside, 0), id_of_row,
+            load_or_none(column_id, column, column_inside, 0), IDS_POSITIVE,
+        )  # fmt: skip
+        gradient = _score_gradient(
+            s, out, further, row, row_inside, column, column_inside, row_weight, row_reference, row_share,
+            row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY, IDS_POSITIVE,
+        )  # fmt: skip
+        if dot_out is not None:
+            dot += tl.sum(tl.where(out, 0.0, gradient * u), 1).to(tl.float64)
+            total += tl.sum(gradient, 1).to(tl.float64)
+        if column_norm is not None:
+            gradient *= norm_of_column[None, :]
+        features = tl.dot(_narrowed(gradient, gain, values.dtype), values, features, input_precision="ieee")
+    if row_norm is not None:
+        features *= norm[:, None]
+    if gain is not None:
+        features /= tl.load(gain)
+    features_at = features_out + tl.program_id(1).to(tl.int64) * rows * DIM + row_offset
+    inside = row_inside[:, None] & depth_inside[None, :]
+    if ADD:
+        features += tl.load(features_at, inside, other=0.0)
+    tl.store(features_at, features, inside)
+    if dot_out is not None:
+        _store_sums(dot_out, total_out, dot, total, norm, row, row_inside, rows)
+
+
+def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tuple[int, bool]:
+    """(rows of a strip, whether G is written there), where gradients follow. The strip is as long as fits, in whole
+    waves of the first matmul's tiles of 128 x 256 where one fits."""
+    dim = features.shape[1]
+    if owns_rows(dim, features.dtype):
+        return max(count, 1), False
+    fit = max(workspace // max(columns * features.element_size(), 1), 16)
+    wave = processors(features) * 128 // triton.cdiv(max(dim, 1), 256)
+    whole = fit // wave * wave if fit >= wave else fit
+    return max(min(whole // 16 * 16, count), 1), True
+
+
+def add_gradients(
+    tile: Any, row: Any, column: Any, dot: Tensor, total: Tensor, grad_queries: Tensor | None,
+    grad_candidates: Tensor | None,
+) -> tuple[Tensor | None, bool]:  # fmt: skip
+    """Adds to dot, total and, where D is small, to the gradients of queries and candidates. Where it is large, leaves G
+    in tile.products. Returns what G is multiplied by there (0-d, None for 1), and whether it is there."""
+    features = tile.queries
+    wanted = grad_queries is not None or grad_candidates is not None
+    with on_device_of(features):
+        if not owns_rows(features.shape[1], features.dtype):
+            gain = _gain(tile, True) if wanted else None
+            _gradient_tile(tile, row, column, dot, total, gain, tile.products if wanted else None)
+            return gain, wanted
+        if grad_queries is not None:
+            _owned(tile, False, row, column, grad_queries, dot, total)
+        else:
+            _gradient_tile(tile, row, column, dot, total, None, None)
+        if grad_candidates is not None:
+            _owned(tile, True, column, row, grad_candidates)
+    return None, False
+
+
+def _gain(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | None:
+    """The power of two that a gradient 1 of a score, times the average norms, becomes 2^`GAIN` by; None for 1."""
+    if tile.queries.dtype != torch.float16:
+        return None
+    exponent = torch.full((), float(GAIN), device=tile.queries.device)
+    if tile.row_norm is not None:
+        norms = (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
+        for norm in norms:
+            exponent -= norm.log2().mean()
+    return torch.exp2(exponent.round().clamp(-60, 60))
+
+
+def _flags(tile: Any) -> dict[str, Any]:
+    further = tile.ids_positive and tile.labels.row_id is not None
+    return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": further}
+
+
+def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
+    tensors = operands(tile)
+    rows, columns = tensors[0].shape[0], tensors[1].shape[0]
+    if rows == 0 or columns == 0:
+        return
+    chosen = config("tile", rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]))
+    parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
+    sums = dot.new_empty(2, parts, rows)
+    pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
+        *(*tensors, *row, *column, gain, products, *sums, rows, columns, column_tiles),
+        **_flags(tile),
+        **chosen.constexprs,
+        **chosen.options,
+    )
+    _add_sums(sums, dot, total)
+
+
+def _owned(tile, exchanged, row, column, grad, dot=None, total=None) -> None:
+    """grad += G @ candidates; exchanged: with rows for columns."""
+    tensors = operands(tile, exchanged)
+    (rows, dim), columns = tensors[0].shape, tensors[1].shape[0]
+    if rows == 0 or columns == 0:
+        return
+    chosen = config("owner", rows, columns, dim, tensors[0].dtype, capability(tensors[0]))
+    parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
+    features = grad if parts == 1 else grad.new_empty(parts, rows, dim)
+    sums = (None, None) if dot is None else dot.new_empty(2, parts, rows)
+    pair_gradient_owner_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
+        *(*tensors, *row, *column, _gain(tile, False, exchanged), features, *sums, rows, columns, column_tiles),
+        **_flags(tile),
+        ADD=parts == 1,
+        **chosen.constexprs,
+        **chosen.options,
+    )
+    if parts > 1:
+        grad.add_(features.sum(0))
+    if dot is not None:
+        _add_sums(sums, dot, total)
+
+
+def _add_sums(sums: Tensor, dot: Tensor, total: Tensor) -> None:
+    added = sums.sum(1)
+    dot.add_(added[0])
+    total.add_(added[1])

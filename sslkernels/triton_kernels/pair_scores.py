@@ -1,0 +1,148 @@
+"""What the kernels of tiles of pair scores share: products, scores and their masks, and the sizes of blocks.
+
+Queries (rows, D) and candidates (columns, D) are row-major. A block of scores is s = (product * column_norm) *
+(logit_scale * row_norm) + logit_bias in float32. The formulas are symmetric in rows and columns, so that the kernels
+serve either by an exchange of arguments.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.triton_kernels.launch import Config, next_power_of_2
+
+ENERGY_SOFTMAX, ENERGY_SIGMOID, ENERGY_HINGE = 0, 1, 2
+SOFTMAX = tl.constexpr(ENERGY_SOFTMAX)
+SIGMOID = tl.constexpr(ENERGY_SIGMOID)
+
+# Largest padded D whose block of output rows stays in registers.
+OWNED_DIM = 256
+# The tensors of a tile, in the order in which every kernel takes them.
+OPERANDS = (
+    "queries", "candidates", "row_norm", "column_norm", "row_positive", "column_positive", "row_self", "column_self",
+    "row_id", "column_id", "logit_scale", "logit_bias",
+)  # fmt: skip
+
+
+@triton.jit
+def load_or_none(pointer, at, inside, other):
+    if pointer is None:
+        return None
+    else:
+        return tl.load(pointer + at, inside, other=other)
+
+
+@triton.jit
+def row_scale(logit_scale, row_norm):
+    scale = tl.load(logit_scale)
+    if row_norm is None:
+        return scale
+    else:
+        return (scale * row_norm)[:, None]
+
+
+@triton.jit
+def block_products(
+    queries, candidates, row, row_inside, column, column_inside,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Products of BLOCK_M rows with BLOCK_N columns; those outside are of some row or column inside."""
+    depth = tl.arange(0, BLOCK_D)
+    query_at = queries + tl.where(row_inside, row, 0).to(tl.int64)[:, None] * DIM + depth[None, :]
+    candidate_at = candidates + tl.where(column_inside, column, 0).to(tl.int64)[None, :] * DIM + depth[:, None]
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        if DIM % BLOCK_D == 0:
+            a = tl.load(query_at + start)
+            b = tl.load(candidate_at + start)
+        else:
+            a = tl.load(query_at + start, depth[None, :] < DIM - start, other=0.0)
+            b = tl.load(candidate_at + start, depth[:, None] < DIM - start, other=0.0)
+        products = tl.dot(a, b, products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def block_scores(
+    products, column_norm, scale, logit_bias, row_inside, column_inside,
+    row_positive, column_positive, row_self, column_self, row_id, column_id, IDS_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """(products times the norms of columns; scores, -inf where left out; what is left out; further positives)."""
+    if column_norm is not None:
+        products = products * column_norm[None, :]
+    s = products * scale
+    if logit_bias is not None:
+        s += tl.load(logit_bias)
+    out = ~(row_inside[:, None] & column_inside[None, :])
+    if row_positive is not None:
+        out |= row_positive[:, None] == column_positive[None, :]
+    if row_self is not None:
+        out |= row_self[:, None] == column_self[None, :]
+    further = out
+    if row_id is not None:
+        same = row_id[:, None] == column_id[None, :]
+        if IDS_POSITIVE:
+            further = same & ~out
+        else:
+            out |= same
+    return products, tl.where(out, float("-inf"), s), out, further
+
+
+@triton.jit
+def shift_of_bound(logit_scale, logit_bias):
+    """What scores of normalised features are moved by where their maximum is not known: exp(s - shift) is at most 2^64,
+    and no more is taken off than that asks for."""
+    shift = tl.maximum(tl.abs(tl.load(logit_scale)) - 44.3614195558365, 0.0)  # 64 log 2
+    if logit_bias is not None:
+        shift += tl.load(logit_bias)
+    return shift
+
+
+def operands(tile: Any, exchanged: bool = False) -> tuple[Tensor | None, ...]:
+    """The tensors of `OPERANDS`, with rows and columns exchanged if asked for."""
+    pairs = ((tile.queries, tile.candidates), (tile.row_norm, tile.column_norm), *zip(*[iter(tile.labels)] * 2))
+    found = [value for pair in pairs for value in (reversed(pair) if exchanged else pair)]
+    return found[0].contiguous(), found[1].contiguous(), *found[2:], tile.logit_scale, tile.logit_bias
+
+
+def operand_types(dtype: str) -> dict[str, str]:
+    features = dict.fromkeys(("queries", "candidates"), f"*{dtype}")
+    labels = [f"{side}_{label}" for side in ("row", "column") for label in ("positive", "self", "id")]
+    return dict.fromkeys(OPERANDS, "*fp32") | features | dict.fromkeys(labels, "*i32")
+
+
+def config(
+    kernel: str, rows: int, columns: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> Config:
+    """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores) or
+    "owner" (the gradient of features, of which a program owns rows and holds all D)."""
+    block_m, block_n = (min(max(16, next_power_of_2(n)), 128) for n in (rows, columns))
+    hopper = capability >= (9, 0)
+    if kernel == "owner":
+        depth = max(16, next_power_of_2(dim))
+        return Config(
+            {"BLOCK_M": block_m, "BLOCK_N": min(block_n, 64), "BLOCK_D": depth},
+            {"num_warps": 8 if block_m * depth > 64 * 64 else 4, "num_stages": 2},
+        )
+    depth = min(max(16, next_power_of_2(dim)), 64 if hopper else 32)
+    if dtype == torch.float32:
+        blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
+        return Config(blocks, {"num_warps": 8, "num_stages": 3})
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
+
+
+def owns_rows(dim: int, dtype: torch.dtype) -> bool:
+    """Whether `owner` is the kernel of the gradient. Not in float32, whose products have no matrix instructions: there
+    the matmuls are better left to the library."""
+    return dim <= OWNED_DIM and dtype != torch.float32
+
+
+def splits(rows: int, columns: int, chosen: Config, processors: int) -> tuple[int, int]:
+    """(splits of the columns, their tiles): about two programs a processor, each with one tile or more."""
+    blocks = triton.cdiv(rows, chosen.constexprs["BLOCK_M"])
+    tiles = triton.cdiv(columns, chosen.constexprs["BLOCK_N"])
+    per_split = triton.cdiv(tiles, min(max(1, triton.cdiv(2 * processors, blocks)), tiles))
+    return triton.cdiv(tiles, per_split), per_split
