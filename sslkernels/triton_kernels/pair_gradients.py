@@ -31,15 +31,22 @@ from sslkernels.triton_kernels.pair_scores import (
     ENERGY_SOFTMAX,
     SIGMOID,
     SOFTMAX,
+    absent_operands,
     block_products,
     block_scores,
     config,
-    load_or_none,
+    feature_offsets,
+    further_positives,
+    inside_of,
+    is_even,
+    left_out,
+    load_block,
     operand_types,
     operands,
     owns_rows,
     row_scale,
     splits,
+    without,
 )
 
 NOT_SPECIALIZED = ["rows", "columns", "column_tiles"]
@@ -69,39 +76,52 @@ def _side_gradient(s, further, weight, reference, share, smoothing, ENERGY: tl.c
 
 
 @triton.jit
-def _row_vector(pointer, at, inside):
-    if pointer is None:
-        return None
-    else:
-        return tl.load(pointer + at, inside, other=0.0)[:, None]
+def _side(
+    s,
+    further,
+    weight,
+    reference,
+    share,
+    smoothing,
+    start,
+    lane,
+    inside,
+    AXIS: tl.constexpr,
+    ENERGY: tl.constexpr,
+    IDS_POSITIVE: tl.constexpr,
+):
+    return _side_gradient(
+        s, further, _vector(weight, start, lane, inside, AXIS), _vector(reference, start, lane, inside, AXIS),
+        _vector(share, start, lane, inside, AXIS), _vector(smoothing, start, lane, inside, AXIS), ENERGY, IDS_POSITIVE,
+    )  # fmt: skip
 
 
 @triton.jit
-def _column_vector(pointer, at, inside):
+def _vector(pointer, start, lane, inside, AXIS: tl.constexpr):
     if pointer is None:
         return None
     else:
-        return tl.load(pointer + at, inside, other=0.0)[None, :]
+        return tl.expand_dims(load_block(pointer, start, lane, inside, 0.0), AXIS)
 
 
 @triton.jit
 def _score_gradient(
-    s, out, further, row, row_inside, column, column_inside, row_weight, row_reference, row_share, row_smoothing,
-    column_weight, column_reference, column_share, column_smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr,
+    s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference, row_share,
+    row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY: tl.constexpr,
+    IDS_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     gradient = tl.zeros_like(s)
     if row_weight is not None:
-        gradient += _side_gradient(
-            s, further, _row_vector(row_weight, row, row_inside), _row_vector(row_reference, row, row_inside),
-            _row_vector(row_share, row, row_inside), _row_vector(row_smoothing, row, row_inside), ENERGY, IDS_POSITIVE,
+        gradient += _side(
+            s, further, row_weight, row_reference, row_share, row_smoothing, row, row_lane, row_inside, 1,
+            ENERGY, IDS_POSITIVE,
         )  # fmt: skip
     if column_weight is not None:
-        gradient += _side_gradient(
-            s, further, _column_vector(column_weight, column, column_inside),
-            _column_vector(column_reference, column, column_inside), _column_vector(column_share, column, column_inside),
-            _column_vector(column_smoothing, column, column_inside), ENERGY, IDS_POSITIVE,
+        gradient += _side(
+            s, further, column_weight, column_reference, column_share, column_smoothing, column, lane, column_inside, 0,
+            ENERGY, IDS_POSITIVE,
         )  # fmt: skip
-    return tl.where(out, 0.0, gradient)
+    return without(out, gradient, 0.0)
 
 
 @triton.jit
@@ -113,12 +133,13 @@ def _narrowed(gradient, gain, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(dot_out, total_out, dot, total, row_norm, row, row_inside, rows):
+def _store_sums(dot_out, total_out, dot, total, row_norm, row, row_lane, rows):
     at = tl.program_id(1).to(tl.int64) * rows + row
+    exists = row_lane < rows - row
     if row_norm is not None:
         dot *= row_norm
-    tl.store(dot_out + at, dot, row_inside)
-    tl.store(total_out + at, total, row_inside)
+    tl.store((dot_out + at) + row_lane, dot, exists)
+    tl.store((total_out + at) + row_lane, total, exists)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -126,46 +147,59 @@ def pair_gradient_tile_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
     column_reference, column_share, column_smoothing, gain, gradient_out, dot_out, total_out, rows, columns,
-    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr,
+    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """G (rows, columns), where it is asked for, and per split of the columns the sums of each row."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = row < rows
-    norm = load_or_none(row_norm, row, row_inside, 0.0)
+    row = tl.program_id(0) * BLOCK_M
+    row_lane = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    row_inside = inside_of(row_lane, row, rows, EVEN)
+    norm = load_block(row_norm, row, row_lane, row_inside, 0.0)
     scale = row_scale(logit_scale, norm)
-    positive_of_row = load_or_none(row_positive, row, row_inside, 0)
-    self_of_row = load_or_none(row_self, row, row_inside, 0)
-    id_of_row = load_or_none(row_id, row, row_inside, 0)
+    positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
+    self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
+    id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
+    query_offsets = feature_offsets(row_lane, row_inside, DIM)
     dot = tl.zeros((BLOCK_M,), tl.float64)
     total = tl.zeros((BLOCK_M,), tl.float64)
     first = tl.program_id(1) * column_tiles
     for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_inside = column < columns
+        column = column_tile * BLOCK_N
+        column_inside = inside_of(lane, column, columns, EVEN)
         products = block_products(
-            queries, candidates, row, row_inside, column, column_inside, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-        )
-        norm_of_column = load_or_none(column_norm, column, column_inside, 0.0)
-        u, s, out, further = block_scores(
-            products, norm_of_column, scale, logit_bias, row_inside, column_inside, positive_of_row,
-            load_or_none(column_positive, column, column_inside, 0), self_of_row,
-            load_or_none(column_self, column, column_inside, 0), id_of_row,
-            load_or_none(column_id, column, column_inside, 0), IDS_POSITIVE,
+            queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets, feature_offsets(lane, column_inside, DIM),
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        norm_of_column = load_block(column_norm, column, lane, column_inside, 0.0)
+        u = products
+        if column_norm is not None:
+            u = products * norm_of_column[None, :]
+        id_of_column = load_block(column_id, column, lane, column_inside, 0)
+        out = left_out(
+            row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
+            self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
+        )  # fmt: skip
+        further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+        s = block_scores(u, scale, logit_bias, out)
         gradient = _score_gradient(
-            s, out, further, row, row_inside, column, column_inside, row_weight, row_reference, row_share,
-            row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY, IDS_POSITIVE,
+            s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
+            row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
+            IDS_POSITIVE,
         )  # fmt: skip
-        dot += tl.sum(tl.where(out, 0.0, gradient * u), 1).to(tl.float64)
+        dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
         total += tl.sum(gradient, 1).to(tl.float64)
         if gradient_out is not None:
             if column_norm is not None:
                 gradient *= norm[:, None] * norm_of_column[None, :]
-            at = gradient_out + row.to(tl.int64)[:, None] * columns + column[None, :]
+            at = gradient_out + (row.to(tl.int64) * columns + column)
+            at += row_lane.to(tl.int64)[:, None] * columns + lane[None, :]
             value = _narrowed(gradient, gain, gradient_out.dtype.element_ty)
-            tl.store(at, value, row_inside[:, None] & column_inside[None, :])
-    _store_sums(dot_out, total_out, dot, total, norm, row, row_inside, rows)
+            if EVEN:
+                tl.store(at, value)
+            else:
+                tl.store(at, value, row_inside[:, None] & column_inside[None, :])
+    _store_sums(dot_out, total_out, dot, total, norm, row, row_lane, rows)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -173,44 +207,48 @@ def pair_gradient_owner_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
     column_reference, column_share, column_smoothing, gain, features_out, dot_out, total_out, rows, columns,
-    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of G @ candidates: added to features_out (rows, D), or written for each split of the columns."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = row < rows
+    row = tl.program_id(0) * BLOCK_M
+    row_lane = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_D)
-    depth_inside = depth < DIM
-    norm = load_or_none(row_norm, row, row_inside, 0.0)
+    row_inside = inside_of(row_lane, row, rows, EVEN)
+    norm = load_block(row_norm, row, row_lane, row_inside, 0.0)
     scale = row_scale(logit_scale, norm)
-    positive_of_row = load_or_none(row_positive, row, row_inside, 0)
-    self_of_row = load_or_none(row_self, row, row_inside, 0)
-    id_of_row = load_or_none(row_id, row, row_inside, 0)
-    row_offset = row.to(tl.int64)[:, None] * DIM + depth[None, :]
-    query = tl.load(queries + row_offset, row_inside[:, None] & depth_inside[None, :], other=0.0)
+    positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
+    self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
+    id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
+    query = _features(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
     features = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dot = tl.zeros((BLOCK_M,), tl.float64)
     total = tl.zeros((BLOCK_M,), tl.float64)
     first = tl.program_id(1) * column_tiles
     for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_inside = column < columns
-        column_offset = column.to(tl.int64)[:, None] * DIM + depth[None, :]
-        values = tl.load(candidates + column_offset, column_inside[:, None] & depth_inside[None, :], other=0.0)
+        column = column_tile * BLOCK_N
+        column_inside = inside_of(lane, column, columns, EVEN)
+        values = _features(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
         products = tl.dot(query, tl.trans(values), input_precision="ieee")
-        norm_of_column = load_or_none(column_norm, column, column_inside, 0.0)
-        u, s, out, further = block_scores(
-            products, norm_of_column, scale, logit_bias, row_inside, column_inside, positive_of_row,
-            load_or_none(column_positive, column, column_inside, 0), self_of_row,
-            load_or_none(column_self, column, column_inside, 0), id_of_row,
-            load_or_none(column_id, column, column_inside, 0), IDS_POSITIVE,
+        norm_of_column = load_block(column_norm, column, lane, column_inside, 0.0)
+        u = products
+        if column_norm is not None:
+            u = products * norm_of_column[None, :]
+        id_of_column = load_block(column_id, column, lane, column_inside, 0)
+        out = left_out(
+            row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
+            self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
         )  # fmt: skip
+        further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+        s = block_scores(u, scale, logit_bias, out)
         gradient = _score_gradient(
-            s, out, further, row, row_inside, column, column_inside, row_weight, row_reference, row_share,
-            row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY, IDS_POSITIVE,
+            s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
+            row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
+            IDS_POSITIVE,
         )  # fmt: skip
         if dot_out is not None:
-            dot += tl.sum(tl.where(out, 0.0, gradient * u), 1).to(tl.float64)
+            dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
             total += tl.sum(gradient, 1).to(tl.float64)
         if column_norm is not None:
             gradient *= norm_of_column[None, :]
@@ -219,13 +257,24 @@ def pair_gradient_owner_kernel(
         features *= norm[:, None]
     if gain is not None:
         features /= tl.load(gain)
-    features_at = features_out + tl.program_id(1).to(tl.int64) * rows * DIM + row_offset
-    inside = row_inside[:, None] & depth_inside[None, :]
+    at = features_out + (tl.program_id(1).to(tl.int64) * rows + row) * DIM
+    at += row_lane[:, None] * DIM + depth[None, :]
+    inside = (row_lane[:, None] < rows - row) & (depth[None, :] < DIM)
     if ADD:
-        features += tl.load(features_at, inside, other=0.0)
-    tl.store(features_at, features, inside)
+        features += tl.load(at, inside, other=0.0)
+    tl.store(at, features, inside)
     if dot_out is not None:
-        _store_sums(dot_out, total_out, dot, total, norm, row, row_inside, rows)
+        _store_sums(dot_out, total_out, dot, total, norm, row, row_lane, rows)
+
+
+@triton.jit
+def _features(pointer, start, lane, inside, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """All features of the rows of a block; those that do not exist are replaced by the first of the block."""
+    at = (pointer + start.to(tl.int64) * DIM) + feature_offsets(lane, inside, DIM)[:, None] + depth[None, :]
+    if DIM == BLOCK_D:
+        return tl.load(at)
+    else:
+        return tl.load(at, depth[None, :] < DIM, other=0.0)
 
 
 def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tuple[int, bool]:
@@ -268,7 +317,9 @@ def _gain(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | None
         return None
     exponent = torch.full((), float(GAIN), device=tile.queries.device)
     if tile.row_norm is not None:
-        norms = (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
+        norms = (
+            (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
+        )
         for norm in norms:
             exponent -= norm.log2().mean()
     return torch.exp2(exponent.round().clamp(-60, 60))
@@ -290,6 +341,7 @@ def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
     pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
         *(*tensors, *row, *column, gain, products, *sums, rows, columns, column_tiles),
         **_flags(tile),
+        EVEN=is_even(rows, columns, chosen),
         **chosen.constexprs,
         **chosen.options,
     )
@@ -309,6 +361,7 @@ def _owned(tile, exchanged, row, column, grad, dot=None, total=None) -> None:
     pair_gradient_owner_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
         *(*tensors, *row, *column, _gain(tile, False, exchanged), features, *sums, rows, columns, column_tiles),
         **_flags(tile),
+        EVEN=is_even(rows, columns, chosen),
         ADD=parts == 1,
         **chosen.constexprs,
         **chosen.options,
@@ -323,3 +376,47 @@ def _add_sums(sums: Tensor, dot: Tensor, total: Tensor) -> None:
     added = sums.sum(1)
     dot.add_(added[0])
     total.add_(added[1])
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    plain, every = ("weight", "reference"), ("weight", "reference", "share", "smoothing")
+    norm, options = ("norm",), ("norm", "bias", "self", "further")
+    for name, dtype, dim, energy, rows, columns, present in (
+        ("symmetric", torch.bfloat16, 768, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
+        ("rows", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, (), (*norm, "out")),
+        ("every", torch.float16, 770, ENERGY_SOFTMAX, every, every, (*options, "out")),
+        ("every", torch.float32, 128, ENERGY_SOFTMAX, every, every, (*options, "out")),
+        ("sums", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, norm),
+        ("rows", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*options, "out")),
+        ("symmetric", torch.bfloat16, 768, ENERGY_HINGE, plain, plain, (*norm, "out")),
+        ("symmetric", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "owner", "sums")),
+        ("symmetric", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "owner")),
+        ("every", torch.float16, 250, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
+        ("every", torch.float16, 64, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
+        ("rows", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums")),
+        ("symmetric", torch.float16, 128, ENERGY_HINGE, plain, plain, (*norm, "owner", "sums")),
+        ("rows", torch.bfloat16, 1, ENERGY_SOFTMAX, plain, (), ("owner", "sums")),
+    ):
+        owner = "owner" in present
+        kernel = pair_gradient_owner_kernel if owner else pair_gradient_tile_kernel
+        for generation in ((8, 0), (9, 0), (10, 0)):
+            chosen = config("owner" if owner else "tile", 8192, 8192, dim, dtype, generation)
+            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in present, "EVEN": dim % 16 == 0}
+            constexprs |= chosen.constexprs
+            constexprs |= absent_operands(present) | {"ADD": True}
+            for side, given in (("row", rows), ("column", columns)):
+                constexprs |= {f"{side}_{field}": None for field in every if field not in given}
+            if dtype != torch.float16:
+                constexprs["gain"] = None
+            if not owner and "out" not in present:
+                constexprs["gradient_out"] = None
+            if owner and "sums" not in present:
+                constexprs |= {"dot_out": None, "total_out": None}
+            types = dict.fromkeys(kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
+            types |= {"gradient_out": f"*{DTYPE_NAMES[dtype]}", "dot_out": "*fp64", "total_out": "*fp64"}
+            types |= dict.fromkeys(NOT_SPECIALIZED, "i32")
+            energies = ("softmax", "sigmoid", "hinge")
+            kind = "owner" if owner else "tile"
+            label = f"pair-gradient-{kind}-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}"
+            entry = pointers_aligned(label, kernel, types, constexprs, chosen.options)
+            yield entry._replace(architectures=(10 * generation[0],))

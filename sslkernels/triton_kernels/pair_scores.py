@@ -28,11 +28,24 @@ OPERANDS = (
 
 
 @triton.jit
-def load_or_none(pointer, at, inside, other):
+def inside_of(lane, start, count, EVEN: tl.constexpr):
+    """Which lanes of the block at `start` exist; None for all of every block."""
+    if EVEN:
+        return None
+    else:
+        return lane < count - start
+
+
+@triton.jit
+def load_block(pointer, start, lane, inside, other):
+    """A vector, None where it is absent. The scalar start is added first: what is left are constants of a thread."""
     if pointer is None:
         return None
     else:
-        return tl.load(pointer + at, inside, other=other)
+        if inside is None:
+            return tl.load((pointer + start) + lane)
+        else:
+            return tl.load((pointer + start) + lane, inside, other=other)
 
 
 @triton.jit
@@ -45,14 +58,21 @@ def row_scale(logit_scale, row_norm):
 
 
 @triton.jit
+def feature_offsets(lane, inside, DIM: tl.constexpr):
+    """Of the rows of a block in it; those that do not exist are replaced by the first."""
+    if inside is not None:
+        lane = tl.where(inside, lane, 0)
+    return lane * DIM
+
+
+@triton.jit
 def block_products(
-    queries, candidates, row, row_inside, column, column_inside,
+    queries, candidates, query_offsets, candidate_offsets,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Products of BLOCK_M rows with BLOCK_N columns; those outside are of some row or column inside."""
     depth = tl.arange(0, BLOCK_D)
-    query_at = queries + tl.where(row_inside, row, 0).to(tl.int64)[:, None] * DIM + depth[None, :]
-    candidate_at = candidates + tl.where(column_inside, column, 0).to(tl.int64)[None, :] * DIM + depth[:, None]
+    query_at = queries + query_offsets[:, None] + depth[None, :]
+    candidate_at = candidates + candidate_offsets[None, :] + depth[:, None]
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DIM, BLOCK_D):
         if DIM % BLOCK_D == 0:
@@ -66,29 +86,59 @@ def block_products(
 
 
 @triton.jit
-def block_scores(
-    products, column_norm, scale, logit_bias, row_inside, column_inside,
-    row_positive, column_positive, row_self, column_self, row_id, column_id, IDS_POSITIVE: tl.constexpr,
+def without(out, values, other: tl.constexpr):
+    """`other` where a pair is left out; out None: nothing is."""
+    if out is None:
+        return values
+    else:
+        return tl.where(out, other, values)
+
+
+@triton.jit
+def _either(out, equal):
+    if out is None:
+        return equal
+    else:
+        return out | equal
+
+
+@triton.jit
+def left_out(
+    row_inside, column_inside, row_positive, column_positive, row_self, column_self, row_id, column_id,
+    IDS_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """(products times the norms of columns; scores, -inf where left out; what is left out; further positives)."""
-    if column_norm is not None:
-        products = products * column_norm[None, :]
-    s = products * scale
+    """Which pairs of a block are outside the tile, or no candidates of it; None for none."""
+    out = None
+    if row_inside is not None:
+        out = ~(row_inside[:, None] & column_inside[None, :])
+    if row_positive is not None:
+        out = _either(out, row_positive[:, None] == column_positive[None, :])
+    if row_self is not None:
+        out = _either(out, row_self[:, None] == column_self[None, :])
+    if row_id is not None:
+        if not IDS_POSITIVE:
+            out = _either(out, row_id[:, None] == column_id[None, :])
+    return out
+
+
+@triton.jit
+def further_positives(out, row_id, column_id, IDS_POSITIVE: tl.constexpr):
+    if IDS_POSITIVE:
+        same = row_id[:, None] == column_id[None, :]
+        if out is not None:
+            same = same & ~out
+        return same
+    else:
+        return None
+
+
+@triton.jit
+def block_scores(u, scale, logit_bias, out):
+    """Of products times the norms of columns; -inf where left out."""
+    s = u * scale
     if logit_bias is not None:
         s += tl.load(logit_bias)
-    out = ~(row_inside[:, None] & column_inside[None, :])
-    if row_positive is not None:
-        out |= row_positive[:, None] == column_positive[None, :]
-    if row_self is not None:
-        out |= row_self[:, None] == column_self[None, :]
-    further = out
-    if row_id is not None:
-        same = row_id[:, None] == column_id[None, :]
-        if IDS_POSITIVE:
-            further = same & ~out
-        else:
-            out |= same
-    return products, tl.where(out, float("-inf"), s), out, further
+    return without(out, s, float("-inf"))
 
 
 @triton.jit
@@ -114,9 +164,16 @@ def operand_types(dtype: str) -> dict[str, str]:
     return dict.fromkeys(OPERANDS, "*fp32") | features | dict.fromkeys(labels, "*i32")
 
 
-def config(
-    kernel: str, rows: int, columns: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> Config:
+def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
+    """The operands that a case of ahead-of-time compilation lacks; designated pairs are always there."""
+    names = {"norm": "norm", "self": "self", "further": "id"}
+    absent = dict.fromkeys(
+        f"{side}_{name}" for side in ("row", "column") for n, name in names.items() if n not in present
+    )
+    return absent if "bias" in present else {**absent, "logit_bias": None}
+
+
+def config(kernel: str, rows: int, columns: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores) or
     "owner" (the gradient of features, of which a program owns rows and holds all D)."""
     block_m, block_n = (min(max(16, next_power_of_2(n)), 128) for n in (rows, columns))
@@ -138,6 +195,11 @@ def owns_rows(dim: int, dtype: torch.dtype) -> bool:
     """Whether `owner` is the kernel of the gradient. Not in float32, whose products have no matrix instructions: there
     the matmuls are better left to the library."""
     return dim <= OWNED_DIM and dtype != torch.float32
+
+
+def is_even(rows: int, columns: int, chosen: Config) -> bool:
+    """Whether every block is whole, and kernels need not look."""
+    return rows % chosen.constexprs["BLOCK_M"] == 0 and columns % chosen.constexprs["BLOCK_N"] == 0
 
 
 def splits(rows: int, columns: int, chosen: Config, processors: int) -> tuple[int, int]:

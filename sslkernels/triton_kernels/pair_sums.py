@@ -33,15 +33,22 @@ from sslkernels.triton_kernels.pair_scores import (
     ENERGY_SOFTMAX,
     SIGMOID,
     SOFTMAX,
+    absent_operands,
     block_products,
     block_scores,
     config,
-    load_or_none,
+    feature_offsets,
+    further_positives,
+    inside_of,
+    is_even,
+    left_out,
+    load_block,
     operand_types,
     operands,
     row_scale,
     shift_of_bound,
     splits,
+    without,
 )
 
 NOT_SPECIALIZED = ["rows", "columns", "row_tiles", "column_tiles", "count", "partials", "least"]
@@ -66,15 +73,28 @@ def _costs(s, further, threshold, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constex
         return tl.where(over <= 0.0, 0.0, over)  # of NaN NaN
 
 
+@triton.jit
+def _stage(staged, slot: tl.constexpr, lane, value, BLOCK_N: tl.constexpr):
+    tl.store((staged + slot * BLOCK_N) + lane, value)
+
+
+@triton.jit
+def _add_staged(staged, slot: tl.constexpr, total, start, lane, inside, later, BLOCK_N: tl.constexpr):
+    before = tl.load((total + start) + lane, inside & later, other=0.0)
+    tl.store((total + start) + lane, before + tl.load((staged + slot * BLOCK_N) + lane), inside)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pair_sums_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_threshold, column_threshold, positive_score, row_cosine, column_cosine,
-    flag, row_max, row_sum, row_active, row_score, row_further, row_spread, row_beaten, column_max, column_sum,
+    flag, staged, row_max, row_sum, row_active, row_score, row_further, row_spread, row_beaten, column_max, column_sum,
     column_active, column_score, column_further, rows, columns, row_tiles, column_tiles,
-    DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, FIXED: tl.constexpr,
+    DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, FIXED: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """staged (programs, 5, BLOCK_N): where the sums of a block over its columns change hands: its threads hold many
+    columns each, those that add them up hold one."""
     if flag is not None:
         if tl.load(flag) == 0:
             return
@@ -84,16 +104,21 @@ def pair_sums_kernel(
     last_column = tl.minimum(first_column + column_tiles, tl.cdiv(columns, BLOCK_N))
     row_part = tl.program_id(1).to(tl.int64) * rows
     column_part = tl.program_id(0).to(tl.int64) * columns
+    if staged is not None:
+        staged += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 5 * BLOCK_N
+    row_lane = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
     shift = 0.0
     if FIXED:
         shift = shift_of_bound(logit_scale, logit_bias)
     for row_tile in range(first_row, last_row):
-        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_inside = row < rows
-        scale = row_scale(logit_scale, load_or_none(row_norm, row, row_inside, 0.0))
-        positive_of_row = load_or_none(row_positive, row, row_inside, 0)
-        self_of_row = load_or_none(row_self, row, row_inside, 0)
-        id_of_row = load_or_none(row_id, row, row_inside, 0)
+        row = row_tile * BLOCK_M
+        row_inside = inside_of(row_lane, row, rows, EVEN)
+        scale = row_scale(logit_scale, load_block(row_norm, row, row_lane, row_inside, 0.0))
+        positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
+        self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
+        id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
+        query_offsets = feature_offsets(row_lane, row_inside, DIM)
         largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         active = tl.zeros((BLOCK_M,), tl.float32)
@@ -102,31 +127,29 @@ def pair_sums_kernel(
         spread = tl.zeros((BLOCK_M,), tl.float32)
         beaten = tl.zeros((BLOCK_M,), tl.float32)
         for column_tile in range(first_column, last_column):
-            column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            column_inside = column < columns
-            column_at = column_part + column
-            old = column_inside & (row_tile > first_row)
+            column = column_tile * BLOCK_N
+            column_inside = inside_of(lane, column, columns, EVEN)
             products = block_products(
-                queries, candidates, row, row_inside, column, column_inside, DIM, BLOCK_M, BLOCK_N, BLOCK_D
-            )
-            if row_spread is not None:
-                cosine = products * tl.load(row_cosine + row, row_inside, other=0.0)[:, None]
-                cosine *= tl.load(column_cosine + column, column_inside, other=0.0)[None, :]
-            _, s, out, further = block_scores(
-                products, load_or_none(column_norm, column, column_inside, 0.0), scale, logit_bias, row_inside,
-                column_inside, positive_of_row, load_or_none(column_positive, column, column_inside, 0), self_of_row,
-                load_or_none(column_self, column, column_inside, 0), id_of_row,
-                load_or_none(column_id, column, column_inside, 0), IDS_POSITIVE,
+                queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets, feature_offsets(lane, column_inside, DIM),
+                DIM, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            tl.debug_barrier()  # the sums of columns that the block of rows before has left are seen
+            u = products
+            if column_norm is not None:
+                u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+            id_of_column = load_block(column_id, column, lane, column_inside, 0)
+            out = left_out(
+                row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
+                self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
+            )  # fmt: skip
+            further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+            s = block_scores(u, scale, logit_bias, out)
             if ENERGY == SOFTMAX:
                 if FIXED:
                     e = tl.exp(s - shift)
                     if row_sum is not None:
                         total += tl.sum(e, 1)
                     if column_sum is not None:
-                        before = tl.load(column_sum + column_at, old, other=0.0)
-                        tl.store(column_sum + column_at, before + tl.sum(e, 0), column_inside)
+                        _stage(staged, 1, lane, tl.sum(e, 0), BLOCK_N)
                 else:
                     if row_sum is not None:
                         moved = tl.maximum(largest, tl.max(s, 1))
@@ -134,67 +157,88 @@ def pair_sums_kernel(
                         total = total * tl.exp(largest - anchor) + tl.sum(tl.exp(s - anchor[:, None]), 1)
                         largest = moved
                     if column_sum is not None:
-                        before_max = tl.load(column_max + column_at, old, other=float("-inf"))
-                        before = tl.load(column_sum + column_at, old, other=0.0)
-                        moved_column = tl.maximum(before_max, tl.max(s, 0))
-                        base = tl.where(moved_column == float("-inf"), 0.0, moved_column)
-                        before = before * tl.exp(before_max - base) + tl.sum(tl.exp(s - base[None, :]), 0)
-                        tl.store(column_max + column_at, moved_column, column_inside)
-                        tl.store(column_sum + column_at, before, column_inside)
+                        block_max = tl.max(s, 0)
+                        base = tl.where(block_max == float("-inf"), 0.0, block_max)
+                        _stage(staged, 0, lane, block_max, BLOCK_N)
+                        _stage(staged, 1, lane, tl.sum(tl.exp(s - base[None, :]), 0), BLOCK_N)
             else:
                 if row_sum is not None:
-                    threshold = 0.0
-                    if row_threshold is not None:
-                        threshold = tl.load(row_threshold + row, row_inside, other=0.0)[:, None]
+                    threshold = load_block(row_threshold, row, row_lane, row_inside, 0.0)
+                    if threshold is not None:
+                        threshold = threshold[:, None]
                     cost = _costs(s, further, threshold, ENERGY, IDS_POSITIVE)
                     total += tl.sum(cost, 1)
                     if row_active is not None:
                         active += tl.sum((cost > 0.0).to(tl.float32), 1)
                 if column_sum is not None:
-                    limit = 0.0
-                    if column_threshold is not None:
-                        limit = tl.load(column_threshold + column, column_inside, other=0.0)[None, :]
-                    cost_of_column = _costs(s, further, limit, ENERGY, IDS_POSITIVE)
-                    before = tl.load(column_sum + column_at, old, other=0.0)
-                    tl.store(column_sum + column_at, before + tl.sum(cost_of_column, 0), column_inside)
+                    threshold_of_column = load_block(column_threshold, column, lane, column_inside, 0.0)
+                    if threshold_of_column is not None:
+                        threshold_of_column = threshold_of_column[None, :]
+                    cost_of_column = _costs(s, further, threshold_of_column, ENERGY, IDS_POSITIVE)
+                    _stage(staged, 1, lane, tl.sum(cost_of_column, 0), BLOCK_N)
                     if column_active is not None:
-                        count = tl.sum((cost_of_column > 0.0).to(tl.float32), 0)
-                        before = tl.load(column_active + column_at, old, other=0.0)
-                        tl.store(column_active + column_at, before + count, column_inside)
+                        _stage(staged, 2, lane, tl.sum((cost_of_column > 0.0).to(tl.float32), 0), BLOCK_N)
             if row_score is not None:
-                score_sum += tl.sum(tl.where(out, 0.0, s), 1)
+                score_sum += tl.sum(without(out, s, 0.0), 1)
             if column_score is not None:
-                before = tl.load(column_score + column_at, old, other=0.0)
-                tl.store(column_score + column_at, before + tl.sum(tl.where(out, 0.0, s), 0), column_inside)
+                _stage(staged, 3, lane, tl.sum(without(out, s, 0.0), 0), BLOCK_N)
             if IDS_POSITIVE:
                 if row_further is not None:
                     further_sum += tl.sum(tl.where(further, s, 0.0), 1)
                 if column_further is not None:
-                    before = tl.load(column_further + column_at, old, other=0.0)
-                    part = tl.sum(tl.where(further, s, 0.0), 0)
-                    tl.store(column_further + column_at, before + part, column_inside)
+                    _stage(staged, 4, lane, tl.sum(tl.where(further, s, 0.0), 0), BLOCK_N)
             if row_spread is not None:
-                spread += tl.sum(tl.where(out, 0.0, tl.exp(4.0 * cosine - 4.0)), 1)
+                # Of normalised features the product holds the norm of the column already.
+                cosine = u
+                if column_norm is None:
+                    cosine = u * load_block(column_cosine, column, lane, column_inside, 0.0)[None, :]
+                cosine *= load_block(row_cosine, row, row_lane, row_inside, 0.0)[:, None]
+                spread += tl.sum(without(out, tl.exp(4.0 * cosine - 4.0), 0.0), 1)
             if row_beaten is not None:
-                better = s > tl.load(positive_score + row, row_inside, other=0.0)[:, None]
+                better = s > load_block(positive_score, row, row_lane, row_inside, 0.0)[:, None]
                 if IDS_POSITIVE:
                     better = better & ~further
                 beaten += tl.sum(better.to(tl.float32), 1)
-        row_at = row_part + row
+
+            if column_sum is not None:
+                tl.debug_barrier()
+                existing = lane < columns - column
+                later = row_tile > first_row
+                at = column_part + column
+                if column_max is not None:
+                    part_max = tl.load(staged + lane)
+                    before_max = tl.load((column_max + at) + lane, existing & later, other=float("-inf"))
+                    before_sum = tl.load((column_sum + at) + lane, existing & later, other=0.0)
+                    moved_max = tl.maximum(before_max, part_max)
+                    anchor_max = tl.where(moved_max == float("-inf"), 0.0, moved_max)
+                    part = tl.load((staged + BLOCK_N) + lane) * tl.exp(part_max - anchor_max)
+                    tl.store((column_max + at) + lane, moved_max, existing)
+                    tl.store((column_sum + at) + lane, before_sum * tl.exp(before_max - anchor_max) + part, existing)
+                else:
+                    _add_staged(staged, 1, column_sum, at, lane, existing, later, BLOCK_N)
+                if column_active is not None:
+                    _add_staged(staged, 2, column_active, at, lane, existing, later, BLOCK_N)
+                if column_score is not None:
+                    _add_staged(staged, 3, column_score, at, lane, existing, later, BLOCK_N)
+                if column_further is not None:
+                    if IDS_POSITIVE:
+                        _add_staged(staged, 4, column_further, at, lane, existing, later, BLOCK_N)
+        exists = row_lane < rows - row
+        at_row = row_part + row
         if row_max is not None:
-            tl.store(row_max + row_at, largest, row_inside)
+            tl.store((row_max + at_row) + row_lane, largest, exists)
         if row_sum is not None:
-            tl.store(row_sum + row_at, total, row_inside)
+            tl.store((row_sum + at_row) + row_lane, total, exists)
         if row_active is not None:
-            tl.store(row_active + row_at, active, row_inside)
+            tl.store((row_active + at_row) + row_lane, active, exists)
         if row_score is not None:
-            tl.store(row_score + row_at, score_sum, row_inside)
+            tl.store((row_score + at_row) + row_lane, score_sum, exists)
         if row_further is not None:
-            tl.store(row_further + row_at, further_sum, row_inside)
+            tl.store((row_further + at_row) + row_lane, further_sum, exists)
         if row_spread is not None:
-            tl.store(row_spread + row_at, spread, row_inside)
+            tl.store((row_spread + at_row) + row_lane, spread, exists)
         if row_beaten is not None:
-            tl.store(row_beaten + row_at, beaten, row_inside)
+            tl.store((row_beaten + at_row) + row_lane, beaten, exists)
 
 
 @triton.jit
@@ -314,14 +358,19 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
         column_parts = triton.cdiv(count, row_tiles * chosen.constexprs["BLOCK_M"])
         row_parts = triton.cdiv(width, column_tiles * chosen.constexprs["BLOCK_N"])
     sides = ((by_row, row_parts, count, width), (by_column, column_parts, width, count))
+    block_n = chosen.constexprs["BLOCK_N"]
+    staged = None
+    if by_column.sum is not None:
+        staged = tensors[0].new_empty(column_parts * row_parts, 5, block_n, dtype=torch.float32)
 
     def launch(row_partials: _Sums, column_partials: _Sums, flag: Tensor | None, fixed: bool) -> None:
         pair_sums_kernel[(column_parts, row_parts)](
-            *(*inputs, flag, *row_partials, *column_partials[:5], count, width, row_tiles, column_tiles),
+            *(*inputs, flag, staged, *row_partials, *column_partials[:5], count, width, row_tiles, column_tiles),
             DIM=dim,
             ENERGY=tile.energy,
             IDS_POSITIVE=tile.ids_positive and tile.labels.row_id is not None,
             FIXED=fixed,
+            EVEN=is_even(count, width, chosen),
             **chosen.constexprs,
             **chosen.options,
         )
@@ -357,3 +406,58 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
         for (running, *sizes), part, low in zip(sides, softmax, incomplete, strict=True):
             if running.sum is not None:
                 merge(_Sums(running.max, running.sum), part, *sizes, low)
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    softmax, hinge = ("max", "sum"), ("sum", "active")
+    every_softmax, statistics = (*softmax, "score", "further"), ("spread", "beaten")
+    for name, dtype, dim, energy, fixed, rows, columns, options in (
+        ("plain", torch.bfloat16, 512, ENERGY_SOFTMAX, False, softmax, softmax, ("norm",)),
+        ("plain", torch.bfloat16, 512, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm",)),
+        ("rows", torch.bfloat16, 512, ENERGY_SOFTMAX, False, softmax, (), ("norm",)),
+        ("rows", torch.bfloat16, 128, ENERGY_SOFTMAX, True, softmax[1:], (), ("norm",)),
+        ("every", torch.bfloat16, 770, ENERGY_SOFTMAX, False, (*every_softmax, *statistics), every_softmax, None),
+        ("every", torch.float16, 64, ENERGY_SOFTMAX, True, (*every_softmax[1:], *statistics), every_softmax[1:], None),
+        ("every", torch.float32, 128, ENERGY_SOFTMAX, False, (*every_softmax, *statistics), every_softmax, None),
+        ("plain", torch.float32, 128, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm",)),
+        ("rerun", torch.float16, 768, ENERGY_SOFTMAX, False, softmax, softmax, ("norm", "flag")),
+        ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias")),
+        ("further", torch.float16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias", "further")),
+        ("plain", torch.bfloat16, 768, ENERGY_HINGE, False, hinge, hinge, ("norm",)),
+        ("plain", torch.float32, 19, ENERGY_HINGE, False, hinge, hinge, ()),
+    ):  # fmt: skip
+        options = ("norm", "bias", "self", "further") if options is None else options
+        for generation in ((8, 0), (9, 0), (10, 0)):
+            chosen = config("sums", 8192, 8192, dim, dtype, generation)
+            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in options, "FIXED": fixed}
+            constexprs["EVEN"] = dim % 16 == 0
+            constexprs |= chosen.constexprs | absent_operands(options)
+            for side, present in (("row", rows), ("column", columns)):
+                names = _Sums._fields if side == "row" else _Sums._fields[:5]
+                constexprs |= {f"{side}_{name}": None for name in names if name not in present}
+                constexprs |= {f"{side}_threshold": None} if "active" not in present else {}
+            if "spread" not in rows:
+                constexprs |= {"row_cosine": None, "column_cosine": None, "positive_score": None}
+            if not columns:
+                constexprs["staged"] = None
+            if "flag" not in options:
+                constexprs["flag"] = None
+            types = dict.fromkeys(pair_sums_kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
+            types |= {"flag": "*i32"} | dict.fromkeys(("rows", "columns", "row_tiles", "column_tiles"), "i32")
+            energies = ("softmax", "sigmoid", "hinge")
+            label = f"pair-sums-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}{'-fixed' * fixed}"
+            entry = pointers_aligned(label, pair_sums_kernel, types, constexprs, chosen.options)
+            yield entry._replace(architectures=(10 * generation[0],))
+    types = dict.fromkeys(pair_merge_kernel.arg_names, "*fp32")
+    types |= {f"running_{name}": "*fp64" for name in _Sums._fields if name != "max"}
+    types |= {"running_beaten": "*i64", "incomplete": "*i8", "flag": "*i32", "least": "fp32"}
+    types |= {"count": "i32", "partials": "i32"}
+    for name, present, none, fixed in (
+        ("every", _Sums._fields, ("incomplete", "flag"), False),
+        ("fixed", _Sums._fields, ("part_max",), True),
+        ("rerun", softmax, ("flag",), False),
+        ("plain", ("sum",), ("incomplete", "flag"), False),
+    ):
+        lacking = [f"{way}_{field}" for way in ("running", "part") for field in _Sums._fields if field not in present]
+        constexprs = dict.fromkeys((*lacking, *none)) | {"FIXED": fixed, "BLOCK": MERGE_BLOCK}
+        yield pointers_aligned(f"pair-merge-{name}", pair_merge_kernel, types, constexprs, {"num_warps": 4})
