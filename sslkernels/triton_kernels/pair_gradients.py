@@ -142,7 +142,7 @@ def _store_sums(dot_out, total_out, dot, total, row_norm, row, row_lane, rows):
     tl.store((total_out + at) + row_lane, total, exists)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=["rows", "column_tiles"])  # whether columns divide by 16 decides how G is stored
 def pair_gradient_tile_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
@@ -171,10 +171,9 @@ def pair_gradient_tile_kernel(
             queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets, feature_offsets(lane, column_inside, DIM),
             DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        norm_of_column = load_block(column_norm, column, lane, column_inside, 0.0)
         u = products
         if column_norm is not None:
-            u = products * norm_of_column[None, :]
+            u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         id_of_column = load_block(column_id, column, lane, column_inside, 0)
         out = left_out(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
@@ -191,7 +190,9 @@ def pair_gradient_tile_kernel(
         total += tl.sum(gradient, 1).to(tl.float64)
         if gradient_out is not None:
             if column_norm is not None:
-                gradient *= norm[:, None] * norm_of_column[None, :]
+                # Loaded again: the registers are needed in between.
+                gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+                gradient *= norm[:, None]
             at = gradient_out + (row.to(tl.int64) * columns + column)
             at += row_lane.to(tl.int64)[:, None] * columns + lane[None, :]
             value = _narrowed(gradient, gain, gradient_out.dtype.element_ty)
@@ -231,10 +232,9 @@ def pair_gradient_owner_kernel(
         column_inside = inside_of(lane, column, columns, EVEN)
         values = _features(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
         products = tl.dot(query, tl.trans(values), input_precision="ieee")
-        norm_of_column = load_block(column_norm, column, lane, column_inside, 0.0)
         u = products
         if column_norm is not None:
-            u = products * norm_of_column[None, :]
+            u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         id_of_column = load_block(column_id, column, lane, column_inside, 0)
         out = left_out(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
@@ -251,7 +251,8 @@ def pair_gradient_owner_kernel(
             dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
             total += tl.sum(gradient, 1).to(tl.float64)
         if column_norm is not None:
-            gradient *= norm_of_column[None, :]
+            # Loaded again: the registers are needed in between.
+            gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         features = tl.dot(_narrowed(gradient, gain, values.dtype), values, features, input_precision="ieee")
     if row_norm is not None:
         features *= norm[:, None]
@@ -330,12 +331,18 @@ def _flags(tile: Any) -> dict[str, Any]:
     return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": further}
 
 
+def _is_plain(tile: Any, row: Any, column: Any) -> bool:
+    labels = sum(label is not None for label in tile.labels)
+    return labels <= 2 and row.share is row.smoothing is column.share is column.smoothing is None
+
+
 def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
     tensors = operands(tile)
     rows, columns = tensors[0].shape[0], tensors[1].shape[0]
     if rows == 0 or columns == 0:
         return
-    chosen = config("tile", rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]))
+    plain = _is_plain(tile, row, column)
+    chosen = config("tile", rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]), plain=plain)
     parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
     sums = dot.new_empty(2, parts, rows)
     pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
@@ -354,7 +361,8 @@ def _owned(tile, exchanged, row, column, grad, dot=None, total=None) -> None:
     (rows, dim), columns = tensors[0].shape, tensors[1].shape[0]
     if rows == 0 or columns == 0:
         return
-    chosen = config("owner", rows, columns, dim, tensors[0].dtype, capability(tensors[0]))
+    plain = _is_plain(tile, row, column)
+    chosen = config("owner", rows, columns, dim, tensors[0].dtype, capability(tensors[0]), plain=plain)
     parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
     features = grad if parts == 1 else grad.new_empty(parts, rows, dim)
     sums = (None, None) if dot is None else dot.new_empty(2, parts, rows)
@@ -400,7 +408,9 @@ def aot_signatures() -> Iterator[AotEntry]:
         owner = "owner" in present
         kernel = pair_gradient_owner_kernel if owner else pair_gradient_tile_kernel
         for generation in ((8, 0), (9, 0), (10, 0)):
-            chosen = config("owner" if owner else "tile", 8192, 8192, dim, dtype, generation)
+            size = 8192 if dim % 16 == 0 else 8191
+            plain = len(rows) < len(every) and "self" not in present
+            chosen = config("owner" if owner else "tile", size, size, dim, dtype, generation, plain=plain)
             constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in present, "EVEN": dim % 16 == 0}
             constexprs |= chosen.constexprs
             constexprs |= absent_operands(present) | {"ADD": True}
@@ -419,4 +429,5 @@ def aot_signatures() -> Iterator[AotEntry]:
             kind = "owner" if owner else "tile"
             label = f"pair-gradient-{kind}-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}"
             entry = pointers_aligned(label, kernel, types, constexprs, chosen.options)
-            yield entry._replace(architectures=(10 * generation[0],))
+            aligned = (*entry.aligned, "columns") if not owner and size % 16 == 0 else entry.aligned
+            yield entry._replace(architectures=(10 * generation[0],), aligned=aligned)

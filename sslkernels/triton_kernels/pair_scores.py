@@ -173,22 +173,36 @@ def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
     return absent if "bias" in present else {**absent, "logit_bias": None}
 
 
-def config(kernel: str, rows: int, columns: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+def config(
+    kernel: str, rows: int, columns: int, dim: int, dtype: torch.dtype, capability: tuple[int, int], *, plain: bool
+) -> Config:
     """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores) or
-    "owner" (the gradient of features, of which a program owns rows and holds all D)."""
+    "owner" (the gradient of features, of which a program owns rows and holds all D). plain: one pair of labels at most
+    and nothing but what every softmax and sigmoid needs.
+
+    A thread holds a value of each vector for every column of its own: more vectors ask for fewer columns.
+    """
     block_m, block_n = (min(max(16, next_power_of_2(n)), 128) for n in (rows, columns))
+    whole = rows % 64 == 0 and columns % 64 == 0
     hopper = capability >= (9, 0)
+    depth = max(16, next_power_of_2(dim))
     if kernel == "owner":
-        depth = max(16, next_power_of_2(dim))
-        return Config(
-            {"BLOCK_M": block_m, "BLOCK_N": min(block_n, 64), "BLOCK_D": depth},
-            {"num_warps": 8 if block_m * depth > 64 * 64 else 4, "num_stages": 2},
-        )
-    depth = min(max(16, next_power_of_2(dim)), 64 if hopper else 32)
+        small = depth <= 128 and plain
+        width = 64 if small else 32 if hopper or plain else 16
+        blocks = {"BLOCK_M": min(block_m, 128 if small and hopper else 64), "BLOCK_N": min(block_n, width)}
+        return Config({**blocks, "BLOCK_D": depth}, {"num_warps": 8 if block_m > 32 else 4, "num_stages": 2})
     if dtype == torch.float32:
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
+    blocks = {
+        "BLOCK_M": block_m if plain else min(block_m, 64),
+        "BLOCK_N": min(block_n, 64 if plain or whole or kernel == "sums" else 32),
+        "BLOCK_D": min(depth, 64 if hopper else 32),
+    }
+    options = {"num_warps": 8, "num_stages": 3}
+    if kernel == "sums" and plain and whole and capability < (10, 0):
+        options["maxnreg"] = 128  # two programs a processor: one multiplies while the other adds up
+    return Config(blocks, options)
 
 
 def owns_rows(dim: int, dtype: torch.dtype) -> bool:

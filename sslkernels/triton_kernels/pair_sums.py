@@ -182,11 +182,10 @@ def pair_sums_kernel(
                 score_sum += tl.sum(without(out, s, 0.0), 1)
             if column_score is not None:
                 _stage(staged, 3, lane, tl.sum(without(out, s, 0.0), 0), BLOCK_N)
-            if IDS_POSITIVE:
-                if row_further is not None:
-                    further_sum += tl.sum(tl.where(further, s, 0.0), 1)
-                if column_further is not None:
-                    _stage(staged, 4, lane, tl.sum(tl.where(further, s, 0.0), 0), BLOCK_N)
+            if row_further is not None:
+                further_sum += tl.sum(tl.where(further, s, 0.0), 1)
+            if column_further is not None:
+                _stage(staged, 4, lane, tl.sum(tl.where(further, s, 0.0), 0), BLOCK_N)
             if row_spread is not None:
                 # Of normalised features the product holds the norm of the column already.
                 cosine = u
@@ -221,8 +220,7 @@ def pair_sums_kernel(
                 if column_score is not None:
                     _add_staged(staged, 3, column_score, at, lane, existing, later, BLOCK_N)
                 if column_further is not None:
-                    if IDS_POSITIVE:
-                        _add_staged(staged, 4, column_further, at, lane, existing, later, BLOCK_N)
+                    _add_staged(staged, 4, column_further, at, lane, existing, later, BLOCK_N)
         exists = row_lane < rows - row
         at_row = row_part + row
         if row_max is not None:
@@ -318,6 +316,10 @@ class _Sums(NamedTuple):
         return _Sums(*(None if v is None else v.new_empty(count, v.shape[0], dtype=torch.float32) for v in self))
 
 
+def _is_plain(energy: int, labels: int, rows: _Sums) -> bool:
+    return energy != ENERGY_HINGE and labels <= 2 and rows.score is rows.further is rows.spread is rows.beaten is None
+
+
 def supertile(rows: int, columns: int, chosen: Config, processors: int) -> tuple[int, int]:
     """Blocks of rows and of columns of a supertile: at most `SUPERTILE`, and less where programs would be few."""
     blocks = [chosen.constexprs["BLOCK_M"], chosen.constexprs["BLOCK_N"]]
@@ -337,6 +339,9 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
     """Adds a tile to the running sums of its rows and columns, of which either may be None."""
     exchanged = rows is None
     by_row, by_column = (_Sums() if sums is None else _Sums(*sums) for sums in (rows, columns))
+    ids_positive = tile.ids_positive and tile.labels.row_id is not None
+    if not ids_positive:
+        by_row, by_column = by_row._replace(further=None), by_column._replace(further=None)
     if exchanged:
         by_row, by_column = by_column, by_row
     tensors = operands(tile, exchanged)
@@ -349,7 +354,8 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
     cosine_norms = (None, None) if by_row.spread is None else cosine_norms
     inputs = (*tensors, *limits, None if by_row.beaten is None else thresholds.positive_score, *cosine_norms)
 
-    chosen = config("sums", count, width, dim, tensors[0].dtype, capability(tensors[0]))
+    plain = _is_plain(tile.energy, sum(label is not None for label in tile.labels), by_row)
+    chosen = config("sums", count, width, dim, tensors[0].dtype, capability(tensors[0]), plain=plain)
     if by_column.sum is None:
         row_tiles, (row_parts, column_tiles) = 1, splits(count, width, chosen, processors(tensors[0]))
         column_parts = triton.cdiv(count, chosen.constexprs["BLOCK_M"])
@@ -368,7 +374,7 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
             *(*inputs, flag, staged, *row_partials, *column_partials[:5], count, width, row_tiles, column_tiles),
             DIM=dim,
             ENERGY=tile.energy,
-            IDS_POSITIVE=tile.ids_positive and tile.labels.row_id is not None,
+            IDS_POSITIVE=ids_positive,
             FIXED=fixed,
             EVEN=is_even(count, width, chosen),
             **chosen.constexprs,
@@ -428,7 +434,9 @@ def aot_signatures() -> Iterator[AotEntry]:
     ):  # fmt: skip
         options = ("norm", "bias", "self", "further") if options is None else options
         for generation in ((8, 0), (9, 0), (10, 0)):
-            chosen = config("sums", 8192, 8192, dim, dtype, generation)
+            size = 8192 if dim % 16 == 0 else 8191
+            plain = energy != ENERGY_HINGE and not {"self", "further"} & set(options) and "score" not in rows
+            chosen = config("sums", size, size, dim, dtype, generation, plain=plain)
             constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in options, "FIXED": fixed}
             constexprs["EVEN"] = dim % 16 == 0
             constexprs |= chosen.constexprs | absent_operands(options)
