@@ -14,10 +14,10 @@ from triton.runtime.jit import JITFunction
 
 from sslkernels.ops.pair_scores import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
 from sslkernels.ops.rows import RowOptions
+from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
-from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.pair_gradients import add_gradients
 from sslkernels.triton_kernels.random_bits import random_bits
 from sslkernels.triton_kernels.scale import scale_

@@ -206,12 +206,14 @@ def test_nan_stays_in_its_row(device, small_supertiles, fixed_shift, energy, nor
     tile.queries[5] = float("nan")
     rows, _ = make_sums(tile, energy, columns=False, extra=False)
     TritonPairs().sums(tile, rows, None, Thresholds(torch.zeros(70, device=device), None, None), None)
-    assert bool(rows.sum[5].isnan()) and bool(rows.sum[torch.arange(70) != 5].isfinite().all())
+    assert bool(rows.sum[5].isnan())
+    assert bool(rows.sum[torch.arange(70) != 5].isfinite().all())
     rows, columns = make_sums(tile, energy, extra=False)
     zeros = torch.zeros(140, device=device)
     TritonPairs().sums(tile, rows, columns, Thresholds(zeros[:70], zeros, None), None)
     paired = tile.labels.column_positive == tile.labels.row_positive[5]
-    assert bool(columns.sum[~paired].isnan().all()) and bool(columns.sum[paired].isfinite().all())
+    assert bool(columns.sum[~paired].isnan().all())
+    assert bool(columns.sum[paired].isfinite().all())
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
@@ -222,7 +224,8 @@ def test_rows_without_candidates(device, small_supertiles, fixed_shift, normaliz
     for empty in (tile._replace(queries=tile.queries[:0]), tile._replace(candidates=tile.candidates[:0])):
         rows, columns = make_sums(empty, SOFTMAX)
         TritonPairs().sums(empty, rows, columns, Thresholds(None, None, None), None)
-        assert bool((rows.sum == 0).all()) and bool((columns.sum == 0).all())
+        assert bool((rows.sum == 0).all())
+        assert bool((columns.sum == 0).all())
 
 
 def make_side(tile, count, dim, *, every, wide):
@@ -339,7 +342,8 @@ def test_strips():
     assert kernels.strip_rows(70000, 65536, features, False) == (70000, False)
     assert kernels.strip_rows(0, 65536, features, True)[0] == 1
     rows, written = launcher_strip(65536, 4096, features, 512 << 20)
-    assert written and rows == 65536 // 5632 * 5632
+    assert written
+    assert rows == 65536 // 5632 * 5632
     assert launcher_strip(65536, 65536, features, 512 << 20) == (4096, True)
     assert launcher_strip(65536, 65536, features[:, :256], 512 << 20) == (65536, False)
 

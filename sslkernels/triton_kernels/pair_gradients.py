@@ -25,6 +25,7 @@ from sslkernels.triton_kernels.launch import (
     pointers_aligned,
     processors,
 )
+from sslkernels.triton_kernels.numerics import exp_flushed
 from sslkernels.triton_kernels.pair_scores import (
     ENERGY_HINGE,
     ENERGY_SIGMOID,
@@ -58,17 +59,16 @@ GAIN = 8
 def _side_gradient(s, further, weight, reference, share, smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
     """What the rows, or the columns, add to the gradient of scores; share and smoothing may be absent."""
     if ENERGY == SOFTMAX:
-        gradient = weight * tl.exp(s - reference)
-        if IDS_POSITIVE:
-            if share is not None:
-                gradient -= tl.where(further, share, 0.0)
+        gradient = weight * exp_flushed(s - reference)
+        if IDS_POSITIVE and share is not None:
+            gradient -= tl.where(further, share, 0.0)
         if smoothing is not None:
             gradient -= smoothing
     elif ENERGY == SIGMOID:
         if IDS_POSITIVE:
             s = tl.where(further, -s, s)
             weight = tl.where(further, -weight, weight)
-        gradient = weight / (1.0 + tl.exp(-s))
+        gradient = weight / (1.0 + exp_flushed(-s))
     else:
         over = s - reference
         gradient = tl.where(over > 0.0, weight, tl.where(over <= 0.0, 0.0, over))  # of NaN NaN
@@ -168,8 +168,8 @@ def pair_gradient_tile_kernel(
         column = column_tile * BLOCK_N
         column_inside = inside_of(lane, column, columns, EVEN)
         products = block_products(
-            queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets, feature_offsets(lane, column_inside, DIM),
-            DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets,
+            feature_offsets(lane, column_inside, DIM), DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         u = products
         if column_norm is not None:
@@ -180,7 +180,7 @@ def pair_gradient_tile_kernel(
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
         )  # fmt: skip
         further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
-        s = block_scores(u, scale, logit_bias, out)
+        s = block_scores(u, scale, logit_bias, None)
         gradient = _score_gradient(
             s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
             row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
@@ -241,7 +241,7 @@ def pair_gradient_owner_kernel(
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
         )  # fmt: skip
         further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
-        s = block_scores(u, scale, logit_bias, out)
+        s = block_scores(u, scale, logit_bias, None)
         gradient = _score_gradient(
             s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
             row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
@@ -322,7 +322,7 @@ def _gain(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | None
             (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
         )
         for norm in norms:
-            exponent -= norm.log2().mean()
+            exponent -= norm.log2().nan_to_num(0.0, 40.0, -40.0).mean()
     return torch.exp2(exponent.round().clamp(-60, 60))
 
 

@@ -115,9 +115,8 @@ def left_out(
         out = _either(out, row_positive[:, None] == column_positive[None, :])
     if row_self is not None:
         out = _either(out, row_self[:, None] == column_self[None, :])
-    if row_id is not None:
-        if not IDS_POSITIVE:
-            out = _either(out, row_id[:, None] == column_id[None, :])
+    if row_id is not None and not IDS_POSITIVE:
+        out = _either(out, row_id[:, None] == column_id[None, :])
     return out
 
 
@@ -153,7 +152,8 @@ def shift_of_bound(logit_scale, logit_bias):
 
 def operands(tile: Any, exchanged: bool = False) -> tuple[Tensor | None, ...]:
     """The tensors of `OPERANDS`, with rows and columns exchanged if asked for."""
-    pairs = ((tile.queries, tile.candidates), (tile.row_norm, tile.column_norm), *zip(*[iter(tile.labels)] * 2))
+    labels = zip(tile.labels[::2], tile.labels[1::2], strict=True)
+    pairs = ((tile.queries, tile.candidates), (tile.row_norm, tile.column_norm), *labels)
     found = [value for pair in pairs for value in (reversed(pair) if exchanged else pair)]
     return found[0].contiguous(), found[1].contiguous(), *found[2:], tile.logit_scale, tile.logit_bias
 
