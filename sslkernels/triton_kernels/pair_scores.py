@@ -188,9 +188,9 @@ def config(
     depth = max(16, next_power_of_2(dim))
     if kernel == "owner":
         small = depth <= 128 and plain
-        width = 64 if small else 32 if hopper or plain else 16
-        blocks = {"BLOCK_M": min(block_m, 128 if small and hopper else 64), "BLOCK_N": min(block_n, width)}
-        return Config({**blocks, "BLOCK_D": depth}, {"num_warps": 8 if block_m > 32 else 4, "num_stages": 2})
+        height = 128 if small and hopper else 64 if hopper or plain else 32
+        blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
+        return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
