@@ -18,6 +18,7 @@ from benchmarks import (
     bench_kernels,
     bench_linear_cross_entropy,
     bench_mask_tokens,
+    bench_pair_kernels,
     environment,
     harness,
     report,
@@ -26,7 +27,14 @@ from benchmarks.harness import DTYPES, Benchmark, Case
 from benchmarks.roofline import measure_roofs
 
 BENCHMARKS = tuple(
-    module.BENCHMARK for module in (bench_mask_tokens, bench_cross_entropy, bench_linear_cross_entropy, bench_kernels)
+    module.BENCHMARK
+    for module in (
+        bench_mask_tokens,
+        bench_cross_entropy,
+        bench_linear_cross_entropy,
+        bench_kernels,
+        bench_pair_kernels,
+    )
 )
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}

@@ -37,6 +37,7 @@ PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
 PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less than 8 minutes
     "mask": ["--op", "mask_tokens"],
     "kernels": ["--op", "kernels"],
+    "pairs": ["--op", "pair_kernels"],
     "logits-1": ["--op", "cross_entropy", "--part", "1/2"],
     "logits-2": ["--op", "cross_entropy", "--part", "2/2"],
     **{f"linear-{i}": ["--op", "linear_cross_entropy", "--part", f"{i}/7"] for i in range(1, 8)},

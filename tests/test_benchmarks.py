@@ -13,6 +13,7 @@ from benchmarks import (
     bench_cross_entropy,
     bench_linear_cross_entropy,
     bench_mask_tokens,
+    bench_pair_kernels,
     gpu,
     memory,
     providers,
@@ -98,6 +99,8 @@ def test_cost_models():
     assert bench_cross_entropy.make_case({"N": 100, "V": 1000}).bytes == 2 * 4 * 100 * 1000
     assert bench_cross_entropy.make_case({"N": 100, "V": 1000}, ignored=0.7).bytes == 4 * (30 + 100) * 1000
     assert bench_mask_tokens.make_case({"B": 4, "T": 8}).bytes == 25 * 32
+    pairs = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8})
+    assert (pairs.flops, pairs.bytes) == (6 * 10 * 20 * 8, (2 + 4) * 30 * 8)
     assert ROOFS.light(10**10, 10**9, "float32") == 1.0
     assert ROOFS.light(10**9, 10**11, "float32") == 1.0
 

@@ -329,15 +329,15 @@ class TritonPairs(ReferencePairs):
         if tile.queries.dtype == torch.float64:
             return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
         gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
-        for grad, gradient, values in (
-            (grad_queries, tile.products, tile.candidates),
-            (grad_candidates, None if tile.products is None else tile.products.t(), tile.queries),
-        ):
-            if not written or grad is None:
-                continue
-            if gain is None:
-                self._add_product(grad, gradient, values)
-            else:
-                part = torch.zeros_like(grad)
-                self._add_product(part, gradient, values)
-                grad.addcmul_(part, 1 / gain)
+        if written and grad_queries is not None:
+            self._add_scaled_product(grad_queries, tile.products, tile.candidates, gain)
+        if written and grad_candidates is not None:
+            self._add_scaled_product(grad_candidates, tile.products.t(), tile.queries, gain)
+
+    def _add_scaled_product(self, total: Tensor, gradient: Tensor, values: Tensor, gain: Tensor | None) -> None:
+        """total += gradient @ values / gain."""
+        if gain is None:
+            return self._add_product(total, gradient, values)
+        part = torch.zeros_like(total)
+        self._add_product(part, gradient, values)
+        total.addcmul_(part, 1 / gain)
