@@ -35,6 +35,7 @@ from sslkernels.triton_kernels.pair_scores import (
     absent_operands,
     block_products,
     block_scores,
+    burden_of,
     config,
     feature_offsets,
     further_positives,
@@ -331,9 +332,8 @@ def _flags(tile: Any) -> dict[str, Any]:
     return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": further}
 
 
-def _is_plain(tile: Any, row: Any, column: Any) -> bool:
-    labels = sum(label is not None for label in tile.labels)
-    return labels <= 2 and row.share is row.smoothing is column.share is column.smoothing is None
+def _burden(tile: Any, row: Any, column: Any) -> int:
+    return burden_of(tile.labels, row.share, row.smoothing, column.share, column.smoothing)
 
 
 def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
@@ -341,8 +341,10 @@ def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
     rows, columns = tensors[0].shape[0], tensors[1].shape[0]
     if rows == 0 or columns == 0:
         return
-    plain = _is_plain(tile, row, column)
-    chosen = config("tile", rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]), plain=plain)
+    chosen = config(
+        "tile", tile.energy, rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]),
+        _burden(tile, row, column),
+    )  # fmt: skip
     parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
     sums = dot.new_empty(2, parts, rows)
     pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
@@ -361,8 +363,9 @@ def _owned(tile, exchanged, row, column, grad, dot=None, total=None) -> None:
     (rows, dim), columns = tensors[0].shape, tensors[1].shape[0]
     if rows == 0 or columns == 0:
         return
-    plain = _is_plain(tile, row, column)
-    chosen = config("owner", rows, columns, dim, tensors[0].dtype, capability(tensors[0]), plain=plain)
+    chosen = config(
+        "owner", tile.energy, rows, columns, dim, tensors[0].dtype, capability(tensors[0]), _burden(tile, row, column)
+    )
     parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
     features = grad if parts == 1 else grad.new_empty(parts, rows, dim)
     sums = (None, None) if dot is None else dot.new_empty(2, parts, rows)
@@ -397,6 +400,10 @@ def aot_signatures() -> Iterator[AotEntry]:
         ("sums", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, norm),
         ("rows", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*options, "out")),
         ("symmetric", torch.bfloat16, 768, ENERGY_HINGE, plain, plain, (*norm, "out")),
+        ("mutual", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "out")),
+        ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
+        ("mutual", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "owner", "sums")),
+        ("mutual", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "owner", "sums")),
         ("symmetric", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "owner", "sums")),
         ("symmetric", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "owner")),
         ("every", torch.float16, 250, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
@@ -409,8 +416,8 @@ def aot_signatures() -> Iterator[AotEntry]:
         kernel = pair_gradient_owner_kernel if owner else pair_gradient_tile_kernel
         for generation in ((8, 0), (9, 0), (10, 0)):
             size = 8192 if dim % 16 == 0 else 8191
-            plain = len(rows) < len(every) and "self" not in present
-            chosen = config("owner" if owner else "tile", size, size, dim, dtype, generation, plain=plain)
+            burden = 2 if len(rows) == len(every) else int("self" in present)
+            chosen = config("owner" if owner else "tile", energy, size, size, dim, dtype, generation, burden)
             constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in present, "EVEN": dim % 16 == 0}
             constexprs |= chosen.constexprs
             constexprs |= absent_operands(present) | {"ADD": True}

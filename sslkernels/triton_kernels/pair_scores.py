@@ -173,35 +173,51 @@ def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
     return absent if "bias" in present else {**absent, "logit_bias": None}
 
 
+def burden_of(labels: tuple[Tensor | None, ...], *more: Tensor | None) -> int:
+    """How much a thread keeps beside its scores. 0: one pair of labels; 1: further pairs; 2: any of `more`, too."""
+    if any(value is not None for value in more):
+        return 2
+    return int(sum(label is not None for label in labels) > 2)
+
+
 def config(
-    kernel: str, rows: int, columns: int, dim: int, dtype: torch.dtype, capability: tuple[int, int], *, plain: bool
+    kernel: str,
+    energy: int,
+    rows: int,
+    columns: int,
+    dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    burden: int,
 ) -> Config:
     """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores) or
-    "owner" (the gradient of features, of which a program owns rows and holds all D). plain: one pair of labels at most
-    and nothing but what every softmax and sigmoid needs.
+    "owner" (the gradient of features, of which a program owns rows and holds all D).
 
-    A thread holds a value of each vector for every column of its own: more vectors ask for fewer columns.
+    Large blocks read less from the cache. But a thread holds a value of each vector for every column of its own, so
+    that more vectors ask for fewer columns.
     """
     block_m, block_n = (min(max(16, next_power_of_2(n)), 128) for n in (rows, columns))
     whole = rows % 64 == 0 and columns % 64 == 0
     hopper = capability >= (9, 0)
     depth = max(16, next_power_of_2(dim))
     if kernel == "owner":
-        small = depth <= 128 and plain
-        height = 128 if small and hopper else 64 if hopper or plain else 32
+        small = depth <= 128 and burden < 2
+        height = 128 if small and hopper else 64 if hopper or burden < 2 else 32
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
+    sums = kernel == "sums"
+    wide = burden == 0 and whole and (sums or (energy == ENERGY_SOFTMAX and capability[0] == 9))
     blocks = {
-        "BLOCK_M": block_m if plain else min(block_m, 64),
-        "BLOCK_N": min(block_n, 64 if plain or whole or kernel == "sums" else 32),
+        "BLOCK_M": min(block_m, 128 if burden < 2 and (sums or whole) else 64),
+        "BLOCK_N": min(block_n, 128 if wide else 64 if sums or whole or burden < 2 else 32),
         "BLOCK_D": min(depth, 64 if hopper else 32),
     }
     options = {"num_warps": 8, "num_stages": 3}
-    if kernel == "sums" and plain and whole and capability < (10, 0):
-        options["maxnreg"] = 128  # two programs a processor: one multiplies while the other adds up
+    if sums and capability >= (10, 0):
+        options["maxnreg"] = 255  # ptxas holds to 128 there, and spills
     return Config(blocks, options)
 
 

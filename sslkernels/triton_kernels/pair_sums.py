@@ -38,6 +38,7 @@ from sslkernels.triton_kernels.pair_scores import (
     absent_operands,
     block_products,
     block_scores,
+    burden_of,
     config,
     feature_offsets,
     further_positives,
@@ -323,10 +324,6 @@ class _Sums(NamedTuple):
         return _Sums(*(None if v is None else v.new_empty(count, v.shape[0], dtype=torch.float32) for v in self))
 
 
-def _is_plain(energy: int, labels: int, rows: _Sums) -> bool:
-    return energy != ENERGY_HINGE and labels <= 2 and rows.score is rows.further is rows.spread is rows.beaten is None
-
-
 def supertile(rows: int, columns: int, chosen: Config, processors: int) -> tuple[int, int]:
     """Blocks of rows and of columns of a supertile: at most `SUPERTILE`, and less where programs would be few."""
     blocks = [chosen.constexprs["BLOCK_M"], chosen.constexprs["BLOCK_N"]]
@@ -361,8 +358,8 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
     cosine_norms = (None, None) if by_row.spread is None else cosine_norms
     inputs = (*tensors, *limits, None if by_row.beaten is None else thresholds.positive_score, *cosine_norms)
 
-    plain = _is_plain(tile.energy, sum(label is not None for label in tile.labels), by_row)
-    chosen = config("sums", count, width, dim, tensors[0].dtype, capability(tensors[0]), plain=plain)
+    burden = burden_of(tile.labels, by_row.score, by_row.further, by_row.spread, by_row.beaten)
+    chosen = config("sums", tile.energy, count, width, dim, tensors[0].dtype, capability(tensors[0]), burden)
     if by_column.sum is None:
         row_tiles, (row_parts, column_tiles) = 1, splits(count, width, chosen, processors(tensors[0]))
         column_parts = triton.cdiv(count, chosen.constexprs["BLOCK_M"])
@@ -433,6 +430,9 @@ def aot_signatures() -> Iterator[AotEntry]:
         ("every", torch.float16, 64, ENERGY_SOFTMAX, True, (*every_softmax[1:], *statistics), every_softmax[1:], None),
         ("every", torch.float32, 128, ENERGY_SOFTMAX, False, (*every_softmax, *statistics), every_softmax, None),
         ("plain", torch.float32, 128, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm",)),
+        ("mutual", torch.bfloat16, 512, ENERGY_SOFTMAX, False, softmax, softmax, ("norm", "self")),
+        ("mutual", torch.bfloat16, 128, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm", "self")),
+        ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, False, softmax, softmax, ("norm",)),
         ("rerun", torch.float16, 768, ENERGY_SOFTMAX, False, softmax, softmax, ("norm", "flag")),
         ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias")),
         ("further", torch.float16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias", "further")),
@@ -442,8 +442,8 @@ def aot_signatures() -> Iterator[AotEntry]:
         options = ("norm", "bias", "self", "further") if options is None else options
         for generation in ((8, 0), (9, 0), (10, 0)):
             size = 8192 if dim % 16 == 0 else 8191
-            plain = energy != ENERGY_HINGE and not {"self", "further"} & set(options) and "score" not in rows
-            chosen = config("sums", size, size, dim, dtype, generation, plain=plain)
+            burden = 2 if "score" in rows else int(bool({"self", "further"} & set(options)))
+            chosen = config("sums", energy, size, size, dim, dtype, generation, burden)
             constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in options, "FIXED": fixed}
             constexprs["EVEN"] = dim % 16 == 0
             constexprs |= chosen.constexprs | absent_operands(options)
