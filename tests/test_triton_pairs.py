@@ -375,3 +375,20 @@ def test_float64_is_the_reference():
     case = {**DEFAULTS, "shape": "square", "direction": "symmetric", "bank": 3}
     with sk.use_backend("triton"):
         check(case, torch.float64, 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("energy", [SOFTMAX, SIGMOID, HINGE])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dim"), [(2048, 4096, 64), (1000, 3001, 200), (2048, 2048, 768), (256, 65536, 128)]
+)
+def test_real_tiles(device, fixed_shift, dtype, energy, rows, columns, dim):
+    both = energy != SIGMOID
+    for labels in (1, 3):
+        tile = make_tile(
+            device, rows, columns, dim, dtype, energy, scale=20.0, normalize=True, labels=labels,
+            ids_positive=labels == 3 and energy != HINGE,
+        )  # fmt: skip
+        check_sums(tile, extra=labels == 3, statistics=labels == 3)
+        check_gradients(tile, every=labels == 3, columns=both, start=0.0)
