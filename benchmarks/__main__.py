@@ -21,6 +21,7 @@ from benchmarks import (
     bench_mask_tokens,
     bench_negative_sampling,
     bench_own_negatives,
+    bench_pair_kernels,
     environment,
     harness,
     report,
@@ -36,6 +37,7 @@ BENCHMARKS = (
     bench_own_negatives.BENCHMARK,
     bench_negative_sampling.BENCHMARK,
     bench_kernels.BENCHMARK,
+    bench_pair_kernels.BENCHMARK,
 )
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}

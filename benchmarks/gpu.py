@@ -38,6 +38,7 @@ PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less t
     "mask": ["--op", "mask_tokens"],
     "negative": ["--op", "negative_sampling_loss"],
     "kernels": ["--op", "kernels"],
+    "pairs": ["--op", "pair_kernels"],
     "logits-1": ["--op", "cross_entropy", "--part", "1/2"],
     "logits-2": ["--op", "cross_entropy", "--part", "2/2"],
     **{f"linear-{i}": ["--op", "linear_cross_entropy", "--part", f"{i}/7"] for i in range(1, 8)},

@@ -12,18 +12,24 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sslkernels.ops.pair_scores import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
 from sslkernels.ops.rows import RowOptions
+from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
+from sslkernels.triton_kernels.pair_gradients import add_gradients
 from sslkernels.triton_kernels.random_bits import random_bits
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
 EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
+
+
+FIXED_SHIFT_FROM = 2  # pairs
 
 
 class NoDevice:
@@ -111,6 +117,29 @@ def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> N
     weighted_row_sums(keys, order, starts, torch.ones(2 * pairs), source, source_index, table, per_source)
 
 
+def bind_pairs(columns: int, dim: int, every: bool) -> None:
+    """Small D in float16, large D in bfloat16, with and without what may be absent."""
+    features = [torch.zeros(n, dim, dtype=torch.float16 if dim <= 256 else torch.bfloat16) for n in (2, columns)]
+    norms = [torch.ones(n) if every else None for n in (2, columns)]
+    labels = Labels(*(torch.zeros(n, dtype=torch.int32) if every else None for _ in range(3) for n in (2, columns)))
+    numbers = torch.ones(1), torch.ones(1) if every else None
+    tile = Tile(*features, torch.empty(2, columns, dtype=features[0].dtype), *norms, *numbers, SOFTMAX, labels, every)
+    zeros = [torch.zeros(n, dtype=torch.float64) for n in (2, columns)]
+    rows = RowSums(
+        torch.zeros(2), zeros[0], None, *([zeros[0]] * 3 if every else [None] * 3), zeros[0].long() if every else None
+    )
+    sums = ColumnSums(torch.zeros(columns), zeros[1], None, *([zeros[1]] * 2 if every else [None] * 2))
+    thresholds = Thresholds(None, None, torch.zeros(2))
+    pair_sums.FIXED_SHIFT_PAIRS = FIXED_SHIFT_FROM
+    pair_sums.add_sums(tile, rows, sums, thresholds, norms if every else None)
+    pair_sums.add_sums(tile, rows, None, thresholds, norms if every else None)
+    pair_sums.add_sums(tile._replace(energy=SIGMOID), RowSums(None, zeros[0], *[None] * 5), None, thresholds, None)
+    sides = [Side(*[torch.zeros(n)] * (4 if every else 2)) for n in (2, columns)]
+    gradients = [torch.zeros(n, dim) for n in (2, columns)]
+    add_gradients(tile, *sides, zeros[0], zeros[0].clone(), *gradients)
+    add_gradients(tile, sides[0], Side(), zeros[0], zeros[0].clone(), None, None)
+
+
 if __name__ == "__main__":
     compiled = record_instead_of_launching()
     for options, index_dtype in ((PLAIN, torch.int64), (EVERY, torch.int32)):
@@ -119,6 +148,8 @@ if __name__ == "__main__":
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
             bind_negative_sampling(size, index_dtype, options is EVERY)
+            bind_pairs(size, 64, options is EVERY)
+            bind_pairs(size, 400, options is EVERY)
             scale_(torch.ones(size), torch.ones(()))
             bind_own(size, options is EVERY)
     json.dump(sorted(set(compiled)), sys.stdout)

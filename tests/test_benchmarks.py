@@ -14,6 +14,7 @@ from benchmarks import (
     bench_linear_cross_entropy,
     bench_mask_tokens,
     bench_negative_sampling,
+    bench_pair_kernels,
     gpu,
     memory,
     providers,
@@ -102,6 +103,8 @@ def test_cost_models():
     pairs = {"N": 10, "K": 2, "V": 20, "D": 4}
     assert bench_negative_sampling.make_case(pairs).bytes == (10 + 20 + 2 * 20) * 4 * 4 + 8 * 40
     assert bench_negative_sampling.make_case(pairs, torch.bfloat16, backward=False).bytes == 30 * 4 * 2 + 8 * 40
+    pairs = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8})
+    assert (pairs.flops, pairs.bytes) == (6 * 10 * 20 * 8, (2 + 4) * 30 * 8)
     assert ROOFS.light(10**10, 10**9, "float32") == 1.0
     assert ROOFS.light(10**9, 10**11, "float32") == 1.0
 

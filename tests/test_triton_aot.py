@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ def test_rows_are_read_and_written_in_vectors(case, results):
         assert results[case]["vector_stores"] > 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("stream-bf16", "stream-fp16"))])
+MATMULS = re.compile(r"(stream|pair-sums|pair-gradient-\w+)-(bf16|fp16)-")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if MATMULS.match(case)])
 def test_matmuls_use_tensor_cores(case, results):
     assert results[case]["matrix_instructions"] > 0
 

@@ -300,5 +300,45 @@ def _flat(tile: Tile) -> tuple:
     return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
 
 
-class TritonPairs(PairKernels):
-    """The Triton kernels, imported at the first call."""
+class TritonPairs(ReferencePairs):
+    """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
+
+    def strip_rows(self, count, columns, features, gradient):
+        from sslkernels.triton_kernels.pair_gradients import strip_rows
+
+        if features.dtype == torch.float64:
+            return super().strip_rows(count, columns, features, gradient)
+        if not gradient:
+            return max(count, 1), False
+        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+        return strip_rows(count, columns, features, workspace)
+
+    def begin(self, tile):
+        if tile.queries.dtype == torch.float64:
+            super().begin(tile)
+
+    def sums(self, tile, rows, columns, thresholds, cosine_norms):
+        from sslkernels.triton_kernels.pair_sums import add_sums
+
+        if tile.queries.dtype == torch.float64:
+            return super().sums(tile, rows, columns, thresholds, cosine_norms)
+        add_sums(tile, rows, columns, thresholds, cosine_norms)
+
+    def add_gradients(self, tile, row, column, dot, total, grad_queries, grad_candidates):
+        from sslkernels.triton_kernels.pair_gradients import add_gradients
+
+        if tile.queries.dtype == torch.float64:
+            return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
+        gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
+        if written and grad_queries is not None:
+            self._add_scaled_product(grad_queries, tile.products, tile.candidates, gain)
+        if written and grad_candidates is not None:
+            self._add_scaled_product(grad_candidates, tile.products.t(), tile.queries, gain)
+
+    def _add_scaled_product(self, total: Tensor, gradient: Tensor, values: Tensor, gain: Tensor | None) -> None:
+        """total += gradient @ values / gain."""
+        if gain is None:
+            return self._add_product(total, gradient, values)
+        part = torch.zeros_like(total)
+        self._add_product(part, gradient, values)
+        total.addcmul_(part, 1 / gain)
