@@ -214,16 +214,46 @@ class _Plan(Problem):
         if self.mutual:
             strip = min(strip, max(-(-self.count // MUTUAL_STRIPS), ROW_MULTIPLE))
         buffer = self.query.new_empty(strip * columns) if needs_products else None
+        self.fused = sums and gradient and self.options.energy == SIGMOID and self.kernels.fuses_sums(self.query)
+        weighs = sums and gradient and self._candidates_are_frozen() and self.kernels.weighs(self.query)
         for begin in range(0, self.count, strip):
             rows = slice(begin, min(begin + strip, self.count))
             tiles = [(piece, self._tile(rows, piece, products)) for piece, products in self._pieces(rows, buffer)]
+            if weighs:
+                self._walk_frozen(rows, tiles)
+                continue
             if sums:
                 for piece, tile in tiles:
                     self._add_sums(rows, piece, tile)
+            if sums and not self.fused:
                 self._finish_rows(rows)
             if gradient:
                 for piece, tile in tiles:
                     self._add_gradient(rows, piece, tile)
+            if self.fused:
+                self._finish_rows(rows)
+
+    def _candidates_are_frozen(self) -> bool:
+        """A softmax over rows whose queries alone get a gradient, and nothing of it but probabilities."""
+        plain = self.row.share is None and self.row.smoothing is None and not self.stats
+        frozen = all(block.gradient is None for block in self.blocks)
+        softmax = self.options.energy == SOFTMAX and not self.two_pass
+        return softmax and plain and frozen and self.grads.query is not None and len(self.blocks) > 0
+
+    def _walk_frozen(self, rows: slice, tiles: list[tuple[_Piece, Tile]]) -> None:
+        """Of rows whose candidates are frozen: the gradient is a sum over candidates weighted by probabilities, which
+        are known up to a factor of the row."""
+        sums = RowSums(*_part(self.row_sums, rows))
+        weighted = self.query.new_zeros(self.query[rows].shape, dtype=self.acc)
+        weighted_u = torch.zeros_like(self.score[rows])
+        for _, tile in tiles:
+            self.kernels.weighted_sums(tile, sums, weighted, weighted_u)
+        self._finish_rows(rows)
+        factor = self.row.weight[rows] * (sums.max - self.row.reference[rows]).exp()
+        self.grads.dot[rows] += factor * weighted_u
+        if self.query_norm is not None:
+            factor = factor * self.query_norm[rows]
+        self.grads.query[rows] += weighted.mul_(factor.unsqueeze(1))
 
     def _pieces(self, rows: slice, buffer: Tensor | None) -> Iterator[tuple[_Piece, Tensor | None]]:
         """The pieces of a strip, each with the place of its products in the buffer."""
@@ -272,7 +302,7 @@ class _Plan(Problem):
             part = RowSums(*_part(sums, rows))
             return part if norms is not None else part._replace(spread=None)
 
-        by_row = row_sums(self.row_sums) if piece.rows_summed else None
+        by_row = row_sums(self.row_sums) if piece.rows_summed and not self.fused else None
         by_column = ColumnSums(*_part(self.column_sums, columns)) if piece.columns_summed else None
         if by_row is not None or by_column is not None:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
@@ -290,7 +320,9 @@ class _Plan(Problem):
         dot = torch.zeros_like(self.grads.dot[rows]) if piece.twice else self.grads.dot[rows]
         grad_query = None if self.grads.query is None else self.grads.query[rows]
         grad_values = None if block.gradient is None or piece.twice else block.gradient[columns]
-        self.kernels.add_gradients(tile, row, column, dot, self.grads.total[rows], grad_query, grad_values)
+        row_sums = RowSums(*_part(self.row_sums, rows)) if self.fused else None
+        total = self.grads.total[rows]
+        self.kernels.add_gradients(tile, row, column, dot, total, grad_query, grad_values, row_sums)
         if piece.twice:
             self.grads.dot[rows].add_(dot, alpha=0.5)
 

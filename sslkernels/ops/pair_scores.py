@@ -141,15 +141,29 @@ class PairKernels:
         total: Tensor,
         grad_queries: Tensor | None,
         grad_candidates: Tensor | None,
+        row_sums: RowSums | None = None,
     ) -> None:
         """With G the gradient of the scores times both norms: grad_queries += G @ candidates and grad_candidates +=
         G.T @ queries, in the accumulation dtype; dot += sum of gradient * u and total += sum of the gradient of each
-        row, in float64. logit_scale is applied by the caller."""
+        row, in float64. logit_scale is applied by the caller. row_sums: where `fuses_sums`, `sums` of the rows too."""
         self.gradient(tile, row, column, dot, total)
         if grad_queries is not None:
             self._add_product(grad_queries, tile.products, tile.candidates)
         if grad_candidates is not None:
             self._add_product(grad_candidates, tile.products.t(), tile.queries)
+
+    def fuses_sums(self, features: Tensor) -> bool:
+        """Whether `add_gradients` of a sigmoid energy also gives its sums: the products are computed once for both."""
+        return False
+
+    def weighs(self, features: Tensor) -> bool:
+        """Whether there is `weighted_sums`: where the candidates are frozen, their products are computed once."""
+        return False
+
+    def weighted_sums(self, tile: Tile, rows: RowSums, weighted: Tensor, weighted_u: Tensor) -> None:
+        """Adds a softmax tile to max and sum of `rows`, and to the running sums over candidates of exp(s - max) *
+        column_norm * candidate (rows, D) and exp(s - max) * u (rows,), in the accumulation dtype."""
+        raise NotImplementedError
 
     def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor) -> None:
         """total += gradient @ values, in the dtype of total."""
@@ -198,6 +212,18 @@ class ReferencePairs(PairKernels):
     def column_sums(self, tile, threshold, sums):
         _, s, left_out, further = _scores(tile)
         _add_sums(tile.energy, s, left_out, further, threshold, sums, 0)
+
+    def weighted_sums(self, tile, rows, weighted, weighted_u):
+        u, s, left_out, further = _scores(tile)
+        before = rows.max.clone()
+        _add_sums(SOFTMAX, s, left_out, further, None, rows, 1)
+        shift = torch.where(rows.max == float("-inf"), 0, rows.max)
+        decay, exp = (before - shift).exp(), (s - shift.unsqueeze(1)).exp()
+        candidates = tile.candidates.to(s.dtype)
+        if tile.column_norm is not None:
+            candidates = candidates * tile.column_norm.unsqueeze(1)
+        weighted.mul_(decay.unsqueeze(1)).add_(exp @ candidates)
+        weighted_u.mul_(decay).add_((exp * u.masked_fill(left_out, 0)).sum(1))
 
     def gradient(self, tile, row, column, dot, total):
         u, s, left_out, further = _scores(tile)
@@ -324,7 +350,7 @@ class TritonPairs(ReferencePairs):
             return super().sums(tile, rows, columns, thresholds, cosine_norms)
         add_sums(tile, rows, columns, thresholds, cosine_norms)
 
-    def add_gradients(self, tile, row, column, dot, total, grad_queries, grad_candidates):
+    def add_gradients(self, tile, row, column, dot, total, grad_queries, grad_candidates, row_sums=None):
         from sslkernels.triton_kernels.pair_gradients import add_gradients
 
         if tile.queries.dtype == torch.float64:
