@@ -346,3 +346,16 @@ def test_duplicates_are_no_negatives_by_their_ids(backend):
     without = sk.contrastive_energy(image, text, normalize=True, logit_scale=20.0)
     assert with_ids < 0.1 < without
     assert math.isclose(float(without.detach()), 0.5 * math.log(2), rel_tol=0.2)
+
+
+def test_positives_in_a_queue_are_no_negatives_by_their_ids(backend):
+    """The queue holds keys of the present batch: appended to the keys, ids leave them out."""
+    query, key, queue = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.randn(6, 8)
+    queue[2], queue[5] = key[1], key[3]
+    ids, queue_ids = torch.arange(4), torch.tensor([10, 11, 1, 12, 13, 3])
+    keys, key_ids = torch.cat([key, queue]), torch.cat([ids, queue_ids])
+    rows = sk.contrastive_energy(query, keys, query_ids=ids, key_ids=key_ids, reduction="none")
+    for i in range(4):
+        others = torch.cat([key, queue[queue_ids != i]])
+        want = F.cross_entropy(query[i] @ others.T, torch.tensor(i))
+        torch.testing.assert_close(rows[i], want)

@@ -122,7 +122,7 @@ def test_bitwise_equal_from_run_to_run(backend):
 
 
 def test_an_index_out_of_range_is_nan_in_its_row_alone(backend):
-    x, y, scale = features(5, 16, torch.float32)
+    x, y, _ = features(5, 16, torch.float32)
     positive = torch.tensor([0, 9, 2, -3, 4], device="cuda")
     rows = sk.contrastive_energy(x, y, positive=positive, reduction="none", direction="symmetric")
     assert rows.isnan().tolist() == [False, True, False, True, False]

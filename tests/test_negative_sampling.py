@@ -482,3 +482,16 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
         got = step()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_compile_with_one_table_and_one_index_twice():
+    torch._dynamo.reset()
+    table, index = torch.randn(9, 4, requires_grad=True), torch.randint(0, 9, (5,))
+    negatives = torch.randint(0, 9, (5, 2))
+
+    def loss(table, index):
+        return sk.negative_sampling_loss(index, index, negatives, table, table)
+
+    got, want = torch.compile(loss, fullgraph=True)(table, index), loss(table, index)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, table), torch.autograd.grad(want, table))

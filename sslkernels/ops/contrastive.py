@@ -86,7 +86,8 @@ def contrastive_energy(
         normalize: divide every feature by max(norm, 1e-12); no normalised copy is made.
         negatives: `(N, K, D)`, negatives of each query alone.
         negatives_mask: `(N, K)` bool, True where a negative is used. What is masked may hold anything.
-        bank: `(B, D)`, negatives that all queries share.
+        bank: `(B, D)`, negatives that all queries share. A queue that may hold positives belongs behind the rows of key
+            instead, with ids.
         query_ids, key_ids: `(N,)` and `(M,)` integers. A query and a key of one id that are not the designated pair are
             left out or, with `same_id="positive"`, are further positives (in "hinge": are no negatives).
         same_id: "ignore" or "positive".

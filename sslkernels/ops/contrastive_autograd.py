@@ -17,6 +17,7 @@ from sslkernels.ops.contrastive_operators import (
 )
 from sslkernels.ops.contrastive_types import PairInputs, PairOptions, PairState, PairStatistics
 from sslkernels.ops.designated import NO_POSITIVE
+from sslkernels.ops.functions import distinct
 from sslkernels.ops.kept_gradient import KeptGradient, scaled
 from sslkernels.ops.pair_scores import SIGMOID
 from sslkernels.ops.rows import accumulation_dtype
@@ -40,7 +41,7 @@ def pair_loss(
 ) -> tuple[Tensor, PairStatistics]:
     """The loss of the pairs, reduced, and its statistics."""
     acc = accumulation_dtype(inputs.query.dtype)
-    inputs = PairInputs(*_distinct([None if t is None else t.contiguous() for t in inputs]))
+    inputs = PairInputs(*distinct(None if t is None else t.contiguous() for t in inputs))
     divisor = None
     if reduction == "mean":
         if inputs.positive is None or call.options.energy == SIGMOID:
@@ -56,15 +57,6 @@ def pair_loss(
     if reduction != "none":
         loss = loss.sum()
     return loss if divisor is None else loss / divisor, statistics
-
-
-def _distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """A view of each tensor that occurs before: torch.compile takes no tensor twice in one autograd function."""
-    result: list[Tensor | None] = []
-    for tensor in tensors:
-        seen = tensor is not None and any(tensor is other for other in result)
-        result.append(tensor.view_as(tensor) if seen else tensor)
-    return result
 
 
 def row_losses(inputs: PairInputs, call: Call) -> tuple[Tensor, PairStatistics]:

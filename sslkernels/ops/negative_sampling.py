@@ -14,6 +14,7 @@ from torch.autograd import Function
 from sslkernels import checks
 from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops import row_sums
+from sslkernels.ops.functions import distinct
 from sslkernels.ops.rows import accumulation_dtype
 
 NAME = "negative_sampling_loss"
@@ -278,7 +279,8 @@ def negative_sampling_loss(
         indices = tuple(index.long() for index in indices)
     tables = (center_weight.contiguous(), context_weight.contiguous())
     wanted = tuple(torch.is_grad_enabled() and table.requires_grad for table in tables)
-    loss, *_ = _PairLosses.apply(*tables, *(index.contiguous() for index in indices), exclude_positive, *wanted)
+    tensors = distinct((*tables, *(index.contiguous() for index in indices)))
+    loss, *_ = _PairLosses.apply(*tensors, exclude_positive, *wanted)
     if reduction == "none":
         return loss.reshape(center.shape)
     return loss.sum() if reduction == "sum" else loss.mean()
