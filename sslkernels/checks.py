@@ -27,7 +27,8 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
         fail(
             TypeError, function, argument, "be a torch.Tensor" + (" or None" if optional else ""), type(value).__name__
         )
-    if type(value).__module__.startswith("torch.distributed"):
+    plain = type(value) in (Tensor, torch.nn.Parameter)  # all that a compiled graph looks at
+    if not plain and type(value).__module__.startswith("torch.distributed"):
         must = "be a plain tensor (pass the local shard, or gather it with full_tensor())"
         fail(TypeError, function, argument, must, type(value).__name__)
     if value.layout != torch.strided:
@@ -73,6 +74,11 @@ def number(
     if not (low <= value <= high) or (low_open and value == low):
         bracket = "(" if low_open else "["
         fail(ValueError, function, argument, f"be in {bracket}{low:g}, {high:g}]", value)
+
+
+def boolean(function: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(TypeError, function, argument, "be a bool", type(value).__name__)
 
 
 def integer(function: str, argument: str, value: Any, *, low: int | None = None, optional: bool = False) -> None:

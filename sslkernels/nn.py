@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslkernels import checks
 from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
@@ -294,6 +295,10 @@ class _ScaledLoss(nn.Module):
         process_group: Any,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
+        checks.number(name, "init_logit_scale", init_logit_scale, low=0.0, low_open=True)
+        if max_logit_scale is not None:
+            checks.number(name, "max_logit_scale", max_logit_scale, low=0.0, low_open=True)
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize
         self.process_group = process_group

@@ -88,7 +88,15 @@ def cases() -> list[dict]:
                     f"{k}={v}" for k, v in case.items() if v != DEFAULTS[k] and (k, v) != ("shape", "square")
                 )
                 found[name or "default"] = case
-    # Triples that share code: which candidates there are, in which direction, under which energy.
+    # Sets that share code: which candidates there are, in which direction, under which energy; what a key gets from
+    # several rows, of which some weigh nothing.
+    for direction, positive, ids, smoothing, weighed in itertools.product(
+        ("column", "symmetric"), (None, "duplicated"), (None, "some"), (0.0, 0.3), ("none", "mean"),
+    ):  # fmt: skip
+        case = {**DEFAULTS, "direction": direction, "positive": positive, "ids": ids, "label_smoothing": smoothing}
+        case |= {"shape": "square", "reduction": weighed, "row_weight": weighed == "mean"}
+        case["same_id"] = "ignore" if ids is None else "positive"
+        found["-".join(map(str, (direction, positive, ids, smoothing, weighed)))] = case
     for energy, direction, positive, ids, same_id, exclude in itertools.product(
         ("softmax", "sigmoid", "hinge"), ("row", "column", "symmetric"), (None, "permuted", "duplicated"),
         (None, "some"), ("ignore", "positive"), (False, True),
@@ -139,7 +147,8 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
         options["query_ids"] = torch.randint(0, kinds, (n,))
         options["key_ids"] = options["query_ids"].clone() if m == n else torch.randint(0, kinds, (m,))
     if case["row_weight"]:
-        leaves["row_weight"] = torch.rand(n, dtype=dtype)
+        leaves["row_weight"] = torch.rand(n, dtype=dtype) - 0.3
+        leaves["row_weight"][::3] = 0
     for name, leaf in leaves.items():
         leaf.requires_grad_(not (case["frozen"] == name or (case["frozen"] == "both" and name in ("query", "key"))))
     return leaves, options

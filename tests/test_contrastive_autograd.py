@@ -287,3 +287,25 @@ def test_bitwise_equal_from_run_to_run(backend):
     first = gradients()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_parameters_compile():
+    """Modules with parameters of their own, and an embedding's weight."""
+    x, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    for module in (sk.nn.SigLipLoss(), sk.nn.ClipLoss(), sk.nn.ContrastiveLoss(logit_scale=scale)):
+        leaves = (x, y, *module.parameters())
+        got = torch.autograd.grad(torch.compile(module, fullgraph=True)(x, y), leaves)
+        torch.testing.assert_close(got, torch.autograd.grad(module(x, y), leaves))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_batched_gradients(reduction):
+    x, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    loss = sk.contrastive_energy(x, y, reduction=reduction)
+    grad_outputs = torch.eye(6) if reduction == "none" else torch.arange(1.0, 4.0)
+    (batched,) = torch.autograd.grad(loss, x, grad_outputs, is_grads_batched=True, retain_graph=True)
+    for i, grad_output in enumerate(grad_outputs):
+        (grad,) = torch.autograd.grad(loss, x, grad_output, retain_graph=True)
+        torch.testing.assert_close(batched[i], grad)

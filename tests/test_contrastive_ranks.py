@@ -83,13 +83,16 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def ranks(request, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (world, port, str(folder)), world)
+    mp.spawn(worker, (world, free_port(), str(folder)), world)
     return world, [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
@@ -142,7 +145,44 @@ def test_named_losses(ranks, name):
         torch.testing.assert_close(results[rank][name][1], want)
 
 
-def test_given_positives_have_no_columns_over_ranks():
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_given_positives_have_no_columns_over_ranks(alone):
     x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="positive must be None with a process_group and direction='symmetric'"):
-        sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=object())
+    with pytest.raises(ValueError, match="positive must be None with a process_group over columns; got a tensor"):
+        sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=alone)
+
+
+def test_a_compiled_function_breaks_at_the_process_group(alone):
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def loss(x):
+        return 2 * sk.clip_loss(x, x.roll(1, 0), 3.0, process_group=alone)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(loss)(x), loss(x))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="collectives"):
+        torch.compile(loss, fullgraph=True)(x)
+
+
+def disagree(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    x, y = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=rank == 0)
+    try:
+        sk.clip_loss(x, y, 3.0, process_group=dist.group.WORLD)
+    except ValueError as error:
+        torch.save(str(error), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_that_disagree_about_gradients_raise(tmp_path):
+    """And do not wait for each other."""
+    mp.spawn(disagree, (free_port(), str(tmp_path)), 2)
+    for rank in range(2):
+        assert "the ranks must agree on which features require grad" in torch.load(tmp_path / f"{rank}.pt")

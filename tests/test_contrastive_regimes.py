@@ -93,7 +93,7 @@ def check_wide(case, leaves, rtol=1e-5):
         assert (one.double() - two).norm() < rtol * size
 
 
-@pytest.mark.parametrize("direction", ["row", "symmetric"])
+@pytest.mark.parametrize("direction", ["row", "column", "symmetric"])
 @pytest.mark.parametrize("scale", [100.0, 1000.0])
 def test_large_scale(backend, direction, scale):
     """Temperatures of 0.01 and 0.001: scores of +-100, where exponentials under one common shift would be 0."""
@@ -107,7 +107,7 @@ def test_large_scale(backend, direction, scale):
         check_wide({"direction": direction, "normalize": True}, (x, y, s), rtol=3e-4 if scale > 100 else 3e-5)
 
 
-@pytest.mark.parametrize("direction", ["row", "symmetric"])
+@pytest.mark.parametrize("direction", ["row", "column", "symmetric"])
 def test_scores_without_bound(backend, direction):
     """Features that nobody normalised: scores of thousands, rows and columns of very different size."""
     torch.manual_seed(0)
@@ -359,3 +359,28 @@ def test_positives_in_a_queue_are_no_negatives_by_their_ids(backend):
         others = torch.cat([key, queue[queue_ids != i]])
         want = F.cross_entropy(query[i] @ others.T, torch.tensor(i))
         torch.testing.assert_close(rows[i], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_side_that_adds_nothing_adds_no_nan(backend, dtype):
+    """Scores near 88 and 177, where the exponential of a row that nobody asked for is infinite."""
+    x = torch.linspace(-30, 30, 64)[:, None].to(dtype).requires_grad_()
+    y = torch.linspace(30, -30, 64)[:, None].to(dtype).requires_grad_()
+    for direction in ("row", "column"):
+        loss = sk.contrastive_energy(x, y, direction=direction)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (x, y)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ties_do_not_beat_the_positive(backend, dtype, normalize):
+    """Duplicates of the positive among keys, bank and own negatives, whose scores a matmul rounds otherwise."""
+    x = torch.randn(33, 100).to(dtype)
+    y = (x + 0.1 * torch.randn(33, 100).to(dtype)).contiguous()
+    options = {"normalize": normalize, "logit_scale": 20.0, "return_stats": True}
+    _, stats = sk.contrastive_energy(x, y, bank=y.clone(), negatives=y[:, None].clone(), **options)
+    assert stats.top1.all()
+    same = x[:1].expand(33, 100).contiguous()
+    _, stats = sk.contrastive_energy(same, same.clone(), **options)
+    assert stats.rank.tolist() == [0] * 33
+    assert stats.uniformity <= 0

@@ -152,7 +152,8 @@ void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
       A part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < count; ++j) {
-        const A spread_of_pair = exp_nonpositive(A(4) * (u[j] * norm * norms[j]) - A(4));
+        const A distance = A(4) * (u[j] * norm * norms[j]) - A(4);
+        const A spread_of_pair = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round above 1
         part += s[j] == kLeftOut<A> ? A(0) : spread_of_pair;
       }
       spread += part;
@@ -254,7 +255,9 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
   A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
   const A weight = entry<A>(gradient.row.weight, i);
-  const A reference = entry<A>(gradient.row.reference, i);
+  // Of a side that adds nothing every exponential is 0, whatever the score.
+  const A reference =
+      gradient.row.weight == nullptr ? std::numeric_limits<A>::infinity() : entry<A>(gradient.row.reference, i);
   const A share = entry<A>(gradient.row.share, i);
   const A smoothing = entry<A>(gradient.row.smoothing, i);
   double dot = 0, total = 0;

@@ -12,7 +12,7 @@ from sslkernels.ops.contrastive_autograd import Call, pair_loss
 from sslkernels.ops.contrastive_types import PairInputs, PairOptions, PairStatistics, empty_statistics
 from sslkernels.ops.designated import INVALID_POSITIVE, NO_POSITIVE, next_of_same_id
 from sslkernels.ops.pair_scores import ENERGIES, HINGE, SIGMOID, SOFTMAX
-from sslkernels.ops.ranks import Ranks
+from sslkernels.ops.ranks import over_ranks
 from sslkernels.ops.rows import accumulation_dtype
 
 NAME = "contrastive_energy"
@@ -21,9 +21,10 @@ NAME = "contrastive_energy"
 class ContrastiveStats(NamedTuple):
     """Statistics of a contrastive energy, detached; they say whether the features collapse.
 
-    Per query (N,), over its candidates whatever the direction of the loss: lse, log-sum-exp of the scores; positive,
-    the score of the designated pair (with further positives the mean over all positives); rank (int64), how many
-    candidates that are no positives beat the designated pair; top1: rank is 0. A query without a positive has positive
+    Per query (N,), over its candidates (where the loss is that of columns, the keys alone): lse, log-sum-exp of the
+    scores; positive, the score of the designated pair (with further positives the mean over all positives); rank
+    (int64), how many candidates that are no positives beat the designated pair, by more than the rounding of a score;
+    top1: rank is 0. A query without a positive has positive
     0, rank -1, top1 False. Scalars, of the normalised features (Wang and Isola 2020): alignment, the mean squared
     distance of designated pairs; uniformity, log mean exp(-2 squared distance) over the other pairs of a query and a
     key that are candidates, 0 where all features have become the same.
@@ -163,9 +164,16 @@ def pair_energy(
     checks.choice(function, "direction", direction, ("row", "column", "symmetric"))
     checks.choice(function, "same_id", same_id, ("ignore", "positive"))
     checks.choice(function, "reduction", reduction, ("none", "mean", "sum"))
+    checks.boolean(function, "normalize", normalize)
+    checks.boolean(function, "exclude_self", exclude_self)
     _check_tensors(
         function, query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight, exclude_self
     )
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        must = "be a torch.distributed.ProcessGroup or None"
+        checks.fail(TypeError, function, "process_group", must, type(process_group).__name__)
+    if same_id == "positive" and query_ids is None:
+        checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
     checks.number(function, "label_smoothing", label_smoothing, low=0.0, high=1.0)
     kind = ENERGIES.index(energy)
     if label_smoothing > 0 and kind != SOFTMAX:
@@ -189,32 +197,17 @@ def pair_energy(
         columns=direction != "row" and kind != SIGMOID,
         in_batch=in_batch,
         ids_positive=further and kind != HINGE,
-        normalize=bool(normalize),
+        normalize=normalize,
         label_smoothing=float(label_smoothing),
         margin=0.2 if margin is None else float(margin),
     )
     call = Call(function, compute_dtype, options, return_stats)
-    local_keys = (query if key is None else key).shape[0]
-    start = 0
-    if process_group is not None:
-        if positive is not None and key is not None and options.columns:
-            must = f"be None with a process_group and direction={direction!r}"
-            checks.fail(ValueError, function, "positive", must, "a tensor")
-        ranks = Ranks(process_group, local_keys, query.device)
-        start = ranks.start
-        key = ranks.gather(query if key is None else key)
-        key_ids = None if key_ids is None else ranks.gather(key_ids)
-    index = _resolved(function, positive, query, local_keys, start, key_ids if further else None, exclude_self)
-    if index is None and process_group is not None:
-        index = torch.arange(start, start + query.shape[0], device=query.device)
-    itself = torch.arange(start, start + query.shape[0], device=query.device) if exclude_self else None
-    inputs = PairInputs(
-        query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias
-    )  # fmt: skip
-    if process_group is None or not options.columns:
-        loss, statistics = pair_loss(inputs, call, row_weight, reduction)
+    pairs = (query, key, positive, query_ids, key_ids, exclude_self, further)
+    rest = (bank, negatives, negatives_mask, scale, bias)
+    if process_group is None:
+        loss, statistics = pair_loss(_inputs(function, *pairs, *rest), call, row_weight, reduction)
     else:
-        loss, statistics = _both_directions(inputs, call, row_weight, reduction, process_group)
+        loss, statistics = _over_ranks(process_group, pairs, rest, call, row_weight, reduction)
     if not return_stats:
         return loss
     rank = statistics.beaten
@@ -224,39 +217,74 @@ def pair_energy(
     return loss, stats
 
 
-def _both_directions(
-    inputs: PairInputs, call: Call, row_weight: Tensor | None, reduction: str, group: Any
+def _inputs(
+    function: str,
+    query: Tensor,
+    key: Tensor | None,
+    positive: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    exclude_self: bool,
+    further: bool,
+    bank: Tensor | None,
+    negatives: Tensor | None,
+    negatives_mask: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> PairInputs:
+    """Of a single process. further: ids make positives."""
+    keys = (query if key is None else key).shape[0]
+    index = _resolved(function, positive, query, keys, 0, key_ids if further else None, exclude_self)
+    itself = torch.arange(query.shape[0], device=query.device) if exclude_self else None
+    return PairInputs(query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias)
+
+
+@torch.compiler.disable(reason="collectives and row counts that the host reads")
+def _over_ranks(
+    group: Any, pairs: tuple, rest: tuple, call: Call, row_weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, PairStatistics]:
-    """`inputs` holds the keys of all ranks. The column direction is that of rows, with the keys of this rank's pairs
-    against the queries of all ranks."""
+    """The keys of all ranks are candidates of this rank's queries. The column direction is that of rows, with the keys
+    of this rank's pairs against the queries of all ranks."""
+    query, key, positive, query_ids, key_ids, exclude_self, further = pairs
+    bank, negatives, negatives_mask, scale, bias = rest
     options = call.options
+    if positive is not None and key is not None and options.columns:
+        checks.fail(ValueError, call.function, "positive", "be None with a process_group over columns", "a tensor")
+    local_key = query if key is None else key
+    query_ranks, key_ranks = over_ranks(group, query, local_key)
+    key = key_ranks.gather(local_key)
+    key_ids = None if key_ids is None else key_ranks.gather(key_ids)
+    rows, start = query.shape[0], key_ranks.start
+    ids = key_ids if further else None
+    index = _resolved(call.function, positive, query, local_key.shape[0], start, ids, exclude_self)
+    own = torch.arange(start, start + rows, device=query.device)
+    index = own if index is None else index
+    itself = own if exclude_self else None
+    inputs = PairInputs(query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias)
+    if not options.columns:
+        return pair_loss(inputs, call, row_weight, reduction)
     by_row = call._replace(options=options._replace(rows=True, columns=False))
+    row_loss, statistics = None, empty_statistics(query, False)
     if options.rows:
         row_loss, statistics = pair_loss(inputs, by_row, row_weight, reduction)
-    else:
-        row_loss, statistics = None, None
-        if call.stats:
-            with torch.no_grad():
-                alone = inputs._replace(bank=None, negatives=None, negatives_mask=None)
-                _, statistics = pair_loss(alone, by_row, row_weight, reduction)
-    ranks = Ranks(group, inputs.query.shape[0], inputs.query.device)
-    index = inputs.positive
-    own = torch.arange(ranks.start, ranks.start + index.shape[0], device=index.device)
+    elif call.stats:
+        with torch.no_grad():
+            alone = inputs._replace(bank=None, negatives=None, negatives_mask=None)
+            _, statistics = pair_loss(alone, by_row, row_weight, reduction)
     at = index.clamp(min=0)
     turned = inputs._replace(
-        query=inputs.key[at],
-        key=ranks.gather(inputs.query),
+        query=key[at],
+        key=query_ranks.gather(query),
         bank=None,
         negatives=None,
         negatives_mask=None,
-        positive=torch.where(index < 0, index, own),
-        self_index=None if inputs.self_index is None else at,
-        query_ids=None if inputs.key_ids is None else inputs.key_ids[at],
-        key_ids=None if inputs.query_ids is None else ranks.gather(inputs.query_ids),
+        positive=torch.where(index < 0, index, torch.arange(rows, device=index.device) + query_ranks.start),
+        self_index=at if exclude_self else None,
+        query_ids=None if key_ids is None else key_ids[at],
+        key_ids=None if query_ids is None else query_ranks.gather(query_ids),
     )
     column_loss, _ = pair_loss(turned, by_row._replace(stats=False), row_weight, reduction)
-    loss = column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss
-    return loss, statistics if statistics is not None else empty_statistics(inputs.query, False)
+    return column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss, statistics
 
 
 def _resolved(
@@ -283,7 +311,8 @@ def _resolved(
         return None
     index = positive.long()
     wrong = (index < 0) | (index >= keys)
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong.any()):
+    visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
+    if index.device.type == "cpu" and visible and bool(wrong.any()):
         checks.fail(ValueError, function, "positive", f"be in [0, {keys})", index[wrong][0].item())
     if exclude_self:
         itself = index == torch.arange(count, device=index.device)

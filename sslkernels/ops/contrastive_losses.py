@@ -48,6 +48,10 @@ def info_nce(
         shape = "(N, K, D)" if paired else "(M, D)"
         dims = 3 if paired else 2
         checks.dims(name, "negative_keys", negative_keys, dims, f'{shape} in negative_mode="{negative_mode}"', dims)
+        count, width = query.shape
+        expected = (count, negative_keys.shape[1], width) if paired else (negative_keys.shape[0], width)
+        checks.shape(name, "negative_keys", negative_keys, expected, shape)
+        _check_like(name, "negative_keys", negative_keys, "query", query)
     return pair_energy(
         name,
         query,
@@ -159,7 +163,15 @@ def _check_pair(function: str, first_name: str, first: Tensor, second_name: str,
         checks.tensor(function, name, value, checks.FLOAT_DTYPES)
         checks.dims(function, name, value, 2, "(N, D)", high=2)
     checks.shape(function, second_name, second, first.shape, f"that of {first_name}")
-    checks.same_device(function, second_name, second, first_name, first.device)
+    _check_like(function, second_name, second, first_name, first)
+
+
+def _check_like(function: str, name: str, value: Tensor, of: str, reference: Tensor) -> None:
+    """Device, and outside autocast dtype, of another argument."""
+    checks.same_device(function, name, value, of, reference.device)
+    if value.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+        must = f"have the dtype of {of}, {reference.dtype}, outside autocast"
+        checks.fail(TypeError, function, name, must, value.dtype)
 
 
 def _inverse(function: str, temperature: float | Tensor) -> float | Tensor:

@@ -32,8 +32,9 @@ def _fwd(kernels: PairKernels, *args):
     options, wanted = PairOptions(*flags[:_OPTIONS]), PairWanted(*flags[_OPTIONS:])
     positive = inputs.positive
     if positive is not None and positive.device.type == "cpu" and bool((positive == INVALID_POSITIVE).any()):
-        # Seen here by a compiled graph; the public function has looked before and knows the index.
-        raise ValueError("positive must be in [0, M) for a key of M rows")
+        # Seen here by a compiled graph and by vmap; the public function has looked before and knows the index.
+        keys = inputs.query.shape[0] if inputs.key is None else inputs.key.shape[0]
+        raise ValueError(f"contrastive_energy: positive must be in [0, {keys}); got an index out of range")
     loss, *groups = contrastive_plan.forward(kernels, inputs, options, coefficient, compute_dtype, wanted, stats)
     return (loss, *(tensor for group in groups for tensor in group))
 

@@ -204,8 +204,19 @@ class _Plan(Problem):
             self.cosine_norms = (self.query_norm, self.key_norm)
             if not options.normalize:
                 self.cosine_norms = tuple(inverse_norm(values, self.acc) for values in (self.query, self.key))
+            self.beating_score = self.score + self._rounding_of_scores()
         self.loss = self.query.new_zeros(n, dtype=self.acc)
         self.state = empty_state(self.inputs, options)
+
+    def _rounding_of_scores(self) -> Tensor:
+        """By how much the score of a tile may exceed that of the designated pair for the same features."""
+        sizes = torch.ones_like(self.score)
+        if not self.options.normalize:
+            sizes = 1 / (self.cosine_norms[0] * self.designated.of_columns(self.cosine_norms[1]))
+        rounding = 8 * torch.finfo(self.acc).eps * sizes
+        if self.dtype.itemsize == 2:  # of the products themselves
+            rounding = rounding + torch.finfo(self.dtype).eps * self.positive_u.abs()
+        return self.inputs.logit_scale.abs() * rounding + torch.finfo(self.acc).eps * self.score.abs()
 
     def walk(self, sums: bool, gradient: bool) -> None:
         """Takes the strips one after the other. sums: of rows and columns, with the losses of the rows."""
@@ -295,7 +306,8 @@ class _Plan(Problem):
         block, columns = piece.block, piece.columns
         row_threshold = None if self.row_threshold is None else self.row_threshold[rows]
         column_threshold = None if self.column_threshold is None else self.column_threshold[columns]
-        thresholds = Thresholds(row_threshold, column_threshold, self.score[rows])
+        beating = self.beating_score[rows] if self.stats else None
+        thresholds = Thresholds(row_threshold, column_threshold, beating)
         norms = (self.cosine_norms[0][rows], self.cosine_norms[1][columns]) if self.stats and block.spread else None
 
         def row_sums(sums: RowSums) -> RowSums:
@@ -308,7 +320,7 @@ class _Plan(Problem):
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
         if self.statistic_sums is not None and self.statistic_sums is not self.row_sums and not block.pairs:
             statistic = row_sums(self.statistic_sums)
-            thresholds = Thresholds(None, None, self.score[rows])
+            thresholds = Thresholds(None, None, beating)
             self.kernels.sums(tile._replace(energy=SOFTMAX), statistic, None, thresholds, norms)
 
     def _add_gradient(self, rows: slice, piece: _Piece, tile: Tile) -> None:
@@ -356,7 +368,7 @@ class _Plan(Problem):
                 slope = torch.where(counted, torch.sigmoid(-score), 0) if options.energy == SIGMOID else sums.active
                 self.grads.designated[rows] -= (weight * slope).to(self.acc)
         if own is not None and self.statistic_sums is not None:
-            self.statistic_sums.beaten[rows] += (own[0] > score.unsqueeze(1)).sum(1)
+            self.statistic_sums.beaten[rows] += (own[0] > self.beating_score[rows].unsqueeze(1)).sum(1)
             self.own_lse[rows] = torch.logsumexp(own[0], 1)
         self.loss[rows] += self.half * torch.where(self.losing[rows], loss, 0)
 
@@ -476,9 +488,12 @@ class _Plan(Problem):
         self.column = self.column._replace(
             reference=state.column_lse.masked_fill(pairs.designations == 0, float("inf"))
         )
-        weight, _, share, smoothing = (None if v is None else pairs.of_columns(v) for v in self.column)
+        # Of rows that designate nothing `of_columns` gives some key's: they take nothing of it.
+        weight, _, share, smoothing = (
+            None if v is None else torch.where(pairs.counted, pairs.of_columns(v), 0) for v in self.column
+        )
         slope = self._softmax_slope(self.weight, state.column_others, self.score, share, smoothing)
-        of_other_rows = torch.where(pairs.counted, weight - self.weight, 0)
+        of_other_rows = weight - self.weight
         probability = (self.score - pairs.of_columns(state.column_lse)).exp()
         self.grads.designated += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
 
@@ -488,10 +503,8 @@ class _Plan(Problem):
         """weight * (probability - 1) + weight - share - smoothing, without the cancellation of a confident pair."""
         if share is None:
             share = (1 - self.options.label_smoothing) * weight
-        slope = (weight - share) - weight * torch.sigmoid(others - score)
-        if smoothing is not None:
-            slope = slope - smoothing
-        return torch.where(weight != 0, slope, 0)
+        slope = (weight - share) - torch.where(weight != 0, weight * torch.sigmoid(others - score), 0)
+        return slope if smoothing is None else slope - smoothing
 
     def statistics(self) -> PairStatistics:
         sums, pairs, counted = self.statistic_sums, self.designated, self.designated.counted

@@ -37,7 +37,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._functorch.is_functorch_wrapped_tensor(scale)
+        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (gradient, scale)))
         or gradient.dtype != dtype
         or (saved and torch._C._autograd._get_current_graph_task_keep_graph())
     ):

@@ -321,5 +321,4 @@ def _check(
         must = f"have the dtype of center_weight, {center_weight.dtype}, outside autocast"
         checks.fail(TypeError, NAME, "context_weight", must, context_weight.dtype)
     checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
-    if not isinstance(exclude_positive, bool):
-        checks.fail(TypeError, NAME, "exclude_positive", "be a bool", type(exclude_positive).__name__)
+    checks.boolean(NAME, "exclude_positive", exclude_positive)

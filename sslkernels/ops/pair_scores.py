@@ -205,7 +205,7 @@ class ReferencePairs(PairKernels):
         if sums.spread is not None:
             row_norm, column_norm = cosine_norms
             cosine = tile.products.to(s.dtype) * (row_norm.unsqueeze(1) * column_norm)
-            sums.spread.add_((4 * cosine - 4).exp().masked_fill(left_out, 0).sum(1))
+            sums.spread.add_((4 * cosine - 4).clamp(max=0).exp().masked_fill(left_out, 0).sum(1))
         if sums.beaten is not None:
             sums.beaten.add_(((s > positive_score.unsqueeze(1)) & ~further).sum(1))
 

@@ -10,25 +10,38 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-class Ranks:
-    """How many rows each rank has (read on the host) and where this rank's begin among all."""
+def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
+    """The `Ranks` of each of `tensors` (rows, ...), which are of the same kind on every rank but in their number of
+    rows: one exchange, read on the host.
 
-    def __init__(self, group: Any, rows: int, device: torch.device) -> None:
+    Raises `ValueError` on every rank where they disagree about which tensor requires grad: the ones would wait in
+    backward for the others.
+    """
+    own = [[t.shape[0], int(torch.is_grad_enabled() and t.requires_grad)] for t in tensors]
+    mine = torch.tensor(own, dtype=torch.int64, device=tensors[0].device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    numbers = torch.stack(every).tolist()
+    if any(rank[i][1] != numbers[0][i][1] for rank in numbers for i in range(len(tensors))):
+        wants = [[bool(flag) for _, flag in rank] for rank in numbers]
+        raise ValueError(f"process_group: the ranks must agree on which features require grad; got {wants}")
+    rank = dist.get_rank(group)
+    return tuple(Ranks(group, rank, [row[i][0] for row in numbers]) for i in range(len(tensors)))
+
+
+class Ranks:
+    """How many rows each rank has, and where this rank's begin among all."""
+
+    def __init__(self, group: Any, rank: int, counts: list[int]) -> None:
         self.group = group
-        counts = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device), group=group)
-        self.counts = torch.cat(counts).tolist()
-        self.rank = dist.get_rank(group)
-        self.start = sum(self.counts[: self.rank])
+        self.counts = counts
+        self.start = sum(counts[:rank])
+        self.stop = self.start + counts[rank]
 
     def gather(self, values: Tensor) -> Tensor:
         """(rows, ...) of this rank -> (all rows, ...), in the order of the ranks. The gradient of `values` is the sum
         of what all ranks want of them."""
         return _Gather.apply(values, self)
-
-    def own(self, values: Tensor) -> Tensor:
-        """The part of `values` (all rows, ...) that is this rank's."""
-        return values[self.start : self.start + self.counts[self.rank]]
 
 
 class _Gather(Function):
@@ -51,4 +64,4 @@ class _Gather(Function):
         # In float32: each rank adds its part.
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
         dist.all_reduce(total, group=ctx.ranks.group)
-        return ctx.ranks.own(total).to(ctx.dtype), None
+        return total[ctx.ranks.start : ctx.ranks.stop].to(ctx.dtype), None
