@@ -166,6 +166,7 @@ def test_a_compiled_function_breaks_at_the_process_group(alone):
 
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(loss)(x), loss(x))
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="collectives"):
         torch.compile(loss, fullgraph=True)(x)
 
