@@ -138,6 +138,9 @@ def bind_pairs(columns: int, dim: int, every: bool) -> None:
     gradients = [torch.zeros(n, dim) for n in (2, columns)]
     add_gradients(tile, *sides, zeros[0], zeros[0].clone(), *gradients)
     add_gradients(tile, sides[0], Side(), zeros[0], zeros[0].clone(), None, None)
+    sigmoid, weight = tile._replace(energy=SIGMOID), Side(torch.zeros(2))
+    for grad_queries in (gradients[0], None):
+        add_gradients(sigmoid, weight, Side(), zeros[0], zeros[0].clone(), grad_queries, None, zeros[0].clone())
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def make_side(tile, count, dim, *, every, wide):
     return Side(weight, None if tile.energy == SIGMOID else reference, share, smoothing)
 
 
-def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, True), start=1.0):
+def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, True), start=1.0, fused=False):
     wide, device = widened(tile), tile.queries.device
     (count, dim), width = tile.queries.shape, tile.candidates.shape[0]
     row = make_side(tile, count, 1, every=every, wide=wide) if rows else Side()
@@ -256,12 +256,15 @@ def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, 
         for n, want in zip((count, width), wanted, strict=True)
     ]
     want = [None if v is None else v.double().clone() for v in got]
-    TritonPairs().add_gradients(tile, row, column, *got)
+    got_sums, want_sums = (make_sums(tile, SIGMOID, columns=False, extra=False)[0] if fused else None for _ in range(2))
+    TritonPairs().add_gradients(tile, row, column, *got, got_sums)
     # The dense gradient, of which a result is held to the size of its terms.
     dense = wide._replace(products=wide.products.clone())
     ReferencePairs().add_gradients(
-        dense, *(Side(*(None if v is None else v.double() for v in s)) for s in (row, column)), *want
+        dense, *(Side(*(None if v is None else v.double() for v in s)) for s in (row, column)), *want, want_sums
     )
+    if fused:
+        torch.testing.assert_close(got_sums.sum, want_sums.sum, rtol=1e-5, atol=1e-5)
     g, eps = dense.products.abs(), EPS[tile.queries.dtype]
     sizes = [g.sum(1) if tile.row_norm is None else None] * 2
     sizes += [g @ wide.candidates.abs(), g.T @ wide.queries.abs()]
@@ -289,12 +292,14 @@ def gradient_kernel(request, monkeypatch):
 @pytest.mark.parametrize(("rows", "columns", "dim"), SHAPES)
 def test_gradients(device, small_supertiles, gradient_kernel, rows, columns, dim, energy):
     both = energy != SIGMOID
-    check_gradients(make_tile(device, rows, columns, dim, torch.float32, energy), every=False, columns=both)
+    fused = energy == SIGMOID
+    plain = make_tile(device, rows, columns, dim, torch.float32, energy)
+    check_gradients(plain, every=False, columns=both, fused=fused)
     every = make_tile(
         device, rows, columns, dim, torch.float32, energy, scale=9.0, bias=-0.7, normalize=True, labels=3,
         ids_positive=energy != HINGE,
     )  # fmt: skip
-    check_gradients(every, columns=both)
+    check_gradients(every, columns=both, fused=fused)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +307,8 @@ def test_gradients(device, small_supertiles, gradient_kernel, rows, columns, dim
 )
 def test_gradients_of_one_side(device, gradient_kernel, wanted):
     """Over many processors the columns are split."""
+    sigmoid = make_tile(device, 24, 300, 32, torch.float32, SIGMOID, labels=3, bias=-3.0)
+    check_gradients(sigmoid, columns=False, wanted=wanted, fused=True)
     tile = make_tile(device, 24, 300, 32, torch.float32, SOFTMAX, labels=3, normalize=True)
     check_gradients(tile, wanted=wanted)
     check_gradients(tile, rows=False, wanted=wanted)
@@ -334,6 +341,20 @@ def test_gradients_of_a_zero_vector_in_float16(device, gradient_kernel):
     want = torch.zeros(64, 64, dtype=torch.float64, device=device)
     ReferencePairs().add_gradients(wide, wide_row, Side(), dot.clone(), total.clone(), want, None)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=4e-3 * float(want.abs().max()))
+
+
+def test_costs_of_far_scores_and_nan(device, gradient_kernel):
+    """|s| of hundreds, where an exponential is inf or 0; a NaN stays in its row."""
+    check_gradients(make_tile(device, 40, 70, 19, torch.float32, SIGMOID, scale=90.0), columns=False, fused=True)
+    tile = make_tile(device, 40, 70, 19, torch.float32, SIGMOID)
+    tile.queries[5] = float("nan")
+    rows, _ = make_sums(tile, SIGMOID, columns=False, extra=False)
+    dot, total = (torch.zeros(40, dtype=torch.float64, device=device) for _ in range(2))
+    grads = torch.zeros(40, 19, device=device)
+    TritonPairs().add_gradients(tile, Side(torch.ones(40, device=device)), Side(), dot, total, grads, None, rows)
+    for values in (rows.sum, dot, total, grads.sum(1)):
+        assert bool(values[5].isnan())
+        assert bool(values[torch.arange(40) != 5].isfinite().all())
 
 
 def test_strips():
@@ -391,4 +412,4 @@ def test_real_tiles(device, fixed_shift, dtype, energy, rows, columns, dim):
             ids_positive=labels == 3 and energy != HINGE,
         )  # fmt: skip
         check_sums(tile, extra=labels == 3, statistics=labels == 3)
-        check_gradients(tile, every=labels == 3, columns=both, start=0.0)
+        check_gradients(tile, every=labels == 3, columns=both, start=0.0, fused=not both)
