@@ -21,7 +21,7 @@ from sslkernels.ops.pair_scores import (
     Tile,
     TritonPairs,
 )
-from sslkernels.triton_kernels import pair_gradients, pair_sums
+from sslkernels.triton_kernels import pair_gradients, pair_sums, pair_weighted_sums
 from sslkernels.triton_kernels import pair_scores as launcher
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
@@ -34,7 +34,7 @@ EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 def small_supertiles(monkeypatch):
     """Few rows are several supertiles of several blocks each, as many rows are."""
     monkeypatch.setattr(pair_sums, "SUPERTILE", 128)
-    for module in (pair_sums, pair_gradients):
+    for module in (pair_sums, pair_gradients, pair_weighted_sums):
         monkeypatch.setattr(module, "processors", lambda tensor: 1)
 
 
@@ -357,11 +357,131 @@ def test_costs_of_far_scores_and_nan(device, gradient_kernel):
         assert bool(values[torch.arange(40) != 5].isfinite().all())
 
 
+def check_weighted(*tiles):
+    """Of tiles of the same rows, one after the other, relative to what the exact sum is relative to."""
+    count, dim = tiles[0].queries.shape
+    device, eps = tiles[0].queries.device, EPS[tiles[0].queries.dtype]
+    sums, _ = make_sums(tiles[0], SOFTMAX, columns=False, extra=False)
+    weighted, weighted_u = torch.zeros(count, dim, device=device), torch.zeros(count, device=device)
+    want = [copied(sums, True), weighted.double(), weighted_u.double()]
+    sizes = [copied(sums, True), weighted.double(), weighted_u.double()]
+    size = 1.0
+    for tile in tiles:
+        TritonPairs().weighted_sums(tile, sums, weighted, weighted_u)
+        wide = widened(tile)
+        u = wide.products
+        if tile.row_norm is not None:
+            u = u * wide.row_norm.unsqueeze(1) * wide.column_norm
+        size = max(size, float((u * wide.logit_scale).abs().max()))
+        ReferencePairs().weighted_sums(wide, *want)
+        ReferencePairs().weighted_sums(wide._replace(candidates=wide.candidates.abs()), *sizes)
+    some = want[0].sum > 0
+    assert bool(sums.max[~some].isneginf().all())
+    for value in (sums.sum, weighted, weighted_u):
+        assert bool((value[~some] == 0).all())
+    moved, terms = (sums.max[some].double() - want[0].max[some]).exp(), want[0].sum[some]
+    close = 3e-6 * size + 1e-6
+    assert bool(((sums.sum[some] * moved - terms).abs() <= close * terms).all())
+    largest_u = size / max(float(tiles[0].logit_scale.abs()), 1e-3)
+    assert bool(((weighted_u[some] * moved - want[2][some]).abs() <= 2 * close * largest_u * terms).all())
+    error = (weighted[some] * moved.unsqueeze(1) - want[1][some]).abs()
+    assert bool((error <= (2 * eps + 2 * close) * sizes[1][some] + 1e-30).all())
+
+
+@pytest.mark.parametrize("splits", ["few", "many"])
+@pytest.mark.parametrize(("rows", "columns", "dim"), [*SHAPES, (40, 300, 250)])
+def test_weighted_sums(device, request, splits, rows, columns, dim):
+    if splits == "few":
+        request.getfixturevalue("small_supertiles")
+    plain = make_tile(device, rows, columns, dim, torch.float32, SOFTMAX)
+    check_weighted(plain)
+    every = make_tile(
+        device, rows, columns, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=3
+    )
+    bank = make_tile(device, rows, 37, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=0)
+    bank = bank._replace(queries=every.queries, row_norm=every.row_norm)
+    check_weighted(every, bank)
+    check_weighted(bank, every)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
+def test_weighted_sums_of_half_precision(device, dtype, normalize):
+    """Also of features whose norms are 40 or a fortieth, and of one candidate far above hundreds."""
+    for spread in (1.0, 5.0, 5e-3):
+        if normalize or spread <= 1.0:
+            tile = make_tile(device, 40, 512, 64, dtype, SOFTMAX, normalize=normalize, spread=spread)
+            check_weighted(tile)
+    tile = make_tile(device, 16, 512, 64, dtype, SOFTMAX, scale=12.0, normalize=True, labels=0)
+    tile.candidates[100] = tile.queries[0]
+    tile.column_norm[100] = tile.row_norm[0]
+    check_weighted(tile)
+
+
+def test_weighted_sums_of_far_scores(device, small_supertiles):
+    for scale in (300.0, -300.0, 0.0):
+        check_weighted(make_tile(device, 40, 140, 64, torch.float32, SOFTMAX, scale=scale, spread=2.0))
+
+
+def test_weighted_sums_without_candidates(device):
+    """Rows all of whose candidates are left out, then some; and tiles without rows or columns."""
+    tile = make_tile(device, 40, 70, 19, torch.float32, SOFTMAX, labels=3)
+    tile.labels.column_id.fill_(3)
+    bank = make_tile(device, 40, 30, 19, torch.float32, SOFTMAX, labels=0)._replace(queries=tile.queries)
+    for tiles in ((tile,), (tile, bank), (bank, tile), (tile._replace(candidates=tile.candidates[:0]), bank)[1:]):
+        check_weighted(*tiles)
+    for empty in (tile._replace(queries=tile.queries[:0]), tile._replace(candidates=tile.candidates[:0])):
+        sums, _ = make_sums(empty, SOFTMAX, columns=False, extra=False)
+        weighted = torch.zeros_like(empty.queries)
+        TritonPairs().weighted_sums(empty, sums, weighted, weighted[:, 0].clone())
+        assert bool((sums.sum == 0).all())
+        assert bool((weighted == 0).all())
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
+def test_nan_stays_in_its_row_of_weighted_sums(device, normalize):
+    tile = make_tile(device, 70, 140, 19, torch.float32, SOFTMAX, normalize=normalize)
+    tile.queries[5] = float("nan")
+    sums, _ = make_sums(tile, SOFTMAX, columns=False, extra=False)
+    weighted, weighted_u = torch.zeros(70, 19, device=device), torch.zeros(70, device=device)
+    TritonPairs().weighted_sums(tile, sums, weighted, weighted_u)
+    for values in (sums.sum, weighted_u, weighted.sum(1)):
+        assert bool(values[5].isnan())
+        assert bool(values[torch.arange(70) != 5].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bank", [0, 30])
+def test_energy_of_frozen_candidates(device, monkeypatch, dtype, bank):
+    """Keys and a bank that get no gradient are taken once."""
+    calls = []
+    weighted_sums = TritonPairs.weighted_sums
+    monkeypatch.setattr(TritonPairs, "weighted_sums", lambda *args: (calls.append(1), weighted_sums(*args)))
+    generator = torch.Generator().manual_seed(1)
+    query, key, shared = (torch.randn(n, 24, generator=generator).to(device, dtype) for n in (50, 60, bank))
+    found = []
+    for backend, wide in (("triton", dtype), ("reference", torch.float64)):
+        leaf = query.to(wide).requires_grad_()
+        scale = torch.tensor(5.0, device=device, dtype=torch.promote_types(wide, torch.float32), requires_grad=True)
+        with sk.use_backend(backend):
+            loss = sk.contrastive_energy(
+                leaf, key.to(wide), bank=shared.to(wide) if bank else None, logit_scale=scale, normalize=True
+            )
+        found.append([loss.detach(), *torch.autograd.grad(loss, [leaf, scale])])
+    assert len(calls) == (2 if bank else 1)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
+
+
 def test_strips():
     features = torch.zeros(10, 768, dtype=torch.bfloat16)
     kernels = TritonPairs()
     assert kernels.strip_rows(70000, 65536, features, False) == (70000, False)
     assert kernels.strip_rows(0, 65536, features, True)[0] == 1
+    assert kernels.weighs(features[:, :256])
+    assert not kernels.weighs(features)
+    assert not kernels.weighs(features[:, :256].double())
     rows, written = launcher_strip(65536, 4096, features, 512 << 20)
     assert written
     assert rows == 65536 // 5632 * 5632
@@ -413,3 +533,5 @@ def test_real_tiles(device, fixed_shift, dtype, energy, rows, columns, dim):
         )  # fmt: skip
         check_sums(tile, extra=labels == 3, statistics=labels == 3)
         check_gradients(tile, every=labels == 3, columns=both, start=0.0, fused=not both)
+        if energy == SOFTMAX and dim <= 256:
+            check_weighted(tile._replace(ids_positive=False))

@@ -368,6 +368,16 @@ class TritonPairs(ReferencePairs):
     def fuses_sums(self, features):
         return features.dtype != torch.float64
 
+    def weighs(self, features):
+        from sslkernels.triton_kernels.pair_scores import weighs
+
+        return weighs(features.shape[1], features.dtype)
+
+    def weighted_sums(self, tile, rows, weighted, weighted_u):
+        from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
+
+        add_weighted_sums(tile, rows, weighted, weighted_u)
+
     def _add_scaled_product(self, total: Tensor, gradient: Tensor, values: Tensor, gain: Tensor | None) -> None:
         """total += gradient @ values / gain."""
         if gain is None:

@@ -237,8 +237,9 @@ def config(
     capability: tuple[int, int],
     burden: int,
 ) -> Config:
-    """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores) or
-    "owner" (the gradient of features, of which a program owns rows and holds all D).
+    """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores),
+    "owner" (the gradient of features, of which a program owns rows and holds all D) or "weighted" (sums of candidates,
+    likewise).
 
     Large blocks read less from the cache. But a thread holds a value of each vector for every column of its own, so
     that more vectors ask for fewer columns.
@@ -253,6 +254,12 @@ def config(
         height = 128 if small and hopper and not narrow else 64 if hopper or burden < 2 else 32
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
+    if kernel == "weighted":
+        height = 32 if dtype == torch.float32 else 128 if capability[0] == 9 or (hopper and depth <= 128) else 64
+        width = 32 if dtype == torch.float32 else 64
+        blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
+        held = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
+        return Config(blocks, {"num_warps": 8 if held >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
@@ -273,6 +280,11 @@ def owns_rows(dim: int, dtype: torch.dtype) -> bool:
     """Whether `owner` is the kernel of the gradient. Not in float32, whose products have no matrix instructions: there
     the matmuls are better left to the library."""
     return dim <= OWNED_DIM and dtype != torch.float32
+
+
+def weighs(dim: int, dtype: torch.dtype) -> bool:
+    """Whether there are weighted sums, of which a program holds all D too."""
+    return dim <= OWNED_DIM and dtype != torch.float64
 
 
 def is_even(rows: int, columns: int, chosen: Config) -> bool:
