@@ -256,7 +256,7 @@ def config(
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
     if kernel == "weighted":
         height = 32 if dtype == torch.float32 else 128 if capability[0] == 9 or (hopper and depth <= 128) else 64
-        width = 32 if dtype == torch.float32 else 64
+        width = 32 if dtype == torch.float32 or (height == 128 and depth > 128 and burden > 0) else 64
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
         held = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
         return Config(blocks, {"num_warps": 8 if held >= 4096 else 4, "num_stages": 2})
