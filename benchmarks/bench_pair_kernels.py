@@ -1,4 +1,5 @@
-"""Kernels of pair scores, N queries with M candidates of D features: sums of rows and columns, and the gradients."""
+"""Kernels of pair scores, N queries with M candidates of D features: sums of rows and columns, and the gradients; and
+what gives both from one computation of the scores, where the energy is a sigmoid or the candidates are frozen."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
 from sslkernels import native
 from sslkernels.ops.pair_scores import (
+    SIGMOID,
     SOFTMAX,
     ColumnSums,
     Labels,
@@ -32,6 +34,9 @@ SUMS, GRADIENTS = "pair_sums", "pair_gradients"
 PLAIN = "plain torch"
 MATMULS = "the bare matmuls (floor)"
 SCALE = 1 / 0.07
+BIAS = -10.0  # of the sigmoid energy
+# Regimes whose sums and gradients share the products.
+SIGMOID_REGIME, FROZEN = "sigmoid", "frozen"
 Inputs = dict[str, Tensor]
 
 
@@ -44,12 +49,15 @@ def make_case(
     bias: bool = False,
 ) -> Case:
     """A softmax over rows and columns of normalised features. The floor: one matmul and the features for the sums;
-    three, and the gradients in float32 too, for the gradients (scores are not kept)."""
+    three, and the gradients in float32 too, for the gradients (scores are not kept), or for sums and gradients of a
+    sigmoid energy over rows; two where the candidates of a softmax over rows are frozen."""
     rows, columns, width = (shape[key] for key in ("N", "M", "D"))
     features = (rows + columns) * width
     matmul = 2 * rows * columns * width
+    if regime == FROZEN:
+        return Case(GRADIENTS, shape, dtype, features * dtype.itemsize + 4 * rows * width, 2 * matmul, regime)
     if backward:
-        return Case(GRADIENTS, shape, dtype, features * (dtype.itemsize + 4), 3 * matmul)
+        return Case(GRADIENTS, shape, dtype, features * (dtype.itemsize + 4), 3 * matmul, regime)
     return Case(SUMS, shape, dtype, features * dtype.itemsize, matmul, backward=False)
 
 
@@ -59,17 +67,29 @@ def cases(device: str) -> list[Case]:
     else:
         shapes, dtypes = [(65536, 65536, d) for d in (64, 128, 256, 512, 768, 1024)], (torch.bfloat16,)
         shapes += [(256, 65536, 128), (4096, 4096, 128), (32768, 32768, 512)]
-    return [
+    found = [
         make_case({"N": n, "M": m, "D": d}, dtype, backward=backward)
         for n, m, d in shapes
         for dtype in dtypes
         for backward in (False, True)
     ]
+    if device == "cpu":
+        shared = [(*shapes[0], dtype) for dtype in dtypes]
+    else:
+        shared = [(n, 65536, d, torch.bfloat16) for n, d in ((256, 128), (65536, 128), (65536, 256), (32768, 768))]
+        shared += [(4096, 65536, 128, torch.float32)]
+    for n, m, d, dtype in shared:
+        for regime in (SIGMOID_REGIME, FROZEN):
+            found.append(make_case({"N": n, "M": m, "D": d}, dtype, regime))
+    return found
 
 
 def smoke_cases(device: str) -> list[Case]:
     found = [make_case({"N": 70, "M": 90, "D": 48}, torch.float32, backward=backward) for backward in (False, True)]
-    return [*found, make_case({"N": 64, "M": 128, "D": 64}, torch.bfloat16)]
+    found.append(make_case({"N": 64, "M": 128, "D": 64}, torch.bfloat16))
+    for regime in (SIGMOID_REGIME, FROZEN):
+        found += [make_case({"N": n, "M": 90, "D": n}, torch.float32, regime) for n in (48, 300)]
+    return found
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
@@ -77,6 +97,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     rows, columns, width = (case.shape[key] for key in ("N", "M", "D"))
     query, key = (torch.randn(n, width, generator=generator, device=device).to(case.dtype) for n in (rows, columns))
     inputs = {"query": query, "key": key, "scale": torch.full((1,), SCALE, device=device)}
+    if case.regime == SIGMOID_REGIME:
+        inputs["bias"] = torch.full((1,), BIAS, device=device)
     for name, values in (("query_norm", query), ("key_norm", key)):
         inputs[name] = 1 / torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
     inputs["query_label"], inputs["key_label"] = (
@@ -94,13 +116,15 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 def _tiles(kernels: PairKernels, case: Case, t: Inputs) -> Iterator[tuple[slice, Tile]]:
     """The strips of the plan."""
     rows, columns = case.shape["N"], case.shape["M"]
-    strip, needs_products = kernels.strip_rows(rows, columns, t["query"], case.backward)
+    gradient = case.backward and not (case.regime == FROZEN and kernels.weighs(t["query"]))
+    strip, needs_products = kernels.strip_rows(rows, columns, t["query"], gradient)
+    energy = SIGMOID if case.regime == SIGMOID_REGIME else SOFTMAX
     for begin in range(0, rows, strip):
         part = slice(begin, min(begin + strip, rows))
         products = t["query"].new_empty(part.stop - begin, columns) if needs_products else None
         labels = Labels(t["query_label"][part], t["key_label"])
         norms = t["query_norm"][part], t["key_norm"]
-        tile = Tile(t["query"][part], t["key"], products, *norms, t["scale"], None, SOFTMAX, labels, False)
+        tile = Tile(t["query"][part], t["key"], products, *norms, t["scale"], t.get("bias"), energy, labels, False)
         kernels.begin(tile)
         yield part, tile
 
@@ -129,8 +153,50 @@ def _gradients(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...
     return grad_query, grad_key
 
 
+def _zeros(case: Case, t: Inputs, count: int) -> list[Tensor]:
+    return [torch.zeros(case.shape["N"], dtype=torch.float64, device=t["query"].device) for _ in range(count)]
+
+
+def _sigmoid(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    """Sums of the rows, and the gradients of both sides."""
+    weight = torch.ones_like(t["row_reference"])
+    dot, total, cost = _zeros(case, t, 3)
+    grad_query, grad_key = t["grad_query"].zero_(), t["grad_key"].zero_()
+    fused, nothing = kernels.fuses_sums(t["query"]), Thresholds(None, None, None)
+    for part, tile in _tiles(kernels, case, t):
+        sums = RowSums(None, cost[part], *[None] * 5)
+        if not fused:
+            kernels.sums(tile, sums, None, nothing, None)
+        kernels.add_gradients(
+            tile, Side(weight[part]), Side(), dot[part], total[part], grad_query[part], grad_key,
+            sums if fused else None,
+        )  # fmt: skip
+    return grad_query, grad_key, cost
+
+
+def _frozen(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    """The gradient of the queries and the log-sum-exp, of a softmax over rows."""
+    dot, total, summed = _zeros(case, t, 3)
+    largest = torch.full_like(t["row_reference"], float("-inf"))
+    grad_query = t["grad_query"].zero_()
+    weighs, nothing = kernels.weighs(t["query"]), Thresholds(None, None, None)
+    for part, tile in _tiles(kernels, case, t):
+        sums = RowSums(largest[part], summed[part], *[None] * 5)
+        if weighs:
+            dot_part = torch.zeros_like(largest[part])
+            kernels.weighted_sums(tile, sums, grad_query[part], dot_part)
+            grad_query[part] *= (t["query_norm"][part] / sums.sum).to(grad_query.dtype).unsqueeze(1)
+        else:
+            kernels.sums(tile, sums, None, nothing, None)
+            reference = (sums.max + sums.sum.log()).to(largest.dtype)
+            row = Side(torch.ones_like(reference), reference)
+            kernels.add_gradients(tile, row, Side(), dot[part], total[part], grad_query[part], None)
+    return grad_query, largest + summed.log()
+
+
 def _call(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
-    return (_gradients if case.backward else _sums)(kernels, case, t)
+    shared = {SIGMOID_REGIME: _sigmoid, FROZEN: _frozen}
+    return shared.get(case.regime, _gradients if case.backward else _sums)(kernels, case, t)
 
 
 def _run(kernels: PairKernels, case: Case, t: Inputs) -> Run:
@@ -151,7 +217,8 @@ def _matmuls(case: Case, t: Inputs) -> Run:
             torch.mm(part, key.t(), out=scores)
             if case.backward:
                 torch.mm(scores, key, out=results[0][begin : begin + strip])
-                torch.mm(scores.t(), part, out=results[1])
+                if case.regime != FROZEN:
+                    torch.mm(scores.t(), part, out=results[1])
         return results
 
     return Run(call, owned=(products, *results))
@@ -184,7 +251,8 @@ def twin(case: Case) -> Case:
 def bars(device: str) -> list[Bar]:
     if device == "cpu":
         return []
-    large = [case for case in cases(device) if case.shape["N"] >= 32768 and case.shape["D"] >= 256]
+    plain = [case for case in cases(device) if case.regime == "random"]
+    large = [case for case in plain if case.shape["N"] >= 32768 and case.shape["D"] >= 256]
     return [Bar("median / the bare matmuls", c.name, providers.time_ratio(OURS, MATMULS), 1.6) for c in large]
 
 
@@ -199,7 +267,7 @@ BENCHMARK = Benchmark(
     providers=case_providers,
     twin=twin,
     oracle=oracle,
-    errors=harness.named_errors(["rows", "columns"]),
+    errors=harness.named_errors(["rows", "columns", "sums"]),
     bars=bars,
 )
 

@@ -21,6 +21,7 @@ from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.pair_gradients import add_gradients
+from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
 from sslkernels.triton_kernels.random_bits import random_bits
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
@@ -138,6 +139,12 @@ def bind_pairs(columns: int, dim: int, every: bool) -> None:
     gradients = [torch.zeros(n, dim) for n in (2, columns)]
     add_gradients(tile, *sides, zeros[0], zeros[0].clone(), *gradients)
     add_gradients(tile, sides[0], Side(), zeros[0], zeros[0].clone(), None, None)
+    sigmoid, weight = tile._replace(energy=SIGMOID), Side(torch.zeros(2))
+    for grad_queries in (gradients[0], None):
+        add_gradients(sigmoid, weight, Side(), zeros[0], zeros[0].clone(), grad_queries, None, zeros[0].clone())
+    if dim <= 256:
+        frozen = RowSums(torch.zeros(2), zeros[0], *[None] * 5)
+        add_weighted_sums(tile._replace(ids_positive=False), frozen, gradients[0], torch.zeros(2))
 
 
 if __name__ == "__main__":

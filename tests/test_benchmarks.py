@@ -105,6 +105,8 @@ def test_cost_models():
     assert bench_negative_sampling.make_case(pairs, torch.bfloat16, backward=False).bytes == 30 * 4 * 2 + 8 * 40
     pairs = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8})
     assert (pairs.flops, pairs.bytes) == (6 * 10 * 20 * 8, (2 + 4) * 30 * 8)
+    frozen = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8}, regime=bench_pair_kernels.FROZEN)
+    assert (frozen.flops, frozen.bytes) == (4 * 10 * 20 * 8, 2 * 30 * 8 + 4 * 10 * 8)
     assert ROOFS.light(10**10, 10**9, "float32") == 1.0
     assert ROOFS.light(10**9, 10**11, "float32") == 1.0
 

@@ -21,7 +21,7 @@ from sslkernels.ops.pair_scores import (
     Tile,
     TritonPairs,
 )
-from sslkernels.triton_kernels import pair_gradients, pair_sums
+from sslkernels.triton_kernels import pair_gradients, pair_sums, pair_weighted_sums
 from sslkernels.triton_kernels import pair_scores as launcher
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
@@ -34,7 +34,7 @@ EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 def small_supertiles(monkeypatch):
     """Few rows are several supertiles of several blocks each, as many rows are."""
     monkeypatch.setattr(pair_sums, "SUPERTILE", 128)
-    for module in (pair_sums, pair_gradients):
+    for module in (pair_sums, pair_gradients, pair_weighted_sums):
         monkeypatch.setattr(module, "processors", lambda tensor: 1)
 
 
@@ -245,7 +245,7 @@ def make_side(tile, count, dim, *, every, wide):
     return Side(weight, None if tile.energy == SIGMOID else reference, share, smoothing)
 
 
-def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, True), start=1.0):
+def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, True), start=1.0, fused=False):
     wide, device = widened(tile), tile.queries.device
     (count, dim), width = tile.queries.shape, tile.candidates.shape[0]
     row = make_side(tile, count, 1, every=every, wide=wide) if rows else Side()
@@ -256,12 +256,15 @@ def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, 
         for n, want in zip((count, width), wanted, strict=True)
     ]
     want = [None if v is None else v.double().clone() for v in got]
-    TritonPairs().add_gradients(tile, row, column, *got)
+    got_sums, want_sums = (make_sums(tile, SIGMOID, columns=False, extra=False)[0] if fused else None for _ in range(2))
+    TritonPairs().add_gradients(tile, row, column, *got, got_sums)
     # The dense gradient, of which a result is held to the size of its terms.
     dense = wide._replace(products=wide.products.clone())
     ReferencePairs().add_gradients(
-        dense, *(Side(*(None if v is None else v.double() for v in s)) for s in (row, column)), *want
+        dense, *(Side(*(None if v is None else v.double() for v in s)) for s in (row, column)), *want, want_sums
     )
+    if fused:
+        torch.testing.assert_close(got_sums.sum, want_sums.sum, rtol=1e-5, atol=1e-5)
     g, eps = dense.products.abs(), EPS[tile.queries.dtype]
     sizes = [g.sum(1) if tile.row_norm is None else None] * 2
     sizes += [g @ wide.candidates.abs(), g.T @ wide.queries.abs()]
@@ -289,12 +292,14 @@ def gradient_kernel(request, monkeypatch):
 @pytest.mark.parametrize(("rows", "columns", "dim"), SHAPES)
 def test_gradients(device, small_supertiles, gradient_kernel, rows, columns, dim, energy):
     both = energy != SIGMOID
-    check_gradients(make_tile(device, rows, columns, dim, torch.float32, energy), every=False, columns=both)
+    fused = energy == SIGMOID
+    plain = make_tile(device, rows, columns, dim, torch.float32, energy)
+    check_gradients(plain, every=False, columns=both, fused=fused)
     every = make_tile(
         device, rows, columns, dim, torch.float32, energy, scale=9.0, bias=-0.7, normalize=True, labels=3,
         ids_positive=energy != HINGE,
     )  # fmt: skip
-    check_gradients(every, columns=both)
+    check_gradients(every, columns=both, fused=fused)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +307,8 @@ def test_gradients(device, small_supertiles, gradient_kernel, rows, columns, dim
 )
 def test_gradients_of_one_side(device, gradient_kernel, wanted):
     """Over many processors the columns are split."""
+    sigmoid = make_tile(device, 24, 300, 32, torch.float32, SIGMOID, labels=3, bias=-3.0)
+    check_gradients(sigmoid, columns=False, wanted=wanted, fused=True)
     tile = make_tile(device, 24, 300, 32, torch.float32, SOFTMAX, labels=3, normalize=True)
     check_gradients(tile, wanted=wanted)
     check_gradients(tile, rows=False, wanted=wanted)
@@ -336,11 +343,145 @@ def test_gradients_of_a_zero_vector_in_float16(device, gradient_kernel):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=4e-3 * float(want.abs().max()))
 
 
+def test_costs_of_far_scores_and_nan(device, gradient_kernel):
+    """|s| of hundreds, where an exponential is inf or 0; a NaN stays in its row."""
+    check_gradients(make_tile(device, 40, 70, 19, torch.float32, SIGMOID, scale=90.0), columns=False, fused=True)
+    tile = make_tile(device, 40, 70, 19, torch.float32, SIGMOID)
+    tile.queries[5] = float("nan")
+    rows, _ = make_sums(tile, SIGMOID, columns=False, extra=False)
+    dot, total = (torch.zeros(40, dtype=torch.float64, device=device) for _ in range(2))
+    grads = torch.zeros(40, 19, device=device)
+    TritonPairs().add_gradients(tile, Side(torch.ones(40, device=device)), Side(), dot, total, grads, None, rows)
+    for values in (rows.sum, dot, total, grads.sum(1)):
+        assert bool(values[5].isnan())
+        assert bool(values[torch.arange(40) != 5].isfinite().all())
+
+
+def check_weighted(*tiles):
+    """Of tiles of the same rows, one after the other, relative to what the exact sum is relative to."""
+    count, dim = tiles[0].queries.shape
+    device, eps = tiles[0].queries.device, EPS[tiles[0].queries.dtype]
+    sums, _ = make_sums(tiles[0], SOFTMAX, columns=False, extra=False)
+    weighted, weighted_u = torch.zeros(count, dim, device=device), torch.zeros(count, device=device)
+    want = [copied(sums, True), weighted.double(), weighted_u.double()]
+    sizes = [copied(sums, True), weighted.double(), weighted_u.double()]
+    size = 1.0
+    for tile in tiles:
+        TritonPairs().weighted_sums(tile, sums, weighted, weighted_u)
+        wide = widened(tile)
+        u = wide.products
+        if tile.row_norm is not None:
+            u = u * wide.row_norm.unsqueeze(1) * wide.column_norm
+        size = max(size, float((u * wide.logit_scale).abs().max()))
+        ReferencePairs().weighted_sums(wide, *want)
+        ReferencePairs().weighted_sums(wide._replace(candidates=wide.candidates.abs()), *sizes)
+    some = want[0].sum > 0
+    assert bool(sums.max[~some].isneginf().all())
+    for value in (sums.sum, weighted, weighted_u):
+        assert bool((value[~some] == 0).all())
+    moved, terms = (sums.max[some].double() - want[0].max[some]).exp(), want[0].sum[some]
+    close = 3e-6 * size + 1e-6
+    assert bool(((sums.sum[some] * moved - terms).abs() <= close * terms).all())
+    largest_u = size / max(float(tiles[0].logit_scale.abs()), 1e-3)
+    assert bool(((weighted_u[some] * moved - want[2][some]).abs() <= 2 * close * largest_u * terms).all())
+    error = (weighted[some] * moved.unsqueeze(1) - want[1][some]).abs()
+    assert bool((error <= (2 * eps + 2 * close) * sizes[1][some] + 1e-30).all())
+
+
+@pytest.mark.parametrize("splits", ["few", "many"])
+@pytest.mark.parametrize(("rows", "columns", "dim"), [*SHAPES, (40, 300, 250)])
+def test_weighted_sums(device, request, splits, rows, columns, dim):
+    if splits == "few":
+        request.getfixturevalue("small_supertiles")
+    plain = make_tile(device, rows, columns, dim, torch.float32, SOFTMAX)
+    check_weighted(plain)
+    every = make_tile(
+        device, rows, columns, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=3
+    )
+    bank = make_tile(device, rows, 37, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=0)
+    bank = bank._replace(queries=every.queries, row_norm=every.row_norm)
+    check_weighted(every, bank)
+    check_weighted(bank, every)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
+def test_weighted_sums_of_half_precision(device, dtype, normalize):
+    """Also of features whose norms are 40 or a fortieth, and of one candidate far above hundreds."""
+    for spread in (1.0, 5.0, 5e-3):
+        if normalize or spread <= 1.0:
+            tile = make_tile(device, 40, 512, 64, dtype, SOFTMAX, normalize=normalize, spread=spread)
+            check_weighted(tile)
+    tile = make_tile(device, 16, 512, 64, dtype, SOFTMAX, scale=12.0, normalize=True, labels=0)
+    tile.candidates[100] = tile.queries[0]
+    tile.column_norm[100] = tile.row_norm[0]
+    check_weighted(tile)
+
+
+def test_weighted_sums_of_far_scores(device, small_supertiles):
+    for scale in (300.0, -300.0, 0.0):
+        check_weighted(make_tile(device, 40, 140, 64, torch.float32, SOFTMAX, scale=scale, spread=2.0))
+
+
+def test_weighted_sums_without_candidates(device):
+    """Rows all of whose candidates are left out, then some; and tiles without rows or columns."""
+    tile = make_tile(device, 40, 70, 19, torch.float32, SOFTMAX, labels=3)
+    tile.labels.column_id.fill_(3)
+    bank = make_tile(device, 40, 30, 19, torch.float32, SOFTMAX, labels=0)._replace(queries=tile.queries)
+    for tiles in ((tile,), (tile, bank), (bank, tile), (tile._replace(candidates=tile.candidates[:0]), bank)[1:]):
+        check_weighted(*tiles)
+    for empty in (tile._replace(queries=tile.queries[:0]), tile._replace(candidates=tile.candidates[:0])):
+        sums, _ = make_sums(empty, SOFTMAX, columns=False, extra=False)
+        weighted = torch.zeros_like(empty.queries)
+        TritonPairs().weighted_sums(empty, sums, weighted, weighted[:, 0].clone())
+        assert bool((sums.sum == 0).all())
+        assert bool((weighted == 0).all())
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
+def test_nan_stays_in_its_row_of_weighted_sums(device, normalize):
+    tile = make_tile(device, 70, 140, 19, torch.float32, SOFTMAX, normalize=normalize)
+    tile.queries[5] = float("nan")
+    sums, _ = make_sums(tile, SOFTMAX, columns=False, extra=False)
+    weighted, weighted_u = torch.zeros(70, 19, device=device), torch.zeros(70, device=device)
+    TritonPairs().weighted_sums(tile, sums, weighted, weighted_u)
+    for values in (sums.sum, weighted_u, weighted.sum(1)):
+        assert bool(values[5].isnan())
+        assert bool(values[torch.arange(70) != 5].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bank", [0, 30])
+def test_energy_of_frozen_candidates(device, monkeypatch, dtype, bank):
+    """Keys and a bank that get no gradient are taken once."""
+    calls = []
+    weighted_sums = TritonPairs.weighted_sums
+    monkeypatch.setattr(TritonPairs, "weighted_sums", lambda *args: (calls.append(1), weighted_sums(*args)))
+    generator = torch.Generator().manual_seed(1)
+    query, key, shared = (torch.randn(n, 24, generator=generator).to(device, dtype) for n in (50, 60, bank))
+    found = []
+    for backend, wide in (("triton", dtype), ("reference", torch.float64)):
+        leaf = query.to(wide).requires_grad_()
+        scale = torch.tensor(5.0, device=device, dtype=torch.promote_types(wide, torch.float32), requires_grad=True)
+        with sk.use_backend(backend):
+            loss = sk.contrastive_energy(
+                leaf, key.to(wide), bank=shared.to(wide) if bank else None, logit_scale=scale, normalize=True
+            )
+        found.append([loss.detach(), *torch.autograd.grad(loss, [leaf, scale])])
+    assert len(calls) == (2 if bank else 1)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
+
+
 def test_strips():
     features = torch.zeros(10, 768, dtype=torch.bfloat16)
     kernels = TritonPairs()
     assert kernels.strip_rows(70000, 65536, features, False) == (70000, False)
     assert kernels.strip_rows(0, 65536, features, True)[0] == 1
+    assert kernels.weighs(features[:, :256])
+    assert not kernels.weighs(features)
+    assert not kernels.weighs(features[:, :256].double())
     rows, written = launcher_strip(65536, 4096, features, 512 << 20)
     assert written
     assert rows == 65536 // 5632 * 5632
@@ -385,4 +526,6 @@ def test_real_tiles(device, fixed_shift, dtype, energy, rows, columns, dim):
             ids_positive=labels == 3 and energy != HINGE,
         )  # fmt: skip
         check_sums(tile, extra=labels == 3, statistics=labels == 3)
-        check_gradients(tile, every=labels == 3, columns=both, start=0.0)
+        check_gradients(tile, every=labels == 3, columns=both, start=0.0, fused=not both)
+        if energy == SOFTMAX and dim <= 256:
+            check_weighted(tile._replace(ids_positive=False))

@@ -221,12 +221,12 @@ class _Plan(Problem):
     def walk(self, sums: bool, gradient: bool) -> None:
         """Takes the strips one after the other. sums: of rows and columns, with the losses of the rows."""
         columns = sum(block.values.shape[0] for block in self.blocks)
-        strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient)
+        weighs = sums and gradient and self._candidates_are_frozen() and self.kernels.weighs(self.query)
+        strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient and not weighs)
         if self.mutual:
             strip = min(strip, max(-(-self.count // MUTUAL_STRIPS), ROW_MULTIPLE))
         buffer = self.query.new_empty(strip * columns) if needs_products else None
         self.fused = sums and gradient and self.options.energy == SIGMOID and self.kernels.fuses_sums(self.query)
-        weighs = sums and gradient and self._candidates_are_frozen() and self.kernels.weighs(self.query)
         for begin in range(0, self.count, strip):
             rows = slice(begin, min(begin + strip, self.count))
             tiles = [(piece, self._tile(rows, piece, products)) for piece, products in self._pieces(rows, buffer)]

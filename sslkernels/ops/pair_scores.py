@@ -108,7 +108,8 @@ class PairKernels:
     """The kernels of one backend. Here: products by torch's matmul, sums and gradients by kernels that read them."""
 
     def strip_rows(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
-        """(rows of a strip, whether its tiles need a place for their products); gradient: `add_gradients` follows."""
+        """(rows of a strip, whether its tiles need a place for their products); gradient: `add_gradients` follows, not
+        `weighted_sums`."""
         workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
         fit = workspace // max(columns * features.element_size(), 1)
         return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
@@ -146,6 +147,8 @@ class PairKernels:
         """With G the gradient of the scores times both norms: grad_queries += G @ candidates and grad_candidates +=
         G.T @ queries, in the accumulation dtype; dot += sum of gradient * u and total += sum of the gradient of each
         row, in float64. logit_scale is applied by the caller. row_sums: where `fuses_sums`, `sums` of the rows too."""
+        if row_sums is not None:
+            self.row_sums(tile, None, None, None, row_sums)
         self.gradient(tile, row, column, dot, total)
         if grad_queries is not None:
             self._add_product(grad_queries, tile.products, tile.candidates)
@@ -354,12 +357,26 @@ class TritonPairs(ReferencePairs):
         from sslkernels.triton_kernels.pair_gradients import add_gradients
 
         if tile.queries.dtype == torch.float64:
-            return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
-        gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates)
+            return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates, row_sums)
+        cost = None if row_sums is None else row_sums.sum
+        gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates, cost)
         if written and grad_queries is not None:
             self._add_scaled_product(grad_queries, tile.products, tile.candidates, gain)
         if written and grad_candidates is not None:
             self._add_scaled_product(grad_candidates, tile.products.t(), tile.queries, gain)
+
+    def fuses_sums(self, features):
+        return features.dtype != torch.float64
+
+    def weighs(self, features):
+        from sslkernels.triton_kernels.pair_scores import weighs
+
+        return weighs(features.shape[1], features.dtype)
+
+    def weighted_sums(self, tile, rows, weighted, weighted_u):
+        from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
+
+        add_weighted_sums(tile, rows, weighted, weighted_u)
 
     def _add_scaled_product(self, total: Tensor, gradient: Tensor, values: Tensor, gain: Tensor | None) -> None:
         """total += gradient @ values / gain."""

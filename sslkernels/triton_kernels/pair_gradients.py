@@ -37,12 +37,16 @@ from sslkernels.triton_kernels.pair_scores import (
     block_scores,
     burden_of,
     config,
+    costs_of,
     feature_offsets,
+    features_of,
     further_positives,
+    gain_of,
     inside_of,
     is_even,
     left_out,
     load_block,
+    narrowed,
     operand_types,
     operands,
     owns_rows,
@@ -52,8 +56,6 @@ from sslkernels.triton_kernels.pair_scores import (
 )
 
 NOT_SPECIALIZED = ["rows", "columns", "column_tiles"]
-# In float16, log2 of a gradient 1 of a score of a pair with average norms.
-GAIN = 8
 
 
 @triton.jit
@@ -69,7 +71,8 @@ def _side_gradient(s, further, weight, reference, share, smoothing, ENERGY: tl.c
         if IDS_POSITIVE:
             s = tl.where(further, -s, s)
             weight = tl.where(further, -weight, weight)
-        gradient = weight / (1.0 + exp_flushed(-s))
+        e = exp_flushed(-tl.abs(s))  # as in `costs_of`
+        gradient = weight * (tl.where(s < 0.0, e, 1.0) / (1.0 + e))
     else:
         over = s - reference
         gradient = tl.where(over > 0.0, weight, tl.where(over <= 0.0, 0.0, over))  # of NaN NaN
@@ -126,28 +129,22 @@ def _score_gradient(
 
 
 @triton.jit
-def _narrowed(gradient, gain, dtype: tl.constexpr):
-    if gain is not None:
-        gradient *= tl.load(gain)
-        gradient = tl.where(gradient > 65504.0, 65504.0, tl.where(gradient < -65504.0, -65504.0, gradient))
-    return gradient.to(dtype)
-
-
-@triton.jit
-def _store_sums(dot_out, total_out, dot, total, row_norm, row, row_lane, rows):
+def _store_sums(dot_out, total_out, cost_out, dot, total, cost, row_norm, row, row_lane, rows):
     at = tl.program_id(1).to(tl.int64) * rows + row
     exists = row_lane < rows - row
     if row_norm is not None:
         dot *= row_norm
     tl.store((dot_out + at) + row_lane, dot, exists)
     tl.store((total_out + at) + row_lane, total, exists)
+    if cost_out is not None:
+        tl.store((cost_out + at) + row_lane, cost, exists)
 
 
 @triton.jit(do_not_specialize=["rows", "column_tiles"])  # whether columns divide by 16 decides how G is stored
 def pair_gradient_tile_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
-    column_reference, column_share, column_smoothing, gain, gradient_out, dot_out, total_out, rows, columns,
+    column_reference, column_share, column_smoothing, gain, gradient_out, dot_out, total_out, cost_out, rows, columns,
     column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -164,6 +161,7 @@ def pair_gradient_tile_kernel(
     query_offsets = feature_offsets(row_lane, row_inside, DIM)
     dot = tl.zeros((BLOCK_M,), tl.float64)
     total = tl.zeros((BLOCK_M,), tl.float64)
+    cost = tl.zeros((BLOCK_M,), tl.float64)
     first = tl.program_id(1) * column_tiles
     for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
         column = column_tile * BLOCK_N
@@ -189,6 +187,9 @@ def pair_gradient_tile_kernel(
         )  # fmt: skip
         dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
         total += tl.sum(gradient, 1).to(tl.float64)
+        if cost_out is not None:
+            costs = costs_of(s, further, None, ENERGY, IDS_POSITIVE)
+            cost += tl.sum(without(out, costs, 0.0), 1).to(tl.float64)
         if gradient_out is not None:
             if column_norm is not None:
                 # Loaded again: the registers are needed in between.
@@ -196,19 +197,19 @@ def pair_gradient_tile_kernel(
                 gradient *= norm[:, None]
             at = gradient_out + (row.to(tl.int64) * columns + column)
             at += row_lane.to(tl.int64)[:, None] * columns + lane[None, :]
-            value = _narrowed(gradient, gain, gradient_out.dtype.element_ty)
+            value = narrowed(gradient, gain, gradient_out.dtype.element_ty)
             if EVEN:
                 tl.store(at, value)
             else:
                 tl.store(at, value, row_inside[:, None] & column_inside[None, :])
-    _store_sums(dot_out, total_out, dot, total, norm, row, row_lane, rows)
+    _store_sums(dot_out, total_out, cost_out, dot, total, cost, norm, row, row_lane, rows)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pair_gradient_owner_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
-    column_reference, column_share, column_smoothing, gain, features_out, dot_out, total_out, rows, columns,
+    column_reference, column_share, column_smoothing, gain, features_out, dot_out, total_out, cost_out, rows, columns,
     column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -223,15 +224,16 @@ def pair_gradient_owner_kernel(
     positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
     self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
     id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
-    query = _features(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
+    query = features_of(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
     features = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dot = tl.zeros((BLOCK_M,), tl.float64)
     total = tl.zeros((BLOCK_M,), tl.float64)
+    cost = tl.zeros((BLOCK_M,), tl.float64)
     first = tl.program_id(1) * column_tiles
     for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
         column = column_tile * BLOCK_N
         column_inside = inside_of(lane, column, columns, EVEN)
-        values = _features(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
+        values = features_of(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
         products = tl.dot(query, tl.trans(values), input_precision="ieee")
         u = products
         if column_norm is not None:
@@ -251,10 +253,13 @@ def pair_gradient_owner_kernel(
         if dot_out is not None:
             dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
             total += tl.sum(gradient, 1).to(tl.float64)
+        if cost_out is not None:
+            costs = costs_of(s, further, None, ENERGY, IDS_POSITIVE)
+            cost += tl.sum(without(out, costs, 0.0), 1).to(tl.float64)
         if column_norm is not None:
             # Loaded again: the registers are needed in between.
             gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
-        features = tl.dot(_narrowed(gradient, gain, values.dtype), values, features, input_precision="ieee")
+        features = tl.dot(narrowed(gradient, gain, values.dtype), values, features, input_precision="ieee")
     if row_norm is not None:
         features *= norm[:, None]
     if gain is not None:
@@ -266,17 +271,7 @@ def pair_gradient_owner_kernel(
         features += tl.load(at, inside, other=0.0)
     tl.store(at, features, inside)
     if dot_out is not None:
-        _store_sums(dot_out, total_out, dot, total, norm, row, row_lane, rows)
-
-
-@triton.jit
-def _features(pointer, start, lane, inside, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """All features of the rows of a block; those that do not exist are replaced by the first of the block."""
-    at = (pointer + start.to(tl.int64) * DIM) + feature_offsets(lane, inside, DIM)[:, None] + depth[None, :]
-    if DIM == BLOCK_D:
-        return tl.load(at)
-    else:
-        return tl.load(at, depth[None, :] < DIM, other=0.0)
+        _store_sums(dot_out, total_out, cost_out, dot, total, cost, norm, row, row_lane, rows)
 
 
 def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tuple[int, bool]:
@@ -293,38 +288,25 @@ def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tu
 
 def add_gradients(
     tile: Any, row: Any, column: Any, dot: Tensor, total: Tensor, grad_queries: Tensor | None,
-    grad_candidates: Tensor | None,
+    grad_candidates: Tensor | None, cost: Tensor | None = None,
 ) -> tuple[Tensor | None, bool]:  # fmt: skip
-    """Adds to dot, total and, where D is small, to the gradients of queries and candidates. Where it is large, leaves G
-    in tile.products. Returns what G is multiplied by there (0-d, None for 1), and whether it is there."""
+    """Adds to dot, total, cost (sums of `costs_of` rows) and, where D is small, to the gradients of queries and
+    candidates. Where it is large, leaves G in tile.products. Returns what G is multiplied by there (0-d, None for 1),
+    and whether it is there."""
     features = tile.queries
     wanted = grad_queries is not None or grad_candidates is not None
     with on_device_of(features):
         if not owns_rows(features.shape[1], features.dtype):
-            gain = _gain(tile, True) if wanted else None
-            _gradient_tile(tile, row, column, dot, total, gain, tile.products if wanted else None)
+            gain = gain_of(tile, True) if wanted else None
+            _gradient_tile(tile, row, column, (dot, total, cost), gain, tile.products if wanted else None)
             return gain, wanted
         if grad_queries is not None:
-            _owned(tile, False, row, column, grad_queries, dot, total)
+            _owned(tile, False, row, column, grad_queries, (dot, total, cost))
         else:
-            _gradient_tile(tile, row, column, dot, total, None, None)
+            _gradient_tile(tile, row, column, (dot, total, cost), None, None)
         if grad_candidates is not None:
             _owned(tile, True, column, row, grad_candidates)
     return None, False
-
-
-def _gain(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | None:
-    """The power of two that a gradient 1 of a score, times the average norms, becomes 2^`GAIN` by; None for 1."""
-    if tile.queries.dtype != torch.float16:
-        return None
-    exponent = torch.full((), float(GAIN), device=tile.queries.device)
-    if tile.row_norm is not None:
-        norms = (
-            (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
-        )
-        for norm in norms:
-            exponent -= norm.log2().nan_to_num(0.0, 40.0, -40.0).mean()
-    return torch.exp2(exponent.round().clamp(-60, 60))
 
 
 def _flags(tile: Any) -> dict[str, Any]:
@@ -332,21 +314,22 @@ def _flags(tile: Any) -> dict[str, Any]:
     return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": further}
 
 
-def _burden(tile: Any, row: Any, column: Any) -> int:
-    return burden_of(tile.labels, row.share, row.smoothing, column.share, column.smoothing)
+def _burden(tile: Any, row: Any, column: Any, cost: Tensor | None) -> int:
+    burden = burden_of(tile.labels, row.share, row.smoothing, column.share, column.smoothing)
+    return 2 * burden if cost is not None else burden
 
 
-def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
+def _gradient_tile(tile, row, column, running, gain, products) -> None:
     tensors = operands(tile)
     rows, columns = tensors[0].shape[0], tensors[1].shape[0]
     if rows == 0 or columns == 0:
         return
     chosen = config(
         "tile", tile.energy, rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]),
-        _burden(tile, row, column),
+        _burden(tile, row, column, running[2]),
     )  # fmt: skip
     parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
-    sums = dot.new_empty(2, parts, rows)
+    sums = [None if v is None else v.new_empty(parts, rows) for v in running]
     pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
         *(*tensors, *row, *column, gain, products, *sums, rows, columns, column_tiles),
         **_flags(tile),
@@ -354,23 +337,24 @@ def _gradient_tile(tile, row, column, dot, total, gain, products) -> None:
         **chosen.constexprs,
         **chosen.options,
     )
-    _add_sums(sums, dot, total)
+    _add_sums(sums, running)
 
 
-def _owned(tile, exchanged, row, column, grad, dot=None, total=None) -> None:
+def _owned(tile, exchanged, row, column, grad, running=(None, None, None)) -> None:
     """grad += G @ candidates; exchanged: with rows for columns."""
     tensors = operands(tile, exchanged)
     (rows, dim), columns = tensors[0].shape, tensors[1].shape[0]
     if rows == 0 or columns == 0:
         return
     chosen = config(
-        "owner", tile.energy, rows, columns, dim, tensors[0].dtype, capability(tensors[0]), _burden(tile, row, column)
-    )
+        "owner", tile.energy, rows, columns, dim, tensors[0].dtype, capability(tensors[0]),
+        _burden(tile, row, column, running[2]),
+    )  # fmt: skip
     parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
     features = grad if parts == 1 else grad.new_empty(parts, rows, dim)
-    sums = (None, None) if dot is None else dot.new_empty(2, parts, rows)
+    sums = [None if v is None else v.new_empty(parts, rows) for v in running]
     pair_gradient_owner_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
-        *(*tensors, *row, *column, _gain(tile, False, exchanged), features, *sums, rows, columns, column_tiles),
+        *(*tensors, *row, *column, gain_of(tile, False, exchanged), features, *sums, rows, columns, column_tiles),
         **_flags(tile),
         EVEN=is_even(rows, columns, chosen),
         ADD=parts == 1,
@@ -379,14 +363,13 @@ def _owned(tile, exchanged, row, column, grad, dot=None, total=None) -> None:
     )
     if parts > 1:
         grad.add_(features.sum(0))
-    if dot is not None:
-        _add_sums(sums, dot, total)
+    _add_sums(sums, running)
 
 
-def _add_sums(sums: Tensor, dot: Tensor, total: Tensor) -> None:
-    added = sums.sum(1)
-    dot.add_(added[0])
-    total.add_(added[1])
+def _add_sums(partials, running) -> None:
+    for part, total in zip(partials, running, strict=True):
+        if total is not None:
+            total.add_(part.sum(0))
 
 
 def aot_signatures() -> Iterator[AotEntry]:
@@ -398,7 +381,10 @@ def aot_signatures() -> Iterator[AotEntry]:
         ("every", torch.float16, 770, ENERGY_SOFTMAX, every, every, (*options, "out")),
         ("every", torch.float32, 128, ENERGY_SOFTMAX, every, every, (*options, "out")),
         ("sums", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, norm),
-        ("rows", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*options, "out")),
+        ("rows", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*options, "out", "cost")),
+        ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "out", "cost")),
+        ("plain", torch.float32, 128, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "out", "cost")),
+        ("sums", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "cost")),
         ("symmetric", torch.bfloat16, 768, ENERGY_HINGE, plain, plain, (*norm, "out")),
         ("mutual", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "out")),
         ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
@@ -408,7 +394,10 @@ def aot_signatures() -> Iterator[AotEntry]:
         ("symmetric", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "owner")),
         ("every", torch.float16, 250, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
         ("every", torch.float16, 64, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
-        ("rows", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums")),
+        ("rows", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums", "cost")),
+        ("plain", torch.float16, 128, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "owner", "sums", "cost")),
+        ("rows", torch.float16, 64, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums", "cost")),
+        ("columns", torch.bfloat16, 256, ENERGY_SIGMOID, (), ("weight",), (*norm, "bias", "owner")),
         ("symmetric", torch.float16, 128, ENERGY_HINGE, plain, plain, (*norm, "owner", "sums")),
         ("rows", torch.bfloat16, 1, ENERGY_SOFTMAX, plain, (), ("owner", "sums")),
     ):
@@ -416,7 +405,7 @@ def aot_signatures() -> Iterator[AotEntry]:
         kernel = pair_gradient_owner_kernel if owner else pair_gradient_tile_kernel
         for generation in ((8, 0), (9, 0), (10, 0)):
             size = 8192 if dim % 16 == 0 else 8191
-            burden = 2 if len(rows) == len(every) else int("self" in present)
+            burden = 2 if len(rows) == len(every) else int("self" in present) * (1 + ("cost" in present))
             chosen = config("owner" if owner else "tile", energy, size, size, dim, dtype, generation, burden)
             constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in present, "EVEN": dim % 16 == 0}
             constexprs |= chosen.constexprs
@@ -429,8 +418,11 @@ def aot_signatures() -> Iterator[AotEntry]:
                 constexprs["gradient_out"] = None
             if owner and "sums" not in present:
                 constexprs |= {"dot_out": None, "total_out": None}
+            if "cost" not in present:
+                constexprs["cost_out"] = None
             types = dict.fromkeys(kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
-            types |= {"gradient_out": f"*{DTYPE_NAMES[dtype]}", "dot_out": "*fp64", "total_out": "*fp64"}
+            types |= {"gradient_out": f"*{DTYPE_NAMES[dtype]}"}
+            types |= dict.fromkeys(("dot_out", "total_out", "cost_out"), "*fp64")
             types |= dict.fromkeys(NOT_SPECIALIZED, "i32")
             energies = ("softmax", "sigmoid", "hinge")
             kind = "owner" if owner else "tile"

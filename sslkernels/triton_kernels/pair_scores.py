@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslkernels.triton_kernels.launch import Config, next_power_of_2
+from sslkernels.triton_kernels.numerics import exp_flushed, log1p_unit
 
 ENERGY_SOFTMAX, ENERGY_SIGMOID, ENERGY_HINGE = 0, 1, 2
 SOFTMAX = tl.constexpr(ENERGY_SOFTMAX)
@@ -20,6 +21,8 @@ SIGMOID = tl.constexpr(ENERGY_SIGMOID)
 
 # Largest padded D whose block of output rows stays in registers.
 OWNED_DIM = 256
+# In float16, log2 of a gradient 1 of a score of a pair with average norms.
+GAIN = 8
 # The tensors of a tile, in the order in which every kernel takes them.
 OPERANDS = (
     "queries", "candidates", "row_norm", "column_norm", "row_positive", "column_positive", "row_self", "column_self",
@@ -141,6 +144,36 @@ def block_scores(u, scale, logit_bias, out):
 
 
 @triton.jit
+def costs_of(s, further, threshold, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
+    """Softplus or hinge of scores; what is left out has none."""
+    if ENERGY == SIGMOID:
+        if IDS_POSITIVE:
+            s = tl.where(further, -s, s)
+        return tl.maximum(s, 0.0) + log1p_unit(exp_flushed(-tl.abs(s)))
+    else:
+        over = s - threshold
+        return tl.where(over <= 0.0, 0.0, over)  # of NaN NaN
+
+
+@triton.jit
+def narrowed(gradient, gain, dtype: tl.constexpr):
+    if gain is not None:
+        gradient *= tl.load(gain)
+        gradient = tl.where(gradient > 65504.0, 65504.0, tl.where(gradient < -65504.0, -65504.0, gradient))
+    return gradient.to(dtype)
+
+
+@triton.jit
+def features_of(pointer, start, lane, inside, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """All features of the rows of a block; those that do not exist are replaced by the first of the block."""
+    at = (pointer + start.to(tl.int64) * DIM) + feature_offsets(lane, inside, DIM)[:, None] + depth[None, :]
+    if DIM == BLOCK_D:
+        return tl.load(at)
+    else:
+        return tl.load(at, depth[None, :] < DIM, other=0.0)
+
+
+@triton.jit
 def shift_of_bound(logit_scale, logit_bias):
     """What scores of normalised features are moved by where their maximum is not known: exp(s - shift) is at most 2^64,
     and no more is taken off than that asks for."""
@@ -173,6 +206,20 @@ def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
     return absent if "bias" in present else {**absent, "logit_bias": None}
 
 
+def gain_of(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | None:
+    """The power of two that a gradient 1 of a score, times the average norms, becomes 2^`GAIN` by; None for 1."""
+    if tile.queries.dtype != torch.float16:
+        return None
+    exponent = torch.full((), float(GAIN), device=tile.queries.device)
+    if tile.row_norm is not None:
+        norms = (
+            (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
+        )
+        for norm in norms:
+            exponent -= norm.log2().nan_to_num(0.0, 40.0, -40.0).mean()
+    return torch.exp2(exponent.round().clamp(-60, 60))
+
+
 def burden_of(labels: tuple[Tensor | None, ...], *more: Tensor | None) -> int:
     """How much a thread keeps beside its scores. 0: one pair of labels; 1: further pairs; 2: any of `more`, too."""
     if any(value is not None for value in more):
@@ -190,8 +237,9 @@ def config(
     capability: tuple[int, int],
     burden: int,
 ) -> Config:
-    """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores) or
-    "owner" (the gradient of features, of which a program owns rows and holds all D).
+    """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores),
+    "owner" (the gradient of features, of which a program owns rows and holds all D) or "weighted" (sums of candidates,
+    likewise).
 
     Large blocks read less from the cache. But a thread holds a value of each vector for every column of its own, so
     that more vectors ask for fewer columns.
@@ -202,9 +250,16 @@ def config(
     depth = max(16, next_power_of_2(dim))
     if kernel == "owner":
         small = depth <= 128 and burden < 2
-        height = 128 if small and hopper else 64 if hopper or burden < 2 else 32
+        narrow = energy == ENERGY_SIGMOID and capability >= (10, 0)
+        height = 128 if small and hopper and not narrow else 64 if hopper or burden < 2 else 32
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
+    if kernel == "weighted":
+        height = 32 if dtype == torch.float32 else 128 if capability[0] == 9 or (hopper and depth <= 128) else 64
+        width = 32 if dtype == torch.float32 or (height == 128 and depth > 128 and burden > 0) else 64
+        blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
+        held = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
+        return Config(blocks, {"num_warps": 8 if held >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
@@ -225,6 +280,11 @@ def owns_rows(dim: int, dtype: torch.dtype) -> bool:
     """Whether `owner` is the kernel of the gradient. Not in float32, whose products have no matrix instructions: there
     the matmuls are better left to the library."""
     return dim <= OWNED_DIM and dtype != torch.float32
+
+
+def weighs(dim: int, dtype: torch.dtype) -> bool:
+    """Whether there are weighted sums, of which a program holds all D too."""
+    return dim <= OWNED_DIM and dtype != torch.float64
 
 
 def is_even(rows: int, columns: int, chosen: Config) -> bool:

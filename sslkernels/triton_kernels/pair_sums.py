@@ -28,18 +28,18 @@ from sslkernels.triton_kernels.launch import (
     pointers_aligned,
     processors,
 )
-from sslkernels.triton_kernels.numerics import exp_flushed, log1p_unit
+from sslkernels.triton_kernels.numerics import exp_flushed
 from sslkernels.triton_kernels.pair_scores import (
     ENERGY_HINGE,
     ENERGY_SIGMOID,
     ENERGY_SOFTMAX,
-    SIGMOID,
     SOFTMAX,
     absent_operands,
     block_products,
     block_scores,
     burden_of,
     config,
+    costs_of,
     feature_offsets,
     further_positives,
     inside_of,
@@ -62,18 +62,6 @@ FIXED_SHIFT_PAIRS = 1 << 24
 # Terms below the normal numbers of float32 are lost: a sum of n terms is complete to 2^-24 from n times this on.
 COMPLETE = 2.0**-102
 MERGE_BLOCK = 256
-
-
-@triton.jit
-def _costs(s, further, threshold, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
-    """Softplus or hinge of scores; what is left out has none."""
-    if ENERGY == SIGMOID:
-        if IDS_POSITIVE:
-            s = tl.where(further, -s, s)
-        return tl.maximum(s, 0.0) + log1p_unit(exp_flushed(-tl.abs(s)))
-    else:
-        over = s - threshold
-        return tl.where(over <= 0.0, 0.0, over)  # of NaN NaN
 
 
 @triton.jit
@@ -171,7 +159,7 @@ def pair_sums_kernel(
                     threshold = load_block(row_threshold, row, row_lane, row_inside, 0.0)
                     if threshold is not None:
                         threshold = threshold[:, None]
-                    cost = _costs(s, further, threshold, ENERGY, IDS_POSITIVE)
+                    cost = costs_of(s, further, threshold, ENERGY, IDS_POSITIVE)
                     total += tl.sum(cost, 1)
                     if row_active is not None:
                         active += tl.sum((cost > 0.0).to(tl.float32), 1)
@@ -179,7 +167,7 @@ def pair_sums_kernel(
                     threshold_of_column = load_block(column_threshold, column, lane, column_inside, 0.0)
                     if threshold_of_column is not None:
                         threshold_of_column = threshold_of_column[None, :]
-                    cost_of_column = _costs(s, further, threshold_of_column, ENERGY, IDS_POSITIVE)
+                    cost_of_column = costs_of(s, further, threshold_of_column, ENERGY, IDS_POSITIVE)
                     _stage(staged, 1, lane, tl.sum(cost_of_column, 0), BLOCK_N)
                     if column_active is not None:
                         _stage(staged, 2, lane, tl.sum((cost_of_column > 0.0).to(tl.float32), 0), BLOCK_N)
