@@ -244,6 +244,8 @@ def config(
     Large blocks read less from the cache. But a thread holds a value of each vector for every column of its own, so
     that more vectors ask for fewer columns.
     """
+    if capability[0] == 12:  # 99 KB of shared memory, as sm_86 and sm_89
+        capability = (8, 9)
     block_m, block_n = (min(max(16, next_power_of_2(n)), 128) for n in (rows, columns))
     whole = rows % 64 == 0 and columns % 64 == 0
     hopper = capability >= (9, 0)

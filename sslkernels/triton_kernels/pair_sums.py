@@ -185,7 +185,9 @@ def pair_sums_kernel(
                 if column_norm is None:
                     cosine = u * load_block(column_cosine, column, lane, column_inside, 0.0)[None, :]
                 cosine *= load_block(row_cosine, row, row_lane, row_inside, 0.0)[:, None]
-                spread += tl.sum(without(out, exp_flushed(4.0 * cosine - 4.0), 0.0), 1)
+                distance = 4.0 * cosine - 4.0
+                distance = tl.where(distance > 0.0, 0.0, distance)  # a cosine may round above 1
+                spread += tl.sum(without(out, exp_flushed(distance), 0.0), 1)
             if row_beaten is not None:
                 better = s > load_block(positive_score, row, row_lane, row_inside, 0.0)[:, None]
                 if IDS_POSITIVE:
