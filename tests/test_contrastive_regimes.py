@@ -384,3 +384,20 @@ def test_ties_do_not_beat_the_positive(backend, dtype, normalize):
     _, stats = sk.contrastive_energy(same, same.clone(), **options)
     assert stats.rank.tolist() == [0] * 33
     assert stats.uniformity <= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_symmetric_scores_over_several_strips(backend, dtype, narrow_strips):
+    """NT-Xent: each product above the diagonal blocks serves two rows."""
+    z0, z1 = torch.randn(37, 9, dtype=dtype, requires_grad=True), torch.randn(37, 9, dtype=dtype, requires_grad=True)
+    temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    leaves = (z0, z1, temperature)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    z = F.normalize(torch.cat(exact[:2]), dim=1)
+    scores = (z @ z.T / exact[2]).masked_fill(torch.eye(74, dtype=torch.bool), float("-inf"))
+    want = F.cross_entropy(scores, torch.arange(74).roll(37))
+    loss = sk.nt_xent(z0, z1, temperature=temperature)
+    rtol = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=0)
+    for got, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, exact), strict=True):
+        assert error(got, true) < rtol

@@ -47,7 +47,6 @@ from sslkernels.ops.contrastive_types import (
 from sslkernels.ops.own_negatives import own_negatives_
 from sslkernels.ops.pair_scores import (
     HINGE,
-    ROW_MULTIPLE,
     SIGMOID,
     SOFTMAX,
     ColumnSums,
@@ -61,6 +60,7 @@ from sslkernels.ops.pair_scores import (
 
 # Strips of a symmetric score matrix, whose products serve two rows each but in the blocks on the diagonal.
 MUTUAL_STRIPS = 16
+TILE_ROWS = 128
 
 
 def forward(
@@ -224,7 +224,7 @@ class _Plan(Problem):
         weighs = sums and gradient and self._candidates_are_frozen() and self.kernels.weighs(self.query)
         strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient and not weighs)
         if self.mutual:
-            strip = min(strip, max(-(-self.count // MUTUAL_STRIPS), ROW_MULTIPLE))
+            strip = min(strip, -(-self.count // (MUTUAL_STRIPS * TILE_ROWS)) * TILE_ROWS or 1)
         buffer = self.query.new_empty(strip * columns) if needs_products else None
         self.fused = sums and gradient and self.options.energy == SIGMOID and self.kernels.fuses_sums(self.query)
         for begin in range(0, self.count, strip):

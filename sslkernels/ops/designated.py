@@ -38,11 +38,13 @@ class Designated:
     ) -> None:
         self.rows = rows
         self.in_order = positive is None
-        self.index = slice(0, rows) if positive is None else positive.clamp(min=0)
         if positive is None:
+            self.index: slice | Tensor = slice(0, rows)
             self.has = torch.ones(rows, dtype=torch.bool, device=device)
             self.counted = self.has
         else:
+            # Rows that designate nothing share no key, for sums by key take the rows of one key in turn.
+            self.index = torch.where(positive < 0, torch.arange(rows, device=device) % max(keys, 1), positive)
             self.has = positive >= 0
             self.counted = positive != NO_POSITIVE
         self.invalid = self.counted & ~self.has
