@@ -18,7 +18,7 @@ from sslkernels.ops.contrastive_operators import (
 from sslkernels.ops.contrastive_types import PairInputs, PairOptions, PairState, PairStatistics
 from sslkernels.ops.designated import NO_POSITIVE
 from sslkernels.ops.functions import distinct
-from sslkernels.ops.kept_gradient import KeptGradient, scaled
+from sslkernels.ops.kept_gradient import kept, scaled
 from sslkernels.ops.pair_scores import SIGMOID
 from sslkernels.ops.rows import accumulation_dtype
 
@@ -205,9 +205,9 @@ class _ReducedLoss(Function):
             if not ctx.computed[i]:
                 raise RuntimeError(f'{ctx.function}: forward saw no gradient wanted for {name}; use reduction="none"')
             leaf = leaves[i]
-            kept = KeptGradient.apply(ctx.function, gradients[i], grad_loss * scale, leaf.dtype, *leaves)
-            result[i] = kept.reshape(leaf.shape)
+            gradient = kept(ctx.function, gradients[i], grad_loss * scale, leaf.dtype, *leaves)
+            result[i] = gradient.reshape(leaf.shape)
         if ctx.needs_input_grad[11]:
             by_row = losses if divisor is None else losses / divisor
-            result[11] = KeptGradient.apply(ctx.function, by_row, grad_loss, leaves[-1].dtype, *leaves)
+            result[11] = kept(ctx.function, by_row, grad_loss, leaves[-1].dtype, *leaves)
         return tuple(result)

@@ -147,6 +147,7 @@ class _Plan(Problem):
         self.stats = stats
         self.two_pass = options.energy == SOFTMAX and (options.columns or self.mutual)
         self.grads = FeatureGradients(self, wanted)
+        self.buffer: Tensor | None = None
         self._make_blocks()
         self._allocate_sums()
 
@@ -225,7 +226,9 @@ class _Plan(Problem):
         strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient and not weighs)
         if self.mutual:
             strip = min(strip, -(-self.count // (MUTUAL_STRIPS * TILE_ROWS)) * TILE_ROWS or 1)
-        buffer = self.query.new_empty(strip * columns) if needs_products else None
+        if needs_products and self.buffer is None:
+            self.buffer = self.query.new_empty(strip * columns)
+        buffer = self.buffer if needs_products else None
         self.fused = sums and gradient and self.options.energy == SIGMOID and self.kernels.fuses_sums(self.query)
         for begin in range(0, self.count, strip):
             rows = slice(begin, min(begin + strip, self.count))

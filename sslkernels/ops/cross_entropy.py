@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from sslkernels import checks
 from sslkernels.dispatch import PREFERENCE, Op
-from sslkernels.ops.kept_gradient import KeptGradient
+from sslkernels.ops import kept_gradient
 from sslkernels.ops.rows import (
     NativeRows,
     ReferenceRows,
@@ -223,7 +223,7 @@ class _ReducedCrossEntropy(Function):
         grad = None
         if grad_loss is not None:
             anchor, kept = ctx.saved_tensors
-            grad = KeptGradient.apply("cross_entropy", kept, grad_loss, kept.dtype, anchor)
+            grad = kept_gradient.kept("cross_entropy", kept, grad_loss, kept.dtype, anchor)
         return grad, *(None,) * 9
 
 

@@ -46,16 +46,22 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
     return gradient
 
 
-class KeptGradient(Function):
-    """`scaled` of a gradient that the graph keeps. It takes the leaves of the loss, seven at most, so that
-    differentiating it again raises, and is not zero."""
+LEAVES = 7
+
+
+def kept(function: str, gradient: Tensor, scale: Tensor, dtype: torch.dtype, *leaves: Tensor | None) -> Tensor:
+    """`scaled` of a gradient that the graph keeps. leaves: of the loss, so that differentiating it again raises, and is
+    not zero."""
+    return _KeptGradient.apply(function, gradient, scale, dtype, *leaves, *[None] * (LEAVES - len(leaves)))
+
+
+class _KeptGradient(Function):
+    """Every argument is given: torch.compile takes the place of one that is left out for another's."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        function, gradient, scale, dtype, leaf0, leaf1=None, leaf2=None, leaf3=None, leaf4=None, leaf5=None, leaf6=None
-    ):
+    def forward(function, gradient, scale, dtype, leaf0, leaf1, leaf2, leaf3, leaf4, leaf5, leaf6):
         return scaled(gradient, scale, dtype, saved=True)
 
     @staticmethod

@@ -16,7 +16,7 @@ from sslkernels.ops.cross_entropy import (
     row_stats,
     valid_weight,
 )
-from sslkernels.ops.kept_gradient import KeptGradient, scaled
+from sslkernels.ops.kept_gradient import kept, scaled
 from sslkernels.ops.linear_operators import (
     NAME,
     linear_cross_entropy_bwd,
@@ -132,10 +132,10 @@ class _ReducedLoss(Function):
                 continue
             if not ctx.computed[i]:
                 raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}; use mode='compact' here")
-            result[i] = KeptGradient.apply(NAME, gradients[i], grad_loss * scale, ctx.dtypes[i], *leaves)
+            result[i] = kept(NAME, gradients[i], grad_loss * scale, ctx.dtypes[i], *leaves)
         if ctx.needs_input_grad[5]:
             by_row = rows if divisor is None else rows / divisor
-            result[5] = KeptGradient.apply(NAME, by_row, grad_loss, ctx.dtypes[3], *leaves)
+            result[5] = kept(NAME, by_row, grad_loss, ctx.dtypes[3], *leaves)
         return tuple(result)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from sslkernels.ops.chunked_linear import equal_rows
 
 # Bytes of the buffer that holds the products of a strip.
-WORKSPACE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 ROW_MULTIPLE = 16
 
 SOFTMAX, SIGMOID, HINGE = 0, 1, 2
