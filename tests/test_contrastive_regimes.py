@@ -278,7 +278,9 @@ def test_rows_of_a_batch_of_65536_against_float64(energy):
         want_grad = scale * slope @ keys / count
     torch.testing.assert_close(stats.lse[sample].double(), torch.logsumexp(scores, 1), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.positive[sample].double(), scores[at], rtol=0, atol=1e-5)
-    assert stats.rank[sample].tolist() == (scores > scores[at][:, None]).sum(1).tolist()
+    rank, near = stats.rank[sample], 1e-5  # of 65536 scores some tie to rounding
+    assert ((scores > scores[at][:, None] + near).sum(1) <= rank).all()
+    assert (rank <= (scores > scores[at][:, None] - near).sum(1)).all()
     assert error(grad[sample], want_grad) < 1e-5
 
 

@@ -38,6 +38,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
     if (
         torch.compiler.is_compiling()
         or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (gradient, scale)))
+        or torch._C._functorch.is_legacy_batchedtensor(gradient)  # of autograd.grad(is_grads_batched=True)
         or gradient.dtype != dtype
         or (saved and torch._C._autograd._get_current_graph_task_keep_graph())
     ):
