@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test bench resources lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
+.PHONY: test test-slow bench resources lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens").
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(or $(ARGS),tests benchmarks --benchmark-disable)
+	$(BIN)/python -m pytest $(or $(ARGS),tests benchmarks --benchmark-disable -m "not slow")
+
+# What takes minutes and shows little more.
+test-slow: $(VENV)/built
+	$(BIN)/python -m pytest tests -m slow
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -22,7 +22,20 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# Of these the interpreter takes most of the time, and float32 on the other backends shows the same: `make test-slow`.
+SLOW = (
+    ("test_backends.py", "negative_sampling", "triton", ("bfloat16", "float16", "float64")),
+    ("test_contrastive_autograd.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_triton_pairs.py", "test_energies_against_dense_float64", "", ("",)),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for file, first, second, any_of in SLOW:
+            name = item.name
+            if item.path.name == file and first in name and second in name and any(word in name for word in any_of):
+                item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:
