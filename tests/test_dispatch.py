@@ -19,7 +19,7 @@ PACKAGE = Path(sk.__file__).parent
 # Who may import whom inside the package; the Triton kernels are reached lazily, inside functions.
 ALLOWED = {
     "": {"", "nn", "dispatch", "native", "ops", "version", "random", "checks"},
-    "nn": {"ops"},
+    "nn": {"ops", "checks"},
     "ops": {"ops", "dispatch", "native", "checks", "random"},
     "random": {"checks"},
     "dispatch": {"native"},

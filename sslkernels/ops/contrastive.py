@@ -207,6 +207,8 @@ def pair_energy(
     if process_group is None:
         loss, statistics = pair_loss(_inputs(function, *pairs, *rest), call, row_weight, reduction)
     else:
+        if torch.compiler.is_compiling():  # collectives, and row counts that the host reads
+            torch._dynamo.graph_break()
         loss, statistics = _over_ranks(process_group, pairs, rest, call, row_weight, reduction)
     if not return_stats:
         return loss
@@ -239,7 +241,6 @@ def _inputs(
     return PairInputs(query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias)
 
 
-@torch.compiler.disable(reason="collectives and row counts that the host reads")
 def _over_ranks(
     group: Any, pairs: tuple, rest: tuple, call: Call, row_weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, PairStatistics]:
