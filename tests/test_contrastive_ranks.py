@@ -158,6 +158,19 @@ def test_given_positives_have_no_columns_over_ranks(alone):
         sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=alone)
 
 
+def test_a_compiled_function_breaks_at_the_process_group(alone):
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def loss(x):
+        return 2 * sk.clip_loss(x, x.roll(1, 0), 3.0, process_group=alone)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(loss)(x), loss(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        torch.compile(loss, fullgraph=True)(x)
+
+
 def disagree(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)

@@ -109,7 +109,9 @@ def contrastive_energy(
         The loss, float32 (float64 for float64 features); with `return_stats` the pair (loss, statistics).
 
     "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the products again.
-    A softmax over columns takes four matmuls, over rows alone and the other energies three (frozen candidates: two).
+    On a CPU a softmax over columns takes four matmuls, over rows alone and the other energies three, and two where the
+    candidates are frozen. The Triton kernels take more of them where a matrix of probabilities would cost more than to
+    compute scores again.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A `positive` out of range
