@@ -492,6 +492,16 @@ def test_strips():
 launcher_strip = pair_gradients.strip_rows
 
 
+def test_partials_fit_the_workspace():
+    """Of 262144 x 262144 scores partials of all supertiles would take 3 GB: the rows come in strips."""
+    rows = pair_sums.strip_rows(262144, 262144, 512 << 20)
+    assert rows % 1024 == 0
+    assert rows * 262144 // 1024 * pair_sums.PARTIAL_BYTES <= 512 << 20
+    assert pair_sums.strip_rows(8192, 8192, 512 << 20) == 8192
+    assert pair_sums.strip_rows(5000, 10**9, 512 << 20) == 1024
+    assert pair_sums.strip_rows(0, 5, 512 << 20) == 1
+
+
 @pytest.mark.parametrize("case", cases()[::3])
 def test_energies_against_dense_float64(case):
     with sk.use_backend("triton"):

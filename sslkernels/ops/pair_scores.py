@@ -333,14 +333,15 @@ class TritonPairs(ReferencePairs):
     """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
 
     def strip_rows(self, count, columns, features, gradient):
-        from sslkernels.triton_kernels.pair_gradients import strip_rows
+        from sslkernels.triton_kernels import pair_gradients, pair_sums
 
         if features.dtype == torch.float64:
             return super().strip_rows(count, columns, features, gradient)
-        if not gradient:
-            return max(count, 1), False
         workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
-        return strip_rows(count, columns, features, workspace)
+        rows, written = count, False
+        if gradient:
+            rows, written = pair_gradients.strip_rows(count, columns, features, workspace)
+        return min(rows, pair_sums.strip_rows(count, columns, workspace)), written
 
     def begin(self, tile):
         if tile.queries.dtype == torch.float64:

@@ -57,6 +57,8 @@ from sslkernels.triton_kernels.pair_scores import (
 NOT_SPECIALIZED = ["rows", "columns", "row_tiles", "column_tiles", "count", "partials", "least"]
 # Rows and columns of the largest supertile.
 SUPERTILE = 1024
+# Partials of a row or a column of a supertile: twelve kinds at most, in float32.
+PARTIAL_BYTES = 48
 # Pairs from which a fixed shift pays for its launches.
 FIXED_SHIFT_PAIRS = 1 << 24
 # Terms below the normal numbers of float32 are lost: a sum of n terms is complete to 2^-24 from n times this on.
@@ -327,6 +329,12 @@ def supertile(rows: int, columns: int, chosen: Config, processors: int) -> tuple
         longer = int(tiles[1] > tiles[0])
         tiles[longer] = triton.cdiv(tiles[longer], 2)
     return tiles[0], tiles[1]
+
+
+def strip_rows(count: int, columns: int, workspace: int) -> int:
+    """Rows whose partials fit `workspace` bytes, with those of their columns."""
+    fit = workspace * SUPERTILE // (PARTIAL_BYTES * max(columns, 1))
+    return max(min(count, max(fit // SUPERTILE, 1) * SUPERTILE), 1)
 
 
 def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: tuple[Tensor, Tensor] | None) -> None:
