@@ -338,7 +338,7 @@ class TritonPairs(ReferencePairs):
         if features.dtype == torch.float64:
             return super().strip_rows(count, columns, features, gradient)
         workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
-        rows, written = count, False
+        rows, written = max(count, 1), False
         if gradient:
             rows, written = pair_gradients.strip_rows(count, columns, features, workspace)
         return min(rows, pair_sums.strip_rows(count, columns, workspace)), written

@@ -334,7 +334,7 @@ def supertile(rows: int, columns: int, chosen: Config, processors: int) -> tuple
 def strip_rows(count: int, columns: int, workspace: int) -> int:
     """Rows whose partials fit `workspace` bytes, with those of their columns."""
     fit = workspace * SUPERTILE // (PARTIAL_BYTES * max(columns, 1))
-    return max(min(count, max(fit // SUPERTILE, 1) * SUPERTILE), 1)
+    return min(max(count, 1), max(fit // SUPERTILE, 1) * SUPERTILE)
 
 
 def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: tuple[Tensor, Tensor] | None) -> None:
