@@ -5,6 +5,7 @@ from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
@@ -20,12 +21,16 @@ from sslkernels.version import __version__
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "GaussianSample",
+    "LatentStats",
     "MaskedTokens",
     "__version__",
     "available_backends",
     "clip_loss",
     "contrastive_energy",
     "cross_entropy",
+    "gaussian_kl",
+    "gaussian_rsample",
     "info_nce",
     "linear_cross_entropy",
     "mask_tokens",

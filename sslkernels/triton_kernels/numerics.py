@@ -20,6 +20,18 @@ def exp_flushed(x):
 
 
 @triton.jit
+def exp_any(x):
+    """exp(x) of any x: float32 within 2 ulp, where `tl.exp` loses as many as x / ln 2 has bits before its point, and 0
+    below 2^-125; float64 as `tl.exp`."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    inside = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # NaN stays; its exp is infinite, and 0
+    n = tl.floor(tl.fma(inside, 1.4426950408889634, 0.5))
+    f = tl.fma(inside, 1.925963033500885e-08, tl.fma(inside, 1.4426950216293335, -n))
+    return tl.exp2(f) * 2.0 * tl.exp2(n - 1.0)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 for x <= 0 (Kahan: the rounding of exp(x) cancels in the quotient)."""
     u = tl.exp(x)
