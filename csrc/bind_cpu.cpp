@@ -86,10 +86,9 @@ void gaussian_fwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, Optiona
   advise_output(z);
   advise_output(kl);
   const bool sums = has_sums(forward);
-  torch::stable::parallel_for(0, gaussian_tasks(inputs, sums), gaussian_grain(forward.inputs, sums),
-                              [&](int64_t begin, int64_t end) {
-                                SSLKERNELS_CALL_ISA(gaussian_fwd, forward, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, gaussian_tasks(inputs, sums), gaussian_grain(forward.inputs, sums),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_fwd, forward, begin, end); });
 }
 
 void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
@@ -104,10 +103,9 @@ void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, Optiona
     advise_output(gradient);
   }
   const bool sums = has_sums(backward);
-  torch::stable::parallel_for(0, gaussian_tasks(inputs, sums), gaussian_grain(backward.inputs, sums),
-                              [&](int64_t begin, int64_t end) {
-                                SSLKERNELS_CALL_ISA(gaussian_bwd, backward, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, gaussian_tasks(inputs, sums), gaussian_grain(backward.inputs, sums),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_bwd, backward, begin, end); });
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "element.h"
 #include "fused.h"
@@ -46,7 +45,7 @@ struct GaussianForward {
   Gaussian inputs;
   void* z;
   GaussianSamples z_at;
-  void* kl;       // A (rows, columns), or where by_row (rows, kl_parts): each part the sum of some columns
+  void* kl;  // A (rows, columns), or where by_row (rows, kl_parts): each part the sum of some columns
   bool by_row;
   int64_t kl_parts;
   void* statistics;  // A (blocks, 3, columns): of the rows of a block the sum of kl, the mean of `mean` less that of
@@ -109,7 +108,7 @@ SSLKERNELS_HD A clamp(A value, A low, A high) {
 // exp(d) - 1 and exp(d) - 1 - d, from e = exp(d). (Of a struct of such results gcc 12 makes no vectors.)
 template <class A>
 SSLKERNELS_HD void expm1_terms(A d, A e, A* expm1, A* excess) {
-  constexpr A kMost = std::numeric_limits<A>::max();  // so that infinity is not taken from itself
+  constexpr A kMost = A(1e30);  // so that infinity is not taken from itself
   const A near = d * d * excess_series(d);
   const A far = e - A(1);
   const bool is_near = (d >= A(-1)) & (d <= A(1));

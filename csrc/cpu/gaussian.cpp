@@ -67,7 +67,8 @@ void number_groups(const Gaussian& inputs, const Batch& batch, uint64_t* group) 
   }
 }
 
-// Asks for what the next batch of these rows reads, or writes where kWrite: the hardware foresees no page's first lines.
+// Asks for what the next batch of these rows reads, or writes where kWrite: the hardware foresees no page's first
+// lines.
 template <class T, bool kWrite = false>
 void prefetch_next(const void* rows, int64_t stride, const Batch& batch, int64_t all_rows) {
   const int64_t row = batch.row + batch.rows, left = all_rows - row;
@@ -83,9 +84,8 @@ void prefetch_next(const void* rows, int64_t stride, const Batch& batch, int64_t
 template <class T, class A>
 void load_rows(const GaussianRows& rows, const Batch& batch, A* out) {
   const T* data = static_cast<const T*>(rows.data) + batch.column;
-  batch.for_each_run(rows.stride, [&](int64_t row, int64_t at, int64_t count) {
-    load(data + row * rows.stride, count, out + at);
-  });
+  batch.for_each_run(rows.stride,
+                     [&](int64_t row, int64_t at, int64_t count) { load(data + row * rows.stride, count, out + at); });
 }
 
 template <class T, class A>
@@ -205,8 +205,7 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
   }
   if (!forward.by_row) return store_rows(kl, batch, forward.inputs.columns, static_cast<A*>(forward.kl));
   for (int64_t i = 0; i < batch.rows; ++i) {
-    static_cast<A*>(forward.kl)[(batch.row + i) * forward.kl_parts + chunk] =
-        sum_of(kl + i * batch.pitch, batch.count);
+    static_cast<A*>(forward.kl)[(batch.row + i) * forward.kl_parts + chunk] = sum_of(kl + i * batch.pitch, batch.count);
   }
 }
 
@@ -294,7 +293,7 @@ void add_samples(const GaussianBackward& backward, const Batch& batch, Slopes<A>
     const T* grad_z = static_cast<const T*>(backward.grad_z) + k * backward.z_at.sample_stride + batch.column;
     batch.for_each_run(backward.z_at.row_stride, [&](int64_t row, int64_t at, int64_t count) {
       const T* grad = grad_z + row * backward.z_at.row_stride;
-      A *__restrict mean = slopes.mean + at, *__restrict logvar = slopes.logvar + at;
+      A* __restrict mean = slopes.mean + at, * __restrict logvar = slopes.logvar + at;
       const float* eps = noise + at;
       if (wants_noise) {
 #pragma omp simd
@@ -324,19 +323,18 @@ void load_grad_kl(const GaussianBackward& backward, const Batch& batch, A* out) 
 template <class A>
 void add_kl_slopes(const Gaussian& inputs, int64_t size, const Inputs<A>& values, Slopes<A>& slopes) {
   const A free_bits = A(inputs.free_bits);
-  A *__restrict mean = slopes.mean, *__restrict logvar = slopes.logvar;
-  A *__restrict prior_mean = slopes.prior_mean, *__restrict prior_logvar = slopes.prior_logvar;
+  A* __restrict mean = slopes.mean, * __restrict logvar = slopes.logvar;
+  A* __restrict prior_mean = slopes.prior_mean, * __restrict prior_logvar = slopes.prior_logvar;
   const A* kl = slopes.kl;
-  for_each_element(
-      inputs, size, values,
-      [=](int64_t j, A t, A inverse_scale, A expm1, A excess) __attribute__((always_inline)) {
-        const A grad = divergence(t, excess) < free_bits ? A(0) : kl[j];
-        const A in_mean = grad * t * inverse_scale;
-        mean[j] += in_mean;
-        logvar[j] = fused(grad, expm1, logvar[j]);
-        prior_mean[j] = -in_mean;
-        prior_logvar[j] = A(-0.5) * grad * fused(t, t, expm1);
-      });
+  for_each_element(inputs, size, values,
+                   [=](int64_t j, A t, A inverse_scale, A expm1, A excess) __attribute__((always_inline)) {
+                     const A grad = divergence(t, excess) < free_bits ? A(0) : kl[j];
+                     const A in_mean = grad * t * inverse_scale;
+                     mean[j] += in_mean;
+                     logvar[j] = fused(grad, expm1, logvar[j]);
+                     prior_mean[j] = -in_mean;
+                     prior_logvar[j] = A(-0.5) * grad * fused(t, t, expm1);
+                   });
 }
 
 // Half of twice the slope, and 0 where logvar was clamped; `scratch` is overwritten.

@@ -39,10 +39,10 @@ inline bool has_sums(const GaussianBackward& backward) {
 }  // namespace
 
 // The tasks [begin, end).
-#define SSLKERNELS_DECLARE(isa)                                                        \
-  namespace isa {                                                                      \
-  void gaussian_fwd(const GaussianForward& forward, int64_t begin, int64_t end);       \
-  void gaussian_bwd(const GaussianBackward& backward, int64_t begin, int64_t end);     \
+#define SSLKERNELS_DECLARE(isa)                                                    \
+  namespace isa {                                                                  \
+  void gaussian_fwd(const GaussianForward& forward, int64_t begin, int64_t end);   \
+  void gaussian_bwd(const GaussianBackward& backward, int64_t begin, int64_t end); \
   }
 SSLKERNELS_FOR_EACH_ISA(SSLKERNELS_DECLARE)
 #undef SSLKERNELS_DECLARE

@@ -22,7 +22,7 @@ from sslkernels.triton_kernels.launch import (
     next_power_of_2,
     pointers_aligned,
 )
-from sslkernels.triton_kernels.numerics import exp_any
+from sslkernels.triton_kernels.numerics import exp_any, expm1_terms
 from sslkernels.triton_kernels.philox import group_words
 
 ROWS_OF_BLOCK = 64  # that become one partial sum of a column
@@ -96,40 +96,6 @@ def _normals(seed, number, sample, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _excess_series(d):
-    """(exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., to below a rounding."""
-    if d.dtype == tl.float64:
-        p = 8.22063524662433e-18 * d + 1.5619206968586225e-16
-        p = p * d + 2.8114572543455206e-15
-        p = p * d + 4.779477332387385e-14
-        p = p * d + 7.647163731819816e-13
-        p = p * d + 1.1470745597729725e-11
-        p = p * d + 1.6059043836821613e-10
-        p = p * d + 2.08767569878681e-09
-        p = p * d + 2.505210838544172e-08
-    else:
-        p = d * 0.0 + 2.505210838544172e-08
-    p = p * d + 2.755731922398589e-07
-    p = p * d + 2.7557319223985893e-06
-    p = p * d + 2.48015873015873e-05
-    p = p * d + 0.0001984126984126984
-    p = p * d + 0.001388888888888889
-    p = p * d + 0.008333333333333333
-    p = p * d + 0.041666666666666664
-    p = p * d + 0.16666666666666666
-    return p * d + 0.5
-
-
-@triton.jit
-def _expm1_terms(d, e):
-    """exp(d) - 1 and exp(d) - 1 - d, from e = exp(d)."""
-    near = d * d * _excess_series(d)
-    is_near = tl.abs(d) <= 1.0
-    finite = tl.where(d > 1e30, 1e30, d)  # so that infinity is not taken from itself
-    return tl.where(is_near, d + near, e - 1.0), tl.where(is_near, near, e - 1.0 - finite)
-
-
-@triton.jit
 def _divergence(
     mean, logvar, scale, prior_mean_ptr, prior_logvar_ptr, prior_mean_stride, prior_logvar_stride,
     first, column, row, col, valid, PRIOR: tl.constexpr, ACC: tl.constexpr,
@@ -141,11 +107,11 @@ def _divergence(
         d = logvar - prior_logvar
         inverse_scale = exp_any(-0.5 * prior_logvar)
         t = (mean - prior_mean) * inverse_scale
-        expm1, excess = _expm1_terms(d, exp_any(d))
+        expm1, excess = expm1_terms(d, exp_any(d))
     else:
         inverse_scale = tl.full(mean.shape, 1.0, ACC)
         t = mean
-        expm1, excess = _expm1_terms(logvar, scale * scale)
+        expm1, excess = expm1_terms(logvar, scale * scale)
     return t, inverse_scale, expm1, 0.5 * (t * t + excess)
 
 
@@ -218,7 +184,7 @@ def gaussian_fwd_kernel(
             kl_sum += tl.sum(tl.where(exists, tl.reshape(kl, (ROWS, COLS)), 0.0), 0)
             pivot = tl.load(mean_ptr + column + col, mask=valid, other=0.0).to(ACC)
             moved = tl.where(exists, tl.reshape(mean - pivot, (ROWS, COLS)), 0.0)
-            own = tl.sum(moved, 0) / tl.maximum(count, 1).to(ACC)
+            own = tl.sum(moved, 0) * (1.0 / tl.maximum(count, 1).to(ACC))
             distance = tl.where(exists, moved - own[None, :], 0.0)
             seen = tl.full((), step * ROWS, ACC)
             weight = count.to(ACC) / tl.maximum(seen + count.to(ACC), 1.0)

@@ -32,6 +32,40 @@ def exp_any(x):
 
 
 @triton.jit
+def _excess_series(d):
+    """(exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., to below a rounding."""
+    if d.dtype == tl.float64:
+        p = 8.22063524662433e-18 * d + 1.5619206968586225e-16
+        p = p * d + 2.8114572543455206e-15
+        p = p * d + 4.779477332387385e-14
+        p = p * d + 7.647163731819816e-13
+        p = p * d + 1.1470745597729725e-11
+        p = p * d + 1.6059043836821613e-10
+        p = p * d + 2.08767569878681e-09
+        p = p * d + 2.505210838544172e-08
+    else:
+        p = d * 0.0 + 2.505210838544172e-08
+    p = p * d + 2.755731922398589e-07
+    p = p * d + 2.7557319223985893e-06
+    p = p * d + 2.48015873015873e-05
+    p = p * d + 0.0001984126984126984
+    p = p * d + 0.001388888888888889
+    p = p * d + 0.008333333333333333
+    p = p * d + 0.041666666666666664
+    p = p * d + 0.16666666666666666
+    return p * d + 0.5
+
+
+@triton.jit
+def expm1_terms(d, e):
+    """exp(d) - 1 and exp(d) - 1 - d, from e = exp(d)."""
+    near = d * d * _excess_series(d)
+    is_near = tl.abs(d) <= 1.0
+    finite = tl.where(d > 1e30, 1e30, d)  # so that infinity is not taken from itself
+    return tl.where(is_near, d + near, e - 1.0), tl.where(is_near, near, e - 1.0 - finite)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 for x <= 0 (Kahan: the rounding of exp(x) cancels in the quotient)."""
     u = tl.exp(x)
