@@ -219,7 +219,7 @@ def markdown(results: list[Result], seed: int, parts: int) -> str:
     lines = [
         "# Quality of the random streams",
         "",
-        f"2^{drawn:g} draws of each stream with seed {seed}, of them 2^{paired:g} for independence (`make rng-report`).",
+        f"2^{drawn:g} draws of each stream, seed {seed}; 2^{paired:g} of them for independence (`make rng-report`).",
         "The probability is that of a value as extreme if the numbers are what they should be; a row fails below",
         f"{ALPHA:g}. There are {len(results)} rows, and the smallest probability is {smallest:.2g}. The distance of",
         f"distribution functions would show an error of {dkw(n):.2g} in the probability of any interval from below.",
