@@ -17,12 +17,12 @@ from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.pair_gradients import add_gradients
 from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
-from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.random_streams import random_stream
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
