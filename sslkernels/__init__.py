@@ -9,12 +9,14 @@ from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.random_bits import random_bits
+from sslkernels.ops.vector_quantize import Quantized, vector_quantize
 from sslkernels.version import __version__
 
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
     "MaskedTokens",
+    "Quantized",
     "__version__",
     "available_backends",
     "clip_loss",
@@ -29,4 +31,5 @@ __all__ = [
     "random_bits",
     "siglip_loss",
     "use_backend",
+    "vector_quantize",
 ]
