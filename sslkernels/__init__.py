@@ -8,7 +8,13 @@ from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
-from sslkernels.ops.random_bits import random_bits
+from sslkernels.ops.random_streams import (
+    random_bits,
+    random_exponential,
+    random_gumbel,
+    random_normal,
+    random_uniform,
+)
 from sslkernels.ops.vector_quantize import Quantized, vector_quantize
 from sslkernels.version import __version__
 
@@ -29,6 +35,10 @@ __all__ = [
     "nn",
     "nt_xent",
     "random_bits",
+    "random_exponential",
+    "random_gumbel",
+    "random_normal",
+    "random_uniform",
     "siglip_loss",
     "use_backend",
     "vector_quantize",

@@ -22,7 +22,7 @@ from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.pair_gradients import add_gradients
 from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
-from sslkernels.triton_kernels.random_bits import random_bits
+from sslkernels.triton_kernels.random_streams import random_stream
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
 
@@ -86,7 +86,7 @@ def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
     special = torch.zeros(2, columns, dtype=torch.bool) if every else None
     words = torch.zeros(2, columns, dtype=id_dtype) if every else None
     row_ids = torch.zeros(2, dtype=torch.int64) if every else None
-    random_bits(seed, row_ids, 2, columns, 2**40 if every else 0)
+    random_stream("normal", seed, row_ids, 2, columns, 2**40 if every else 0, torch.bfloat16)
     thresholds = (2**32, 2**31, 5, 2**32, 2**32)
     for chained in (False, True):
         args = (ids, seed, special, words if chained else None, row_ids, ids, ids, *thresholds)

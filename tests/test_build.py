@@ -51,7 +51,7 @@ def test_no_path_of_the_build_machine_is_kept():
 @needs_cuda_kernels
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
-    ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens", "own_negatives")
+    ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
     for op in (*ops, "negative_sampling_fwd", "weighted_row_sums"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
@@ -88,7 +88,7 @@ def machine_code():
 def test_cuda_kernels_do_not_spill(machine_code):
     built = {int(re.sub("[a-z]", "", a)) for a in native.extension.build_info()["cuda_architectures"]}
     assert {kernel.architecture for kernel in machine_code} == built
-    for name in ("cross_entropy_rows_fwd_kernel", "random_bits_kernel", "mask_tokens_chain_kernel"):
+    for name in ("cross_entropy_rows_fwd_kernel", "random_stream_kernel", "mask_tokens_chain_kernel"):
         assert any(name in kernel.name for kernel in machine_code)
     for kernel in machine_code:
         assert kernel.spilled == 0, kernel
@@ -107,7 +107,7 @@ def test_memory_is_accessed_by_16_bytes(machine_code):
     for kernel in machine_code:
         if kernel.name.startswith(("column_sums_finish", "store_ranges")):
             continue  # neighbours a thread each
-        if not kernel.name.startswith("random_bits"):
+        if not kernel.name.startswith("random_stream"):
             assert kernel.wide_loads > 0, kernel
         if not kernel.name.startswith("column_sums"):
             assert kernel.wide_stores > 0, kernel

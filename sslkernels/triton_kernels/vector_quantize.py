@@ -22,6 +22,14 @@ from sslkernels.triton_kernels.launch import (
 ELEMENTS = 2048  # of a block of rows
 
 
+@triton.jit
+def _rounded_to(values, dtype: tl.constexpr):
+    """From float64 by way of float32, as torch converts."""
+    if dtype != tl.float64:
+        values = values.to(tl.float32)
+    return values.to(dtype)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gather_codes_kernel(
     input, codebook, index, score, values, distance, rows, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
@@ -38,11 +46,11 @@ def gather_codes_kernel(
         inside = valid[:, None] & (column < dim)[None, :]
         at = row[:, None] * dim + column[None, :]
         x = tl.load(input + at, inside, other=0.0).to(acc)
-        c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0)
-        difference = x - c.to(acc)
+        c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
+        difference = x - c
         total += tl.sum(difference * difference, 1)
         c = tl.where(is_nan[:, None], float("nan"), c)
-        tl.store(values + at, c.to(values.dtype.element_ty), inside)
+        tl.store(values + at, _rounded_to(c, values.dtype.element_ty), inside)
     tl.store(distance + row, tl.where(is_nan, float("nan"), total), valid)
 
 
@@ -60,7 +68,7 @@ def code_difference_kernel(
     at = row[:, None] * dim + column[None, :]
     x = tl.load(input + at, inside, other=0.0).to(acc)
     c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
-    tl.store(out + at, (scale[:, None] * (x - c)).to(out.dtype.element_ty), inside)
+    tl.store(out + at, _rounded_to(scale[:, None] * (x - c), out.dtype.element_ty), inside)
 
 
 def config(dim: int) -> Config:
