@@ -91,7 +91,8 @@ class Kernels(NamedTuple):
         """Of the distances, whose gradient is half of `coefficient`. A code gets codebook_weight times its own."""
         grad_input, grad_codebook = _empty_gradients(input, codebook, want_input, want_codebook)
         if not want_codebook:
-            self.difference(coefficient, input, codebook, indices, grad_input)
+            if want_input:
+                self.difference(coefficient, input, codebook, indices, grad_input)
             return grad_input, grad_codebook
         rows = input.new_empty(input.shape, dtype=coefficient.dtype)
         self.difference(coefficient, input, codebook, indices, rows)

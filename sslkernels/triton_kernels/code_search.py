@@ -33,7 +33,7 @@ from sslkernels.triton_kernels.launch import (
 )
 from sslkernels.triton_kernels.pair_scores import block_products, feature_offsets, splits
 
-METRIC_L2, METRIC_COSINE = 0, 1
+METRIC_L2, METRIC_COSINE, METRIC_DOT = 0, 1, 2
 L2 = tl.constexpr(METRIC_L2)
 COSINE = tl.constexpr(METRIC_COSINE)
 NOT_SPECIALIZED = ["rows", "codes", "tiles_per_split", "splits", "count"]
@@ -47,7 +47,7 @@ SMALLEST_NORM = tl.constexpr(2.0**-100)
 # Added to the norms: for subnormal numbers that are flushed to zero in a product.
 NORM_FLOOR = tl.constexpr(2.0**-100)
 NONE = tl.constexpr(2147483647)
-EXACT_ELEMENTS = 4096  # of float64 that a program of the second kernel holds
+EXACT_ELEMENTS = 2048  # of float64 that a program of the second kernel holds
 NORM_ROWS = 16
 
 
@@ -276,26 +276,32 @@ def aot_signatures() -> Iterator[AotEntry]:
     floats = ("norm", "factor", "constant", "number", "best_out", "second_out", "bound_out", "norm_out", "constant_out")
     types |= dict.fromkeys((*floats, "number_out", "best_in", "second_in", "bound_in"), "*fp32")
     types |= {"index_out": "*i32", "index_in": "*i32", "score_out": "*fp64"}
-    for dtype, name in DTYPE_NAMES.items():
-        if dtype == torch.float64:
-            continue
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    for dtype, metric, codes, dim in (
+        (bf16, METRIC_L2, 8192, 64),
+        (bf16, METRIC_COSINE, 1024, 256),
+        (bf16, METRIC_DOT, 512, 100),
+        (fp16, METRIC_L2, 8192, 64),
+        (fp32, METRIC_L2, 8192, 64),
+        (fp32, METRIC_DOT, 512, 100),
+    ):
+        name = DTYPE_NAMES[dtype]
         of_dtype = types | dict.fromkeys(("input", "codebook", "vectors"), f"*{name}")
-        for metric, dim, codes in ((METRIC_L2, 64, 8192), (METRIC_COSINE, 256, 1024), (2, 100, 512)):
-            label = f"{name}-{metric}-{codes}x{dim}"
-            for generation in ((8, 0), (9, 0), (10, 0)):
-                chosen = config(65536, codes, dim, dtype, generation)
-                constants = {"DIM": dim, "METRIC": metric, **chosen.constexprs}
-                entry = pointers_aligned(
-                    f"code-search-{label}", best_codes_kernel, of_dtype, constants, chosen.options
-                )
-                yield entry._replace(architectures=(10 * generation[0],))
-            exact, norms = exact_config(dim), norm_config(dim)
-            constants = {"TILE": 128, "METRIC": metric, **exact.constexprs}
-            resolve = of_dtype | {"index_out": "*i64"}
-            entry = pointers_aligned(f"resolve-codes-{label}", resolve_codes_kernel, resolve, constants, exact.options)
-            yield dim_aligned(entry) if dim % 16 == 0 else entry
-            constants = {"METRIC": metric, **norms.constexprs}
-            if metric != METRIC_L2:
-                constants |= {} if metric == METRIC_COSINE else {"constant_out": None, "number_out": None}
-            entry = pointers_aligned(f"code-norms-{label}", code_norms_kernel, of_dtype, constants, norms.options)
+        label = f"{name}-{('l2', 'cosine', 'dot')[metric]}-{codes}x{dim}"
+        for generation in ((8, 0), (9, 0), (10, 0)):
+            chosen = config(65536, codes, dim, dtype, generation)
+            constants = {"DIM": dim, "METRIC": metric, **chosen.constexprs}
+            entry = pointers_aligned(f"code-search-{label}", best_codes_kernel, of_dtype, constants, chosen.options)
+            yield entry._replace(architectures=(10 * generation[0],))
+    for dtype, metric, dim in ((fp32, METRIC_L2, 64), (bf16, METRIC_COSINE, 256), (fp16, METRIC_DOT, 100)):
+        name = DTYPE_NAMES[dtype]
+        of_dtype = types | dict.fromkeys(("input", "codebook", "vectors"), f"*{name}") | {"index_out": "*i64"}
+        exact, norms = exact_config(dim), norm_config(dim)
+        rows_alone = {"constant_out": None, "number_out": None} if metric == METRIC_DOT else {}
+        for label, kernel, constants, options in (
+            ("resolve-codes", resolve_codes_kernel, {"TILE": 128, **exact.constexprs}, exact.options),
+            ("code-norms", code_norms_kernel, norms.constexprs | rows_alone, norms.options),
+        ):
+            constants = {"METRIC": metric, **constants}
+            entry = pointers_aligned(f"{label}-{name}-{dim}", kernel, of_dtype, constants, options)
             yield dim_aligned(entry) if dim % 16 == 0 else entry

@@ -19,7 +19,7 @@ from sslkernels.triton_kernels.launch import (
     pointers_aligned,
 )
 
-ELEMENTS = 2048  # of a block of rows
+ELEMENTS = 1024  # of a block of rows
 
 
 @triton.jit
@@ -104,13 +104,12 @@ def code_difference(coefficient: Tensor, input: Tensor, codebook: Tensor, index:
 
 
 def aot_signatures() -> Iterator[AotEntry]:
-    for dtype, name in DTYPE_NAMES.items():
+    for (dtype, name), dim in zip(DTYPE_NAMES.items(), (64, 300, 100, 64), strict=True):
         acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
         types = dict.fromkeys(("rows", "dim"), "i32") | dict.fromkeys(("distance", "coefficient"), acc)
         types |= {"input": f"*{name}", "codebook": acc, "index": "*i64", "score": "*fp64"}
         types |= dict.fromkeys(("values", "out"), f"*{name}")
-        for kernel, label in ((gather_codes_kernel, "gather_codes"), (code_difference_kernel, "code_difference")):
-            for dim in (64, 300):
-                chosen = config(dim)
-                entry = pointers_aligned(f"{label}-{name}-{dim}", kernel, types, chosen.constexprs, chosen.options)
-                yield dim_aligned(entry) if dim % 16 == 0 else entry
+        chosen = config(dim)
+        for kernel, label in ((gather_codes_kernel, "gather-codes"), (code_difference_kernel, "code-difference")):
+            entry = pointers_aligned(f"{label}-{name}-{dim}", kernel, types, chosen.constexprs, chosen.options)
+            yield dim_aligned(entry) if dim % 16 == 0 else entry

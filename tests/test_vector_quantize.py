@@ -1,0 +1,556 @@
+"""vector_quantize: the exact code, the gradients, and what a user could lose."""
+
+from __future__ import annotations
+
+import itertools
+
+import code_oracle
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES
+from torch.utils.checkpoint import checkpoint
+
+import sslkernels as sk
+from benchmarks import memory
+from sslkernels.ops import code_search
+from sslkernels.ops.vector_quantize import code_sums, vector_quantize_bwd, vector_quantize_fwd
+
+OP = "vector_quantize"
+METRICS = ("l2", "cosine", "dot")
+BELOW_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(device, rows, codes, dim, dtype=torch.float32, code_dtype=None, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x, c = (torch.randn(n, dim, generator=g, dtype=torch.float64) for n in (rows, codes))
+    return x.to(device, dtype), c.to(device, code_dtype or dtype)
+
+
+def interpreted(backend, device):
+    return backend == "triton" and device == "cpu"
+
+
+def check(x, c, metric, *, ties=False):
+    """The index is that of brute force in float64, but for scores that float64 cannot tell apart; ties: nor for those,
+    because they are exact."""
+    quantized = sk.vector_quantize(x, c, metric=metric)
+    same = torch.equal(quantized.indices, code_oracle.indices(x, c, metric))
+    assert same or (not ties and code_oracle.tied(x, c, quantized.indices, metric))
+    return quantized
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 2, 1), (37, 53, 19), (40, 64, 32), (7, 300, 65), (130, 17, 8), (5, 9, 300)], ids=str
+)
+def test_against_brute_force(backend, shape, dtype, metric, device):
+    x, c = draw(device, *shape, dtype)
+    got = check(x, c, metric)
+    assert got.values.dtype == dtype and got.indices.dtype == got.usage.dtype == torch.int64
+    assert torch.equal(got.values, c[got.indices])
+    assert torch.equal(got.usage, torch.bincount(got.indices, minlength=shape[1]))
+    assert got.commitment.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    truth = F.mse_loss(x.double(), c[got.indices].double())
+    torch.testing.assert_close(got.commitment.double(), truth, rtol=8 * torch.finfo(torch.float32).eps, atol=0)
+    perplexity = torch.exp(-torch.special.xlogy(got.usage / shape[0], got.usage / shape[0]).sum())
+    torch.testing.assert_close(got.perplexity, perplexity)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("code_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_input_and_codebook_of_different_dtypes(backend, dtype, code_dtype, metric, device):
+    x, c = draw(device, 21, 40, 12, dtype, code_dtype)
+    got = check(x, c, metric)
+    assert torch.equal(got.values, c[got.indices].to(dtype))
+    assert got.commitment.dtype == (torch.float64 if torch.float64 in (dtype, code_dtype) else torch.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
+def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
+    """Duplicates, and codes on a grid that are as far from a row without being equal."""
+    g = torch.Generator().manual_seed(0)
+    x, grid = (torch.randint(-2, 3, (n, 3), generator=g).to(device, dtype) for n in (90, 200))
+    check(x, grid, metric, ties=True)
+    x, c = draw(device, 60, 9, 20, dtype)
+    repeated = torch.cat([c, c.flip(0), c])
+    got = check(x, repeated, metric, ties=True)
+    assert got.indices.max() < 9
+    assert not check(x, c[:1].expand(130, 20), metric, ties=True).indices.any()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
+def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
+    """A product in float32 cannot tell them apart, and bfloat16 products of matrix units even less."""
+    x, c = draw(device, 60, 8, 24, dtype)
+    c = c.repeat(12, 1)
+    some = torch.arange(8, 96, device=device)
+    column = (some * 7) % 24
+    c[some, column] = torch.nextafter(c[some, column], torch.full_like(c[some, column], float("inf")))
+    x = (c[torch.arange(60, device=device) * 3 % 96].double() + 0.02 * x.double()).to(dtype)
+    check(x, c, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_a_large_common_offset(backend, offset, metric, device):
+    """Where the expanded square of a distance has no digits left."""
+    x, c = draw(device, 50, 70, 17)
+    check(x + offset, c + offset, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-16, 1e12, 1e25, 1e37])
+def test_magnitudes_whose_squares_float32_does_not_hold(backend, scale, metric, device):
+    x, c = draw(device, 30, 40, 9)
+    for rows, codes in ((x * scale, c * scale), (x * scale, c), (x, c * scale)):
+        check(rows, codes, metric)
+    spread = torch.logspace(-30, 30, 40, device=device)[:, None]
+    check(x, c * spread, metric)
+    check(x * spread[:30], c, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e155, 1e300])
+def test_magnitudes_whose_squares_float64_does_not_hold(backend, scale, metric, device):
+    """The cosine has no scale; distances and products beyond the numbers are equal, which is not an error."""
+    x, c = draw(device, 30, 40, 9, torch.float64)
+    got = sk.vector_quantize(x, c * scale, metric=metric)
+    if metric == "cosine":
+        assert torch.equal(got.indices, code_oracle.indices(x, c, metric))
+    assert got.indices.min() >= 0 and got.indices.max() < 40
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_zero_rows_and_zero_codes(backend, metric, device):
+    x, c = draw(device, 12, 20, 6)
+    x[::3], c[4:9] = 0, 0
+    got = check(x, c, metric)
+    if metric == "l2":
+        assert (got.indices[::3] == 4).all()
+    else:
+        assert not got.indices[::3].any()  # every score is 0
+    check(-x.abs(), c.abs(), metric)  # of negative scores those of zero codes are best
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_is_not_finite(backend, dtype, metric, device):
+    """A row with NaN has no code, and says so in its values; a code with NaN is found by every row; infinite ones are
+    as far as they are. Nothing else changes."""
+    x, c = draw(device, 20, 30, 7, dtype)
+    expected = sk.vector_quantize(x, c, metric=metric)
+    x[3, 2], x[11] = float("nan"), float("nan")
+    got = sk.vector_quantize(x, c, metric=metric)
+    touched = torch.zeros(20, dtype=torch.bool, device=device)
+    touched[[3, 11]] = True
+    assert torch.equal(got.indices, expected.indices.masked_fill(touched, 0))
+    assert torch.equal(got.values.isnan(), touched[:, None].expand(20, 7))
+    assert torch.equal(got.values[~touched], expected.values[~touched])
+    assert got.commitment.isnan()
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        for rows, codes in ((x.clone(), c), (x, c.clone()), (x.clone(), c.clone())):
+            if rows is not x:
+                rows[5, 1] = bad
+            if codes is not c:
+                codes[[13, 21], 1] = bad
+            found = sk.vector_quantize(rows, codes, metric=metric)
+            scores = torch.from_numpy(code_oracle.scores(rows, codes, metric)).to(device)
+            assert torch.equal(found.indices, code_oracle.indices(rows, codes, metric))
+            assert torch.equal(found.values[:, 0].isnan(), scores.isnan().any(1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_codes_that_are_all_nan(backend, metric, device):
+    x, c = draw(device, 9, 2300 if not interpreted(backend, device) else 40, 4)
+    got = sk.vector_quantize(x, torch.full_like(c, float("nan")), metric=metric)
+    assert not got.indices.any() and got.values.isnan().all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_code_and_many(backend, metric, device):
+    x, c = draw(device, 25, 1, 16)
+    assert not check(x, c, metric).indices.any()
+    if interpreted(backend, device):
+        return
+    x, c = draw(device, 40, 65536, 16)
+    c[60000:] = c[:5536]
+    check(x, c, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("workspace", [64, 4096])
+def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, device):
+    """Codes of a later tile are compared with those of an earlier one; neither rows nor codes are multiples."""
+    if backend != "cpu":
+        pytest.skip("the tiles of the CPU")
+    monkeypatch.setattr(code_search, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(code_search, "TILE_CODES", 70)
+    for dtype in DTYPES:
+        x, c = draw(device, 101, 333, 13, dtype)
+        c[200:] = c[:133]
+        check(x, c, metric, ties=dtype != torch.float64)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_as_wrong_as_they_may_be(dtype, metric, monkeypatch, device):
+    """Each product off by the bound of a matmul's roundings, D u |x| |c|: the codes stay exact."""
+    if "cpu" not in sk.available_backends(OP, device):
+        pytest.skip("the CPU's search")
+    exact_mm = torch.mm
+
+    def rough_mm(a, b, *, out):
+        exact_mm(a, b, out=out)
+        sign = torch.randint(0, 2, out.shape) * 2.0 - 1
+        out.add_(sign * (a.shape[1] * 2.0**-24) * a.norm(dim=1)[:, None] * b.norm(dim=0))
+
+    x, c = draw(device, 200, 150, 64, dtype)
+    c = torch.cat([c, c + (1e-6 if dtype == torch.float32 else 1e-2) * torch.randn(150, 64)]).to(dtype)
+    monkeypatch.setattr(torch, "mm", rough_mm)
+    with sk.use_backend("cpu"):
+        check(x, c, metric)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_matmuls_of_reduced_precision(precision, monkeypatch, device):
+    """Where torch may round the operands of a float32 matmul, the bound of its error is wider."""
+    if "cpu" not in sk.available_backends(OP, device):
+        pytest.skip("the CPU's search")
+    x, c = draw(device, 100, 200, 32)
+    c[100:] = c[:100] + 1e-4
+    exact_mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out: exact_mm(a.bfloat16().float(), b.bfloat16().float(), out=out))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+    try:
+        with sk.use_backend("cpu"):
+            for metric in METRICS:
+                check(x, c, metric)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def test_flushed_subnormals(device):
+    if device != "cpu" or not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush them")
+    try:
+        x, c = draw(device, 20, 30, 5)
+        with sk.use_backend("cpu"):
+            for scale in (1e-19, 1e-30, 1e-37):
+                check(x * scale, c, "dot")
+                check(x * scale, c, "cosine")
+                check(x * scale, c * scale, "l2")
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 0, 2)], ids=str)
+def test_no_rows(backend, shape, device):
+    x = torch.randn(*shape, 4, device=device, requires_grad=True)
+    c = torch.randn(5, 4, device=device, requires_grad=True)
+    got = sk.vector_quantize(x, c, straight_through=False, codebook_weight=1.0)
+    assert got.values.shape == x.shape and got.indices.shape == shape
+    assert got.commitment.isnan()
+    assert not got.usage.any()
+    grads = torch.autograd.grad(got.values.sum() + 0 * got.commitment, (x, c), allow_unused=True)
+    assert grads[0].shape == x.shape and torch.equal(grads[1], torch.zeros_like(c))
+
+
+def test_leading_dimensions_and_strides(backend, device):
+    x, c = draw(device, 24, 10, 6)
+    expected = sk.vector_quantize(x, c)
+    for view in (x.reshape(2, 3, 4, 6), x.t().contiguous().t().reshape(4, 6, 6), torch.cat([x, x], 1)[:, :6]):
+        got = sk.vector_quantize(view, torch.cat([c, c], 1)[:, :6])
+        assert torch.equal(got.indices, expected.indices.reshape(view.shape[:-1]))
+        assert torch.equal(got.values, expected.values.reshape(view.shape))
+    one = sk.vector_quantize(x[5], c)
+    assert one.indices.shape == () and one.indices == expected.indices[5]
+    same = sk.vector_quantize(c, c)
+    assert torch.equal(same.indices, torch.arange(10, device=device)) and same.commitment == 0
+
+
+OPTIONS = [(st, weight) for st in (True, False) for weight in (0.0, 1.0, 4.0)]
+
+
+def graded(x, c, straight_through, weight, function, seed=3):
+    """Gradients of a loss of values and commitment with a grad_output that is not 1."""
+    leaves = [t for t in (x, c) if t.requires_grad]
+    values, commitment = function(x, c, straight_through, weight)
+    g = torch.Generator().manual_seed(seed)
+    direction = torch.randn(values.shape, generator=g, dtype=torch.float64).to(values)
+    loss = (values * direction).sum().double() + 3 * commitment.double()
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def ours(x, c, straight_through, weight):
+    got = sk.vector_quantize(x, c, straight_through=straight_through, codebook_weight=weight)
+    return got.values, got.commitment
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
+def test_gradients_against_float64(backend, straight_through, weight, dtype, device):
+    x, c = (t.requires_grad_() for t in draw(device, 60, 9, 20, dtype))
+    got = graded(x, c, straight_through, weight, ours)
+    exact = [t.detach().double().requires_grad_() for t in (x, c)]
+    truth = graded(*exact, straight_through, weight, code_oracle.quantized)
+    for leaf, grad, true in zip((x, c), got, truth, strict=True):
+        if true is None or not true.any():
+            assert grad is None or not grad.any()
+            continue
+        assert grad.dtype == dtype and grad.shape == leaf.shape
+        assert oracle.error(grad, true) < 2 * torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
+def test_every_subset_of_inputs_gets_the_same_gradients(backend, straight_through, weight, device):
+    x, c = draw(device, 30, 7, 5)
+    full = graded(x.clone().requires_grad_(), c.clone().requires_grad_(), straight_through, weight, ours)
+    for wanted in ((True, False), (False, True)):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip((x, c), wanted, strict=True)]
+        expected = full[wanted.index(True)]
+        if wanted == (False, True) and straight_through and weight == 0:
+            assert not any(part.requires_grad for part in ours(*leaves, straight_through, weight))
+            continue
+        (got,) = graded(*leaves, straight_through, weight, ours)
+        assert torch.equal(got, expected)
+    assert not any(part.requires_grad for part in ours(x, c, straight_through, weight))
+
+
+def test_a_codebook_that_learns_nothing_is_told(backend, device):
+    """The loss of straight-through values has no gradient in the codebook: it raises instead of leaving it as it is."""
+    x, c = draw(device, 30, 7, 5)
+    got = sk.vector_quantize(x, c.requires_grad_())
+    for loss in (got.values.sum(), got.commitment):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss.backward()
+    for trained in (
+        sk.vector_quantize(x, c, codebook_weight=1.0).commitment,
+        F.mse_loss(sk.vector_quantize(x, c, straight_through=False).values, x),
+    ):
+        (grad,) = torch.autograd.grad(trained, c)
+        codes = F.embedding(got.indices, c)
+        torch.testing.assert_close(grad, torch.autograd.grad(F.mse_loss(codes, x), c)[0])
+
+
+def test_the_loss_of_vq_vae(backend, device):
+    x, c = (t.requires_grad_() for t in draw(device, 40, 6, 8))
+    got = 0.25 * sk.vector_quantize(x, c, codebook_weight=4.0).commitment
+    codes = F.embedding(sk.vector_quantize(x, c).indices, c)
+    loss = F.mse_loss(codes, x.detach()) + 0.25 * F.mse_loss(x, codes.detach())
+    for a, b in zip(torch.autograd.grad(got, (x, c)), torch.autograd.grad(loss, (x, c)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_straight_through_gradient_is_the_identity(backend, device):
+    x, c = draw(device, 12, 5, 6, torch.float16)
+    x.requires_grad_()
+    for grad in (torch.randn(12, 6), torch.randn(6, 12).t(), torch.ones(1, 1).expand(12, 6)):
+        grad = grad.to(device, torch.float16)
+        (got,) = torch.autograd.grad(sk.vector_quantize(x, c).values, x, grad)
+        assert torch.equal(got, grad)
+
+
+@pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
+def test_second_backward_gives_the_same_gradients(backend, straight_through, weight, device):
+    x, c = (t.requires_grad_() for t in draw(device, 30, 7, 5))
+    got = sk.vector_quantize(x, c, straight_through=straight_through, codebook_weight=weight)
+    loss = got.values.square().sum() + 2 * got.commitment
+    first = torch.autograd.grad(loss, (x, c), retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(loss, (x, c), allow_unused=True)
+    for one, two in zip(first, second, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
+
+
+def test_a_codebook_changed_before_backward_is_noticed(backend, device):
+    x, c = draw(device, 30, 7, 5)
+    got = sk.vector_quantize(x.requires_grad_(), c)
+    c.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.commitment.backward()
+
+
+def test_half_precision_gradient_of_a_mean_over_many_rows(backend, device):
+    """2 / (N D) is far below what float16 holds, until the loss scale multiplies it."""
+    rows = 300 if interpreted(backend, device) else 30000
+    x, c = (t.requires_grad_() for t in draw(device, rows, 8, 8, torch.float16))
+    got = torch.autograd.grad(65536.0 * sk.vector_quantize(x, c, codebook_weight=1.0).commitment, (x, c))
+    exact = [t.detach().double().requires_grad_() for t in (x, c)]
+    truth = torch.autograd.grad(65536.0 * code_oracle.quantized(*exact, codebook_weight=1.0)[1], exact)
+    for grad, true in zip(got, truth, strict=True):
+        assert oracle.error(grad, true) < torch.finfo(torch.float16).eps
+
+
+def test_double_backward(backend, device):
+    """Through the identity it is the identity; what is not implemented raises."""
+    x, c = (t.requires_grad_() for t in draw(device, 10, 4, 3))
+    (grad,) = torch.autograd.grad(sk.vector_quantize(x, c).values.pow(2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert torch.equal(second, torch.full_like(x, 2.0))
+    for loss in (
+        sk.vector_quantize(x, c, codebook_weight=1.0).commitment,
+        sk.vector_quantize(x, c, straight_through=False).values.pow(2).sum(),
+    ):
+        (grad,) = torch.autograd.grad(loss, c, create_graph=True)
+        with pytest.raises(NotImplementedError, match="vector_quantize: double backward"):
+            (grad.square().sum() + c.square().sum()).backward()
+
+
+def test_bitwise_equal_from_run_to_run(backend, device):
+    rows = 40 if interpreted(backend, device) else 4000
+    x, c = (t.requires_grad_() for t in draw(device, rows, 30, 33, torch.float16))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, threads):
+            torch.set_num_threads(count)
+            got = sk.vector_quantize(x, c, codebook_weight=2.0)
+            grads = torch.autograd.grad(got.commitment, (x, c), retain_graph=True)
+            results.append((*got, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_memory(backend, device):
+    """No (N, K) tensor, of 512 MiB here: the workspace, what there is for each row and each code, and the results."""
+    if backend == "reference" or interpreted(backend, device):
+        pytest.skip("it holds scores by the thousand rows; the interpreter copies tensors")
+    x, c = draw(device, 16384, 8192, 8)
+    run = lambda: sk.vector_quantize(x, c)  # noqa: E731
+    run()
+    peak, _ = memory.peak_extra(run, torch.device(device))
+    if peak is None:
+        pytest.skip("this system has no resettable peak resident set")
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_equals_eager(backend, dynamic, device):
+    torch._dynamo.reset()
+
+    def step(x, c):
+        got = sk.vector_quantize(2 * x, c, metric="cosine", codebook_weight=4.0)
+        learned = sk.vector_quantize(x, c, straight_through=False)
+        return got.values.square().sum() + got.commitment + learned.values.sum(), got.indices, got.perplexity
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for rows in (13, 9):
+        x, c = (t.requires_grad_() for t in draw(device, rows, 12, 6))
+        (loss, *rest), (expected, *rest_expected) = compiled(x, c), step(x, c)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(rest, rest_expected)
+        for a, b in zip(torch.autograd.grad(loss, (x, c)), torch.autograd.grad(expected, (x, c)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_with_one_tensor_twice(device):
+    torch._dynamo.reset()
+    x = torch.randn(7, 5, device=device, requires_grad=True)
+
+    def step(x):
+        return sk.vector_quantize(x, x, codebook_weight=1.0, straight_through=False).values.square().sum()
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(backend, use_reentrant, device):
+    x, c = (t.requires_grad_() for t in draw(device, 20, 6, 5))
+
+    def head(x, c):
+        got = sk.vector_quantize(x.tanh(), c, codebook_weight=1.0)
+        return got.values.square().sum() + got.commitment
+
+    expected = torch.autograd.grad(head(x, c), (x, c))
+    checkpoint(head, x, c, use_reentrant=use_reentrant).backward()
+    for leaf, true in zip((x, c), expected, strict=True):
+        torch.testing.assert_close(leaf.grad, true)
+
+
+def test_functional_transforms(device):
+    x, c = draw(device, 12, 6, 5)
+
+    def loss_of(function):
+        def loss(x, c):
+            values, commitment = function(x, c, False, 2.0)
+            return values.square().sum() + commitment
+
+        return loss
+
+    ours_loss, oracle_loss = loss_of(ours), loss_of(code_oracle.quantized)
+    for argnums in (0, 1, (0, 1)):
+        got = torch.func.grad(ours_loss, argnums=argnums)(x, c)
+        leaves = [t.clone().requires_grad_() for t in (x, c)]
+        true = torch.autograd.grad(oracle_loss(*leaves), [leaves[i] for i in torch.atleast_1d(torch.tensor(argnums))])
+        for a, b in zip((got,) if isinstance(argnums, int) else got, true, strict=True):
+            torch.testing.assert_close(a, b)
+
+    straight = lambda x, c: sk.vector_quantize(x, c).values.square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(straight)(x, c), 2 * sk.vector_quantize(x, c).values)
+    batch = x.reshape(3, 4, 5)
+    got = torch.func.vmap(torch.func.grad(ours_loss, argnums=(0, 1)), in_dims=(0, None))(batch, c)
+    for i in range(3):
+        for part, want in zip(got, torch.func.grad(ours_loss, argnums=(0, 1))(batch[i], c), strict=True):
+            torch.testing.assert_close(part[i], want)
+    per_sample = torch.func.vmap(lambda part: sk.vector_quantize(part, c).commitment)
+    got = torch.func.grad(lambda b: per_sample(b).sum())(batch)
+    want = torch.stack([torch.func.grad(lambda p: sk.vector_quantize(p, c).commitment)(part) for part in batch])
+    torch.testing.assert_close(got, want)
+
+
+def test_autocast_changes_nothing(backend, device):
+    x, c = draw(device, 30, 20, 8)
+    expected = sk.vector_quantize(x, c)
+    with torch.autocast(device, torch.bfloat16):
+        for a, b in zip(sk.vector_quantize(x, c), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
+def test_opcheck(backend, wanted, dtype, device):
+    x, c = draw(device, 11, 6, 5, dtype)
+    torch.library.opcheck(torch.ops.sslkernels.vector_quantize_fwd.default, (x, c, 0))
+    _, indices, distance, _ = vector_quantize_fwd(x, c, 0)
+    arguments = (distance, x, c, indices, 2.0, *wanted)
+    torch.library.opcheck(torch.ops.sslkernels.vector_quantize_bwd.default, arguments)
+    for grad, want, tensor in zip(vector_quantize_bwd(*arguments), wanted, (x, c), strict=True):
+        assert grad.shape == (tensor.shape if want else (0,)) and grad.dtype == tensor.dtype
+    for out in (dtype, torch.float32):
+        torch.library.opcheck(torch.ops.sslkernels.code_sums.default, (x, indices, 6, out))
+        torch.testing.assert_close(
+            code_sums(x, indices, 6, out), F.one_hot(indices, 6).t().to(out) @ x.to(out), rtol=1e-2, atol=1e-2
+        )
+
+
+X, C = torch.randn(4, 3), torch.randn(5, 3)
+ERRORS = [
+    (dict(input=[1.0]), TypeError, r"input must be a torch.Tensor; got list"),
+    (dict(input=X.long()), TypeError, r"input must have dtype .*; got torch.int64"),
+    (dict(input=torch.tensor(1.0)), ValueError, r"input must have shape \(..., D\); got \(\)"),
+    (dict(input=X[:, :2]), ValueError, r"input must have shape \(..., D\) with D = 3; got \(4, 2\)"),
+    (dict(codebook=C.int()), TypeError, r"codebook must have dtype .*; got torch.int32"),
+    (dict(codebook=C[0]), ValueError, r"codebook must have shape \(K, D\); got \(3,\)"),
+    (dict(codebook=C[:0]), ValueError, r"codebook must have at least one code and one column; got \(0, 3\)"),
+    (dict(codebook=C.to("meta")), ValueError, r"codebook must be on the device of input, cpu; got meta"),
+    (dict(metric="l1"), ValueError, r"metric must be 'l2', 'cosine' or 'dot'; got 'l1'"),
+    (dict(straight_through=1), TypeError, r"straight_through must be a bool; got int"),
+    (dict(codebook_weight=-1.0), ValueError, r"codebook_weight must be in \[0, inf\]; got -1.0"),
+    (dict(codebook_weight="1"), TypeError, r"codebook_weight must be a number; got str"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"), ERRORS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
+)
+def test_errors(change, kind, message):
+    with pytest.raises(kind, match=r"^vector_quantize: " + message):
+        sk.vector_quantize(**{"input": X, "codebook": C, **change})
