@@ -232,9 +232,9 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
 void code_tile(Tensor source, OptionalTensor center, bool unit, OptionalTensor tile, Tensor norm,
                OptionalTensor half_square) {
   const CodeTile arguments = code_tile_arguments(source, center, unit, tile, norm, half_square);
-  torch::stable::parallel_for(0, arguments.source.rows, row_grain(arguments.source.dim), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(code_tile, arguments, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, arguments.source.rows, row_grain(arguments.source.dim),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(code_tile, arguments, begin, end); });
 }
 
 void best_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, int64_t first_code,
@@ -262,10 +262,11 @@ void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Ten
 void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
   const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
   advise_huge_pages(difference.out, out.numel() * out.element_size());
-  torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim), [&](int64_t begin, int64_t end) {
-    std::vector<double> work(2 * difference.input.dim);
-    SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
-  });
+  torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> work(2 * difference.input.dim);
+                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
+                              });
 }
 
 }  // namespace

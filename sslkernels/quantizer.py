@@ -126,8 +126,7 @@ class VectorQuantizer(nn.Module):
         rows = (rows.reshape(1, -1) if rows.dim() == 1 else rows.flatten(0, -2)).to(self.codebook.dtype)
         with torch.no_grad():
             self._start(rows)
-        # A copy: what the gradient is computed from does not move.
-        codes = self.codebook if learned else self.codebook.clone()
+        codes = self.codebook if learned else codebooks.snapshot(self.codebook)
         quantized = vector_quantize(input, codes, **options)
         with torch.no_grad():
             if not learned:

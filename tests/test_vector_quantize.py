@@ -49,7 +49,8 @@ def check(x, c, metric, *, ties=False):
 def test_against_brute_force(backend, shape, dtype, metric, device):
     x, c = draw(device, *shape, dtype)
     got = check(x, c, metric)
-    assert got.values.dtype == dtype and got.indices.dtype == got.usage.dtype == torch.int64
+    assert got.values.dtype == dtype
+    assert got.indices.dtype == got.usage.dtype == torch.int64
     assert torch.equal(got.values, c[got.indices])
     assert torch.equal(got.usage, torch.bincount(got.indices, minlength=shape[1]))
     assert got.commitment.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -74,9 +75,10 @@ def test_input_and_codebook_of_different_dtypes(backend, dtype, code_dtype, metr
 def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
     """Duplicates, and codes on a grid that are as far from a row without being equal."""
     g = torch.Generator().manual_seed(0)
-    x, grid = (torch.randint(-2, 3, (n, 3), generator=g).to(device, dtype) for n in (90, 200))
+    sizes = (25, 60) if interpreted(backend, device) else (90, 200)
+    x, grid = (torch.randint(-2, 3, (n, 3), generator=g).to(device, dtype) for n in sizes)
     check(x, grid, metric, ties=True)
-    x, c = draw(device, 60, 9, 20, dtype)
+    x, c = draw(device, sizes[0], 9, 20, dtype)
     repeated = torch.cat([c, c.flip(0), c])
     got = check(x, repeated, metric, ties=True)
     assert got.indices.max() < 9
@@ -87,12 +89,12 @@ def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
     """A product in float32 cannot tell them apart, and bfloat16 products of matrix units even less."""
-    x, c = draw(device, 60, 8, 24, dtype)
+    x, c = draw(device, 30, 8, 24, dtype)
     c = c.repeat(12, 1)
     some = torch.arange(8, 96, device=device)
     column = (some * 7) % 24
     c[some, column] = torch.nextafter(c[some, column], torch.full_like(c[some, column], float("inf")))
-    x = (c[torch.arange(60, device=device) * 3 % 96].double() + 0.02 * x.double()).to(dtype)
+    x = (c[torch.arange(30, device=device) * 3 % 96].double() + 0.02 * x.double()).to(dtype)
     check(x, c, metric)
 
 
@@ -123,7 +125,8 @@ def test_magnitudes_whose_squares_float64_does_not_hold(backend, scale, metric, 
     got = sk.vector_quantize(x, c * scale, metric=metric)
     if metric == "cosine":
         assert torch.equal(got.indices, code_oracle.indices(x, c, metric))
-    assert got.indices.min() >= 0 and got.indices.max() < 40
+    assert got.indices.min() >= 0
+    assert got.indices.max() < 40
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -169,7 +172,8 @@ def test_what_is_not_finite(backend, dtype, metric, device):
 def test_codes_that_are_all_nan(backend, metric, device):
     x, c = draw(device, 9, 2300 if not interpreted(backend, device) else 40, 4)
     got = sk.vector_quantize(x, torch.full_like(c, float("nan")), metric=metric)
-    assert not got.indices.any() and got.values.isnan().all()
+    assert not got.indices.any()
+    assert got.values.isnan().all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -178,7 +182,7 @@ def test_one_code_and_many(backend, metric, device):
     assert not check(x, c, metric).indices.any()
     if interpreted(backend, device):
         return
-    x, c = draw(device, 40, 65536, 16)
+    x, c = draw(device, 12 if backend == "reference" else 40, 65536, 16)
     c[60000:] = c[:5536]
     check(x, c, metric)
 
@@ -255,11 +259,13 @@ def test_no_rows(backend, shape, device):
     x = torch.randn(*shape, 4, device=device, requires_grad=True)
     c = torch.randn(5, 4, device=device, requires_grad=True)
     got = sk.vector_quantize(x, c, straight_through=False, codebook_weight=1.0)
-    assert got.values.shape == x.shape and got.indices.shape == shape
+    assert got.values.shape == x.shape
+    assert got.indices.shape == shape
     assert got.commitment.isnan()
     assert not got.usage.any()
     grads = torch.autograd.grad(got.values.sum() + 0 * got.commitment, (x, c), allow_unused=True)
-    assert grads[0].shape == x.shape and torch.equal(grads[1], torch.zeros_like(c))
+    assert grads[0].shape == x.shape
+    assert torch.equal(grads[1], torch.zeros_like(c))
 
 
 def test_leading_dimensions_and_strides(backend, device):
@@ -270,9 +276,11 @@ def test_leading_dimensions_and_strides(backend, device):
         assert torch.equal(got.indices, expected.indices.reshape(view.shape[:-1]))
         assert torch.equal(got.values, expected.values.reshape(view.shape))
     one = sk.vector_quantize(x[5], c)
-    assert one.indices.shape == () and one.indices == expected.indices[5]
+    assert one.indices.shape == ()
+    assert one.indices == expected.indices[5]
     same = sk.vector_quantize(c, c)
-    assert torch.equal(same.indices, torch.arange(10, device=device)) and same.commitment == 0
+    assert torch.equal(same.indices, torch.arange(10, device=device))
+    assert same.commitment == 0
 
 
 OPTIONS = [(st, weight) for st in (True, False) for weight in (0.0, 1.0, 4.0)]
@@ -304,7 +312,8 @@ def test_gradients_against_float64(backend, straight_through, weight, dtype, dev
         if true is None or not true.any():
             assert grad is None or not grad.any()
             continue
-        assert grad.dtype == dtype and grad.shape == leaf.shape
+        assert grad.dtype == dtype
+        assert grad.shape == leaf.shape
         assert oracle.error(grad, true) < 2 * torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
 
 
@@ -523,7 +532,8 @@ def test_opcheck(backend, wanted, dtype, device):
     arguments = (distance, x, c, indices, 2.0, *wanted)
     torch.library.opcheck(torch.ops.sslkernels.vector_quantize_bwd.default, arguments)
     for grad, want, tensor in zip(vector_quantize_bwd(*arguments), wanted, (x, c), strict=True):
-        assert grad.shape == (tensor.shape if want else (0,)) and grad.dtype == tensor.dtype
+        assert grad.shape == (tensor.shape if want else (0,))
+        assert grad.dtype == tensor.dtype
     for out in (dtype, torch.float32):
         torch.library.opcheck(torch.ops.sslkernels.code_sums.default, (x, indices, 6, out))
         torch.testing.assert_close(

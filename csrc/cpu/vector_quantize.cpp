@@ -1,9 +1,10 @@
 // Exact assignment of codes behind a matmul that rounds.
 //
-// With s the computed score of a code (its product with the row, less half its squared norm for the squared distance) and
-// e a bound of its error, the best code is among those with s + e >= L, where L is the largest s - e: almost always one
-// code, for which s is compared once. These candidates are scored again in double, from the input as it is given; the
-// best of them is kept, of equals the lowest index. Tiles of codes follow each other, so that L, best and index run on.
+// With s the computed score of a code (its product with the row, less half its squared norm for the squared distance)
+// and e a bound of its error, the best code is among those with s + e >= L, where L is the largest s - e: almost always
+// one code, for which s is compared once. These candidates are scored again in double, from the input as it is given;
+// the best of them is kept, of equals the lowest index. Tiles of codes follow each other, so that L, best and index run
+// on.
 //
 // A tile is read once: codes are summarised in blocks, each a lane of a group of codes, by their largest score; the
 // codes of a block are looked at again only if its largest score + its largest e reaches L.
@@ -25,9 +26,9 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
 // e = product |x| |c| + square |c|^2 + underflow, infinite where the products might overflow.
 //
-// Let u be the unit roundoff of A, a = x - m and b = c - m what is to be multiplied (m the center, or 0), and a', b' what
-// is: |a'_j - a_j| <= u |a_j|, and |b'_j - b_j| <= u |b_j|, of the subtraction or of the division by the norm. A matmul
-// that adds n = dim products in any order, with or without fma, gives p with |p - <a', b'>| <= g |a'| |b'|, g =
+// Let u be the unit roundoff of A, a = x - m and b = c - m what is to be multiplied (m the center, or 0), and a', b'
+// what is: |a'_j - a_j| <= u |a_j|, and |b'_j - b_j| <= u |b_j|, of the subtraction or of the division by the norm. A
+// matmul that adds n = dim products in any order, with or without fma, gives p with |p - <a', b'>| <= g |a'| |b'|, g =
 // n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.5, with Cauchy-Schwarz). One that first
 // rounds its operands to fewer bits, as torch's may be allowed to, adds `matmul_rounding` |a'| |b'|. Hence
 //     |p - <a, b>|                       <= (g + matmul_rounding + 2u + u^2) |a| |b| (1 + u)^2,
@@ -180,7 +181,8 @@ void tile_rows(const CodeTile& tile, int64_t begin, int64_t end) {
         }
         power = power_of_two_for(&largest, 1);
         sum = 0;
-        for (int64_t j = 0; j < dim; ++j) sum += double(to_float(source[j])) * power * (double(to_float(source[j])) * power);
+        for (int64_t j = 0; j < dim; ++j)
+          sum += double(to_float(source[j])) * power * (double(to_float(source[j])) * power);
       }
       const double inverse = sum == 0 ? 1 : 1 / std::sqrt(sum);
 #pragma omp simd

@@ -1,8 +1,9 @@
 """The best code of each row: the exact search of `vector_quantize`, by backend.
 
-Each fills `indices` (N,), int64, and `score` (N,), float64, of contiguous input (N, D) and codebook (K, D). The score of
-a code is minus its squared distance ("l2"), <x, c> / |c|, or <x, c> where the code is zero ("cosine"), or <x, c>
-("dot"), of both as they are given, in float64. NaN ranks before everything, and of equals the lowest index is taken.
+Each fills `indices` (N,), int64, and `score` (N,), float64, of contiguous input (N, D) and codebook (K, D). The score
+of a code is minus its squared distance ("l2"), <x, c> / |c|, or <x, c> where the code is zero ("cosine"), or <x, c>
+("dot"), of both as they are given, in float64. NaN ranks before everything, and of equals the lowest index is taken;
+`score` is NaN where that of the code is, and otherwise not for use.
 """
 
 from __future__ import annotations

@@ -12,11 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops.random_streams import random_bits
-from sslkernels.ops.vector_quantize import code_sums
+from sslkernels.ops.vector_quantize import KERNELS, NAME, NATIVE_OPS, code_sums
 
 _LARGEST = 2**63 - 1
 INITIAL, REVIVAL = 0, 1  # what rows are drawn for: streams that are independent
+
+# The codebook before it moves. An operator of its own: of a graph that also moves the codebook, torch.compile would
+# compute a plain copy again in backward, from what the codebook has become.
+snapshot = Op(
+    NAME,
+    "codebook_snapshot(Tensor codebook) -> Tensor",
+    fake=torch.empty_like,
+    implementations=dict.fromkeys(KERNELS, torch.clone),
+    native_ops=NATIVE_OPS,
+    prefer=PREFERENCE,
+)
 
 
 class DrawnRows(NamedTuple):
@@ -34,9 +46,9 @@ def _seed_of(seed: Tensor, step: Tensor, purpose: int) -> Tensor:
 
 
 def draw_rows(input: Tensor, count: int, seed: Tensor, step: Tensor, purpose: int, group: Any) -> DrawnRows:
-    """`count` rows of input (N, D), the `count` that have the smallest random keys. A key depends on seed, step, purpose
-    and the number of the row in the batch of all ranks, so that it does not matter how that is split. Rows that are not
-    finite are not drawn."""
+    """The `count` rows of input (N, D) that have the smallest random keys. A key depends on seed, step, purpose and the
+    number of the row in the batch of all ranks, so that it does not matter how that is split. Rows that are not finite
+    are not drawn."""
     rows = input.shape[0]
     number = torch.arange(rows, device=input.device)
     if group is not None:
@@ -76,8 +88,8 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
 
 
 def batch_sums(input: Tensor, indices: Tensor, codes: int, drawn: Tensor | None, group: Any) -> tuple[Tensor, ...]:
-    """(rows of each code (K,), their sums (K, D), the drawn rows) of all ranks, in the dtype of input. A row that is not
-    finite has no code."""
+    """(rows of each code (K,), their sums (K, D), the drawn rows) of all ranks, in the dtype of input. A row that is
+    not finite has no code."""
     finite = input.isfinite().all(1)
     keys = torch.where(finite, indices, codes)
     counts = torch.zeros(codes + 1, dtype=torch.int64, device=input.device)
@@ -105,8 +117,8 @@ def move_averages(
 
 
 def revive(codebook: Tensor, size: Tensor, sums: Tensor, drawn: DrawnRows, below: float) -> None:
-    """A code whose size is less than `below` times the mean becomes a drawn row of the mean size: its averages are those
-    of that row, so that the next move keeps it there."""
+    """A code whose size is less than `below` times the mean becomes a drawn row of the mean size: its averages are
+    those of that row, so that the next move keeps it there."""
     mean = size.mean()
     dead = size < below * mean
     place = (dead.cumsum(0) - 1).clamp(min=0)

@@ -1,10 +1,10 @@
 """The best code of each row, exact in float64, behind products in the precision of the matrix units.
 
-The codebook is cut into splits. A program of the first kernel takes a block of rows and a split, multiplies tile by tile
-and keeps of each row, with s the computed score of a code and e a bound of its error over the tile: the largest s + e
-with its code, the second largest, and the largest s - e. Where no code but one has s + e as large as the largest s - e
-of all splits, the second kernel is done; otherwise it scores the codes of the splits that may hold the best in float64,
-from the input as it is given: a row in thousands, of data without structure.
+The codebook is cut into splits. A program of the first kernel takes a block of rows and a split, multiplies tile by
+tile and keeps of each row, with s the computed score of a code and e a bound of its error over the tile: the largest
+s + e with its code, the second largest, and the largest s - e. Where no code but one has s + e as large as the largest
+s - e of all splits, the second kernel is done; otherwise it scores the codes of the splits that may hold the best in
+float64, from the input as it is given: a row in thousands, of data without structure.
 
 s = gain <x, c> - half_square, with half_square = |c|^2 / 2 for the squared distance and gain = 1 / |c| for the cosine.
 e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. The bound of the sum of products is that
