@@ -18,6 +18,7 @@ from benchmarks import (
     bench_cross_entropy,
     bench_kernels,
     bench_linear_cross_entropy,
+    bench_linear_sample,
     bench_mask_tokens,
     bench_negative_sampling,
     bench_own_negatives,
@@ -40,6 +41,7 @@ BENCHMARKS = (
     bench_negative_sampling.BENCHMARK,
     bench_vector_quantize.BENCHMARK,
     bench_random_normal.BENCHMARK,
+    bench_linear_sample.BENCHMARK,
     bench_kernels.BENCHMARK,
     bench_pair_kernels.BENCHMARK,
 )

@@ -8,6 +8,7 @@
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
+#include "bind_sample_rows.h"
 #include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
@@ -17,6 +18,7 @@
 #include "cpu/pair_scores.h"
 #include "cpu/random_stream.h"
 #include "cpu/row_sums.h"
+#include "cpu/sample_rows.h"
 #include "cpu/scale_add.h"
 #include "cpu/vector_quantize.h"
 
@@ -63,6 +65,15 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   const int64_t groups = numbers.rows * ((numbers.columns + 3) / 4);
   torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
+  });
+}
+
+void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
+                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logit, Tensor index) {
+  const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
+                                                  sum_exp, best, logit, index);
+  torch::stable::parallel_for(0, sample.rows, row_grain(sample.columns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(sample_rows, sample, begin, end);
   });
 }
 
@@ -281,6 +292,10 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def(
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
+      "scale, "
+      "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
   m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
@@ -335,6 +350,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
   m.impl("random_stream", TORCH_BOX(&random_stream));
+  m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));

@@ -6,6 +6,7 @@ from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
+from sslkernels.ops.linear_sample import LinearSample, linear_sample
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.random_streams import (
@@ -21,6 +22,7 @@ from sslkernels.version import __version__
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "LinearSample",
     "MaskedTokens",
     "Quantized",
     "__version__",
@@ -30,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "info_nce",
     "linear_cross_entropy",
+    "linear_sample",
     "mask_tokens",
     "negative_sampling_loss",
     "nn",

@@ -4,7 +4,8 @@ The codebook is cut into splits. A program of the first kernel takes a block of 
 tile and keeps of each row, with s the computed score of a code and e a bound of its error over the tile: the largest
 s + e with its code, the second largest, and the largest s - e. Where no code but one has s + e as large as the largest
 s - e of all splits, the second kernel is done; otherwise it scores the codes of the splits that may hold the best in
-float64, from the input as it is given: a row in thousands, of data without structure.
+float64, from the input as it is given. Of standard normal data, with D = 64 and 8192 codes, that is 0.3 % of the rows
+in half precision and none of 4096 in float32.
 
 s = gain <x, c> - half_square, with half_square = |c|^2 / 2 for the squared distance and gain = 1 / |c| for the cosine.
 e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. The bound of the sum of products is that
@@ -31,7 +32,8 @@ from sslkernels.triton_kernels.launch import (
     pointers_aligned,
     processors,
 )
-from sslkernels.triton_kernels.pair_scores import block_products, feature_offsets, splits
+from sslkernels.triton_kernels.pair_scores import feature_offsets, splits
+from sslkernels.triton_kernels.products import tile_products
 
 METRIC_L2, METRIC_COSINE, METRIC_DOT = 0, 1, 2
 L2 = tl.constexpr(METRIC_L2)
@@ -99,7 +101,8 @@ def best_codes_kernel(
     row = tl.program_id(0) * BLOCK_M
     row_lane, lane = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_inside = row_lane < rows - row
-    row_offsets = feature_offsets(row_lane, row_inside, DIM)
+    depth = tl.arange(0, BLOCK_D)
+    input_at = (input + row.to(tl.int64) * DIM) + feature_offsets(row_lane, row_inside, DIM)[:, None] + depth[None, :]
     error_of_row = product * tl.load(norm + row + row_lane, row_inside, other=0.0)
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     second = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -110,10 +113,9 @@ def best_codes_kernel(
     for tile in range(first, last):
         code = tile * BLOCK_N
         inside = lane < codes - code
-        s = block_products(
-            input + row.to(tl.int64) * DIM, codebook + code.to(tl.int64) * DIM, row_offsets,
-            feature_offsets(lane, inside, DIM), DIM, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        code_offsets = feature_offsets(lane, inside, DIM)
+        codes_at = (codebook + code.to(tl.int64) * DIM) + code_offsets[None, :] + depth[:, None]
+        s = tile_products(input_at, codes_at, depth, DIM, BLOCK_D)
         if METRIC == L2:
             s -= tl.load(number + code + lane, inside, other=0.0)[None, :]
         if METRIC == COSINE:
