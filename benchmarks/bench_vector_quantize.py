@@ -64,7 +64,7 @@ def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
     n, k, d = (case.shape[key] for key in "NKD")
     x, codebook = (torch.randn(count, d, generator=generator, device=device) for count in (n, k))
     if case.regime == "peaked":
-        codebook[k // 2 :] = codebook[: k - k // 2]
+        codebook[k - k // 2 :] = codebook[: k // 2].clone()
         x = codebook[torch.randint(k, (n,), generator=generator, device=device)] + 0.1 * x
     return {"input": x.to(case.dtype), "codebook": codebook.to(case.dtype)}
 
