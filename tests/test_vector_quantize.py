@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import code_oracle
 import numpy as np
 import pytest
@@ -343,3 +347,26 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^vector_quantize: " + message):
         sk.vector_quantize(**{"input": X, "codebook": C, **change})
+
+
+ISA_PROGRAM = """
+import torch, sslkernels as sk
+from sslkernels import native
+torch.manual_seed(0)
+x, c = torch.randn(300, 33), torch.randn(1500, 33)
+c[700:1400] = torch.nextafter(c[:700], torch.full((), float("inf")))
+codes = [sk.vector_quantize(x.to(d), c.to(d), metric=m).indices.sum() for d in (torch.float32, torch.float16)
+         for m in ("l2", "cosine", "dot")]
+print(native.extension.build_info()["cpu_isa"] if native.extension else "none", *map(int, codes))
+"""
+
+
+@pytest.mark.slow
+def test_every_instruction_set_gives_the_same_codes():
+    printed = {}
+    for isa in ("default", "avx2", "avx512"):
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SSLKERNELS_CPU_ISA": isa}
+        command = [sys.executable, "-c", ISA_PROGRAM]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        _, *printed[isa] = done.stdout.split()
+    assert printed["default"] == printed["avx2"] == printed["avx512"]

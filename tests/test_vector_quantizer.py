@@ -43,9 +43,11 @@ def test_the_averages_are_those_of_van_den_oord(backend, metric, device):
     code, size, sums = module.codebook.double(), torch.ones(12).double(), module.codebook.double().cpu()
     for x in batches(device, 5):
         before = module.codebook.clone()
-        got = module(x)
+        got = module(x.requires_grad_())
         assert torch.equal(got.values, before[got.indices])
         assert torch.equal(got.indices, code_oracle.indices(x, before, metric))
+        assert not any(buffer.requires_grad for buffer in module.buffers())  # no graph grows from step to step
+        x = x.detach()
         hot = F.one_hot(got.indices.cpu(), 12).double()
         size = 0.8 * size + 0.2 * hot.sum(0)
         sums = 0.8 * sums + 0.2 * hot.t() @ x.double().cpu()

@@ -50,6 +50,30 @@ def train(name: str, group, batches):
     return found, module.state_dict()
 
 
+def train_ddp(rank: int, steps, group):
+    """Between layers of a model that DDP holds, with its broadcast of buffers; each rank has seeds of its own."""
+    torch.manual_seed(rank)
+    quantizer = sk.nn.VectorQuantizer(8, 4, decay=0.5, revive_below=0.6, process_group=group)
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 4), quantizer, torch.nn.Linear(4, 3)])
+
+    class Autoencoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x):
+            quantized = self.layers[1](self.layers[0](x))
+            return (self.layers[2](quantized.values) - x).square().mean() + quantized.commitment
+
+    ddp = torch.nn.parallel.DistributedDataParallel(Autoencoder(), process_group=group)
+    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+    for parts in (steps[0], steps[1], steps[4]):
+        optimizer.zero_grad()
+        ddp(parts[rank]).backward()
+        optimizer.step()
+    return ddp.state_dict()
+
+
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -58,6 +82,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     for name, options in OPTIONS.items():
         batches = [parts[rank] for parts in data(world, options.get("half", False))]
         results[name] = train(name, dist.group.WORLD, batches)
+    results["ddp"] = train_ddp(rank, data(world, False), dist.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -89,6 +114,14 @@ def test_ranks_are_equal_to_each_other_and_to_one_process(ranks, name):
             torch.testing.assert_close(every, indices if part == "indices" else values, equal_nan=True)
     for key, value in single.items():
         torch.testing.assert_close(states[0][key], value)
+
+
+def test_under_ddp(ranks):
+    _, results = ranks
+    first = results[0]["ddp"]
+    assert first["module.layers.1.steps"] == 3
+    for result in results[1:]:
+        assert all(torch.equal(result["ddp"][key], value) for key, value in first.items())
 
 
 @pytest.mark.parametrize("name", ["revived", "learned"])
