@@ -9,6 +9,7 @@
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
 #include "bind_sample_rows.h"
+#include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
@@ -19,6 +20,7 @@
 #include "cpu/row_sums.h"
 #include "cpu/sample_rows.h"
 #include "cpu/scale_add.h"
+#include "cpu/vector_quantize.h"
 
 namespace sslkernels {
 namespace {
@@ -238,6 +240,46 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   });
 }
 
+void code_tile(Tensor source, OptionalTensor center, bool unit, OptionalTensor tile, Tensor norm,
+               OptionalTensor half_square) {
+  const CodeTile arguments = code_tile_arguments(source, center, unit, tile, norm, half_square);
+  torch::stable::parallel_for(
+      0, arguments.source.rows, row_grain(arguments.source.dim),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(code_tile, arguments, begin, end); });
+}
+
+void best_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, int64_t first_code,
+                Tensor products, Tensor input_norm, Tensor code_norm, OptionalTensor code_half_square, Tensor bound,
+                Tensor best, Tensor index) {
+  const CodeScores scores = code_scores_arguments(input, codebook, metric, matmul_rounding, first_code, products,
+                                                  input_norm, code_norm, code_half_square, bound, best, index);
+  std::vector<double> block_norm(code_blocks(scores.codes));
+  SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
+  torch::stable::parallel_for(0, scores.input.rows, row_grain(scores.codes), [&](int64_t begin, int64_t end) {
+    std::vector<double> work(2 * scores.input.dim + code_blocks(scores.codes));
+    SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), begin, end, work.data());
+  });
+}
+
+void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor values, Tensor distance) {
+  const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
+  advise_huge_pages(gather.values, values.numel() * values.element_size());
+  torch::stable::parallel_for(0, gather.input.rows, row_grain(gather.input.dim), [&](int64_t begin, int64_t end) {
+    std::vector<double> work(2 * gather.input.dim);
+    SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.data());
+  });
+}
+
+void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
+  const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
+  advise_huge_pages(difference.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> work(2 * difference.input.dim);
+                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
+                              });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -290,6 +332,17 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
   m.def(
       "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
       "Tensor(a!) out, int entries_of_source) -> ()");
+  m.def(
+      "code_tile(Tensor source, Tensor? center, bool unit, Tensor(a!)? tile, Tensor(b!) norm, Tensor(c!)? half_square) "
+      "-> ()");
+  m.def(
+      "best_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, int first_code, Tensor products, "
+      "Tensor input_norm, Tensor code_norm, Tensor? code_half_square, Tensor(a!) bound, Tensor(b!) best, "
+      "Tensor(c!) index) -> ()");
+  m.def(
+      "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
+      "Tensor(b!) distance) -> ()");
+  m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
@@ -307,6 +360,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("sort_rows", TORCH_BOX(&sort_rows));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
+  m.impl("code_tile", TORCH_BOX(&code_tile));
+  m.impl("best_codes", TORCH_BOX(&best_codes));
+  m.impl("gather_codes", TORCH_BOX(&gather_codes));
+  m.impl("code_difference", TORCH_BOX(&code_difference));
 }
 
 }  // namespace sslkernels

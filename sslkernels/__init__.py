@@ -16,6 +16,7 @@ from sslkernels.ops.random_streams import (
     random_normal,
     random_uniform,
 )
+from sslkernels.ops.vector_quantize import Quantized, vector_quantize
 from sslkernels.version import __version__
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CrossEntropyStats",
     "LinearSample",
     "MaskedTokens",
+    "Quantized",
     "__version__",
     "available_backends",
     "clip_loss",
@@ -42,4 +44,5 @@ __all__ = [
     "random_uniform",
     "siglip_loss",
     "use_backend",
+    "vector_quantize",
 ]
