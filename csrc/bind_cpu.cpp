@@ -1,14 +1,17 @@
 // The operators of the namespace sslkernels_native, and their CPU implementations over torch's thread pool.
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <vector>
 
 #include "bind.h"
+#include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
 #include "cpu/negative_sampling.h"
@@ -62,6 +65,51 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
   });
+}
+
+// A row of the accumulation type for each thread.
+template <class Run>
+void over_gumbel_rows(const GumbelRows& rows, Run run) {
+  torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(
+        new double[rows.element == Element::kDouble ? rows.columns : (rows.columns + 1) / 2]);
+    run(begin, end, scratch.get());
+  });
+}
+
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row, double tau,
+                     int64_t output, OptionalTensor y, OptionalTensor index, Tensor max, Tensor sum,
+                     OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+  const GumbelForward forward =
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, tau, max, sum, plain_max, plain_sum), logits, output,
+                     y, index, best);
+  if (y) advise_huge_pages(forward.y, y->numel() * y->element_size());
+  over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
+  });
+}
+
+void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
+                     OptionalTensor row_ids, int64_t first_row, double tau, OptionalTensor max, OptionalTensor sum,
+                     OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+  const GumbelBackward backward =
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, tau, max, sum, plain_max, plain_sum), logits, grad,
+                      uses, mask, grad_logits);
+  if (backward.grad != backward.grad_logits) {
+    advise_huge_pages(backward.grad_logits, grad_logits.numel() * grad_logits.element_size());
+  }
+  over_gumbel_rows(backward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_bwd, backward, begin, end, scratch);
+  });
+}
+
+void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
+                      int64_t chunk_rows) {
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, 1, {}, {}, plain_max, plain_sum);
+  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
+  torch::stable::parallel_for(
+      0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -239,6 +287,17 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def(
+      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, float tau, int output, "
+      "Tensor(a!)? y, Tensor(b!)? index, Tensor(c!) max, Tensor(d!) sum, Tensor(e!)? best, Tensor(f!)? plain_max, "
+      "Tensor(g!)? plain_sum) -> ()");
+  m.def(
+      "gumbel_rows_bwd(Tensor? grad, Tensor? uses, Tensor? mask, Tensor logits, Tensor? seed, Tensor? row_ids, "
+      "int first_row, float tau, Tensor? max, Tensor? sum, Tensor? plain_max, Tensor? plain_sum, "
+      "Tensor(a!) grad_logits) -> ()");
+  m.def(
+      "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "
+      "int chunk_rows) -> ()");
   m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
@@ -281,6 +340,9 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
+  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
+  m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));

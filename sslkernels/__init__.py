@@ -5,6 +5,8 @@ from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
+from sslkernels.ops.gumbel_softmax import gumbel_softmax
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
@@ -20,6 +22,7 @@ from sslkernels.version import __version__
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "GumbelQuantized",
     "MaskedTokens",
     "__version__",
     "available_backends",
@@ -27,6 +30,8 @@ __all__ = [
     "contrastive_energy",
     "cross_entropy",
     "info_nce",
+    "gumbel_quantize",
+    "gumbel_softmax",
     "linear_cross_entropy",
     "mask_tokens",
     "negative_sampling_loss",
