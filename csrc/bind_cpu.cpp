@@ -10,6 +10,7 @@
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
+#include "bind_sample_rows.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
@@ -19,6 +20,7 @@
 #include "cpu/pair_scores.h"
 #include "cpu/random_stream.h"
 #include "cpu/row_sums.h"
+#include "cpu/sample_rows.h"
 #include "cpu/scale_add.h"
 
 namespace sslkernels {
@@ -110,6 +112,15 @@ void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Optiona
   torch::stable::parallel_for(
       0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
       [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
+}
+
+void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
+                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logit, Tensor index) {
+  const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
+                                                  sum_exp, best, logit, index);
+  torch::stable::parallel_for(0, sample.rows, row_grain(sample.columns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(sample_rows, sample, begin, end);
+  });
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -298,6 +309,10 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
   m.def(
       "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "
       "int chunk_rows) -> ()");
+  m.def(
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
+      "scale, "
+      "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
   m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
@@ -344,6 +359,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
   m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
+  m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));

@@ -8,6 +8,7 @@ from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
 from sslkernels.ops.gumbel_softmax import gumbel_softmax
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
+from sslkernels.ops.linear_sample import LinearSample, linear_sample
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.random_streams import (
@@ -23,16 +24,19 @@ __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
     "GumbelQuantized",
+    "LinearSample",
     "MaskedTokens",
     "__version__",
     "available_backends",
     "clip_loss",
     "contrastive_energy",
     "cross_entropy",
-    "info_nce",
     "gumbel_quantize",
     "gumbel_softmax",
+    "info_nce",
+    "info_nce",
     "linear_cross_entropy",
+    "linear_sample",
     "mask_tokens",
     "negative_sampling_loss",
     "nn",

@@ -17,6 +17,7 @@ from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
@@ -78,6 +79,12 @@ def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dt
     bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
     row_index = torch.zeros(2, dtype=index_dtype) if every else None
     stream_forward(input, linear_weight, target, bias, weight, options, stats=every, row_index=row_index)
+
+
+def bind_sample(vocab: int, dim: int, every: bool) -> None:
+    x, weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
+    bias, ids = torch.zeros(vocab) if every else None, torch.arange(2)
+    linear_sample(x, weight, bias, torch.zeros((), dtype=torch.int64), ids, torch.float16, 0.7)
 
 
 def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
@@ -154,6 +161,7 @@ if __name__ == "__main__":
             bind_rows(size, options, index_dtype)
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
+            bind_sample(size, size, options is EVERY)
             bind_negative_sampling(size, index_dtype, options is EVERY)
             bind_pairs(size, 64, options is EVERY)
             bind_pairs(size, 400, options is EVERY)

@@ -7,7 +7,7 @@ polynomial), with the coefficients rounded to float32 one by one, from the lowes
 - sine: sin(y) = y + y y^2 S(y^2), cosine: cos(y) = 1 + y^2 C(y^2) for y in [-pi/4, pi/4]
 
 Then every float32 that a word can lead to is put through the functions of `sslkernels.ops.noise`, whose coefficients
-must be these, and compared with float64.
+must be these, and compared with float64 of the words. It takes some minutes.
 """
 
 from __future__ import annotations
@@ -75,17 +75,19 @@ def derived() -> dict[str, tuple[float, ...]]:
     }
 
 
-def distinct_words(last: int) -> Iterator[Tensor]:
-    """One word for each float32 that a word up to `last` converts to, in parts (int64)."""
+def telling_words(last: int) -> Iterator[Tensor]:
+    """Words up to `last` that show the largest errors, in parts (int64): all that float32 holds exactly, and of those
+    that it rounds to one number the middle one and the two ends."""
     step = 1 << 17  # a part stays in the cache
-    exponent = 24
-    for start in range(0, min(1 << exponent, last + 1), step):
+    for start in range(0, min(1 << 24, last + 1), step):
         yield torch.arange(start, min(start + step, last + 1))
+    exponent = 24
     while 1 << exponent <= last:
         stride = 1 << (exponent - 23)
         for start in range(1 << exponent, min(1 << (exponent + 1), last + 1), step * stride):
-            end = min(start + step * stride, 1 << (exponent + 1), last + 1)
-            yield torch.arange(start, end, stride)
+            middle = torch.arange(start, min(start + step * stride, 1 << (exponent + 1), last + 1), stride)
+            for off in (0, -(stride // 2), stride // 2):
+                yield (middle + off).clamp_max(last)
         exponent += 1
 
 
@@ -100,24 +102,22 @@ class Largest:
 
 
 def largest_errors() -> dict[str, float]:
-    """Over all words. relative: of the result; absolute: in units of the result."""
+    """Over all words."""
     largest = Largest()
     every = 1 << 32
     for small in (True, False):  # words as they are, and the complements of those that the logarithm takes so
-        for words in distinct_words((noise.HALF_ROOT if small else every - noise.HALF_ROOT) - 1):
+        for words in telling_words((noise.HALF_ROOT if small else every - noise.HALF_ROOT) - 1):
             word = words if small else every - 1 - words
-            # float32 rounds a word before its logarithm is taken: the error against the rounded word is that of the
-            # polynomials, the error against the word itself has the rounding of the input too.
             exact = (
                 -torch.log((words.double() + 0.5) / every) if small else -torch.log1p(-(words.double() + 0.5) / every)
             )
-            found = noise.negative_log(word).double()
-            largest.show("-ln u, relative", (found / exact - 1).abs())
-            largest.show("radius, absolute", ((2 * found).sqrt().float().double() - (2 * exact).sqrt()).abs())
-            gumbel = noise.log(noise.negative_log(word)).double()
-            largest.show("ln(-ln u), absolute", (gumbel - exact.log()).abs())
-    for words in distinct_words((1 << 31) - 1):
-        for z in (words & ~3, -(words & ~3)):  # what is left of an angle within its quadrant, times 4
+            found = noise.negative_log(word)
+            radius, gumbel = (2 * found.double()).sqrt().float(), -noise.log(found)
+            largest.show("-ln u, relative", (found.double() / exact - 1).abs())
+            largest.show("radius, absolute", (radius.double() - (2 * exact).sqrt()).abs())
+            largest.show("Gumbel, absolute", (gumbel.double() + exact.log()).abs())
+    for words in telling_words((1 << 31) - 1):
+        for z in (words, -words):  # what is left of an angle within its quadrant, times 4
             sine, cosine = noise.sine_cosine(z)
             angle = (z.double() + 2) * (np.pi / 4) / 2**31
             largest.show("sine, absolute", (sine.double() - angle.sin()).abs())
@@ -127,7 +127,11 @@ def largest_errors() -> dict[str, float]:
 
 def main() -> None:
     for name, coefficients in derived().items():
-        state = "as in sslkernels/ops/noise.py" if coefficients == getattr(noise, name) else "DIFFERENT from noise.py"
+        state = (
+            "as in sslkernels/ops/noise.py"
+            if coefficients == getattr(noise, name)
+            else "not those of sslkernels/ops/noise.py"
+        )
         print(f"{name}: {state}")
         for value in coefficients:
             print(f"    {value!r},  # {value.hex()}")

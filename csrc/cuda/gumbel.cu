@@ -88,8 +88,9 @@ void choose_bwd(const GumbelBackward& backward, void* stream) {
 }  // namespace
 
 GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_each, bool twice, int most_threads,
-                            int64_t scratch_bytes, DeviceLimits limits) {
+                            int64_t scratch_bytes, const DeviceLimits& of_device) {
   const int64_t chunks = ceil_div(columns, chunk), chunk_bytes = chunk * bytes_each;
+  DeviceLimits limits = of_device;
   limits.largest_cluster = std::min(limits.largest_cluster, kPortableCluster);
   GumbelPlan plan{1, kThreads, 1, false, scratch_bytes};
   if (chunks <= kWarpSize) {

@@ -2,9 +2,10 @@
 #pragma once
 
 #include "../common/gumbel.h"
-#include "launch.h"
 
 namespace sslkernels {
+
+struct DeviceLimits;
 
 struct GumbelPlan {
   int team;     // threads of a row: at most those of a warp, or the block's
@@ -16,7 +17,7 @@ struct GumbelPlan {
 
 // twice: a second pass needs what the first has made, bytes_each a column, which is held where it fits.
 GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_each, bool twice, int most_threads,
-                            int64_t scratch_bytes, DeviceLimits limits);
+                            int64_t scratch_bytes, const DeviceLimits& limits);
 
 void launch_gumbel_rows_fwd(const GumbelForward& forward, void* stream);
 void launch_gumbel_rows_bwd(const GumbelBackward& backward, void* stream);

@@ -1,4 +1,4 @@
-"""The random stream in Triton: Philox4x32-10, whose `tl.philox` with 32-bit counters is that of Random123."""
+"""Random words in Triton: Philox4x32-10 of Random123, and how rows and columns address it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ def group_words(seed, group, draw):
     c1 = tl.full(group.shape, 0, tl.uint32) + ((draw >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c2 = (group & 0xFFFFFFFF).to(tl.uint32)
     c3 = ((group >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox(seed, c0, c1, c2, c3)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # One 64-bit product has both halves; `tl.philox` multiplies twice.
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit

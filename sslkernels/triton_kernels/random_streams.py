@@ -31,12 +31,12 @@ def random_stream_kernel(
     WHOLE_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, group, in_range = token_groups(tl.program_id(0).to(tl.int64) * BLOCK, rows, groups, BLOCK)
-    row_id = row
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row, group, in_range = token_groups(first, rows, groups, BLOCK)
+    number = first + tl.arange(0, BLOCK)
     if HAS_ROW_IDS:
-        row_id = tl.load(row_ids_ptr + row, mask=in_range, other=0)
+        number = tl.load(row_ids_ptr + row, mask=in_range, other=0) * groups + group
     seed = tl.load(seed_ptr)
-    number = row_id * groups + group
     draw = sample.to(tl.int64)
     if STREAM == "normal":
         values = noise.normals(seed, number, draw)
@@ -53,9 +53,8 @@ def random_stream_kernel(
 
     values = values.to(out_ptr.dtype.element_ty)
     if WHOLE_GROUPS:  # rows of whole groups lie behind one another as the groups do
-        first = tl.program_id(0).to(tl.int64) * (4 * BLOCK)
         at = tl.arange(0, 4 * BLOCK)
-        tl.store(out_ptr + first + at, values, mask=at // 4 < rows * groups - first // 4)
+        tl.store(out_ptr + 4 * first + at, values, mask=at // 4 < rows.to(tl.int64) * groups - first)
     else:
         column = tl.reshape(group[:, None] * 4 + tl.arange(0, 4)[None, :], (4 * BLOCK,))
         offset = tl.reshape((row * columns)[:, None] + tl.zeros((1, 4), tl.int64), (4 * BLOCK,)) + column
