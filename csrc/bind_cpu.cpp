@@ -79,12 +79,12 @@ void over_gumbel_rows(const GumbelRows& rows, Run run) {
   });
 }
 
-void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row, double tau,
-                     int64_t output, OptionalTensor y, OptionalTensor index, Tensor max, Tensor sum,
-                     OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
   const GumbelForward forward =
-      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, tau, max, sum, plain_max, plain_sum), logits, output,
-                     y, index, best);
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
   if (y) advise_huge_pages(forward.y, y->numel() * y->element_size());
   over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
     SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
@@ -92,11 +92,11 @@ void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids,
 }
 
 void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
-                     OptionalTensor row_ids, int64_t first_row, double tau, OptionalTensor max, OptionalTensor sum,
-                     OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
   const GumbelBackward backward =
-      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, tau, max, sum, plain_max, plain_sum), logits, grad,
-                      uses, mask, grad_logits);
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
   if (backward.grad != backward.grad_logits) {
     advise_huge_pages(backward.grad_logits, grad_logits.numel() * grad_logits.element_size());
   }
@@ -107,7 +107,7 @@ void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor ma
 
 void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
                       int64_t chunk_rows) {
-  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, 1, {}, {}, plain_max, plain_sum);
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
   const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
   torch::stable::parallel_for(
       0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
@@ -299,12 +299,12 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
   m.def(
-      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, float tau, int output, "
+      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, Tensor? inverse_tau, int output, "
       "Tensor(a!)? y, Tensor(b!)? index, Tensor(c!) max, Tensor(d!) sum, Tensor(e!)? best, Tensor(f!)? plain_max, "
       "Tensor(g!)? plain_sum) -> ()");
   m.def(
       "gumbel_rows_bwd(Tensor? grad, Tensor? uses, Tensor? mask, Tensor logits, Tensor? seed, Tensor? row_ids, "
-      "int first_row, float tau, Tensor? max, Tensor? sum, Tensor? plain_max, Tensor? plain_sum, "
+      "int first_row, Tensor? inverse_tau, Tensor? max, Tensor? sum, Tensor? plain_max, Tensor? plain_sum, "
       "Tensor(a!) grad_logits) -> ()");
   m.def(
       "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "

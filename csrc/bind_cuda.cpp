@@ -73,29 +73,29 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   launch_random_stream(numbers, current_stream(out));
 }
 
-void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row, double tau,
-                     int64_t output, OptionalTensor y, OptionalTensor index, Tensor max, Tensor sum,
-                     OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
   const GumbelForward forward =
-      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, tau, max, sum, plain_max, plain_sum), logits, output,
-                     y, index, best);
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   launch_gumbel_rows_fwd(forward, current_stream(logits));
 }
 
 void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
-                     OptionalTensor row_ids, int64_t first_row, double tau, OptionalTensor max, OptionalTensor sum,
-                     OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
   const GumbelBackward backward =
-      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, tau, max, sum, plain_max, plain_sum), logits, grad,
-                      uses, mask, grad_logits);
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   launch_gumbel_rows_bwd(backward, current_stream(logits));
 }
 
 void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
                       int64_t chunk_rows) {
-  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, 1, {}, {}, plain_max, plain_sum);
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
   const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   launch_probability_sums(sums, current_stream(logits));

@@ -17,8 +17,8 @@ inline GumbelState gumbel_state(const OptionalTensor& max, const OptionalTensor&
 }
 
 inline GumbelRows gumbel_rows(const torch::stable::Tensor& logits, const OptionalTensor& seed,
-                              const OptionalTensor& row_ids, int64_t first_row, double tau, const OptionalTensor& max,
-                              const OptionalTensor& sum, const OptionalTensor& plain_max,
+                              const OptionalTensor& row_ids, int64_t first_row, const OptionalTensor& inverse_tau,
+                              const OptionalTensor& max, const OptionalTensor& sum, const OptionalTensor& plain_max,
                               const OptionalTensor& plain_sum) {
   check_matrix(logits, "logits");
   GumbelRows rows{};
@@ -30,7 +30,11 @@ inline GumbelRows gumbel_rows(const torch::stable::Tensor& logits, const Optiona
   rows.seed = seed ? seed_pointer(*seed) : nullptr;
   rows.row_ids = row_ids_pointer(row_ids, rows.rows);
   rows.first_row = first_row;
-  rows.tau = tau;
+  if (inverse_tau) {
+    STD_TORCH_CHECK(inverse_tau->numel() == 1 && inverse_tau->scalar_type() == torch::headeronly::ScalarType::Double,
+                    "sslkernels: inverse_tau must be one float64");
+    rows.inverse_tau = inverse_tau->const_data_ptr<double>();
+  }
   rows.state = gumbel_state(max, sum, rows.rows, accumulation_type(logits));
   rows.plain = gumbel_state(plain_max, plain_sum, rows.rows, accumulation_type(logits));
   return rows;

@@ -34,7 +34,6 @@ __all__ = [
     "gumbel_quantize",
     "gumbel_softmax",
     "info_nce",
-    "info_nce",
     "linear_cross_entropy",
     "linear_sample",
     "mask_tokens",

@@ -1,4 +1,4 @@
-"""Gumbel-softmax in float64, with the noise of `random_gumbel` added in the accumulation dtype: what a kernel must give."""
+"""Gumbel-softmax in float64, of logits and the noise of `random_gumbel` added in the accumulation dtype."""
 
 from __future__ import annotations
 

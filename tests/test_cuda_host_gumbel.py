@@ -25,10 +25,6 @@ SMALL = {"shared_per_block": 4096, "shared_per_processor": 8192}  # room for no 
 DEVICES = {"": {}, "twice": {**SMALL, "ptx": 80}, "cluster": SMALL, "spread": {"processors": 64}, "old": {"major": 8}}
 
 
-def scaled(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype)
-
-
 @dataclass(frozen=True)
 class Case:
     """offset: elements before the logits; pad: elements between their rows; bad: rows of NaN, +inf, -inf; grad: that of
@@ -84,10 +80,16 @@ class Case:
         stride = self.columns + self.pad
         stored = torch.zeros(self.offset + self.rows * stride, dtype=self.dtype)
         stored[self.offset :].view(self.rows, stride)[:, : self.columns] = self.logits()
-        arrays = {"logits": stored, "row_ids": self.ids(), "seed": torch.tensor([SEED]) if self.noise else None, **arrays}
+        arrays = {
+            "logits": stored,
+            "inverse_tau": torch.tensor([1 / self.tau], dtype=torch.float64),
+            "row_ids": self.ids(),
+            "seed": torch.tensor([SEED]) if self.noise else None,
+            **arrays,
+        }
         sizes = {"rows": self.rows, "columns": self.columns, "logits_offset": self.offset, "logits_stride": stride}
         sizes |= {"first_row": self.first_row, "element": run.ELEMENTS[self.dtype], **ints, **DEVICES[self.device]}
-        return run.Call(name, sizes, {"tau": self.tau}, {k: a for k, a in arrays.items() if a is not None})
+        return run.Call(name, sizes, {}, {k: a for k, a in arrays.items() if a is not None})
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full(shape, 7, dtype=dtype or self.acc)
@@ -180,7 +182,9 @@ def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
         base = Case(dtype, 3, 2100, 0.5, device, bad=device == "")
         forward[label(base) + "-long"] = dataclasses.replace(base, output=SOFT)
         backward[label(base) + "-long"] = dataclasses.replace(base, grad="wide", uses=3)
-        case = dataclasses.replace(base, rows=2 * (3 + len(device)), columns=[1, 6, 40, 300, 1500][len(sums) % 5], uses=2)
+        case = dataclasses.replace(
+            base, rows=2 * (3 + len(device)), columns=[1, 6, 40, 300, 1500][len(sums) % 5], uses=2
+        )
         sums[label(case)] = Sums(dataclasses.replace(case, bad=False, mask=len(sums) % 2 == 0))
     empty = Case(torch.float32, 0, 5, output=HARD)
     forward["no_rows"], backward["no_rows"] = empty, dataclasses.replace(empty, output=NONE)
@@ -188,7 +192,9 @@ def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
 
 
 def label(case: Case) -> str:
-    changed = [f"{f.name}={getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default]
+    changed = [
+        f"{f.name}={getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
+    ]
     return "-".join(changed).replace("torch.", "")
 
 
@@ -232,7 +238,11 @@ def close(got: Tensor, true: Tensor, dtype: torch.dtype, scale: float = 1.0) -> 
     exponent = 64 * eps
     tiny = torch.finfo(dtype).tiny + 1e-30
     torch.testing.assert_close(
-        got.double(), true.double(), rtol=exponent + torch.finfo(dtype).eps, atol=scale * exponent + tiny, equal_nan=True
+        got.double(),
+        true.double(),
+        rtol=exponent + torch.finfo(dtype).eps,
+        atol=scale * exponent + tiny,
+        equal_nan=True,
     )
 
 
@@ -281,7 +291,7 @@ def test_probability_sums(name, results):
 def test_plan(sizes, results):
     team, threads, cluster, held, shared = results[f"plan-{sizes}"].arrays["plan"].tolist()
     assert (team, threads, cluster, bool(held)) == PLANS[sizes]
-    rows, columns, each, _ = sizes
+    _, columns, each, _ = sizes
     if held:
         assert shared >= 1024 + (columns if team > 32 else columns * threads // team) * each / cluster
     assert shared <= 232448

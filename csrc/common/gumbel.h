@@ -26,9 +26,9 @@ struct GumbelRows {
   const int64_t* seed;     // null: no noise
   const int64_t* row_ids;  // (rows), or null: first_row + the row is its number for the noise
   int64_t first_row;
-  double tau;
-  GumbelState state;  // of the rows with noise
-  GumbelState plain;  // of the rows without noise and with tau = 1, or null
+  const double* inverse_tau;  // null: 1
+  GumbelState state;          // of the rows with noise
+  GumbelState plain;          // of the rows without noise and with tau = 1, or null
 };
 
 enum class GumbelOutput { kNone, kSoft, kHard };
@@ -68,6 +68,10 @@ namespace {  // one copy for each instruction set of the CPU
 
 SSLKERNELS_HD uint64_t row_number(const GumbelRows& rows, int64_t i) {
   return uint64_t(rows.row_ids == nullptr ? rows.first_row + i : rows.row_ids[i]);
+}
+
+SSLKERNELS_HD double inverse_tau_of(const GumbelRows& rows) {
+  return rows.inverse_tau == nullptr ? 1.0 : *rows.inverse_tau;
 }
 
 }  // namespace

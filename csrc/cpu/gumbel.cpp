@@ -162,9 +162,9 @@ void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch
       put_state(rows.plain, i, plain);
       forward.best[i] = plain.index;
     }
-    const RowState<A> state = reduce_row(row, rows.columns, A(1 / rows.tau), [&](int64_t from, int64_t count, A* s) {
-      add_noise(logits + from, noise.block(i, from, count), count, s);
-    });
+    const RowState<A> state = reduce_row(
+        row, rows.columns, A(inverse_tau_of(rows)),
+        [&](int64_t from, int64_t count, A* s) { add_noise(logits + from, noise.block(i, from, count), count, s); });
     put_state(rows.state, i, state);
     if (forward.index != nullptr) forward.index[i] = state.index;
     if (forward.output == GumbelOutput::kNone) continue;
@@ -191,7 +191,7 @@ template <class T, class G>
 void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulation<T>::type;
   const GumbelRows& rows = backward.rows;
-  const A inverse_tau = A(1 / rows.tau);
+  const A inverse_tau = A(inverse_tau_of(rows));
   A* y = static_cast<A*>(scratch);
   Noise noise(rows, end);
   const float none[kBlock] = {};

@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const NoisyRow<T> row(forward.rows, place);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
   const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
-  const A inverse_tau = A(1 / forward.rows.tau);
+  const A inverse_tau = A(inverse_tau_of(forward.rows));
 
   Running<T> running, plain;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
@@ -313,8 +313,8 @@ struct Softmax {
   A scale;
   A inverse_tau;
 
-  __device__ __forceinline__ Softmax(const GumbelState& state, const Place<T>& place, double tau)
-      : max(0), scale(0), inverse_tau(A(1 / tau)) {
+  __device__ __forceinline__ Softmax(const GumbelState& state, const Place<T>& place, A inverse_tau)
+      : max(0), scale(0), inverse_tau(inverse_tau) {
     if (state.max == nullptr || !place.in_range) return;
     max = static_cast<const A*>(state.max)[place.row];
     scale = A(1) / static_cast<const A*>(state.sum)[place.row];
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const GradRow<T, kUses> grads(backward, place.row);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
   const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
-  const Softmax<T> soft(backward.rows.state, place, backward.rows.tau);
+  const Softmax<T> soft(backward.rows.state, place, A(inverse_tau_of(backward.rows)));
   const bool has_grad = backward.grad != nullptr;
   const bool used = kUses && place.in_range && (backward.mask == nullptr || backward.mask[place.row] != 0);
   const A* uses = nullptr;
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
 
   Sums sums = Sums::identity();
   if (used) {
-    const Softmax<T> plain(backward.rows.plain, place, 1);
+    const Softmax<T> plain(backward.rows.plain, place, A(1));
     for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
       A p[N], weight[N];
       row.load(chunk * N, p);
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   }
   sums = TeamReduction<Sums>::run(sums, place.lanes, &scratch->sums);
 
-  const Softmax<T> plain(backward.rows.plain, place, 1);
+  const Softmax<T> plain(backward.rows.plain, place, A(1));
   T* out = static_cast<T*>(backward.grad_logits) + place.row * backward.rows.columns;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
     const int column = chunk * N;

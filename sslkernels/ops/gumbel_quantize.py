@@ -15,7 +15,7 @@ from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops import row_sums
 from sslkernels.ops.functions import distinct
 from sslkernels.ops.gumbel_rows import NATIVE_OPS, NONE, GumbelRows, State, Stream
-from sslkernels.ops.gumbel_softmax import as_matrix, check_tau, gumbel_softmax, implementations
+from sslkernels.ops.gumbel_softmax import GumbelSoftmax, as_matrix, implementations, inverse_tau_tensor
 from sslkernels.ops.rows import accumulation_dtype
 from sslkernels.random import seed_tensor
 
@@ -68,7 +68,7 @@ def _fwd(
     seed: Tensor | None,
     row_ids: Tensor | None,
     mask: Tensor | None,
-    tau: float,
+    inverse_tau: Tensor,
     stats: bool,
 ) -> Codes:
     codes = _empty_codes(logits, stats)
@@ -76,7 +76,7 @@ def _fwd(
     matrix, state, plain = as_matrix(logits), *_states(codes.row_max, codes.row_sum, codes.plain_max, codes.plain_sum)
     best = codes.best.flatten() if stats else None
     rows, plain = kernels(), plain if stats else None
-    rows.forward(matrix, Stream(seed, row_ids), tau, NONE, None, codes.index.flatten(), state, best, plain)
+    rows.forward(matrix, Stream(seed, row_ids), inverse_tau, NONE, None, codes.index.flatten(), state, best, plain)
     if not stats:
         return codes
     return codes._replace(probability=rows.probability_sums(matrix, plain, mask, groups))
@@ -97,7 +97,7 @@ def _bwd(
     row_sum: Tensor,
     plain_max: Tensor,
     plain_sum: Tensor,
-    tau: float,
+    inverse_tau: Tensor,
     want_logits: bool,
     want_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _bwd(
     plain = states[1] if grad_probability is not None else None
     rows = kernels()
     if grad_values is None or seed is None:
-        rows.backward(None, grad_probability, mask, matrix, stream, tau, None, plain, out)
+        rows.backward(None, grad_probability, mask, matrix, stream, inverse_tau, None, plain, out)
         return grads
     in_place = grads[0].dtype == row_sum.dtype
     strip = _strip_rows(logits, row_sum.dtype, in_place)
@@ -130,7 +130,7 @@ def _bwd(
         state, own_plain = (None if s is None else State(*(t[part] for t in s)) for s in (states[0], plain))
         rows.backward(
             grad.view(-1, codes), grad_probability, None if mask is None else mask[part], matrix[part],
-            stream.rows(part.start, part.stop), tau, state, own_plain, out[part],
+            stream.rows(part.start, part.stop), inverse_tau, state, own_plain, out[part],
         )  # fmt: skip
     return grads
 
@@ -173,16 +173,14 @@ def _backward_implementations() -> dict[str, Callable[..., Any] | str]:
         "cuda": row_sums.native,
     }
 
-    return {
-        name: partial(_bwd, function.args[0], sums[name]) for name, function in implementations(_bwd).items()
-    }
+    return {name: partial(_bwd, function.args[0], sums[name]) for name, function in implementations(_bwd).items()}
 
 
 gumbel_quantize_fwd = Op(
     NAME,
-    "gumbel_quantize_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, Tensor? mask, float tau, bool stats) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda logits, seed, row_ids, mask, tau, stats: _empty_codes(logits, stats),
+    "gumbel_quantize_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, Tensor? mask, Tensor inverse_tau, bool stats) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda logits, seed, row_ids, mask, inverse_tau, stats: _empty_codes(logits, stats),
     implementations=implementations(_fwd),
     native_ops=(*NATIVE_OPS, "weighted_row_sums"),
     prefer=PREFERENCE,
@@ -191,7 +189,7 @@ gumbel_quantize_bwd = Op(
     NAME,
     "gumbel_quantize_bwd(Tensor? grad_values, Tensor? grad_probability, Tensor logits, Tensor codebook, Tensor? seed, "
     "Tensor? row_ids, Tensor? mask, Tensor index, Tensor row_max, Tensor row_sum, Tensor plain_max, Tensor plain_sum, "
-    "float tau, bool want_logits, bool want_codebook) -> (Tensor, Tensor)",
+    "Tensor inverse_tau, bool want_logits, bool want_codebook) -> (Tensor, Tensor)",
     fake=lambda grad_values, grad_probability, logits, codebook, *rest: _empty_gradients(logits, codebook, *rest[-2:]),
     implementations=_backward_implementations(),
     native_ops=(*NATIVE_OPS, "weighted_row_sums"),
@@ -213,16 +211,16 @@ class _Quantize(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, codebook, seed, row_ids, mask, tau, stats):
-        codes = Codes(*gumbel_quantize_fwd(logits, seed, row_ids, mask, tau, stats))
+    def forward(logits, codebook, seed, row_ids, mask, inverse_tau, stats):
+        codes = Codes(*gumbel_quantize_fwd(logits, seed, row_ids, mask, inverse_tau, stats))
         return _look_up(codebook, codes), *codes
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, codebook, seed, row_ids, mask, ctx.tau, _ = inputs
+        logits, codebook, seed, row_ids, mask, inverse_tau, _ = inputs
         index, row_max, row_sum, best, plain_max, plain_sum, _ = output[1:]
         ctx.mark_non_differentiable(index, row_max, row_sum, best, plain_max, plain_sum)
-        states = (index, row_max, row_sum, plain_max, plain_sum)
+        states = (index, row_max, row_sum, plain_max, plain_sum, inverse_tau)
         ctx.save_for_backward(logits, codebook, seed, row_ids, mask, *states)
         ctx.set_materialize_grads(False)
 
@@ -234,7 +232,7 @@ class _Quantize(Function):
         wanted = (ctx.needs_input_grad[0] and reaches_logits, ctx.needs_input_grad[1] and grad_values is not None)
         if not any(wanted):
             return (None,) * 7
-        found = _QuantizeBackward.apply(grad_values, grad_probability, *ctx.saved_tensors, ctx.tau, *wanted)
+        found = _QuantizeBackward.apply(grad_values, grad_probability, *ctx.saved_tensors, *wanted)
         return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 5
 
 
@@ -244,12 +242,12 @@ class _QuantizeBackward(Function):
     @staticmethod
     def forward(
         grad_values, grad_probability, logits, codebook, seed, row_ids, mask, index, row_max, row_sum, plain_max,
-        plain_sum, tau, want_logits, want_codebook,
+        plain_sum, inverse_tau, want_logits, want_codebook,
     ):  # fmt: skip
         grad_values, grad_probability = (None if g is None else g.contiguous() for g in (grad_values, grad_probability))
         return gumbel_quantize_bwd(
             grad_values, grad_probability, logits, codebook, seed, row_ids, mask, index, row_max, row_sum, plain_max,
-            plain_sum, tau, want_logits, want_codebook,
+            plain_sum, inverse_tau, want_logits, want_codebook,
         )  # fmt: skip
 
     @staticmethod
@@ -265,7 +263,7 @@ def gumbel_quantize(
     logits: Tensor,
     codebook: Tensor,
     *,
-    tau: float = 1.0,
+    tau: float | Tensor = 1.0,
     hard: bool = True,
     noise: bool = True,
     mask: Tensor | None = None,
@@ -287,7 +285,7 @@ def gumbel_quantize(
         logits: unnormalised log-probabilities `(..., G, V)`, or `(..., V)` without groups; float32, bfloat16, float16
             or float64. -inf is probability 0.
         codebook: `(G, V, D)`, or `(V, D)` without groups, of any of these dtypes.
-        tau: temperature of the gradient and of soft values, a number in [1e-30, 1e30].
+        tau: temperature of the gradient and of soft values, a number in [1e-30, 1e30] or a 0-d floating tensor.
         hard: values are codes. Otherwise they are means under the soft sample, by torch's matmul, and the sample, of
             the size of the logits, is kept for backward.
         noise: False takes the code with the largest logit, whatever `hard` is, and gives the logits no gradient
@@ -319,7 +317,7 @@ def gumbel_quantize(
     >>> code.values.shape, code.indices.shape
     (torch.Size([8, 50, 256]), torch.Size([8, 50, 2]))
     """
-    _check(logits, codebook, tau, hard, noise, mask, row_ids, return_stats)
+    _check(logits, codebook, hard, noise, mask, row_ids, return_stats)
     grouped = codebook.dim() == 3
     if grouped:
         batch = logits.shape[:-2]
@@ -327,6 +325,7 @@ def gumbel_quantize(
         batch, logits, codebook = logits.shape[:-1], logits.unsqueeze(-2), codebook.unsqueeze(0)
     groups, count, dim = codebook.shape
     rows = logits.reshape(batch.numel(), groups, count)
+    inverse_tau = inverse_tau_tensor(NAME, tau, logits.device)
     if noise:
         seed = seed_tensor(NAME, seed, generator, logits.device)
     numbers = None
@@ -336,9 +335,9 @@ def gumbel_quantize(
     gathered = hard or not noise
     table = codebook if gathered else codebook.detach()[..., :0]
     tensors = distinct((rows, table, seed if noise else None, numbers, valid))
-    values, *codes = _Quantize.apply(*tensors, tau, return_stats)
+    values, *codes = _Quantize.apply(*tensors, inverse_tau, return_stats)
     if not gathered:
-        values = _soft_values(rows, codebook, tau, seed, numbers)
+        values = _soft_values(rows, codebook, inverse_tau, seed, numbers)
     codes = Codes(*codes)
     values = values.reshape(*batch, groups * dim)
     indices = codes.index.reshape(*batch, groups) if grouped else codes.index.reshape(batch)
@@ -346,14 +345,11 @@ def gumbel_quantize(
         return GumbelQuantized(values, indices)
     counted = rows.shape[0] if mask is None else mask.sum()
     usage = _usage(codes.best, count, valid).to(codes.probability.dtype)
-    return GumbelQuantized(
-        values, indices, _perplexity(usage / counted), _perplexity(codes.probability / counted)
-    )
+    return GumbelQuantized(values, indices, _perplexity(usage / counted), _perplexity(codes.probability / counted))
 
 
-def _soft_values(rows: Tensor, codebook: Tensor, tau: float, seed: Tensor, numbers: Tensor | None) -> Tensor:
-    ids = None if numbers is None else numbers.reshape(rows.shape[:2])
-    y = gumbel_softmax(rows, tau, row_ids=ids, seed=seed)
+def _soft_values(rows: Tensor, codebook: Tensor, inverse_tau: Tensor, seed: Tensor, numbers: Tensor | None) -> Tensor:
+    y = GumbelSoftmax.apply(rows, seed, numbers, inverse_tau, False, 2)[0]
     return (y.to(codebook.dtype).transpose(0, 1) @ codebook).transpose(0, 1)
 
 
@@ -362,7 +358,9 @@ def _usage(best: Tensor, count: int, valid: Tensor | None) -> Tensor:
     groups = best.shape[1]
     keys = (best + torch.arange(groups, device=best.device) * count).flatten()
     ones = torch.ones_like(keys) if valid is None else valid.to(keys.dtype)
-    return torch.zeros(groups * count, dtype=keys.dtype, device=keys.device).scatter_add_(0, keys, ones).view(groups, -1)
+    return (
+        torch.zeros(groups * count, dtype=keys.dtype, device=keys.device).scatter_add_(0, keys, ones).view(groups, -1)
+    )
 
 
 def _perplexity(probability: Tensor) -> Tensor:
@@ -372,7 +370,6 @@ def _perplexity(probability: Tensor) -> Tensor:
 def _check(
     logits: Tensor,
     codebook: Tensor,
-    tau: float,
     hard: bool,
     noise: bool,
     mask: Tensor | None,
@@ -395,6 +392,5 @@ def _check(
     checks.shape(NAME, "row_ids", row_ids, batch, "that of logits without codes and groups")
     for argument, value in (("codebook", codebook), ("mask", mask), ("row_ids", row_ids)):
         checks.same_device(NAME, argument, value, "logits", logits.device)
-    check_tau(NAME, tau)
     for argument, value in (("hard", hard), ("noise", noise), ("return_stats", return_stats)):
         checks.boolean(NAME, argument, value)

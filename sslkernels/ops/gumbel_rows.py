@@ -51,7 +51,7 @@ class GumbelRows:
         self,
         logits: Tensor,
         stream: Stream,
-        tau: float,
+        inverse_tau: Tensor | None,
         output: int,
         y: Tensor | None,
         index: Tensor | None,
@@ -60,7 +60,7 @@ class GumbelRows:
         plain: State | None = None,
     ) -> None:
         """Fills y (none, the probabilities or the one-hot), index and state; best and plain are those without noise
-        and with tau 1."""
+        and with tau 1. inverse_tau: 0-d float64."""
         raise NotImplementedError
 
     def backward(
@@ -70,7 +70,7 @@ class GumbelRows:
         mask: Tensor | None,
         logits: Tensor,
         stream: Stream,
-        tau: float,
+        inverse_tau: Tensor | None,
         state: State | None,
         plain: State | None,
         grad_logits: Tensor,
@@ -102,47 +102,50 @@ def perturbed(logits: Tensor, stream: Stream) -> Tensor:
 class ReferenceGumbelRows(GumbelRows):
     """Plain torch."""
 
-    def forward(self, logits, stream, tau, output, y, index, state, best=None, plain=None):
+    def forward(self, logits, stream, inverse_tau, output, y, index, state, best=None, plain=None):
         s = perturbed(logits, stream)
-        self._reduce(s, tau, index, state)
+        self._reduce(s, inverse_tau, index, state)
         if plain is not None:
-            self._reduce(logits.to(s.dtype), 1.0, best, plain)
+            self._reduce(logits.to(s.dtype), None, best, plain)
         if output == SOFT:
-            y.copy_(self._soft(s, tau, state))
+            y.copy_(self._soft(s, inverse_tau, state))
         elif output == HARD:
             where = s.masked_fill(s.isnan(), -torch.inf).argmax(1, keepdim=True)
             y.zero_().scatter_(1, where, 1).masked_fill_(state.sum.isnan()[:, None], torch.nan)
 
-    def backward(self, grad, uses, mask, logits, stream, tau, state, plain, grad_logits):
+    def backward(self, grad, uses, mask, logits, stream, inverse_tau, state, plain, grad_logits):
         total = 0
         if grad is not None:
-            y = self._soft(perturbed(logits, stream), tau, state)
+            y = self._soft(perturbed(logits, stream), inverse_tau, state)
             grad = grad.to(y.dtype)
-            total = y * (grad - (grad * y).sum(1, keepdim=True)) / tau
+            total = y * (grad - (grad * y).sum(1, keepdim=True)) * inverse_tau.to(y.dtype)
         if uses is not None:
-            p = self._soft(logits.to(uses.dtype), 1.0, plain)
+            p = self._soft(logits.to(uses.dtype), None, plain)
             uses = uses.repeat(p.shape[0] // max(uses.shape[0], 1), 1)
             of_uses = p * (uses - (uses * p).sum(1, keepdim=True))
             total = total + (of_uses if mask is None else of_uses.masked_fill(~mask[:, None], 0))
         grad_logits.copy_(total)
 
     def probability_sums(self, logits, plain, mask, groups):
-        p = self._soft(logits.to(plain.sum.dtype), 1.0, plain)
+        p = self._soft(logits.to(plain.sum.dtype), None, plain)
         if mask is not None:
             p = p.masked_fill(~mask[:, None], 0)
         return p.reshape(p.shape[0] // groups, groups, p.shape[1]).sum(0)
 
     @staticmethod
-    def _soft(s: Tensor, tau: float, state: State) -> Tensor:
-        return ((s - state.max[:, None]) / tau).exp() / state.sum[:, None]
+    def _exp(s: Tensor, inverse_tau: Tensor | None, largest: Tensor) -> Tensor:
+        behind = s - largest[:, None]
+        return (behind if inverse_tau is None else behind * inverse_tau.to(s.dtype)).exp()
 
-    @staticmethod
-    def _reduce(s: Tensor, tau: float, index: Tensor | None, state: State) -> None:
+    def _soft(self, s: Tensor, inverse_tau: Tensor | None, state: State) -> Tensor:
+        return self._exp(s, inverse_tau, state.max) / state.sum[:, None]
+
+    def _reduce(self, s: Tensor, inverse_tau: Tensor | None, index: Tensor | None, state: State) -> None:
         if s.shape[0] == 0:
             return
         largest, where = s.masked_fill(s.isnan(), -torch.inf).max(1)
         state.max.copy_(largest)
-        state.sum.copy_(((s - largest[:, None]) / tau).exp().sum(1))
+        state.sum.copy_(self._exp(s, inverse_tau, largest).sum(1))
         if index is not None:
             index.copy_(where)
 
@@ -150,31 +153,30 @@ class ReferenceGumbelRows(GumbelRows):
 class NativeGumbelRows(GumbelRows):
     """The compiled kernels, on a CPU and on CUDA."""
 
-    CHUNKS = 64
-    MOST_ROWS = 512  # of a chunk, whose sum is in float32
-
-    def forward(self, logits, stream, tau, output, y, index, state, best=None, plain=None):
+    def forward(self, logits, stream, inverse_tau, output, y, index, state, best=None, plain=None):
         plain = (None, None) if plain is None else plain
-        torch.ops.sslkernels_native.gumbel_rows_fwd(logits, *stream, tau, output, y, index, *state, best, *plain)
+        torch.ops.sslkernels_native.gumbel_rows_fwd(
+            logits, *stream, inverse_tau, output, y, index, *state, best, *plain
+        )
 
-    def backward(self, grad, uses, mask, logits, stream, tau, state, plain, grad_logits):
+    def backward(self, grad, uses, mask, logits, stream, inverse_tau, state, plain, grad_logits):
         state, plain = ((None, None) if s is None else s for s in (state, plain))
         torch.ops.sslkernels_native.gumbel_rows_bwd(
-            grad, uses, mask, logits, *stream, tau, *state, *plain, grad_logits
+            grad, uses, mask, logits, *stream, inverse_tau, *state, *plain, grad_logits
         )
 
     def probability_sums(self, logits, plain, mask, groups):
         rows, columns = logits.shape
-        chunk = chunk_rows(rows // groups, self.CHUNKS)
-        chunks = -(-rows // (chunk * groups))
-        partial = plain.sum.new_empty(chunks, groups, columns)
+        # On a GPU a thread has four columns of a chunk, and 2**17 threads fill it.
+        chunk = chunk_rows(rows // groups, max(64, 2**17 // (groups * columns // 4 + 1)) if logits.is_cuda else 64)
+        partial = plain.sum.new_empty(-(-rows // (chunk * groups)), groups, columns)
         torch.ops.sslkernels_native.probability_sums(logits, *plain, mask, partial, chunk)
         return partial.sum(0)
 
 
 def chunk_rows(rows: int, chunks: int) -> int:
-    """Rows of a group in a chunk of `probability_sums`: about `chunks` chunks, whose partial sums are small beside the
-    logits, and whose sums in float32 have few terms."""
+    """Rows of a group in a chunk of `probability_sums`, about `chunks` of them: at least 8, so that the sums of chunks
+    are small beside the logits, and at most 512, whose sum is in float32."""
     return max(8, min(512, -(-rows // chunks)))
 
 

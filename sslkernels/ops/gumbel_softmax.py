@@ -38,11 +38,16 @@ def _empty_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd(
-    kernels: Callable[[], GumbelRows], logits: Tensor, seed: Tensor, row_ids: Tensor | None, tau: float, hard: bool
+    kernels: Callable[[], GumbelRows],
+    logits: Tensor,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    inverse_tau: Tensor,
+    hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, largest, total = _empty_outputs(logits)
     state = State(largest, total)
-    kernels().forward(logits, Stream(seed, row_ids), tau, HARD if hard else SOFT, y, None, state)
+    kernels().forward(logits, Stream(seed, row_ids), inverse_tau, HARD if hard else SOFT, y, None, state)
     return y, largest, total
 
 
@@ -54,11 +59,11 @@ def _bwd(
     row_ids: Tensor | None,
     row_max: Tensor,
     row_sum: Tensor,
-    tau: float,
+    inverse_tau: Tensor,
 ) -> Tensor:
     grad_logits = logits.new_empty(logits.shape)
     stream, state = Stream(seed, row_ids), State(row_max, row_sum)
-    kernels().backward(grad, None, None, logits, stream, tau, state, None, grad_logits)
+    kernels().backward(grad, None, None, logits, stream, inverse_tau, state, None, grad_logits)
     return grad_logits
 
 
@@ -71,7 +76,8 @@ def implementations(function: Callable[..., Any]) -> dict[str, Callable[..., Any
 
 gumbel_softmax_fwd = Op(
     NAME,
-    "gumbel_softmax_fwd(Tensor logits, Tensor seed, Tensor? row_ids, float tau, bool hard) -> (Tensor, Tensor, Tensor)",
+    "gumbel_softmax_fwd(Tensor logits, Tensor seed, Tensor? row_ids, Tensor inverse_tau, bool hard) -> "
+    "(Tensor, Tensor, Tensor)",
     fake=_empty_outputs,
     implementations=implementations(_fwd),
     native_ops=NATIVE_OPS,
@@ -80,7 +86,7 @@ gumbel_softmax_fwd = Op(
 gumbel_softmax_bwd = Op(
     NAME,
     "gumbel_softmax_bwd(Tensor grad, Tensor logits, Tensor seed, Tensor? row_ids, Tensor row_max, Tensor row_sum, "
-    "float tau) -> Tensor",
+    "Tensor inverse_tau) -> Tensor",
     fake=lambda grad, logits, *rest: logits.new_empty(logits.shape),
     implementations=implementations(_bwd),
     native_ops=NATIVE_OPS,
@@ -94,39 +100,39 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-class _GumbelSoftmax(Function):
+class GumbelSoftmax(Function):
     """Saves the logits as they are, and two numbers a row."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, seed, row_ids, tau, hard, dim):
+    def forward(logits, seed, row_ids, inverse_tau, hard, dim):
         moved = logits.movedim(dim, -1)
-        y, row_max, row_sum = gumbel_softmax_fwd(as_matrix(moved), seed, row_ids, tau, hard)
+        y, row_max, row_sum = gumbel_softmax_fwd(as_matrix(moved), seed, row_ids, inverse_tau, hard)
         return y.reshape(moved.shape).movedim(-1, dim), row_max, row_sum
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, seed, row_ids, ctx.tau, _, ctx.dim = inputs
+        logits, seed, row_ids, inverse_tau, _, ctx.dim = inputs
         _, row_max, row_sum = output
         ctx.mark_non_differentiable(row_max, row_sum)
-        ctx.save_for_backward(logits, seed, row_ids, row_max, row_sum)
+        ctx.save_for_backward(logits, seed, row_ids, row_max, row_sum, inverse_tau)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 6
-        return _GumbelSoftmaxBackward.apply(grad, *ctx.saved_tensors, ctx.tau, ctx.dim), *(None,) * 5
+        return _GumbelSoftmaxBackward.apply(grad, *ctx.saved_tensors, ctx.dim), *(None,) * 5
 
 
 class _GumbelSoftmaxBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, logits, seed, row_ids, row_max, row_sum, tau, dim):
+    def forward(grad, logits, seed, row_ids, row_max, row_sum, inverse_tau, dim):
         moved, grad = logits.movedim(dim, -1), grad.movedim(dim, -1)
-        rows = gumbel_softmax_bwd(as_matrix(grad), as_matrix(moved), seed, row_ids, row_max, row_sum, tau)
+        rows = gumbel_softmax_bwd(as_matrix(grad), as_matrix(moved), seed, row_ids, row_max, row_sum, inverse_tau)
         return rows.reshape(moved.shape).movedim(-1, dim)
 
     @staticmethod
@@ -140,7 +146,7 @@ class _GumbelSoftmaxBackward(Function):
 
 def gumbel_softmax(
     logits: Tensor,
-    tau: float = 1.0,
+    tau: float | Tensor = 1.0,
     hard: bool = False,
     dim: int = -1,
     *,
@@ -149,7 +155,7 @@ def gumbel_softmax(
     generator: torch.Generator | None = None,
     eps: float = 1e-10,
 ) -> Tensor:
-    """Samples `y = softmax((logits + g) / tau)` with Gumbel noise g: the largest of a row is drawn from softmax(logits).
+    """Samples `y = softmax((logits + g) / tau)` with Gumbel noise g: its largest is drawn from softmax(logits).
 
     The noise is that of `random_gumbel`, in float32 whatever the dtype: rows are all dimensions but `dim`, flattened in
     order, and the column is the index along `dim`. It is made where it is used, in forward and again in backward, and
@@ -160,7 +166,8 @@ def gumbel_softmax(
     Args:
         logits: unnormalised log-probabilities, of any shape; float32, bfloat16, float16 or float64. -inf is
             probability 0: it is never drawn and gets the gradient 0.
-        tau: temperature, a number in [1e-30, 1e30]. Small ones make y one-hot, and its gradient large.
+        tau: temperature, a number in [1e-30, 1e30], or a 0-d floating tensor on the device, which is never read by the
+            host. Small ones make y one-hot, and its gradient large.
         hard: one-hot samples.
         dim: the dimension of the categories. Where it is not the last one, forward and backward copy the logits with
             it last, and y lies in memory so too.
@@ -185,7 +192,6 @@ def gumbel_softmax(
     >>> code.sum().backward()
     """
     checks.tensor(NAME, "logits", logits, checks.FLOAT_DTYPES)
-    check_tau(NAME, tau)
     checks.boolean(NAME, "hard", hard)
     checks.integer(NAME, "dim", dim)
     dims = max(logits.dim(), 1)
@@ -196,6 +202,7 @@ def gumbel_softmax(
     if logits.dim() == 0:
         logits = logits.reshape(1)
         return gumbel_softmax(logits, tau, hard, row_ids=row_ids, seed=seed, generator=generator).reshape(())
+    inverse_tau = inverse_tau_tensor(NAME, tau, logits.device)
     seed = seed_tensor(NAME, seed, generator, logits.device)
     shape = logits.movedim(dim, -1).shape[:-1]
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
@@ -204,8 +211,19 @@ def gumbel_softmax(
     if logits.numel() == 0:
         return logits.clone()
     row_ids = None if row_ids is None else row_ids.reshape(-1).contiguous()
-    return _GumbelSoftmax.apply(logits, seed, row_ids, tau, hard, dim % dims)[0]
+    return GumbelSoftmax.apply(logits, seed, row_ids, inverse_tau, hard, dim % dims)[0]
 
 
-def check_tau(name: str, tau: Any) -> None:
+def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> Tensor:
+    """1 / tau, 0-d float64 on `device`: data, as the seed is, so that a graph takes another tau."""
+    if isinstance(tau, Tensor):
+        checks.tensor(name, "tau", tau, checks.FLOAT_DTYPES)
+        checks.shape(name, "tau", tau, (), "()")
+        checks.same_device(name, "tau", tau, "logits", device)
+        if tau.requires_grad:
+            checks.fail(ValueError, name, "tau", "not require grad", "a tensor that does")
+        return tau.double().reciprocal()
     checks.number(name, "tau", tau, low=LEAST_TAU, high=MOST_TAU)
+    if torch.compiler.is_compiling():  # where `full` would make each tau another graph
+        return torch.ones((), dtype=torch.float64, device=device) / tau
+    return torch.full((), 1.0 / tau, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Gumbel-softmax over rows in Triton: a program has some short rows, or one, which it makes the noise of where it reads.
+"""Gumbel-softmax over rows in Triton: a program has some short rows, or one, and makes their noise where it reads them.
 
 A row that fits one tile stays in registers. A longer one is read tile by tile: maximum, sum and index are kept one a
 lane, which are combined after the loop, and what a second pass needs is made again, noise included. One program a row:
@@ -37,11 +37,7 @@ RARELY = ["row_count", "columns", "first_row", "groups", "chunk_rows"]
 
 @triton.jit
 def _exp(x):
-    if x.dtype == tl.float64:
-        e = tl.exp(x)
-    else:
-        e = exp_flushed(x)
-    return e
+    return tl.exp(x) if x.dtype == tl.float64 else exp_flushed(x)
 
 
 @triton.jit
@@ -138,13 +134,13 @@ def _rows_of_program(row_ids, first_row, row_count, groups_of_row, HAS_ROW_IDS: 
 
 @triton.jit(do_not_specialize=RARELY)
 def gumbel_rows_fwd_kernel(
-    logits, seed_ptr, row_ids, y, index_out, max_out, sum_out, best_out, plain_max_out, plain_sum_out,
-    row_count, columns, logits_stride, first_row: tl.int64, inverse_tau: tl.float64,
+    logits, seed_ptr, row_ids, inverse_tau_ptr, y, index_out, max_out, sum_out, best_out, plain_max_out, plain_sum_out,
+    row_count, columns, logits_stride, first_row: tl.int64,
     NOISE: tl.constexpr, HAS_ROW_IDS: tl.constexpr, OUTPUT: tl.constexpr, WITH_INDEX: tl.constexpr,
     STATS: tl.constexpr, ONE_TILE: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = max_out.dtype.element_ty
-    inverse_tau = tl.full((), inverse_tau, ACC)
+    inverse_tau = tl.load(inverse_tau_ptr).to(ACC)
     one = tl.full((), 1.0, ACC)
     row, in_range, number = _rows_of_program(row_ids, first_row, row_count, (columns + 3) // 4, HAS_ROW_IDS, ROWS)
     seed = tl.full((), 0, tl.int64)
@@ -209,14 +205,14 @@ def _softmax(s, top, total, inverse_tau):
 
 @triton.jit(do_not_specialize=RARELY)
 def gumbel_rows_bwd_kernel(
-    grad, uses, mask_ptr, logits, seed_ptr, row_ids, max_in, sum_in, plain_max_in, plain_sum_in, grad_logits,
-    row_count, columns, logits_stride, grad_stride, groups, first_row: tl.int64, inverse_tau: tl.float64,
+    grad, uses, mask_ptr, logits, seed_ptr, row_ids, inverse_tau_ptr, max_in, sum_in, plain_max_in, plain_sum_in,
+    grad_logits, row_count, columns, logits_stride, grad_stride, groups, first_row: tl.int64,
     HAS_GRAD: tl.constexpr, HAS_USES: tl.constexpr, HAS_MASK: tl.constexpr, NOISE: tl.constexpr,
     HAS_ROW_IDS: tl.constexpr, FLOAT64: tl.constexpr, ONE_TILE: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    inverse_tau = tl.full((), inverse_tau, ACC)
+    inverse_tau = tl.load(inverse_tau_ptr).to(ACC)
     one = tl.full((), 1.0, ACC)
     row, in_range, number = _rows_of_program(row_ids, first_row, row_count, (columns + 3) // 4, HAS_ROW_IDS, ROWS)
     seed = tl.full((), 0, tl.int64)
@@ -327,21 +323,21 @@ class TritonGumbelRows:
 
     PROGRAMS = 1056  # of probability_sums: eight for each multiprocessor of an H100
 
-    def forward(self, logits, stream, tau, output, y, index, state, best=None, plain=None) -> None:
+    def forward(self, logits, stream, inverse_tau, output, y, index, state, best=None, plain=None) -> None:
         rows, columns = logits.shape
         if rows == 0:
             return
         chosen = config(columns, logits.dtype)
         with on_device_of(logits):
             gumbel_rows_fwd_kernel[(triton.cdiv(rows, chosen.constexprs["ROWS"]),)](
-                logits, *stream[:2], y, index, *state, best, *(plain or (None, None)),
-                rows, columns, logits.stride(0), stream[2], 1.0 / tau,
+                logits, *stream[:2], inverse_tau, y, index, *state, best, *(plain or (None, None)),
+                rows, columns, logits.stride(0), stream[2],
                 NOISE=stream[0] is not None, HAS_ROW_IDS=stream[1] is not None, OUTPUT=output,
                 WITH_INDEX=index is not None, STATS=plain is not None, ALIGN=_align(logits),
                 **chosen.constexprs, **chosen.options,
             )  # fmt: skip
 
-    def backward(self, grad, uses, mask, logits, stream, tau, state, plain, grad_logits) -> None:
+    def backward(self, grad, uses, mask, logits, stream, inverse_tau, state, plain, grad_logits) -> None:
         rows, columns = logits.shape
         if rows == 0:
             return
@@ -349,9 +345,9 @@ class TritonGumbelRows:
         grad_stride = 0 if grad is None else grad.stride(0)
         with on_device_of(logits):
             gumbel_rows_bwd_kernel[(triton.cdiv(rows, chosen.constexprs["ROWS"]),)](
-                grad, uses, None if mask is None else mask.view(torch.uint8), logits, *stream[:2],
+                grad, uses, None if mask is None else mask.view(torch.uint8), logits, *stream[:2], inverse_tau,
                 *(state or (None, None)), *(plain or (None, None)), grad_logits,
-                rows, columns, logits.stride(0), grad_stride, 1 if uses is None else uses.shape[0], stream[2], 1.0 / tau,
+                rows, columns, logits.stride(0), grad_stride, 1 if uses is None else uses.shape[0], stream[2],
                 HAS_GRAD=grad is not None, HAS_USES=uses is not None, HAS_MASK=mask is not None,
                 NOISE=stream[0] is not None, HAS_ROW_IDS=stream[1] is not None, FLOAT64=logits.dtype == torch.float64,
                 ALIGN=_align(logits, grad_stride), **chosen.constexprs, **chosen.options,
@@ -418,7 +414,7 @@ def _shared(dtype: torch.dtype, columns: int) -> tuple[dict[str, str], dict[str,
     types |= dict.fromkeys(("plain_max_in", "plain_sum_in", "plain_max", "plain_sum", "uses", "partial"), acc)
     types |= dict.fromkeys(("seed_ptr", "row_ids", "index_out", "best_out"), "*i64")
     types |= dict.fromkeys(("row_count", "columns", "logits_stride", "grad_stride", "groups", "chunk_rows"), "i32")
-    types |= {"mask_ptr": "*u8", "first_row": "i64", "inverse_tau": "fp64"}
+    types |= {"mask_ptr": "*u8", "first_row": "i64", "inverse_tau_ptr": "*fp64"}
     return types, {"ALIGN": align}, f"{DTYPE_NAMES[dtype]}-{columns}" + ("-aligned" if align > 1 else "")
 
 

@@ -76,7 +76,7 @@ sslkernels::GumbelRows gumbel_rows_of(const Call& call) {
   rows.seed = call.array<int64_t>("seed");
   rows.row_ids = call.array<int64_t>("row_ids");
   rows.first_row = call.integer("first_row");
-  rows.tau = call.real("tau");
+  rows.inverse_tau = call.array<double>("inverse_tau");
   rows.state = {call.array("max"), call.array("sum")};
   rows.plain = {call.array("plain_max"), call.array("plain_sum")};
   return rows;
