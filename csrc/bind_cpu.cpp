@@ -1,16 +1,21 @@
 // The operators of the namespace sslkernels_native, and their CPU implementations over torch's thread pool.
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <vector>
 
 #include "bind.h"
 #include "bind_gaussian.h"
+#include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
+#include "bind_sample_rows.h"
+#include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/gaussian.h"
+#include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
 #include "cpu/negative_sampling.h"
@@ -18,7 +23,9 @@
 #include "cpu/pair_scores.h"
 #include "cpu/random_stream.h"
 #include "cpu/row_sums.h"
+#include "cpu/sample_rows.h"
 #include "cpu/scale_add.h"
+#include "cpu/vector_quantize.h"
 
 namespace sslkernels {
 namespace {
@@ -106,6 +113,60 @@ void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, Optiona
   torch::stable::parallel_for(
       0, gaussian_tasks(inputs, sums), gaussian_grain(backward.inputs, sums),
       [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_bwd, backward, begin, end); });
+}
+
+// A row of the accumulation type for each thread.
+template <class Run>
+void over_gumbel_rows(const GumbelRows& rows, Run run) {
+  torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(
+        new double[rows.element == Element::kDouble ? rows.columns : (rows.columns + 1) / 2]);
+    run(begin, end, scratch.get());
+  });
+}
+
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+  const GumbelForward forward =
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
+  if (y) advise_huge_pages(forward.y, y->numel() * y->element_size());
+  over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
+  });
+}
+
+void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+  const GumbelBackward backward =
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
+  if (backward.grad != backward.grad_logits) {
+    advise_huge_pages(backward.grad_logits, grad_logits.numel() * grad_logits.element_size());
+  }
+  over_gumbel_rows(backward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_bwd, backward, begin, end, scratch);
+  });
+}
+
+void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
+                      int64_t chunk_rows) {
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
+  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
+  torch::stable::parallel_for(
+      0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
+}
+
+void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
+                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logit, Tensor index) {
+  const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
+                                                  sum_exp, best, logit, index);
+  torch::stable::parallel_for(0, sample.rows, row_grain(sample.columns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(sample_rows, sample, begin, end);
+  });
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -271,6 +332,46 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   });
 }
 
+void code_tile(Tensor source, OptionalTensor center, bool unit, OptionalTensor tile, Tensor norm,
+               OptionalTensor half_square) {
+  const CodeTile arguments = code_tile_arguments(source, center, unit, tile, norm, half_square);
+  torch::stable::parallel_for(
+      0, arguments.source.rows, row_grain(arguments.source.dim),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(code_tile, arguments, begin, end); });
+}
+
+void best_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, int64_t first_code,
+                Tensor products, Tensor input_norm, Tensor code_norm, OptionalTensor code_half_square, Tensor bound,
+                Tensor best, Tensor index) {
+  const CodeScores scores = code_scores_arguments(input, codebook, metric, matmul_rounding, first_code, products,
+                                                  input_norm, code_norm, code_half_square, bound, best, index);
+  std::vector<double> block_norm(code_blocks(scores.codes));
+  SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
+  torch::stable::parallel_for(0, scores.input.rows, row_grain(scores.codes), [&](int64_t begin, int64_t end) {
+    std::vector<double> work(2 * scores.input.dim + code_blocks(scores.codes));
+    SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), begin, end, work.data());
+  });
+}
+
+void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor values, Tensor distance) {
+  const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
+  advise_huge_pages(gather.values, values.numel() * values.element_size());
+  torch::stable::parallel_for(0, gather.input.rows, row_grain(gather.input.dim), [&](int64_t begin, int64_t end) {
+    std::vector<double> work(2 * gather.input.dim);
+    SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.data());
+  });
+}
+
+void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
+  const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
+  advise_huge_pages(difference.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> work(2 * difference.input.dim);
+                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
+                              });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -283,6 +384,21 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def(
+      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, Tensor? inverse_tau, int output, "
+      "Tensor(a!)? y, Tensor(b!)? index, Tensor(c!) max, Tensor(d!) sum, Tensor(e!)? best, Tensor(f!)? plain_max, "
+      "Tensor(g!)? plain_sum) -> ()");
+  m.def(
+      "gumbel_rows_bwd(Tensor? grad, Tensor? uses, Tensor? mask, Tensor logits, Tensor? seed, Tensor? row_ids, "
+      "int first_row, Tensor? inverse_tau, Tensor? max, Tensor? sum, Tensor? plain_max, Tensor? plain_sum, "
+      "Tensor(a!) grad_logits) -> ()");
+  m.def(
+      "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "
+      "int chunk_rows) -> ()");
+  m.def(
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
+      "scale, "
+      "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
   m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
       "gaussian_fwd(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? row_ids, "
@@ -328,15 +444,30 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
   m.def(
       "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
       "Tensor(a!) out, int entries_of_source) -> ()");
+  m.def(
+      "code_tile(Tensor source, Tensor? center, bool unit, Tensor(a!)? tile, Tensor(b!) norm, Tensor(c!)? half_square) "
+      "-> ()");
+  m.def(
+      "best_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, int first_code, Tensor products, "
+      "Tensor input_norm, Tensor code_norm, Tensor? code_half_square, Tensor(a!) bound, Tensor(b!) best, "
+      "Tensor(c!) index) -> ()");
+  m.def(
+      "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
+      "Tensor(b!) distance) -> ()");
+  m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
+  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
+  m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("gaussian_fwd", TORCH_BOX(&gaussian_fwd));
   m.impl("gaussian_bwd", TORCH_BOX(&gaussian_bwd));
+  m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));
@@ -346,6 +477,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("sort_rows", TORCH_BOX(&sort_rows));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
+  m.impl("code_tile", TORCH_BOX(&code_tile));
+  m.impl("best_codes", TORCH_BOX(&best_codes));
+  m.impl("gather_codes", TORCH_BOX(&gather_codes));
+  m.impl("code_difference", TORCH_BOX(&code_difference));
 }
 
 }  // namespace sslkernels

@@ -6,7 +6,10 @@ from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
+from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
+from sslkernels.ops.gumbel_softmax import gumbel_softmax
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
+from sslkernels.ops.linear_sample import LinearSample, linear_sample
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.random_streams import (
@@ -16,14 +19,18 @@ from sslkernels.ops.random_streams import (
     random_normal,
     random_uniform,
 )
+from sslkernels.ops.vector_quantize import Quantized, vector_quantize
 from sslkernels.version import __version__
 
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
     "GaussianSample",
+    "GumbelQuantized",
     "LatentStats",
+    "LinearSample",
     "MaskedTokens",
+    "Quantized",
     "__version__",
     "available_backends",
     "clip_loss",
@@ -31,8 +38,11 @@ __all__ = [
     "cross_entropy",
     "gaussian_kl",
     "gaussian_rsample",
+    "gumbel_quantize",
+    "gumbel_softmax",
     "info_nce",
     "linear_cross_entropy",
+    "linear_sample",
     "mask_tokens",
     "negative_sampling_loss",
     "nn",
@@ -44,4 +54,5 @@ __all__ = [
     "random_uniform",
     "siglip_loss",
     "use_backend",
+    "vector_quantize",
 ]

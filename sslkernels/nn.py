@@ -15,6 +15,7 @@ from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, sigl
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.quantizer import VectorQuantizer as VectorQuantizer
 
 
 class _Options(nn.Module):

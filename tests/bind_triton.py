@@ -15,8 +15,10 @@ from triton.runtime.jit import JITFunction
 from sslkernels.ops.pair_scores import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
 from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels import pair_sums
+from sslkernels.triton_kernels.code_search import best_codes
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
@@ -25,6 +27,7 @@ from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
 from sslkernels.triton_kernels.random_streams import random_stream
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
+from sslkernels.triton_kernels.vector_quantize import code_difference, gather_codes
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
 EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
@@ -78,6 +81,23 @@ def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dt
     bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
     row_index = torch.zeros(2, dtype=index_dtype) if every else None
     stream_forward(input, linear_weight, target, bias, weight, options, stats=every, row_index=row_index)
+
+
+def bind_sample(vocab: int, dim: int, every: bool) -> None:
+    x, weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
+    bias, ids = torch.zeros(vocab) if every else None, torch.arange(2)
+    linear_sample(x, weight, bias, torch.zeros((), dtype=torch.int64), ids, torch.float16, 0.7)
+
+
+def bind_codes(codes: int, dim: int, every: bool) -> None:
+    """Of one dtype and of two, each metric."""
+    x, codebook = torch.zeros(3, dim, dtype=torch.float16), torch.zeros(codes, dim, dtype=torch.float16)
+    codebook = codebook.float() if every else codebook
+    index, score, distance = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64), torch.zeros(3)
+    for metric in range(3):
+        best_codes(x, codebook, metric, index, score)
+    gather_codes(x, codebook, index, score, x.clone(), distance)
+    code_difference(distance, x, codebook, index, x.float() if every else x.clone())
 
 
 def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
@@ -154,6 +174,8 @@ if __name__ == "__main__":
             bind_rows(size, options, index_dtype)
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
+            bind_sample(size, size, options is EVERY)
+            bind_codes(size, size, options is EVERY)
             bind_negative_sampling(size, index_dtype, options is EVERY)
             bind_pairs(size, 64, options is EVERY)
             bind_pairs(size, 400, options is EVERY)

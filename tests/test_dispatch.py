@@ -19,7 +19,8 @@ PACKAGE = Path(sk.__file__).parent
 # Who may import whom inside the package; the Triton kernels are reached lazily, inside functions.
 ALLOWED = {
     "": {"", "nn", "dispatch", "native", "ops", "version", "random", "checks"},
-    "nn": {"ops", "checks"},
+    "nn": {"ops", "checks", "quantizer"},
+    "quantizer": {"ops", "checks", "random"},
     "ops": {"ops", "dispatch", "native", "checks", "random"},
     "random": {"checks"},
     "dispatch": {"native"},

@@ -163,8 +163,8 @@ def test_streams_have_their_distribution(device, name):
 
 
 def test_what_lies_beside_another_is_independent_of_it(device):
-    """Correlations of columns, rows, samples and neighbouring seeds, of values and of squares; |z| > 5 would be met once
-    in 1.7 million. The 64 x 64 table of a pair: a false alarm once in 1000."""
+    """Correlations of columns, rows, samples and neighbouring seeds, of values and of squares; |z| > 5 would be met
+    once in 1.7 million. The 64 x 64 table of a pair: a false alarm once in 1000."""
     z = sk.random_normal((512, 512), 3, device=device).double()
     others = {
         "the other of a pair": (z[:, 0::2], z[:, 1::2]),

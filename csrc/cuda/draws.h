@@ -37,15 +37,19 @@ __device__ __forceinline__ TokenGroup group_of_row(const Arguments& arguments, i
           uint64_t(row_id) * uint64_t(groups_of_row(columns)) + uint64_t(group)};
 }
 
-// This thread's of the groups of all rows.
+// One of the groups of all rows, numbered through.
 template <class Arguments>
-__device__ __forceinline__ TokenGroup group_of_grid(const Arguments& arguments) {
-  const int64_t index = int64_t(blockIdx.x) * int64_t(blockDim.x) + int64_t(threadIdx.x);
+__device__ __forceinline__ TokenGroup group_of_all(const Arguments& arguments, int64_t index) {
   const int64_t groups = groups_of_row(arguments.columns);
   if (index >= arguments.rows * groups) return {0, 0, 0};
+  if (arguments.columns % kGroup == 0 && arguments.row_ids == nullptr) return {kGroup * index, kGroup, uint64_t(index)};
   const bool narrow = ((index | groups) >> 32) == 0;
   const int64_t row = narrow ? int64_t(uint32_t(index) / uint32_t(groups)) : index / groups;
   return group_of_row(arguments, row, index - row * groups);
+}
+
+__device__ __forceinline__ int64_t thread_of_grid() {
+  return int64_t(blockIdx.x) * int64_t(blockDim.x) + int64_t(threadIdx.x);
 }
 
 __device__ __forceinline__ void draw_words(uint64_t seed, uint64_t group, uint64_t draw, uint32_t (&out)[kGroup]) {
@@ -114,11 +118,11 @@ __device__ __forceinline__ void draw_values(uint64_t seed, uint64_t group, uint6
 
 inline int whole_warps(int64_t threads) { return int(ceil_div(threads, kWarpSize) * kWarpSize); }
 
-// A thread a group of all rows.
-inline LaunchShape shape_of_groups(int64_t rows, int64_t columns) {
-  const int64_t groups = rows * groups_of_row(columns);
-  const int threads = whole_warps(std::clamp<int64_t>(groups, 1, kThreads));
-  return {ceil_div(groups, threads), threads, 0, 1};
+// A thread `each` groups of all rows.
+inline LaunchShape shape_of_groups(int64_t rows, int64_t columns, int each = 1) {
+  const int64_t wanted = ceil_div(rows * groups_of_row(columns), each);
+  const int threads = whole_warps(std::clamp<int64_t>(wanted, 1, kThreads));
+  return {ceil_div(wanted, threads), threads, 0, 1};
 }
 
 }  // namespace

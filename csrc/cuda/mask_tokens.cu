@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     mask_tokens_kernel(const __grid_constant__ MaskTokensParameters parameters) {
   const MaskTokens& tokens = parameters.tokens;
   const MaskRule rule = rule_of<kInline>(parameters);
-  const TokenGroup group = group_of_grid(tokens);
+  const TokenGroup group = group_of_all(tokens, thread_of_grid());
   Id ids[kGroup];
   load_group(static_cast<const Id*>(tokens.input_ids) + group.offset, group.count, ids);
   const uint64_t seed = uint64_t(*tokens.seed);

@@ -17,6 +17,8 @@ from sslkernels.random import seed_tensor, wrap_int64
 
 STREAMS = ("bits", "uniform", "exponential", "gumbel", "normal")  # in the order of csrc/common/random_stream.h
 
+_AT_ONCE = 1 << 16  # words of the reference, which then stay in a cache
+
 
 def _bits(words: Tensor) -> Tensor:
     return (words ^ 0x80000000) - 0x80000000
@@ -35,9 +37,16 @@ def stream_values(
     stream: str, seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int, dtype: torch.dtype
 ) -> Tensor:
     """A stream in plain torch, `(rows, columns)`: the definition that all backends share."""
-    groups = (columns + 3) // 4
-    words = random_words(seed, row_ids, rows, 4 * groups, sample)
-    return _VALUES[stream](words)[:, :columns].to(dtype)
+    out = torch.empty((rows, columns), dtype=dtype, device=seed.device)
+    if row_ids is None:
+        row_ids = torch.arange(rows, device=seed.device)
+    padded = (columns + 3) // 4 * 4
+    step = max(_AT_ONCE // max(padded, 1), 1)
+    for first in range(0, rows, step):
+        part = row_ids[first : first + step]
+        words = random_words(seed, part, len(part), padded, sample)
+        out[first : first + step] = _VALUES[stream](words)[:, :columns]
+    return out
 
 
 def _native(
