@@ -52,7 +52,7 @@ def test_no_path_of_the_build_machine_is_kept():
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
     ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
-    for op in (*ops, "negative_sampling_fwd", "weighted_row_sums"):
+    for op in (*ops, "gaussian_fwd", "gaussian_bwd", "negative_sampling_fwd", "weighted_row_sums"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures
