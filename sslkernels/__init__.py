@@ -5,9 +5,11 @@ from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.ops.free_energy import free_energy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
+from sslkernels.ops.prediction_energy import prediction_energy
 from sslkernels.ops.random_bits import random_bits
 from sslkernels.version import __version__
 
@@ -20,12 +22,14 @@ __all__ = [
     "clip_loss",
     "contrastive_energy",
     "cross_entropy",
+    "free_energy",
     "info_nce",
     "linear_cross_entropy",
     "mask_tokens",
     "negative_sampling_loss",
     "nn",
     "nt_xent",
+    "prediction_energy",
     "random_bits",
     "siglip_loss",
     "use_backend",
