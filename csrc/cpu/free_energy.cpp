@@ -223,25 +223,65 @@ const T* energies_of(const FreeEnergy& energies, int64_t r) {
          r % energies.inner * energies.inner_stride;
 }
 
+// `count` energies from `from` on in the accumulation type: where they lie, or in the buffer.
 template <class T, class A>
-void load_block(const T* from, int64_t stride, int count, A* out) {
-  if (stride == 1) return load(from, count, out);
-  for (int j = 0; j < count; ++j) out[j] = A(to_float(from[j * stride]));
+const A* block_of(const T* from, int64_t stride, int count, A* buffer) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (stride == 1) return from;
+  }
+  if (stride == 1) {
+    load(from, count, buffer);
+  } else {
+    for (int j = 0; j < count; ++j) buffer[j] = A(to_float(from[j * stride]));
+  }
+  return buffer;
 }
 
-// Leaves NaN out.
 template <class A>
-A lowest_of(A* block, int count) {
-  for (int j = count; j % kMinimumLanes != 0; ++j) block[j] = A(INFINITY);
+struct Lowest {
+  A energy;  // NaN left out
+  bool has_nan;
+};
+
+template <class A>
+Lowest<A> lowest_of(const A* block, int count) {
   A lanes[kMinimumLanes];
+  uint32_t nans[kMinimumLanes] = {};
   for (A& lane : lanes) lane = A(INFINITY);
-  for (int j = 0; j < count; j += kMinimumLanes) {
+  const auto take = [&](int l, A energy) __attribute__((always_inline)) {
+    lanes[l] = energy < lanes[l] ? energy : lanes[l];
+    nans[l] |= uint32_t(energy != energy);
+  };
+  int j = 0;
+  for (; j + kMinimumLanes <= count; j += kMinimumLanes) {
 #pragma omp simd
-    for (int l = 0; l < kMinimumLanes; ++l) lanes[l] = block[j + l] < lanes[l] ? block[j + l] : lanes[l];
+    for (int l = 0; l < kMinimumLanes; ++l) take(l, block[j + l]);
   }
-  A lowest = lanes[0];
-  for (const A lane : lanes) lowest = lane < lowest ? lane : lowest;
-  return lowest;
+  for (int l = 0; j + l < count; ++l) take(l, block[j + l]);
+  for (int half = kMinimumLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) {
+      lanes[l] = lanes[l + half] < lanes[l] ? lanes[l + half] : lanes[l];
+      nans[l] |= nans[l + half];
+    }
+  }
+  return {lanes[0], nans[0] != 0};
+}
+
+// The first that is the lowest: it is there.
+template <class A>
+int place_of(const A* block, int count, const Lowest<A>& lowest) {
+  const auto is_it = [&](A energy) __attribute__((always_inline)) {
+    return lowest.has_nan ? energy != energy : energy == lowest.energy;
+  };
+  int j = 0;
+  for (; j + kMinimumLanes <= count; j += kMinimumLanes) {
+    uint32_t found = 0;
+#pragma omp simd reduction(| : found)
+    for (int l = 0; l < kMinimumLanes; ++l) found |= uint32_t(is_it(block[j + l]));
+    if (found != 0) break;
+  }
+  while (!is_it(block[j])) ++j;
+  return j;
 }
 
 template <class T>
@@ -249,12 +289,12 @@ void soft_result(const FreeEnergy& energies, int64_t r) {
   using A = typename Accumulation<T>::type;
   const Beta<A> beta = beta_of<A>(energies.beta);
   const T* from = energies_of<T>(energies, r);
-  A block[kBlock];
+  A buffer[kBlock];
   Sums<A> sums = Sums<A>::identity();
   for (int64_t k = 0; k < energies.count; k += kBlock) {
     const int count = int(energies.count - k < kBlock ? energies.count - k : kBlock);
-    load_block(from + k * energies.count_stride, energies.count_stride, count, block);
-    const A lowest = lowest_of(block, count);
+    const A* block = block_of(from + k * energies.count_stride, energies.count_stride, count, buffer);
+    const A lowest = lowest_of(block, count).energy;
     A total = 0, deficit = 0;
 #pragma omp simd reduction(+ : total, deficit)
     for (int j = 0; j < count; ++j) {
@@ -274,21 +314,17 @@ template <class T>
 void minimum_result(const FreeEnergy& energies, int64_t r) {
   using A = typename Accumulation<T>::type;
   const T* from = energies_of<T>(energies, r);
-  A block[kBlock];
+  A buffer[kBlock];
   A lowest = A(to_float(from[0]));
   int64_t winner = 0;
   for (int64_t k = 0; k < energies.count && lowest == lowest; k += kBlock) {
     const int count = int(energies.count - k < kBlock ? energies.count - k : kBlock);
-    load_block(from + k * energies.count_stride, energies.count_stride, count, block);
-    int nans = 0;
-#pragma omp simd reduction(+ : nans)
-    for (int j = 0; j < count; ++j) nans += block[j] != block[j];
-    const A here = lowest_of(block, count);
-    if (nans == 0 && !(here < lowest)) continue;
-    int j = 0;
-    while (nans > 0 ? block[j] == block[j] : block[j] != here) ++j;
-    lowest = block[j];
-    winner = k + j;
+    const A* block = block_of(from + k * energies.count_stride, energies.count_stride, count, buffer);
+    const Lowest<A> here = lowest_of(block, count);
+    if (!here.has_nan && !(here.energy < lowest)) continue;
+    const int place = place_of(block, count, here);
+    lowest = block[place];
+    winner = k + place;
   }
   static_cast<A*>(energies.value)[r] = lowest;
   if (energies.winner != nullptr) energies.winner[r] = winner;
@@ -309,15 +345,13 @@ void gradient_result(const FreeEnergyGradient& gradient, int64_t r) {
   for (int64_t k = 0; k < energies.count; k += kBlock) {
     const int count = int(energies.count - k < kBlock ? energies.count - k : kBlock);
     if (energies.minimum) {
-      std::memset(block, 0, sizeof(block));
+      std::memset(block, 0, size_t(count) * sizeof(A));
       const int64_t winner = energies.winner[r] - k;
       if (0 <= winner && winner < count) block[winner] = scale;
     } else {
-      load_block(from + k * energies.count_stride, energies.count_stride, count, block);
+      const A* here = block_of(from + k * energies.count_stride, energies.count_stride, count, block);
 #pragma omp simd
-      for (int j = 0; j < count; ++j) {
-        block[j] = energy_weight<VectorMath>(block[j], lowest, A(1), beta) * scale;
-      }
+      for (int j = 0; j < count; ++j) block[j] = energy_weight<VectorMath>(here[j], lowest, A(1), beta) * scale;
     }
     T* out = to + k * gradient.count_stride;
     if (gradient.count_stride == 1) {
