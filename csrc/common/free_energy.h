@@ -2,7 +2,8 @@
 // prediction_energy shares.
 //
 // With d = E - lowest it is lowest - log(mean(exp(-beta d))) / beta. Near 1 the mean loses the d, so that the sum of
-// (1 - exp(-beta d)) / beta, the deficit, is kept beside it: a mean of the d where beta is small, in units of the energy.
+// (1 - exp(-beta d)) / beta, the deficit, is kept beside it: a mean of the d where beta is small, in units of the
+// energy.
 #pragma once
 
 #include <cmath>
@@ -25,10 +26,10 @@ struct FreeEnergy {
   int64_t inner_stride;
   bool minimum;  // else soft
   double beta;
-  void* value;       // A
-  void* lowest;      // A, of "soft"
-  void* total;       // A, of "soft"
-  int64_t* winner;   // of "min"
+  void* value;      // A
+  void* lowest;     // A, of "soft"
+  void* total;      // A, of "soft"
+  int64_t* winner;  // of "min"
 };
 
 // energies.value is read: the derivative with respect to it. Of the minimum the energies are null, for they are not
@@ -106,12 +107,19 @@ struct EnergySums {
     return {to, x.count + y.count, x.total + y.total, x.deficit + y.deficit};
   }
 
-  SSLKERNELS_HD void add(A energy, const Beta<A>& beta) {
-    if (energy < lowest) *this = moved(energy, beta);
-    const EnergyTerm<A> term = energy_term<Math>(energy == lowest ? A(0) : energy - lowest, beta);
-    count += A(1);
-    total += term.exponential;
-    deficit += term.deficit;
+  // The first n of N.
+  template <int N>
+  SSLKERNELS_HD void add(const A (&energies)[N], int n, const Beta<A>& beta) {
+    A to = lowest;
+    for (int j = 0; j < N; ++j) to = j < n && energies[j] < to ? energies[j] : to;
+    if (to < lowest) *this = moved(to, beta);
+    for (int j = 0; j < N; ++j) {
+      if (j >= n) continue;
+      const EnergyTerm<A> term = energy_term<Math>(energies[j] == to ? A(0) : energies[j] - to, beta);
+      count += A(1);
+      total += term.exponential;
+      deficit += term.deficit;
+    }
   }
 
   SSLKERNELS_HD A value(const Beta<A>& beta) const {
@@ -129,24 +137,6 @@ template <class Math, class A>
 SSLKERNELS_HD A energy_weight(A energy, A lowest, A total, const Beta<A>& beta) {
   return Math::exp(-(beta.value * (energy - lowest))) / total;
 }
-
-// The lowest of the candidates, of equals the first; NaN is below all.
-template <class A>
-struct LowestEnergy {
-  A energy;
-  int64_t index;
-
-  static SSLKERNELS_HD LowestEnergy identity() { return {A(INFINITY), INT64_MAX}; }
-
-  SSLKERNELS_HD bool before(const LowestEnergy& other) const {
-    const bool is_nan = energy != energy, other_is_nan = other.energy != other.energy;
-    if (is_nan != other_is_nan) return is_nan;
-    return energy < other.energy || (!(other.energy < energy) && index < other.index);
-  }
-  static SSLKERNELS_HD LowestEnergy combine(const LowestEnergy& a, const LowestEnergy& b) {
-    return b.before(a) ? b : a;
-  }
-};
 
 }  // namespace
 }  // namespace sslkernels

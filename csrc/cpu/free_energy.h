@@ -7,10 +7,10 @@
 namespace sslkernels {
 
 // The results [begin, end) of outer * inner, and the gradient of their energies.
-#define SSLKERNELS_DECLARE(isa)                                                               \
-  namespace isa {                                                                             \
-  void free_energy_fwd(const FreeEnergy& energies, int64_t begin, int64_t end);               \
-  void free_energy_bwd(const FreeEnergyGradient& gradient, int64_t begin, int64_t end);       \
+#define SSLKERNELS_DECLARE(isa)                                                         \
+  namespace isa {                                                                       \
+  void free_energy_fwd(const FreeEnergy& energies, int64_t begin, int64_t end);         \
+  void free_energy_bwd(const FreeEnergyGradient& gradient, int64_t begin, int64_t end); \
   }
 SSLKERNELS_FOR_EACH_ISA(SSLKERNELS_DECLARE)
 #undef SSLKERNELS_DECLARE

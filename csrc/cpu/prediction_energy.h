@@ -20,11 +20,11 @@ inline int64_t candidate_parts(const PredictionEnergy& inputs) {
 
 // parts: A (batch, feature parts, count). The units [begin, end): of (batch, feature parts, candidate parts) where the
 // parts are filled, of the batch where they are reduced, and of (batch, feature parts) in backward.
-#define SSLKERNELS_DECLARE(isa)                                                                                     \
-  namespace isa {                                                                                                   \
-  void prediction_energy_parts(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end);            \
-  void prediction_energy_finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end);           \
-  void prediction_energy_bwd(const PredictionEnergyGradient& gradient, int64_t begin, int64_t end);                 \
+#define SSLKERNELS_DECLARE(isa)                                                                           \
+  namespace isa {                                                                                         \
+  void prediction_energy_parts(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end);  \
+  void prediction_energy_finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end); \
+  void prediction_energy_bwd(const PredictionEnergyGradient& gradient, int64_t begin, int64_t end);       \
   }
 SSLKERNELS_FOR_EACH_ISA(SSLKERNELS_DECLARE)
 #undef SSLKERNELS_DECLARE
