@@ -290,9 +290,7 @@ def _three_dimensional(energy: Tensor, dim: int) -> tuple[Tensor, list[int], lis
             groups[0] = [d for d in rest if sizes[d] == 1] + groups[0]
     outer, inner = groups
     columns = energy.permute(*outer, dim, *inner)
-    columns = columns.reshape(
-        math.prod(sizes[d] for d in outer), sizes[dim], math.prod(sizes[d] for d in inner)
-    )
+    columns = columns.reshape(math.prod(sizes[d] for d in outer), sizes[dim], math.prod(sizes[d] for d in inner))
     order = outer + inner
     back = [order.index(d) for d in range(energy.dim()) if d != dim]
     return columns, [sizes[d] for d in order], back
