@@ -279,8 +279,7 @@ def _three_dimensional(energy: Tensor, dim: int) -> tuple[Tensor, list[int], lis
     if energy.is_contiguous():
         groups = [[d for d in rest if d < dim], [d for d in rest if d > dim]]
     else:
-        # By falling strides, those of one element anywhere; neighbours that lie as one are one.
-        rest.sort(key=lambda d: -strides[d])
+        rest = _by_falling_stride(rest, strides)
         groups = _merged([d for d in rest if sizes[d] != 1], sizes, strides)
         if len(groups) == 1:
             groups.insert(1 if strides[groups[0][-1]] > strides[dim] else 0, [])
@@ -290,13 +289,22 @@ def _three_dimensional(energy: Tensor, dim: int) -> tuple[Tensor, list[int], lis
             groups[0] = [d for d in rest if sizes[d] == 1] + groups[0]
     outer, inner = groups
     columns = energy.permute(*outer, dim, *inner)
-    columns = columns.reshape(math.prod(sizes[d] for d in outer), sizes[dim], math.prod(sizes[d] for d in inner))
+    columns = columns.reshape(math.prod([sizes[d] for d in outer]), sizes[dim], math.prod([sizes[d] for d in inner]))
     order = outer + inner
     back = [order.index(d) for d in range(energy.dim()) if d != dim]
     return columns, [sizes[d] for d in order], back
 
 
+def _by_falling_stride(dims: list[int], strides: tuple[int, ...]) -> list[int]:
+    """By comparisons alone: torch.compile sorts no symbolic sizes."""
+    ordered: list[int] = []
+    for d in dims:
+        ordered.insert(len([other for other in ordered if strides[other] >= strides[d]]), d)
+    return ordered
+
+
 def _merged(dims: list[int], sizes: torch.Size, strides: tuple[int, ...]) -> list[list[int]]:
+    """Neighbours that lie as one dimension would, together."""
     groups: list[list[int]] = []
     for d in dims:
         if groups and strides[groups[-1][-1]] == sizes[d] * strides[d]:

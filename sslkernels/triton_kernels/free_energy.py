@@ -21,7 +21,7 @@ from sslkernels.triton_kernels.launch import (
     processors,
 )
 
-LINE = 64  # results side by side at least, where they lie so
+LINE = 32  # results side by side at least, where they lie so
 
 
 def config(dtype: torch.dtype, shape: tuple[int, int, int], inner_stride: int, programs: int) -> dict[str, int | bool]:
