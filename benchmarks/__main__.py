@@ -22,6 +22,7 @@ from benchmarks import (
     bench_negative_sampling,
     bench_own_negatives,
     bench_pair_kernels,
+    bench_prediction_energy,
     environment,
     harness,
     report,
@@ -36,6 +37,7 @@ BENCHMARKS = (
     *bench_contrastive.BENCHMARKS,
     bench_own_negatives.BENCHMARK,
     bench_negative_sampling.BENCHMARK,
+    bench_prediction_energy.BENCHMARK,
     bench_kernels.BENCHMARK,
     bench_pair_kernels.BENCHMARK,
 )
