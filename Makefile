@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-slow bench resources lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
+.PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens").
 test: $(VENV)/built
@@ -20,6 +20,10 @@ bench: $(VENV)/built
 # Registers, spills and 16-byte accesses of the CUDA kernels that were compiled.
 resources: $(VENV)/built
 	$(BIN)/python -m benchmarks.resources benchmarks/results/cuda_kernels.md
+
+# The quality of the random streams over 2^29 draws each, as a table and a plot: some minutes.
+rng-report: $(VENV)/built
+	$(BIN)/python -m benchmarks.random_numbers.report $(ARGS)
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

@@ -37,6 +37,8 @@ PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
 PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less than 8 minutes
     "mask": ["--op", "mask_tokens"],
     "negative": ["--op", "negative_sampling_loss"],
+    "normal": ["--op", "random_normal"],
+    "sample": ["--op", "linear_sample"],
     "kernels": ["--op", "kernels"],
     "pairs": ["--op", "pair_kernels"],
     "own": ["--op", "info_nce"],

@@ -9,6 +9,7 @@
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
+#include "bind_sample_rows.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/free_energy.h"
 #include "cpu/mask_tokens.h"
@@ -17,7 +18,9 @@
 #include "cpu/own_negatives.h"
 #include "cpu/pair_scores.h"
 #include "cpu/prediction_energy.h"
+#include "cpu/random_stream.h"
 #include "cpu/row_sums.h"
+#include "cpu/sample_rows.h"
 #include "cpu/scale_add.h"
 
 namespace sslkernels {
@@ -57,12 +60,22 @@ void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, O
   });
 }
 
-void random_bits(Tensor seed, OptionalTensor row_ids, int64_t sample, Tensor out) {
-  const RandomBits bits = random_bits_arguments(seed, row_ids, sample, out);
-  advise_huge_pages(bits.out, out.numel() * out.element_size());
-  const int64_t groups = bits.rows * ((bits.columns + 3) / 4);
-  torch::stable::parallel_for(0, groups, kGrain / 4,
-                              [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(random_bits, bits, begin, end); });
+void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t stream, Tensor out) {
+  const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
+  advise_huge_pages(numbers.out, out.numel() * out.element_size());
+  const int64_t groups = numbers.rows * ((numbers.columns + 3) / 4);
+  torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
+  });
+}
+
+void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
+                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logit, Tensor index) {
+  const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
+                                                  sum_exp, best, logit, index);
+  torch::stable::parallel_for(0, sample.rows, row_grain(sample.columns), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(sample_rows, sample, begin, end);
+  });
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -289,7 +302,11 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
-  m.def("random_bits(Tensor seed, Tensor? row_ids, int sample, Tensor(a!) out) -> ()");
+  m.def(
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
+      "scale, "
+      "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
+  m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
@@ -343,7 +360,8 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
-  m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("random_stream", TORCH_BOX(&random_stream));
+  m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));

@@ -15,6 +15,7 @@
 #include "cuda/negative_sampling.h"
 #include "cuda/own_negatives.h"
 #include "cuda/prediction_energy.h"
+#include "cuda/random_stream.h"
 #include "cuda/row_sums.h"
 #include "cuda/scale_add.h"
 
@@ -67,10 +68,10 @@ void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, O
   launch_cross_entropy_rows_bwd(rows, current_stream(logits));
 }
 
-void random_bits(Tensor seed, OptionalTensor row_ids, int64_t sample, Tensor out) {
-  const RandomBits bits = random_bits_arguments(seed, row_ids, sample, out);
+void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t stream, Tensor out) {
+  const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
-  launch_random_bits(bits, current_stream(out));
+  launch_random_stream(numbers, current_stream(out));
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -171,7 +172,7 @@ void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
-  m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));

@@ -1,34 +1,14 @@
-// From tensors to the arguments of the masking kernels and of random_bits, as bind.h.
+// From tensors to the arguments of the masking kernels, as bind.h.
 #pragma once
 
-#include "bind.h"
+#include "bind_random_stream.h"
 #include "common/mask_tokens.h"
 
 namespace sslkernels {
 
-inline const int64_t* seed_pointer(const torch::stable::Tensor& seed) {
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "sslkernels: seed must be one int64");
-  return seed.const_data_ptr<int64_t>();
-}
-
-inline const int64_t* row_ids_pointer(const OptionalTensor& row_ids, int64_t rows) {
-  if (!row_ids) return nullptr;
-  check_vector(*row_ids, rows, torch::headeronly::ScalarType::Long, "row_ids");
-  return row_ids->const_data_ptr<int64_t>();
-}
-
 inline void check_like(const torch::stable::Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.is_contiguous(),
                   "sslkernels: ", name, " must be contiguous, of the shape of input_ids");
-}
-
-inline RandomBits random_bits_arguments(const torch::stable::Tensor& seed, const OptionalTensor& row_ids,
-                                        int64_t sample, const torch::stable::Tensor& out) {
-  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == torch::headeronly::ScalarType::Int,
-                  "sslkernels: out must be a contiguous int32 matrix");
-  return {row_ids_pointer(row_ids, out.size(0)),         seed_pointer(seed), out.size(0), out.size(1), sample,
-          static_cast<uint32_t*>(out.mutable_data_ptr())};
 }
 
 // `ranges` is read by the host, wherever the tokens are.

@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m) {
   floors.def("scale_add", &sslkernels::scale_add_floor, arg("count"), arg("input_bytes"), arg("out_bytes"), arg("add"));
   floors.def("own_negatives", &sslkernels::own_negatives_floor, arg("rows"), arg("count"), arg("dim"),
              arg("element_bytes"), arg("normalise"), arg("gradient"));
-  floors.def("random_bits", &sslkernels::random_bits_floor, arg("rows"), arg("columns"));
+  floors.def("random_stream", &sslkernels::random_stream_floor, arg("rows"), arg("columns"), arg("element_bytes"));
   floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   floors.def("negative_sampling_fwd", &sslkernels::negative_sampling_fwd_floor, arg("pairs"), arg("negatives"),
              arg("center_rows"), arg("context_rows"), arg("dim"), arg("element_bytes"), arg("index_bytes"),

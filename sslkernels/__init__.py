@@ -7,15 +7,23 @@ from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, sigl
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.free_energy import free_energy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
+from sslkernels.ops.linear_sample import LinearSample, linear_sample
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.ops.negative_sampling import negative_sampling_loss
 from sslkernels.ops.prediction_energy import prediction_energy
-from sslkernels.ops.random_bits import random_bits
+from sslkernels.ops.random_streams import (
+    random_bits,
+    random_exponential,
+    random_gumbel,
+    random_normal,
+    random_uniform,
+)
 from sslkernels.version import __version__
 
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "LinearSample",
     "MaskedTokens",
     "__version__",
     "available_backends",
@@ -25,12 +33,17 @@ __all__ = [
     "free_energy",
     "info_nce",
     "linear_cross_entropy",
+    "linear_sample",
     "mask_tokens",
     "negative_sampling_loss",
     "nn",
     "nt_xent",
     "prediction_energy",
     "random_bits",
+    "random_exponential",
+    "random_gumbel",
+    "random_normal",
+    "random_uniform",
     "siglip_loss",
     "use_backend",
 ]

@@ -1,6 +1,6 @@
 """Seeds of the random streams.
 
-The streams themselves are defined in `sslkernels.ops.random_bits`.
+The streams themselves are defined in `sslkernels.ops.random_streams`.
 """
 
 from __future__ import annotations

@@ -18,13 +18,14 @@ from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
+from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
 from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.pair_gradients import add_gradients
 from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
 from sslkernels.triton_kernels.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
-from sslkernels.triton_kernels.random_bits import random_bits
+from sslkernels.triton_kernels.random_streams import random_stream
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
 
@@ -82,13 +83,19 @@ def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dt
     stream_forward(input, linear_weight, target, bias, weight, options, stats=every, row_index=row_index)
 
 
+def bind_sample(vocab: int, dim: int, every: bool) -> None:
+    x, weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
+    bias, ids = torch.zeros(vocab) if every else None, torch.arange(2)
+    linear_sample(x, weight, bias, torch.zeros((), dtype=torch.int64), ids, torch.float16, 0.7)
+
+
 def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
     seed = torch.zeros((), dtype=torch.int64)
     ids = torch.zeros(2, columns, dtype=id_dtype)
     special = torch.zeros(2, columns, dtype=torch.bool) if every else None
     words = torch.zeros(2, columns, dtype=id_dtype) if every else None
     row_ids = torch.zeros(2, dtype=torch.int64) if every else None
-    random_bits(seed, row_ids, 2, columns, 2**40 if every else 0)
+    random_stream("normal", seed, row_ids, 2, columns, 2**40 if every else 0, torch.bfloat16)
     thresholds = (2**32, 2**31, 5, 2**32, 2**32)
     for chained in (False, True):
         args = (ids, seed, special, words if chained else None, row_ids, ids, ids, *thresholds)
@@ -176,6 +183,7 @@ if __name__ == "__main__":
             bind_rows(size, options, index_dtype)
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
+            bind_sample(size, size, options is EVERY)
             bind_negative_sampling(size, index_dtype, options is EVERY)
             bind_pairs(size, 64, options is EVERY)
             bind_pairs(size, 400, options is EVERY)

@@ -51,7 +51,7 @@ def test_no_path_of_the_build_machine_is_kept():
 @needs_cuda_kernels
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
-    ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_bits", "mask_tokens", "own_negatives")
+    ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
     energies = ("free_energy_fwd", "free_energy_bwd", "prediction_energy_fwd", "prediction_energy_bwd")
     for op in (*ops, "negative_sampling_fwd", "weighted_row_sums", *energies):
         for key in ("CPU", "CUDA"):
@@ -96,7 +96,7 @@ def machine_code():
 def test_cuda_kernels_do_not_spill(machine_code):
     built = {int(re.sub("[a-z]", "", a)) for a in native.extension.build_info()["cuda_architectures"]}
     assert {kernel.architecture for kernel in machine_code} == built
-    for name in ("cross_entropy_rows_fwd_kernel", "random_bits_kernel", "mask_tokens_chain_kernel"):
+    for name in ("cross_entropy_rows_fwd_kernel", "random_stream_kernel", "mask_tokens_chain_kernel"):
         assert any(name in kernel.name for kernel in machine_code)
     for kernel in machine_code:
         assert kernel.spilled == 0, kernel
@@ -116,7 +116,7 @@ def test_memory_is_accessed_by_16_bytes(machine_code):
         finishing = ("prediction_energy_finish", "prediction_energy_target")
         if kernel.name.startswith(("column_sums_finish", "store_ranges", *finishing)):
             continue  # neighbours a thread each
-        if not kernel.name.startswith("random_bits"):
+        if not kernel.name.startswith("random_stream"):
             assert kernel.wide_loads > 0, kernel
         # A number a row or a column is all that these write.
         reducing = ("column_sums", "free_energy_fwd", "prediction_energy_fwd", "prediction_energy_parts")

@@ -1,4 +1,4 @@
-"""The CUDA kernels of mask_tokens and random_bits, run on the host under sanitizers: the reference, bit for bit."""
+"""The CUDA kernels of mask_tokens, run on the host under sanitizers: the reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import run
-from philox_oracle import KNOWN, as_int64
 from torch import Tensor
 
 import sslkernels as sk
@@ -122,39 +121,13 @@ class Mask:
         return arrays
 
 
-@dataclass
-class Bits:
-    """One call of random_bits."""
-
-    rows: int
-    columns: int
-    seed: int = -(2**40)
-    sample: int = 2**35 + 2
-    output_offset: int = 0
-    row_ids: list[int] | None = None
-
-    def call(self) -> run.Call:
-        out = stored(torch.full((self.rows, self.columns), 7, dtype=torch.int32), self.output_offset)
-        arrays = {"seed": torch.tensor([self.seed]), "out": out}
-        if self.row_ids is not None:
-            arrays["row_ids"] = torch.tensor(self.row_ids)
-        names = ("rows", "columns", "sample", "output_offset")
-        return run.Call("random_bits", {name: getattr(self, name) for name in names}, {}, arrays)
-
-    def expected(self) -> dict[str, Tensor]:
-        row_ids = None if self.row_ids is None else torch.tensor(self.row_ids)
-        with sk.use_backend("reference"):
-            words = sk.random_bits((self.rows, self.columns), self.seed, row_ids=row_ids, sample=self.sample % 2**64)
-        return self.call().arrays | {"out": stored(words, self.output_offset)}
-
-
 def stored(values: Tensor, offset: int) -> Tensor:
     """Memory that starts `offset` elements before the values and ends with the last one."""
     return torch.cat([torch.ones(offset, dtype=values.dtype), values.flatten()])
 
 
-def cases() -> dict[str, Mask | Bits]:
-    found: dict[str, Mask | Bits] = {}
+def cases() -> dict[str, Mask]:
+    found: dict[str, Mask] = {}
     variants = itertools.cycle(enumerate(VARIANTS))
     for (mode, extra), dtype, shape in itertools.product(MODES.items(), (torch.int64, torch.int32), SHAPES):
         number, variant = next(variants)
@@ -180,15 +153,6 @@ def cases() -> dict[str, Mask | Bits]:
     found["wide_words"] = Mask(2, 130, words="wide")
     found["many_steps"] = Mask(2, 2100, words="runs", mean_span=40.0)  # three of a row
     found["one_span"] = Mask(1, 2100, mean_span=1e6, options={"probability": 0.5})
-
-    for i, (counter, key, _) in enumerate(KNOWN):
-        row_ids = [as_int64(*counter[2:])]
-        found[f"known_answer-{i}"] = Bits(1, 4, as_int64(*key), as_int64(*counter[:2]), row_ids=row_ids)
-    for offset, shape in zip(itertools.cycle((0, 1, 2)), [(1, 1), (3, 4), (1100, 2), (5, 7), (1, 1301)], strict=False):
-        found[f"bits-{shape[0]}x{shape[1]}-{offset}"] = Bits(*shape, output_offset=offset)
-    found["bits-row_ids"] = Bits(5, 5, row_ids=[3, 0, 2**33 + 1, -5, 2**63 - 1])
-    found["bits-0x4"] = Bits(0, 4)
-    found["bits-4x0"] = Bits(4, 0)
     return found
 
 
@@ -207,17 +171,12 @@ def test_is_the_reference(name, results):
         assert torch.equal(result.arrays[key], value), key
 
 
-def test_known_answers_of_philox(results):
-    for i, (_, _, words) in enumerate(KNOWN):
-        assert tuple(word % 2**32 for word in results[f"known_answer-{i}"].arrays["out"].tolist()) == words
-
-
 def test_every_kernel_runs(results, request):
     launched = {name for result in results.values() for name in result.launched}
     program = run.build(request.node.callspec.params["results"])
-    names = ("random_bits", "mask_tokens", "store_ranges")
+    names = ("mask_tokens", "store_ranges")
     compiled = {name for name in run.kernels(program).values() if name.startswith(names)}
-    assert len(compiled) == 10
+    assert len(compiled) == 9
     assert launched == compiled
     assert results["spans-ranges-199-int32"].launched == [
         *4 * ["store_ranges_kernel"],

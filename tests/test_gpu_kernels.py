@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from sslkernels.ops.own_negatives import own_negatives
+from sslkernels.ops.random_streams import STREAMS, stream_values
 from sslkernels.ops.rows import NativeRows, TritonRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, pytest.mark.kernel_only]
@@ -98,6 +99,16 @@ def test_masking_and_random_words(backend):
         there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in (options | extra).items()}
         for got, want in zip(sk.mask_tokens(ids.cuda(), **there), expected, strict=True):
             assert torch.equal(got.cpu(), want)
-    with sk.use_backend("reference"):
-        expected = sk.random_bits((3, 77), torch.tensor(5))
-    assert torch.equal(sk.random_bits((3, 77), torch.tensor(5).cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 77, 132])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_random_streams_are_those_of_the_host(backend, stream, dtype, columns):
+    row_ids = torch.tensor([3, 0, 2**33 + 1, -5, 2**63 - 1])
+    for ids in (None, row_ids):
+        seed, there = torch.tensor(-(2**40)), None if ids is None else ids.cuda()
+        dtype = torch.int32 if stream == "bits" else dtype
+        expected = stream_values(stream, seed, ids, 5, columns, 2**35 + 2, dtype)
+        got = getattr(torch.ops.sslkernels, f"random_{stream}")(seed.cuda(), there, 5, columns, 2**35 + 2, dtype)
+        assert torch.equal(got.cpu(), expected)

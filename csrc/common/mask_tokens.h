@@ -1,4 +1,4 @@
-// The arguments of the masking kernels and of random_bits, and what a draw decides.
+// The arguments of the masking kernels, and what a draw decides.
 #pragma once
 
 #include <cstdint>
@@ -36,15 +36,6 @@ struct MaskTokens {
   void* labels;
   bool chained;  // units follow one another (words, spans): a row is walked from left to right
   MaskRule rule;
-};
-
-struct RandomBits {
-  const int64_t* row_ids;
-  const int64_t* seed;
-  int64_t rows;
-  int64_t columns;
-  int64_t sample;
-  uint32_t* out;
 };
 
 namespace {  // one copy for each instruction set of the CPU

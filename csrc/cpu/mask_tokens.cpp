@@ -1,4 +1,4 @@
-// Random words and the masking of tokens: one pass, which reads the ids and writes the new ids and the labels.
+// The masking of tokens: one pass, which reads the ids and writes the new ids and the labels.
 //
 // Groups of four columns are taken in blocks, across rows, so that Philox vectorises over groups also where rows are
 // short. Draws 1 and 2 are made for the chosen tokens alone, which are first collected in lists. A list is appended to
@@ -7,13 +7,13 @@
 
 #include <cstring>
 
+#include "groups.h"
 #include "philox_lanes.h"
 
 namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kGroups = 256;  // of a block
 constexpr int64_t kTokens = 4 * kGroups;
 
 // The word of each listed token, by its group and its column modulo 4.
@@ -25,32 +25,6 @@ void words_of_tokens(uint64_t seed, const uint64_t* group, const int32_t* token,
     const int64_t step = count - begin < kStep ? count - begin : kStep;
     words_of_groups(seed, group + begin, draw, step, all);
     for (int64_t i = 0; i < step; ++i) words[begin + i] = all[4 * i + (token[begin + i] & 3)];
-  }
-}
-
-// A part of one row in a block: `count` tokens from `column` (a multiple of 4), whose draws begin at word 4 * at.
-struct Segment {
-  int64_t row;
-  int64_t column;
-  int64_t count;
-  int64_t at;
-};
-
-// Visits the segments of the groups [begin, end), at most kGroups, and fills their numbers for Philox.
-template <class Visit>
-void for_each_segment(int64_t begin, int64_t end, int64_t columns, const int64_t* row_ids, uint64_t* group,
-                      Visit visit) {
-  const int64_t groups = (columns + 3) / 4;
-  int64_t row = begin / groups;
-  for (int64_t at = begin; at < end; ++row) {
-    const int64_t first = at - row * groups;
-    const int64_t count = groups - first < end - at ? groups - first : end - at;
-    const uint64_t base = uint64_t(row_ids == nullptr ? row : row_ids[row]) * uint64_t(groups) + uint64_t(first);
-    uint64_t* out = group + (at - begin);
-    for (int64_t i = 0; i < count; ++i) out[i] = base + uint64_t(i);
-    const int64_t left = columns - 4 * first;
-    visit(Segment{row, 4 * first, left < 4 * count ? left : 4 * count, at - begin});
-    at += count;
   }
 }
 
@@ -242,25 +216,6 @@ void mask_rows(const MaskTokens& tokens, int64_t begin, int64_t end) {
 }
 
 }  // namespace
-
-void random_bits(const RandomBits& bits, int64_t begin, int64_t end) {
-  const uint64_t seed = uint64_t(*bits.seed);
-  uint64_t group[kGroups];
-  uint32_t words[kTokens];
-  Segment segments[kGroups];
-  for (int64_t block = begin; block < end; block += kGroups) {
-    const int64_t block_end = end - block < kGroups ? end : block + kGroups;
-    int64_t segment_count = 0;
-    for_each_segment(block, block_end, bits.columns, bits.row_ids, group,
-                     [&](const Segment& segment) { segments[segment_count++] = segment; });
-    words_of_groups(seed, group, uint64_t(bits.sample), block_end - block, words);
-    for (int64_t s = 0; s < segment_count; ++s) {
-      const Segment& segment = segments[s];
-      std::memcpy(bits.out + segment.row * bits.columns + segment.column, words + 4 * segment.at,
-                  size_t(segment.count) * sizeof(uint32_t));
-    }
-  }
-}
 
 void mask_tokens(const MaskTokens& tokens, int64_t begin, int64_t end) {
   tokens.wide_ids ? mask_groups<int64_t>(tokens, begin, end) : mask_groups<int32_t>(tokens, begin, end);

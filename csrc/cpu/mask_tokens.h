@@ -1,4 +1,4 @@
-// Random words and the masking of tokens on the CPU.
+// The masking of tokens on the CPU.
 #pragma once
 
 #include "../common/mask_tokens.h"
@@ -6,10 +6,9 @@
 
 namespace sslkernels {
 
-// mask_tokens and random_bits: the groups of four columns [begin, end) of all rows; mask_tokens_chained: whole rows.
+// mask_tokens: the groups of four columns [begin, end) of all rows; mask_tokens_chained: whole rows.
 #define SSLKERNELS_DECLARE(isa)                                                   \
   namespace isa {                                                                 \
-  void random_bits(const RandomBits& bits, int64_t begin, int64_t end);           \
   void mask_tokens(const MaskTokens& tokens, int64_t begin, int64_t end);         \
   void mask_tokens_chained(const MaskTokens& tokens, int64_t begin, int64_t end); \
   }

@@ -7,6 +7,10 @@
 
 #include "../common/philox.h"
 
+// words_of_groups: words[4 i ... 4 i + 3] are those of group[i]. pairs_of_groups: first[2 i] and first[2 i + 1] are its
+// words 0 and 2, second has the words behind them. Whole vectors are written: the outputs have room for `count` rounded
+// up to a multiple of 8.
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -27,6 +31,7 @@ struct Lanes {
   static Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
   // The low half of each lane of a, above it that of b.
   static Vector join(Vector a, Vector b) { return _mm512_mask_shuffle_epi32(a, 0xaaaa, b, _MM_PERM_ENUM(0xa0)); }
+  static void store(Vector a, uint32_t* out) { _mm512_storeu_si512(out, a); }
   // a0 b0 a1 b1 ...
   static void store_interleaved(Vector a, Vector b, uint32_t* out) {
     const Vector first = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
@@ -48,6 +53,7 @@ struct Lanes {
   static Vector high(Vector a) { return _mm256_srli_epi64(a, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
   static Vector join(Vector a, Vector b) { return _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa); }
+  static void store(Vector a, uint32_t* out) { _mm256_storeu_si256(reinterpret_cast<Vector*>(out), a); }
   static void store_interleaved(Vector a, Vector b, uint32_t* out) {
     const Vector even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
     _mm256_storeu_si256(reinterpret_cast<Vector*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
@@ -60,7 +66,12 @@ struct Lanes {
 
 #if defined(SSLKERNELS_LANES)
 
-inline void philox_lanes(uint64_t seed, const uint64_t* group, uint64_t draw, uint32_t* words) {
+// Where the words of the groups of one call lie: w0 ... w3 in the low halves of the lanes.
+struct LaneWords {
+  Lanes::Vector w0, w1, w2, w3;
+};
+
+inline LaneWords philox_lanes(uint64_t seed, const uint64_t* group, uint64_t draw) {
   const Lanes::Vector factor0 = Lanes::fill(0xD2511F53u), factor1 = Lanes::fill(0xCD9E8D57u);
   Lanes::Vector c0 = Lanes::fill(uint32_t(draw)), c1 = Lanes::fill(draw >> 32);
   Lanes::Vector c2 = Lanes::load(group), c3 = Lanes::high(c2);
@@ -74,19 +85,32 @@ inline void philox_lanes(uint64_t seed, const uint64_t* group, uint64_t draw, ui
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  Lanes::store_interleaved(Lanes::join(c0, c1), Lanes::join(c2, c3), words);
+  return {c0, c1, c2, c3};
 }
 
-// words[4 i ... 4 i + 3] are those of group[i].
-inline void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* words) {
+// store(words, i) of the groups [i, i + kCount); the last call has groups of number 0 behind the last one.
+template <class Store>
+inline void for_each_lanes(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, Store store) {
   int64_t i = 0;
-  for (; i + Lanes::kCount <= count; i += Lanes::kCount) philox_lanes(seed, group + i, draw, words + 4 * i);
+  for (; i + Lanes::kCount <= count; i += Lanes::kCount) store(philox_lanes(seed, group + i, draw), i);
   if (i == count) return;
   uint64_t rest[Lanes::kCount] = {};
-  uint32_t rest_words[4 * Lanes::kCount];
   std::memcpy(rest, group + i, size_t(count - i) * sizeof(uint64_t));
-  philox_lanes(seed, rest, draw, rest_words);
-  std::memcpy(words + 4 * i, rest_words, size_t(count - i) * 4 * sizeof(uint32_t));
+  store(philox_lanes(seed, rest, draw), i);
+}
+
+inline void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* words) {
+  for_each_lanes(seed, group, draw, count, [&](const LaneWords& w, int64_t i) {
+    Lanes::store_interleaved(Lanes::join(w.w0, w.w1), Lanes::join(w.w2, w.w3), words + 4 * i);
+  });
+}
+
+inline void pairs_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* first,
+                            uint32_t* second) {
+  for_each_lanes(seed, group, draw, count, [&](const LaneWords& w, int64_t i) {
+    Lanes::store(Lanes::join(w.w0, w.w2), first + 2 * i);
+    Lanes::store(Lanes::join(w.w1, w.w3), second + 2 * i);
+  });
 }
 
 #undef SSLKERNELS_LANES
@@ -101,6 +125,18 @@ inline void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw,
     words[4 * i + 1] = w.w1;
     words[4 * i + 2] = w.w2;
     words[4 * i + 3] = w.w3;
+  }
+}
+
+inline void pairs_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
+                            uint32_t* __restrict first, uint32_t* __restrict second) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const PhiloxWords w = philox_words(seed, group[i], draw);
+    first[2 * i] = w.w0;
+    first[2 * i + 1] = w.w2;
+    second[2 * i] = w.w1;
+    second[2 * i + 1] = w.w3;
   }
 }
 

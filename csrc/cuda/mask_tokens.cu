@@ -1,103 +1,16 @@
-// Random words and the masking of tokens: one pass, which reads the ids and writes the new ids and the labels. No draw
-// reaches memory.
+// The masking of tokens: one pass, which reads the ids and writes the new ids and the labels. No draw reaches memory.
 //
-// A thread has a group of four columns: one call of Philox a draw. For random words and independent tokens, the groups
-// of all rows are numbered through. Chained units (words, spans) take a block a row: a group maps the state of the
+// A thread has a group of four columns: one call of Philox a draw. For independent tokens, the groups of all rows are
+// numbered through. Chained units (words, spans) take a block a row: a group maps the state of the
 // token before it to that of its last token, and a scan over the maps tells each group the state that it starts from.
-#include <algorithm>
-#include <cstring>
-
-#include "../common/philox.h"
-#include "launch.h"
+#include "draws.h"
 #include "mask_tokens.h"
 #include "scan.h"
 
 namespace sslkernels {
 namespace {
 
-constexpr int kThreads = 256;  // of a block, at most
-constexpr int kBlocks = 5;     // on a multiprocessor, that registers must allow: 48 of them a thread
-constexpr int kGroup = 4;      // columns of a group
-template <class T>
-constexpr int kEach = int(sizeof(Words) / sizeof(T));  // elements of an access of 16 bytes
-
-// --- Groups of four columns ----------------------------------------------------------------------------------------
-
-struct TokenGroup {
-  int64_t offset;   // of its first column, into the tensors
-  int count;        // of its columns: kGroup but at the end of a row, 0 beyond
-  uint64_t number;  // for Philox
-};
-
-SSLKERNELS_HD int64_t groups_of_row(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
-
-template <class Arguments>
-__device__ __forceinline__ TokenGroup group_of_row(const Arguments& arguments, int64_t row, int64_t group) {
-  const int64_t columns = arguments.columns, left = columns - kGroup * group;
-  const int64_t row_id = arguments.row_ids == nullptr ? row : arguments.row_ids[row];
-  return {row * columns + kGroup * group,
-          left >= kGroup ? kGroup
-          : left > 0     ? int(left)
-                         : 0,
-          uint64_t(row_id) * uint64_t(groups_of_row(columns)) + uint64_t(group)};
-}
-
-// This thread's of the groups of all rows.
-template <class Arguments>
-__device__ __forceinline__ TokenGroup group_of_grid(const Arguments& arguments) {
-  const int64_t index = int64_t(blockIdx.x) * int64_t(blockDim.x) + int64_t(threadIdx.x);
-  const int64_t groups = groups_of_row(arguments.columns);
-  if (index >= arguments.rows * groups) return {0, 0, 0};
-  const bool narrow = ((index | groups) >> 32) == 0;
-  const int64_t row = narrow ? int64_t(uint32_t(index) / uint32_t(groups)) : index / groups;
-  return group_of_row(arguments, row, index - row * groups);
-}
-
-__device__ __forceinline__ void draw_words(uint64_t seed, uint64_t group, uint64_t draw, uint32_t (&out)[kGroup]) {
-  const PhiloxWords words = philox_words(seed, group, draw);
-  out[0] = words.w0;
-  out[1] = words.w1;
-  out[2] = words.w2;
-  out[3] = words.w3;
-}
-
-// Whether N elements lie so that they can be accessed by 16 bytes.
-template <int N, class T>
-__device__ __forceinline__ bool in_words(const T* pointer) {
-  return N * sizeof(T) % sizeof(Words) == 0 && reinterpret_cast<uint64_t>(pointer) % sizeof(Words) == 0;
-}
-
-// The first `count` of N elements, and 0 in place of the others.
-template <int N, class T>
-__device__ __forceinline__ void load_group(const T* from, int count, T (&out)[N]) {
-  if (count == N && in_words<N>(from)) {
-#pragma unroll
-    for (int w = 0; w < int(sizeof(out) / sizeof(Words)); ++w) {
-      const Words words = load_words_last(from + w * kEach<T>);
-      std::memcpy(out + w * kEach<T>, &words, sizeof(words));
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = k < count ? from[k] : T(0);
-  }
-}
-
-template <int N, class T>
-__device__ __forceinline__ void store_group(const T (&values)[N], int count, T* to) {
-  if (count == N && in_words<N>(to)) {
-#pragma unroll
-    for (int w = 0; w < int(sizeof(values) / sizeof(Words)); ++w) {
-      Words words;
-      std::memcpy(&words, values + w * kEach<T>, sizeof(words));
-      store_words(to + w * kEach<T>, words);
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (k < count) to[k] = values[k];
-    }
-  }
-}
+constexpr int kBlocks = 5;  // on a multiprocessor, that registers must allow: 48 of them a thread
 
 // --- What a draw decides -------------------------------------------------------------------------------------------
 
@@ -215,20 +128,12 @@ __device__ __forceinline__ ChainTokens<N> chain_tokens(const MaskTokens& tokens,
 // --- Kernels -------------------------------------------------------------------------------------------------------
 
 // Grid: a thread a group.
-__global__ void __launch_bounds__(kThreads) random_bits_kernel(const __grid_constant__ RandomBits bits) {
-  const TokenGroup group = group_of_grid(bits);
-  uint32_t words[kGroup];
-  draw_words(uint64_t(*bits.seed), group.number, uint64_t(bits.sample), words);
-  store_group(words, group.count, bits.out + group.offset);
-}
-
-// Grid: a thread a group.
 template <class Id, bool kInline>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     mask_tokens_kernel(const __grid_constant__ MaskTokensParameters parameters) {
   const MaskTokens& tokens = parameters.tokens;
   const MaskRule rule = rule_of<kInline>(parameters);
-  const TokenGroup group = group_of_grid(tokens);
+  const TokenGroup group = group_of_all(tokens, thread_of_grid());
   Id ids[kGroup];
   load_group(static_cast<const Id*>(tokens.input_ids) + group.offset, group.count, ids);
   const uint64_t seed = uint64_t(*tokens.seed);
@@ -302,15 +207,6 @@ __global__ void store_ranges_kernel(const __grid_constant__ RangesParameters par
 
 // --- Launchers -----------------------------------------------------------------------------------------------------
 
-int whole_warps(int64_t threads) { return int(ceil_div(threads, kWarpSize) * kWarpSize); }
-
-// A thread a group of all rows.
-LaunchShape shape_of_groups(int64_t rows, int64_t columns) {
-  const int64_t groups = rows * groups_of_row(columns);
-  const int threads = whole_warps(std::clamp<int64_t>(groups, 1, kThreads));
-  return {ceil_div(groups, threads), threads, 0, 1};
-}
-
 // A block a row, in steps of equal size.
 LaunchShape shape_of_rows(int64_t rows, int64_t columns) {
   const int64_t groups = groups_of_row(columns), steps = ceil_div(groups, kThreads);
@@ -341,10 +237,6 @@ void launch_mask(const MaskTokensParameters& parameters, void* stream) {
 }
 
 }  // namespace
-
-void launch_random_bits(const RandomBits& bits, void* stream) {
-  launch("random_bits_kernel", random_bits_kernel, shape_of_groups(bits.rows, bits.columns), stream, bits);
-}
 
 void launch_mask_tokens(const MaskTokens& tokens, int64_t* device_ranges, void* stream) {
   if (tokens.rows == 0 || tokens.columns == 0) return;

@@ -1,4 +1,4 @@
-// Random words and the masking of tokens on a GPU. `stream` is a cudaStream_t.
+// The masking of tokens on a GPU. `stream` is a cudaStream_t.
 #pragma once
 
 #include "../common/mask_tokens.h"
@@ -7,8 +7,6 @@ namespace sslkernels {
 
 // Ranges of special ids that travel as a kernel parameter.
 constexpr int kInlineRanges = 64;
-
-void launch_random_bits(const RandomBits& bits, void* stream);
 
 // tokens.rule.ranges is memory of the host, read before this returns. Where there are more than kInlineRanges,
 // `device_ranges` is memory of the device for as many: it is filled from kernel parameters, so that nothing is copied

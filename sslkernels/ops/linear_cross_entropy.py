@@ -223,7 +223,7 @@ def linear_cross_entropy(
         checks.fail(ValueError, NAME, "vocab_start", "be 0 without a process_group", vocab_start)
     checks.integer(NAME, "capacity", capacity, low=0, optional=True)
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
-    compute_dtype = _compute_dtype(input, linear_weight)
+    compute_dtype = compute_dtype_of(NAME, input, linear_weight)
 
     acc = accumulation_dtype(input.dtype)
     x = input.reshape(-1, input.shape[-1]).contiguous()
@@ -270,14 +270,14 @@ def linear_cross_entropy(
     return loss, row_stats(y, *state, ignore_index, target.shape)
 
 
-def _compute_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+def compute_dtype_of(function: str, input: Tensor, linear_weight: Tensor) -> torch.dtype:
     """The dtype of the matmuls: autocast's, else that of the tensors."""
     device = input.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, linear_weight.dtype):
         return torch.get_autocast_dtype(device)
     if linear_weight.dtype != input.dtype:
         must = f"have the dtype of input, {input.dtype}, outside autocast"
-        checks.fail(TypeError, NAME, "linear_weight", must, linear_weight.dtype)
+        checks.fail(TypeError, function, "linear_weight", must, linear_weight.dtype)
     return input.dtype
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslkernels import checks
 from sslkernels.dispatch import PREFERENCE, Op
-from sslkernels.ops.random_bits import random_words
+from sslkernels.ops.philox import random_words
 from sslkernels.random import seed_tensor
 
 _MAX_VOCAB = 2**31 - 1  # so that word * vocab_size stays below 2**63

@@ -23,6 +23,7 @@ from sslkernels.triton_kernels.launch import (
     signature,
 )
 from sslkernels.triton_kernels.numerics import moved_moment
+from sslkernels.triton_kernels.products import tile_products
 from sslkernels.triton_kernels.row_kernels import log_probability, ranked, transformed
 
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "splits", "ignore_index"]
@@ -75,15 +76,7 @@ def linear_cross_entropy_stream_kernel(
         inside = cols < vocab
         weight_row = tl.where(inside, cols, 0).to(tl.int64)
         weight_at = linear_weight + weight_row[None, :] * weight_stride + depth[:, None]
-        dots = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        for start in range(0, DIM, BLOCK_D):
-            if DIM % BLOCK_D == 0:
-                a = tl.load(input_at + start)
-                b = tl.load(weight_at + start)
-            else:
-                a = tl.load(input_at + start, depth[None, :] < DIM - start, other=0.0)
-                b = tl.load(weight_at + start, depth[:, None] < DIM - start, other=0.0)
-            dots = tl.dot(a, b, dots, input_precision="ieee")
+        dots = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
 
         z = transformed(
             dots, bias, cols[None, :], inside[None, :], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP

@@ -1,4 +1,4 @@
-"""The random stream in Triton: Philox4x32-10, whose `tl.philox` with 32-bit counters is that of Random123."""
+"""Random words in Triton: Philox4x32-10 of Random123, and how rows and columns address it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,39 @@ import triton.language as tl
 
 
 @triton.jit
-def philox_words(seed, group, draw):
-    """The four words (uint32) of each group, column by column: shape (4 * BLOCK,) from group (BLOCK,), int64."""
+def group_words(seed, group, draw):
+    """Words 0 ... 3 (uint32) of each group: four of shape (BLOCK,) from group (BLOCK,), int64."""
     c0 = tl.full(group.shape, 0, tl.uint32) + (draw & 0xFFFFFFFF).to(tl.uint32)
     c1 = tl.full(group.shape, 0, tl.uint32) + ((draw >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c2 = (group & 0xFFFFFFFF).to(tl.uint32)
     c3 = ((group >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, (4 * group.shape[0],))
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # One 64-bit product has both halves; `tl.philox` multiplies twice.
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def in_columns(v0, v1, v2, v3):
+    """What belongs to columns 0 ... 3 of each group, column by column: shape (4 * BLOCK,)."""
+    values = tl.join(tl.join(v0, v2), tl.join(v1, v3))
+    return tl.reshape(values, (4 * v0.shape[0],))
+
+
+@triton.jit
+def philox_words(seed, group, draw):
+    """The four words (uint32) of each group, column by column: shape (4 * BLOCK,) from group (BLOCK,), int64."""
+    w0, w1, w2, w3 = group_words(seed, group, draw)
+    return in_columns(w0, w1, w2, w3)
 
 
 @triton.jit

@@ -10,6 +10,7 @@
 #include "../../csrc/cuda/negative_sampling.h"
 #include "../../csrc/cuda/own_negatives.h"
 #include "../../csrc/cuda/prediction_energy.h"
+#include "../../csrc/cuda/random_stream.h"
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/scale_add.h"
 #include "device_host.h"
@@ -54,10 +55,15 @@ sslkernels::CrossEntropyRows rows_of(const Call& call) {
   return rows;
 }
 
-sslkernels::RandomBits random_bits_of(const Call& call) {
-  return {call.array<int64_t>("row_ids"), call.array<int64_t>("seed"),
-          call.integer("rows"),           call.integer("columns"),
-          call.integer("sample"),         call.array<uint32_t>("out") + call.integer("output_offset")};
+sslkernels::RandomStream random_stream_of(const Call& call) {
+  return {call.array<int64_t>("row_ids"),
+          call.array<int64_t>("seed"),
+          call.integer("rows"),
+          call.integer("columns"),
+          call.integer("sample"),
+          static_cast<sslkernels::Stream>(call.integer("stream")),
+          static_cast<sslkernels::Element>(call.integer("element")),
+          call.array<char>("out") + call.integer("output_offset")};
 }
 
 sslkernels::MaskTokens mask_tokens_of(const Call& call) {
@@ -286,7 +292,7 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_fwd(rows_of(call), nullptr); }},
     {"cross_entropy_rows_bwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
-    {"random_bits", [](const Call& call) { sslkernels::launch_random_bits(random_bits_of(call), nullptr); }},
+    {"random_stream", [](const Call& call) { sslkernels::launch_random_stream(random_stream_of(call), nullptr); }},
     {"mask_tokens",
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);

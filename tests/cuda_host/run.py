@@ -26,7 +26,17 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-FLAGS = ["-std=c++20", "-O1", "-g", "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-pthread", "-Wall"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-ffp-contract=off",
+    "-DSSLKERNELS_EXACT",
+    "-g",
+    "-fno-strict-aliasing",
+    "-fno-omit-frame-pointer",
+    "-pthread",
+    "-Wall",
+]
 IGNORED = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-function"]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=1:exitcode=97",

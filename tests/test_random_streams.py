@@ -7,7 +7,6 @@ import torch
 from philox_oracle import KNOWN, as_int64, chi_square_limit, philox, word
 
 import sslkernels as sk
-from sslkernels.ops.random_bits import random_bits_op
 from sslkernels.random import seed_tensor
 
 OP = "random_bits"
@@ -85,8 +84,8 @@ def test_compile(device):
 
 def test_opcheck(backend, device):
     seed = torch.tensor(3, device=device)
-    torch.library.opcheck(torch.ops.sslkernels.random_bits.default, (seed, None, 3, 6, 1))
-    assert random_bits_op(seed, None, 3, 6, 1).shape == (3, 6)
+    torch.library.opcheck(torch.ops.sslkernels.random_bits.default, (seed, None, 3, 6, 1, torch.int32))
+    torch.library.opcheck(torch.ops.sslkernels.random_normal.default, (seed, None, 3, 6, 1, torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+// The arguments of the choice of a column by Gumbel noise, from a tile of logits.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace sslkernels {
+
+// Logits are (product + bias) * scale of the columns [first_column, first_column + columns) of rows of `vocab` columns;
+// first_column is a multiple of 4. The state of a row goes from tile to tile, in the accumulation type: the largest
+// logit, the sum of exponentials relative to it, the largest sum of logit and noise, its logit and its column.
+struct SampleRows {
+  Element element;
+  const void* products;
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+  int64_t first_column;
+  int64_t vocab;
+  const void* bias;  // (vocab), accumulation type, or null
+  double scale;
+  const int64_t* row_ids;  // (rows)
+  const int64_t* seed;
+  void* row_max;
+  void* sum_exp;
+  void* best;
+  void* logit;
+  int64_t* index;
+};
+
+}  // namespace sslkernels

@@ -1,0 +1,35 @@
+// The random numbers of groups of four columns, at most kGroups at once, in loops that vectorise.
+#pragma once
+
+#include "../common/noise.h"
+#include "groups.h"
+#include "philox_lanes.h"
+
+namespace sslkernels {
+namespace {  // one copy for each instruction set: see isa.h
+
+// out[4 i ... 4 i + 3] are the normals of group[i].
+inline void normals_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
+                              float* __restrict out) {
+  uint32_t first[2 * kGroups], second[2 * kGroups];
+  pairs_of_groups(seed, group, draw, count, first, second);
+#pragma omp simd
+  for (int64_t j = 0; j < 2 * count; ++j) normals_of_words(first[j], second[j], &out[2 * j], &out[2 * j + 1]);
+}
+
+// out[4 i ... 4 i + 3] are convert(word) of the words of group[i].
+template <class Convert>
+inline void values_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, Convert convert,
+                             float* __restrict out) {
+  uint32_t words[4 * kGroups];
+  words_of_groups(seed, group, draw, count, words);
+#pragma omp simd
+  for (int64_t i = 0; i < 4 * count; ++i) out[i] = convert(words[i]);
+}
+
+inline void gumbels_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, float* out) {
+  values_of_groups(seed, group, draw, count, [](uint32_t word) { return gumbel_of_word(word); }, out);
+}
+
+}  // namespace
+}  // namespace sslkernels
