@@ -70,6 +70,9 @@ SSLKERNELS_HD double deficit_near_zero(double d, double x, double inverse) {
   return x == 0 ? d : -std::expm1(-x) * inverse;
 }
 
+SSLKERNELS_HD float epsilon(float) { return 0x1p-23f; }
+SSLKERNELS_HD double epsilon(double) { return 0x1p-52; }
+
 template <class A>
 struct EnergyTerm {
   A exponential;  // exp(-beta d)
@@ -124,9 +127,10 @@ struct EnergySums {
 
   SSLKERNELS_HD A value(const Beta<A>& beta) const {
     const A mean = deficit / count, u = beta.value * mean;
-    // -log(1 - u) / u, which is 1 at 0; beyond 1/2 the exponentials are the ones that keep their digits.
+    // -log(1 - u) / u, which is 1 at 0, where u may have lost its digits; beyond 1/2 the exponentials keep theirs.
     const A inside = u < A(0.5) ? u : A(0);
-    const A ratio = inside > A(0) ? -Math::log1p(-inside) / inside : A(1);
+    const bool tiny = inside * inside < epsilon(A(0));
+    const A ratio = tiny ? A(1) + inside / A(2) : -Math::log1p(-inside) / inside;
     const A near = mean * ratio, far = -Math::log(total / count) * beta.inverse;
     return lowest + (u < A(0.5) ? near : far);
   }

@@ -83,11 +83,12 @@ def reduced(energy: Tensor, beta: float, minimum: bool) -> Outputs:
     anchor = lowest.unsqueeze(1)
     excess = torch.where(energy == anchor, 0, energy - anchor)
     x = beta * excess
-    near = torch.where(x == 0, excess, excess * (-torch.expm1(-x) / x))
+    near = torch.where(x * x < torch.finfo(x.dtype).eps, excess * (1 - x / 2), -torch.expm1(-x) / beta)
     deficit = torch.where(x < 0.5, near, -torch.expm1(-x) / beta).mean(1)
     total = torch.exp(-x).sum(1)
     u = beta * deficit
-    small = deficit * torch.where(u == 0, 1, -torch.log1p(-u) / u)
+    tiny = u * u < torch.finfo(u.dtype).eps
+    small = deficit * torch.where(tiny, 1 + u / 2, -torch.log1p(-u) / u)
     large = -torch.log(total / energy.shape[1]) / beta
     return Outputs(lowest + torch.where(u < 0.5, small, large), lowest, total, none)
 

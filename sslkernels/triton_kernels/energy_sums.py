@@ -43,8 +43,9 @@ def soft_value(count, lowest, total, deficit, beta, inverse):
     mean = deficit / count
     u = beta * mean
     inside = tl.where(u < 0.5, u, 0.0)
-    positive = inside > 0.0
-    ratio = tl.where(positive, -log1p(-inside) / tl.where(positive, inside, 1.0), 1.0)
+    EPSILON: tl.constexpr = 2.0**-52 if u.dtype == tl.float64 else 2.0**-23
+    tiny = inside * inside < EPSILON
+    ratio = tl.where(tiny, 1.0 + inside / 2.0, -log1p(-inside) / tl.where(tiny, 1.0, inside))
     return lowest + tl.where(u < 0.5, mean * ratio, -tl.log(total / count) * inverse)
 
 
