@@ -1,9 +1,12 @@
 // The operators of the namespace sslkernels_native, and their CPU implementations over torch's thread pool.
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <vector>
 
 #include "bind.h"
+#include "bind_energy.h"
+#include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
@@ -11,11 +14,14 @@
 #include "bind_sample_rows.h"
 #include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/free_energy.h"
+#include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
 #include "cpu/negative_sampling.h"
 #include "cpu/own_negatives.h"
 #include "cpu/pair_scores.h"
+#include "cpu/prediction_energy.h"
 #include "cpu/random_stream.h"
 #include "cpu/row_sums.h"
 #include "cpu/sample_rows.h"
@@ -66,6 +72,51 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
   });
+}
+
+// A row of the accumulation type for each thread.
+template <class Run>
+void over_gumbel_rows(const GumbelRows& rows, Run run) {
+  torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(
+        new double[rows.element == Element::kDouble ? rows.columns : (rows.columns + 1) / 2]);
+    run(begin, end, scratch.get());
+  });
+}
+
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+  const GumbelForward forward =
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
+  if (y) advise_huge_pages(forward.y, y->numel() * y->element_size());
+  over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
+  });
+}
+
+void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+  const GumbelBackward backward =
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
+  if (backward.grad != backward.grad_logits) {
+    advise_huge_pages(backward.grad_logits, grad_logits.numel() * grad_logits.element_size());
+  }
+  over_gumbel_rows(backward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_bwd, backward, begin, end, scratch);
+  });
+}
+
+void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
+                      int64_t chunk_rows) {
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
+  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
+  torch::stable::parallel_for(
+      0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
 }
 
 void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
@@ -273,6 +324,55 @@ void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor i
                               });
 }
 
+void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
+                     double beta, bool minimum) {
+  const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
+  const int64_t results = energies.outer * energies.inner;
+  torch::stable::parallel_for(0, results, row_grain(energies.count), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(free_energy_fwd, energies, begin, end);
+  });
+}
+
+void free_energy_bwd(Tensor grad_value, OptionalTensor energy, OptionalTensor lowest, OptionalTensor total,
+                     OptionalTensor winner, Tensor grad, double beta) {
+  const FreeEnergyGradient gradient = free_energy_gradient(grad_value, energy, lowest, total, winner, grad, beta);
+  advise_huge_pages(gradient.grad, grad.numel() * grad.element_size());
+  const int64_t results = gradient.energies.outer * gradient.energies.inner;
+  torch::stable::parallel_for(0, results, row_grain(gradient.energies.count), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(free_energy_bwd, gradient, begin, end);
+  });
+}
+
+void prediction_energy_fwd(Tensor prediction, Tensor target, Tensor value, OptionalTensor weights, double beta,
+                           bool minimum) {
+  const PredictionEnergy inputs = prediction_energy_arguments(prediction, target, value, weights, beta, minimum);
+  const int64_t rows = inputs.batch * feature_parts(inputs), units = rows * candidate_parts(inputs);
+  const Tensor parts = torch::stable::new_empty(value, {rows * inputs.count});
+  void* data = parts.mutable_data_ptr();
+  const int64_t features = std::min(inputs.dim, kFeaturePart), candidates = std::min(inputs.count, kCandidatePart);
+  torch::stable::parallel_for(0, units, row_grain(candidates * features), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(prediction_energy_parts, inputs, data, begin, end);
+  });
+  const int64_t of_row = feature_parts(inputs) * inputs.count;
+  torch::stable::parallel_for(0, inputs.batch, row_grain(of_row), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(prediction_energy_finish, inputs, data, begin, end);
+  });
+}
+
+void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights,
+                           OptionalTensor grad_prediction, OptionalTensor grad_target) {
+  const PredictionEnergyGradient gradient =
+      prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
+  const PredictionEnergy& inputs = gradient.inputs;
+  if (grad_prediction) {
+    advise_huge_pages(gradient.grad_prediction, grad_prediction->numel() * grad_prediction->element_size());
+  }
+  const int64_t grain = row_grain(inputs.count * std::min(inputs.dim, kFeaturePart));
+  torch::stable::parallel_for(0, inputs.batch * feature_parts(inputs), grain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(prediction_energy_bwd, gradient, begin, end);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sslkernels_native, m) {
@@ -285,6 +385,17 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def(
+      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, Tensor? inverse_tau, int output, "
+      "Tensor(a!)? y, Tensor(b!)? index, Tensor(c!) max, Tensor(d!) sum, Tensor(e!)? best, Tensor(f!)? plain_max, "
+      "Tensor(g!)? plain_sum) -> ()");
+  m.def(
+      "gumbel_rows_bwd(Tensor? grad, Tensor? uses, Tensor? mask, Tensor logits, Tensor? seed, Tensor? row_ids, "
+      "int first_row, Tensor? inverse_tau, Tensor? max, Tensor? sum, Tensor? plain_max, Tensor? plain_sum, "
+      "Tensor(a!) grad_logits) -> ()");
+  m.def(
+      "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "
+      "int chunk_rows) -> ()");
   m.def(
       "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
       "scale, "
@@ -332,12 +443,27 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
       "Tensor(b!) distance) -> ()");
   m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
+  m.def(
+      "free_energy_fwd(Tensor energy, Tensor(a!) value, Tensor(b!)? lowest, Tensor(c!)? total, Tensor(d!)? winner, "
+      "float beta, bool minimum) -> ()");
+  m.def(
+      "free_energy_bwd(Tensor grad_value, Tensor? energy, Tensor? lowest, Tensor? total, Tensor? winner, "
+      "Tensor(a!) grad, float beta) -> ()");
+  m.def(
+      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, float beta, "
+      "bool minimum) -> ()");
+  m.def(
+      "prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights, "
+      "Tensor(a!)? grad_prediction, Tensor(b!)? grad_target) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
+  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
+  m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
@@ -352,6 +478,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("search_codes", TORCH_BOX(&search_codes));
   m.impl("gather_codes", TORCH_BOX(&gather_codes));
   m.impl("code_difference", TORCH_BOX(&code_difference));
+  m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
+  m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
+  m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));
+  m.impl("prediction_energy_bwd", TORCH_BOX(&prediction_energy_bwd));
 }
 
 }  // namespace sslkernels

@@ -4,14 +4,19 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "bind.h"
+#include "bind_energy.h"
+#include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/free_energy.h"
+#include "cuda/gumbel.h"
 #include "cuda/mask_tokens.h"
 #include "cuda/negative_sampling.h"
 #include "cuda/own_negatives.h"
+#include "cuda/prediction_energy.h"
 #include "cuda/random_stream.h"
 #include "cuda/row_sums.h"
 #include "cuda/scale_add.h"
@@ -69,6 +74,34 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   launch_random_stream(numbers, current_stream(out));
+}
+
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+  const GumbelForward forward =
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  launch_gumbel_rows_fwd(forward, current_stream(logits));
+}
+
+void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+  const GumbelBackward backward =
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  launch_gumbel_rows_bwd(backward, current_stream(logits));
+}
+
+void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
+                      int64_t chunk_rows) {
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
+  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  launch_probability_sums(sums, current_stream(logits));
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -131,11 +164,47 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   launch_weighted_row_sums(sums, partials.mutable_data_ptr(), current_stream(out));
 }
 
+void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
+                     double beta, bool minimum) {
+  const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
+  const torch::stable::accelerator::DeviceGuard guard(energy.get_device_index());
+  launch_free_energy_fwd(energies, current_stream(energy));
+}
+
+void free_energy_bwd(Tensor grad_value, OptionalTensor energy, OptionalTensor lowest, OptionalTensor total,
+                     OptionalTensor winner, Tensor grad, double beta) {
+  const FreeEnergyGradient gradient = free_energy_gradient(grad_value, energy, lowest, total, winner, grad, beta);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  launch_free_energy_bwd(gradient, current_stream(grad));
+}
+
+void prediction_energy_fwd(Tensor prediction, Tensor target, Tensor value, OptionalTensor weights, double beta,
+                           bool minimum) {
+  const PredictionEnergy inputs = prediction_energy_arguments(prediction, target, value, weights, beta, minimum);
+  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  const PredictionEnergyPlan plan = plan_prediction_energy(inputs);
+  const Tensor workspace = torch::stable::new_empty(value, {workspace_of(inputs, plan)});
+  launch_prediction_energy_fwd(inputs, plan, workspace.mutable_data_ptr(), current_stream(prediction));
+}
+
+void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights,
+                           OptionalTensor grad_prediction, OptionalTensor grad_target) {
+  const PredictionEnergyGradient gradient =
+      prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
+  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  const PredictionEnergyGradientPlan plan = plan_prediction_energy_bwd(gradient);
+  const Tensor workspace = torch::stable::new_empty(grad_value, {workspace_of(gradient, plan)});
+  launch_prediction_energy_bwd(gradient, plan, workspace.mutable_data_ptr(), current_stream(prediction));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
+  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
+  m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
@@ -143,6 +212,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("column_sums", TORCH_BOX(&column_sums));
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
+  m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
+  m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
+  m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));
+  m.impl("prediction_energy_bwd", TORCH_BOX(&prediction_energy_bwd));
 }
 
 }  // namespace sslkernels

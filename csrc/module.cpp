@@ -49,12 +49,26 @@ PYBIND11_MODULE(_C, m) {
   floors.def("own_negatives", &sslkernels::own_negatives_floor, arg("rows"), arg("count"), arg("dim"),
              arg("element_bytes"), arg("normalise"), arg("gradient"));
   floors.def("random_stream", &sslkernels::random_stream_floor, arg("rows"), arg("columns"), arg("element_bytes"));
+  floors.def("gumbel_rows_fwd", &sslkernels::gumbel_rows_fwd_floor, arg("rows"), arg("columns"), arg("element_bytes"),
+             arg("output"), arg("stats"));
+  floors.def("gumbel_rows_bwd", &sslkernels::gumbel_rows_bwd_floor, arg("rows"), arg("columns"), arg("element_bytes"),
+             arg("grad_bytes"), arg("probabilities"));
+  floors.def("probability_sums", &sslkernels::probability_sums_floor, arg("rows"), arg("columns"),
+             arg("element_bytes"));
   floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   floors.def("negative_sampling_fwd", &sslkernels::negative_sampling_fwd_floor, arg("pairs"), arg("negatives"),
              arg("center_rows"), arg("context_rows"), arg("dim"), arg("element_bytes"), arg("index_bytes"),
              arg("gradient"));
   floors.def("weighted_row_sums", &sslkernels::weighted_row_sums_floor, arg("entries"), arg("rows"), arg("source_rows"),
              arg("dim"), arg("source_bytes"), arg("out_bytes"));
+  floors.def("free_energy_fwd", &sslkernels::free_energy_fwd_floor, arg("results"), arg("count"), arg("element_bytes"),
+             arg("gradient"));
+  floors.def("free_energy_bwd", &sslkernels::free_energy_bwd_floor, arg("results"), arg("count"), arg("element_bytes"),
+             arg("minimum"));
+  floors.def("prediction_energy_fwd", &sslkernels::prediction_energy_fwd_floor, arg("batch"), arg("count"), arg("dim"),
+             arg("element_bytes"), arg("gradient"));
+  floors.def("prediction_energy_bwd", &sslkernels::prediction_energy_bwd_floor, arg("batch"), arg("count"), arg("read"),
+             arg("dim"), arg("element_bytes"), arg("target"));
   m.def("build_info", &build_info,
         "compiler; torch (version built against); cuda (compiler, '' if none); cuda_architectures; "
         "cuda_ptx (of them, those whose PTX is there for later ones); cpu_isa (in use)");

@@ -25,7 +25,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of these the interpreter takes most of the time, and float32 on the other backends shows the same: `make test-slow`.
 SLOW = (
     ("test_backends.py", "negative_sampling", "triton", ("bfloat16", "float16", "float64")),
+    ("test_backends.py", "_energy-", "triton", ("bfloat16", "float16", "float64")),
     ("test_contrastive_autograd.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_free_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_prediction_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_triton_pairs.py", "test_energies_against_dense_float64", "", ("",)),
     ("test_vector_quantize.py", "triton", "", ("float16", "float64", "different_dtypes", "1e+25", "1e-16", "1e-30")),
     ("test_vector_quantize_autograd.py", "triton", "", ("float16", "float64", "wanted0", "wanted1", "wanted2")),

@@ -51,6 +51,27 @@ inline Floor random_stream_floor(int64_t rows, int64_t columns, int64_t element_
   return {rows * columns * element_bytes, 0};
 }
 
+// Logits read; y written where there is one; of a row its state and, without y, its index. A logit takes the noise, an
+// addition, a comparison and, for the sum, an exponential (2) and two more; with statistics as much without noise.
+inline Floor gumbel_rows_fwd_floor(int64_t rows, int64_t columns, int64_t element_bytes, bool output, bool stats) {
+  const int64_t of_row = 8 + (output ? 0 : 8) + (stats ? 16 : 0);
+  return {rows * columns * element_bytes * (output ? 2 : 1) + rows * of_row, rows * columns * (6 + (stats ? 5 : 0))};
+}
+
+// Logits and the gradient of y read, that of the logits written, and the state read. An element takes the noise again,
+// the exponential and its scale (5), a product and its sum (2), and the gradient (3); that of the probabilities as
+// much.
+inline Floor gumbel_rows_bwd_floor(int64_t rows, int64_t columns, int64_t element_bytes, int64_t grad_bytes,
+                                   bool probabilities) {
+  return {rows * columns * (2 * element_bytes + grad_bytes) + rows * (probabilities ? 16 : 8),
+          rows * columns * (probabilities ? 20 : 10)};
+}
+
+// Logits and state read; the sums are small.
+inline Floor probability_sums_floor(int64_t rows, int64_t columns, int64_t element_bytes) {
+  return {rows * columns * element_bytes + rows * 8, rows * columns * 5};
+}
+
 // Ids read, new ids and labels written.
 inline Floor mask_tokens_floor(int64_t tokens, int64_t id_bytes) { return {tokens * id_bytes * 3, 0}; }
 
@@ -70,6 +91,32 @@ inline Floor weighted_row_sums_floor(int64_t entries, int64_t rows, int64_t sour
                                      int64_t source_bytes, int64_t out_bytes) {
   return {entries * (8 + 4) + std::min(entries, source_rows) * dim * source_bytes + rows * (8 + dim * out_bytes),
           2 * entries * dim};
+}
+
+// Of a result its value and, for a gradient, what backward needs: two numbers, or an index. Of an energy a comparison,
+// a difference, an exponential (2) and two sums.
+inline Floor free_energy_fwd_floor(int64_t results, int64_t count, int64_t element_bytes, bool gradient) {
+  return {results * (count * element_bytes + 4 + (gradient ? 8 : 0)), results * count * 6};
+}
+
+// Of the minimum the energies are not read.
+inline Floor free_energy_bwd_floor(int64_t results, int64_t count, int64_t element_bytes, bool minimum) {
+  return {results * (count * element_bytes * (minimum ? 1 : 2) + 12), minimum ? 0 : results * count * 4};
+}
+
+// Predictions and targets once; of a target its value and, for a gradient, a weight a prediction. Of an element a
+// difference, its square and a sum.
+inline Floor prediction_energy_fwd_floor(int64_t batch, int64_t count, int64_t dim, int64_t element_bytes,
+                                         bool gradient) {
+  return {batch * ((count + 1) * dim * element_bytes + 4 + (gradient ? count * 4 : 0)), 3 * batch * count * dim};
+}
+
+// `read`: the predictions with a weight, of which their elements and those of their targets are read. The gradients of
+// all predictions are written, and those of the targets where they are asked for.
+inline Floor prediction_energy_bwd_floor(int64_t batch, int64_t count, int64_t read, int64_t dim, int64_t element_bytes,
+                                         bool target) {
+  const int64_t rows = read + std::min(batch, read) + batch * (count + (target ? 1 : 0));
+  return {rows * dim * element_bytes + batch * (count + 1) * 4, read * dim * (target ? 3 : 2)};
 }
 
 }  // namespace sslkernels

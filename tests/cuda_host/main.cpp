@@ -4,10 +4,13 @@
 
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
+#include "../../csrc/cuda/free_energy.h"
+#include "../../csrc/cuda/gumbel.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
 #include "../../csrc/cuda/negative_sampling.h"
 #include "../../csrc/cuda/own_negatives.h"
+#include "../../csrc/cuda/prediction_energy.h"
 #include "../../csrc/cuda/random_stream.h"
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/scale_add.h"
@@ -62,6 +65,59 @@ sslkernels::RandomStream random_stream_of(const Call& call) {
           static_cast<sslkernels::Stream>(call.integer("stream")),
           static_cast<sslkernels::Element>(call.integer("element")),
           call.array<char>("out") + call.integer("output_offset")};
+}
+
+sslkernels::GumbelRows gumbel_rows_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  sslkernels::GumbelRows rows{};
+  rows.element = static_cast<sslkernels::Element>(call.integer("element"));
+  rows.logits = call.array<char>("logits") + call.integer("logits_offset") * kBytes[call.integer("element")];
+  rows.logits_stride = call.integer("logits_stride");
+  rows.rows = call.integer("rows");
+  rows.columns = call.integer("columns");
+  rows.seed = call.array<int64_t>("seed");
+  rows.row_ids = call.array<int64_t>("row_ids");
+  rows.first_row = call.integer("first_row");
+  rows.inverse_tau = call.array<double>("inverse_tau");
+  rows.state = {call.array("max"), call.array("sum")};
+  rows.plain = {call.array("plain_max"), call.array("plain_sum")};
+  return rows;
+}
+
+void gumbel_rows_fwd(const Call& call) {
+  sslkernels::launch_gumbel_rows_fwd(
+      {gumbel_rows_of(call), static_cast<sslkernels::GumbelOutput>(call.integer("output")), call.array("y"),
+       call.array<int64_t>("index"), call.array<int64_t>("best")},
+      nullptr);
+}
+
+void gumbel_rows_bwd(const Call& call) {
+  sslkernels::GumbelBackward backward{};
+  backward.rows = gumbel_rows_of(call);
+  backward.grad_logits = call.array("grad_logits");
+  backward.grad = call.integer("in_place") != 0 ? backward.grad_logits : call.array("grad");
+  backward.wide_grad = call.integer("wide_grad") != 0;
+  backward.grad_stride = call.integer("grad_stride");
+  backward.uses = call.array("uses");
+  backward.mask = call.array<uint8_t>("mask");
+  backward.groups = call.integer("groups");
+  sslkernels::launch_gumbel_rows_bwd(backward, nullptr);
+}
+
+void probability_sums(const Call& call) {
+  sslkernels::launch_probability_sums({gumbel_rows_of(call), call.array<uint8_t>("mask"), call.integer("groups"),
+                                       call.integer("chunk_rows"), call.integer("chunks"), call.array("partial")},
+                                      nullptr);
+}
+
+// What the rows would be launched with: team, threads, cluster, held, bytes of shared memory.
+void plan_gumbel_rows(const Call& call) {
+  constexpr int kScratch = 1024;
+  const auto plan = sslkernels::plan_gumbel_rows(
+      call.integer("rows"), call.integer("columns"), int(call.integer("chunk")), int(call.integer("bytes_each")),
+      call.integer("twice") != 0, int(call.integer("most_threads")), kScratch, sslkernels::device_limits());
+  const int64_t found[] = {plan.team, plan.threads, plan.cluster, plan.held, plan.shared_bytes};
+  std::copy(std::begin(found), std::end(found), call.array<int64_t>("plan"));
 }
 
 sslkernels::MaskTokens mask_tokens_of(const Call& call) {
@@ -201,6 +257,72 @@ void weighted_row_sums(const Call& call) {
   sslkernels::launch_weighted_row_sums(sums, partials.data(), nullptr);
 }
 
+sslkernels::FreeEnergy free_energy_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  sslkernels::FreeEnergy energies{};
+  energies.element = static_cast<sslkernels::Element>(call.integer("element"));
+  energies.energy = call.array("energy");
+  if (energies.energy != nullptr) {
+    energies.energy = call.array<char>("energy") + call.integer("offset") * kBytes[call.integer("element")];
+  }
+  energies.outer = call.integer("outer");
+  energies.count = call.integer("count");
+  energies.inner = call.integer("inner");
+  energies.outer_stride = call.integer("outer_stride");
+  energies.count_stride = call.integer("count_stride");
+  energies.inner_stride = call.integer("inner_stride");
+  energies.minimum = call.integer("minimum") != 0;
+  energies.beta = call.real("beta");
+  energies.value = call.array("value");
+  energies.lowest = call.array("lowest");
+  energies.total = call.array("total");
+  energies.winner = call.array<int64_t>("winner");
+  return energies;
+}
+
+void free_energy_bwd(const Call& call) {
+  sslkernels::FreeEnergyGradient gradient{free_energy_of(call), call.array("grad"), call.integer("grad_outer_stride"),
+                                          call.integer("grad_count_stride"), call.integer("grad_inner_stride")};
+  gradient.energies.value = call.array("grad_value");
+  sslkernels::launch_free_energy_bwd(gradient, nullptr);
+}
+
+sslkernels::PredictionEnergy prediction_energy_of(const Call& call) {
+  sslkernels::PredictionEnergy inputs{};
+  inputs.element = static_cast<sslkernels::Element>(call.integer("element"));
+  inputs.prediction = call.array("prediction");
+  inputs.batch_stride = call.integer("batch_stride");
+  inputs.count_stride = call.integer("count_stride");
+  inputs.target = call.array("target");
+  inputs.target_stride = call.integer("target_stride");
+  inputs.batch = call.integer("batch");
+  inputs.count = call.integer("count");
+  inputs.dim = call.integer("dim");
+  inputs.minimum = call.integer("minimum") != 0;
+  inputs.beta = call.real("beta");
+  inputs.value = call.array("value");
+  inputs.weights = call.array("weights");
+  return inputs;
+}
+
+void prediction_energy_fwd(const Call& call) {
+  const auto inputs = prediction_energy_of(call);
+  const auto plan = sslkernels::plan_prediction_energy(inputs);
+  const bool wide = inputs.element == sslkernels::Element::kDouble;
+  const cuda_host::Array workspace(sslkernels::workspace_of(inputs, plan) * (wide ? 8 : 4));
+  sslkernels::launch_prediction_energy_fwd(inputs, plan, workspace.data(), nullptr);
+}
+
+void prediction_energy_bwd(const Call& call) {
+  const sslkernels::PredictionEnergyGradient gradient{prediction_energy_of(call), call.array("grad_prediction"),
+                                                      call.integer("grad_batch_stride"),
+                                                      call.integer("grad_count_stride"), call.array("grad_target")};
+  const auto plan = sslkernels::plan_prediction_energy_bwd(gradient);
+  const bool wide = gradient.inputs.element == sslkernels::Element::kDouble;
+  const cuda_host::Array workspace(sslkernels::workspace_of(gradient, plan) * (wide ? 8 : 4));
+  sslkernels::launch_prediction_energy_bwd(gradient, plan, workspace.data(), nullptr);
+}
+
 // What the forward would be launched with: held, cluster, threads, bytes of shared memory.
 void plan_rows(const Call& call) {
   constexpr int64_t kScratch = 1024;
@@ -225,6 +347,10 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_bwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
     {"random_stream", [](const Call& call) { sslkernels::launch_random_stream(random_stream_of(call), nullptr); }},
+    {"gumbel_rows_fwd", gumbel_rows_fwd},
+    {"gumbel_rows_bwd", gumbel_rows_bwd},
+    {"probability_sums", probability_sums},
+    {"plan_gumbel_rows", plan_gumbel_rows},
     {"mask_tokens",
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);
@@ -237,6 +363,10 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"negative_sampling_fwd",
      [](const Call& call) { sslkernels::launch_negative_sampling_fwd(negative_sampling_of(call), nullptr); }},
     {"weighted_row_sums", weighted_row_sums},
+    {"free_energy_fwd", [](const Call& call) { sslkernels::launch_free_energy_fwd(free_energy_of(call), nullptr); }},
+    {"free_energy_bwd", free_energy_bwd},
+    {"prediction_energy_fwd", prediction_energy_fwd},
+    {"prediction_energy_bwd", prediction_energy_bwd},
     {"planted", [](const Call& call) { launch_planted(call); }},
 };
 
