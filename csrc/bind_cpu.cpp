@@ -291,24 +291,17 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   });
 }
 
-void code_tile(Tensor source, OptionalTensor center, bool unit, OptionalTensor tile, Tensor norm,
-               OptionalTensor half_square) {
-  const CodeTile arguments = code_tile_arguments(source, center, unit, tile, norm, half_square);
-  torch::stable::parallel_for(
-      0, arguments.source.rows, row_grain(arguments.source.dim),
-      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(code_tile, arguments, begin, end); });
-}
-
-void best_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, int64_t first_code,
-                Tensor products, Tensor input_norm, Tensor code_norm, OptionalTensor code_half_square, Tensor bound,
-                Tensor best, Tensor index) {
-  const CodeScores scores = code_scores_arguments(input, codebook, metric, matmul_rounding, first_code, products,
-                                                  input_norm, code_norm, code_half_square, bound, best, index);
-  std::vector<double> block_norm(code_blocks(scores.codes));
-  SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
-  torch::stable::parallel_for(0, scores.input.rows, row_grain(scores.codes), [&](int64_t begin, int64_t end) {
-    std::vector<double> work(2 * scores.input.dim + code_blocks(scores.codes));
-    SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), begin, end, work.data());
+void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, OptionalTensor center,
+                  int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
+  const CodeSearch search =
+      code_search_arguments(input, codebook, metric, matmul_rounding, center, tile_rows, tile_codes, index, score);
+  const auto type = type_of_products(search.input, search.codebook);
+  torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
+    if (type == torch::headeronly::ScalarType::Double) {
+      search.run<double>(begin, end);
+    } else {
+      search.run<float>(begin, end);
+    }
   });
 }
 
@@ -444,12 +437,8 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
       "Tensor(a!) out, int entries_of_source) -> ()");
   m.def(
-      "code_tile(Tensor source, Tensor? center, bool unit, Tensor(a!)? tile, Tensor(b!) norm, Tensor(c!)? half_square) "
-      "-> ()");
-  m.def(
-      "best_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, int first_code, Tensor products, "
-      "Tensor input_norm, Tensor code_norm, Tensor? code_half_square, Tensor(a!) bound, Tensor(b!) best, "
-      "Tensor(c!) index) -> ()");
+      "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, int tile_rows, "
+      "int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
   m.def(
       "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
       "Tensor(b!) distance) -> ()");
@@ -486,8 +475,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("sort_rows", TORCH_BOX(&sort_rows));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
-  m.impl("code_tile", TORCH_BOX(&code_tile));
-  m.impl("best_codes", TORCH_BOX(&best_codes));
+  m.impl("search_codes", TORCH_BOX(&search_codes));
   m.impl("gather_codes", TORCH_BOX(&gather_codes));
   m.impl("code_difference", TORCH_BOX(&code_difference));
   m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
