@@ -404,8 +404,9 @@ def test_opcheck(backend, wanted, device):
         assert (grad.shape == tensor.shape) == want
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_agrees(isa):
+    """The best one is what the other tests run."""
     if native.extension is None:
         pytest.skip("no compiled extension")
     code = (
@@ -428,8 +429,7 @@ def test_every_compiled_instruction_set_agrees(isa):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SSLKERNELS_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    order = ["default", "avx2", "avx512"]
-    assert order.index(done.stdout.strip()) <= order.index(isa)
+    assert done.stdout.strip() in ("default", isa)
 
 
 VALID = problem("cpu", dtype=torch.float32, requires_grad=())
