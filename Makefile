@@ -6,13 +6,14 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
 .PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
 
-# ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens").
+# ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
+# tests goes to one process, which compiles and runs what its tests share once.
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(or $(ARGS),tests benchmarks --benchmark-disable -m "not slow")
+	$(BIN)/python -m pytest $(or $(ARGS),tests benchmarks --benchmark-disable -m "not slow" -n auto --maxprocesses 8 --dist loadfile)
 
 # What takes minutes and shows little more.
 test-slow: $(VENV)/built
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m slow -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)

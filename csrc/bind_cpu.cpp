@@ -1,17 +1,21 @@
 // The operators of the namespace sslkernels_native, and their CPU implementations over torch's thread pool.
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
 #include <vector>
 
 #include "bind.h"
 #include "bind_energy.h"
+#include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "bind_pair_scores.h"
 #include "bind_sample_rows.h"
+#include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/free_energy.h"
+#include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
 #include "cpu/negative_sampling.h"
@@ -22,6 +26,7 @@
 #include "cpu/row_sums.h"
 #include "cpu/sample_rows.h"
 #include "cpu/scale_add.h"
+#include "cpu/vector_quantize.h"
 
 namespace sslkernels {
 namespace {
@@ -67,6 +72,51 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
   });
+}
+
+// A row of the accumulation type for each thread.
+template <class Run>
+void over_gumbel_rows(const GumbelRows& rows, Run run) {
+  torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(
+        new double[rows.element == Element::kDouble ? rows.columns : (rows.columns + 1) / 2]);
+    run(begin, end, scratch.get());
+  });
+}
+
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+  const GumbelForward forward =
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
+  if (y) advise_huge_pages(forward.y, y->numel() * y->element_size());
+  over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
+  });
+}
+
+void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+  const GumbelBackward backward =
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
+  if (backward.grad != backward.grad_logits) {
+    advise_huge_pages(backward.grad_logits, grad_logits.numel() * grad_logits.element_size());
+  }
+  over_gumbel_rows(backward.rows, [&](int64_t begin, int64_t end, void* scratch) {
+    SSLKERNELS_CALL_ISA(gumbel_rows_bwd, backward, begin, end, scratch);
+  });
+}
+
+void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
+                      int64_t chunk_rows) {
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
+  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
+  torch::stable::parallel_for(
+      0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
 }
 
 void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
@@ -241,6 +291,39 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   });
 }
 
+void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, OptionalTensor center,
+                  int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
+  const CodeSearch search =
+      code_search_arguments(input, codebook, metric, matmul_rounding, center, tile_rows, tile_codes, index, score);
+  const auto type = type_of_products(search.input, search.codebook);
+  torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
+    if (type == torch::headeronly::ScalarType::Double) {
+      search.run<double>(begin, end);
+    } else {
+      search.run<float>(begin, end);
+    }
+  });
+}
+
+void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor values, Tensor distance) {
+  const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
+  advise_huge_pages(gather.values, values.numel() * values.element_size());
+  torch::stable::parallel_for(0, gather.input.rows, row_grain(gather.input.dim), [&](int64_t begin, int64_t end) {
+    std::vector<double> work(2 * gather.input.dim);
+    SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.data());
+  });
+}
+
+void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
+  const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
+  advise_huge_pages(difference.out, out.numel() * out.element_size());
+  torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> work(2 * difference.input.dim);
+                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
+                              });
+}
+
 void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
                      double beta, bool minimum) {
   const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
@@ -303,6 +386,17 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
   m.def(
+      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, Tensor? inverse_tau, int output, "
+      "Tensor(a!)? y, Tensor(b!)? index, Tensor(c!) max, Tensor(d!) sum, Tensor(e!)? best, Tensor(f!)? plain_max, "
+      "Tensor(g!)? plain_sum) -> ()");
+  m.def(
+      "gumbel_rows_bwd(Tensor? grad, Tensor? uses, Tensor? mask, Tensor logits, Tensor? seed, Tensor? row_ids, "
+      "int first_row, Tensor? inverse_tau, Tensor? max, Tensor? sum, Tensor? plain_max, Tensor? plain_sum, "
+      "Tensor(a!) grad_logits) -> ()");
+  m.def(
+      "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "
+      "int chunk_rows) -> ()");
+  m.def(
       "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
       "scale, "
       "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
@@ -343,6 +437,13 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
       "Tensor(a!) out, int entries_of_source) -> ()");
   m.def(
+      "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, int tile_rows, "
+      "int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
+  m.def(
+      "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
+      "Tensor(b!) distance) -> ()");
+  m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
+  m.def(
       "free_energy_fwd(Tensor energy, Tensor(a!) value, Tensor(b!)? lowest, Tensor(c!)? total, Tensor(d!)? winner, "
       "float beta, bool minimum) -> ()");
   m.def(
@@ -360,6 +461,9 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
+  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
+  m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
@@ -371,6 +475,9 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("sort_rows", TORCH_BOX(&sort_rows));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
+  m.impl("search_codes", TORCH_BOX(&search_codes));
+  m.impl("gather_codes", TORCH_BOX(&gather_codes));
+  m.impl("code_difference", TORCH_BOX(&code_difference));
   m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
   m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
   m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));

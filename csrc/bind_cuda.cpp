@@ -5,12 +5,14 @@
 
 #include "bind.h"
 #include "bind_energy.h"
+#include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/free_energy.h"
+#include "cuda/gumbel.h"
 #include "cuda/mask_tokens.h"
 #include "cuda/negative_sampling.h"
 #include "cuda/own_negatives.h"
@@ -72,6 +74,34 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   launch_random_stream(numbers, current_stream(out));
+}
+
+void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
+                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
+                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
+  const GumbelForward forward =
+      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
+                     output, y, index, best);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  launch_gumbel_rows_fwd(forward, current_stream(logits));
+}
+
+void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
+                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
+                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
+  const GumbelBackward backward =
+      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
+                      logits, grad, uses, mask, grad_logits);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  launch_gumbel_rows_bwd(backward, current_stream(logits));
+}
+
+void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
+                      int64_t chunk_rows) {
+  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
+  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  launch_probability_sums(sums, current_stream(logits));
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -172,6 +202,9 @@ void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
   m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
+  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
+  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
+  m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));

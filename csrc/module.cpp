@@ -49,6 +49,12 @@ PYBIND11_MODULE(_C, m) {
   floors.def("own_negatives", &sslkernels::own_negatives_floor, arg("rows"), arg("count"), arg("dim"),
              arg("element_bytes"), arg("normalise"), arg("gradient"));
   floors.def("random_stream", &sslkernels::random_stream_floor, arg("rows"), arg("columns"), arg("element_bytes"));
+  floors.def("gumbel_rows_fwd", &sslkernels::gumbel_rows_fwd_floor, arg("rows"), arg("columns"), arg("element_bytes"),
+             arg("output"), arg("stats"));
+  floors.def("gumbel_rows_bwd", &sslkernels::gumbel_rows_bwd_floor, arg("rows"), arg("columns"), arg("element_bytes"),
+             arg("grad_bytes"), arg("probabilities"));
+  floors.def("probability_sums", &sslkernels::probability_sums_floor, arg("rows"), arg("columns"),
+             arg("element_bytes"));
   floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   floors.def("negative_sampling_fwd", &sslkernels::negative_sampling_fwd_floor, arg("pairs"), arg("negatives"),
              arg("center_rows"), arg("context_rows"), arg("dim"), arg("element_bytes"), arg("index_bytes"),

@@ -6,6 +6,8 @@ from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.free_energy import free_energy
+from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
+from sslkernels.ops.gumbel_softmax import gumbel_softmax
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.linear_sample import LinearSample, linear_sample
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
@@ -18,19 +20,24 @@ from sslkernels.ops.random_streams import (
     random_normal,
     random_uniform,
 )
+from sslkernels.ops.vector_quantize import Quantized, vector_quantize
 from sslkernels.version import __version__
 
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "GumbelQuantized",
     "LinearSample",
     "MaskedTokens",
+    "Quantized",
     "__version__",
     "available_backends",
     "clip_loss",
     "contrastive_energy",
     "cross_entropy",
     "free_energy",
+    "gumbel_quantize",
+    "gumbel_softmax",
     "info_nce",
     "linear_cross_entropy",
     "linear_sample",
@@ -46,4 +53,5 @@ __all__ = [
     "random_uniform",
     "siglip_loss",
     "use_backend",
+    "vector_quantize",
 ]

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from sslkernels.ops.pair_scores import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
 from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels import pair_sums
+from sslkernels.triton_kernels.code_search import best_codes
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
@@ -28,6 +29,7 @@ from sslkernels.triton_kernels.prediction_energy import prediction_energy_bwd, p
 from sslkernels.triton_kernels.random_streams import random_stream
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
+from sslkernels.triton_kernels.vector_quantize import code_difference, gather_codes
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
 EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
@@ -87,6 +89,17 @@ def bind_sample(vocab: int, dim: int, every: bool) -> None:
     x, weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
     bias, ids = torch.zeros(vocab) if every else None, torch.arange(2)
     linear_sample(x, weight, bias, torch.zeros((), dtype=torch.int64), ids, torch.float16, 0.7)
+
+
+def bind_codes(codes: int, dim: int, every: bool) -> None:
+    """Of one dtype and of two, each metric."""
+    x, codebook = torch.zeros(3, dim, dtype=torch.float16), torch.zeros(codes, dim, dtype=torch.float16)
+    codebook = codebook.float() if every else codebook
+    index, score, distance = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64), torch.zeros(3)
+    for metric in range(3):
+        best_codes(x, codebook, metric, index, score)
+    gather_codes(x, codebook, index, score, x.clone(), distance)
+    code_difference(distance, x, codebook, index, x.float() if every else x.clone())
 
 
 def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
@@ -184,6 +197,7 @@ if __name__ == "__main__":
             bind_stream(size, size, options, index_dtype)
             bind_random(size, index_dtype, options is EVERY)
             bind_sample(size, size, options is EVERY)
+            bind_codes(size, size, options is EVERY)
             bind_negative_sampling(size, index_dtype, options is EVERY)
             bind_pairs(size, 64, options is EVERY)
             bind_pairs(size, 400, options is EVERY)

@@ -26,10 +26,25 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW = (
     ("test_backends.py", "negative_sampling", "triton", ("bfloat16", "float16", "float64")),
     ("test_backends.py", "_energy-", "triton", ("bfloat16", "float16", "float64")),
+    ("test_gumbel.py", "test_values_and_gradients", "triton", ("dtype1", "dtype2", "dtype3")),
+    ("test_gumbel.py", "test_a_row_longer_than_a_tile", "triton", ("dtype1", "dtype2", "dtype3")),
+    ("test_gumbel.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_gumbel_quantize.py", "test_against_the_one_hot_product", "triton", ("dtype1", "dtype2", "dtype3")),
+    ("test_gumbel_quantize.py", "test_mixed_dtypes", "triton", ("False",)),
+    ("test_gumbel_quantize.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_contrastive_autograd.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_free_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_prediction_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_triton_pairs.py", "test_energies_against_dense_float64", "", ("",)),
+    ("test_vector_quantize.py", "triton", "", ("float16", "float64", "different_dtypes", "1e+25", "1e-16", "1e-30")),
+    ("test_vector_quantize_autograd.py", "triton", "", ("float16", "float64", "wanted0", "wanted1", "wanted2")),
+    ("test_vector_quantize_autograd.py", "test_compile_equals_eager", "True", ("triton", "reference")),
+    (
+        "test_vector_quantizer.py",
+        "triton",
+        "",
+        ("dead", "within", "saved", "no_state", "float", "autocast", "finite", "cosine", "dot", "distinct", "decay"),
+    ),
 )
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_negative_sampling,
     bench_pair_kernels,
     bench_prediction_energy,
+    bench_vector_quantize,
     gpu,
     memory,
     providers,
@@ -104,6 +105,8 @@ def test_cost_models():
     pairs = {"N": 10, "K": 2, "V": 20, "D": 4}
     assert bench_negative_sampling.make_case(pairs).bytes == (10 + 20 + 2 * 20) * 4 * 4 + 8 * 40
     assert bench_negative_sampling.make_case(pairs, torch.bfloat16, backward=False).bytes == 30 * 4 * 2 + 8 * 40
+    codes = bench_vector_quantize.make_case({"N": 10, "K": 20, "D": 8})
+    assert (codes.flops, codes.bytes) == (2 * 10 * 20 * 8, 4 * (2 * 10 + 20) * 8 + 8 * (10 + 20))
     pairs = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8})
     assert (pairs.flops, pairs.bytes) == (6 * 10 * 20 * 8, (2 + 4) * 30 * 8)
     frozen = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8}, regime=bench_pair_kernels.FROZEN)

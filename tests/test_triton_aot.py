@@ -53,7 +53,7 @@ def test_rows_are_read_and_written_in_vectors(case, results):
         assert results[case]["vector_stores"] > 0
 
 
-MATMULS = re.compile(r"(stream|pair-sums|pair-weighted-sums|pair-gradient-\w+)-(bf16|fp16)-")
+MATMULS = re.compile(r"(stream|code-search|pair-sums|pair-weighted-sums|pair-gradient-\w+)-(bf16|fp16)-")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if MATMULS.match(case)])

@@ -51,6 +51,27 @@ inline Floor random_stream_floor(int64_t rows, int64_t columns, int64_t element_
   return {rows * columns * element_bytes, 0};
 }
 
+// Logits read; y written where there is one; of a row its state and, without y, its index. A logit takes the noise, an
+// addition, a comparison and, for the sum, an exponential (2) and two more; with statistics as much without noise.
+inline Floor gumbel_rows_fwd_floor(int64_t rows, int64_t columns, int64_t element_bytes, bool output, bool stats) {
+  const int64_t of_row = 8 + (output ? 0 : 8) + (stats ? 16 : 0);
+  return {rows * columns * element_bytes * (output ? 2 : 1) + rows * of_row, rows * columns * (6 + (stats ? 5 : 0))};
+}
+
+// Logits and the gradient of y read, that of the logits written, and the state read. An element takes the noise again,
+// the exponential and its scale (5), a product and its sum (2), and the gradient (3); that of the probabilities as
+// much.
+inline Floor gumbel_rows_bwd_floor(int64_t rows, int64_t columns, int64_t element_bytes, int64_t grad_bytes,
+                                   bool probabilities) {
+  return {rows * columns * (2 * element_bytes + grad_bytes) + rows * (probabilities ? 16 : 8),
+          rows * columns * (probabilities ? 20 : 10)};
+}
+
+// Logits and state read; the sums are small.
+inline Floor probability_sums_floor(int64_t rows, int64_t columns, int64_t element_bytes) {
+  return {rows * columns * element_bytes + rows * 8, rows * columns * 5};
+}
+
 // Ids read, new ids and labels written.
 inline Floor mask_tokens_floor(int64_t tokens, int64_t id_bytes) { return {tokens * id_bytes * 3, 0}; }
 

@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
 #include "../../csrc/cuda/free_energy.h"
+#include "../../csrc/cuda/gumbel.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
 #include "../../csrc/cuda/negative_sampling.h"
@@ -64,6 +65,59 @@ sslkernels::RandomStream random_stream_of(const Call& call) {
           static_cast<sslkernels::Stream>(call.integer("stream")),
           static_cast<sslkernels::Element>(call.integer("element")),
           call.array<char>("out") + call.integer("output_offset")};
+}
+
+sslkernels::GumbelRows gumbel_rows_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  sslkernels::GumbelRows rows{};
+  rows.element = static_cast<sslkernels::Element>(call.integer("element"));
+  rows.logits = call.array<char>("logits") + call.integer("logits_offset") * kBytes[call.integer("element")];
+  rows.logits_stride = call.integer("logits_stride");
+  rows.rows = call.integer("rows");
+  rows.columns = call.integer("columns");
+  rows.seed = call.array<int64_t>("seed");
+  rows.row_ids = call.array<int64_t>("row_ids");
+  rows.first_row = call.integer("first_row");
+  rows.inverse_tau = call.array<double>("inverse_tau");
+  rows.state = {call.array("max"), call.array("sum")};
+  rows.plain = {call.array("plain_max"), call.array("plain_sum")};
+  return rows;
+}
+
+void gumbel_rows_fwd(const Call& call) {
+  sslkernels::launch_gumbel_rows_fwd(
+      {gumbel_rows_of(call), static_cast<sslkernels::GumbelOutput>(call.integer("output")), call.array("y"),
+       call.array<int64_t>("index"), call.array<int64_t>("best")},
+      nullptr);
+}
+
+void gumbel_rows_bwd(const Call& call) {
+  sslkernels::GumbelBackward backward{};
+  backward.rows = gumbel_rows_of(call);
+  backward.grad_logits = call.array("grad_logits");
+  backward.grad = call.integer("in_place") != 0 ? backward.grad_logits : call.array("grad");
+  backward.wide_grad = call.integer("wide_grad") != 0;
+  backward.grad_stride = call.integer("grad_stride");
+  backward.uses = call.array("uses");
+  backward.mask = call.array<uint8_t>("mask");
+  backward.groups = call.integer("groups");
+  sslkernels::launch_gumbel_rows_bwd(backward, nullptr);
+}
+
+void probability_sums(const Call& call) {
+  sslkernels::launch_probability_sums({gumbel_rows_of(call), call.array<uint8_t>("mask"), call.integer("groups"),
+                                       call.integer("chunk_rows"), call.integer("chunks"), call.array("partial")},
+                                      nullptr);
+}
+
+// What the rows would be launched with: team, threads, cluster, held, bytes of shared memory.
+void plan_gumbel_rows(const Call& call) {
+  constexpr int kScratch = 1024;
+  const auto plan = sslkernels::plan_gumbel_rows(
+      call.integer("rows"), call.integer("columns"), int(call.integer("chunk")), int(call.integer("bytes_each")),
+      call.integer("twice") != 0, int(call.integer("most_threads")), kScratch, sslkernels::device_limits());
+  const int64_t found[] = {plan.team, plan.threads, plan.cluster, plan.held, plan.shared_bytes};
+  std::copy(std::begin(found), std::end(found), call.array<int64_t>("plan"));
 }
 
 sslkernels::MaskTokens mask_tokens_of(const Call& call) {
@@ -293,6 +347,10 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_bwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
     {"random_stream", [](const Call& call) { sslkernels::launch_random_stream(random_stream_of(call), nullptr); }},
+    {"gumbel_rows_fwd", gumbel_rows_fwd},
+    {"gumbel_rows_bwd", gumbel_rows_bwd},
+    {"probability_sums", probability_sums},
+    {"plan_gumbel_rows", plan_gumbel_rows},
     {"mask_tokens",
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);

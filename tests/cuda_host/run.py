@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -109,8 +110,6 @@ def build(sanitizer: str) -> Path:
         state.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_host" / f"{sanitizer}-{state.hexdigest()[:16]}"
     program = folder / "cuda_host"
-    if program.exists():
-        return program
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
@@ -118,11 +117,14 @@ def build(sanitizer: str) -> Path:
         _run([COMPILER, *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
-    partial = folder / f"cuda_host.{os.getpid()}"
-    _run([COMPILER, *flags, *map(str, objects), "-o", str(partial)])
-    partial.replace(program)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in other processes want the same program
+        if not program.exists():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compiled, sources))
+            partial = folder / "cuda_host.partial"
+            _run([COMPILER, *flags, *map(str, objects), "-o", str(partial)])
+            partial.replace(program)
     return program
 
 

@@ -1,0 +1,123 @@
+"""vector_quantize on a GPU: real sizes, matrix units, streams, graphs, synchronisations and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sslkernels as sk
+
+pytestmark = pytest.mark.gpu
+OP = "vector_quantize"
+METRICS = ("l2", "cosine", "dot")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run():
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(rows, codes, dim, dtype):
+    g = torch.Generator("cuda").manual_seed(0)
+    return tuple(torch.randn(n, dim, generator=g, device="cuda").to(dtype) for n in (rows, codes))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 8192, 64), (1000, 1024, 256), (513, 65536, 32), (300, 517, 770)], ids=str)
+def test_the_codes_of_the_host(backend, shape, dtype, metric):
+    """Exact, so that they do not depend on the device; near ties are what matrix units would get wrong."""
+    if backend == "reference":
+        pytest.skip("it is what this is compared with")
+    x, c = problem(*shape, dtype)
+    c[-100:] = c[:100]
+    c[-200:-100] = torch.nextafter(c[:100], torch.full_like(c[:100], float("inf")))
+    got = sk.vector_quantize(x, c, metric=metric)
+    with sk.use_backend("cpu" if "cpu" in sk.available_backends(OP, "cpu") else "reference"):
+        expected = sk.vector_quantize(x.cpu(), c.cpu(), metric=metric)
+    assert torch.equal(got.indices.cpu(), expected.indices)
+    assert torch.equal(got.values.cpu(), expected.values)
+    assert torch.equal(got.usage.cpu(), expected.usage)
+    torch.testing.assert_close(got.commitment.cpu(), expected.commitment)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_codes_and_rows_that_are_not_finite(backend, dtype):
+    x, c = problem(300, 700, 64, dtype)
+    assert not sk.vector_quantize(x, c[:1].expand(700, 64)).indices.any()
+    x[7, 3], x[9, 5], c[600, 1] = float("nan"), float("inf"), float("-inf")
+    got = sk.vector_quantize(x, c)
+    with sk.use_backend("reference"):
+        expected = sk.vector_quantize(x, c)
+    assert torch.equal(got.indices, expected.indices)
+    assert torch.equal(got.values.isnan(), expected.values.isnan())
+
+
+def test_nothing_synchronises_and_a_graph_replays(backend):
+    x, c = (t.requires_grad_() for t in problem(1000, 300, 64, torch.float32))
+
+    def step():
+        got = sk.vector_quantize(x, c, codebook_weight=1.0)
+        return *got, *torch.autograd.grad(got.values.square().sum() + got.commitment, (x, c))
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.99, None])
+def test_the_module_does_not_synchronise_and_replays(backend, decay):
+    module, twin = (sk.nn.VectorQuantizer(300, 64, decay=decay, revive_below=0.3).cuda() for _ in range(2))
+    data = [problem(1000, 1, 64, torch.float32)[0] * (step + 1) for step in range(4)]
+    module(data[0])  # starts
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(data[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    static = data[2].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module(static)
+    for x in data[2:]:
+        static.copy_(x)
+        graph.replay()
+    for x in data:
+        twin(x)
+    for name, value in twin.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_distances_never_exist(backend, dtype):
+    if backend == "reference":
+        pytest.skip("it holds scores by the thousand rows")
+    x, c = problem(1 << 20, 8192, 64, dtype)  # 32 GB of distances
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = sk.vector_quantize(x, c)
+    assert torch.cuda.max_memory_allocated() - before < got.values.nbytes + (96 << 20)
+
+
+def test_more_elements_than_an_int32_counts(backend):
+    if backend == "reference":
+        pytest.skip("it would take minutes")
+    rows = (1 << 23) + 5
+    if torch.cuda.mem_get_info()[0] < 6 * rows * 256:
+        pytest.skip("needs 13 GB")
+    c = torch.randn(16, 256, device="cuda", dtype=torch.bfloat16)
+    index = torch.arange(rows, device="cuda") % 16
+    got = sk.vector_quantize(c[index], c)
+    assert torch.equal(got.indices, index)
+    assert torch.equal(got.usage, torch.bincount(index, minlength=16))
