@@ -97,6 +97,8 @@ def test_the_minimum_takes_the_gradient_of_the_winner(backend, features, device)
     others[index, winner] = False
     assert not grad[others].any()
     assert not grad[others].signbit().any()
+    zero = gradients(0 * sk.prediction_energy(**inputs), inputs)
+    assert not any(part.any() or part.signbit().any() for part in zero)
 
 
 def test_of_equal_predictions_the_first_wins(backend, device):
