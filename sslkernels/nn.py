@@ -16,6 +16,7 @@ from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.free_energy import free_energy
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.quantizer import GumbelQuantizer as GumbelQuantizer
 from sslkernels.quantizer import VectorQuantizer as VectorQuantizer
 
 
