@@ -6,6 +6,7 @@
 
 #include "bind.h"
 #include "bind_energy.h"
+#include "bind_gaussian.h"
 #include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
@@ -15,6 +16,7 @@
 #include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/free_energy.h"
+#include "cpu/gaussian.h"
 #include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
 #include "cpu/memory.h"
@@ -72,6 +74,48 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
   });
+}
+
+void advise_output(const OptionalTensor& tensor) {
+  if (tensor) advise_huge_pages(tensor->mutable_data_ptr(), tensor->numel() * tensor->element_size());
+}
+
+// Tasks that are worth handing to another thread.
+int64_t gaussian_grain(const Gaussian& inputs, bool has_sums) {
+  const int64_t columns = inputs.columns < kGaussianChunk ? inputs.columns : kGaussianChunk;
+  const int64_t task = gaussian_rows_of_task(inputs, has_sums) * columns * (inputs.samples > 1 ? inputs.samples : 1);
+  return kGrain / task + 1;
+}
+
+void gaussian_fwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
+                  OptionalTensor row_ids, OptionalTensor seed, double free_bits, double low, double high,
+                  OptionalTensor z, OptionalTensor kl, bool by_row, OptionalTensor statistics) {
+  const Gaussian inputs =
+      gaussian_arguments(mean, logvar, prior_mean, prior_logvar, row_ids, seed, free_bits, low, high);
+  const GaussianForward forward = gaussian_forward(inputs, mean, z, kl, by_row, statistics, kGaussianChunk);
+  advise_output(z);
+  advise_output(kl);
+  const bool sums = has_sums(forward);
+  torch::stable::parallel_for(
+      0, gaussian_tasks(inputs, sums), gaussian_grain(forward.inputs, sums),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_fwd, forward, begin, end); });
+}
+
+void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
+                  OptionalTensor row_ids, OptionalTensor seed, double free_bits, double low, double high,
+                  OptionalTensor grad_z, OptionalTensor grad_kl, bool by_row, OptionalTensor grad_mean,
+                  OptionalTensor grad_logvar, OptionalTensor grad_prior_mean, OptionalTensor grad_prior_logvar) {
+  const Gaussian inputs =
+      gaussian_arguments(mean, logvar, prior_mean, prior_logvar, row_ids, seed, free_bits, low, high);
+  const GaussianBackward backward = gaussian_backward(inputs, mean, grad_z, grad_kl, by_row, grad_mean, grad_logvar,
+                                                      grad_prior_mean, grad_prior_logvar);
+  for (const OptionalTensor& gradient : {grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar}) {
+    advise_output(gradient);
+  }
+  const bool sums = has_sums(backward);
+  torch::stable::parallel_for(
+      0, gaussian_tasks(inputs, sums), gaussian_grain(backward.inputs, sums),
+      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_bwd, backward, begin, end); });
 }
 
 // A row of the accumulation type for each thread.
@@ -402,6 +446,15 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
   m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
+      "gaussian_fwd(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? row_ids, "
+      "Tensor? seed, float free_bits, float low, float high, Tensor(a!)? z, Tensor(b!)? kl, bool by_row, "
+      "Tensor(c!)? statistics) -> ()");
+  m.def(
+      "gaussian_bwd(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? row_ids, "
+      "Tensor? seed, float free_bits, float low, float high, Tensor? grad_z, Tensor? grad_kl, bool by_row, "
+      "Tensor(a!)? grad_mean, Tensor(b!)? grad_logvar, Tensor(c!)? grad_prior_mean, "
+      "Tensor(d!)? grad_prior_logvar) -> ()");
+  m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
@@ -465,6 +518,8 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
   m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
+  m.impl("gaussian_fwd", TORCH_BOX(&gaussian_fwd));
+  m.impl("gaussian_bwd", TORCH_BOX(&gaussian_bwd));
   m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));

@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "bind_energy.h"
+#include "bind_gaussian.h"
 #include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
@@ -12,6 +13,7 @@
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/free_energy.h"
+#include "cuda/gaussian.h"
 #include "cuda/gumbel.h"
 #include "cuda/mask_tokens.h"
 #include "cuda/negative_sampling.h"
@@ -74,6 +76,29 @@ void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t 
   const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   launch_random_stream(numbers, current_stream(out));
+}
+
+void gaussian_fwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
+                  OptionalTensor row_ids, OptionalTensor seed, double free_bits, double low, double high,
+                  OptionalTensor z, OptionalTensor kl, bool by_row, OptionalTensor statistics) {
+  const Gaussian inputs =
+      gaussian_arguments(mean, logvar, prior_mean, prior_logvar, row_ids, seed, free_bits, low, high);
+  const GaussianForward forward =
+      gaussian_forward(inputs, mean, z, kl, by_row, statistics, gaussian_columns_of_sum(inputs.element));
+  const torch::stable::accelerator::DeviceGuard guard(mean.get_device_index());
+  launch_gaussian_fwd(forward, current_stream(mean));
+}
+
+void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
+                  OptionalTensor row_ids, OptionalTensor seed, double free_bits, double low, double high,
+                  OptionalTensor grad_z, OptionalTensor grad_kl, bool by_row, OptionalTensor grad_mean,
+                  OptionalTensor grad_logvar, OptionalTensor grad_prior_mean, OptionalTensor grad_prior_logvar) {
+  const Gaussian inputs =
+      gaussian_arguments(mean, logvar, prior_mean, prior_logvar, row_ids, seed, free_bits, low, high);
+  const GaussianBackward backward = gaussian_backward(inputs, mean, grad_z, grad_kl, by_row, grad_mean, grad_logvar,
+                                                      grad_prior_mean, grad_prior_logvar);
+  const torch::stable::accelerator::DeviceGuard guard(mean.get_device_index());
+  launch_gaussian_bwd(backward, current_stream(mean));
 }
 
 void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
@@ -206,6 +231,8 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
   m.impl("probability_sums", TORCH_BOX(&probability_sums));
   m.impl("random_stream", TORCH_BOX(&random_stream));
+  m.impl("gaussian_fwd", TORCH_BOX(&gaussian_fwd));
+  m.impl("gaussian_bwd", TORCH_BOX(&gaussian_bwd));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));

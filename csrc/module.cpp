@@ -49,6 +49,10 @@ PYBIND11_MODULE(_C, m) {
   floors.def("own_negatives", &sslkernels::own_negatives_floor, arg("rows"), arg("count"), arg("dim"),
              arg("element_bytes"), arg("normalise"), arg("gradient"));
   floors.def("random_stream", &sslkernels::random_stream_floor, arg("rows"), arg("columns"), arg("element_bytes"));
+  floors.def("gaussian_fwd", &sslkernels::gaussian_fwd_floor, arg("rows"), arg("columns"), arg("samples"),
+             arg("element_bytes"));
+  floors.def("gaussian_bwd", &sslkernels::gaussian_bwd_floor, arg("rows"), arg("columns"), arg("samples"),
+             arg("element_bytes"));
   floors.def("gumbel_rows_fwd", &sslkernels::gumbel_rows_fwd_floor, arg("rows"), arg("columns"), arg("element_bytes"),
              arg("output"), arg("stats"));
   floors.def("gumbel_rows_bwd", &sslkernels::gumbel_rows_bwd_floor, arg("rows"), arg("columns"), arg("element_bytes"),

@@ -6,6 +6,7 @@ from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.free_energy import free_energy
+from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
 from sslkernels.ops.gumbel_softmax import gumbel_softmax
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -26,7 +27,9 @@ from sslkernels.version import __version__
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "GaussianSample",
     "GumbelQuantized",
+    "LatentStats",
     "LinearSample",
     "MaskedTokens",
     "Quantized",
@@ -36,6 +39,8 @@ __all__ = [
     "contrastive_energy",
     "cross_entropy",
     "free_energy",
+    "gaussian_kl",
+    "gaussian_rsample",
     "gumbel_quantize",
     "gumbel_softmax",
     "info_nce",

@@ -1,8 +1,10 @@
-// exp, log, log1p and tanh that the compiler vectorises: no branches, no tables, no calls. Within 2 ulp over their domains.
+// exp, log, log1p and tanh that the compiler vectorises: no branches, no tables, no calls. Within 2 ulp over their
+// domains.
 #pragma once
 
 #include <cmath>
 
+#include "../common/fused.h"
 #include "../common/tanh.h"
 #include "element.h"
 
@@ -30,6 +32,29 @@ SSLKERNELS_HD float exp_nonpositive(float x) {
 }
 
 inline double exp_nonpositive(double x) { return std::exp(x); }
+
+// exp(x) of any x, also where it is subnormal.
+SSLKERNELS_HD float vector_exp(float x) {
+  constexpr float kRound = 12582912.0f;
+  const float inside = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;  // exp(inside) is infinite, and 0
+  const float shifted = fused(inside, 1.44269504088896341f, kRound);
+  const float n = shifted - kRound;
+  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, inside));
+  float p = 1.9875691500e-4f;  // as above
+  p = fused(p, r, 1.3981999507e-3f);
+  p = fused(p, r, 8.3334519073e-3f);
+  p = fused(p, r, 4.1665795894e-2f);
+  p = fused(p, r, 1.6666665459e-1f);
+  p = fused(p, r, 5.0000001201e-1f);
+  p = fused(p, r * r, r) + 1.0f;
+  // 2^n in two factors, for n beyond the exponents of float.
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
+  const int32_t part = exponent >> 1;
+  const float first = bit_cast<float>(uint32_t(part + 127) << 23);
+  return p * first * bit_cast<float>(uint32_t(exponent - part + 127) << 23);
+}
+
+inline double vector_exp(double x) { return std::exp(x); }
 
 // log(1 + x) for x in [-1/2, 1] or NaN.
 SSLKERNELS_HD float log1p_unit(float x) {

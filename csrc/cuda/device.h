@@ -14,6 +14,9 @@
 
 #include "../common/element.h"
 
+// A function with registers of its own.
+#define SSLKERNELS_OUTLINED __device__ __noinline__
+
 namespace sslkernels {
 
 // --- The threads of a warp -----------------------------------------------------------------------------------------

@@ -20,6 +20,52 @@ def exp_flushed(x):
 
 
 @triton.jit
+def exp_any(x):
+    """exp(x) of any x: float32 within 2 ulp, where `tl.exp` loses as many as x / ln 2 has bits before its point, and 0
+    below 2^-125; float64 as `tl.exp`."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    inside = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # NaN stays; its exp is infinite, and 0
+    n = tl.floor(tl.fma(inside, 1.4426950408889634, 0.5))
+    f = tl.fma(inside, 1.925963033500885e-08, tl.fma(inside, 1.4426950216293335, -n))
+    return tl.exp2(f) * 2.0 * tl.exp2(n - 1.0)
+
+
+@triton.jit
+def _excess_series(d):
+    """(exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., to below a rounding."""
+    if d.dtype == tl.float64:
+        p = 8.22063524662433e-18 * d + 1.5619206968586225e-16
+        p = p * d + 2.8114572543455206e-15
+        p = p * d + 4.779477332387385e-14
+        p = p * d + 7.647163731819816e-13
+        p = p * d + 1.1470745597729725e-11
+        p = p * d + 1.6059043836821613e-10
+        p = p * d + 2.08767569878681e-09
+        p = p * d + 2.505210838544172e-08
+    else:
+        p = d * 0.0 + 2.505210838544172e-08
+    p = p * d + 2.755731922398589e-07
+    p = p * d + 2.7557319223985893e-06
+    p = p * d + 2.48015873015873e-05
+    p = p * d + 0.0001984126984126984
+    p = p * d + 0.001388888888888889
+    p = p * d + 0.008333333333333333
+    p = p * d + 0.041666666666666664
+    p = p * d + 0.16666666666666666
+    return p * d + 0.5
+
+
+@triton.jit
+def expm1_terms(d, e):
+    """exp(d) - 1 and exp(d) - 1 - d, from e = exp(d)."""
+    near = d * d * _excess_series(d)
+    is_near = tl.abs(d) <= 1.0
+    finite = tl.where(d > 1e30, 1e30, d)  # so that infinity is not taken from itself
+    return tl.where(is_near, d + near, e - 1.0), tl.where(is_near, near, e - 1.0 - finite)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 for x <= 0 (Kahan: the rounding of exp(x) cancels in the quotient)."""
     u = tl.exp(x)

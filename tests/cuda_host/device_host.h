@@ -24,6 +24,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define SSLKERNELS_OUTLINED inline
 
 struct dim3 {
   unsigned x, y, z;

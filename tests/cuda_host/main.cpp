@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
 #include "../../csrc/cuda/free_energy.h"
+#include "../../csrc/cuda/gaussian.h"
 #include "../../csrc/cuda/gumbel.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
@@ -65,6 +66,63 @@ sslkernels::RandomStream random_stream_of(const Call& call) {
           static_cast<sslkernels::Stream>(call.integer("stream")),
           static_cast<sslkernels::Element>(call.integer("element")),
           call.array<char>("out") + call.integer("output_offset")};
+}
+
+sslkernels::Gaussian gaussian_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  const int64_t bytes = kBytes[call.integer("element")];
+  const auto rows = [&](const std::string& key) -> sslkernels::GaussianRows {
+    char* start = call.array<char>(key);
+    if (start == nullptr) return {};
+    const bool shared = call.integer(key + "_shared") != 0;
+    return {start + call.integer(key + "_offset") * bytes, shared ? 0 : call.integer(key + "_stride"), shared};
+  };
+  sslkernels::Gaussian inputs{};
+  inputs.element = static_cast<sslkernels::Element>(call.integer("element"));
+  inputs.rows = call.integer("rows");
+  inputs.columns = call.integer("columns");
+  inputs.samples = call.integer("samples");
+  inputs.mean = rows("mean");
+  inputs.logvar = rows("logvar");
+  inputs.prior_mean = rows("prior_mean");
+  inputs.prior_logvar = rows("prior_logvar");
+  inputs.row_ids = call.array<int64_t>("row_ids");
+  inputs.seed = call.array<int64_t>("seed");
+  inputs.free_bits = call.real("free_bits");
+  inputs.low = call.real("low");
+  inputs.high = call.real("high");
+  return inputs;
+}
+
+sslkernels::GaussianSamples samples_of(const Call& call) {
+  return {call.integer("z_row_stride"), call.integer("z_sample_stride")};
+}
+
+void gaussian_fwd(const Call& call) {
+  sslkernels::GaussianForward forward{};
+  forward.inputs = gaussian_of(call);
+  forward.z = call.array("z");
+  forward.z_at = samples_of(call);
+  forward.kl = call.array("kl");
+  forward.by_row = call.integer("by_row") != 0;
+  const int64_t columns = sslkernels::gaussian_columns_of_sum(forward.inputs.element);
+  forward.kl_parts = (forward.inputs.columns + columns - 1) / columns;
+  forward.statistics = call.array("statistics");
+  sslkernels::launch_gaussian_fwd(forward, nullptr);
+}
+
+void gaussian_bwd(const Call& call) {
+  sslkernels::GaussianBackward backward{};
+  backward.inputs = gaussian_of(call);
+  backward.grad_z = call.array("grad_z");
+  backward.z_at = samples_of(call);
+  backward.grad_kl = call.array("grad_kl");
+  backward.by_row = call.integer("by_row") != 0;
+  backward.grad_mean = call.array("grad_mean");
+  backward.grad_logvar = call.array("grad_logvar");
+  backward.grad_prior_mean = call.array("grad_prior_mean");
+  backward.grad_prior_logvar = call.array("grad_prior_logvar");
+  sslkernels::launch_gaussian_bwd(backward, nullptr);
 }
 
 sslkernels::GumbelRows gumbel_rows_of(const Call& call) {
@@ -347,6 +405,8 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_bwd",
      [](const Call& call) { sslkernels::launch_cross_entropy_rows_bwd(rows_of(call), nullptr); }},
     {"random_stream", [](const Call& call) { sslkernels::launch_random_stream(random_stream_of(call), nullptr); }},
+    {"gaussian_fwd", gaussian_fwd},
+    {"gaussian_bwd", gaussian_bwd},
     {"gumbel_rows_fwd", gumbel_rows_fwd},
     {"gumbel_rows_bwd", gumbel_rows_bwd},
     {"probability_sums", probability_sums},
