@@ -17,6 +17,7 @@ from sslkernels.ops.free_energy import free_energy
 from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.quantizer import GumbelQuantizer as GumbelQuantizer
 from sslkernels.quantizer import VectorQuantizer as VectorQuantizer
 
 

@@ -518,3 +518,61 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^gumbel_quantize: " + message):
         sk.gumbel_quantize(**{"logits": X, "codebook": C, **change})
+
+
+# --- The module ---
+
+
+def test_module(device):
+    torch.manual_seed(0)
+    quantizer = sk.nn.GumbelQuantizer(5, 8, 2, tau=(2.0, 0.5, 0.9), return_stats=True, device=device)
+    assert quantizer.codebook.shape == (2, 5, 4)
+    assert ((quantizer.codebook >= 0) & (quantizer.codebook < 1)).all()
+    logits = problem(device, dtype=torch.float32)[0]
+    mask = mask_of((3, 4), device)
+    got = quantizer(logits, mask=mask, seed=3)
+    options = {"mask": mask, "seed": 3, "return_stats": True}
+    expected = sk.gumbel_quantize(logits, quantizer.codebook, tau=2.0, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    loss_of(got).backward()
+    assert quantizer.codebook.grad.shape == (2, 5, 4)
+    assert "tau" not in "".join(quantizer.state_dict())
+
+    quantizer.eval()
+    first, second = quantizer(logits), quantizer(logits)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first.indices, logits.argmax(-1))
+    assert repr(quantizer) == "GumbelQuantizer(codebook=(2, 5, 4), tau=(2.0, 0.5, 0.9), hard=True, return_stats=True)"
+
+
+def test_schedule_of_tau(device):
+    """As in fairseq: (most, least, decay), after so many updates (complaint 48)."""
+    quantizer = sk.nn.GumbelQuantizer(5, 8, tau=(2.0, 0.5, 0.9), device=device)
+    taus = []
+    for updates in (0, 1, 2, 100):
+        quantizer.set_num_updates(updates)
+        taus.append(quantizer.tau)
+    assert taus == [2.0, 1.8, 2.0 * 0.9**2, 0.5]
+    fixed = sk.nn.GumbelQuantizer(5, 8, tau=0.7, hard=False, device=device)
+    fixed.set_num_updates(10)
+    assert fixed.tau == 0.7
+    fixed.tau = torch.tensor(0.3, device=device)
+    logits = torch.randn(3, 5, device=device)
+    expected = sk.gumbel_quantize(logits, fixed.codebook, tau=0.3, hard=False, seed=1)
+    assert torch.equal(fixed(logits, seed=1).values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((0, 8), {}, ValueError, "num_codes must be at least 1; got 0"),
+        ((5, 8.0), {}, TypeError, "dim must be an int; got float"),
+        ((5, 8, 3), {}, ValueError, "dim must be a multiple of groups, 3; got 8"),
+        ((5, 8, 0), {}, ValueError, "groups must be at least 1; got 0"),
+        ((5, 8), {"tau": (1.0, 2.0)}, ValueError, r"tau must be a number or \(most, least, decay\); got \(1.0, 2.0\)"),
+        ((5, 8), {"tau": (1.0, 0.0, 0.9)}, ValueError, r"tau must be in \(0, inf\]; got 0.0"),
+    ],
+)
+def test_errors_of_the_module(arguments, options, error, message):
+    with pytest.raises(error, match=f"^GumbelQuantizer: {message}"):
+        sk.nn.GumbelQuantizer(*arguments, **options)
