@@ -252,8 +252,10 @@ def test_selection():
     everything = names()
     parts = [names("--part", f"{i}/3") for i in (1, 2, 3)]
     assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(everything)
-    custom = names("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    shape = ("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    custom = names("--op", "linear_cross_entropy", *shape)
     assert custom == ["linear_cross_entropy N=8 D=4 V=100, bfloat16, fwd+bwd, 70% ignored"]
+    assert names(*shape) == [*custom, "linear_sample N=8 D=4 V=100, bfloat16, fwd"]
     assert names("--op", "cross_entropy", "--shape", "N=8,D=4,V=100") == []
 
 

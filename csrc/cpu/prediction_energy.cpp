@@ -103,8 +103,8 @@ void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t 
   }
 }
 
-// grad = factor * (prediction - target), also taken from `sum`; null: not asked for. In blocks, for a loop that computes
-// and converts to 16 bits is not vectorised.
+// grad = factor * (prediction - target), also taken from `sum`; null: not asked for. In blocks, for a loop that
+// computes and converts to 16 bits is not vectorised.
 template <class T, class A>
 void differentiate(const T* prediction, const A* target, int64_t count, A factor, T* grad, A* sum) {
   A buffer[kBlock];
