@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness, providers
+from benchmarks import energy_kernels, harness, providers
 from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
@@ -28,7 +28,7 @@ COPY = "copy of the same bytes (floor)"
 OPTIONS = RowOptions(-100, 0.0, 0.0, 0.0)
 NEGATIVES = 5
 ENTRIES_OF_ROW = 2
-OWNED = ("grad", "total", "out", "loss", "slopes", "direction")
+OWNED = ("grad", "total", "out", "loss", "slopes", "direction", "value", "grad_target")
 Inputs = dict[str, Tensor]
 
 
@@ -257,6 +257,20 @@ KERNELS = {
     ),
 }
 
+KERNELS |= {
+    name: Kernel(
+        energy_kernels.floor,
+        lambda rows, case, t: energy_kernels.run(
+            energy_kernels.TRITON if isinstance(rows, TritonRows) else energy_kernels.NATIVE, case, t
+        ),
+        energy_kernels.results,
+        energy_kernels.oracle,
+        lambda case, t: energy_kernels.run(energy_kernels.REFERENCE, case, t),
+        triton=True,
+    )
+    for name in energy_kernels.NAMES
+}
+
 
 def make_kernel_case(
     kernel: str,
@@ -299,12 +313,15 @@ def cases(device: str) -> list[Case]:
     for kernel in ("negative_sampling_fwd", "weighted_row_sums"):
         for v in (128, 300):
             found += [make_kernel_case(kernel, {"N": 1 << 20, "V": v}, d) for d in (torch.bfloat16, torch.float32)]
+    for kernel, shape in energy_kernels.cases(device):
+        found += [make_kernel_case(kernel, shape, dtype) for dtype in (torch.bfloat16, torch.float32)]
     return found
 
 
 def smoke_cases(device: str) -> list[Case]:
     names = [name for name in KERNELS if device == "cuda" or name != "column_sums"]
     shapes = {name: {"N": 33, "V": 1003} for name in names} | {"own_negatives": {"N": 33, "K": 7, "D": 77}}
+    shapes |= {name: energy_kernels.smoke_shape(name) for name in energy_kernels.NAMES}
     return [make_kernel_case(name, shapes[name], bias=name.startswith("cross")) for name in names]
 
 
@@ -323,6 +340,8 @@ def make_own_inputs(case: Case, device: torch.device) -> Inputs:
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     if case.op == "own_negatives":
         return make_own_inputs(case, device)
+    if case.op in energy_kernels.NAMES:
+        return energy_kernels.make_inputs(case, device)
     inputs = make_logits(case, device)
     logits = inputs["logits"]
     rows, vocab = logits.shape

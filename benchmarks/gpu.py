@@ -42,6 +42,7 @@ PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less t
     "kernels": ["--op", "kernels"],
     "pairs": ["--op", "pair_kernels"],
     "own": ["--op", "info_nce"],
+    **{f"prediction-{i}": ["--op", "prediction_energy", "--part", f"{i}/2"] for i in range(1, 3)},
     **{f"clip-{i}": ["--op", "clip_loss", "--part", f"{i}/3"] for i in range(1, 4)},
     **{f"siglip-{i}": ["--op", "siglip_loss", "--part", f"{i}/2"] for i in range(1, 3)},
     **{f"nt-xent-{i}": ["--op", "nt_xent", "--part", f"{i}/2"] for i in range(1, 3)},

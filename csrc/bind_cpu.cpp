@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_energy.h"
 #include "bind_gaussian.h"
 #include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
@@ -14,6 +15,7 @@
 #include "bind_sample_rows.h"
 #include "bind_vector_quantize.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/free_energy.h"
 #include "cpu/gaussian.h"
 #include "cpu/gumbel.h"
 #include "cpu/mask_tokens.h"
@@ -21,6 +23,7 @@
 #include "cpu/negative_sampling.h"
 #include "cpu/own_negatives.h"
 #include "cpu/pair_scores.h"
+#include "cpu/prediction_energy.h"
 #include "cpu/random_stream.h"
 #include "cpu/row_sums.h"
 #include "cpu/sample_rows.h"
@@ -332,24 +335,17 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   });
 }
 
-void code_tile(Tensor source, OptionalTensor center, bool unit, OptionalTensor tile, Tensor norm,
-               OptionalTensor half_square) {
-  const CodeTile arguments = code_tile_arguments(source, center, unit, tile, norm, half_square);
-  torch::stable::parallel_for(
-      0, arguments.source.rows, row_grain(arguments.source.dim),
-      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(code_tile, arguments, begin, end); });
-}
-
-void best_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, int64_t first_code,
-                Tensor products, Tensor input_norm, Tensor code_norm, OptionalTensor code_half_square, Tensor bound,
-                Tensor best, Tensor index) {
-  const CodeScores scores = code_scores_arguments(input, codebook, metric, matmul_rounding, first_code, products,
-                                                  input_norm, code_norm, code_half_square, bound, best, index);
-  std::vector<double> block_norm(code_blocks(scores.codes));
-  SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
-  torch::stable::parallel_for(0, scores.input.rows, row_grain(scores.codes), [&](int64_t begin, int64_t end) {
-    std::vector<double> work(2 * scores.input.dim + code_blocks(scores.codes));
-    SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), begin, end, work.data());
+void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, OptionalTensor center,
+                  int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
+  const CodeSearch search =
+      code_search_arguments(input, codebook, metric, matmul_rounding, center, tile_rows, tile_codes, index, score);
+  const auto type = type_of_products(search.input, search.codebook);
+  torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
+    if (type == torch::headeronly::ScalarType::Double) {
+      search.run<double>(begin, end);
+    } else {
+      search.run<float>(begin, end);
+    }
   });
 }
 
@@ -370,6 +366,55 @@ void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor i
                                 std::vector<double> work(2 * difference.input.dim);
                                 SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
                               });
+}
+
+void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
+                     double beta, bool minimum) {
+  const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
+  const int64_t results = energies.outer * energies.inner;
+  torch::stable::parallel_for(0, results, row_grain(energies.count), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(free_energy_fwd, energies, begin, end);
+  });
+}
+
+void free_energy_bwd(Tensor grad_value, OptionalTensor energy, OptionalTensor lowest, OptionalTensor total,
+                     OptionalTensor winner, Tensor grad, double beta) {
+  const FreeEnergyGradient gradient = free_energy_gradient(grad_value, energy, lowest, total, winner, grad, beta);
+  advise_huge_pages(gradient.grad, grad.numel() * grad.element_size());
+  const int64_t results = gradient.energies.outer * gradient.energies.inner;
+  torch::stable::parallel_for(0, results, row_grain(gradient.energies.count), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(free_energy_bwd, gradient, begin, end);
+  });
+}
+
+void prediction_energy_fwd(Tensor prediction, Tensor target, Tensor value, OptionalTensor weights, double beta,
+                           bool minimum) {
+  const PredictionEnergy inputs = prediction_energy_arguments(prediction, target, value, weights, beta, minimum);
+  const int64_t rows = inputs.batch * feature_parts(inputs), units = rows * candidate_parts(inputs);
+  const Tensor parts = torch::stable::new_empty(value, {rows * inputs.count});
+  void* data = parts.mutable_data_ptr();
+  const int64_t features = std::min(inputs.dim, kFeaturePart), candidates = std::min(inputs.count, kCandidatePart);
+  torch::stable::parallel_for(0, units, row_grain(candidates * features), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(prediction_energy_parts, inputs, data, begin, end);
+  });
+  const int64_t of_row = feature_parts(inputs) * inputs.count;
+  torch::stable::parallel_for(0, inputs.batch, row_grain(of_row), [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(prediction_energy_finish, inputs, data, begin, end);
+  });
+}
+
+void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights,
+                           OptionalTensor grad_prediction, OptionalTensor grad_target) {
+  const PredictionEnergyGradient gradient =
+      prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
+  const PredictionEnergy& inputs = gradient.inputs;
+  if (grad_prediction) {
+    advise_huge_pages(gradient.grad_prediction, grad_prediction->numel() * grad_prediction->element_size());
+  }
+  const int64_t grain = row_grain(inputs.count * std::min(inputs.dim, kFeaturePart));
+  torch::stable::parallel_for(0, inputs.batch * feature_parts(inputs), grain, [&](int64_t begin, int64_t end) {
+    SSLKERNELS_CALL_ISA(prediction_energy_bwd, gradient, begin, end);
+  });
 }
 
 }  // namespace
@@ -445,16 +490,24 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
       "Tensor(a!) out, int entries_of_source) -> ()");
   m.def(
-      "code_tile(Tensor source, Tensor? center, bool unit, Tensor(a!)? tile, Tensor(b!) norm, Tensor(c!)? half_square) "
-      "-> ()");
-  m.def(
-      "best_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, int first_code, Tensor products, "
-      "Tensor input_norm, Tensor code_norm, Tensor? code_half_square, Tensor(a!) bound, Tensor(b!) best, "
-      "Tensor(c!) index) -> ()");
+      "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, int tile_rows, "
+      "int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
   m.def(
       "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
       "Tensor(b!) distance) -> ()");
   m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
+  m.def(
+      "free_energy_fwd(Tensor energy, Tensor(a!) value, Tensor(b!)? lowest, Tensor(c!)? total, Tensor(d!)? winner, "
+      "float beta, bool minimum) -> ()");
+  m.def(
+      "free_energy_bwd(Tensor grad_value, Tensor? energy, Tensor? lowest, Tensor? total, Tensor? winner, "
+      "Tensor(a!) grad, float beta) -> ()");
+  m.def(
+      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, float beta, "
+      "bool minimum) -> ()");
+  m.def(
+      "prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights, "
+      "Tensor(a!)? grad_prediction, Tensor(b!)? grad_target) -> ()");
   m.def("column_sums(Tensor values, Tensor(a!) total, bool add) -> ()");  // on a CPU torch's own sum will do
 }
 
@@ -477,10 +530,13 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("sort_rows", TORCH_BOX(&sort_rows));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
-  m.impl("code_tile", TORCH_BOX(&code_tile));
-  m.impl("best_codes", TORCH_BOX(&best_codes));
+  m.impl("search_codes", TORCH_BOX(&search_codes));
   m.impl("gather_codes", TORCH_BOX(&gather_codes));
   m.impl("code_difference", TORCH_BOX(&code_difference));
+  m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
+  m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
+  m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));
+  m.impl("prediction_energy_bwd", TORCH_BOX(&prediction_energy_bwd));
 }
 
 }  // namespace sslkernels

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "bind.h"
+#include "bind_energy.h"
 #include "bind_gaussian.h"
 #include "bind_gumbel.h"
 #include "bind_mask_tokens.h"
@@ -11,11 +12,13 @@
 #include "bind_own_negatives.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/free_energy.h"
 #include "cuda/gaussian.h"
 #include "cuda/gumbel.h"
 #include "cuda/mask_tokens.h"
 #include "cuda/negative_sampling.h"
 #include "cuda/own_negatives.h"
+#include "cuda/prediction_energy.h"
 #include "cuda/random_stream.h"
 #include "cuda/row_sums.h"
 #include "cuda/scale_add.h"
@@ -186,6 +189,39 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   launch_weighted_row_sums(sums, partials.mutable_data_ptr(), current_stream(out));
 }
 
+void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
+                     double beta, bool minimum) {
+  const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
+  const torch::stable::accelerator::DeviceGuard guard(energy.get_device_index());
+  launch_free_energy_fwd(energies, current_stream(energy));
+}
+
+void free_energy_bwd(Tensor grad_value, OptionalTensor energy, OptionalTensor lowest, OptionalTensor total,
+                     OptionalTensor winner, Tensor grad, double beta) {
+  const FreeEnergyGradient gradient = free_energy_gradient(grad_value, energy, lowest, total, winner, grad, beta);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  launch_free_energy_bwd(gradient, current_stream(grad));
+}
+
+void prediction_energy_fwd(Tensor prediction, Tensor target, Tensor value, OptionalTensor weights, double beta,
+                           bool minimum) {
+  const PredictionEnergy inputs = prediction_energy_arguments(prediction, target, value, weights, beta, minimum);
+  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  const PredictionEnergyPlan plan = plan_prediction_energy(inputs);
+  const Tensor workspace = torch::stable::new_empty(value, {workspace_of(inputs, plan)});
+  launch_prediction_energy_fwd(inputs, plan, workspace.mutable_data_ptr(), current_stream(prediction));
+}
+
+void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights,
+                           OptionalTensor grad_prediction, OptionalTensor grad_target) {
+  const PredictionEnergyGradient gradient =
+      prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
+  const torch::stable::accelerator::DeviceGuard guard(prediction.get_device_index());
+  const PredictionEnergyGradientPlan plan = plan_prediction_energy_bwd(gradient);
+  const Tensor workspace = torch::stable::new_empty(grad_value, {workspace_of(gradient, plan)});
+  launch_prediction_energy_bwd(gradient, plan, workspace.mutable_data_ptr(), current_stream(prediction));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
@@ -203,6 +239,10 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("column_sums", TORCH_BOX(&column_sums));
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
+  m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
+  m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
+  m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));
+  m.impl("prediction_energy_bwd", TORCH_BOX(&prediction_energy_bwd));
 }
 
 }  // namespace sslkernels

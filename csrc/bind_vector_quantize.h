@@ -1,6 +1,13 @@
 // From tensors to the arguments of the kernels of vector_quantize, as bind.h.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <vector>
+
 #include "bind.h"
 #include "cpu/vector_quantize.h"
 
@@ -19,66 +26,103 @@ inline torch::headeronly::ScalarType type_of_products(const CodeVectors& input, 
   return is_double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline CodeTile code_tile_arguments(const torch::stable::Tensor& source, const OptionalTensor& center, bool unit,
-                                    const OptionalTensor& tile, const torch::stable::Tensor& norm,
-                                    const OptionalTensor& half_square) {
-  CodeTile arguments{};
-  arguments.source = code_vectors(source, "source");
-  const auto type = norm.scalar_type();
-  arguments.is_double = element_of(norm) == Element::kDouble;
-  check_vector(norm, source.size(0), type, "norm");
-  STD_TORCH_CHECK(type == accumulation_type(norm), "sslkernels: norm must be float32 or float64");
-  if (center) check_vector(*center, source.size(1), type, "center");
-  if (half_square) check_vector(*half_square, source.size(0), type, "half_square");
-  STD_TORCH_CHECK(tile || (!center && !unit && source.scalar_type() == type), "sslkernels: a tile is needed");
-  if (tile) {
-    code_vectors(*tile, "tile");
-    STD_TORCH_CHECK(tile->size(0) == source.size(0) && tile->size(1) == source.size(1) && tile->scalar_type() == type,
-                    "sslkernels: tile must have the shape of source and the dtype of norm");
-  }
-  arguments.center = pointer(center);
-  arguments.unit = unit;
-  arguments.tile = tile ? tile->mutable_data_ptr() : nullptr;
-  arguments.norm = norm.mutable_data_ptr();
-  arguments.half_square = half_square ? half_square->mutable_data_ptr() : nullptr;
-  return arguments;
+// out (rows, columns) = a (rows, dim) b (columns, dim)^T, by torch, which inside a parallel region uses one thread.
+template <class A>
+void multiply(const A* a, const A* b, int64_t rows, int64_t columns, int64_t dim, A* out) {
+  using torch::headeronly::ScalarType;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const auto matrix = [&](const A* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
+    const ScalarType type = sizeof(A) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+    return torch::stable::from_blob(const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2}, cpu, type);
+  };
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(matrix(a, {rows, dim}, {dim, 1})), from(matrix(b, {dim, columns}, {1, dim})),
+                                    from(matrix(out, {rows, columns}, {columns, 1}))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<torch::stable::Tensor>(stack[0]);  // owns the result, which is `out`
 }
 
-inline CodeScores code_scores_arguments(const torch::stable::Tensor& input, const torch::stable::Tensor& codebook,
-                                        int64_t metric, double matmul_rounding, int64_t first_code,
-                                        const torch::stable::Tensor& products, const torch::stable::Tensor& input_norm,
-                                        const torch::stable::Tensor& code_norm, const OptionalTensor& code_half_square,
-                                        const torch::stable::Tensor& bound, const torch::stable::Tensor& best,
-                                        const torch::stable::Tensor& index) {
+// The search of some rows by one thread: tile by tile a matmul, then what best_codes makes of its products.
+struct CodeSearch {
+  CodeVectors input;
+  CodeVectors codebook;
+  CodeMetric metric;
+  double matmul_rounding;
+  const void* center;
+  int64_t tile_rows;
+  int64_t tile_codes;
+  int64_t* index;
+  double* score;
+
+  static CodeVectors rows_of(const CodeVectors& vectors, int64_t first, int64_t last) {
+    constexpr int64_t kSizes[] = {4, 8, 2, 2};
+    const char* data = static_cast<const char*>(vectors.data) + first * vectors.dim * kSizes[int(vectors.element)];
+    return {vectors.element, data, last - first, vectors.dim};
+  }
+
+  template <class A>
+  void run(int64_t begin, int64_t end) const {
+    const bool is_double = sizeof(A) == sizeof(double), unit = metric == CodeMetric::kCosine;
+    const auto is_factor = [&](const CodeVectors& vectors) {
+      return vectors.element == (is_double ? Element::kDouble : Element::kFloat) && center == nullptr;
+    };
+    const int64_t dim = input.dim, blocks = code_blocks(tile_codes);
+    std::vector<A> products(tile_rows * tile_codes), bound(end - begin, -std::numeric_limits<A>::infinity());
+    std::vector<A> row_tile(is_factor(input) ? 0 : tile_rows * dim), row_norm(tile_rows), block_norm(blocks);
+    std::vector<A> code_tile(is_factor(codebook) && !unit ? 0 : tile_codes * dim), code_norm(tile_codes);
+    std::vector<A> half_square(metric == CodeMetric::kSquaredDistance ? tile_codes : 0);
+    std::vector<double> work(2 * dim + blocks);
+    const auto null_if_empty = [](std::vector<A>& values) { return values.empty() ? nullptr : values.data(); };
+    std::fill(index + begin, index + end, -1);
+    std::fill(score + begin, score + end, -std::numeric_limits<double>::infinity());
+
+    for (int64_t first = 0; first < codebook.rows; first += tile_codes) {
+      const CodeVectors codes = rows_of(codebook, first, std::min(first + tile_codes, codebook.rows));
+      const CodeTile factor{
+          codes, is_double, center, unit, null_if_empty(code_tile), code_norm.data(), null_if_empty(half_square)};
+      SSLKERNELS_CALL_ISA(code_tile, factor, 0, codes.rows);
+      for (int64_t row = begin; row < end; row += tile_rows) {
+        const CodeVectors rows = rows_of(input, row, std::min(row + tile_rows, end));
+        const CodeTile other{rows, is_double, center, false, null_if_empty(row_tile), row_norm.data(), nullptr};
+        SSLKERNELS_CALL_ISA(code_tile, other, 0, rows.rows);
+        multiply(static_cast<const A*>(row_tile.empty() ? rows.data : row_tile.data()),
+                 static_cast<const A*>(code_tile.empty() ? codes.data : code_tile.data()), rows.rows, codes.rows, dim,
+                 products.data());
+        const CodeScores scores{is_double,          metric,
+                                matmul_rounding,    rows,
+                                codebook,           first,
+                                codes.rows,         products.data(),
+                                row_norm.data(),    code_norm.data(),
+                                factor.half_square, bound.data() + (row - begin),
+                                score + row,        index + row};
+        if (row == begin) SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
+        SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), 0, rows.rows, work.data());
+      }
+    }
+  }
+};
+
+inline CodeSearch code_search_arguments(const torch::stable::Tensor& input, const torch::stable::Tensor& codebook,
+                                        int64_t metric, double matmul_rounding, const OptionalTensor& center,
+                                        int64_t tile_rows, int64_t tile_codes, const torch::stable::Tensor& index,
+                                        const torch::stable::Tensor& score) {
   using torch::headeronly::ScalarType;
-  CodeScores scores{};
-  scores.input = code_vectors(input, "input");
-  scores.codebook = code_vectors(codebook, "codebook");
-  const auto type = type_of_products(scores.input, scores.codebook);
-  scores.is_double = type == ScalarType::Double;
+  CodeSearch search{};
+  search.input = code_vectors(input, "input");
+  search.codebook = code_vectors(codebook, "codebook");
   STD_TORCH_CHECK(metric >= 0 && metric <= 2, "sslkernels: unknown metric ", metric);
-  scores.metric = CodeMetric(metric);
-  scores.matmul_rounding = matmul_rounding;
-  code_vectors(products, "products");
-  scores.first_code = first_code;
-  scores.codes = products.size(1);
-  STD_TORCH_CHECK(products.size(0) == scores.input.rows && products.scalar_type() == type && first_code >= 0 &&
-                      first_code + scores.codes <= scores.codebook.rows,
-                  "sslkernels: products must be of the input and of codes of the codebook");
-  check_vector(input_norm, scores.input.rows, type, "input_norm");
-  check_vector(code_norm, scores.codes, type, "code_norm");
-  if (code_half_square) check_vector(*code_half_square, scores.codes, type, "code_half_square");
-  check_vector(bound, scores.input.rows, type, "bound");
-  check_vector(best, scores.input.rows, ScalarType::Double, "best");
-  check_vector(index, scores.input.rows, ScalarType::Long, "index");
-  scores.products = products.const_data_ptr();
-  scores.input_norm = input_norm.const_data_ptr();
-  scores.code_norm = code_norm.const_data_ptr();
-  scores.code_half_square = pointer(code_half_square);
-  scores.bound = bound.mutable_data_ptr();
-  scores.best = best.mutable_data_ptr<double>();
-  scores.index = index.mutable_data_ptr<int64_t>();
-  return scores;
+  STD_TORCH_CHECK(tile_rows > 0 && tile_codes > 0, "sslkernels: tiles must have rows and codes");
+  search.metric = CodeMetric(metric);
+  search.matmul_rounding = matmul_rounding;
+  if (center) check_vector(*center, search.input.dim, type_of_products(search.input, search.codebook), "center");
+  check_vector(index, search.input.rows, ScalarType::Long, "index");
+  check_vector(score, search.input.rows, ScalarType::Double, "score");
+  search.center = pointer(center);
+  search.tile_rows = std::min(tile_rows, std::max<int64_t>(search.input.rows, 1));
+  search.tile_codes = std::min(tile_codes, search.codebook.rows);
+  search.index = index.mutable_data_ptr<int64_t>();
+  search.score = score.mutable_data_ptr<double>();
+  return search;
 }
 
 inline CodeGather code_gather_arguments(const torch::stable::Tensor& input, const torch::stable::Tensor& codebook,

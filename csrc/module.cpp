@@ -65,6 +65,14 @@ PYBIND11_MODULE(_C, m) {
              arg("gradient"));
   floors.def("weighted_row_sums", &sslkernels::weighted_row_sums_floor, arg("entries"), arg("rows"), arg("source_rows"),
              arg("dim"), arg("source_bytes"), arg("out_bytes"));
+  floors.def("free_energy_fwd", &sslkernels::free_energy_fwd_floor, arg("results"), arg("count"), arg("element_bytes"),
+             arg("gradient"));
+  floors.def("free_energy_bwd", &sslkernels::free_energy_bwd_floor, arg("results"), arg("count"), arg("element_bytes"),
+             arg("minimum"));
+  floors.def("prediction_energy_fwd", &sslkernels::prediction_energy_fwd_floor, arg("batch"), arg("count"), arg("dim"),
+             arg("element_bytes"), arg("gradient"));
+  floors.def("prediction_energy_bwd", &sslkernels::prediction_energy_bwd_floor, arg("batch"), arg("count"), arg("read"),
+             arg("dim"), arg("element_bytes"), arg("target"));
   m.def("build_info", &build_info,
         "compiler; torch (version built against); cuda (compiler, '' if none); cuda_architectures; "
         "cuda_ptx (of them, those whose PTX is there for later ones); cpu_isa (in use)");

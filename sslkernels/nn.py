@@ -13,9 +13,11 @@ from sslkernels import checks
 from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.ops.free_energy import free_energy
 from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.quantizer import GumbelQuantizer as GumbelQuantizer
 from sslkernels.quantizer import VectorQuantizer as VectorQuantizer
 
 
@@ -403,6 +405,21 @@ class SigLipLoss(_ScaledLoss):
                 process_group=self.process_group,
             )
         return siglip_loss(image_features, text_features, scale, bias, process_group=self.process_group)
+
+
+class FreeEnergy(_Options):
+    """Module of `free_energy`: reduces the energies of K candidates along `dim`.
+
+    >>> import sslkernels as sk
+    >>> sk.nn.FreeEnergy(beta=5.0)(torch.rand(32, 8)).shape
+    torch.Size([32])
+    """
+
+    def __init__(self, beta: float = 1.0, dim: int = -1, mode: str = "soft") -> None:
+        super().__init__(beta=beta, dim=dim, mode=mode)
+
+    def forward(self, energy: Tensor) -> Tensor:
+        return free_energy(energy, **self.options())
 
 
 class GaussianLatent(_Options):

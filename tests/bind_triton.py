@@ -18,6 +18,7 @@ from sslkernels.ops.rows import RowOptions
 from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.code_search import best_codes
 from sslkernels.triton_kernels.cross_entropy import TritonRows
+from sslkernels.triton_kernels.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.triton_kernels.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.linear_sample import linear_sample
@@ -26,6 +27,7 @@ from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
 from sslkernels.triton_kernels.own_negatives import own_negatives
 from sslkernels.triton_kernels.pair_gradients import add_gradients
 from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
+from sslkernels.triton_kernels.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.triton_kernels.random_streams import random_stream
 from sslkernels.triton_kernels.row_sums import weighted_row_sums
 from sslkernels.triton_kernels.scale import scale_
@@ -152,6 +154,26 @@ def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> N
     weighted_row_sums(keys, order, starts, torch.ones(2 * pairs), source, source_index, table, per_source)
 
 
+def bind_energies(size: int, every: bool) -> None:
+    """One dimension of `size`: the candidates, the results, the features."""
+    dtype = torch.float64 if every else torch.bfloat16
+    acc = torch.float64 if every else torch.float32
+    for shape in ((3, size, 1), (1, 3, size), (size, 2, 3)):
+        energy, values = torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], shape[2], dtype=acc)
+        winner = torch.zeros(values.shape, dtype=torch.int64)
+        free_energy_fwd(energy, values, *((values, values) if every else (None, None)), None, 1.0, False)
+        free_energy_fwd(energy, values, None, None, winner if every else None, 1.0, True)
+        free_energy_bwd(values, energy, values, values, None, energy, 1.0)
+        free_energy_bwd(values, None, None, None, winner, energy, 1.0)
+    for batch, count, dim in ((3, 2, size), (1, size, 4)):
+        prediction, target = torch.zeros(batch, count, dim, dtype=dtype), torch.zeros(batch, dim, dtype=dtype)
+        value, weights = torch.zeros(batch, dtype=acc), torch.zeros(batch, count, dtype=acc)
+        for minimum in (False, True):
+            prediction_energy_fwd(prediction, target, value, weights if every else None, 1.0, minimum)
+        prediction_energy_bwd(value, prediction, target, weights, prediction, target if every else None)
+        prediction_energy_bwd(value, prediction, target, weights, None, target)
+
+
 def bind_pairs(columns: int, dim: int, every: bool) -> None:
     """Small D in float16, large D in bfloat16, with and without what may be absent."""
     features = [torch.zeros(n, dim, dtype=torch.float16 if dim <= 256 else torch.bfloat16) for n in (2, columns)]
@@ -196,4 +218,5 @@ if __name__ == "__main__":
             bind_pairs(size, 400, options is EVERY)
             scale_(torch.ones(size), torch.ones(()))
             bind_own(size, options is EVERY)
+            bind_energies(size, options is EVERY)
     json.dump(sorted(set(compiled)), sys.stdout)

@@ -48,6 +48,12 @@ class Case:
             tables = {name: normal(self.vocab, self.dim, scale=self.spread) for name in TABLES}
             draws = {name: torch.randint(0, self.vocab, size, generator=g) for name, size in sizes.items()}
             return tables, {name: draw.to(index).to(device) for name, draw in draws.items()}
+        if self.op == "free_energy":
+            return {"energy": normal(*(self.batch or (self.rows, self.vocab)), scale=self.spread)}, {}
+        if self.op == "prediction_energy":  # K = vocab
+            features = self.batch or (self.dim,)
+            prediction = normal(self.rows, self.vocab, *features, scale=self.spread)
+            return {"prediction": prediction, "target": normal(self.rows, *features)}, {}
         target = torch.randint(0, self.vocab, shape, generator=g)
         target[torch.rand(shape, generator=g) < self.ignored] = self.options.get("ignore_index", -100)
         constant = {"target": target.to(torch.int32 if self.int32 else torch.int64).to(device)}
@@ -143,4 +149,38 @@ def negative_sampling_cases() -> Iterator[Case]:
         yield Case(op, f"exclude_positive_{reduction}", 35, 7, 16, options=options)
 
 
-CASES = [*cross_entropy_cases(), *linear_cross_entropy_cases(), *negative_sampling_cases()]
+def free_energy_cases() -> Iterator[Case]:
+    op = "free_energy"
+    for mode in ("soft", "min"):
+        yield Case(op, f"{mode}_plain", 37, 53, options={"mode": mode})
+        yield Case(op, f"{mode}_few_candidates", 70, 5, spread=3.0, options={"mode": mode, "beta": 2.0})
+        yield Case(op, f"{mode}_one_candidate", 9, 1, options={"mode": mode})
+        yield Case(op, f"{mode}_many_candidates", 2, 2051, spread=2.0, options={"mode": mode})
+        yield Case(op, f"{mode}_first_dim", 53, 37, options={"mode": mode, "dim": 0})
+        yield Case(op, f"{mode}_middle_dim", 0, 0, batch=(3, 11, 2, 9), options={"mode": mode, "dim": 1})
+        yield Case(op, f"{mode}_one_row", 0, 0, batch=(77,), options={"mode": mode})
+    yield Case(op, "soft_cold", 37, 53, spread=4.0, options={"beta": 30.0})
+
+
+def prediction_energy_cases() -> Iterator[Case]:
+    op = "prediction_energy"
+    for mode in ("soft", "min"):
+        cold = {"mode": mode, "beta": 0.1}
+        yield Case(op, f"{mode}_plain", 37, 8, 32, options=cold)
+        yield Case(op, f"{mode}_odd", 13, 5, 77, options=cold)
+        yield Case(op, f"{mode}_one_feature", 40, 3, 1, options={"mode": mode})
+        yield Case(op, f"{mode}_one_prediction", 11, 1, 24, options=cold)
+        yield Case(op, f"{mode}_one_row", 1, 7, 16, options=cold)
+        yield Case(op, f"{mode}_many_predictions", 3, 300, 6, options=cold)
+        yield Case(op, f"{mode}_many_features", 2, 3, batch=(3, 41, 50), options={"mode": mode, "beta": 1e-3})
+        yield Case(op, f"{mode}_sum", 21, 4, 16, options={**cold, "reduction": "sum"})
+        yield Case(op, f"{mode}_none", 21, 4, 16, options={**cold, "reduction": "none"})
+
+
+CASES = [
+    *cross_entropy_cases(),
+    *linear_cross_entropy_cases(),
+    *negative_sampling_cases(),
+    *free_energy_cases(),
+    *prediction_energy_cases(),
+]

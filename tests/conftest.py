@@ -25,7 +25,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of these the interpreter takes most of the time, and float32 on the other backends shows the same: `make test-slow`.
 SLOW = (
     ("test_backends.py", "negative_sampling", "triton", ("bfloat16", "float16", "float64")),
+    ("test_backends.py", "_energy-", "triton", ("bfloat16", "float16", "float64")),
+    ("test_gumbel.py", "test_values_and_gradients", "triton", ("dtype1", "dtype2", "dtype3")),
+    ("test_gumbel.py", "test_a_row_longer_than_a_tile", "triton", ("dtype1", "dtype2", "dtype3")),
+    ("test_gumbel.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_gumbel_quantize.py", "test_against_the_one_hot_product", "triton", ("dtype1", "dtype2", "dtype3")),
+    ("test_gumbel_quantize.py", "test_mixed_dtypes", "triton", ("False",)),
+    ("test_gumbel_quantize.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_contrastive_autograd.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_free_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_prediction_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_gaussian.py", "triton", "", ("long_rows-bfloat16", "long_rows-float16", "long_rows-float64")),
     ("test_gaussian_noise.py", "test_compile_equals_eager", "True", ("triton", "reference")),
     ("test_triton_pairs.py", "test_energies_against_dense_float64", "", ("",)),

@@ -65,3 +65,47 @@ def gradient(
         of_uses = p * (u - (u * p).sum(1, keepdim=True))
         total += of_uses if mask is None else of_uses.masked_fill(~mask[:, None], 0)
     return total
+
+
+class Quantized(NamedTuple):
+    values: Tensor
+    indices: Tensor
+    code_perplexity: Tensor
+    prob_perplexity: Tensor
+
+
+def perplexity(probability: Tensor) -> Tensor:
+    return torch.exp(-torch.sum(probability * torch.log(probability + 1e-7), dim=-1)).sum()
+
+
+def quantize(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: float,
+    hard: bool,
+    seed: int | None,
+    mask: Tensor | None = None,
+    row_ids: Tensor | None = None,
+) -> Quantized:
+    """The quantizer as fairseq and Hugging Face write it, with the one-hot and its product with the codebook, in
+    float64: logits (..., G, V), codebook (G, V, D); differentiable. seed None: without noise, as in evaluation."""
+    groups, count = logits.shape[-2:]
+    numbers = None
+    if row_ids is not None:
+        numbers = row_ids[..., None] * groups + torch.arange(groups, device=logits.device)
+    s = perturbed(logits.detach(), seed, numbers)
+    index = s.argmax(-1)
+    one_hot = torch.nn.functional.one_hot(index, count).double()
+    wide = logits.double()
+    y = one_hot
+    if seed is not None:
+        noise = s.double() - logits.detach().double()  # with the rounding of the sum
+        y = ((wide + noise) / tau).softmax(-1)
+        if hard:
+            y = one_hot - y.detach() + y
+    values = torch.einsum("...gv,gvd->...gd", y, codebook.double()).flatten(-2)
+    p = wide.softmax(-1).reshape(-1, groups, count)
+    best = torch.nn.functional.one_hot(logits.detach().argmax(-1), count).double().reshape(p.shape)
+    if mask is not None:
+        p, best = p[mask.flatten()], best[mask.flatten()]
+    return Quantized(values, index, perplexity(best.mean(0)), perplexity(p.mean(0)))

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_mask_tokens,
     bench_negative_sampling,
     bench_pair_kernels,
+    bench_prediction_energy,
     bench_vector_quantize,
     gpu,
     memory,
@@ -114,6 +115,10 @@ def test_cost_models():
     assert (pairs.flops, pairs.bytes) == (6 * 10 * 20 * 8, (2 + 4) * 30 * 8)
     frozen = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8}, regime=bench_pair_kernels.FROZEN)
     assert (frozen.flops, frozen.bytes) == (4 * 10 * 20 * 8, 2 * 30 * 8 + 4 * 10 * 8)
+    rows = {"B": 10, "K": 3, "D": 8}
+    assert bench_prediction_energy.make_case(rows).bytes == 10 * (4 + 2 + 4) * 8 * 4
+    assert bench_prediction_energy.make_case(rows, torch.bfloat16, "soft").bytes == 10 * 3 * 4 * 8 * 2
+    assert bench_prediction_energy.make_case(rows, backward=False).bytes == 10 * 4 * 8 * 4
     assert ROOFS.light(10**10, 10**9, "float32") == 1.0
     assert ROOFS.light(10**9, 10**11, "float32") == 1.0
 
@@ -251,8 +256,10 @@ def test_selection():
     everything = names()
     parts = [names("--part", f"{i}/3") for i in (1, 2, 3)]
     assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(everything)
-    custom = names("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    shape = ("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    custom = names("--op", "linear_cross_entropy", *shape)
     assert custom == ["linear_cross_entropy N=8 D=4 V=100, bfloat16, fwd+bwd, 70% ignored"]
+    assert names(*shape) == [*custom, "linear_sample N=8 D=4 V=100, bfloat16, fwd"]
     assert names("--op", "cross_entropy", "--shape", "N=8,D=4,V=100") == []
 
 

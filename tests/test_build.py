@@ -52,7 +52,8 @@ def test_no_path_of_the_build_machine_is_kept():
 def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
     ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
-    for op in (*ops, "gaussian_fwd", "gaussian_bwd", "negative_sampling_fwd", "weighted_row_sums"):
+    energies = ("free_energy_fwd", "free_energy_bwd", "prediction_energy_fwd", "prediction_energy_bwd")
+    for op in (*ops, "gaussian_fwd", "gaussian_bwd", "negative_sampling_fwd", "weighted_row_sums", *energies):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures
@@ -75,6 +76,13 @@ def test_every_operator_with_a_cuda_kernel_has_a_floor():
     assert pairs.bytes == (7 + 9) * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4
     sums = native.extension.floors.weighted_row_sums(21, 9, 100, 10, 4, 2)
     assert sums.bytes == 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2)
+    assert native.extension.floors.free_energy_fwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
+    assert native.extension.floors.free_energy_bwd(7, 9, 2, False).bytes == 7 * (2 * 9 * 2 + 12)
+    assert native.extension.floors.free_energy_bwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
+    assert native.extension.floors.prediction_energy_fwd(5, 3, 10, 2, True).bytes == 5 * (4 * 10 * 2 + 4 + 3 * 4)
+    # The minimum reads one prediction of each target, and the target; both gradients are written.
+    backward = native.extension.floors.prediction_energy_bwd(5, 3, 5, 10, 2, True)
+    assert backward.bytes == (5 + 5 + 5 * 4) * 10 * 2 + 5 * 4 * 4
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +113,14 @@ def test_registers_leave_room_for_enough_warps(machine_code):
 def test_memory_is_accessed_by_16_bytes(machine_code):
     """Also rows that start at no multiple of 16 bytes, as those of an odd vocabulary."""
     for kernel in machine_code:
-        if kernel.name.startswith(("column_sums_finish", "store_ranges")):
+        finishing = ("prediction_energy_finish", "prediction_energy_target")
+        if kernel.name.startswith(("column_sums_finish", "store_ranges", *finishing)):
             continue  # neighbours a thread each
         if not kernel.name.startswith("random_stream"):
             assert kernel.wide_loads > 0, kernel
-        if not kernel.name.startswith("column_sums"):
+        # A number a row or a column is all that these write.
+        reducing = ("column_sums", "free_energy_fwd", "prediction_energy_fwd", "prediction_energy_parts")
+        if not kernel.name.startswith(reducing):
             assert kernel.wide_stores > 0, kernel
 
 

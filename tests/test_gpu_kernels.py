@@ -13,7 +13,9 @@ from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, orac
 from torch import Tensor
 
 import sslkernels as sk
+from sslkernels.ops.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.ops.own_negatives import own_negatives
+from sslkernels.ops.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.ops.random_streams import STREAMS, stream_values
 from sslkernels.ops.rows import NativeRows, TritonRows
 
@@ -86,6 +88,41 @@ def test_own_negatives(backend, dtype, shape, normalise):
     kernels(backend)
     inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
     assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments("cuda"))))
+
+
+def assert_equal_to_reference(op, arguments, dtype):
+    """Results of the raw operator on host tensors, sent to the device, and of its reference; returns the latter."""
+    with sk.use_backend("reference"):
+        expected = op(*arguments)
+    got = op(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
+    expected, got = ((x,) if isinstance(x, Tensor) else x for x in (expected, got))
+    for a, b in zip(got, expected, strict=True):
+        limit = 4 * torch.finfo(dtype).eps if b.dtype == dtype else 1e-5
+        torch.testing.assert_close(a.cpu(), b, rtol=limit, atol=limit)
+    return expected
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("shape", [(300, 7, 1), (3, 1003, 1), (2, 9, 77), (1, 300, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_free_energy(backend, dtype, shape, minimum):
+    kernels(backend)
+    energy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    value, *state = assert_equal_to_reference(free_energy_fwd, (energy, 0.7, minimum, True), dtype)
+    arguments = (value, None if minimum else energy, *state, shape[1], dtype, 0.7)
+    assert_equal_to_reference(free_energy_bwd, arguments, dtype)
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("shape", [(300, 5, 24), (3, 7, 77), (2, 3, 20_000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prediction_energy(backend, dtype, shape, minimum):
+    kernels(backend)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=g).to(dtype) for s in (shape, (shape[0], shape[2]))]
+    beta = 1 / shape[2]
+    value, weights = assert_equal_to_reference(prediction_energy_fwd, (*inputs, beta, minimum, True), dtype)
+    assert_equal_to_reference(prediction_energy_bwd, (value.sign(), *inputs, weights, True, True), dtype)
 
 
 def test_masking_and_random_words(backend):

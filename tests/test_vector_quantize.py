@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import warnings
 
 import code_oracle
 import numpy as np
@@ -195,6 +197,7 @@ def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, 
     if backend != "cpu":
         pytest.skip("the tiles of the CPU")
     monkeypatch.setattr(code_search, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(code_search, "LEAST_BYTES", workspace)
     monkeypatch.setattr(code_search, "TILE_CODES", 70)
     for dtype in DTYPES:
         x, c = draw(device, 101, 333, 13, dtype)
@@ -202,23 +205,44 @@ def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, 
         check(x, c, metric, ties=dtype != torch.float64)
 
 
+@contextlib.contextmanager
+def matmul_of_the_cpu(function):
+    """torch.mm(a, b, out=out) computed by out.copy_(function(a, b)); counts its calls."""
+    if "cpu" not in sk.available_backends(OP, "cpu"):
+        pytest.skip("the CPU's search")
+    calls = []
+
+    def replaced(a, b, *, out):
+        calls.append(out.shape)
+        return out.copy_(function(a, b))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings(), sk.use_backend("cpu"):
+            warnings.simplefilter("ignore")
+            library.impl("mm.out", replaced, "CPU")
+            yield
+    finally:
+        library._destroy()
+        torch.set_num_threads(threads)
+    assert calls
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_as_wrong_as_they_may_be(dtype, metric, monkeypatch, device):
+def test_products_as_wrong_as_they_may_be(dtype, metric):
     """Each product off by the bound of a matmul's roundings, D u |x| |c|: the codes stay exact."""
-    if "cpu" not in sk.available_backends(OP, device):
-        pytest.skip("the CPU's search")
-    exact_mm = torch.mm
 
-    def rough_mm(a, b, *, out):
-        exact_mm(a, b, out=out)
-        sign = torch.randint(0, 2, out.shape) * 2.0 - 1
-        out.add_(sign * (a.shape[1] * 2.0**-24) * a.norm(dim=1)[:, None] * b.norm(dim=0))
+    def rough(a, b):
+        sign = torch.randint(0, 2, (a.shape[0], b.shape[1])) * 2.0 - 1
+        error = sign * (a.shape[1] * 2.0**-24) * a.double().norm(dim=1)[:, None] * b.double().norm(dim=0)
+        return a.double() @ b.double() + error
 
-    x, c = draw(device, 200, 150, 64, dtype)
+    x, c = draw("cpu", 200, 150, 64, dtype)
     c = torch.cat([c, c + (1e-6 if dtype == torch.float32 else 1e-2) * torch.randn(150, 64)]).to(dtype)
-    monkeypatch.setattr(torch, "mm", rough_mm)
-    with sk.use_backend("cpu"):
+    with matmul_of_the_cpu(rough):
         check(x, c, metric)
 
 
@@ -250,18 +274,14 @@ def test_triton_products_as_wrong_as_they_may_be(dtype, metric, monkeypatch, dev
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_matmuls_of_reduced_precision(precision, monkeypatch, device):
+def test_matmuls_of_reduced_precision(precision):
     """Where torch may round the operands of a float32 matmul, the bound of its error is wider."""
-    if "cpu" not in sk.available_backends(OP, device):
-        pytest.skip("the CPU's search")
-    x, c = draw(device, 100, 200, 32)
+    x, c = draw("cpu", 100, 200, 32)
     c[100:] = c[:100] + 1e-4
-    exact_mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, *, out: exact_mm(a.bfloat16().float(), b.bfloat16().float(), out=out))
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = precision
     try:
-        with sk.use_backend("cpu"):
+        with matmul_of_the_cpu(lambda a, b: a.bfloat16().double() @ b.bfloat16().double()):
             for metric in METRICS:
                 check(x, c, metric)
     finally:

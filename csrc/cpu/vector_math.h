@@ -1,4 +1,5 @@
-// exp, log1p and tanh that the compiler vectorises: no branches, no tables, no calls. Within 2 ulp over their domains.
+// exp, log, log1p and tanh that the compiler vectorises: no branches, no tables, no calls. Within 2 ulp over their
+// domains.
 #pragma once
 
 #include <cmath>
@@ -55,7 +56,7 @@ SSLKERNELS_HD float vector_exp(float x) {
 
 inline double vector_exp(double x) { return std::exp(x); }
 
-// log(1 + x) for x in [0, 1] or NaN.
+// log(1 + x) for x in [-1/2, 1] or NaN.
 SSLKERNELS_HD float log1p_unit(float x) {
   // 2 atanh(z); atanh(z) / z fitted in z^2 over [0, 1/9] (Chebyshev, 1e-10).
   const float z = x / (2.0f + x);
@@ -69,6 +70,19 @@ SSLKERNELS_HD float log1p_unit(float x) {
 }
 
 inline double log1p_unit(double x) { return std::log1p(x); }
+
+// log(x) for normal x > 0, or NaN.
+SSLKERNELS_HD float log_positive(float x) {
+  constexpr uint32_t kRootOfHalf = 0x3f3504f3;
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const int32_t exponent = int32_t(bits - kRootOfHalf) >> 23;
+  const float mantissa = bit_cast<float>(bits - (uint32_t(exponent) << 23));  // in [sqrt(1/2), sqrt(2))
+  const float n = float(exponent);
+  const float result = n * 0.693359375f + (log1p_unit(mantissa - 1.0f) - n * 2.12194440e-4f);
+  return x != x ? x : result;
+}
+
+inline double log_positive(double x) { return std::log(x); }
 
 SSLKERNELS_HD float vector_tanh(float x) {
   const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);

@@ -106,4 +106,30 @@ inline Floor weighted_row_sums_floor(int64_t entries, int64_t rows, int64_t sour
           2 * entries * dim};
 }
 
+// Of a result its value and, for a gradient, what backward needs: two numbers, or an index. Of an energy a comparison,
+// a difference, an exponential (2) and two sums.
+inline Floor free_energy_fwd_floor(int64_t results, int64_t count, int64_t element_bytes, bool gradient) {
+  return {results * (count * element_bytes + 4 + (gradient ? 8 : 0)), results * count * 6};
+}
+
+// Of the minimum the energies are not read.
+inline Floor free_energy_bwd_floor(int64_t results, int64_t count, int64_t element_bytes, bool minimum) {
+  return {results * (count * element_bytes * (minimum ? 1 : 2) + 12), minimum ? 0 : results * count * 4};
+}
+
+// Predictions and targets once; of a target its value and, for a gradient, a weight a prediction. Of an element a
+// difference, its square and a sum.
+inline Floor prediction_energy_fwd_floor(int64_t batch, int64_t count, int64_t dim, int64_t element_bytes,
+                                         bool gradient) {
+  return {batch * ((count + 1) * dim * element_bytes + 4 + (gradient ? count * 4 : 0)), 3 * batch * count * dim};
+}
+
+// `read`: the predictions with a weight, of which their elements and those of their targets are read. The gradients of
+// all predictions are written, and those of the targets where they are asked for.
+inline Floor prediction_energy_bwd_floor(int64_t batch, int64_t count, int64_t read, int64_t dim, int64_t element_bytes,
+                                         bool target) {
+  const int64_t rows = read + std::min(batch, read) + batch * (count + (target ? 1 : 0));
+  return {rows * dim * element_bytes + batch * (count + 1) * 4, read * dim * (target ? 3 : 2)};
+}
+
 }  // namespace sslkernels

@@ -14,10 +14,12 @@ from torch import Tensor
 METRICS = ("l2", "cosine", "dot")
 L2, COSINE, DOT = range(3)
 
-# On a CPU: codes of a tile of products, and bytes of each of its buffers. The matmul is as fast as it gets from about
-# these sizes on, and rows and codes of a tile stay in the second-level cache.
+# On a CPU: codes of a tile of products, and bytes of its largest buffer, of all threads together and of one at least.
+# The matmul is as fast as it gets from about these sizes on, and rows and codes of a tile stay in the second-level
+# cache.
 TILE_CODES = 2048
 WORKSPACE_BYTES = 8 << 20
+LEAST_BYTES = 1 << 18
 MULTIPLE = 16
 # Elements that the reference broadcasts at a time.
 REFERENCE_ELEMENTS = 1 << 22
@@ -51,52 +53,21 @@ def reference(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, sco
 
 
 def native(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
-    """Tile by tile: a matmul of torch, then what the extension makes of its products. The squared distance is computed
-    about the mean of the codes, so that a common offset of rows and codes costs no accuracy, and no second scores."""
-    (count, dim), codes = input.shape, codebook.shape[0]
+    """Rows are shared out once, and each thread goes through its own tile by tile: a matmul of torch, and the best
+    codes of its products. The squared distance is computed about the mean of the codes, so that a common offset of rows
+    and codes costs no accuracy, and no second scores."""
+    count, dim = input.shape
     acc = torch.float64 if torch.float64 in (input.dtype, codebook.dtype) else torch.float32
-    fit = WORKSPACE_BYTES // acc.itemsize
-    tile_codes = min(codes, TILE_CODES, max(fit // dim, MULTIPLE))
-    tile_rows = min(max(count, 1), max(fit // max(tile_codes, dim) // MULTIPLE, 1) * MULTIPLE)
-
-    def buffer(*shape: int) -> Tensor:
-        return input.new_empty(shape, dtype=acc)
-
-    center = half_square = None
-    if metric == L2:
-        center = codebook.mean(0, dtype=torch.float64).to(acc).nan_to_num(0.0, 0.0, 0.0)
-        half_square = buffer(tile_codes)
-    unit = metric == COSINE
-    row_tile = buffer(tile_rows, dim) if center is not None or input.dtype != acc else None
-    code_tile = buffer(tile_codes, dim) if unit or center is not None or codebook.dtype != acc else None
-    row_norm, code_norm, bound = buffer(tile_rows), buffer(tile_codes), buffer(count)
-    products = buffer(tile_rows * tile_codes)
+    center = codebook.mean(0, dtype=torch.float64).to(acc).nan_to_num(0.0, 0.0, 0.0) if metric == L2 else None
     rounding = 0.0
     if acc == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee"):
         rounding = REDUCED_ROUNDING
-    bound.fill_(float("-inf"))
-    score.fill_(float("-inf"))
-    indices.fill_(-1)
-
-    ops = torch.ops.sslkernels_native
-    for first in range(0, codes, tile_codes):
-        some_codes = codebook[first : first + tile_codes]
-        k = some_codes.shape[0]
-        halves = None if half_square is None else half_square[:k]
-        factor = None if code_tile is None else code_tile[:k]
-        ops.code_tile(some_codes, center, unit, factor, code_norm[:k], halves)
-        by = (some_codes if factor is None else factor).t()
-        for start in range(0, count, tile_rows):
-            part = slice(start, start + tile_rows)
-            rows = input[part]
-            n = rows.shape[0]
-            factor = None if row_tile is None else row_tile[:n]
-            ops.code_tile(rows, center, False, factor, row_norm[:n], None)
-            tile = products[: n * k].view(n, k)
-            torch.mm(rows if factor is None else factor, by, out=tile)
-            state = (bound[part], score[part], indices[part])
-            norms = (row_norm[:n], code_norm[:k], halves)
-            ops.best_codes(rows, codebook, metric, rounding, first, tile, *norms, *state)
+    threads = torch.get_num_threads()
+    fit = max(WORKSPACE_BYTES // threads, LEAST_BYTES) // acc.itemsize
+    codes = min(codebook.shape[0], TILE_CODES, max(fit // dim, MULTIPLE))
+    rows = min(max(fit // max(codes, dim), MULTIPLE), max(-(-count // threads), MULTIPLE))
+    arguments = (input, codebook, metric, rounding, center, rows, codes, indices, score)
+    torch.ops.sslkernels_native.search_codes(*arguments)
 
 
 def triton(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:

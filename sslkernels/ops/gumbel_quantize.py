@@ -227,12 +227,13 @@ class _Quantize(Function):
     @staticmethod
     def backward(ctx, grad_values, *grads):
         grad_probability = grads[-1]
-        seed = ctx.saved_tensors[2]
-        reaches_logits = grad_probability is not None or (grad_values is not None and seed is not None)
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes it
+        drawn = saved[2] is not None
+        reaches_logits = grad_probability is not None or (grad_values is not None and drawn)
         wanted = (ctx.needs_input_grad[0] and reaches_logits, ctx.needs_input_grad[1] and grad_values is not None)
         if not any(wanted):
             return (None,) * 7
-        found = _QuantizeBackward.apply(grad_values, grad_probability, *ctx.saved_tensors, *wanted)
+        found = _QuantizeBackward.apply(grad_values, grad_probability, *saved, *wanted)
         return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 5
 
 
@@ -331,7 +332,7 @@ def gumbel_quantize(
     numbers = None
     if row_ids is not None:
         numbers = (row_ids.reshape(-1, 1) * groups + torch.arange(groups, device=logits.device)).flatten()
-    valid = None if mask is None else mask.reshape(-1, 1).expand(-1, groups).flatten()
+    valid = None if mask is None else mask.reshape(-1).repeat_interleave(groups)
     gathered = hard or not noise
     table = codebook if gathered else codebook.detach()[..., :0]
     tensors = distinct((rows, table, seed if noise else None, numbers, valid))

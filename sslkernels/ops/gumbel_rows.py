@@ -154,12 +154,16 @@ class NativeGumbelRows(GumbelRows):
     """The compiled kernels, on a CPU and on CUDA."""
 
     def forward(self, logits, stream, inverse_tau, output, y, index, state, best=None, plain=None):
+        if logits.shape[0] == 0:
+            return
         plain = (None, None) if plain is None else plain
         torch.ops.sslkernels_native.gumbel_rows_fwd(
             logits, *stream, inverse_tau, output, y, index, *state, best, *plain
         )
 
     def backward(self, grad, uses, mask, logits, stream, inverse_tau, state, plain, grad_logits):
+        if logits.shape[0] == 0:
+            return
         state, plain = ((None, None) if s is None else s for s in (state, plain))
         torch.ops.sslkernels_native.gumbel_rows_bwd(
             grad, uses, mask, logits, *stream, inverse_tau, *state, *plain, grad_logits
@@ -170,7 +174,8 @@ class NativeGumbelRows(GumbelRows):
         # On a GPU a thread has four columns of a chunk, and 2**17 threads fill it.
         chunk = chunk_rows(rows // groups, max(64, 2**17 // (groups * columns // 4 + 1)) if logits.is_cuda else 64)
         partial = plain.sum.new_empty(-(-rows // (chunk * groups)), groups, columns)
-        torch.ops.sslkernels_native.probability_sums(logits, *plain, mask, partial, chunk)
+        if rows > 0:
+            torch.ops.sslkernels_native.probability_sums(logits, *plain, mask, partial, chunk)
         return partial.sum(0)
 
 

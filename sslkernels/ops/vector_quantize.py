@@ -141,7 +141,7 @@ KERNELS = {
     "cpu": Kernels(code_search.native, _native("gather_codes"), _native("code_difference"), row_sums.native),
     "triton": Kernels(code_search.triton, _triton("gather_codes"), _triton("code_difference"), row_sums.triton),
 }
-NATIVE_OPS = ("code_tile", "best_codes", "gather_codes", "code_difference", "weighted_row_sums")
+NATIVE_OPS = ("search_codes", "gather_codes", "code_difference", "weighted_row_sums")
 
 _op = partial(Op, NAME, native_ops=NATIVE_OPS, prefer=PREFERENCE)
 vector_quantize_fwd = _op(

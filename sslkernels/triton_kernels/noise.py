@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -100,6 +99,7 @@ def normals(seed, group, draw):
 
 def _round_once() -> None:
     """Triton's interpreter computes `tl.fma` as a product and a sum, each rounded; hardware rounds once."""
+    import numpy as np  # which the interpreter computes with
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     original = InterpreterBuilder.create_fma

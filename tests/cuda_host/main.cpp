@@ -4,12 +4,14 @@
 
 #include "../../csrc/cuda/column_sums.h"
 #include "../../csrc/cuda/cross_entropy.h"
+#include "../../csrc/cuda/free_energy.h"
 #include "../../csrc/cuda/gaussian.h"
 #include "../../csrc/cuda/gumbel.h"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/mask_tokens.h"
 #include "../../csrc/cuda/negative_sampling.h"
 #include "../../csrc/cuda/own_negatives.h"
+#include "../../csrc/cuda/prediction_energy.h"
 #include "../../csrc/cuda/random_stream.h"
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/scale_add.h"
@@ -313,6 +315,72 @@ void weighted_row_sums(const Call& call) {
   sslkernels::launch_weighted_row_sums(sums, partials.data(), nullptr);
 }
 
+sslkernels::FreeEnergy free_energy_of(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  sslkernels::FreeEnergy energies{};
+  energies.element = static_cast<sslkernels::Element>(call.integer("element"));
+  energies.energy = call.array("energy");
+  if (energies.energy != nullptr) {
+    energies.energy = call.array<char>("energy") + call.integer("offset") * kBytes[call.integer("element")];
+  }
+  energies.outer = call.integer("outer");
+  energies.count = call.integer("count");
+  energies.inner = call.integer("inner");
+  energies.outer_stride = call.integer("outer_stride");
+  energies.count_stride = call.integer("count_stride");
+  energies.inner_stride = call.integer("inner_stride");
+  energies.minimum = call.integer("minimum") != 0;
+  energies.beta = call.real("beta");
+  energies.value = call.array("value");
+  energies.lowest = call.array("lowest");
+  energies.total = call.array("total");
+  energies.winner = call.array<int64_t>("winner");
+  return energies;
+}
+
+void free_energy_bwd(const Call& call) {
+  sslkernels::FreeEnergyGradient gradient{free_energy_of(call), call.array("grad"), call.integer("grad_outer_stride"),
+                                          call.integer("grad_count_stride"), call.integer("grad_inner_stride")};
+  gradient.energies.value = call.array("grad_value");
+  sslkernels::launch_free_energy_bwd(gradient, nullptr);
+}
+
+sslkernels::PredictionEnergy prediction_energy_of(const Call& call) {
+  sslkernels::PredictionEnergy inputs{};
+  inputs.element = static_cast<sslkernels::Element>(call.integer("element"));
+  inputs.prediction = call.array("prediction");
+  inputs.batch_stride = call.integer("batch_stride");
+  inputs.count_stride = call.integer("count_stride");
+  inputs.target = call.array("target");
+  inputs.target_stride = call.integer("target_stride");
+  inputs.batch = call.integer("batch");
+  inputs.count = call.integer("count");
+  inputs.dim = call.integer("dim");
+  inputs.minimum = call.integer("minimum") != 0;
+  inputs.beta = call.real("beta");
+  inputs.value = call.array("value");
+  inputs.weights = call.array("weights");
+  return inputs;
+}
+
+void prediction_energy_fwd(const Call& call) {
+  const auto inputs = prediction_energy_of(call);
+  const auto plan = sslkernels::plan_prediction_energy(inputs);
+  const bool wide = inputs.element == sslkernels::Element::kDouble;
+  const cuda_host::Array workspace(sslkernels::workspace_of(inputs, plan) * (wide ? 8 : 4));
+  sslkernels::launch_prediction_energy_fwd(inputs, plan, workspace.data(), nullptr);
+}
+
+void prediction_energy_bwd(const Call& call) {
+  const sslkernels::PredictionEnergyGradient gradient{prediction_energy_of(call), call.array("grad_prediction"),
+                                                      call.integer("grad_batch_stride"),
+                                                      call.integer("grad_count_stride"), call.array("grad_target")};
+  const auto plan = sslkernels::plan_prediction_energy_bwd(gradient);
+  const bool wide = gradient.inputs.element == sslkernels::Element::kDouble;
+  const cuda_host::Array workspace(sslkernels::workspace_of(gradient, plan) * (wide ? 8 : 4));
+  sslkernels::launch_prediction_energy_bwd(gradient, plan, workspace.data(), nullptr);
+}
+
 // What the forward would be launched with: held, cluster, threads, bytes of shared memory.
 void plan_rows(const Call& call) {
   constexpr int64_t kScratch = 1024;
@@ -355,6 +423,10 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"negative_sampling_fwd",
      [](const Call& call) { sslkernels::launch_negative_sampling_fwd(negative_sampling_of(call), nullptr); }},
     {"weighted_row_sums", weighted_row_sums},
+    {"free_energy_fwd", [](const Call& call) { sslkernels::launch_free_energy_fwd(free_energy_of(call), nullptr); }},
+    {"free_energy_bwd", free_energy_bwd},
+    {"prediction_energy_fwd", prediction_energy_fwd},
+    {"prediction_energy_bwd", prediction_energy_bwd},
     {"planted", [](const Call& call) { launch_planted(call); }},
 };
 
