@@ -36,7 +36,8 @@ inline double exp_nonpositive(double x) { return std::exp(x); }
 // exp(x) of any x, also where it is subnormal.
 SSLKERNELS_HD float vector_exp(float x) {
   constexpr float kRound = 12582912.0f;
-  const float inside = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;  // exp(inside) is infinite, and 0
+  float inside = x > 89.0f ? 89.0f : x;          // whose exponential is infinite; NaN stays
+  inside = inside < -104.0f ? -104.0f : inside;  // 0
   const float shifted = fused(inside, 1.44269504088896341f, kRound);
   const float n = shifted - kRound;
   const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, inside));
