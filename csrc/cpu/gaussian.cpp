@@ -355,7 +355,7 @@ class Backward {
       values_.read(backward_.inputs, batch);
       read_grad_kl(batch);
       if (backward_.grad_z == nullptr || backward_.inputs.samples == 0) {
-        finish_elements<true>(batch, [](int64_t) { return A(0); }, [](int64_t) { return A(0); });
+        finish_elements<false>(batch, [](int64_t) { return A(0); }, [](int64_t) { return A(0); });
       } else if (backward_.inputs.samples == 1) {
         const T* grad = gather<T>(backward_.grad_z, backward_.z_at.row_stride, batch, grad_z_);
         if (backward_.grad_logvar != nullptr) Noise(backward_.inputs, batch).draw(0, noise_);
