@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import (
     bench_contrastive,
     bench_cross_entropy,
+    bench_gaussian,
     bench_kernels,
     bench_linear_cross_entropy,
     bench_linear_sample,
@@ -43,6 +44,7 @@ BENCHMARKS = (
     bench_vector_quantize.BENCHMARK,
     bench_prediction_energy.BENCHMARK,
     bench_random_normal.BENCHMARK,
+    bench_gaussian.BENCHMARK,
     bench_linear_sample.BENCHMARK,
     bench_kernels.BENCHMARK,
     bench_pair_kernels.BENCHMARK,
