@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import (
     bench_contrastive,
     bench_cross_entropy,
+    bench_gumbel,
+    bench_gumbel_quantize,
     bench_kernels,
     bench_linear_cross_entropy,
     bench_linear_sample,
@@ -42,6 +44,8 @@ BENCHMARKS = (
     bench_negative_sampling.BENCHMARK,
     bench_vector_quantize.BENCHMARK,
     bench_prediction_energy.BENCHMARK,
+    bench_gumbel.BENCHMARK,
+    bench_gumbel_quantize.BENCHMARK,
     bench_random_normal.BENCHMARK,
     bench_linear_sample.BENCHMARK,
     bench_kernels.BENCHMARK,
