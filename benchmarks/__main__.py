@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import (
     bench_contrastive,
     bench_cross_entropy,
+    bench_gaussian,
     bench_gumbel,
     bench_gumbel_quantize,
     bench_kernels,
@@ -47,6 +48,7 @@ BENCHMARKS = (
     bench_gumbel.BENCHMARK,
     bench_gumbel_quantize.BENCHMARK,
     bench_random_normal.BENCHMARK,
+    bench_gaussian.BENCHMARK,
     bench_linear_sample.BENCHMARK,
     bench_kernels.BENCHMARK,
     bench_pair_kernels.BENCHMARK,

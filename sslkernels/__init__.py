@@ -1,6 +1,6 @@
 """Fused kernels for self-supervised learning in PyTorch."""
 
-from sslkernels import nn
+from sslkernels import distributions, nn
 from sslkernels.dispatch import available_backends, use_backend
 from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
@@ -38,6 +38,7 @@ __all__ = [
     "clip_loss",
     "contrastive_energy",
     "cross_entropy",
+    "distributions",
     "free_energy",
     "gaussian_kl",
     "gaussian_rsample",

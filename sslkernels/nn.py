@@ -14,6 +14,7 @@ from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
 from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.ops.free_energy import free_energy
+from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
 from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
 from sslkernels.quantizer import GumbelQuantizer as GumbelQuantizer
@@ -419,3 +420,55 @@ class FreeEnergy(_Options):
 
     def forward(self, energy: Tensor) -> Tensor:
         return free_energy(energy, **self.options())
+
+
+class GaussianLatent(_Options):
+    """Module of `gaussian_rsample`. It samples in training and in evaluation, as bounds over several samples do;
+    `sample=False` gives the mean as z (K times, without a copy, where `num_samples` is K) and `gaussian_kl`.
+
+    >>> import sslkernels as sk
+    >>> latent = sk.nn.GaussianLatent(kl="mean", free_bits=0.1)
+    >>> z, kl = latent(torch.randn(4, 8), torch.randn(4, 8))
+    >>> embedding, _ = latent(torch.randn(4, 8), torch.randn(4, 8), sample=False)
+    """
+
+    def __init__(
+        self,
+        num_samples: int | None = None,
+        *,
+        kl: str | None = "row",
+        free_bits: float = 0.0,
+        logvar_bounds: tuple[float, float] | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__(
+            num_samples=num_samples,
+            kl=kl,
+            free_bits=free_bits,
+            logvar_bounds=logvar_bounds,
+            return_stats=return_stats,
+        )
+
+    def forward(
+        self,
+        mean: Tensor,
+        logvar: Tensor,
+        *,
+        prior: tuple[Tensor, Tensor] | None = None,
+        row_ids: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        sample: bool = True,
+    ) -> GaussianSample | tuple[GaussianSample, LatentStats]:
+        checks.boolean("GaussianLatent", "sample", sample)
+        if sample:
+            return gaussian_rsample(
+                mean, logvar, prior=prior, row_ids=row_ids, seed=seed, generator=generator, **self.options()
+            )
+        options = self.options()
+        count, reduction = options.pop("num_samples"), options.pop("kl")
+        found = gaussian_kl(mean, logvar, prior=prior, reduction=reduction or "row", **options)
+        value, *stats = found if self.return_stats else (found,)
+        z = mean if count is None else mean.unsqueeze(-2).expand(*mean.shape[:-1], count, mean.shape[-1])
+        result = GaussianSample(z, value if reduction is not None else None)
+        return (result, *stats) if stats else result

@@ -35,6 +35,8 @@ SLOW = (
     ("test_contrastive_autograd.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_free_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_prediction_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
+    ("test_gaussian.py", "triton", "", ("long_rows-bfloat16", "long_rows-float16", "long_rows-float64")),
+    ("test_gaussian_noise.py", "test_compile_equals_eager", "True", ("triton", "reference")),
     ("test_triton_pairs.py", "test_energies_against_dense_float64", "", ("",)),
     ("test_vector_quantize.py", "triton", "", ("float16", "float64", "different_dtypes", "1e+25", "1e-16", "1e-30")),
     ("test_vector_quantize_autograd.py", "triton", "", ("float16", "float64", "wanted0", "wanted1", "wanted2")),

@@ -11,6 +11,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import (
     bench_cross_entropy,
+    bench_gaussian,
     bench_gumbel,
     bench_gumbel_quantize,
     bench_linear_cross_entropy,
@@ -107,6 +108,9 @@ def test_cost_models():
     pairs = {"N": 10, "K": 2, "V": 20, "D": 4}
     assert bench_negative_sampling.make_case(pairs).bytes == (10 + 20 + 2 * 20) * 4 * 4 + 8 * 40
     assert bench_negative_sampling.make_case(pairs, torch.bfloat16, backward=False).bytes == 30 * 4 * 2 + 8 * 40
+    latent = {"N": 10, "K": 3, "D": 4}
+    assert bench_gaussian.make_case(latent).bytes == 4 * 10 * 4 * (2 + 3 + 3 + 4) + 4 * 10
+    assert bench_gaussian.make_case(latent, torch.bfloat16, backward=False).bytes == 2 * 10 * 4 * (2 + 3) + 4 * 10
     assert bench_gumbel.make_case({"N": 10, "V": 20}).bytes == 5 * 10 * 20 * 4
     assert bench_gumbel.make_case({"N": 10, "V": 20}, torch.bfloat16, backward=False).bytes == 2 * 10 * 20 * 2
     quantized = bench_gumbel_quantize.make_case({"N": 10, "G": 2, "V": 8, "D": 3})
@@ -258,8 +262,10 @@ def test_selection():
     everything = names()
     parts = [names("--part", f"{i}/3") for i in (1, 2, 3)]
     assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(everything)
-    custom = names("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    shape = ("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
+    custom = names("--op", "linear_cross_entropy", *shape)
     assert custom == ["linear_cross_entropy N=8 D=4 V=100, bfloat16, fwd+bwd, 70% ignored"]
+    assert names(*shape) == [*custom, "linear_sample N=8 D=4 V=100, bfloat16, fwd"]
     assert names("--op", "cross_entropy", "--shape", "N=8,D=4,V=100") == []
 
 

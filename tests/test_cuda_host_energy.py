@@ -180,8 +180,9 @@ class Predictions:
 
 def energies_cases() -> dict[str, Energies]:
     found = {}
-    shapes = ((11, 37, 1), (3, 5, 1), (2, 9, 11), (1, 40, 16))
-    for dtype, shape, minimum, backward in itertools.product(DTYPES, shapes, (False, True), (False, True)):
+    shapes = [(dtype, shape) for dtype in DTYPES for shape in ((11, 37, 1), (2, 9, 11))]
+    shapes += [(torch.float32, (3, 5, 1)), (torch.bfloat16, (1, 40, 16))]
+    for (dtype, shape), minimum, backward in itertools.product(shapes, (False, True), (False, True)):
         name = f"{short(dtype)}-{shape}-{'min' if minimum else 'soft'}-{'bwd' if backward else 'fwd'}"
         found[name] = Energies(dtype, shape, minimum=minimum, backward=backward)
     for backward, minimum in itertools.product((False, True), repeat=2):
@@ -190,19 +191,23 @@ def energies_cases() -> dict[str, Energies]:
         found |= {
             f"warps-{suffix}": Energies(shape=(3, 1100, 1), device=MANY, **both),
             f"shared_candidates-{suffix}": Energies(torch.bfloat16, (1, 300, 24), device=MANY, **both),
-            f"shared_candidates_unaligned-{suffix}": Energies(shape=(2, 70, 5), offset=1, device=MANY, **both),
-            f"several_blocks-{suffix}": Energies(torch.float16, (700, 8, 1), device=ONE, **both),
-            f"many_results-{suffix}": Energies(torch.bfloat16, (3, 4, 1030), device=ONE, **both),
-            f"strided_candidates-{suffix}": Energies(shape=(4, 6, 3), order="kio", **both),
-            f"padded-{suffix}": Energies(torch.bfloat16, (6, 21, 1), order="oik", pad=3, **both),
-            f"padded_inner-{suffix}": Energies(shape=(4, 9, 8), pad=4, **both),
-            f"one_candidate-{suffix}": Energies(shape=(9, 1, 1), **both),
             f"special-{suffix}": Energies(shape=(6, 21, 1), special=True, device=MANY, **both),
             f"special_inner-{suffix}": Energies(torch.float16, (6, 21, 9), special=True, device=MANY, **both),
-            f"offset_1e6-{suffix}": Energies(shape=(6, 50, 1), shift=1e6, **both),
-            f"spread_1e4-{suffix}": Energies(shape=(6, 50, 1), spread=1e4, **both),
             f"nothing-{suffix}": Energies(shape=(0, 3, 1), **both),
         }
+        if minimum == backward:
+            found |= {
+                f"unaligned-{suffix}": Energies(shape=(2, 70, 5), offset=1, device=MANY, **both),
+                f"several_blocks-{suffix}": Energies(torch.float16, (300, 8, 1), device=ONE, **both),
+                f"many_results-{suffix}": Energies(torch.bfloat16, (3, 4, 1030), device=ONE, **both),
+                f"strided_candidates-{suffix}": Energies(shape=(4, 6, 3), order="kio", **both),
+                f"padded-{suffix}": Energies(torch.bfloat16, (6, 21, 1), order="oik", pad=3, **both),
+                f"padded_inner-{suffix}": Energies(shape=(4, 9, 8), pad=4, **both),
+                f"one_candidate-{suffix}": Energies(shape=(9, 1, 1), **both),
+            }
+    for backward, numbers in itertools.product((False, True), ({"shift": 1e6}, {"spread": 1e4})):
+        name = f"{next(iter(numbers))}-{'bwd' if backward else 'fwd'}"
+        found[name] = Energies(shape=(6, 50, 1), backward=backward, **numbers)
     for beta in (1e-37, 1e-6, 1e6, 1e37):
         found[f"beta_{beta}"] = Energies(shape=(5, 100, 1), beta=beta, device=MANY)
         found[f"beta_inner_{beta}"] = Energies(shape=(2, 100, 6), beta=beta, device=MANY)
@@ -211,7 +216,8 @@ def energies_cases() -> dict[str, Energies]:
 
 def predictions_cases() -> dict[str, Predictions]:
     found = {}
-    for dtype, dim, minimum, backward in itertools.product(DTYPES, (1, 32, 77), (False, True), (False, True)):
+    shapes = [(dtype, dim) for dtype in DTYPES for dim in (32, 77)] + [(torch.float32, 1), (torch.float16, 1)]
+    for (dtype, dim), minimum, backward in itertools.product(shapes, (False, True), (False, True)):
         name = f"{short(dtype)}-{dim}-{'min' if minimum else 'soft'}-{'bwd' if backward else 'fwd'}"
         found[name] = Predictions(dtype, (9, 3, dim), minimum=minimum, backward=backward, transposed=dim == 77)
     for dtype in DTYPES:

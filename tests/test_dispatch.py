@@ -18,7 +18,8 @@ from sslkernels import dispatch, native
 PACKAGE = Path(sk.__file__).parent
 # Who may import whom inside the package; the Triton kernels are reached lazily, inside functions.
 ALLOWED = {
-    "": {"", "nn", "dispatch", "native", "ops", "version", "random", "checks"},
+    "": {"", "nn", "distributions", "dispatch", "native", "ops", "version", "random", "checks"},
+    "distributions": {"ops", "checks"},
     "nn": {"ops", "checks", "quantizer"},
     "quantizer": {"ops", "checks", "random"},
     "ops": {"ops", "dispatch", "native", "checks", "random"},

@@ -97,6 +97,8 @@ def test_the_minimum_takes_the_gradient_of_the_winner(backend, features, device)
     others[index, winner] = False
     assert not grad[others].any()
     assert not grad[others].signbit().any()
+    zero = gradients(0 * sk.prediction_energy(**inputs), inputs)
+    assert not any(part.any() or part.signbit().any() for part in zero)
 
 
 def test_of_equal_predictions_the_first_wins(backend, device):
@@ -404,8 +406,9 @@ def test_opcheck(backend, wanted, device):
         assert (grad.shape == tensor.shape) == want
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_agrees(isa):
+    """The best one is what the other tests run."""
     if native.extension is None:
         pytest.skip("no compiled extension")
     code = (
@@ -428,8 +431,7 @@ def test_every_compiled_instruction_set_agrees(isa):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SSLKERNELS_CPU_ISA": isa}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    order = ["default", "avx2", "avx512"]
-    assert order.index(done.stdout.strip()) <= order.index(isa)
+    assert done.stdout.strip() in ("default", isa)
 
 
 VALID = problem("cpu", dtype=torch.float32, requires_grad=())

@@ -103,8 +103,8 @@ void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t 
   }
 }
 
-// grad = factor * (prediction - target), also added to `sum`; null: not asked for. In blocks, for a loop that computes
-// and converts to 16 bits is not vectorised.
+// grad = factor * (prediction - target), also taken from `sum`; null: not asked for. In blocks, for a loop that
+// computes and converts to 16 bits is not vectorised.
 template <class T, class A>
 void differentiate(const T* prediction, const A* target, int64_t count, A factor, T* grad, A* sum) {
   A buffer[kBlock];
@@ -118,7 +118,7 @@ void differentiate(const T* prediction, const A* target, int64_t count, A factor
     for (int64_t j = 0; j < size; ++j) out[j] = factor * (A(to_float(p[j])) - y[j]);
     if (sum != nullptr) {
 #pragma omp simd
-      for (int64_t j = 0; j < size; ++j) sum[begin + j] += out[j];
+      for (int64_t j = 0; j < size; ++j) sum[begin + j] -= out[j];
     }
     if (grad != nullptr && out == buffer) store(buffer, size, grad + begin);
   }
@@ -151,8 +151,6 @@ void run_gradient(const PredictionEnergyGradient& gradient, int64_t begin, int64
                     gradient.grad_target == nullptr ? nullptr : sum);
     }
     if (gradient.grad_target == nullptr) continue;
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) sum[j] = -sum[j];
     store(sum, size, static_cast<T*>(gradient.grad_target) + b * inputs.dim + first);
   }
 }

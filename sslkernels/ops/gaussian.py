@@ -68,13 +68,13 @@ class _Gaussian(Function):
             wanted[2:] = False, False
         if grad_z is None and grad_kl is None:
             wanted = [False] * 4
-        mean = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # activation checkpointing gives them once
         found = [None] * 4
         if wanted[0] and grad_kl is None and options.samples == 1:  # that of z itself
-            found[0], wanted[0] = grad_z.reshape(mean.shape), False
+            found[0], wanted[0] = grad_z.reshape(saved[0].shape), False
         if any(wanted):
             grads = [grad if grad is None else grad.contiguous() for grad in (grad_z, grad_kl)]
-            computed = _GaussianBackward.apply(*grads, *ctx.saved_tensors, *options, *wanted)
+            computed = _GaussianBackward.apply(*grads, *saved, *options, *wanted)
             found = [c if want else f for c, f, want in zip(computed, found, wanted, strict=True)]
         return *found, *(None,) * 9
 
@@ -209,6 +209,7 @@ def samples_first(
     mean: Tensor,
     logvar: Tensor,
     samples: int,
+    *,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:

@@ -96,7 +96,7 @@ def _fill_gradients_reference(
     if grad_prediction is not None:
         grad_prediction.copy_(grad)
     if grad_target is not None:
-        grad_target.copy_(-grad.sum(1))
+        grad_target.copy_(0 - grad.sum(1))
 
 
 def _fill_native(*arguments: Any) -> None:
