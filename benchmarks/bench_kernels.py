@@ -18,7 +18,7 @@ from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
 from sslkernels import native, use_backend
-from sslkernels.ops import negative_sampling, row_sums
+from sslkernels.ops import gaussian_operators, negative_sampling, row_sums
 from sslkernels.ops.own_negatives import SOFTMAX, own_negatives
 from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, Rows, TritonRows, accumulation_dtype
 
@@ -36,7 +36,7 @@ Inputs = dict[str, Tensor]
 class Kernel:
     """floor: its arguments for a case; call: one launch into memory that is there; results: what to check of it;
     oracle: the same in float64; eager: what torch does for it, where it is not a `Rows`; triton: it is there in Triton
-    too."""
+    too; share: of the bandwidth of a copy, that its bar asks for."""
 
     floor: Callable[[Case], dict[str, int]]
     call: Callable[[Rows, Case, Inputs], object]
@@ -44,6 +44,7 @@ class Kernel:
     oracle: Callable[[Case, Inputs], tuple[Tensor, ...]]
     eager: Callable[[Case, Inputs], object] | None = None
     triton: bool = False
+    share: float = 0.9
 
 
 def _sizes(case: Case) -> tuple[int, int, int]:
@@ -128,6 +129,45 @@ def _row_sums_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     return (torch.zeros(t["out"].shape, dtype=torch.float64, device=terms.device).index_add_(0, t["keys"], terms),)
 
 
+def _gaussian(case: Case, t: Inputs, backend: str, dtype: torch.dtype | None = None) -> None:
+    """One sample of each of N rows of V columns and their divergence, or the gradients of both."""
+    options = (1, False, gaussian_operators.ROWS, 0.0, -math.inf, math.inf)
+    mean, logvar, grad_z = (t[name].to(dtype) for name in ("logits", "logvar", "wide"))
+    inputs = (mean, logvar, None, None, None, t["seed"])
+    with use_backend(backend):
+        if case.op == "gaussian_fwd":
+            t["first"], t["second"], *_ = gaussian_operators.gaussian_fwd(*inputs, *options, False)
+        else:
+            grads = (grad_z.unsqueeze(1), t["coefficient"].to(accumulation_dtype(mean.dtype)))
+            wanted = (True, True, False, False)
+            t["first"], t["second"], *_ = gaussian_operators.gaussian_bwd(*grads, *inputs, *options, *wanted)
+
+
+def _gaussian_kernel(share: float) -> Kernel:
+    def oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+        exact = dict(t)
+        _gaussian(case, exact, "reference", torch.float64)
+        return exact["first"], exact["second"]
+
+    def call(rows: Rows, case: Case, t: Inputs) -> None:
+        _gaussian(case, t, "triton" if isinstance(rows, TritonRows) else t["logits"].device.type)
+
+    return Kernel(
+        lambda case: {
+            "rows": case.shape["N"],
+            "columns": case.shape["V"],
+            "samples": 1,
+            "element_bytes": case.dtype.itemsize,
+        },
+        call,
+        lambda case, t: (t["first"], t["second"]),
+        oracle,
+        lambda case, t: _gaussian(case, t, "reference"),
+        triton=True,
+        share=share,
+    )
+
+
 def _native(name: str) -> Callable[..., object]:
     return getattr(torch.ops.sslkernels_native, name)
 
@@ -198,6 +238,8 @@ KERNELS = {
         _pairs_oracle,
         lambda case, t: _pairs(negative_sampling._fill_reference, t),
     ),
+    "gaussian_fwd": _gaussian_kernel(0.75),
+    "gaussian_bwd": _gaussian_kernel(0.85),
     # N entries of V columns, added up into N / 2 rows.
     "weighted_row_sums": Kernel(
         lambda case: {
@@ -266,6 +308,8 @@ def cases(device: str) -> list[Case]:
     found.append(make_kernel_case("own_negatives", {"N": 8192, "K": 32, "D": 512}, torch.float32))
     for kernel in ("column_sums", "scale_add"):
         found += [make_kernel_case(kernel, {"N": n, "V": v}) for n, v in ((16384, 30522), (8192, 50265))]
+    for kernel in ("gaussian_fwd", "gaussian_bwd"):
+        found += [make_kernel_case(kernel, {"N": 1 << 20, "V": 256}, d) for d in (torch.bfloat16, torch.float32)]
     for kernel in ("negative_sampling_fwd", "weighted_row_sums"):
         for v in (128, 300):
             found += [make_kernel_case(kernel, {"N": 1 << 20, "V": v}, d) for d in (torch.bfloat16, torch.float32)]
@@ -312,6 +356,10 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     if case.op == "scale_add":
         inputs["wide"] = logits.to(acc)
         inputs["scale"] = torch.full((1,), 0.5, dtype=acc, device=device)
+    if case.op.startswith("gaussian"):
+        inputs["seed"] = torch.zeros((), dtype=torch.int64, device=device)
+        for name in ("logvar", "wide"):
+            inputs[name] = torch.empty_like(logits).normal_(generator=generator).mul_(0.1)
     if case.op == "negative_sampling_fwd":
         logits.mul_(vocab**-0.25)
         for name, shape in (("center", (rows,)), ("context", (rows,)), ("negatives", (rows, NEGATIVES))):
@@ -385,9 +433,9 @@ def twin(case: Case) -> Case:
 def bars(device: str) -> list[Bar]:
     if device == "cpu":
         return []
-    limit = 1 / 0.9  # nine tenths of the bandwidth of a copy
     return [
-        Bar("median / copy of the same bytes", c.name, providers.time_ratio(OURS, COPY), limit) for c in cases(device)
+        Bar("median / copy of the same bytes", c.name, providers.time_ratio(OURS, COPY), 1 / KERNELS[c.op].share)
+        for c in cases(device)
     ]
 
 

@@ -5,6 +5,7 @@ program of its own, for the same reason as `compile_triton`.
 """
 
 import json
+import math
 import sys
 
 import torch
@@ -18,6 +19,7 @@ from sslkernels.triton_kernels import pair_sums
 from sslkernels.triton_kernels.code_search import best_codes
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.free_energy import free_energy_bwd, free_energy_fwd
+from sslkernels.triton_kernels.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
@@ -127,6 +129,18 @@ def bind_own(size: int, every: bool) -> None:
     own_negatives(query, negatives, mask, *some, False, outputs)
 
 
+def bind_gaussian(columns: int, every: bool) -> None:
+    rows, dtype = 2, torch.bfloat16 if every else torch.float32
+    mean, z = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, 3, columns, dtype=dtype)
+    priors = (mean[:1], mean) if every else (None, None)
+    inputs = (mean, mean, *priors, torch.zeros(rows, dtype=torch.int64) if every else None)
+    inputs += (torch.zeros((), dtype=torch.int64), 0.1 if every else 0.0, -1.0 if every else -math.inf, math.inf)
+    parts, blocks = -(-columns // columns_of_tile(dtype, columns)), torch.zeros(1, 3, columns)
+    gaussian_fwd(*inputs, z, torch.zeros(rows, parts), True, blocks if every else None)
+    prior_grads = (blocks[:, 0].contiguous(), torch.zeros_like(mean)) if every else (None, None)
+    gaussian_bwd(*inputs, z, mean.float(), False, mean, mean, *prior_grads)
+
+
 def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> None:
     pairs, negatives = 2, dim if every else 1
     index, table = torch.zeros(pairs, dtype=index_dtype), torch.zeros(3, dim, dtype=torch.float16)
@@ -198,6 +212,7 @@ if __name__ == "__main__":
             bind_random(size, index_dtype, options is EVERY)
             bind_sample(size, size, options is EVERY)
             bind_codes(size, size, options is EVERY)
+            bind_gaussian(size, options is EVERY)
             bind_negative_sampling(size, index_dtype, options is EVERY)
             bind_pairs(size, 64, options is EVERY)
             bind_pairs(size, 400, options is EVERY)

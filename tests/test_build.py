@@ -53,7 +53,7 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
     ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
     energies = ("free_energy_fwd", "free_energy_bwd", "prediction_energy_fwd", "prediction_energy_bwd")
-    for op in (*ops, "negative_sampling_fwd", "weighted_row_sums", *energies):
+    for op in (*ops, "gaussian_fwd", "gaussian_bwd", "negative_sampling_fwd", "weighted_row_sums", *energies):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures
