@@ -510,3 +510,23 @@ def test_real_sizes(backend, mode, shape, dtype):
     true_grads, eager_grads = gradients(truth.sum(), leaves), gradients(eager.sum(), inputs)
     for got, rough, true in zip(gradients(rows.sum(), inputs), eager_grads, true_grads, strict=True):
         assert oracle.error(got, true) <= oracle.error(rough, true) + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(70_000, 8, 4096), (2, 300_000, 4096)], ids=str)
+def test_more_elements_than_an_int32_counts(backend, shape):
+    if backend == "reference":
+        pytest.skip("the reference holds the differences in float32")
+    prediction = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    target = torch.ones(shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+    prediction[-1, -1] = 0.5
+    prediction.requires_grad_()
+    target.requires_grad_()
+    rows = sk.prediction_energy(prediction, target, reduction="none")
+    assert rows[-1] == 1024
+    assert (rows[:-1] == 4096).all()
+    grad, grad_target = torch.autograd.grad(rows[-1], (prediction, target))
+    assert (grad[-1, -1] == -1).all()
+    assert not grad[:-1].any()
+    assert not grad[-1, :-1].any()
+    assert (grad_target[-1] == 1).all()
