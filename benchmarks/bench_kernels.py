@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import energy_kernels, harness, providers
+from benchmarks import energy_kernels, gumbel_kernels, harness, providers
 from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
@@ -269,6 +269,17 @@ KERNELS |= {
         triton=True,
     )
     for name in energy_kernels.NAMES
+} | {
+    name: Kernel(
+        gumbel_kernels.floor,
+        lambda rows, case, t: gumbel_kernels.run("triton" if isinstance(rows, TritonRows) else "native", case, t),
+        gumbel_kernels.results,
+        gumbel_kernels.oracle,
+        lambda case, t: gumbel_kernels.run("reference", case, t),
+        triton=True,
+        share=share,
+    )
+    for name, share in gumbel_kernels.SHARES.items()
 }
 
 
@@ -313,7 +324,7 @@ def cases(device: str) -> list[Case]:
     for kernel in ("negative_sampling_fwd", "weighted_row_sums"):
         for v in (128, 300):
             found += [make_kernel_case(kernel, {"N": 1 << 20, "V": v}, d) for d in (torch.bfloat16, torch.float32)]
-    for kernel, shape in energy_kernels.cases(device):
+    for kernel, shape in energy_kernels.cases(device) + gumbel_kernels.cases(device):
         found += [make_kernel_case(kernel, shape, dtype) for dtype in (torch.bfloat16, torch.float32)]
     return found
 
@@ -342,6 +353,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         return make_own_inputs(case, device)
     if case.op in energy_kernels.NAMES:
         return energy_kernels.make_inputs(case, device)
+    if case.op in gumbel_kernels.NAMES:
+        return gumbel_kernels.make_inputs(case, device)
     inputs = make_logits(case, device)
     logits = inputs["logits"]
     rows, vocab = logits.shape

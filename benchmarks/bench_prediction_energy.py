@@ -1,7 +1,9 @@
 """prediction_energy: predictions (B, K, D) against targets (B, D) -> loss and the gradients of both.
 
 The floor is memory. Forward reads the predictions and the targets once; backward reads again what has a derivative, all
-of them for the soft minimum and one prediction a target for the hard one, and writes both gradients.
+of them for the soft minimum and one prediction a target for the hard one, and writes both gradients. `PASSES` does that
+and nothing else with torch: on a CPU the first touch of a gradient's pages costs more than writing them, which no count
+of bytes shows.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import harness, providers
-from benchmarks.harness import Bar, Benchmark, Case, Provider
+from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import COMPILED, EAGER, OURS
 
 OP = "prediction_energy"
 LEAVES = ["prediction", "target"]
+PASSES = "torch passes over the same bytes"
 SOFT = "soft"  # the regime of cases whose minimum is soft; else it is the hard one
 
 
@@ -94,24 +97,38 @@ def oracle(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
 
+def _passes(case: Case, t: dict[str, Tensor]) -> Run:
+    """Sums of the words that are read, and gradients that are filled."""
+    words = [t[name].view(torch.float32) for name in LEAVES]
+    again = words if case.regime == SOFT else [words[0][:, 0], words[1]]
+
+    def call() -> tuple[Tensor, ...]:
+        for part in [*words, *(again if case.backward else [])]:
+            part.sum()
+        return tuple(torch.full_like(t[name], 1.0) for name in LEAVES) if case.backward else ()
+
+    return Run(call)
+
+
 def case_providers(case: Case, device: torch.device) -> list[Provider]:
     return [
         Provider(EAGER, providers.loss_run(eager, LEAVES)),
         Provider(COMPILED, providers.loss_run(compiled, LEAVES), warmups=1, patience=providers.patience(device)),
+        Provider(PASSES, _passes, is_floor=True),
         *providers.backend_providers(OP, device, ours, LEAVES),
     ]
 
 
 def bars(device: str) -> list[Bar]:
-    """On a CPU the gradient's fresh pages are written twice, once by the system, so that the floor is out of reach."""
     found = []
     for case in cases(device):
-        light, limit = ("median / time at the speed of light", 4.0 if device == "cpu" else 1.3)
-        found.append(Bar(light, case.name, providers.over_light, limit))
         found.append(Bar("MB beyond the gradients", case.name, providers.memory_mb, 4.0))
         if device == "cpu":
+            found.append(Bar(f"median / {PASSES}", case.name, providers.time_ratio(OURS, PASSES), 1.0))
             faster = providers.time_ratio(EAGER, OURS)
             found.append(Bar("times faster than eager torch", case.name, faster, 5, True))
+        else:
+            found.append(Bar("median / time at the speed of light", case.name, providers.over_light, 1.3))
     return found + providers.error_bars(cases(device))
 
 

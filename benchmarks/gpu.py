@@ -38,6 +38,7 @@ PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less t
     "mask": ["--op", "mask_tokens"],
     "negative": ["--op", "negative_sampling_loss"],
     "normal": ["--op", "random_normal"],
+    "gumbel": ["--op", "gumbel_softmax", "--op", "gumbel_quantize"],
     "sample": ["--op", "linear_sample"],
     "kernels": ["--op", "kernels"],
     "pairs": ["--op", "pair_kernels"],

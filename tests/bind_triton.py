@@ -20,6 +20,7 @@ from sslkernels.triton_kernels.code_search import best_codes
 from sslkernels.triton_kernels.cross_entropy import TritonRows
 from sslkernels.triton_kernels.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.triton_kernels.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
+from sslkernels.triton_kernels.gumbel import TritonGumbelRows
 from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
 from sslkernels.triton_kernels.linear_sample import linear_sample
 from sslkernels.triton_kernels.mask_tokens import mask_tokens
@@ -154,6 +155,28 @@ def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> N
     weighted_row_sums(keys, order, starts, torch.ones(2 * pairs), source, source_index, table, per_source)
 
 
+def bind_gumbel(columns: int, every: bool) -> None:
+    """One row a program and several, with and without what may be absent."""
+    dtype = torch.float64 if every else torch.bfloat16
+    acc = torch.float64 if every else torch.float32
+    kernels = TritonGumbelRows()
+    for width in (columns, 9001):
+        logits, index = torch.zeros(2, width, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        stream = (torch.zeros((), dtype=torch.int64), index if every else None, 2**40 if every else 0)
+        tau, state = torch.ones((), dtype=torch.float64), (torch.zeros(2, dtype=acc), torch.ones(2, dtype=acc))
+        for output in (0, 1, 2):
+            y = logits if output else None
+            plain = (index, state) if every else (None, None)
+            kernels.forward(logits, stream, tau, output, y, None if output else index, state, *plain)
+        kernels.forward(logits, (None, None, 0), tau, 0, None, index, state)
+        grad, uses = logits.to(acc), logits[:1].to(acc)
+        mask = torch.ones(2, dtype=torch.bool) if every else None
+        kernels.backward(grad, None, None, logits, stream, tau, state, None, logits)
+        kernels.backward(logits, uses, mask, logits, stream, tau, state, state, logits)
+        kernels.backward(None, uses, mask, logits, stream, tau, None, state, logits)
+        kernels.probability_sums(logits, state, mask, 2 if every else 1)
+
+
 def bind_energies(size: int, every: bool) -> None:
     """One dimension of `size`: the candidates, the results, the features."""
     dtype = torch.float64 if every else torch.bfloat16
@@ -219,4 +242,5 @@ if __name__ == "__main__":
             scale_(torch.ones(size), torch.ones(()))
             bind_own(size, options is EVERY)
             bind_energies(size, options is EVERY)
+            bind_gumbel(size, options is EVERY)
     json.dump(sorted(set(compiled)), sys.stdout)

@@ -12,6 +12,8 @@ from benchmarks import __main__ as command
 from benchmarks import (
     bench_cross_entropy,
     bench_gaussian,
+    bench_gumbel,
+    bench_gumbel_quantize,
     bench_linear_cross_entropy,
     bench_mask_tokens,
     bench_negative_sampling,
@@ -109,6 +111,10 @@ def test_cost_models():
     latent = {"N": 10, "K": 3, "D": 4}
     assert bench_gaussian.make_case(latent).bytes == 4 * 10 * 4 * (2 + 3 + 3 + 4) + 4 * 10
     assert bench_gaussian.make_case(latent, torch.bfloat16, backward=False).bytes == 2 * 10 * 4 * (2 + 3) + 4 * 10
+    assert bench_gumbel.make_case({"N": 10, "V": 20}).bytes == 5 * 10 * 20 * 4
+    assert bench_gumbel.make_case({"N": 10, "V": 20}, torch.bfloat16, backward=False).bytes == 2 * 10 * 20 * 2
+    quantized = bench_gumbel_quantize.make_case({"N": 10, "G": 2, "V": 8, "D": 3})
+    assert (quantized.flops, quantized.bytes) == (2 * 10 * 2 * 8 * 3, 4 * (3 * 160 + 2 * 60 + 3 * 48))
     codes = bench_vector_quantize.make_case({"N": 10, "K": 20, "D": 8})
     assert (codes.flops, codes.bytes) == (2 * 10 * 20 * 8, 4 * (2 * 10 + 20) * 8 + 8 * (10 + 20))
     pairs = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8})

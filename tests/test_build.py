@@ -53,7 +53,16 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
     ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
     energies = ("free_energy_fwd", "free_energy_bwd", "prediction_energy_fwd", "prediction_energy_bwd")
-    for op in (*ops, "gaussian_fwd", "gaussian_bwd", "negative_sampling_fwd", "weighted_row_sums", *energies):
+    rows_with_noise = ("gumbel_rows_fwd", "gumbel_rows_bwd", "probability_sums")
+    for op in (
+        *ops,
+        *rows_with_noise,
+        "gaussian_fwd",
+        "gaussian_bwd",
+        "negative_sampling_fwd",
+        "weighted_row_sums",
+        *energies,
+    ):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels_native::{op}", key)
     assert architectures
@@ -76,6 +85,10 @@ def test_every_operator_with_a_cuda_kernel_has_a_floor():
     assert pairs.bytes == (7 + 9) * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4
     sums = native.extension.floors.weighted_row_sums(21, 9, 100, 10, 4, 2)
     assert sums.bytes == 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2)
+    # Logits read, samples written, and a state, or an index in place of samples, with statistics two states.
+    assert native.extension.floors.gumbel_rows_fwd(7, 9, 2, True, False).bytes == 7 * (2 * 9 * 2 + 8)
+    assert native.extension.floors.gumbel_rows_fwd(7, 9, 2, False, True).bytes == 7 * (9 * 2 + 16 + 16)
+    assert native.extension.floors.gumbel_rows_bwd(7, 9, 2, 4, True).bytes == 7 * (9 * (2 + 4 + 2) + 16)
     assert native.extension.floors.free_energy_fwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
     assert native.extension.floors.free_energy_bwd(7, 9, 2, False).bytes == 7 * (2 * 9 * 2 + 12)
     assert native.extension.floors.free_energy_bwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)

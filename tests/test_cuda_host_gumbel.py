@@ -150,7 +150,7 @@ class Sums:
 
 
 # Teams of a part of a warp, of a warp, of a block, and more columns than a block has threads for.
-SIZES = [(5, 1), (37, 2), (3, 5), (70, 8), (6, 31), (5, 64), (3, 130), (2, 320), (2, 1030), (1, 4099)]
+SIZES = [(5, 1), (37, 2), (3, 5), (70, 8), (6, 31), (5, 64), (3, 130), (2, 320), (2, 1030), (1, 2051), (3, 29)]
 
 
 def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
@@ -161,7 +161,7 @@ def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
     kinds = itertools.cycle([(SOFT, False), (HARD, False), (NONE, True), (NONE, False), (SOFT, True), (HARD, True)])
     grads = itertools.cycle([("narrow", 0), ("wide", 0), ("wide", 1), ("none", 1), ("wide", 2), ("in_place", 0)])
     flags = itertools.cycle([{}, {"row_ids": True}, {"first_row": 2**40}, {"noise": False}, {"bad": True}])
-    for dtype, (rows, columns), _ in itertools.product(DTYPES, SIZES, range(2)):
+    for dtype, (rows, columns) in itertools.product(DTYPES, SIZES):
         offset, pad = next(layouts)
         extra = next(flags)
         if rows < 3:
@@ -179,9 +179,10 @@ def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
         backward[label(case)] = case
     for dtype, device in itertools.product(DTYPES, DEVICES):
         # Long rows under every plan, with what the second pass needs.
-        base = Case(dtype, 3, 2100, 0.5, device, bad=device == "")
-        forward[label(base) + "-long"] = dataclasses.replace(base, output=SOFT)
-        backward[label(base) + "-long"] = dataclasses.replace(base, grad="wide", uses=3)
+        base = Case(dtype, 3, 1100, 0.5, device, bad=device == "")
+        if dtype in (torch.float32, torch.bfloat16):
+            forward[label(base) + "-long"] = dataclasses.replace(base, output=SOFT)
+            backward[label(base) + "-long"] = dataclasses.replace(base, grad="wide", uses=3)
         case = dataclasses.replace(
             base, rows=2 * (3 + len(device)), columns=[1, 6, 40, 300, 1500][len(sums) % 5], uses=2
         )

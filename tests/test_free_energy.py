@@ -370,29 +370,3 @@ def test_errors(change, kind, message):
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match=re.escape("free_energy() takes 1 positional argument")):
         sk.free_energy(torch.ones(3), 1.0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-def test_nothing_synchronises_and_a_graph_replays(backend, mode):
-    if backend == "reference":
-        pytest.skip("it is not held to it")
-    torch.use_deterministic_algorithms(False)
-    energy = energies(1000, 64, device="cuda", dtype=torch.float32)
-
-    def step():
-        value = sk.free_energy(energy, mode=mode)
-        return value, grad_of(value, energy)
-
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -344,13 +344,13 @@ SAMPLE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "kind", "message"), ERRORS + SAMPLE_ERRORS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("change", "kind", "message"), ERRORS + SAMPLE_ERRORS)
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^gaussian_rsample: " + message):
         sk.gaussian_rsample(**{"mean": X, "logvar": X, **change})
 
 
-@pytest.mark.parametrize(("change", "kind", "message"), ERRORS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("change", "kind", "message"), ERRORS)
 def test_errors_of_the_divergence_alone(change, kind, message):
     with pytest.raises(kind, match=r"^gaussian_kl: " + message):
         sk.gaussian_kl(**{"mean": X, "logvar": X, **change})

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import sslkernels as sk
 from sslkernels.ops.free_energy import free_energy_bwd, free_energy_fwd
+from sslkernels.ops.gumbel_quantize import gumbel_quantize_bwd, gumbel_quantize_fwd
+from sslkernels.ops.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 from sslkernels.ops.own_negatives import own_negatives
 from sslkernels.ops.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.ops.random_streams import STREAMS, stream_values
@@ -123,6 +125,37 @@ def test_prediction_energy(backend, dtype, shape, minimum):
     beta = 1 / shape[2]
     value, weights = assert_equal_to_reference(prediction_energy_fwd, (*inputs, beta, minimum, True), dtype)
     assert_equal_to_reference(prediction_energy_bwd, (value.sign(), *inputs, weights, True, True), dtype)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("shape", [(300, 2), (33, 77), (3, 1003), (2, 40_007)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gumbel_softmax(backend, dtype, shape, hard):
+    kernels(backend)
+    g = torch.Generator().manual_seed(0)
+    logits, grad = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    seed, inverse_tau = torch.tensor(5), torch.tensor(0.5, dtype=torch.float64)
+    _, *state = assert_equal_to_reference(gumbel_softmax_fwd, (logits, seed, None, inverse_tau, hard), dtype)
+    ids = torch.arange(shape[0]) + 2**33
+    assert_equal_to_reference(gumbel_softmax_bwd, (grad, logits, seed, None, *state, inverse_tau), dtype)
+    _, *state = assert_equal_to_reference(gumbel_softmax_fwd, (logits, seed, ids, inverse_tau, hard), dtype)
+    assert_equal_to_reference(gumbel_softmax_bwd, (grad, logits, seed, ids, *state, inverse_tau), dtype)
+
+
+@pytest.mark.parametrize("shape", [(50, 3, 5), (33, 2, 320), (2, 1, 9001)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_of_gumbel_quantize(backend, dtype, shape):
+    kernels(backend)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask, tau = torch.arange(shape[0] * shape[1]) % 3 > 0, torch.tensor(0.5, dtype=torch.float64)
+    arguments = (logits, torch.tensor(5), None, mask, tau, True)
+    index, row_max, row_sum, _, plain_max, plain_sum, probability = assert_equal_to_reference(
+        gumbel_quantize_fwd, arguments, dtype
+    )
+    codebook = torch.zeros(*shape[1:], 4, dtype=dtype)
+    state = (index, row_max, row_sum, plain_max, plain_sum, tau, True, False)
+    arguments = (None, probability, logits, codebook, torch.tensor(5), None, mask, *state)
+    assert_equal_to_reference(gumbel_quantize_bwd, arguments, dtype)
 
 
 def test_masking_and_random_words(backend):

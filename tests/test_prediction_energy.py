@@ -11,7 +11,7 @@ import sys
 import oracle
 import pytest
 import torch
-from cases import DTYPES
+from energy_oracle import NAMES, exact, gradients, problem
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -22,25 +22,7 @@ from sslkernels.ops.prediction_energy import prediction_energy_bwd, prediction_e
 
 OP = "prediction_energy"
 MODES = ("soft", "min")
-NAMES = ("prediction", "target")
 INF, NAN = math.inf, math.nan
-
-
-def problem(device, *, batch=5, count=4, features=(7,), dtype=torch.float64, requires_grad=NAMES):
-    g = torch.Generator().manual_seed(1)
-    shapes = {"prediction": (batch, count, *features), "target": (batch, *features)}
-    inputs = {n: torch.randn(s, generator=g, dtype=torch.float64).to(device, dtype) for n, s in shapes.items()}
-    for name in requires_grad:
-        inputs[name].requires_grad_()
-    return inputs
-
-
-def exact(inputs):
-    return {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-
-
-def gradients(loss, inputs, **options):
-    return torch.autograd.grad(loss, list(inputs.values()), **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -462,51 +444,3 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^prediction_energy: " + message):
         sk.prediction_energy(**{**VALID, **change})
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(512, 8, 64), (2, 8, 100_000)], ids=str)
-def test_nothing_synchronises_and_a_graph_replays(backend, shape, mode):
-    if backend == "reference":
-        pytest.skip("it is not held to it")
-    torch.use_deterministic_algorithms(False)
-    inputs = problem("cuda", batch=shape[0], count=shape[1], features=shape[2:], dtype=torch.float32)
-
-    def step():
-        loss = sk.prediction_energy(**inputs, mode=mode)
-        return loss, *gradients(loss, inputs)
-
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(4096, 8, 512), (70000, 8, 16), (3, 8, 300_001), (1, 100_000, 24), (2, 3, 77)], ids=str
-)
-@pytest.mark.parametrize("mode", MODES)
-def test_real_sizes(backend, mode, shape, dtype):
-    if backend == "reference":
-        pytest.skip("it is what the others are compared with")
-    inputs = problem("cuda", batch=shape[0], count=shape[1], features=shape[2:], dtype=dtype)
-    leaves = exact(inputs)
-    beta = 1 / shape[2]
-    rows = sk.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
-    truth = oracle.prediction_energy(**leaves, beta=beta, mode=mode, reduction="none")
-    eager = oracle.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
-    assert oracle.error(rows, truth) <= oracle.error(eager, truth) + 1e-6
-    true_grads, eager_grads = gradients(truth.sum(), leaves), gradients(eager.sum(), inputs)
-    for got, rough, true in zip(gradients(rows.sum(), inputs), eager_grads, true_grads, strict=True):
-        assert oracle.error(got, true) <= oracle.error(rough, true) + 4 * torch.finfo(dtype).eps

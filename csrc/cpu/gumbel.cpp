@@ -2,60 +2,17 @@
 //
 // A row goes through a scratch of its own length, which stays in the second-level cache but for very long rows: first
 // s = logits + noise and its maximum, then the exponentials. Noise is made once a pass, block by block, and never
-// stored; short rows share a block. Block sums are accumulated in double.
+// stored. Block sums are accumulated in double. Rows of a few columns are taken side by side: gumbel_short.h.
 #include "gumbel.h"
 
 #include <cstring>
 #include <limits>
 
-#include "noise_lanes.h"
-#include "vector_math.h"
+#include "gumbel_short.h"
 
 namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
-
-constexpr int64_t kBlock = 4 * kGroups;  // columns
-
-inline int64_t block_count(int64_t left) { return left < kBlock ? left : kBlock; }
-
-// The noise of rows that are visited in order.
-class Noise {
- public:
-  Noise(const GumbelRows& rows, int64_t end) : rows_(rows), end_(end), groups_((rows.columns + 3) / 4) {
-    if (rows.seed == nullptr) std::memset(values_, 0, sizeof(values_));
-  }
-
-  // That of `count` columns of row i from `begin` on, a multiple of kBlock.
-  const float* block(int64_t i, int64_t begin, int64_t count) {
-    if (rows_.seed == nullptr) return values_;
-    if (groups_ > kGroups) {
-      fill(row_number(rows_, i) * uint64_t(groups_) + uint64_t(begin / 4), (count + 3) / 4, 0);
-      draw((count + 3) / 4);
-      return values_;
-    }
-    if (i >= last_) {
-      first_ = i;
-      last_ = end_ - i < kGroups / groups_ ? end_ : i + kGroups / groups_;
-      for (int64_t r = i; r < last_; ++r) fill(row_number(rows_, r) * uint64_t(groups_), groups_, (r - i) * groups_);
-      draw((last_ - i) * groups_);
-    }
-    return values_ + 4 * (i - first_) * groups_;
-  }
-
- private:
-  void fill(uint64_t number, int64_t count, int64_t at) {
-    for (int64_t k = 0; k < count; ++k) numbers_[at + k] = number + uint64_t(k);
-  }
-  void draw(int64_t count) { gumbels_of_groups(uint64_t(*rows_.seed), numbers_, 0, count, values_); }
-
-  const GumbelRows& rows_;
-  const int64_t end_;
-  const int64_t groups_;
-  int64_t first_ = 0, last_ = 0;  // rows whose noise is there
-  uint64_t numbers_[kGroups];
-  float values_[kBlock];
-};
 
 template <class A>
 A block_max(const A* s, int64_t count) {
@@ -152,6 +109,7 @@ template <class T>
 void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulation<T>::type;
   const GumbelRows& rows = forward.rows;
+  if (rows.columns <= kShort) return fwd_short<T>(forward, begin, end);
   A* row = static_cast<A*>(scratch);
   Noise noise(rows, end);
   for (int64_t i = begin; i < end; ++i) {
@@ -191,6 +149,7 @@ template <class T, class G>
 void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulation<T>::type;
   const GumbelRows& rows = backward.rows;
+  if (rows.columns <= kShort) return bwd_short<T, G>(backward, begin, end);
   const A inverse_tau = A(inverse_tau_of(rows));
   A* y = static_cast<A*>(scratch);
   Noise noise(rows, end);

@@ -1,0 +1,105 @@
+"""free_energy and prediction_energy on a GPU: real sizes, graphs and synchronisations."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import DTYPES
+from energy_oracle import exact, gradients, problem
+
+import sslkernels as sk
+
+pytestmark = pytest.mark.gpu
+OP = "prediction_energy"
+MODES = ("soft", "min")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_free_energy_synchronises_nothing_and_a_graph_replays(backend, mode):
+    if backend == "reference":
+        pytest.skip("it is not held to it")
+    torch.use_deterministic_algorithms(False)
+    energy = torch.randn(1000, 64, device="cuda", requires_grad=True)
+
+    def step():
+        value = sk.free_energy(energy, mode=mode)
+        return value, torch.autograd.grad(value.sum(), energy)[0]
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(512, 8, 64), (2, 8, 100_000)], ids=str)
+def test_prediction_energy_synchronises_nothing_and_a_graph_replays(backend, shape, mode):
+    if backend == "reference":
+        pytest.skip("it is not held to it")
+    torch.use_deterministic_algorithms(False)
+    inputs = problem("cuda", batch=shape[0], count=shape[1], features=shape[2:], dtype=torch.float32)
+
+    def step():
+        loss = sk.prediction_energy(**inputs, mode=mode)
+        return loss, *gradients(loss, inputs)
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4096, 8, 512), (70000, 8, 16), (3, 8, 300_001), (1, 100_000, 24), (2, 3, 77)], ids=str
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_real_sizes(backend, mode, shape, dtype):
+    if backend == "reference":
+        pytest.skip("it is what the others are compared with")
+    inputs = problem("cuda", batch=shape[0], count=shape[1], features=shape[2:], dtype=dtype)
+    leaves = exact(inputs)
+    beta = 1 / shape[2]
+    rows = sk.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
+    truth = oracle.prediction_energy(**leaves, beta=beta, mode=mode, reduction="none")
+    eager = oracle.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
+    assert oracle.error(rows, truth) <= oracle.error(eager, truth) + 1e-6
+    true_grads, eager_grads = gradients(truth.sum(), leaves), gradients(eager.sum(), inputs)
+    for got, rough, true in zip(gradients(rows.sum(), inputs), eager_grads, true_grads, strict=True):
+        assert oracle.error(got, true) <= oracle.error(rough, true) + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(70_000, 8, 4096), (2, 300_000, 4096)], ids=str)
+def test_more_elements_than_an_int32_counts(backend, shape):
+    if backend == "reference":
+        pytest.skip("the reference holds the differences in float32")
+    prediction = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    target = torch.ones(shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
+    prediction[-1, -1] = 0.5
+    prediction.requires_grad_()
+    target.requires_grad_()
+    rows = sk.prediction_energy(prediction, target, reduction="none")
+    assert rows[-1] == 1024
+    assert (rows[:-1] == 4096).all()
+    grad, grad_target = torch.autograd.grad(rows[-1], (prediction, target))
+    assert (grad[-1, -1] == -1).all()
+    assert not grad[:-1].any()
+    assert not grad[-1, :-1].any()
+    assert (grad_target[-1] == 1).all()
