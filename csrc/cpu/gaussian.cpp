@@ -8,6 +8,7 @@
 
 #include "element.h"
 #include "noise_lanes.h"
+#include "prefetch.h"
 #include "stream.h"
 #include "vector_math.h"
 
@@ -90,6 +91,12 @@ const T* gather(const void* data, int64_t stride, const Batch& batch, T* buffer)
   return buffer;
 }
 
+// Asks for them, so that they arrive while something else is computed.
+template <class T>
+inline __attribute__((always_inline)) void ask_for(const T* data, int64_t stride, const Batch& batch) {
+  for (int64_t i = 0; i < batch.rows; ++i) prefetch(data + batch.column + (batch.row + i) * stride, batch.count);
+}
+
 template <class T>
 void scatter(const T* values, const Batch& batch, int64_t stride, bool stream, void* data) {
   if (data == nullptr) return;
@@ -113,10 +120,15 @@ struct Inputs {
   const T *mean, *logvar, *prior_mean, *prior_logvar;
   T buffers[4][kGaussianChunk] = {};
 
+  inline __attribute__((always_inline)) static void ask(const GaussianRows& from, const Batch& batch) {
+    if (from.data != nullptr) ask_for(static_cast<const T*>(from.data), from.stride, batch);
+  }
   void read(const Gaussian& inputs, const Batch& batch) {
     const auto rows = [&](const GaussianRows& from, int i) {
       return gather<T>(from.data, from.stride, batch, buffers[i]);
     };
+    ask(inputs.mean, batch);
+    ask(inputs.logvar, batch);
     mean = rows(inputs.mean, 0);
     logvar = rows(inputs.logvar, 1);
     prior_mean = rows(inputs.prior_mean, 2);
@@ -357,8 +369,10 @@ class Backward {
       if (backward_.grad_z == nullptr || backward_.inputs.samples == 0) {
         finish_elements<false>(batch, [](int64_t) { return A(0); }, [](int64_t) { return A(0); });
       } else if (backward_.inputs.samples == 1) {
-        const T* grad = gather<T>(backward_.grad_z, backward_.z_at.row_stride, batch, grad_z_);
+        const T* all = static_cast<const T*>(backward_.grad_z);
+        ask_for(all, backward_.z_at.row_stride, batch);
         if (backward_.grad_logvar != nullptr) Noise(backward_.inputs, batch).draw(0, noise_);
+        const T* grad = gather<T>(all, backward_.z_at.row_stride, batch, grad_z_);
         const float* eps = noise_;
         finish_elements<true>(
             batch, [=](int64_t j) SSLKERNELS_VISIT { return A(to_float(grad[j])); },
@@ -403,14 +417,17 @@ class Backward {
     std::fill_n(noisy_sum, size, A(0));
     for (int64_t k = 0; k < backward_.inputs.samples; ++k) {
       const T* of_sample = static_cast<const T*>(backward_.grad_z) + k * backward_.z_at.sample_stride;
-      const T* grad = gather<T>(of_sample, backward_.z_at.row_stride, batch, grad_z_);
+      ask_for(of_sample, backward_.z_at.row_stride, batch);
       if (backward_.grad_logvar != nullptr) noise.draw(k, noise_);
+      batch.for_each_run(backward_.z_at.row_stride, [&](int64_t row, int64_t at, int64_t count) {
+        const T* grad = of_sample + batch.column + row * backward_.z_at.row_stride;
 #pragma omp simd
-      for (int64_t j = 0; j < size; ++j) {
-        const A g = to_float(grad[j]);
-        sum[j] += g;
-        noisy_sum[j] = fused(g, A(eps[j]), noisy_sum[j]);
-      }
+        for (int64_t j = 0; j < count; ++j) {
+          const A g = to_float(grad[j]);
+          sum[at + j] += g;
+          noisy_sum[at + j] = fused(g, A(eps[at + j]), noisy_sum[at + j]);
+        }
+      });
     }
   }
 
