@@ -9,7 +9,6 @@
 #include "element.h"
 #include "noise_lanes.h"
 #include "prefetch.h"
-#include "stream.h"
 #include "vector_math.h"
 
 namespace sslkernels {
@@ -28,10 +27,12 @@ struct Batch {
   int64_t pitch;
 
   int64_t size() const { return rows * pitch; }
+  // Whether elements of rows `stride` apart lie where their numbers say.
+  bool together(int64_t stride) const { return count == pitch && (rows == 1 || stride == pitch); }
   // visit(row, number of its first element, how many) of what lies together in rows `stride` apart.
   template <class Visit>
   void for_each_run(int64_t stride, Visit visit) const {
-    if (stride == pitch && count == pitch) return visit(row, 0, size());
+    if (together(stride)) return visit(row, 0, size());
     for (int64_t i = 0; i < rows; ++i) visit(row + i, i * pitch, count);
   }
 };
@@ -84,7 +85,7 @@ template <class T>
 const T* gather(const void* data, int64_t stride, const Batch& batch, T* buffer) {
   if (data == nullptr) return nullptr;
   const T* from = static_cast<const T*>(data) + batch.column;
-  if (stride == batch.pitch && batch.count == batch.pitch) return from + batch.row * stride;
+  if (batch.together(stride)) return from + batch.row * stride;
   for (int64_t i = 0; i < batch.rows; ++i) {
     std::memcpy(buffer + i * batch.pitch, from + (batch.row + i) * stride, size_t(batch.count) * sizeof(T));
   }
@@ -97,22 +98,20 @@ inline __attribute__((always_inline)) void ask_for(const T* data, int64_t stride
   for (int64_t i = 0; i < batch.rows; ++i) prefetch(data + batch.column + (batch.row + i) * stride, batch.count);
 }
 
+// Where results are written: at once to where they belong, or to `buffer`, from where scatter brings them.
 template <class T>
-void scatter(const T* values, const Batch& batch, int64_t stride, bool stream, void* data) {
-  if (data == nullptr) return;
-  T* to = static_cast<T*>(data) + batch.column;
-  batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
-    const int64_t bytes = count * int64_t(sizeof(T));
-    stream ? stream_copy(values + at, bytes, to + row * stride)
-           : void(std::memcpy(to + row * stride, values + at, size_t(bytes)));
-  });
+T* place(void* data, int64_t stride, const Batch& batch, T* buffer) {
+  if (data == nullptr || !batch.together(stride)) return buffer;
+  return static_cast<T*>(data) + batch.column + batch.row * stride;
 }
 
-// Whether a tensor of this size is not in a cache when it is read next.
 template <class T>
-bool is_large(const Gaussian& inputs) {
-  constexpr int64_t kBytes = 16 << 20;
-  return inputs.rows * inputs.columns >= kBytes / int64_t(sizeof(T));
+void scatter(const T* values, const Batch& batch, int64_t stride, void* data) {
+  T* to = static_cast<T*>(data);
+  if (data == nullptr || values == place(data, stride, batch, static_cast<T*>(nullptr))) return;
+  batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+    std::memcpy(to + batch.column + row * stride, values + at, size_t(count) * sizeof(T));
+  });
 }
 
 template <class T>
@@ -185,7 +184,7 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
 #pragma omp simd
     for (int64_t j = 0; j < batch.size(); ++j) kl[j] = kl[j] < free_bits ? free_bits : kl[j];
   }
-  if (!forward.by_row) return scatter(kl, batch, forward.inputs.columns, false, forward.kl);
+  if (!forward.by_row) return scatter(kl, batch, forward.inputs.columns, forward.kl);
   for (int64_t i = 0; i < batch.rows; ++i) {
     const A* row = kl + i * batch.pitch;
     A sum = 0;
@@ -236,8 +235,7 @@ class Forward {
   using A = typename Accumulation<T>::type;
 
  public:
-  explicit Forward(const GaussianForward& forward)
-      : forward_(forward), bounds_(forward.inputs), stream_(is_large<T>(forward.inputs)) {}
+  explicit Forward(const GaussianForward& forward) : forward_(forward), bounds_(forward.inputs) {}
 
   void run(const Task& task) {
     const Gaussian& inputs = forward_.inputs;
@@ -268,7 +266,8 @@ class Forward {
     const Noise noise(forward_.inputs, batch);
     const T* mean = values_.mean;
     A* __restrict kl = kl_, * __restrict scales = scale_;
-    T* __restrict z = z_;
+    const int64_t stride = forward_.z_at.row_stride;
+    T* __restrict z = place(forward_.z, stride, batch, z_);
     const float* eps = noise_;
     if (samples == 1) {
       noise.draw(0, noise_);
@@ -282,7 +281,7 @@ class Forward {
           from_float(fused(scale, A(eps[j]), A(to_float(mean[j]))), &z[j]);
         });
       }
-      return scatter(z_, batch, forward_.z_at.row_stride, stream_, forward_.z);
+      return scatter(z, batch, stride, forward_.z);
     }
     for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
       scales[j] = scale;
@@ -290,16 +289,19 @@ class Forward {
     });
     for (int64_t k = 0; k < samples; ++k) {
       noise.draw(k, noise_);
+      T* sample = static_cast<T*>(forward_.z) + batch.column + k * forward_.z_at.sample_stride;
+      batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+        T* __restrict to = sample + row * stride;
 #pragma omp simd
-      for (int64_t j = 0; j < size; ++j) from_float(fused(scales[j], A(eps[j]), A(to_float(mean[j]))), &z[j]);
-      scatter(z_, batch, forward_.z_at.row_stride, stream_,
-              static_cast<T*>(forward_.z) + k * forward_.z_at.sample_stride);
+        for (int64_t j = 0; j < count; ++j) {
+          from_float(fused(scales[at + j], A(eps[at + j]), A(to_float(mean[at + j]))), &to[j]);
+        }
+      });
     }
   }
 
   const GaussianForward& forward_;
   const Bounds<A> bounds_;
-  const bool stream_;
   Inputs<T> values_;
   A kl_[kGaussianChunk];
   A scale_[kGaussianChunk];
@@ -325,7 +327,7 @@ class PriorGradient {
     if (!shared_) {
       T rounded[kGaussianChunk];
       store(slopes, batch.size(), rounded);
-      return scatter(rounded, batch, columns, false, out_);
+      return scatter(rounded, batch, columns, out_);
     }
     for (int64_t i = 0; i < batch.rows; ++i) {
       const A* row = slopes + i * batch.pitch;
@@ -357,7 +359,6 @@ class Backward {
   explicit Backward(const GaussianBackward& backward)
       : backward_(backward),
         bounds_(backward.inputs),
-        stream_(is_large<T>(backward.inputs)),
         prior_mean_(backward.inputs.prior_mean, backward.grad_prior_mean),
         prior_logvar_(backward.inputs.prior_logvar, backward.grad_prior_logvar) {}
 
@@ -366,6 +367,8 @@ class Backward {
     for_each_batch(backward_.inputs, task, [&](const Batch& batch) {
       values_.read(backward_.inputs, batch);
       read_grad_kl(batch);
+      grad_mean_to_ = place(backward_.grad_mean, columns, batch, grad_mean_);
+      grad_logvar_to_ = place(backward_.grad_logvar, columns, batch, grad_logvar_);
       if (backward_.grad_z == nullptr || backward_.inputs.samples == 0) {
         finish_elements<false>(batch, [](int64_t) { return A(0); }, [](int64_t) { return A(0); });
       } else if (backward_.inputs.samples == 1) {
@@ -384,8 +387,8 @@ class Backward {
             batch, [=](int64_t j) SSLKERNELS_VISIT { return sum[j]; },
             [=](int64_t j) SSLKERNELS_VISIT { return noisy_sum[j]; });
       }
-      scatter(grad_mean_, batch, columns, stream_, backward_.grad_mean);
-      scatter(grad_logvar_, batch, columns, stream_, backward_.grad_logvar);
+      scatter(grad_mean_to_, batch, columns, backward_.grad_mean);
+      scatter(grad_logvar_to_, batch, columns, backward_.grad_logvar);
       prior_mean_.add(batch, columns);
       prior_logvar_.add(batch, columns);
     });
@@ -437,7 +440,7 @@ class Backward {
     const A low = bounds_.low, high = bounds_.high, free_bits = A(backward_.inputs.free_bits);
     const T* logvar = values_.logvar;
     const A* grad_kl = kl_;
-    T* __restrict grad_mean = grad_mean_, * __restrict grad_logvar = grad_logvar_;
+    T* __restrict grad_mean = grad_mean_to_, * __restrict grad_logvar = grad_logvar_to_;
     const auto write = [=](int64_t j, A in_mean, A twice_in_logvar) SSLKERNELS_VISIT {
       const A given = to_float(logvar[j]);
       const A in_logvar = (given < low) | (given > high) ? A(0) : A(0.5) * twice_in_logvar;
@@ -471,7 +474,6 @@ class Backward {
 
   const GaussianBackward& backward_;
   const Bounds<A> bounds_;
-  const bool stream_;
   Inputs<T> values_;
   const A* kl_ = nullptr;
   A grad_kl_[kGaussianChunk] = {};
@@ -479,6 +481,7 @@ class Backward {
   float noise_[kGaussianChunk] = {};
   A sum_[kGaussianChunk];
   A noisy_sum_[kGaussianChunk];
+  T *grad_mean_to_, *grad_logvar_to_;
   T grad_mean_[kGaussianChunk];
   T grad_logvar_[kGaussianChunk];
   PriorGradient<T> prior_mean_, prior_logvar_;
@@ -488,14 +491,12 @@ template <class T>
 void run_fwd(const GaussianForward& forward, int64_t begin, int64_t end) {
   Forward<T> tasks(forward);
   for (int64_t i = begin; i < end; ++i) tasks.run(task_of(forward.inputs, has_sums(forward), i));
-  finish_streams();
 }
 
 template <class T>
 void run_bwd(const GaussianBackward& backward, int64_t begin, int64_t end) {
   Backward<T> tasks(backward);
   for (int64_t i = begin; i < end; ++i) tasks.run(task_of(backward.inputs, has_sums(backward), i));
-  finish_streams();
 }
 
 }  // namespace
