@@ -349,7 +349,7 @@ def test_statistics_take_the_first_row_as_any_other(backend, device):
 # --- Shapes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (2, 0, 5), (0,), (1,)])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (2, 0, 5), (0,), (1,), (2, 5)])
 @pytest.mark.parametrize("samples", [None, 0, 2])
 def test_nothing_to_sample(backend, shape, samples, device):
     mean, logvar = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))

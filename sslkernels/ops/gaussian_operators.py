@@ -241,7 +241,7 @@ def _bwd(fill: Callable[..., None], *arguments) -> Gradients:
             )
     if inputs.mean.numel() > 0:
         limits = (options.free_bits, options.low, options.high)
-        by_row = _row_first(grad_z, options)
+        by_row = _row_first(grad_z, options) if options.samples > 0 else None
         fill(*_with_unit_stride(inputs), *limits, by_row, grad_kl, options.kl == ROWS, *filled)
     for gradient, part in zip(gradients[2:], filled[2:], strict=True):
         if part is not None and part is not gradient:
