@@ -185,6 +185,19 @@ def test_gradient_of_the_log_probability(backend, device, frozen):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("at", range(3))
+def test_forward_mode_raises(device, at):
+    """A tangent of 0 would be a wrong one."""
+    tensors = inputs(device, 5, 7, 3)
+
+    def logprob(leaf):
+        x, w, bias = (*tensors[:at], leaf, *tensors[at + 1 :])
+        return sk.linear_sample(x, w, linear_bias=bias, seed=0).logprob
+
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(logprob, (tensors[at],), (tensors[at],))
+
+
 def test_policy_gradient_is_unbiased(device):
     """E[r(i) d log p(i)] = d E[r(i)]: 2^16 draws, within 6 standard errors."""
     rows, vocab = 1 << 16, 5
@@ -230,6 +243,13 @@ def test_compile(device, dynamic):
         torch.testing.assert_close(loss, expected)
         for a, e in zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors), strict=True):
             torch.testing.assert_close(a, e)
+
+
+def test_compile_where_no_gradient_is_wanted(device):
+    """Also of one tensor as both arguments."""
+    x = inputs(device, 5, 7, 3)[0]
+    compiled = torch.compile(lambda x: sk.linear_sample(x, x, seed=0), fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(x), sk.linear_sample(x, x, seed=0), strict=True))
 
 
 def test_autocast_and_mixed_dtypes(device):
@@ -285,7 +305,8 @@ def test_opcheck(backend, device):
         ({"linear_weight": torch.randn(0, 4)}, ValueError, "linear_weight must have at least one row"),
         ({"linear_bias": torch.randn(4)}, ValueError, "linear_bias must have shape"),
         ({"linear_bias": torch.arange(5)}, TypeError, "linear_bias must have dtype"),
-        ({"temperature": 0.0}, ValueError, "temperature must be in \\(0, inf\\]; got 0"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be in \[1e-30, inf\]; got 0"),
+        ({"temperature": 1e-40}, ValueError, "temperature must be in"),  # 1 / temperature is inf in float32
         ({"temperature": math.nan}, ValueError, "temperature must be in"),
         ({"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a number; got Tensor"),
         ({"row_ids": torch.arange(2)}, ValueError, "row_ids must have shape"),

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from sslkernels import checks
 from sslkernels.dispatch import PREFERENCE, Op
 from sslkernels.ops.cross_entropy import contiguous
+from sslkernels.ops.functions import distinct
 from sslkernels.ops.linear_cross_entropy import compute_dtype_of, linear_cross_entropy
 from sslkernels.ops.random_streams import stream_values
 from sslkernels.ops.rows import accumulation_dtype
@@ -20,6 +22,7 @@ NAME = "linear_sample"
 # The CPU's tile of products, and the most rows of one: the weight is read once for that many rows.
 WORKSPACE_BYTES = 8 << 20
 ROWS_AT_ONCE = 1024
+LEAST_TEMPERATURE = 1e-30  # whose inverse is a number of float32
 
 
 class LinearSample(NamedTuple):
@@ -118,6 +121,20 @@ linear_sample_op = Op(
 )
 
 
+class _WithoutGradient(Function):
+    """logprob where no gradient is wanted, for forward-mode differentiation to raise: else its tangent would be 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logprob, input, linear_weight, linear_bias):
+        return logprob.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
 def linear_sample(
     input: Tensor,
     linear_weight: Tensor,
@@ -141,7 +158,7 @@ def linear_sample(
             dtype, whatever the dtypes of input and weight; otherwise the two must be equal.
         linear_weight: `(V, D)`.
         linear_bias: `(V,)`, any float dtype.
-        temperature: divides the logits; above 0, infinity for uniform draws.
+        temperature: divides the logits; at least 1e-30, infinity for uniform draws.
         row_ids: int64 `(...)`, the number of each row for the noise, in place of its flattened index.
         seed: an int or a 0-d int64 tensor on the device. generator: draws the seed where it is None; default torch's
             generator of the device.
@@ -183,6 +200,8 @@ def linear_sample(
             logit_scale=1 / temperature,
             reduction="none",
         )
+    else:
+        logprob = _WithoutGradient.apply(*distinct((logprob, *leaves)))
     return LinearSample(index.reshape(shape), logprob.reshape(shape))
 
 
@@ -202,7 +221,7 @@ def _check(
         checks.fail(ValueError, NAME, "linear_weight", "have at least one row", tuple(linear_weight.shape))
     checks.tensor(NAME, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
     checks.shape(NAME, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
-    checks.number(NAME, "temperature", temperature, low=0, low_open=True)
+    checks.number(NAME, "temperature", temperature, low=LEAST_TEMPERATURE)
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
     checks.shape(NAME, "row_ids", row_ids, input.shape[:-1], "that of input without its last dimension")
     for argument, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("row_ids", row_ids)):
