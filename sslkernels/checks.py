@@ -54,6 +54,11 @@ def same_device(function: str, argument: str, value: Tensor | None, other: str, 
         fail(ValueError, function, argument, f"be on the device of {other}, {device}", value.device)
 
 
+def autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on `device`; the device "meta" has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def choice(function: str, argument: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         fail(ValueError, function, argument, f"be {_either([repr(c) for c in choices])}", repr(value))

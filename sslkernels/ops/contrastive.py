@@ -336,10 +336,9 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor, acc:
 
 def _compute_dtype(function: str, query: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype of the matmuls: autocast's, else that of the tensors."""
-    device = query.device.type
     dtypes = [query.dtype, *(t.dtype for t in others if t is not None)]
-    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
-        return torch.get_autocast_dtype(device)
+    if checks.autocast(query.device) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(query.device.type)
     for name, tensor in zip(("key", "bank", "negatives"), others, strict=True):
         if tensor is not None and tensor.dtype != query.dtype:
             must = f"have the dtype of query, {query.dtype}, outside autocast"

@@ -169,7 +169,7 @@ def _check_pair(function: str, first_name: str, first: Tensor, second_name: str,
 def _check_like(function: str, name: str, value: Tensor, of: str, reference: Tensor) -> None:
     """Device, and outside autocast dtype, of another argument."""
     checks.same_device(function, name, value, of, reference.device)
-    if value.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+    if value.dtype != reference.dtype and not checks.autocast(reference.device):
         must = f"have the dtype of {of}, {reference.dtype}, outside autocast"
         checks.fail(TypeError, function, name, must, value.dtype)
 

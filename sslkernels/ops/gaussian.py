@@ -305,7 +305,7 @@ def _check(
             tensors[part] = tensor
     checks.tensor(name, "row_ids", row_ids, (torch.int64,), optional=True)
     checks.shape(name, "row_ids", row_ids, mean.shape[:-1], "mean.shape[:-1]")
-    autocast = torch.is_autocast_enabled(mean.device.type)
+    autocast = checks.autocast(mean.device)
     for part, tensor in tensors.items():
         checks.same_device(name, part, tensor, "mean", mean.device)
         if tensor.dtype != mean.dtype and not autocast:

@@ -272,9 +272,8 @@ def linear_cross_entropy(
 
 def compute_dtype_of(function: str, input: Tensor, linear_weight: Tensor) -> torch.dtype:
     """The dtype of the matmuls: autocast's, else that of the tensors."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (input.dtype, linear_weight.dtype):
-        return torch.get_autocast_dtype(device)
+    if checks.autocast(input.device) and torch.float64 not in (input.dtype, linear_weight.dtype):
+        return torch.get_autocast_dtype(input.device.type)
     if linear_weight.dtype != input.dtype:
         must = f"have the dtype of input, {input.dtype}, outside autocast"
         checks.fail(TypeError, function, "linear_weight", must, linear_weight.dtype)

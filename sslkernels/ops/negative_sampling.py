@@ -316,7 +316,7 @@ def _check(
         ("context_weight", context_weight),
     ):
         checks.same_device(NAME, argument, value, "center", center.device)
-    autocast = torch.is_autocast_enabled(center.device.type)
+    autocast = checks.autocast(center.device)
     if center_weight.dtype != context_weight.dtype and not autocast:
         must = f"have the dtype of center_weight, {center_weight.dtype}, outside autocast"
         checks.fail(TypeError, NAME, "context_weight", must, context_weight.dtype)

@@ -255,7 +255,7 @@ def _check(prediction: Tensor, target: Tensor, beta: float, mode: str, reduction
     checks.same_device(NAME, "target", target, "prediction", prediction.device)
     if count == 0:
         checks.fail(ValueError, NAME, "prediction", "have at least one element along dim 1", tuple(prediction.shape))
-    autocast = torch.is_autocast_enabled(prediction.device.type)
+    autocast = checks.autocast(prediction.device)
     if target.dtype != prediction.dtype and not autocast:
         must = f"have the dtype of prediction, {prediction.dtype}, outside autocast"
         checks.fail(TypeError, NAME, "target", must, target.dtype)
