@@ -185,6 +185,24 @@ def test_gradient_of_the_log_probability(backend, device, frozen):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "bias_dtype"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_a_bias_is_divided_by_the_temperature_in_the_dtype_of_the_sum(backend, device, dtype, bias_dtype):
+    """In its own it would be rounded, and the log-probability be another where a gradient is wanted."""
+    x, w, bias = inputs(device, 6, 9, 4, dtype)
+    bias = (8 * bias).to(bias_dtype).requires_grad_()
+    index, logprob = sk.linear_sample(x, w, linear_bias=bias, temperature=0.7, seed=3)
+    expected = exact_logits(x, w, bias, 0.7).log_softmax(1).gather(1, index[:, None])[:, 0]
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(logprob.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_no_features(backend, device):
+    x, w, bias = (t.requires_grad_() for t in inputs(device, 4, 5, 0))
+    logprob = sk.linear_sample(x, w, linear_bias=bias, seed=3).logprob
+    grads = torch.autograd.grad(logprob.sum(), (x, w, bias))
+    assert [g.shape for g in grads] == [x.shape, w.shape, bias.shape]
+
+
 @pytest.mark.parametrize("at", range(3))
 def test_forward_mode_raises(device, at):
     """A tangent of 0 would be a wrong one."""

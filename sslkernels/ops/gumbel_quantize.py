@@ -108,7 +108,7 @@ def _bwd(
         # The values of a row without a state are NaN: so is the gradient of the code that it has.
         acc = accumulation_dtype(codebook.dtype)
         weight = torch.ones_like(row_sum, dtype=acc).masked_fill_(row_sum.isnan(), torch.nan).flatten()
-        sum_rows(keys, weight, grad_values.reshape(-1, dim), None, grads[1].view(groups * codes, dim))
+        sum_rows(keys, weight, grad_values.reshape(keys.numel(), dim), None, grads[1].view(groups * codes, dim))
     if not want_logits:
         return grads
     matrix, out = as_matrix(logits), grads[0].view(-1, codes)

@@ -226,7 +226,7 @@ def linear_cross_entropy(
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
 
     acc = accumulation_dtype(input.dtype)
-    x = input.reshape(-1, input.shape[-1]).contiguous()
+    x = input.reshape(target.numel(), input.shape[-1]).contiguous()
     w = linear_weight.contiguous()
     y = target.reshape(-1).contiguous()
     bias = contiguous(linear_bias)

@@ -196,7 +196,7 @@ def linear_sample(
             x,
             linear_weight,
             index,
-            linear_bias=None if linear_bias is None else linear_bias / temperature,
+            linear_bias=None if linear_bias is None else linear_bias.to(acc) / temperature,
             logit_scale=1 / temperature,
             reduction="none",
         )
