@@ -13,7 +13,7 @@ from sslkernels.ops import codebook as codebooks
 from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
 from sslkernels.ops.random_streams import random_normal
 from sslkernels.ops.vector_quantize import METRICS, Quantized, vector_quantize
-from sslkernels.random import seed_tensor
+from sslkernels.random import in_backward, seed_tensor
 
 NAME = "VectorQuantizer"
 
@@ -182,7 +182,7 @@ class VectorQuantizer(nn.Module):
 
 
 def _refuse_recomputation() -> None:
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if in_backward():
         raise RuntimeError(
             f"{NAME}: in training it cannot be computed again in backward (activation checkpointing), for its codebook "
             "has moved since; leave it out of the checkpointed function"

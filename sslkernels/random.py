@@ -19,6 +19,16 @@ def wrap_int64(value: int) -> int:
     return value - 2**64 if value > _INT64_MAX else value
 
 
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, in which activation checkpointing computes a forward again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    defaults = (torch.default_generator, *(torch.cuda.default_generators if generator.device.type == "cuda" else ()))
+    return any(generator is default for default in defaults)
+
+
 def seed_tensor(
     function: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
@@ -26,7 +36,8 @@ def seed_tensor(
 
     function: the public function, for messages; seed: an int in [-2**63, 2**64), of which the 64 bits count, or a 0-d
     int64 tensor on `device`, which is returned as it is; generator: draws the seed where `seed` is None, and is torch's
-    default generator of the device where it is None too. Both given: `ValueError`.
+    default generator of the device where it is None too. Both given: `ValueError`. A generator of one's own in a forward
+    that activation checkpointing computes again: `RuntimeError`.
 
     The kernels read the seed from memory when they run, so that a captured CUDA graph draws a new one on each replay.
     """
@@ -48,4 +59,9 @@ def seed_tensor(
             checks.fail(TypeError, function, "generator", "be a torch.Generator or None", type(generator).__name__)
         if generator.device.type != device.type:
             checks.fail(ValueError, function, "generator", f"be on {device}", generator.device)
+        if in_backward() and not _is_default(generator):
+            raise RuntimeError(
+                f"{function}: a generator of one's own cannot draw in backward: activation checkpointing, which computes a "
+                "forward again there, does not restore it, and the noise would be another; pass seed"
+            )
     return torch.randint(_INT64_MIN, _INT64_MAX, (), dtype=torch.int64, device=device, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from philox_oracle import KNOWN, as_int64, chi_square_limit, philox, word
+from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from sslkernels.random import seed_tensor
@@ -142,3 +143,22 @@ def test_seed_tensor(device):
         seed_tensor("f", None, 3, where)
     with pytest.raises(ValueError, match=r"^f: generator must be on meta; got"):
         seed_tensor("f", None, generator, torch.device("meta"))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_generator_of_ones_own_is_refused_in_a_recomputed_forward(use_reentrant, device):
+    """Activation checkpointing does not restore it: the gradient would be that of other noise."""
+    table, default = torch.randn(6, 6, device=device), torch.default_generator
+    calls = [
+        lambda x, g: sk.gaussian_rsample(x, x, generator=g).z,
+        lambda x, g: sk.gumbel_softmax(x, generator=g),
+        lambda x, g: sk.gumbel_quantize(x, table, generator=g).values,
+        lambda x, g: sk.linear_sample(x, table, generator=g).logprob,
+    ]
+    for call in calls:
+        x = torch.randn(3, 6, device=device, requires_grad=True)
+        loss = checkpoint(call, x, torch.Generator(device), use_reentrant=use_reentrant).sum()
+        with pytest.raises(RuntimeError, match="a generator of one's own cannot draw in backward"):
+            loss.backward()
+        if device == "cpu":
+            checkpoint(call, x, default, use_reentrant=use_reentrant).sum().backward()
