@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from sslkernels import checks
 
@@ -36,8 +37,9 @@ def seed_tensor(
 
     function: the public function, for messages; seed: an int in [-2**63, 2**64), of which the 64 bits count, or a 0-d
     int64 tensor on `device`, which is returned as it is; generator: draws the seed where `seed` is None, and is torch's
-    default generator of the device where it is None too. Both given: `ValueError`. A generator of one's own in a forward
-    that activation checkpointing computes again: `RuntimeError`.
+    default generator of the device where it is None too. Both given: `ValueError`. `RuntimeError` where the noise of
+    backward would be another than that of forward: a generator of one's own in a forward that activation checkpointing
+    computes again, or a seed drawn in a graph in which torch.compile may compute anything again.
 
     The kernels read the seed from memory when they run, so that a captured CUDA graph draws a new one on each replay.
     """
@@ -61,7 +63,12 @@ def seed_tensor(
             checks.fail(ValueError, function, "generator", f"be on {device}", generator.device)
         if in_backward() and not _is_default(generator):
             raise RuntimeError(
-                f"{function}: a generator of one's own cannot draw in backward: activation checkpointing, which computes a "
-                "forward again there, does not restore it, and the noise would be another; pass seed"
+                f"{function}: a generator of one's own cannot draw in backward: activation checkpointing, which "
+                "computes a forward again there, does not restore it, and the noise would be another; pass seed"
             )
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and functorch.activation_memory_budget < 1:
+        raise RuntimeError(
+            f"{function}: with torch._functorch.config.activation_memory_budget < 1 torch.compile may draw another seed "
+            "in backward (pytorch issue 190758); pass seed, as a tensor that is drawn outside"
+        )
     return torch.randint(_INT64_MIN, _INT64_MAX, (), dtype=torch.int64, device=device, generator=generator)

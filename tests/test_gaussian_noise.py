@@ -11,6 +11,7 @@ import gaussian_oracle
 import oracle
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from cases import DTYPES
 from gaussian_oracle import CASES, call
 from torch.utils.checkpoint import checkpoint
@@ -200,6 +201,28 @@ def test_compile_draws_the_seed_and_takes_one_tensor_twice(device):
     torch.testing.assert_close(first, expected)
     for a, b in zip(torch.autograd.grad(first.z.sum(), mean), torch.autograd.grad(expected.z.sum(), mean), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_memory_budget_of_the_compiler_changes_no_noise(device):
+    """Below 1 torch draws again in backward what forward drew from a generator (pytorch issue 190758)."""
+    mean, logvar = parameters(device)
+
+    def block(mean, logvar, seed):
+        return sk.gaussian_rsample(mean.tanh(), logvar.sin(), kl=None, seed=seed).z.square().sum()
+
+    expected = torch.autograd.grad(block(mean, logvar, 9), (mean, logvar))
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")
+    with functorch_config.patch(activation_memory_budget=0.0):
+        for seed in (9, torch.tensor(9, device=device)):
+            grads = torch.autograd.grad(compiled(mean, logvar, seed), (mean, logvar))
+            for a, b in zip(grads, expected, strict=True):
+                torch.testing.assert_close(a, b)
+        with pytest.raises(Exception, match=r"torch\.compile may draw another seed in backward"):
+            compiled(mean, logvar, None)
+        with torch.no_grad():
+            assert compiled(mean, logvar, None).isfinite()
+    assert torch.autograd.grad(compiled(mean, logvar, None), mean)[0].isfinite().all()
 
 
 def test_functional_transforms(device):
