@@ -68,7 +68,7 @@ def seed_tensor(
             )
     if torch.compiler.is_compiling() and torch.is_grad_enabled() and functorch.activation_memory_budget < 1:
         raise RuntimeError(
-            f"{function}: with torch._functorch.config.activation_memory_budget < 1 torch.compile may draw another seed "
-            "in backward (pytorch issue 190758); pass seed, as a tensor that is drawn outside"
+            f"{function}: with torch._functorch.config.activation_memory_budget < 1 torch.compile may draw another "
+            "seed in backward (pytorch issue 190758); pass seed, as a tensor that is drawn outside"
         )
     return torch.randint(_INT64_MIN, _INT64_MAX, (), dtype=torch.int64, device=device, generator=generator)
