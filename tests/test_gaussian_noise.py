@@ -225,6 +225,28 @@ def test_a_memory_budget_of_the_compiler_changes_no_noise(device):
     assert torch.autograd.grad(compiled(mean, logvar, None), mean)[0].isfinite().all()
 
 
+def test_a_compiled_checkpoint_makes_the_same_noise(device):
+    """The compiler computes the block again in backward, with the seed that forward drew."""
+    mean, logvar = parameters(device)
+
+    def block(mean, logvar):
+        z = sk.gaussian_rsample(mean.tanh(), logvar.sin(), kl=None).z
+        return z, z.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *tensors: checkpoint(block, *tensors, use_reentrant=False),
+        fullgraph=True,
+        backend="aot_eager_decomp_partition",
+    )
+    z, loss = compiled(mean, logvar)
+    scale = (logvar.sin() / 2).exp()
+    eps = ((z - mean.tanh()) / scale).detach()
+    expected = torch.autograd.grad((mean.tanh() + scale * eps).square().sum(), (mean, logvar))
+    for a, b in zip(torch.autograd.grad(loss, (mean, logvar)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_functional_transforms(device):
     mean, logvar = parameters(device, dtype=torch.float64, requires_grad=False)
     seed = torch.tensor(1, device=device)

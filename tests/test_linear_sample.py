@@ -270,6 +270,36 @@ def test_compile_where_no_gradient_is_wanted(device):
     assert all(torch.equal(a, b) for a, b in zip(compiled(x), sk.linear_sample(x, x, seed=0), strict=True))
 
 
+def test_export(device):
+    """A head that samples within the exported model, for any number of rows."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(inputs(device, 4, 11, 6)[1])
+
+        def forward(self, x, seed):
+            return sk.linear_sample(x, self.weight, temperature=0.7, seed=seed)
+
+    head, rows = Head(), torch.export.Dim("rows")
+    arguments = (inputs(device, 4, 11, 6)[0], torch.tensor(1, device=device))
+    exported = torch.export.export(head, arguments, dynamic_shapes={"x": {0: rows}, "seed": None}).module()
+    arguments = (inputs(device, 9, 11, 6)[0], torch.tensor(5, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(exported(*arguments), head(*arguments), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a weight of 64 MiB on the CPU")
+def test_more_than_2_24_classes():
+    """torch.multinomial takes no more on a GPU, and a float32 index would name no odd one behind them."""
+    classes = 2**24 + 5
+    weight = torch.full((classes, 1), -30.0)
+    weight[classes - 2] = 30.0
+    with sk.use_backend("cpu"):
+        index, logprob = sk.linear_sample(torch.ones(2, 1), weight, seed=0)
+    assert (index == classes - 2).all()
+    torch.testing.assert_close(logprob, torch.zeros(2), atol=1e-6, rtol=0)
+
+
 def test_autocast_and_mixed_dtypes(device):
     x, w, bias = inputs(device, 20, 65, 16)
     with torch.autocast(device, torch.bfloat16):

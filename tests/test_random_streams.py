@@ -83,6 +83,15 @@ def test_compile(device):
         assert torch.equal(compiled(*arguments), f(*arguments))
 
 
+def test_compile_without_a_tensor():
+    """The device is then torch's default one."""
+    compiled = torch.compile(lambda n: sk.random_normal((n, 5), -3), fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 7):
+        assert torch.equal(compiled(rows), sk.random_normal((rows, 5), -3))
+    with torch.device("meta"):
+        assert sk.random_normal((2, 5), 0).is_meta
+
+
 def test_opcheck(backend, device):
     seed = torch.tensor(3, device=device)
     torch.library.opcheck(torch.ops.sslkernels.random_bits.default, (seed, None, 3, 6, 1, torch.int32))

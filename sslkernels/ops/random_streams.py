@@ -275,10 +275,10 @@ def _stream(
     if stream != "bits" and dtype not in checks.FLOAT_DTYPES:
         checks.fail(TypeError, name, "dtype", "be float32, bfloat16, float16 or float64", dtype)
     source = next((t for t in (row_ids, seed) if isinstance(t, Tensor)), None)
-    if device is not None:
-        where = torch.empty(0, device=device).device  # "cuda" names the current CUDA device
-    else:
-        where = source.device if source is not None else torch.get_default_device()
+    if device is not None or source is None:
+        # "cuda" names the current CUDA device, and None torch's default one.
+        source = torch.empty(0, device=device)
+    where = source.device
     checks.same_device(name, "row_ids", row_ids, "the result", where)
     rows = math.prod(size[:-1])
     flat_ids = None if row_ids is None else row_ids.reshape(rows).contiguous()
