@@ -7,6 +7,9 @@ often it would fail for a random seed.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from philox_oracle import chi_square_limit
 from torch import Tensor
 
 import sslkernels as sk
+from sslkernels import native
 from sslkernels.ops import noise
 from sslkernels.ops.philox import random_words
 
@@ -214,3 +218,44 @@ def test_errors(name):
         stream(name, (2, 3), None)
     with pytest.raises(ValueError, match=f"^random_{name}: sample must be at least 0"):
         stream(name, (2, 3), 0, sample=-1)
+
+
+ISA_PROGRAM = """
+import torch, sslkernels as sk
+from sslkernels import native
+
+torch.manual_seed(0)
+for columns in (1, 3, 4, 13, 1023, 1024, 1029):
+    ids = torch.arange(7) * (2**50 + 1) - 3
+    x = torch.randn(7, 2 * columns, requires_grad=True)
+    mean, logvar = x.chunk(2, 1)
+    found = []
+    for backend in ("cpu", "reference"):
+        with sk.use_backend(backend):
+            streams = ("bits", "normal", "uniform", "exponential", "gumbel")
+            exact = [getattr(sk, "random_" + s)((7, columns), -7, row_ids=ids, sample=2**40 + 1) for s in streams]
+            exact += [sk.random_normal((7, columns), 1, dtype=torch.bfloat16)]
+            results = []
+            for samples in (1, 3):
+                z, kl = sk.gaussian_rsample(mean, logvar, samples, prior=(mean[0], mean[:1]), row_ids=ids, seed=5)
+                results += [z, kl, *torch.autograd.grad(z.sin().sum() + kl.sum(), x)]
+            y = sk.gumbel_softmax(mean, tau=0.7, row_ids=ids, seed=5)
+            results += [y, *torch.autograd.grad(y.square().sum(), x)]
+            found.append((exact, results))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0])), columns
+    for a, b in zip(found[0][1], found[1][1]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+print(native.extension.build_info()["cpu_isa"])
+"""
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2"])
+def test_every_compiled_instruction_set_makes_the_same_bits(isa):
+    """The best one is what the other tests run."""
+    if native.extension is None:
+        pytest.skip("no compiled extension")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SSLKERNELS_CPU_ISA": isa}
+    command = [sys.executable, "-c", ISA_PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("default", isa)
