@@ -13,6 +13,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
+LARGEST = torch.finfo(torch.float32).max
 
 
 def fail(kind: type[Exception], function: str, argument: str, must: str, got: object) -> None:
@@ -31,6 +32,8 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
     if not plain and type(value).__module__.startswith("torch.distributed"):
         must = "be a plain tensor (pass the local shard, or gather it with full_tensor())"
         fail(TypeError, function, argument, must, type(value).__name__)
+    if value.is_nested:
+        fail(TypeError, function, argument, "be a plain tensor", "a nested one")
     if value.layout != torch.strided:
         fail(TypeError, function, argument, "have a strided layout", value.layout)
     if value.dtype not in dtypes:
@@ -60,7 +63,7 @@ def autocast(device: torch.device) -> bool:
 
 
 def choice(function: str, argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not (value is None or isinstance(value, str)) or value not in choices:
         fail(ValueError, function, argument, f"be {_either([repr(c) for c in choices])}", repr(value))
 
 

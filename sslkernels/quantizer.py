@@ -207,12 +207,12 @@ def _check(
         checks.number(NAME, "decay", decay, low=0.0, high=1.0)
         if decay == 1:
             checks.fail(ValueError, NAME, "decay", "be less than 1", decay)
-    checks.number(NAME, "eps", eps, low=0.0)
+    checks.number(NAME, "eps", eps, low=0.0, high=checks.LARGEST)
     if revive_below is not None:
         checks.number(NAME, "revive_below", revive_below, low=0.0)
         if revive_below >= 1:
             checks.fail(ValueError, NAME, "revive_below", "be less than 1, or None", revive_below)
-    checks.number(NAME, "codebook_weight", codebook_weight, low=0.0)
+    checks.number(NAME, "codebook_weight", codebook_weight, low=0.0, high=checks.LARGEST)
     if dtype not in (torch.float32, torch.float64):
         checks.fail(TypeError, NAME, "dtype", "be torch.float32 or torch.float64", dtype)
     if isinstance(init, Tensor):

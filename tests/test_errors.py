@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -104,6 +105,32 @@ def test_distributed_tensors_are_refused_with_a_way_out():
             sk.linear_cross_entropy(X, sharded, Y)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_and_choices_that_are_no_strings_are_refused():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    calls = [
+        (
+            lambda: sk.gaussian_kl(nested, nested),
+            TypeError,
+            "gaussian_kl: mean must be a plain tensor; got a nested one",
+        ),
+        (
+            lambda: sk.gumbel_softmax(nested),
+            TypeError,
+            "gumbel_softmax: logits must be a plain tensor; got a nested one",
+        ),
+        (
+            lambda: sk.free_energy(X, mode=numpy.ones(2)),
+            ValueError,
+            "free_energy: mode must be 'soft' or 'min'; got array",
+        ),
+        (lambda: sk.gaussian_kl(X, X, reduction=X), ValueError, "gaussian_kl: reduction must be 'none', 'row', "),
+    ]
+    for call, kind, message in calls:
+        with pytest.raises(kind, match=message):
+            call()
 
 
 def test_options_are_keyword_only():

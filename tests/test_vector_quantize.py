@@ -356,7 +356,8 @@ ERRORS = [
     (dict(codebook=C.to("meta")), ValueError, r"codebook must be on the device of input, cpu; got meta"),
     (dict(metric="l1"), ValueError, r"metric must be 'l2', 'cosine' or 'dot'; got 'l1'"),
     (dict(straight_through=1), TypeError, r"straight_through must be a bool; got int"),
-    (dict(codebook_weight=-1.0), ValueError, r"codebook_weight must be in \[0, inf\]; got -1.0"),
+    (dict(codebook_weight=-1.0), ValueError, r"codebook_weight must be in \[0, 3.40282e\+38\]; got -1.0"),
+    (dict(codebook_weight=float("inf")), ValueError, r"codebook_weight must be in"),
     (dict(codebook_weight="1"), TypeError, r"codebook_weight must be a number; got str"),
 ]
 

@@ -346,6 +346,7 @@ ERRORS = [
     (dict(decay=1.0), ValueError, "decay must be less than 1; got 1.0"),
     (dict(decay=-0.1), ValueError, r"decay must be in \[0, 1\]; got -0.1"),
     (dict(eps=-1.0), ValueError, "eps must be in"),
+    (dict(eps=float("inf")), ValueError, "eps must be in"),  # which would leave the codebook as it is
     (dict(revive_below=1.0), ValueError, "revive_below must be less than 1, or None; got 1.0"),
     (dict(codebook_weight=-1.0), ValueError, "codebook_weight must be in"),
     (dict(init="kmeans"), ValueError, "init must be 'data' or 'normal'; got 'kmeans'"),

@@ -318,4 +318,4 @@ def _check(input: Tensor, codebook: Tensor, metric: str, straight_through: bool,
     checks.same_device(NAME, "codebook", codebook, "input", input.device)
     checks.choice(NAME, "metric", metric, METRICS)
     checks.boolean(NAME, "straight_through", straight_through)
-    checks.number(NAME, "codebook_weight", codebook_weight, low=0.0)
+    checks.number(NAME, "codebook_weight", codebook_weight, low=0.0, high=checks.LARGEST)
