@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.distributions.utils import broadcast_all
 
 from sslkernels import checks
 from sslkernels.ops.gaussian import gaussian_kl, samples_first
+from sslkernels.ops.rows import accumulation_dtype
 
 __all__ = ["FusedNormal"]
 
@@ -110,14 +112,24 @@ def _at_least_1d(tensor: Tensor) -> Tensor:
 
 
 def _parameters(p: Normal) -> tuple[Tensor, Tensor]:
-    return p.loc, p.logvar if isinstance(p, FusedNormal) else 2 * p.scale.log()
+    return p.loc, p.logvar if isinstance(p, FusedNormal) else p.scale
 
 
 @register_kl(FusedNormal, FusedNormal)
 @register_kl(FusedNormal, Normal)
 @register_kl(Normal, FusedNormal)
 def _kl(p: Normal, q: Normal) -> Tensor:
+    tensors = (*_parameters(p), *_parameters(q))
+    shaped = [t for t in tensors if t.dim() > 0] or tensors  # as torch promotes: numbers do not widen tensors
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in shaped))
+    if not (isinstance(p, FusedNormal) and isinstance(q, FusedNormal)):
+        dtype = accumulation_dtype(dtype)  # of the logarithm, too
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
-    mean, logvar = (_at_least_1d(t.expand(shape)) for t in _parameters(p))
-    prior = tuple(_at_least_1d(t) for t in _parameters(q))
+    mean, logvar = (_at_least_1d(t.expand(shape)) for t in _mean_and_logvar(p, dtype))
+    prior = tuple(_at_least_1d(t) for t in _mean_and_logvar(q, dtype))
     return gaussian_kl(mean, logvar, prior=prior, reduction="none").reshape(shape)
+
+
+def _mean_and_logvar(p: Normal, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    mean, spread = (t.to(dtype) for t in _parameters(p))
+    return mean, spread if isinstance(p, FusedNormal) else 2 * spread.log()

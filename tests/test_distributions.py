@@ -121,6 +121,25 @@ def test_half_precision(device):
     assert kl_divergence(fused, Normal(torch.zeros_like(loc), torch.ones_like(loc))).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_the_divergence_to_a_normal_of_another_dtype(backend, dtype, shape, device):
+    """As the prior `Normal(0.0, 1.0)`, which is float32."""
+    fused = FusedNormal(*(torch.randn(4, 3, device=device).to(dtype) for _ in range(2)))
+    other = Normal(torch.full(shape, 0.3, device=device), torch.full(shape, 1.7, device=device))
+    exact = (
+        Normal(fused.loc.double(), (fused.logvar.double() / 2).exp()),
+        Normal(other.loc.double(), other.scale.double()),
+    )
+    for got, expected in (
+        (kl_divergence(fused, other), kl_divergence(*exact)),
+        (kl_divergence(other, fused), kl_divergence(*exact[::-1])),
+    ):
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_values_far_from_the_mean_of_a_narrow_distribution_keep_their_density():
     """Where the variance itself is below float32."""
     fused = FusedNormal(torch.zeros(1), torch.full((1,), -110.0))
