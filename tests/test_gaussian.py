@@ -290,6 +290,17 @@ def test_what_is_not_finite_stays_where_it_is(backend, dtype, device):
     assert torch.equal(bounded.isnan(), nan)
 
 
+def test_the_divergence_of_half_precision_holds_what_it_does_not(backend, device):
+    """exp(12) is beyond float16: neither the divergence nor its gradient is computed in it."""
+    mean = torch.zeros(1, 4, dtype=torch.float16, device=device)
+    logvar = torch.tensor([[11.0, 12.0, 16.0, 20.0]], dtype=torch.float16, device=device, requires_grad=True)
+    z, kl = sk.gaussian_rsample(mean, logvar, kl="none", seed=0)
+    assert z.isfinite().all()
+    torch.testing.assert_close(kl.double(), (torch.expm1(logvar.double()) - logvar.double()) / 2, rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad((kl * 1e-6).sum(), logvar)
+    torch.testing.assert_close(grad.double(), torch.expm1(logvar.double()) * 5e-7, rtol=2e-3, atol=1e-6)
+
+
 def test_scales_over_all_of_float32(backend, device):
     """Relative error of exp(logvar / 2) from underflow to overflow: at most that of a few roundings."""
     logvar = torch.linspace(-170, 177, 700, device=device).view(1, -1)

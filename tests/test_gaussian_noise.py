@@ -72,6 +72,17 @@ def test_a_batch_in_parts_or_in_another_order_is_the_same(backend, columns, devi
                 assert equal(got, [t[part] for t in whole])
 
 
+def test_row_numbers_do_not_wrap(backend, device):
+    """Numbers of rows whose groups are beyond 2^32, in forward and in backward."""
+    ids = torch.tensor([2**33 + 1, 1, 2**62 + 5], device=device)
+    mean, logvar = (torch.zeros(3, 13, device=device, requires_grad=True) for _ in range(2))
+    z = sk.gaussian_rsample(mean, logvar, 2, row_ids=ids, seed=6).z
+    eps = torch.stack([sk.random_normal((3, 13), 6, row_ids=ids, sample=k) for k in range(2)], 1)
+    assert torch.equal(z, eps)
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), logvar)[0], eps.sum(1) / 2)
+    assert not torch.equal(eps, sk.gaussian_rsample(mean, logvar, 2, row_ids=ids % 2**32, seed=6).z)
+
+
 def test_seeds_and_generators(backend, device):
     mean, logvar = parameters(device)
     first = step(mean, logvar, seed=5)

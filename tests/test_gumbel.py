@@ -314,6 +314,18 @@ def test_batches_split_by_row_ids(backend, device):
     assert torch.equal(grad.movedim(1, -1), expected)
 
 
+@pytest.mark.parametrize("codes", [5, 50])
+def test_row_numbers_do_not_wrap(backend, device, codes):
+    """Numbers of rows whose groups are beyond 2^32, in forward and in backward."""
+    ids = torch.tensor([2**33 + 1, 1, 2**62 + 5], device=device)
+    logits = draw(3, codes, device=device).requires_grad_()
+    y = sk.gumbel_softmax(logits, 0.5, row_ids=ids, seed=6)
+    expected = ((logits + sk.random_gumbel((3, codes), 6, row_ids=ids)) / 0.5).softmax(-1)
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(v.square().sum(), logits)[0] for v in (y, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_seeds_and_generators(backend, device):
     logits = torch.zeros(3, 50, device=device)
     generator = torch.Generator(device).manual_seed(1)

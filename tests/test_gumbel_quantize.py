@@ -346,6 +346,17 @@ def test_batches_split_by_row_ids(backend, device):
         torch.testing.assert_close(torch.autograd.grad(part.values.sum(), logits)[0], grad)
 
 
+def test_row_numbers_do_not_wrap(backend, device):
+    """Numbers of rows whose groups are beyond 2^32."""
+    ids = torch.tensor([2**33 + 1, 1, 2**61 + 5], device=device)
+    code = sk.gumbel_quantize(
+        torch.zeros(3, 2, 9, device=device), torch.zeros(2, 9, 1, device=device), row_ids=ids, seed=6
+    )
+    of_groups = (2 * ids[:, None] + torch.arange(2, device=device)).flatten()
+    expected = sk.random_gumbel((6, 9), 6, row_ids=of_groups).argmax(1).view(3, 2)
+    assert torch.equal(code.indices, expected)
+
+
 def test_strips(backend, device, monkeypatch):
     """The gradient of the one-hot in strips of few rows is that of one strip, noise included."""
     monkeypatch.setattr(module, "STRIP_BYTES", {"cpu": 1 << 30, "cuda": 1 << 30})

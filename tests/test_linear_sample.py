@@ -230,6 +230,14 @@ def test_policy_gradient_is_unbiased(device):
     assert ((got - expected).abs() < 6 * (variance / rows).sqrt()).all()
 
 
+def test_row_numbers_do_not_wrap(backend, device):
+    """Numbers of rows whose groups are beyond 2^32."""
+    x, w, _ = inputs(device, 5, 33, 3)
+    ids = torch.tensor([2**33 + 1, 1, 2**62 + 5, 2**31, -1], device=device)
+    drawn = sk.linear_sample(x, w, row_ids=ids, seed=7)
+    assert_drawn(drawn, exact_logits(x, w, None, 1.0), 7, torch.float32, backend, ids)
+
+
 def test_seeds(backend, device):
     x, w, _ = inputs(device, 9, 33, 4)
     expected = sk.linear_sample(x, w, seed=-3).index

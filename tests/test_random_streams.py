@@ -146,6 +146,8 @@ def test_seed_tensor(device):
     torch.manual_seed(1)
     assert draws(None) == default
 
+    with pytest.raises(ValueError, match=r"^f: seed must have shape \(\) = \(\); got \(2,\)"):  # one for all rows
+        seed_tensor("f", torch.zeros(2, dtype=torch.int64, device=device), None, where)
     with pytest.raises(ValueError, match=r"^f: generator must be None where seed is given; got both"):
         seed_tensor("f", 1, generator, where)
     with pytest.raises(TypeError, match=r"^f: generator must be a torch.Generator or None; got int"):

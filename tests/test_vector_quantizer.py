@@ -189,6 +189,14 @@ def test_no_state_but_its_own(backend, device):
     assert equal(*results)
 
 
+def test_the_averages_keep_no_graph(device):
+    """Buffers that hold the graphs of past batches grow without bound."""
+    module = quantizer(device, revive_below=0.3)
+    for x in batches(device, 3):
+        module(x.requires_grad_())
+    assert not any(buffer.requires_grad for buffer in module.buffers())
+
+
 def test_a_saved_state_goes_on_as_if_it_had_not_stopped(backend, device):
     whole, stopped = (quantizer(device, revive_below=0.5) for _ in range(2))
     data = list(batches(device, 6))
