@@ -473,6 +473,12 @@ def test_functional_transforms(device):
     whole = torch.autograd.grad(sk.gumbel_quantize(leaves[0], codebook, seed=3).values.square().sum(), leaves[0])[0]
     torch.testing.assert_close(per_row, whole)
 
+    both = torch.func.vmap(lambda x: sk.gumbel_quantize(x, codebook, seed=3, return_stats=True))(
+        torch.stack([logits, 2 * logits])
+    )
+    for got, each in zip(both, sk.gumbel_quantize(2 * logits, codebook, seed=3, return_stats=True), strict=True):
+        torch.testing.assert_close(got[1], each)
+
 
 def test_autocast(device):
     """Hard values and gradients are those without it."""

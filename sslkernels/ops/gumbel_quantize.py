@@ -359,9 +359,8 @@ def _usage(best: Tensor, count: int, valid: Tensor | None) -> Tensor:
     groups = best.shape[1]
     keys = (best + torch.arange(groups, device=best.device) * count).flatten()
     ones = torch.ones_like(keys) if valid is None else valid.to(keys.dtype)
-    return (
-        torch.zeros(groups * count, dtype=keys.dtype, device=keys.device).scatter_add_(0, keys, ones).view(groups, -1)
-    )
+    none = torch.zeros(groups * count, dtype=keys.dtype, device=keys.device)
+    return none.scatter_add(0, keys, ones).view(groups, -1)  # vmap adds nothing in place to what has no batch
 
 
 def _perplexity(probability: Tensor) -> Tensor:
