@@ -26,7 +26,7 @@ int64_t groups_of_row(const CrossEntropyRows& rows) {
 
 void check_columns(const CrossEntropyRows& rows) {
   if (rows.vocab > int64_t(1) << 30) {  // columns and their groups are numbered by 32 bits
-    throw std::runtime_error("sslkernels: the CUDA kernels of cross-entropy take at most 2^30 columns");
+    fail("the CUDA kernels of cross-entropy take at most 2^30 columns");
   }
 }
 

@@ -383,7 +383,7 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   if (own.dim > int64_t(1) << 24) {
-    throw std::runtime_error("sslkernels: the CUDA kernel of own_negatives takes at most 2^24 columns");
+    fail("the CUDA kernel of own_negatives takes at most 2^24 columns");
   }
   OwnPlan plan{};
   plan.aligned = own.dim % kSize == 0 && reinterpret_cast<uint64_t>(own.negatives) % 16 == 0 &&
@@ -406,8 +406,7 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
   plan.tile = int(std::clamp<int64_t>(own.count, 1, std::min<int64_t>(fit, 1 << 20)));
   plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, own.dim).bytes;
   if (plan.shared_bytes > limits.shared_per_block) {
-    throw std::runtime_error("sslkernels: the CUDA kernel of own_negatives has no place for negatives of " +
-                             std::to_string(own.dim) + " columns");
+    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns", static_cast<long long>(own.dim));
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
   const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
