@@ -1,9 +1,9 @@
-#include "launch.h"
-
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+
+#include "launch.h"
 
 namespace sslkernels {
 namespace {

@@ -406,7 +406,8 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
   plan.tile = int(std::clamp<int64_t>(own.count, 1, std::min<int64_t>(fit, 1 << 20)));
   plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, own.dim).bytes;
   if (plan.shared_bytes > limits.shared_per_block) {
-    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns", static_cast<long long>(own.dim));
+    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns",
+         static_cast<long long>(own.dim));
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
   const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
