@@ -317,6 +317,14 @@ def test_failed_tests_take_the_pass_back(kernel_tree, monkeypatch):
     assert not gpu.RECORD.exists()
 
 
+def test_the_parts_of_the_gpu_run_are_all_cases():
+    def names(arguments):
+        return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cuda"]))]
+
+    parts = [name for arguments in gpu.PARTS.values() for name in names(arguments)]
+    assert sorted(parts) == sorted(names([]))
+
+
 def test_blob_hash_is_gits():
     assert gpu.blob_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
