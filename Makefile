@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
+.PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -73,3 +73,10 @@ gpu-setup gpu-build gpu-test gpu-sanitize gpu-record:
 # PARTS: some of the matrix, as in make gpu-bench PARTS="mask logits-1"; each takes less than 8 minutes.
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu bench $(PARTS)
+
+# The peers of the benchmark matrix, from where there is a network to where there is none: `make gpu` installs what lies
+# in wheels/. GPU_PYTHON: the version there.
+GPU_PYTHON ?= 3.12
+gpu-wheels:
+	$(PYTHON) -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  -d wheels -r requirements/gpu_peers.txt
