@@ -18,9 +18,10 @@ test-slow: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Registers, spills and 16-byte accesses of the CUDA kernels that were compiled.
+# Registers, spills, wide accesses and more of the machine code of the kernels, which needs no GPU.
 resources: $(VENV)/built
 	$(BIN)/python -m benchmarks.resources benchmarks/results/cuda_kernels.md
+	$(BIN)/python -m benchmarks.triton_resources benchmarks/results/triton_kernels.md
 
 # The quality of the random streams over 2^29 draws each, as a table and a plot: some minutes.
 rng-report: $(VENV)/built
