@@ -102,7 +102,8 @@ SSLKERNELS_HD double excess_series(double d) {
 
 template <class A>
 SSLKERNELS_HD A clamp(A value, A low, A high) {
-  return value < low ? low : value > high ? high : value;  // NaN stays
+  value = value < low ? low : value;
+  return value > high ? high : value;  // NaN stays
 }
 
 // exp(d) - 1 and exp(d) - 1 - d, from e = exp(d). (Of a struct of such results gcc 12 makes no vectors.)

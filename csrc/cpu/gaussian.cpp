@@ -1,12 +1,14 @@
-// Gaussian samples and their divergence: the rows in blocks that stay in the cache, of which mean and logvar are read
-// once, for all samples, and the noise is made where it is used.
+// Gaussian samples and their divergence: the rows in batches that stay in the cache, of which mean and logvar are read
+// once, for all samples, and the noise is made where it is used. What is computed of a batch is one loop over its
+// elements, from rows that lie behind one another where they can be read so, and else are copied together.
 #include "gaussian.h"
 
 #include <algorithm>
-#include <limits>
+#include <cstring>
 
 #include "element.h"
 #include "noise_lanes.h"
+#include "prefetch.h"
 #include "vector_math.h"
 
 namespace sslkernels {
@@ -15,8 +17,8 @@ namespace {
 
 static_assert(kGaussianChunk == 4 * kGroups, "a chunk is a block of groups");
 
-// Rows of one chunk of columns, at most kGroups groups: element (i, j) is number i * pitch + j of a buffer, and those
-// between `count` and `pitch` belong to no column.
+// Rows of one chunk of columns: element (i, j) is number i * pitch + j, and those between `count` and `pitch` belong to
+// no column.
 struct Batch {
   int64_t row;
   int64_t rows;
@@ -25,10 +27,12 @@ struct Batch {
   int64_t pitch;
 
   int64_t size() const { return rows * pitch; }
-  // visit(row, place in the buffer, how many) of what lies together in rows `stride` apart.
+  // Whether elements of rows `stride` apart lie where their numbers say.
+  bool together(int64_t stride) const { return count == pitch && (rows == 1 || stride == pitch); }
+  // visit(row, number of its first element, how many) of what lies together in rows `stride` apart.
   template <class Visit>
   void for_each_run(int64_t stride, Visit visit) const {
-    if (stride == pitch && count == pitch) return visit(row, 0, size());
+    if (together(stride)) return visit(row, 0, size());
     for (int64_t i = 0; i < rows; ++i) visit(row + i, i * pitch, count);
   }
 };
@@ -57,144 +61,121 @@ void for_each_batch(const Gaussian& inputs, const Task& task, Visit visit) {
   }
 }
 
-// The numbers of the groups for Philox.
-void number_groups(const Gaussian& inputs, const Batch& batch, uint64_t* group) {
-  const int64_t of_row = groups_of(inputs.columns), count = batch.pitch / 4;
-  for (int64_t i = 0; i < batch.rows; ++i) {
-    const int64_t row = batch.row + i, row_id = inputs.row_ids == nullptr ? row : inputs.row_ids[row];
-    const uint64_t first = uint64_t(row_id) * uint64_t(of_row) + uint64_t(batch.column / 4);
-    for (int64_t g = 0; g < count; ++g) group[i * count + g] = first + uint64_t(g);
+// The normals of a batch, sample by sample.
+class Noise {
+ public:
+  Noise(const Gaussian& inputs, const Batch& batch) : seed_(uint64_t(*inputs.seed)), count_(batch.size() / 4) {
+    const int64_t of_row = groups_of(inputs.columns), count = batch.pitch / 4;
+    for (int64_t i = 0; i < batch.rows; ++i) {
+      const int64_t row = batch.row + i, row_id = inputs.row_ids == nullptr ? row : inputs.row_ids[row];
+      const uint64_t first = uint64_t(row_id) * uint64_t(of_row) + uint64_t(batch.column / 4);
+      for (int64_t g = 0; g < count; ++g) group_[i * count + g] = first + uint64_t(g);
+    }
   }
-}
+  void draw(int64_t sample, float* out) const { normals_of_groups(seed_, group_, uint64_t(sample), count_, out); }
 
-// Asks for what the next batch of these rows reads, or writes where kWrite: the hardware foresees no page's first
-// lines.
-template <class T, bool kWrite = false>
-void prefetch_next(const void* rows, int64_t stride, const Batch& batch, int64_t all_rows) {
-  const int64_t row = batch.row + batch.rows, left = all_rows - row;
-  if (rows == nullptr || left <= 0 || stride == 0) return;
-  const Batch next{row, left < batch.rows ? left : batch.rows, batch.column, batch.count, batch.pitch};
-  const T* data = static_cast<const T*>(rows) + batch.column;
-  next.for_each_run(stride, [&](int64_t first, int64_t, int64_t count) __attribute__((always_inline)) {
-    const char* run = reinterpret_cast<const char*>(data + first * stride);
-    for (int64_t at = 0; at < count * int64_t(sizeof(T)); at += 64) __builtin_prefetch(run + at, kWrite, 2);
-  });
-}
-
-template <class T, class A>
-void load_rows(const GaussianRows& rows, const Batch& batch, A* out) {
-  const T* data = static_cast<const T*>(rows.data) + batch.column;
-  batch.for_each_run(rows.stride,
-                     [&](int64_t row, int64_t at, int64_t count) { load(data + row * rows.stride, count, out + at); });
-}
-
-template <class T, class A>
-void store_rows(const A* in, const Batch& batch, int64_t stride, T* data) {
-  batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
-    store(in + at, count, data + row * stride + batch.column);
-  });
-}
-
-template <class A>
-A sum_of(const A* values, int64_t count) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) sum += values[j];
-  return sum;
-}
-
-template <class A>
-struct Inputs {
-  A mean[kGaussianChunk] = {};
-  A logvar[kGaussianChunk] = {};  // clamped
-  A scale[kGaussianChunk] = {};   // exp(logvar / 2)
-  A prior_mean[kGaussianChunk] = {};
-  A prior_logvar[kGaussianChunk] = {};
+ private:
+  uint64_t seed_;
+  int64_t count_;
+  uint64_t group_[kGroups];
 };
 
-template <class T, class A>
-void load_prior(const Gaussian& inputs, const Batch& batch, Inputs<A>& values) {
-  if (inputs.prior_mean.data == nullptr) return;
-  load_rows<T>(inputs.prior_mean, batch, values.prior_mean);
-  load_rows<T>(inputs.prior_logvar, batch, values.prior_logvar);
+// The elements of a batch, where they lie or copied to `buffer`.
+template <class T>
+const T* gather(const void* data, int64_t stride, const Batch& batch, T* buffer) {
+  if (data == nullptr) return nullptr;
+  const T* from = static_cast<const T*>(data) + batch.column;
+  if (batch.together(stride)) return from + batch.row * stride;
+  for (int64_t i = 0; i < batch.rows; ++i) {
+    std::memcpy(buffer + i * batch.pitch, from + (batch.row + i) * stride, size_t(batch.count) * sizeof(T));
+  }
+  return buffer;
+}
+
+// Asks for them, so that they arrive while something else is computed.
+template <class T>
+inline __attribute__((always_inline)) void ask_for(const T* data, int64_t stride, const Batch& batch) {
+  for (int64_t i = 0; i < batch.rows; ++i) prefetch(data + batch.column + (batch.row + i) * stride, batch.count);
+}
+
+// Where results are written: at once to where they belong, or to `buffer`, from where scatter brings them.
+template <class T>
+T* place(void* data, int64_t stride, const Batch& batch, T* buffer) {
+  if (data == nullptr || !batch.together(stride)) return buffer;
+  return static_cast<T*>(data) + batch.column + batch.row * stride;
 }
 
 template <class T>
-void prefetch_inputs(const Gaussian& inputs, const Batch& batch) {
-  for (const GaussianRows& rows : {inputs.mean, inputs.logvar, inputs.prior_mean, inputs.prior_logvar}) {
-    prefetch_next<T>(rows.data, rows.stride, batch, inputs.rows);
-  }
-}
-
-bool is_bounded(const Gaussian& inputs) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  return inputs.low > -kInfinity || inputs.high < kInfinity;
-}
-
-template <class T, class A>
-void load_logvar(const Gaussian& inputs, const Batch& batch, Inputs<A>& values) {
-  load_rows<T>(inputs.logvar, batch, values.logvar);
-  if (is_bounded(inputs)) {
-    const A low = A(inputs.low), high = A(inputs.high);
-#pragma omp simd
-    for (int64_t j = 0; j < batch.size(); ++j) values.logvar[j] = clamp(values.logvar[j], low, high);
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < batch.size(); ++j) values.scale[j] = vector_exp(A(0.5) * values.logvar[j]);
-}
-
-// visit(j, t, inverse_scale, expm1, excess) of every element: its place against the prior, whose scale is
-// 1 / inverse_scale, and exp(d) - 1 and exp(d) - 1 - d of the difference d of the logarithms of the variances.
-template <class A, class Visit>
-void for_each_element(const Gaussian& inputs, int64_t size, const Inputs<A>& values, Visit visit) {
-  if (inputs.prior_mean.data == nullptr) {
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) {
-      const A scale = values.scale[j];
-      A expm1, excess;
-      expm1_terms(values.logvar[j], scale * scale, &expm1, &excess);
-      visit(j, values.mean[j], A(1), expm1, excess);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) {
-      const A inverse_scale = vector_exp(A(-0.5) * values.prior_logvar[j]);
-      const A d = values.logvar[j] - values.prior_logvar[j];
-      A expm1, excess;
-      expm1_terms(d, vector_exp(d), &expm1, &excess);
-      visit(j, (values.mean[j] - values.prior_mean[j]) * inverse_scale, inverse_scale, expm1, excess);
-    }
-  }
-}
-
-template <class A>
-void find_kl(const Gaussian& inputs, int64_t size, const Inputs<A>& values, A* __restrict kl) {
-  for_each_element(inputs, size, values, [=](int64_t j, A t, A, A, A excess) __attribute__((always_inline)) {
-    kl[j] = divergence(t, excess);
+void scatter(const T* values, const Batch& batch, int64_t stride, void* data) {
+  T* to = static_cast<T*>(data);
+  if (data == nullptr || values == place(data, stride, batch, static_cast<T*>(nullptr))) return;
+  batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+    std::memcpy(to + batch.column + row * stride, values + at, size_t(count) * sizeof(T));
   });
 }
 
-// --- Forward ------------------------------------------------------------------------------------------------------
+template <class T>
+struct Inputs {
+  const T *mean, *logvar, *prior_mean, *prior_logvar;
+  T buffers[4][kGaussianChunk] = {};
 
-template <class T, class A>
-void draw_samples(const GaussianForward& forward, const Batch& batch, const Inputs<A>& values) {
-  const Gaussian& inputs = forward.inputs;
-  const uint64_t seed = uint64_t(*inputs.seed);
-  uint64_t group[kGroups];
-  float noise[kGaussianChunk];
-  number_groups(inputs, batch, group);
-  for (int64_t k = 0; k < inputs.samples; ++k) {
-    normals_of_groups(seed, group, uint64_t(k), batch.size() / 4, noise);
-    T* z = static_cast<T*>(forward.z) + k * forward.z_at.sample_stride + batch.column;
-    batch.for_each_run(forward.z_at.row_stride, [&](int64_t row, int64_t at, int64_t count) {
-      const A *mean = values.mean + at, *scale = values.scale + at;
-      const float* eps = noise + at;
-      T* __restrict out = z + row * forward.z_at.row_stride;
+  inline __attribute__((always_inline)) static void ask(const GaussianRows& from, const Batch& batch) {
+    if (from.data != nullptr) ask_for(static_cast<const T*>(from.data), from.stride, batch);
+  }
+  void read(const Gaussian& inputs, const Batch& batch) {
+    const auto rows = [&](const GaussianRows& from, int i) {
+      return gather<T>(from.data, from.stride, batch, buffers[i]);
+    };
+    ask(inputs.mean, batch);
+    ask(inputs.logvar, batch);
+    mean = rows(inputs.mean, 0);
+    logvar = rows(inputs.logvar, 1);
+    prior_mean = rows(inputs.prior_mean, 2);
+    prior_logvar = rows(inputs.prior_logvar, 3);
+  }
+};
+
+template <class A>
+struct Bounds {
+  A low, high;
+  explicit Bounds(const Gaussian& inputs) : low(A(inputs.low)), high(A(inputs.high)) {}
+};
+
+// visit(j, scale, t, inverse_scale, expm1, excess) of every element: scale is exp(logvar / 2), the others as in
+// csrc/common/gaussian.h. What a visit does not use is not computed.
+template <bool kPrior, class T, class Visit>
+void for_each_element(const Inputs<T>& inputs, const Bounds<typename Accumulation<T>::type>& bounds, int64_t size,
+                      Visit visit) {
+  using A = typename Accumulation<T>::type;
+  const T *mean = inputs.mean, *logvar = inputs.logvar;
+  const T *prior_mean = inputs.prior_mean, *prior_logvar = inputs.prior_logvar;
+  const A low = bounds.low, high = bounds.high;
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) from_float(fused(scale[j], A(eps[j]), mean[j]), &out[j]);
-    });
+  for (int64_t j = 0; j < size; ++j) {
+    const A v = clamp(A(to_float(logvar[j])), low, high), scale = vector_exp(A(0.5) * v);
+    A t = to_float(mean[j]), inverse_scale = 1, d = v, e = scale * scale, expm1, excess;
+    if constexpr (kPrior) {
+      const A prior_v = to_float(prior_logvar[j]);
+      inverse_scale = vector_exp(A(-0.5) * prior_v);
+      t = (t - A(to_float(prior_mean[j]))) * inverse_scale;
+      d = v - prior_v;
+      e = vector_exp(d);
+    }
+    expm1_terms(d, e, &expm1, &excess);
+    visit(j, scale, t, inverse_scale, expm1, excess);
   }
 }
+
+template <class T, class Visit>
+void for_each_element(const Inputs<T>& inputs, const Bounds<typename Accumulation<T>::type>& bounds, int64_t size,
+                      Visit visit) {
+  return inputs.prior_mean == nullptr ? for_each_element<false>(inputs, bounds, size, visit)
+                                      : for_each_element<true>(inputs, bounds, size, visit);
+}
+
+#define SSLKERNELS_VISIT __attribute__((always_inline))
+
+// --- Forward ------------------------------------------------------------------------------------------------------
 
 template <class A>
 void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk, A* __restrict kl) {
@@ -203,9 +184,13 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
 #pragma omp simd
     for (int64_t j = 0; j < batch.size(); ++j) kl[j] = kl[j] < free_bits ? free_bits : kl[j];
   }
-  if (!forward.by_row) return store_rows(kl, batch, forward.inputs.columns, static_cast<A*>(forward.kl));
+  if (!forward.by_row) return scatter(kl, batch, forward.inputs.columns, forward.kl);
   for (int64_t i = 0; i < batch.rows; ++i) {
-    static_cast<A*>(forward.kl)[(batch.row + i) * forward.kl_parts + chunk] = sum_of(kl + i * batch.pitch, batch.count);
+    const A* row = kl + i * batch.pitch;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < batch.count; ++j) sum += row[j];
+    static_cast<A*>(forward.kl)[(batch.row + i) * forward.kl_parts + chunk] = sum;
   }
 }
 
@@ -216,13 +201,14 @@ struct ColumnStatistics {
   double square[kGaussianChunk] = {};
 
   template <class T, class A>
-  void add(const Gaussian& inputs, const Batch& batch, const A* batch_kl, const Inputs<A>& values) {
+  void add(const Gaussian& inputs, const Batch& batch, const A* batch_kl, const T* batch_mean) {
     const T* pivot = static_cast<const T*>(inputs.mean.data) + batch.column;
     for (int64_t i = 0; i < batch.rows; ++i) {
-      const A *row_kl = batch_kl + i * batch.pitch, *row_mean = values.mean + i * batch.pitch;
+      const A* row_kl = batch_kl + i * batch.pitch;
+      const T* row_mean = batch_mean + i * batch.pitch;
 #pragma omp simd
       for (int64_t j = 0; j < batch.count; ++j) {
-        const double moved = double(row_mean[j]) - double(to_float(pivot[j]));
+        const double moved = double(to_float(row_mean[j])) - double(to_float(pivot[j]));
         kl[j] += double(row_kl[j]);
         mean[j] += moved;
         square[j] += moved * moved;
@@ -245,120 +231,104 @@ struct ColumnStatistics {
 };
 
 template <class T>
-void run_fwd(const GaussianForward& forward, int64_t begin, int64_t end) {
+class Forward {
   using A = typename Accumulation<T>::type;
-  const Gaussian& inputs = forward.inputs;
-  const bool wants_kl = forward.kl != nullptr, wants_sums = forward.statistics != nullptr;
-  Inputs<A> values;
-  ColumnStatistics sums;
-  A kl[kGaussianChunk];
-  for (int64_t index = begin; index < end; ++index) {
-    const Task task = task_of(inputs, wants_sums, index);
+
+ public:
+  explicit Forward(const GaussianForward& forward) : forward_(forward), bounds_(forward.inputs) {}
+
+  void run(const Task& task) {
+    const Gaussian& inputs = forward_.inputs;
     for_each_batch(inputs, task, [&](const Batch& batch) {
-      load_rows<T>(inputs.mean, batch, values.mean);
-      load_logvar<T>(inputs, batch, values);
-      load_prior<T>(inputs, batch, values);
-      prefetch_inputs<T>(inputs, batch);
-      if (inputs.samples == 1) prefetch_next<T, true>(forward.z, forward.z_at.row_stride, batch, inputs.rows);
-      if (wants_kl || wants_sums) find_kl(inputs, batch.size(), values, kl);
-      if (wants_sums) sums.add<T>(inputs, batch, kl, values);
-      if (wants_kl) write_kl(forward, batch, task.chunk, kl);
-      if (forward.z != nullptr) draw_samples<T>(forward, batch, values);
+      values_.read(inputs, batch);
+      if (forward_.z == nullptr) {
+        find_kl(batch);
+      } else {
+        draw(batch);
+      }
+      if (forward_.statistics != nullptr) sums_.add(inputs, batch, kl_, values_.mean);
+      if (forward_.kl != nullptr) write_kl(forward_, batch, task.chunk, kl_);
     });
-    if (wants_sums) sums.finish(task, inputs.columns, static_cast<A*>(forward.statistics));
+    if (forward_.statistics != nullptr) sums_.finish(task, inputs.columns, static_cast<A*>(forward_.statistics));
   }
-}
+
+ private:
+  void find_kl(const Batch& batch) {
+    A* __restrict kl = kl_;
+    for_each_element(values_, bounds_, batch.size(),
+                     [=](int64_t j, A, A t, A, A, A excess) SSLKERNELS_VISIT { kl[j] = divergence(t, excess); });
+  }
+
+  // One sample together with the divergence; of several, each from the scales.
+  void draw(const Batch& batch) {
+    const int64_t samples = forward_.inputs.samples, size = batch.size();
+    const bool wants_kl = forward_.kl != nullptr || forward_.statistics != nullptr;
+    const Noise noise(forward_.inputs, batch);
+    const T* mean = values_.mean;
+    A* __restrict kl = kl_, * __restrict scales = scale_;
+    const int64_t stride = forward_.z_at.row_stride;
+    T* __restrict z = place(forward_.z, stride, batch, z_);
+    const float* eps = noise_;
+    if (samples == 1) {
+      noise.draw(0, noise_);
+      if (wants_kl) {
+        for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
+          kl[j] = divergence(t, excess);
+          from_float(fused(scale, A(eps[j]), A(to_float(mean[j]))), &z[j]);
+        });
+      } else {
+        for_each_element<false>(values_, bounds_, size, [=](int64_t j, A scale, A, A, A, A) SSLKERNELS_VISIT {
+          from_float(fused(scale, A(eps[j]), A(to_float(mean[j]))), &z[j]);
+        });
+      }
+      return scatter(z, batch, stride, forward_.z);
+    }
+    for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
+      scales[j] = scale;
+      kl[j] = divergence(t, excess);
+    });
+    for (int64_t k = 0; k < samples; ++k) {
+      noise.draw(k, noise_);
+      T* sample = static_cast<T*>(forward_.z) + batch.column + k * forward_.z_at.sample_stride;
+      batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+        T* __restrict to = sample + row * stride;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          from_float(fused(scales[at + j], A(eps[at + j]), A(to_float(mean[at + j]))), &to[j]);
+        }
+      });
+    }
+  }
+
+  const GaussianForward& forward_;
+  const Bounds<A> bounds_;
+  Inputs<T> values_;
+  A kl_[kGaussianChunk];
+  A scale_[kGaussianChunk];
+  T z_[kGaussianChunk];
+  float noise_[kGaussianChunk];
+  ColumnStatistics sums_;
+};
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
-template <class A>
-struct Slopes {
-  A mean[kGaussianChunk] = {};    // the sum of the gradients of the samples, then the gradient
-  A logvar[kGaussianChunk] = {};  // the same times the noise, then the gradient
-  A prior_mean[kGaussianChunk] = {};
-  A prior_logvar[kGaussianChunk] = {};
-  A kl[kGaussianChunk] = {};  // the gradient of each element's divergence
-};
-
-template <class T, class A>
-void add_samples(const GaussianBackward& backward, const Batch& batch, Slopes<A>& slopes) {
-  const Gaussian& inputs = backward.inputs;
-  const bool wants_noise = backward.grad_logvar != nullptr;
-  const uint64_t seed = uint64_t(*inputs.seed);
-  uint64_t group[kGroups];
-  float noise[kGaussianChunk];
-  if (wants_noise) number_groups(inputs, batch, group);
-  for (int64_t k = 0; k < inputs.samples; ++k) {
-    if (wants_noise) normals_of_groups(seed, group, uint64_t(k), batch.size() / 4, noise);
-    const T* grad_z = static_cast<const T*>(backward.grad_z) + k * backward.z_at.sample_stride + batch.column;
-    batch.for_each_run(backward.z_at.row_stride, [&](int64_t row, int64_t at, int64_t count) {
-      const T* grad = grad_z + row * backward.z_at.row_stride;
-      A* __restrict mean = slopes.mean + at, * __restrict logvar = slopes.logvar + at;
-      const float* eps = noise + at;
-      if (wants_noise) {
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          const A g = to_float(grad[j]);
-          mean[j] += g;
-          logvar[j] = fused(g, A(eps[j]), logvar[j]);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) mean[j] += to_float(grad[j]);
-      }
-    });
-  }
-}
-
-template <class A>
-void load_grad_kl(const GaussianBackward& backward, const Batch& batch, A* out) {
-  const A* grad = static_cast<const A*>(backward.grad_kl);
-  if (!backward.by_row) return load_rows<A>({grad, backward.inputs.columns, false}, batch, out);
-  for (int64_t i = 0; i < batch.rows; ++i) {
-    std::fill_n(out + i * batch.pitch, batch.pitch, grad[batch.row + i]);
-  }
-}
-
-// To twice the slope of logvar, and to the others.
-template <class A>
-void add_kl_slopes(const Gaussian& inputs, int64_t size, const Inputs<A>& values, Slopes<A>& slopes) {
-  const A free_bits = A(inputs.free_bits);
-  A* __restrict mean = slopes.mean, * __restrict logvar = slopes.logvar;
-  A* __restrict prior_mean = slopes.prior_mean, * __restrict prior_logvar = slopes.prior_logvar;
-  const A* kl = slopes.kl;
-  for_each_element(inputs, size, values,
-                   [=](int64_t j, A t, A inverse_scale, A expm1, A excess) __attribute__((always_inline)) {
-                     const A grad = divergence(t, excess) < free_bits ? A(0) : kl[j];
-                     const A in_mean = grad * t * inverse_scale;
-                     mean[j] += in_mean;
-                     logvar[j] = fused(grad, expm1, logvar[j]);
-                     prior_mean[j] = -in_mean;
-                     prior_logvar[j] = A(-0.5) * grad * fused(t, t, expm1);
-                   });
-}
-
-// Half of twice the slope, and 0 where logvar was clamped; `scratch` is overwritten.
-template <class T, class A>
-void finish_logvar(const Gaussian& inputs, const Batch& batch, A* __restrict scratch, A* __restrict slopes) {
-#pragma omp simd
-  for (int64_t j = 0; j < batch.size(); ++j) slopes[j] *= A(0.5);
-  if (!is_bounded(inputs)) return;
-  const A low = A(inputs.low), high = A(inputs.high);
-  load_rows<T>(inputs.logvar, batch, scratch);
-#pragma omp simd
-  for (int64_t j = 0; j < batch.size(); ++j) {
-    slopes[j] = (scratch[j] < low) | (scratch[j] > high) ? A(0) : slopes[j];
-  }
-}
-
 // The gradients of one prior tensor: its rows, or the sums over the rows of a task.
-template <class T, class A>
+template <class T>
 class PriorGradient {
+  using A = typename Accumulation<T>::type;
+
  public:
   PriorGradient(const GaussianRows& prior, void* out) : shared_(prior.shared), out_(out) {}
-  void add(const Batch& batch, int64_t columns, const A* slopes) {
+
+  A slopes[kGaussianChunk] = {};  // of a batch
+
+  void add(const Batch& batch, int64_t columns) {
     if (out_ == nullptr) return;
-    if (!shared_) return store_rows(slopes, batch, columns, static_cast<T*>(out_));
+    if (!shared_) {
+      T rounded[kGaussianChunk];
+      store(slopes, batch.size(), rounded);
+      return scatter(rounded, batch, columns, out_);
+    }
     for (int64_t i = 0; i < batch.rows; ++i) {
       const A* row = slopes + i * batch.pitch;
 #pragma omp simd
@@ -382,49 +352,151 @@ class PriorGradient {
 };
 
 template <class T>
-void run_bwd(const GaussianBackward& backward, int64_t begin, int64_t end) {
+class Backward {
   using A = typename Accumulation<T>::type;
-  const Gaussian& inputs = backward.inputs;
-  PriorGradient<T, A> prior_mean(inputs.prior_mean, backward.grad_prior_mean);
-  PriorGradient<T, A> prior_logvar(inputs.prior_logvar, backward.grad_prior_logvar);
-  const bool wants_kl = backward.grad_kl != nullptr;
-  Inputs<A> values;
-  Slopes<A> slopes;
-  for (int64_t index = begin; index < end; ++index) {
-    const Task task = task_of(inputs, has_sums(backward), index);
-    for_each_batch(inputs, task, [&](const Batch& batch) {
-      const int64_t size = batch.size();
-      std::fill_n(slopes.mean, size, A(0));
-      std::fill_n(slopes.logvar, size, A(0));
-      load_logvar<T>(inputs, batch, values);
-      prefetch_inputs<T>(inputs, batch);
-      if (inputs.samples == 1) prefetch_next<T>(backward.grad_z, backward.z_at.row_stride, batch, inputs.rows);
-      prefetch_next<T, true>(backward.grad_mean, inputs.columns, batch, inputs.rows);
-      prefetch_next<T, true>(backward.grad_logvar, inputs.columns, batch, inputs.rows);
-      if (backward.grad_z != nullptr) {
-        add_samples<T>(backward, batch, slopes);
-#pragma omp simd
-        for (int64_t j = 0; j < size; ++j) slopes.logvar[j] *= values.scale[j];
+
+ public:
+  explicit Backward(const GaussianBackward& backward)
+      : backward_(backward),
+        bounds_(backward.inputs),
+        prior_mean_(backward.inputs.prior_mean, backward.grad_prior_mean),
+        prior_logvar_(backward.inputs.prior_logvar, backward.grad_prior_logvar) {}
+
+  void run(const Task& task) {
+    const int64_t columns = backward_.inputs.columns;
+    for_each_batch(backward_.inputs, task, [&](const Batch& batch) {
+      values_.read(backward_.inputs, batch);
+      read_grad_kl(batch);
+      grad_mean_to_ = place(backward_.grad_mean, columns, batch, grad_mean_);
+      grad_logvar_to_ = place(backward_.grad_logvar, columns, batch, grad_logvar_);
+      if (backward_.grad_z == nullptr || backward_.inputs.samples == 0) {
+        finish_elements<false>(batch, [](int64_t) { return A(0); }, [](int64_t) { return A(0); });
+      } else if (backward_.inputs.samples == 1) {
+        const T* all = static_cast<const T*>(backward_.grad_z);
+        ask_for(all, backward_.z_at.row_stride, batch);
+        if (backward_.grad_logvar != nullptr) Noise(backward_.inputs, batch).draw(0, noise_);
+        const T* grad = gather<T>(all, backward_.z_at.row_stride, batch, grad_z_);
+        const float* eps = noise_;
+        finish_elements<true>(
+            batch, [=](int64_t j) SSLKERNELS_VISIT { return A(to_float(grad[j])); },
+            [=](int64_t j) SSLKERNELS_VISIT { return A(to_float(grad[j])) * A(eps[j]); });
+      } else {
+        add_samples(batch);
+        const A *sum = sum_, *noisy_sum = noisy_sum_;
+        finish_elements<true>(
+            batch, [=](int64_t j) SSLKERNELS_VISIT { return sum[j]; },
+            [=](int64_t j) SSLKERNELS_VISIT { return noisy_sum[j]; });
       }
-      if (wants_kl) {
-        load_rows<T>(inputs.mean, batch, values.mean);
-        load_prior<T>(inputs, batch, values);
-        load_grad_kl(backward, batch, slopes.kl);
-        add_kl_slopes(inputs, size, values, slopes);
-      }
-      if (backward.grad_mean != nullptr) {
-        store_rows(slopes.mean, batch, inputs.columns, static_cast<T*>(backward.grad_mean));
-      }
-      if (backward.grad_logvar != nullptr) {
-        finish_logvar<T>(inputs, batch, values.logvar, slopes.logvar);
-        store_rows(slopes.logvar, batch, inputs.columns, static_cast<T*>(backward.grad_logvar));
-      }
-      prior_mean.add(batch, inputs.columns, slopes.prior_mean);
-      prior_logvar.add(batch, inputs.columns, slopes.prior_logvar);
+      scatter(grad_mean_to_, batch, columns, backward_.grad_mean);
+      scatter(grad_logvar_to_, batch, columns, backward_.grad_logvar);
+      prior_mean_.add(batch, columns);
+      prior_logvar_.add(batch, columns);
     });
-    prior_mean.finish(task, inputs.columns);
-    prior_logvar.finish(task, inputs.columns);
+    prior_mean_.finish(task, columns);
+    prior_logvar_.finish(task, columns);
   }
+
+ private:
+  void read_grad_kl(const Batch& batch) {
+    const A* grad = static_cast<const A*>(backward_.grad_kl);
+    if (grad == nullptr) return;
+    if (!backward_.by_row) {
+      kl_ = gather<A>(grad, backward_.inputs.columns, batch, grad_kl_);
+      return;
+    }
+    for (int64_t i = 0; i < batch.rows; ++i) {
+      std::fill_n(grad_kl_ + i * batch.pitch, batch.pitch, grad[batch.row + i]);
+    }
+    kl_ = grad_kl_;
+  }
+
+  // The gradients of the samples added up, and those times their noise.
+  void add_samples(const Batch& batch) {
+    const int64_t size = batch.size();
+    const Noise noise(backward_.inputs, batch);
+    A* __restrict sum = sum_, * __restrict noisy_sum = noisy_sum_;
+    const float* eps = noise_;
+    std::fill_n(sum, size, A(0));
+    std::fill_n(noisy_sum, size, A(0));
+    for (int64_t k = 0; k < backward_.inputs.samples; ++k) {
+      const T* of_sample = static_cast<const T*>(backward_.grad_z) + k * backward_.z_at.sample_stride;
+      ask_for(of_sample, backward_.z_at.row_stride, batch);
+      if (backward_.grad_logvar != nullptr) noise.draw(k, noise_);
+      batch.for_each_run(backward_.z_at.row_stride, [&](int64_t row, int64_t at, int64_t count) {
+        const T* grad = of_sample + batch.column + row * backward_.z_at.row_stride;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A g = to_float(grad[j]);
+          sum[at + j] += g;
+          noisy_sum[at + j] = fused(g, A(eps[at + j]), noisy_sum[at + j]);
+        }
+      });
+    }
+  }
+
+  // sum(j), noisy_sum(j): what add_samples gives, where kZ.
+  template <bool kZ, class Sum, class NoisySum>
+  void finish_elements(const Batch& batch, Sum sum, NoisySum noisy_sum) {
+    const A low = bounds_.low, high = bounds_.high, free_bits = A(backward_.inputs.free_bits);
+    const T* logvar = values_.logvar;
+    const A* grad_kl = kl_;
+    T* __restrict grad_mean = grad_mean_to_, * __restrict grad_logvar = grad_logvar_to_;
+    const auto write = [=](int64_t j, A in_mean, A twice_in_logvar) SSLKERNELS_VISIT {
+      const A given = to_float(logvar[j]);
+      const A in_logvar = (given < low) | (given > high) ? A(0) : A(0.5) * twice_in_logvar;
+      from_float(in_mean, &grad_mean[j]);
+      from_float(in_logvar, &grad_logvar[j]);
+    };
+    if (backward_.grad_kl == nullptr) {
+      return for_each_element<false>(values_, bounds_, batch.size(),
+                                     [=](int64_t j, A scale, A, A, A, A)
+                                         SSLKERNELS_VISIT { write(j, sum(j), scale * noisy_sum(j)); });
+    }
+    A* __restrict in_prior_mean = prior_mean_.slopes, * __restrict in_prior_logvar = prior_logvar_.slopes;
+    if (values_.prior_mean == nullptr) {
+      return for_each_element<false>(
+          values_, bounds_, batch.size(), [=](int64_t j, A scale, A t, A, A expm1, A excess) SSLKERNELS_VISIT {
+            const A given = grad_kl[j], slope = divergence(t, excess) < free_bits ? A(0) : given;
+            const A of_z = kZ ? scale * noisy_sum(j) : A(0);
+            write(j, fused(slope, t, sum(j)), fused(slope, expm1, of_z));
+          });
+    }
+    for_each_element<true>(values_, bounds_, batch.size(),
+                           [=](int64_t j, A scale, A t, A inverse_scale, A expm1, A excess) SSLKERNELS_VISIT {
+                             const A given = grad_kl[j], slope = divergence(t, excess) < free_bits ? A(0) : given;
+                             const A in_mean = slope * t * inverse_scale;
+                             const A of_z = kZ ? scale * noisy_sum(j) : A(0);
+                             in_prior_mean[j] = -in_mean;
+                             in_prior_logvar[j] = A(-0.5) * slope * fused(t, t, expm1);
+                             write(j, sum(j) + in_mean, fused(slope, expm1, of_z));
+                           });
+  }
+
+  const GaussianBackward& backward_;
+  const Bounds<A> bounds_;
+  Inputs<T> values_;
+  const A* kl_ = nullptr;
+  A grad_kl_[kGaussianChunk] = {};
+  T grad_z_[kGaussianChunk] = {};
+  float noise_[kGaussianChunk] = {};
+  A sum_[kGaussianChunk];
+  A noisy_sum_[kGaussianChunk];
+  T *grad_mean_to_, *grad_logvar_to_;
+  T grad_mean_[kGaussianChunk];
+  T grad_logvar_[kGaussianChunk];
+  PriorGradient<T> prior_mean_, prior_logvar_;
+};
+
+template <class T>
+void run_fwd(const GaussianForward& forward, int64_t begin, int64_t end) {
+  Forward<T> tasks(forward);
+  for (int64_t i = begin; i < end; ++i) tasks.run(task_of(forward.inputs, has_sums(forward), i));
+}
+
+template <class T>
+void run_bwd(const GaussianBackward& backward, int64_t begin, int64_t end) {
+  Backward<T> tasks(backward);
+  for (int64_t i = begin; i < end; ++i) tasks.run(task_of(backward.inputs, has_sums(backward), i));
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ namespace {  // one copy for each instruction set: see isa.h
 struct Lanes {
   using Vector = __m512i;
   static constexpr int64_t kCount = 8;
+  static constexpr int kAtOnce = 4;  // whose state is in registers
   static Vector fill(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
   static Vector load(const uint64_t* in) { return _mm512_loadu_si512(in); }
   static Vector multiply(Vector a, Vector b) { return _mm512_maskz_mul_epu32(0xff, a, b); }
@@ -47,6 +48,7 @@ struct Lanes {
 struct Lanes {
   using Vector = __m256i;
   static constexpr int64_t kCount = 4;
+  static constexpr int kAtOnce = 2;
   static Vector fill(uint64_t x) { return _mm256_set1_epi64x(int64_t(x)); }
   static Vector load(const uint64_t* in) { return _mm256_loadu_si256(reinterpret_cast<const Vector*>(in)); }
   static Vector multiply(Vector a, Vector b) { return _mm256_mul_epu32(a, b); }
@@ -71,32 +73,54 @@ struct LaneWords {
   Lanes::Vector w0, w1, w2, w3;
 };
 
-inline LaneWords philox_lanes(uint64_t seed, const uint64_t* group, uint64_t draw) {
-  const Lanes::Vector factor0 = Lanes::fill(0xD2511F53u), factor1 = Lanes::fill(0xCD9E8D57u);
-  Lanes::Vector c0 = Lanes::fill(uint32_t(draw)), c1 = Lanes::fill(draw >> 32);
-  Lanes::Vector c2 = Lanes::load(group), c3 = Lanes::high(c2);
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Lanes::Vector p0 = Lanes::multiply(c0, factor0), p1 = Lanes::multiply(c2, factor1);
-    c0 = Lanes::exclusive_or(Lanes::exclusive_or(Lanes::high(p1), c1), Lanes::fill(k0));
-    c2 = Lanes::exclusive_or(Lanes::exclusive_or(Lanes::high(p0), c3), Lanes::fill(k1));
-    c1 = p1;
-    c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// Of the ten rounds, as an operation reads them from memory.
+struct RoundKeys {
+  uint64_t k0[10], k1[10];
+  explicit RoundKeys(uint64_t seed) {
+    for (uint32_t round = 0; round < 10; ++round) {
+      k0[round] = uint32_t(seed) + round * 0x9E3779B9u;
+      k1[round] = uint32_t(seed >> 32) + round * 0xBB67AE85u;
+    }
+    __asm__("" : "+m"(k0), "+m"(k1));  // else gcc 12 computes them anew for every vector
   }
-  return {c0, c1, c2, c3};
+};
+
+// store(words, i) of the groups [i, i + kCount) of each of kVectors vectors. A round waits for the one before it: of
+// several vectors at once none waits.
+template <int kVectors, class Store>
+inline void philox_lanes(const RoundKeys& keys, const uint64_t* group, uint64_t draw, int64_t i, Store store) {
+  const Lanes::Vector factor0 = Lanes::fill(0xD2511F53u), factor1 = Lanes::fill(0xCD9E8D57u);
+  LaneWords c[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const Lanes::Vector groups = Lanes::load(group + i + v * Lanes::kCount);
+    c[v] = {Lanes::fill(uint32_t(draw)), Lanes::fill(draw >> 32), groups, Lanes::high(groups)};
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Lanes::Vector k0 = Lanes::fill(keys.k0[round]), k1 = Lanes::fill(keys.k1[round]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes::Vector p0 = Lanes::multiply(c[v].w0, factor0), p1 = Lanes::multiply(c[v].w2, factor1);
+      c[v] = {Lanes::exclusive_or(Lanes::exclusive_or(Lanes::high(p1), c[v].w1), k0), p1,
+              Lanes::exclusive_or(Lanes::exclusive_or(Lanes::high(p0), c[v].w3), k1), p0};
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store(c[v], i + v * Lanes::kCount);
 }
 
 // store(words, i) of the groups [i, i + kCount); the last call has groups of number 0 behind the last one.
 template <class Store>
 inline void for_each_lanes(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, Store store) {
+  const RoundKeys keys(seed);
   int64_t i = 0;
-  for (; i + Lanes::kCount <= count; i += Lanes::kCount) store(philox_lanes(seed, group + i, draw), i);
+  for (; i + Lanes::kAtOnce * Lanes::kCount <= count; i += Lanes::kAtOnce * Lanes::kCount) {
+    philox_lanes<Lanes::kAtOnce>(keys, group, draw, i, store);
+  }
+  for (; i + Lanes::kCount <= count; i += Lanes::kCount) philox_lanes<1>(keys, group, draw, i, store);
   if (i == count) return;
   uint64_t rest[Lanes::kCount] = {};
   std::memcpy(rest, group + i, size_t(count - i) * sizeof(uint64_t));
-  store(philox_lanes(seed, rest, draw), i);
+  philox_lanes<1>(keys, rest, draw, 0, [&](const LaneWords& w, int64_t) { store(w, i); });
 }
 
 inline void words_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, uint32_t* words) {

@@ -33,10 +33,11 @@ SSLKERNELS_HD float exp_nonpositive(float x) {
 
 inline double exp_nonpositive(double x) { return std::exp(x); }
 
-// exp(x) of any x, also where it is subnormal.
+// exp(x) of any x; 0 below 2^-125.
 SSLKERNELS_HD float vector_exp(float x) {
   constexpr float kRound = 12582912.0f;
-  const float inside = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;  // exp(inside) is infinite, and 0
+  float inside = x > 89.0f ? 89.0f : x;              // whose exponential is infinite; NaN stays
+  inside = inside < -87.3365f ? -87.3365f : inside;  // 0
   const float shifted = fused(inside, 1.44269504088896341f, kRound);
   const float n = shifted - kRound;
   const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, inside));
@@ -47,11 +48,8 @@ SSLKERNELS_HD float vector_exp(float x) {
   p = fused(p, r, 1.6666665459e-1f);
   p = fused(p, r, 5.0000001201e-1f);
   p = fused(p, r * r, r) + 1.0f;
-  // 2^n in two factors, for n beyond the exponents of float.
-  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
-  const int32_t part = exponent >> 1;
-  const float first = bit_cast<float>(uint32_t(part + 127) << 23);
-  return p * first * bit_cast<float>(uint32_t(exponent - part + 127) << 23);
+  // 2 p times 2^(n - 1), whose exponent is one of a float also where n is 128.
+  return (p + p) * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + (126u << 23));
 }
 
 inline double vector_exp(double x) { return std::exp(x); }
