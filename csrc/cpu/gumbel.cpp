@@ -87,14 +87,10 @@ void put_state(const GumbelState& to, int64_t i, const RowState<A>& state) {
   static_cast<A*>(to.sum)[i] = state.sum;
 }
 
-template <class A>
-void write_soft(Element element, A* row, int64_t columns, A scale, void* out) {
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    const int64_t count = block_count(columns - begin);
+template <class T, class A>
+SSLKERNELS_ONCE void scale_row(const A* row, int64_t columns, A scale, T* out) {
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) row[begin + j] *= scale;
-    store_any(element, row + begin, begin, count, out);
-  }
+  for (int64_t j = 0; j < columns; ++j) from_float(row[j] * scale, &out[j]);
 }
 
 template <class A>
@@ -138,7 +134,9 @@ void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch
     if (forward.index != nullptr) forward.index[i] = state.index;
     if (forward.output == GumbelOutput::kNone) continue;
     void* y = static_cast<char*>(forward.y) + i * rows.columns * bytes_of(rows.element);
-    if (forward.output == GumbelOutput::kSoft) write_soft(rows.element, row, rows.columns, 1 / state.sum, y);
+    if (forward.output == GumbelOutput::kSoft) {
+      with_elements<A>(rows.element, y, 0, [&](auto* out) { scale_row(row, rows.columns, 1 / state.sum, out); });
+    }
     if (forward.output == GumbelOutput::kHard) write_hard(rows.element, rows.columns, state, y);
   }
 }

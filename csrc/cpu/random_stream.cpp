@@ -17,17 +17,16 @@ void fill_groups(const RandomStream& numbers, int64_t begin, int64_t end, Fill f
   uint64_t group[kGroups];
   Value values[4 * kGroups];
   Segment segments[kGroups];
-  const bool whole = numbers.columns % 4 == 0;  // the groups lie behind one another
+  // Where the groups lie behind one another, and the results are what `fill` makes.
+  const bool in_place = numbers.columns % 4 == 0 && numbers.element == Element::kFloat;
   for (int64_t block = begin; block < end; block += kGroups) {
     const int64_t block_end = end - block < kGroups ? end : block + kGroups;
     int64_t segment_count = 0;
     for_each_segment(block, block_end, numbers.columns, numbers.row_ids, group,
                      [&](const Segment& segment) { segments[segment_count++] = segment; });
-    if constexpr (sizeof(T) == sizeof(Value)) {
-      if (whole && block_end - block == kGroups) {
-        fill(group, kGroups, static_cast<Value*>(numbers.out) + 4 * block);
-        continue;
-      }
+    if (in_place && block_end - block == kGroups) {
+      fill(group, kGroups, static_cast<Value*>(numbers.out) + 4 * block);
+      continue;
     }
     fill(group, block_end - block, values);
     for (int64_t s = 0; s < segment_count; ++s) {
