@@ -332,7 +332,7 @@ __device__ __forceinline__ void add_samples(const GaussianBackward& backward, co
 }
 
 // The gradients of a row, from what add_samples gave.
-template <class T>
+template <class T, bool kPrior>
 __device__ __forceinline__ void finish_row(const GaussianBackward& backward, const Place& place, int64_t row) {
   using A = typename Accumulation<T>::type;
   const Gaussian& inputs = backward.inputs;
@@ -340,7 +340,7 @@ __device__ __forceinline__ void finish_row(const GaussianBackward& backward, con
   const bool has_z = backward.grad_z != nullptr && inputs.samples > 0, has_kl = backward.grad_kl != nullptr;
   const A* grad_kl = static_cast<const A*>(backward.grad_kl) + row * (backward.by_row ? 1 : inputs.columns);
   Row<T> values;
-  values.has_prior = has_kl && inputs.prior_mean.data != nullptr;
+  values.has_prior = kPrior;  // known to the compiler, for registers are few
   load_row(inputs.logvar, row, place, values.logvar);
   if (has_kl) load_row(inputs.mean, row, place, values.mean);
   values.load_prior(inputs, row, place);
@@ -383,24 +383,27 @@ __device__ __forceinline__ void write_row(int kind, void* to, int64_t row, const
   packed.store(static_cast<T*>(to) + row * place.columns, place.column, place.columns);
 }
 
-// Grid: blocks of rows x tiles of columns. has_sums: of a prior that all rows share.
-template <class T>
+// Grid: blocks of rows x tiles of columns. kPrior: the gradient of the divergence from a prior is there. has_sums: of a
+// prior that all rows share.
+template <class T, bool kPrior>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     gaussian_bwd_kernel(const __grid_constant__ GaussianBackward backward, const __grid_constant__ Layout layout,
                         bool has_sums) {
   const Gaussian& inputs = backward.inputs;
   const Place place = Place::of(inputs, layout, T{});
-  if (has_sums) Slots<T>::clear(kGradients);
+  if (kPrior && has_sums) Slots<T>::clear(kGradients);
   place.for_each_row([&](int64_t row, bool exists) {
     if (!exists) return;
     if (backward.grad_z != nullptr) add_samples<T>(backward, place, row);
-    finish_row<T>(backward, place, row);
+    finish_row<T, kPrior>(backward, place, row);
     write_row<T>(kMean, backward.grad_mean, row, place);
     write_row<T>(kLogvar, backward.grad_logvar, row, place);
-    if (!inputs.prior_mean.shared) write_row<T>(kPriorMean, backward.grad_prior_mean, row, place);
-    if (!inputs.prior_logvar.shared) write_row<T>(kPriorLogvar, backward.grad_prior_logvar, row, place);
+    if constexpr (kPrior) {
+      if (!inputs.prior_mean.shared) write_row<T>(kPriorMean, backward.grad_prior_mean, row, place);
+      if (!inputs.prior_logvar.shared) write_row<T>(kPriorLogvar, backward.grad_prior_logvar, row, place);
+    }
   });
-  if (!has_sums) return;
+  if (!kPrior || !has_sums) return;
   __syncthreads();
   if (backward.grad_prior_mean != nullptr && inputs.prior_mean.shared) {
     write_sums<T>(kPriorMean, backward.grad_prior_mean, inputs, place, layout.team);
@@ -443,7 +446,7 @@ void launch_bwd(const GaussianBackward& backward, void* stream) {
   const bool has_sums = (backward.grad_prior_mean != nullptr && inputs.prior_mean.shared) ||
                         (backward.grad_prior_logvar != nullptr && inputs.prior_logvar.shared);
   const Layout layout = layout_of<T>(inputs, has_sums);
-  launch("gaussian_bwd_kernel", gaussian_bwd_kernel<T>,
+  launch("gaussian_bwd_kernel", has_prior ? gaussian_bwd_kernel<T, true> : gaussian_bwd_kernel<T, false>,
          shape_of<T>(inputs, layout, has_prior ? kGradients : kPriorMean), stream, backward, layout, has_sums);
 }
 
