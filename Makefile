@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record
+.PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -18,9 +18,10 @@ test-slow: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Registers, spills and 16-byte accesses of the CUDA kernels that were compiled.
+# Registers, spills, wide accesses and more of the machine code of the kernels, which needs no GPU.
 resources: $(VENV)/built
 	$(BIN)/python -m benchmarks.resources benchmarks/results/cuda_kernels.md
+	$(BIN)/python -m benchmarks.triton_resources benchmarks/results/triton_kernels.md
 
 # The quality of the random streams over 2^29 draws each, as a table and a plot: some minutes.
 rng-report: $(VENV)/built
@@ -73,3 +74,10 @@ gpu-setup gpu-build gpu-test gpu-sanitize gpu-record:
 # PARTS: some of the matrix, as in make gpu-bench PARTS="mask logits-1"; each takes less than 8 minutes.
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu bench $(PARTS)
+
+# The peers of the benchmark matrix, from where there is a network to where there is none: `make gpu` installs what lies
+# in wheels/. GPU_PYTHON: the version there.
+GPU_PYTHON ?= 3.12
+gpu-wheels:
+	$(PYTHON) -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  -d wheels -r requirements/gpu_peers.txt

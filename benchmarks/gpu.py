@@ -31,6 +31,8 @@ KERNEL_FILES = (
     "sslkernels/triton_kernels/*.py",
 )
 REQUIREMENTS = ROOT / "requirements" / "gpu.txt"
+PEERS = ROOT / "requirements" / "gpu_peers.txt"
+WHEELS = ROOT / "wheels"  # of the peers, as `make gpu-wheels` leaves them
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD = RESULTS / "gpu_validated.json"
 PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
@@ -39,7 +41,9 @@ PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less t
     "negative": ["--op", "negative_sampling_loss"],
     "normal": ["--op", "random_normal"],
     "gumbel": ["--op", "gumbel_softmax", "--op", "gumbel_quantize"],
+    "gaussian": ["--op", "gaussian_rsample"],
     "sample": ["--op", "linear_sample"],
+    "codes": ["--op", "vector_quantize"],
     "kernels": ["--op", "kernels"],
     "pairs": ["--op", "pair_kernels"],
     "own": ["--op", "info_nce"],
@@ -77,11 +81,14 @@ class Runner:
 
 
 def setup(run: Runner, options: argparse.Namespace) -> int:
-    """Installs what is missing of requirements/gpu.txt; where nothing is, no network is needed."""
+    """Installs what is missing of requirements/gpu.txt, and the peers from the folder of wheels where there is one;
+    for neither a network is needed where nothing is missing."""
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     missing = missing_packages(REQUIREMENTS.read_text())
-    if not missing:
-        return 0
-    return run([sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q", *missing])
+    code = run([*pip, *missing]) if missing else 0
+    if code == 0 and WHEELS.is_dir():
+        code = run([*pip, "--no-index", "--no-deps", "--find-links", str(WHEELS), "-r", str(PEERS)])
+    return code
 
 
 def missing_packages(requirements: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -63,11 +64,13 @@ def linear_cross_entropy(device: torch.device) -> list[Provider]:
         function = _get("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
         return function(t["input"], t["weight"], t["target"], bias=t.get("bias"))
 
-    def cce(implementation: str) -> Loss:
+    def cce(**options: object) -> Loss:
         def loss(case: Case, t: dict[str, Tensor]) -> Tensor:
             function = _get("cut_cross_entropy", "linear_cross_entropy")
+            if case.bias and "bias" not in inspect.signature(function).parameters:
+                raise Rejected("it takes no bias")
             bias = {"bias": t["bias"]} if case.bias else {}
-            return function(t["input"], t["weight"], t["target"], impl=implementation, **bias)
+            return function(t["input"], t["weight"], t["target"], impl="cce", **options, **bias)
 
         return loss
 
@@ -79,8 +82,8 @@ def linear_cross_entropy(device: torch.device) -> list[Provider]:
 
     return [
         _peer("liger_kernel", "liger", liger, leaves, device),
-        _peer("cut_cross_entropy", "cce", cce("cce"), leaves, device),
-        _peer("cut_cross_entropy", "cce_exact", cce("cce_exact"), leaves, device),
+        _peer("cut_cross_entropy", "cce", cce(), leaves, device),
+        _peer("cut_cross_entropy", "cce_exact", cce(filter_eps=None), leaves, device),  # drops no small gradient
         _peer("quack", "quack", quack, leaves, device),
     ]
 

@@ -1,4 +1,4 @@
-// The CUDA implementations of the operators that bind_cpu.cpp declares: device guard, stream, launch.
+// The CUDA implementations of the operators that bind_schemas.cpp declares: device guard, stream, launch.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,7 +1,7 @@
 """Calls the Triton launchers as on a GPU up to the launch itself, and prints the kernels that they compiled as JSON.
 
 The interpreter never specialises arguments; this does: strides of 1, absent tensors, integers of either width. A
-program of its own, for the same reason as `compile_triton`.
+program of its own, for the same reason as `benchmarks.triton_resources`.
 """
 
 import json

@@ -22,6 +22,7 @@ from benchmarks import (
     bench_vector_quantize,
     gpu,
     memory,
+    peers,
     providers,
     report,
 )
@@ -317,6 +318,14 @@ def test_failed_tests_take_the_pass_back(kernel_tree, monkeypatch):
     assert not gpu.RECORD.exists()
 
 
+def test_the_parts_of_the_gpu_run_are_all_cases():
+    def names(arguments):
+        return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cuda"]))]
+
+    parts = [name for arguments in gpu.PARTS.values() for name in names(arguments)]
+    assert sorted(parts) == sorted(names([]))
+
+
 def test_blob_hash_is_gits():
     assert gpu.blob_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
@@ -336,7 +345,7 @@ def test_dry_run_prints_every_step(kernel_tree, capsys):
     assert not gpu.RECORD.exists()
 
 
-def test_what_is_missing_for_the_gpu_run(monkeypatch):
+def test_what_is_missing_for_the_gpu_run(tmp_path, monkeypatch):
     versions = {"pytest": "9.2.0", "cmake": "3.20.1", "pybind11": "3.0"}
     monkeypatch.setattr(gpu.environment, "version", lambda name: versions.get(name, gpu.environment.MISSING))
     wanted = "# a comment\npytest\ncmake>=3.22\npybind11>=3.0  # and why\n\nninja\n"
@@ -344,5 +353,15 @@ def test_what_is_missing_for_the_gpu_run(monkeypatch):
     called = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **k: called.append(command))
     monkeypatch.setattr(gpu, "missing_packages", lambda requirements: [])
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "none")
     assert gpu.main(["setup"]) == 0
     assert called == []
+
+
+def test_peers_are_installed_from_their_wheels(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path)
+    monkeypatch.setattr(gpu, "missing_packages", lambda requirements: [])
+    assert gpu.main(["setup", "--dry-run"]) == 0
+    assert f"--no-index --no-deps --find-links {tmp_path}" in capsys.readouterr().out
+    pinned = [line.split("==")[0] for line in gpu.PEERS.read_text().splitlines() if "==" in line and line[0] != "#"]
+    assert set(pinned) <= set(peers.PACKAGES.values())

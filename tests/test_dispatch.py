@@ -20,8 +20,7 @@ PACKAGE = Path(sk.__file__).parent
 ALLOWED = {
     "": {"", "nn", "distributions", "dispatch", "native", "ops", "version", "random", "checks"},
     "distributions": {"ops", "checks"},
-    "nn": {"ops", "checks", "quantizer"},
-    "quantizer": {"ops", "checks", "random"},
+    "nn": {"nn", "ops", "checks", "random"},
     "ops": {"ops", "dispatch", "native", "checks", "random"},
     "random": {"checks"},
     "dispatch": {"native"},

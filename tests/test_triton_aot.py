@@ -12,27 +12,26 @@ import pytest
 
 pytest.importorskip("triton")
 
-import compile_triton
+from benchmarks import triton_resources
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-CASES = {compile_triton.label(e, a): (e, a) for e in compile_triton.entries() for a in e.architectures}
+CASES = {triton_resources.label(e, a): (e, a) for e in triton_resources.entries() for a in e.architectures}
 
 
-def run_program(name: str) -> Any:
-    """What a program of this folder prints, in a process where kernels are compiled and not interpreted."""
+def run_program(*program: str) -> Any:
+    """What a program prints, in a process where kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(root / "tests" / name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, int]]:
-    return run_program("compile_triton.py")
+    return run_program("-m", "benchmarks.triton_resources")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,15 +61,15 @@ def test_matmuls_use_tensor_cores(case, results):
 
 
 def test_every_kernel_is_covered():
-    kernels = compile_triton.kernels()
+    kernels = triton_resources.kernels()
     covered = {(entry.kernel.__name__, architecture) for entry, architecture in CASES.values()}
     assert kernels
     assert {(name, a) for name in kernels for a in ARCHITECTURES} == covered
 
 
 def test_launchers_bind_their_arguments():
-    assert run_program("bind_triton.py") == sorted(compile_triton.kernels())
+    assert run_program(str(Path(__file__).with_name("bind_triton.py"))) == sorted(triton_resources.kernels())
 
 
 def test_names_are_unique():
-    assert len(CASES) == sum(len(entry.architectures) for entry in compile_triton.entries())
+    assert len(CASES) == sum(len(entry.architectures) for entry in triton_resources.entries())

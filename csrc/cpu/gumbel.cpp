@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 
+#include "element.h"
 #include "gumbel_short.h"
 
 namespace sslkernels {
@@ -35,7 +36,7 @@ int64_t index_of(const A* s, int64_t count, A value) {
 }
 
 template <class T, class A>
-void add_noise(const T* logits, const float* noise, int64_t count, A* s) {
+SSLKERNELS_ONCE void add_noise(const T* logits, const float* noise, int64_t count, A* s) {
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) s[j] = A(to_float(logits[j])) + A(noise[j]);
 }
@@ -49,7 +50,7 @@ struct RowState {
 
 // s becomes exp((s - max) / tau), of which it returns the sum.
 template <class A>
-double exponentials(A* s, int64_t count, A max, A inverse_tau) {
+SSLKERNELS_ONCE double exponentials(A* s, int64_t count, A max, A inverse_tau) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < count; ++j) {
@@ -87,55 +88,63 @@ void put_state(const GumbelState& to, int64_t i, const RowState<A>& state) {
 }
 
 template <class T, class A>
-void scale_row(const A* row, int64_t columns, A scale, T* out) {
+SSLKERNELS_ONCE void scale_row(const A* row, int64_t columns, A scale, T* out) {
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) from_float(row[j] * scale, &out[j]);
 }
 
-template <class T, class A>
-void one_hot(int64_t columns, const RowState<A>& state, T* out) {
-  T one, nan;
-  from_float(A(1), &one);
-  from_float(std::numeric_limits<A>::quiet_NaN(), &nan);
+template <class A>
+void write_hard(Element element, int64_t columns, const RowState<A>& state, void* out) {
   if (state.sum == state.sum) {
-    std::memset(out, 0, size_t(columns) * sizeof(T));
-    out[state.index] = one;
+    const A one = 1;
+    std::memset(out, 0, size_t(columns * bytes_of(element)));
+    store_any(element, &one, state.index, 1, out);
   } else {
-    for (int64_t j = 0; j < columns; ++j) out[j] = nan;
+    const A nan = std::numeric_limits<A>::quiet_NaN();
+    for (int64_t j = 0; j < columns; ++j) store_any(element, &nan, j, 1, out);
   }
 }
 
-template <class T>
+const void* row_of(const GumbelRows& rows, int64_t i) {
+  return static_cast<const char*>(rows.logits) + i * rows.logits_stride * bytes_of(rows.element);
+}
+
+template <class A>
 void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch) {
-  using A = typename Accumulation<T>::type;
   const GumbelRows& rows = forward.rows;
-  if (rows.columns <= kShort) return fwd_short<T>(forward, begin, end);
+  if (rows.columns <= kShort) return fwd_short<A>(forward, begin, end);
   A* row = static_cast<A*>(scratch);
   Noise noise(rows, end);
   for (int64_t i = begin; i < end; ++i) {
-    const T* logits = static_cast<const T*>(rows.logits) + i * rows.logits_stride;
+    const auto load_logits = [&](int64_t from, int64_t count, A* s) {
+      load_any(rows.element, row_of(rows, i), from, count, s);
+    };
     if (forward.best != nullptr) {
-      const RowState<A> plain = reduce_row(row, rows.columns, A(1),
-                                           [&](int64_t from, int64_t count, A* s) { load(logits + from, count, s); });
+      const RowState<A> plain = reduce_row(row, rows.columns, A(1), load_logits);
       put_state(rows.plain, i, plain);
       forward.best[i] = plain.index;
     }
-    const RowState<A> state = reduce_row(
-        row, rows.columns, A(inverse_tau_of(rows)),
-        [&](int64_t from, int64_t count, A* s) { add_noise(logits + from, noise.block(i, from, count), count, s); });
+    const auto load_noisy = [&](int64_t from, int64_t count, A* s) {
+      const float* of_block = noise.block(i, from, count);
+      with_elements<A>(rows.element, row_of(rows, i), from,
+                       [=](const auto* logits) { add_noise(logits, of_block, count, s); });
+    };
+    const RowState<A> state = reduce_row(row, rows.columns, A(inverse_tau_of(rows)), load_noisy);
     put_state(rows.state, i, state);
     if (forward.index != nullptr) forward.index[i] = state.index;
     if (forward.output == GumbelOutput::kNone) continue;
-    T* y = static_cast<T*>(forward.y) + i * rows.columns;
-    if (forward.output == GumbelOutput::kSoft) scale_row(row, rows.columns, 1 / state.sum, y);
-    if (forward.output == GumbelOutput::kHard) one_hot(rows.columns, state, y);
+    void* y = static_cast<char*>(forward.y) + i * rows.columns * bytes_of(rows.element);
+    if (forward.output == GumbelOutput::kSoft) {
+      with_elements<A>(rows.element, y, 0, [&](auto* out) { scale_row(row, rows.columns, 1 / state.sum, out); });
+    }
+    if (forward.output == GumbelOutput::kHard) write_hard(rows.element, rows.columns, state, y);
   }
 }
 
-// What is left of exp((s - max) / tau) / sum of a block, and its product with `grad`.
+// y = exp((s - max) / tau) / sum of a block, and its product with `grad`.
 template <class T, class G, class A>
-double soft_block(const T* logits, const float* noise, const G* grad, int64_t count, A max, A inverse_tau, A scale,
-                  A* y) {
+SSLKERNELS_ONCE double soft_block(const T* logits, const float* noise, const G* grad, int64_t count, A max,
+                                  A inverse_tau, A scale, A* y) {
   A dot = 0;
 #pragma omp simd reduction(+ : dot)
   for (int64_t j = 0; j < count; ++j) {
@@ -145,41 +154,57 @@ double soft_block(const T* logits, const float* noise, const G* grad, int64_t co
   return dot;
 }
 
-template <class T, class G>
+template <class G, class A>
+SSLKERNELS_ONCE void add_gradient(const A* y, const G* grad, int64_t count, A mean, A inverse_tau, A* values) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) values[j] += y[j] * (A(to_float(grad[j])) - mean) * inverse_tau;
+}
+
+template <class A>
 void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scratch) {
-  using A = typename Accumulation<T>::type;
   const GumbelRows& rows = backward.rows;
-  if (rows.columns <= kShort) return bwd_short<T, G>(backward, begin, end);
+  if (rows.columns <= kShort) return bwd_short<A>(backward, begin, end);
   const A inverse_tau = A(inverse_tau_of(rows));
   A* y = static_cast<A*>(scratch);
   Noise noise(rows, end);
   const float none[kBlock] = {};
   A values[kBlock];
   for (int64_t i = begin; i < end; ++i) {
-    const T* logits = static_cast<const T*>(rows.logits) + i * rows.logits_stride;
-    const G* grad = static_cast<const G*>(backward.grad) + i * backward.grad_stride;
-    T* out = static_cast<T*>(backward.grad_logits) + i * rows.columns;
+    const int64_t element_bytes = bytes_of(rows.element), grad_bytes = bytes_of(grad_element(backward));
+    const void* grad = static_cast<const char*>(backward.grad) + i * backward.grad_stride * grad_bytes;
+    void* out = static_cast<char*>(backward.grad_logits) + i * rows.columns * element_bytes;
     double dot = 0, use = 0;
     if (backward.grad != nullptr) {
       const A max = static_cast<const A*>(rows.state.max)[i], scale = 1 / static_cast<const A*>(rows.state.sum)[i];
       for (int64_t from = 0; from < rows.columns; from += kBlock) {
         const int64_t count = block_count(rows.columns - from);
-        dot += soft_block(logits + from, noise.block(i, from, count), grad + from, count, max, inverse_tau, scale,
-                          y + from);
+        const float* of_block = noise.block(i, from, count);
+        dot += with_elements<A>(rows.element, row_of(rows, i), from, [&](const auto* logits) {
+          using T = std::remove_pointer_t<decltype(logits)>;
+          if (backward.wide_grad) {
+            const A* wide = static_cast<const A*>(grad) + from;
+            return soft_block(logits, of_block, wide, count, max, inverse_tau, scale, y + from);
+          }
+          return soft_block(logits, of_block, static_cast<T*>(grad) + from, count, max, inverse_tau, scale, y + from);
+        });
       }
     }
     const bool used = backward.uses != nullptr && (backward.mask == nullptr || backward.mask[i] != 0);
     const A* uses = used ? static_cast<const A*>(backward.uses) + i % backward.groups * rows.columns : nullptr;
     const A plain_max = used ? static_cast<const A*>(rows.plain.max)[i] : A(0);
     const A plain_scale = used ? 1 / static_cast<const A*>(rows.plain.sum)[i] : A(0);
+    const auto use_block = [&](int64_t from, int64_t count) {
+      return with_elements<A>(rows.element, row_of(rows, i), from, [&](const auto* logits) {
+        return soft_block(logits, none, uses + from, count, plain_max, A(1), plain_scale, values);
+      });
+    };
     for (int64_t from = 0; used && from < rows.columns; from += kBlock) {
-      const int64_t count = block_count(rows.columns - from);
-      use += soft_block(logits + from, none, uses + from, count, plain_max, A(1), plain_scale, values);
+      use += use_block(from, block_count(rows.columns - from));
     }
     for (int64_t from = 0; from < rows.columns; from += kBlock) {
       const int64_t count = block_count(rows.columns - from);
       if (used) {
-        soft_block(logits + from, none, uses + from, count, plain_max, A(1), plain_scale, values);
+        use_block(from, count);
         const A mean = A(use);
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) values[j] *= uses[from + j] - mean;
@@ -188,33 +213,33 @@ void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scrat
       }
       if (backward.grad != nullptr) {
         const A mean = A(dot);
-#pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          values[j] += y[from + j] * (A(to_float(grad[from + j])) - mean) * inverse_tau;
-        }
+        with_elements<A>(grad_element(backward), grad, from, [&](const auto* of_block) {
+          add_gradient(y + from, of_block, count, mean, inverse_tau, values);
+        });
       }
-      store(values, count, out + from);
+      store_any(rows.element, values, from, count, out);
     }
   }
 }
 
-template <class T>
+template <class A>
 void sum_probabilities(const ProbabilitySums& sums, int64_t begin, int64_t end) {
-  using A = typename Accumulation<T>::type;
   const GumbelRows& rows = sums.rows;
   const int64_t chunk = sums.chunk_rows * sums.groups;
+  A values[kBlock];
   for (int64_t c = begin; c < end; ++c) {
     A* partial = static_cast<A*>(sums.partial) + c * sums.groups * rows.columns;
     std::memset(partial, 0, size_t(sums.groups * rows.columns) * sizeof(A));
     const int64_t last = (c + 1) * chunk < rows.rows ? (c + 1) * chunk : rows.rows;
     for (int64_t i = c * chunk; i < last; ++i) {
       if (sums.mask != nullptr && sums.mask[i] == 0) continue;
-      const T* logits = static_cast<const T*>(rows.logits) + i * rows.logits_stride;
       const A max = static_cast<const A*>(rows.plain.max)[i], scale = 1 / static_cast<const A*>(rows.plain.sum)[i];
-      A* out = partial + i % sums.groups * rows.columns;
+      for (int64_t from = 0; from < rows.columns; from += kBlock) {
+        const int64_t count = block_count(rows.columns - from);
+        load_any(rows.element, row_of(rows, i), from, count, values);
+        A* out = partial + i % sums.groups * rows.columns + from;
 #pragma omp simd
-      for (int64_t j = 0; j < rows.columns; ++j) {
-        out[j] += exp_nonpositive(A(to_float(logits[j])) - max) * scale;
+        for (int64_t j = 0; j < count; ++j) out[j] += exp_nonpositive(values[j] - max) * scale;
       }
     }
   }
@@ -222,40 +247,19 @@ void sum_probabilities(const ProbabilitySums& sums, int64_t begin, int64_t end) 
 
 }  // namespace
 
-#define SSLKERNELS_BY_ELEMENT(element, call) \
-  switch (element) {                         \
-    case Element::kFloat: {                  \
-      using T = float;                       \
-      return call;                           \
-    }                                        \
-    case Element::kDouble: {                 \
-      using T = double;                      \
-      return call;                           \
-    }                                        \
-    case Element::kBFloat16: {               \
-      using T = BFloat16;                    \
-      return call;                           \
-    }                                        \
-    case Element::kHalf: {                   \
-      using T = Half;                        \
-      return call;                           \
-    }                                        \
-  }
-
 void gumbel_rows_fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch) {
-  SSLKERNELS_BY_ELEMENT(forward.rows.element, fwd<T>(forward, begin, end, scratch))
+  forward.rows.element == Element::kDouble ? fwd<double>(forward, begin, end, scratch)
+                                           : fwd<float>(forward, begin, end, scratch);
 }
 
 void gumbel_rows_bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scratch) {
-  if (backward.wide_grad) {
-    SSLKERNELS_BY_ELEMENT(backward.rows.element,
-                          (bwd<T, typename Accumulation<T>::type>(backward, begin, end, scratch)))
-  }
-  SSLKERNELS_BY_ELEMENT(backward.rows.element, (bwd<T, T>(backward, begin, end, scratch)))
+  backward.rows.element == Element::kDouble ? bwd<double>(backward, begin, end, scratch)
+                                            : bwd<float>(backward, begin, end, scratch);
 }
 
 void probability_sums(const ProbabilitySums& sums, int64_t begin, int64_t end) {
-  SSLKERNELS_BY_ELEMENT(sums.rows.element, sum_probabilities<T>(sums, begin, end))
+  sums.rows.element == Element::kDouble ? sum_probabilities<double>(sums, begin, end)
+                                        : sum_probabilities<float>(sums, begin, end);
 }
 
 }  // namespace SSLKERNELS_ISA

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "element.h"
 #include "gumbel_noise.h"
 #include "vector_math.h"
 
@@ -20,15 +21,24 @@ struct Tile {
 
   template <class Visit>
   void for_each(Visit visit) {
-    for (int64_t j = 0; j < columns; ++j) {
-      A* column = values + j * count;
+    const int64_t rows = count, last = columns;
+    for (int64_t j = 0; j < last; ++j) {
+      A* column = values + j * rows;
 #pragma omp simd
-      for (int64_t r = 0; r < count; ++r) visit(r, j, column[r]);
+      for (int64_t r = 0; r < rows; ++r) visit(r, j, column[r]);
     }
   }
-  // Rows `stride` apart, and those of the noise `noise_stride` apart, null for none.
+  // Rows `stride` apart, from number `first` on, and those of the noise `noise_stride` apart, null for none.
+  void load(Element element, const void* rows, int64_t first, int64_t stride, const float* noise,
+            int64_t noise_stride) {
+    with_elements<A>(element, rows, first * stride,
+                     [=](const auto* from) { load_from(from, stride, noise, noise_stride); });
+  }
+  void store(Element element, void* rows, int64_t first) {
+    with_elements<A>(element, rows, first * columns, [=](auto* to) { store_to(to); });
+  }
   template <class T>
-  void load(const T* rows, int64_t stride, const float* noise, int64_t noise_stride) {
+  SSLKERNELS_ONCE void load_from(const T* rows, int64_t stride, const float* noise, int64_t noise_stride) {
     if (noise == nullptr) {
       for_each([=](int64_t r, int64_t j, A& value) { value = to_float(rows[r * stride + j]); });
     } else {
@@ -38,12 +48,12 @@ struct Tile {
     }
   }
   template <class T>
-  void store(T* rows) {
+  SSLKERNELS_ONCE void store_to(T* rows) {
     const int64_t stride = columns;
     for_each([=](int64_t r, int64_t j, A& value) { from_float(value, &rows[r * stride + j]); });
   }
   // y = exp((s - max) / tau) / sum, of the states of the rows.
-  void soften(const A* max, const A* sum, A inverse_tau) {
+  SSLKERNELS_ONCE void soften(const A* max, const A* sum, A inverse_tau) {
     A scale[kGroups];
 #pragma omp simd
     for (int64_t r = 0; r < count; ++r) scale[r] = 1 / sum[r];
@@ -53,6 +63,12 @@ struct Tile {
   }
 };
 
+// Of the type of the logits, or of the accumulation type: float unless the logits are double.
+inline Element grad_element(const GumbelBackward& backward) {
+  const Element of_logits = backward.rows.element;
+  return backward.wide_grad && of_logits != Element::kDouble ? Element::kFloat : of_logits;
+}
+
 template <class A>
 struct TileState {
   A max[kGroups];
@@ -60,7 +76,7 @@ struct TileState {
   int32_t index[kGroups];
 
   // The values become exp((s - max) / tau).
-  void reduce(Tile<A>& tile, A inverse_tau) {
+  SSLKERNELS_ONCE void reduce(Tile<A>& tile, A inverse_tau) {
     A *largest = max, *total = sum;
     int32_t* where = index;
 #pragma omp simd
@@ -99,20 +115,18 @@ void for_each_tile(const GumbelRows& rows, int64_t begin, int64_t end, Visit vis
   }
 }
 
-template <class T>
+template <class A>
 void fwd_short(const GumbelForward& forward, int64_t begin, int64_t end) {
-  using A = typename Accumulation<T>::type;
   const GumbelRows& rows = forward.rows;
   const A inverse_tau = A(inverse_tau_of(rows));
   TileState<A> state;
   for_each_tile<A>(rows, begin, end, [&](int64_t first, Tile<A>& tile, const float* noise) {
-    const T* logits = static_cast<const T*>(rows.logits) + first * rows.logits_stride;
     if (forward.best != nullptr) {
-      tile.load(logits, rows.logits_stride, nullptr, 0);
+      tile.load(rows.element, rows.logits, first, rows.logits_stride, nullptr, 0);
       state.reduce(tile, A(1));
       state.put(tile.count, rows.plain, first, forward.best);
     }
-    tile.load(logits, rows.logits_stride, noise, (rows.columns + 3) / 4 * 4);
+    tile.load(rows.element, rows.logits, first, rows.logits_stride, noise, (rows.columns + 3) / 4 * 4);
     state.reduce(tile, inverse_tau);
     state.put(tile.count, rows.state, first, forward.index);
     if (forward.output == GumbelOutput::kNone) return;
@@ -124,33 +138,32 @@ void fwd_short(const GumbelForward& forward, int64_t begin, int64_t end) {
       tile.for_each(
           [=](int64_t r, int64_t j, A& value) { value = total[r] != total[r] ? total[r] : A(where[r] == int32_t(j)); });
     }
-    tile.store(static_cast<T*>(forward.y) + first * rows.columns);
+    tile.store(rows.element, forward.y, first);
   });
 }
 
 // The gradient of a tile of y with respect to s / tau: y * (weight - <weight, y>); weight(r, j).
 template <class A, class Weight>
-void weigh(Tile<A>& y, Weight weight) {
+SSLKERNELS_ONCE void weigh(Tile<A>& y, Weight weight) {
   A mean[kGroups] = {};
   y.for_each([=, &mean](int64_t r, int64_t j, A& value) { mean[r] += value * weight(r, j); });
   y.for_each([=, &mean](int64_t r, int64_t j, A& value) { value *= weight(r, j) - mean[r]; });
 }
 
-template <class T, class G>
+template <class A>
 void bwd_short(const GumbelBackward& backward, int64_t begin, int64_t end) {
-  using A = typename Accumulation<T>::type;
   const GumbelRows& rows = backward.rows;
   const A inverse_tau = A(inverse_tau_of(rows));
   Tile<A> plain;
   for_each_tile<A>(rows, begin, end, [&](int64_t first, Tile<A>& tile, const float* noise) {
-    const T* logits = static_cast<const T*>(rows.logits) + first * rows.logits_stride;
     if (backward.grad != nullptr) {
-      const G* grad = static_cast<const G*>(backward.grad) + first * backward.grad_stride;
       const int64_t stride = backward.grad_stride;
-      tile.load(logits, rows.logits_stride, noise, (rows.columns + 3) / 4 * 4);
+      tile.load(rows.element, rows.logits, first, rows.logits_stride, noise, (rows.columns + 3) / 4 * 4);
       tile.soften(static_cast<const A*>(rows.state.max) + first, static_cast<const A*>(rows.state.sum) + first,
                   inverse_tau);
-      weigh(tile, [=](int64_t r, int64_t j) { return A(to_float(grad[r * stride + j])); });
+      with_elements<A>(grad_element(backward), backward.grad, first * stride, [&](const auto* grad) {
+        weigh(tile, [=](int64_t r, int64_t j) { return A(to_float(grad[r * stride + j])); });
+      });
       tile.for_each([=](int64_t, int64_t, A& value) { value *= inverse_tau; });
     } else {
       tile.for_each([](int64_t, int64_t, A& value) { value = 0; });
@@ -161,7 +174,7 @@ void bwd_short(const GumbelBackward& backward, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < tile.count; ++r) at[r] = (first + r) % backward.groups * rows.columns;
       plain.count = tile.count;
       plain.columns = tile.columns;
-      plain.load(logits, rows.logits_stride, nullptr, 0);
+      plain.load(rows.element, rows.logits, first, rows.logits_stride, nullptr, 0);
       plain.soften(static_cast<const A*>(rows.plain.max) + first, static_cast<const A*>(rows.plain.sum) + first, A(1));
       weigh(plain, [=, &at](int64_t r, int64_t j) { return uses[at[r] + j]; });
       const uint8_t* mask = backward.mask == nullptr ? nullptr : backward.mask + first;
@@ -171,7 +184,7 @@ void bwd_short(const GumbelBackward& backward, int64_t begin, int64_t end) {
         value += mask == nullptr || mask[r] != 0 ? added[j * count + r] : A(0);
       });
     }
-    tile.store(static_cast<T*>(backward.grad_logits) + first * rows.columns);
+    tile.store(rows.element, backward.grad_logits, first);
   });
 }
 

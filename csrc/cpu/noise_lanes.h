@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/noise.h"
+#include "element.h"
 #include "groups.h"
 #include "philox_lanes.h"
 
@@ -9,8 +10,8 @@ namespace sslkernels {
 namespace {  // one copy for each instruction set: see isa.h
 
 // out[4 i ... 4 i + 3] are the normals of group[i].
-inline void normals_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
-                              float* __restrict out) {
+SSLKERNELS_ONCE inline void normals_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
+                                              float* __restrict out) {
   uint32_t first[2 * kGroups], second[2 * kGroups];
   pairs_of_groups(seed, group, draw, count, first, second);
 #pragma omp simd
@@ -19,8 +20,8 @@ inline void normals_of_groups(uint64_t seed, const uint64_t* group, uint64_t dra
 
 // out[4 i ... 4 i + 3] are convert(word) of the words of group[i].
 template <class Convert>
-inline void values_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, Convert convert,
-                             float* __restrict out) {
+SSLKERNELS_ONCE inline void values_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
+                                             Convert convert, float* __restrict out) {
   uint32_t words[4 * kGroups];
   words_of_groups(seed, group, draw, count, words);
 #pragma omp simd

@@ -21,19 +21,20 @@ constexpr A kLeftOut = -std::numeric_limits<A>::infinity();
 
 inline int64_t at_most(int64_t left, int64_t block) { return left < block ? left : block; }
 
-template <class T>
+template <class A>
 struct Tile {
-  using A = typename Accumulation<T>::type;
   const PairScores& scores;
 
-  T* row(int64_t i) const { return static_cast<T*>(scores.products) + i * scores.stride; }
+  void* row(int64_t i) const {
+    return static_cast<char*>(scores.products) + i * scores.stride * bytes_of(scores.element);
+  }
   A row_norm(int64_t i) const { return static_cast<const A*>(scores.row_norm)[i]; }
   const A* column_norm(int64_t begin) const { return static_cast<const A*>(scores.column_norm) + begin; }
 
   // u and s of the columns [begin, begin + count) of row i; those left out have s = -inf and u = 0. `same`, where ids
   // make positives, is 1 for further positives and else 0.
   void block(int64_t i, int64_t begin, int64_t count, A* u, A* s, A* same) const {
-    load(row(i) + begin, count, u);
+    load_any(scores.element, row(i), begin, count, u);
     if (scores.row_norm != nullptr) {
       const A norm = row_norm(i);
       const A* norms = column_norm(begin);
@@ -97,10 +98,9 @@ double block_softplus(const A* s, const A* same, int64_t count) {
   return sum;
 }
 
-template <class T>
+template <class A>
 void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
-  using A = typename Accumulation<T>::type;
-  const Tile<T> tile{scores};
+  const Tile<A> tile{scores};
   A u[kBlock], s[kBlock], same_buffer[kBlock];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
   A max = scores.energy == Energy::kSoftmax ? static_cast<A*>(sums.max)[i] : A(0);
@@ -148,7 +148,7 @@ void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
     if (sums.spread != nullptr) {
       const A norm = static_cast<const A*>(sums.row_norm)[i];
       const A* norms = static_cast<const A*>(sums.column_norm) + begin;
-      load(tile.row(i) + begin, count, u);
+      load_any(scores.element, tile.row(i), begin, count, u);
       A part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < count; ++j) {
@@ -180,10 +180,9 @@ void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
 }
 
 // The sums of at most kPairColumns columns.
-template <class T>
+template <class A>
 void column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin) {
-  using A = typename Accumulation<T>::type;
-  const Tile<T> tile{scores};
+  const Tile<A> tile{scores};
   const int64_t count = at_most(scores.columns - begin, kPairColumns);
   A u[kPairColumns], s[kGroup][kPairColumns], same_buffer[kPairColumns], moved[kPairColumns], part[kPairColumns];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
@@ -248,10 +247,9 @@ const A* offset(const void* values, int64_t begin) {
   return values == nullptr ? nullptr : static_cast<const A*>(values) + begin;
 }
 
-template <class T>
+template <class A>
 void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_t i) {
-  using A = typename Accumulation<T>::type;
-  const Tile<T> tile{scores};
+  const Tile<A> tile{scores};
   A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
   const A weight = entry<A>(gradient.row.weight, i);
@@ -331,7 +329,7 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) g[j] *= norm * norms[j];
     }
-    store(g, count, tile.row(i) + begin);
+    store_any(scores.element, g, begin, count, tile.row(i));
   }
   gradient.dot[i] += dot;
   gradient.total[i] += total;
@@ -339,32 +337,19 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
 
 }  // namespace
 
-#define SSLKERNELS_FOR_ELEMENT(function, ...)  \
-  switch (scores.element) {                    \
-    case Element::kFloat:                      \
-      function<float>(scores, __VA_ARGS__);    \
-      break;                                   \
-    case Element::kDouble:                     \
-      function<double>(scores, __VA_ARGS__);   \
-      break;                                   \
-    case Element::kBFloat16:                   \
-      function<BFloat16>(scores, __VA_ARGS__); \
-      break;                                   \
-    case Element::kHalf:                       \
-      function<Half>(scores, __VA_ARGS__);     \
-      break;                                   \
-  }
-
 void pair_row_sums(const PairScores& scores, const PairRowSums& sums, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) SSLKERNELS_FOR_ELEMENT(row_sums, sums, i)
+  const auto run = scores.element == Element::kDouble ? row_sums<double> : row_sums<float>;
+  for (int64_t i = begin; i < end; ++i) run(scores, sums, i);
 }
 
 void pair_column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin_block, int64_t end_block) {
-  for (int64_t b = begin_block; b < end_block; ++b) SSLKERNELS_FOR_ELEMENT(column_sums, sums, b * kPairColumns)
+  const auto run = scores.element == Element::kDouble ? column_sums<double> : column_sums<float>;
+  for (int64_t b = begin_block; b < end_block; ++b) run(scores, sums, b * kPairColumns);
 }
 
 void pair_gradient(const PairScores& scores, const PairGradient& gradient, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) SSLKERNELS_FOR_ELEMENT(gradient_row, gradient, i)
+  const auto run = scores.element == Element::kDouble ? gradient_row<double> : gradient_row<float>;
+  for (int64_t i = begin; i < end; ++i) run(scores, gradient, i);
 }
 
 }  // namespace SSLKERNELS_ISA

@@ -1,16 +1,14 @@
 // N neighbouring columns of a row whose length need be no multiple of N, by 16 bytes where they lie so.
 #pragma once
 
-#include <stdexcept>
-
 #include "groups.h"
+#include "launch.h"
 
 namespace sslkernels {
 
 // Columns are numbered by 32 bits, also one tile beyond the last.
 inline void check_dim(int64_t dim) {
-  if (dim > int64_t(1) << 30)
-    throw std::runtime_error("sslkernels: the CUDA kernels take rows of at most 2^30 columns");
+  if (dim > int64_t(1) << 30) fail("the CUDA kernels take rows of at most 2^30 columns");
 }
 
 // Zeros beyond the end of the row.

@@ -1,11 +1,15 @@
-// Plans of the row kernels of cross-entropy, and their choice by element type.
+// Plans of the row kernels of cross-entropy, and their choice by element type; here are those of float and double.
 #include <algorithm>
 
-#include "cross_entropy.h"
-#include "cross_entropy_rows.h"
-#include "launch.h"
+#include "cross_entropy_launch.h"
 
 namespace sslkernels {
+
+extern template void launch_rows_fwd<BFloat16>(const CrossEntropyRows&, void*);
+extern template void launch_rows_bwd<BFloat16>(const CrossEntropyRows&, void*);
+extern template void launch_rows_fwd<Half>(const CrossEntropyRows&, void*);
+extern template void launch_rows_bwd<Half>(const CrossEntropyRows&, void*);
+
 namespace {
 
 int element_bytes(Element element) {
@@ -26,7 +30,7 @@ int64_t groups_of_row(const CrossEntropyRows& rows) {
 
 void check_columns(const CrossEntropyRows& rows) {
   if (rows.vocab > int64_t(1) << 30) {  // columns and their groups are numbered by 32 bits
-    throw std::runtime_error("sslkernels: the CUDA kernels of cross-entropy take at most 2^30 columns");
+    fail("the CUDA kernels of cross-entropy take at most 2^30 columns");
   }
 }
 
@@ -50,7 +54,7 @@ int threads_for_two_reads(const CrossEntropyRows& rows, const DeviceLimits& limi
 RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const DeviceLimits& limits) {
   const int64_t groups = groups_of_row(rows);
   // RowFeatures::Held: as float where something is computed on the logits, else as they are.
-  const int held_bytes_each = is_affine(rows) || is_capped(rows) ? int(sizeof(float)) : element_bytes(rows.element);
+  const int held_bytes_each = is_transformed(rows) ? int(sizeof(float)) : element_bytes(rows.element);
   const int64_t group_bytes = 16 / element_bytes(rows.element) * held_bytes_each;
   const auto held_bytes = [&](int cluster) { return scratch_bytes + ceil_div(groups, cluster) * group_bytes; };
   // Several blocks a multiprocessor, so that some of them load while others compute or store.

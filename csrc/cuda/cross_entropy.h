@@ -11,8 +11,9 @@ void launch_cross_entropy_rows_fwd(const CrossEntropyRows& rows, void* stream);
 void launch_cross_entropy_rows_bwd(const CrossEntropyRows& rows, void* stream);
 
 // Whether something is computed on the logits before they are compared.
-inline bool is_affine(const CrossEntropyRows& rows) { return rows.bias != nullptr || rows.options.logit_scale != 1; }
-inline bool is_capped(const CrossEntropyRows& rows) { return rows.options.softcap != 0; }
+inline bool is_transformed(const CrossEntropyRows& rows) {
+  return rows.bias != nullptr || rows.options.logit_scale != 1 || rows.options.softcap != 0;
+}
 
 // How a row is shared by blocks, and whether the forward holds it in shared memory for the gradient.
 struct RowPlan {

@@ -1,4 +1,4 @@
-// The kernels of cross_entropy_rows.h for half; one file an element type, so that they compile side by side.
+// The kernels of cross_entropy_rows.h for half: in a file of their own, so that they compile side by side.
 #include "cross_entropy_launch.h"
 
 namespace sslkernels {

@@ -11,13 +11,11 @@ namespace sslkernels {
 template <class T, bool kSums, class Run>
 void with_features(const CrossEntropyRows& rows, Run run) {
   if constexpr (sizeof(T) == 8) {
-    run(RowFeatures<true, true, kSums>{});
-  } else if (is_capped(rows)) {
-    run(RowFeatures<true, true, kSums>{});
-  } else if (is_affine(rows)) {
-    run(RowFeatures<true, false, kSums>{});
+    run(RowFeatures<true, kSums>{});
+  } else if (is_transformed(rows)) {
+    run(RowFeatures<true, kSums>{});
   } else {
-    run(RowFeatures<false, false, kSums>{});
+    run(RowFeatures<false, kSums>{});
   }
 }
 

@@ -25,15 +25,14 @@ constexpr int kBatch = kHeld ? 4 : 2;
 template <class T, class S>
 struct HeldRow;
 
-// What a kernel can do; without a feature there is no trace of it.
-template <bool kAffine_, bool kSoftcap_, bool kSums_>
+// What a kernel can do; without a feature there is no trace of it. What of kTransform is wanted is known once a group.
+template <bool kTransform_, bool kSums_>
 struct RowFeatures {
-  static constexpr bool kAffine = kAffine_;    // logit_scale and bias
-  static constexpr bool kSoftcap = kSoftcap_;  // softcap, 0 is none
-  static constexpr bool kSums = kSums_;        // statistics and label smoothing
+  static constexpr bool kTransform = kTransform_;  // logit_scale, bias and softcap
+  static constexpr bool kSums = kSums_;            // statistics and label smoothing
 
   template <class T>  // what a row is held as
-  using Held = HeldRow<T, std::conditional_t<kAffine || kSoftcap, typename Accumulation<T>::type, T>>;
+  using Held = HeldRow<T, std::conditional_t<kTransform, typename Accumulation<T>::type, T>>;
 };
 
 // NaN only where both are.
@@ -135,24 +134,22 @@ struct Row {
         inverse_softcap(A(1) / A(rows.options.softcap)),
         target(int(target_of(rows, i))) {}
 
-  __device__ __forceinline__ A capped(A value) const {
-    if constexpr (F::kSoftcap) {
-      if (softcap != A(0)) value = softcap * row_tanh<T>(value * inverse_softcap);
-    }
-    return value;
-  }
+  __device__ __forceinline__ A capped(A value) const { return softcap * row_tanh<T>(value * inverse_softcap); }
 
   // The transformed logit of one column.
   __device__ __forceinline__ A z(int column) const {
     A value = to_float(logits[column]);
-    if constexpr (F::kAffine) value = value * scale + (bias == nullptr ? A(0) : bias[column]);
-    return capped(value);
+    if constexpr (F::kTransform) {
+      value = value * scale + (bias == nullptr ? A(0) : bias[column]);
+      if (softcap != A(0)) value = capped(value);
+    }
+    return value;
   }
 
   // Those of a group that was loaded whole.
   __device__ __forceinline__ void transform(const Words& words, int column, A (&z)[kSize]) const {
     unpack_group<T>(words, z);
-    if constexpr (F::kAffine) {
+    if constexpr (F::kTransform) {
       if (bias == nullptr) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) z[k] *= scale;
@@ -162,10 +159,10 @@ struct Row {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) z[k] = z[k] * scale + add[k];
       }
-    }
-    if constexpr (F::kSoftcap) {
+      if (softcap != A(0)) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) z[k] = capped(z[k]);
+        for (int k = 0; k < kSize; ++k) z[k] = capped(z[k]);
+      }
     }
   }
 
@@ -379,7 +376,7 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
           }
         }
       }
-      if constexpr (F::kSoftcap) {
+      if constexpr (F::kTransform) {
         if (row.softcap != A(0)) {
 #pragma unroll
           for (int k = 0; k < kSize; ++k) {

@@ -6,8 +6,6 @@
 #include "device_host.h"
 #else
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -123,29 +121,25 @@ __device__ __forceinline__ void store_words(void* pointer, Words words) {
   __stcs(static_cast<uint4*>(pointer), make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]));
 }
 
-// --- Two 16-bit elements in a word ---------------------------------------------------------------------------------
+// --- Two 16-bit elements in a word: written out, for the headers of CUDA that offer it take half a second a file ---
 
 __device__ __forceinline__ void unpack(uint32_t word, BFloat16, float& low, float& high) {
   low = __uint_as_float(word << 16);
   high = __uint_as_float(word & 0xffff0000u);
 }
 __device__ __forceinline__ void unpack(uint32_t word, Half, float& low, float& high) {
-  __half2 pair;
-  memcpy(&pair, &word, sizeof(word));
-  const float2 both = __half22float2(pair);
-  low = both.x;
-  high = both.y;
+  asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
 }
 __device__ __forceinline__ uint32_t pack(float low, float high, BFloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   uint32_t word;
-  memcpy(&word, &pair, sizeof(word));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
 __device__ __forceinline__ uint32_t pack(float low, float high, Half) {
-  const __half2 pair = __floats2half2_rn(low, high);
   uint32_t word;
-  memcpy(&word, &pair, sizeof(word));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
 

@@ -1,16 +1,15 @@
 // The sums over candidates on a GPU: what free_energy and prediction_energy reduce energies with.
 #pragma once
 
-#include <stdexcept>
-
 #include "../common/free_energy.h"
 #include "groups.h"
+#include "launch.h"
 
 namespace sslkernels {
 
 // Candidates are numbered by 32 bits, also some steps beyond the last.
 inline void check_count(int64_t count) {
-  if (count > int64_t(1) << 30) throw std::runtime_error("sslkernels: the CUDA kernels take at most 2^30 candidates");
+  if (count > int64_t(1) << 30) fail("the CUDA kernels take at most 2^30 candidates");
 }
 
 // Whether groups that start multiples of `pitch` from `start` on are whole words of memory.

@@ -92,13 +92,14 @@ struct Slots {
 };
 
 // A row of the inputs, and its columns against their prior: names as in sslkernels/ops/gaussian_operators.py.
-template <class T, bool kPrior>
+template <class T>
 struct Row {
   using A = typename Accumulation<T>::type;
   PackedRow<T> mean, logvar, prior_mean, prior_logvar;
+  bool has_prior;
 
   __device__ __forceinline__ void load_prior(const Gaussian& inputs, int64_t row, const Place& place) {
-    if constexpr (kPrior) {
+    if (has_prior) {
       load_row(inputs.prior_mean, row, place, prior_mean);
       load_row(inputs.prior_logvar, row, place, prior_logvar);
     }
@@ -111,7 +112,7 @@ struct Row {
     A given[kStep], of_mean[kStep], prior_m[kStep], prior_v[kStep];
     logvar.get(step, given);
     mean.get(step, of_mean);
-    if constexpr (kPrior) {
+    if (has_prior) {
       prior_mean.get(step, prior_m);
       prior_logvar.get(step, prior_v);
     }
@@ -119,7 +120,7 @@ struct Row {
     for (int k = 0; k < kStep; ++k) {
       const A v = clamp(given[k], low, high), scale = exp_any(A(0.5) * v);
       A t = of_mean[k], d = v, e = scale * scale, inverse_scale = A(1), expm1, excess;
-      if constexpr (kPrior) {
+      if (has_prior) {
         d = v - prior_v[k];
         e = exp_any(d);
         inverse_scale = exp_any(A(-0.5) * prior_v[k]);
@@ -192,9 +193,9 @@ __device__ __forceinline__ void write_statistics(const GaussianForward& forward,
 
 // Keeps the scales of a row and writes its divergence, or adds it to the statistics; returns the sum of this thread's
 // columns.
-template <class T, bool kPrior>
+template <class T>
 __device__ __forceinline__ auto divergence_of_row(const GaussianForward& forward, const Place& place, int64_t row,
-                                                  int seen, const Row<T, kPrior>& values) {
+                                                  int seen, const Row<T>& values) {
   using A = typename Accumulation<T>::type;
   const Gaussian& inputs = forward.inputs;
   const A free_bits = A(inputs.free_bits);
@@ -250,7 +251,7 @@ __device__ __forceinline__ void write_samples(const GaussianForward& forward, co
 }
 
 // Grid: blocks of rows x tiles of columns.
-template <class T, bool kPrior>
+template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     gaussian_fwd_kernel(const __grid_constant__ GaussianForward forward, const __grid_constant__ Layout layout) {
   using A = typename Accumulation<T>::type;
@@ -261,7 +262,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   place.for_each_row([&](int64_t row, bool exists) {
     A sum = 0;
     if (exists) {
-      Row<T, kPrior> values;
+      Row<T> values;
+      values.has_prior = inputs.prior_mean.data != nullptr;
       load_row(inputs.mean, row, place, values.mean);
       load_row(inputs.logvar, row, place, values.logvar);
       values.load_prior(inputs, row, place);
@@ -337,7 +339,8 @@ __device__ __forceinline__ void finish_row(const GaussianBackward& backward, con
   const A low = A(inputs.low), high = A(inputs.high), free_bits = A(inputs.free_bits);
   const bool has_z = backward.grad_z != nullptr && inputs.samples > 0, has_kl = backward.grad_kl != nullptr;
   const A* grad_kl = static_cast<const A*>(backward.grad_kl) + row * (backward.by_row ? 1 : inputs.columns);
-  Row<T, kPrior> values;
+  Row<T> values;
+  values.has_prior = kPrior;  // known to the compiler, for registers are few
   load_row(inputs.logvar, row, place, values.logvar);
   if (has_kl) load_row(inputs.mean, row, place, values.mean);
   values.load_prior(inputs, row, place);
@@ -358,7 +361,7 @@ __device__ __forceinline__ void finish_row(const GaussianBackward& backward, con
         const A of_mean = slope * t * inverse_scale;
         in_mean += of_mean;
         in_logvar = fused(slope, expm1, in_logvar);
-        if constexpr (kPrior) {
+        if (values.has_prior) {
           put<T>(kPriorMean, column, inputs.prior_mean.shared, -of_mean);
           put<T>(kPriorLogvar, column, inputs.prior_logvar.shared, A(-0.5) * slope * fused(t, t, expm1));
         }
@@ -380,7 +383,8 @@ __device__ __forceinline__ void write_row(int kind, void* to, int64_t row, const
   packed.store(static_cast<T*>(to) + row * place.columns, place.column, place.columns);
 }
 
-// Grid: blocks of rows x tiles of columns. has_sums: of a prior that all rows share.
+// Grid: blocks of rows x tiles of columns. kPrior: the gradient of the divergence from a prior is there. has_sums: of a
+// prior that all rows share.
 template <class T, bool kPrior>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     gaussian_bwd_kernel(const __grid_constant__ GaussianBackward backward, const __grid_constant__ Layout layout,
@@ -429,9 +433,9 @@ LaunchShape shape_of(const Gaussian& inputs, const Layout& layout, int kinds) {
 
 template <class T>
 void launch_fwd(const GaussianForward& forward, void* stream) {
-  const bool has_sums = forward.statistics != nullptr, has_prior = forward.inputs.prior_mean.data != nullptr;
+  const bool has_sums = forward.statistics != nullptr;
   const Layout layout = layout_of<T>(forward.inputs, has_sums);
-  launch("gaussian_fwd_kernel", has_prior ? gaussian_fwd_kernel<T, true> : gaussian_fwd_kernel<T, false>,
+  launch("gaussian_fwd_kernel", gaussian_fwd_kernel<T>,
          shape_of<T>(forward.inputs, layout, has_sums ? kForwardKinds : kKl), stream, forward, layout);
 }
 

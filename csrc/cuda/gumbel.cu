@@ -34,19 +34,19 @@ LaunchShape shape_of(const GumbelPlan& plan, int64_t rows) {
   return {ceil_div(rows, plan.threads / plan.team), plan.threads, plan.shared_bytes, 1};
 }
 
-template <class T, bool kStats>
+template <class T>
 void launch_fwd(const GumbelForward& forward, void* stream) {
   constexpr const char* kName = "gumbel_rows_fwd_kernel";
-  const auto kernel = gumbel_rows_fwd_kernel<T, kStats>;
-  const GumbelPlan plan = plan_of<T, ForwardScratch<T, kStats>>(forward.rows, forward.output == GumbelOutput::kSoft,
-                                                                device_limits(), knows_clusters(kName, kernel));
+  const auto kernel = gumbel_rows_fwd_kernel<T>;
+  const GumbelPlan plan = plan_of<T, ForwardScratch<T>>(forward.rows, forward.output == GumbelOutput::kSoft,
+                                                        device_limits(), knows_clusters(kName, kernel));
   launch(kName, kernel, shape_of(plan, forward.rows.rows), stream, forward, GumbelTeam{plan.team, plan.held});
 }
 
-template <class T, bool kUses>
+template <class T>
 void launch_bwd(const GumbelBackward& backward, void* stream) {
   constexpr const char* kName = "gumbel_rows_bwd_kernel";
-  const auto kernel = gumbel_rows_bwd_kernel<T, kUses>;
+  const auto kernel = gumbel_rows_bwd_kernel<T>;
   const GumbelPlan plan = plan_of<T, BackwardScratch<T>>(backward.rows, backward.grad != nullptr, device_limits(),
                                                          knows_clusters(kName, kernel));
   launch(kName, kernel, shape_of(plan, backward.rows.rows), stream, backward, GumbelTeam{plan.team, plan.held});
@@ -61,16 +61,6 @@ void launch_sums(const ProbabilitySums& sums, void* stream) {
   const int64_t threads = sums.chunks * sums.groups * tiles * lanes;
   launch("probability_sums_kernel", probability_sums_kernel<T>, {ceil_div(threads, kThreads), kThreads, 0, 1}, stream,
          sums, lanes, tiles);
-}
-
-template <class T>
-void choose_fwd(const GumbelForward& forward, void* stream) {
-  forward.best == nullptr ? launch_fwd<T, false>(forward, stream) : launch_fwd<T, true>(forward, stream);
-}
-
-template <class T>
-void choose_bwd(const GumbelBackward& backward, void* stream) {
-  backward.uses == nullptr ? launch_bwd<T, false>(backward, stream) : launch_bwd<T, true>(backward, stream);
 }
 
 #define SSLKERNELS_BY_ELEMENT(element, function, ...) \
@@ -129,11 +119,11 @@ GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_
 }
 
 void launch_gumbel_rows_fwd(const GumbelForward& forward, void* stream) {
-  SSLKERNELS_BY_ELEMENT(forward.rows.element, choose_fwd, forward, stream)
+  SSLKERNELS_BY_ELEMENT(forward.rows.element, launch_fwd, forward, stream)
 }
 
 void launch_gumbel_rows_bwd(const GumbelBackward& backward, void* stream) {
-  SSLKERNELS_BY_ELEMENT(backward.rows.element, choose_bwd, backward, stream)
+  SSLKERNELS_BY_ELEMENT(backward.rows.element, launch_bwd, backward, stream)
 }
 
 void launch_probability_sums(const ProbabilitySums& sums, void* stream) {

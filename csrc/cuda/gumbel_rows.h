@@ -216,10 +216,10 @@ __device__ __forceinline__ void put_state(const GumbelState& to, int64_t row, A 
 __device__ __forceinline__ int64_t code(int32_t index) { return index == INT32_MAX ? 0 : index; }
 
 // Shared memory of the forward: scratch of the reductions, then what is held.
-template <class T, bool kStats>
+template <class T>
 struct ForwardScratch {
   using A = typename Accumulation<T>::type;
-  using Sums = Totals<A, kStats ? 2 : 1>;
+  using Sums = Totals<A, 2>;
   typename Reduction<Top<A>>::Scratch top;
   typename Reduction<Top<A>>::Scratch plain_top;
   typename Reduction<Sums>::Scratch sums;
@@ -231,12 +231,12 @@ struct BackwardScratch {
 template <class Scratch>
 constexpr int64_t kScratchBytes = (int64_t(sizeof(Scratch)) + 15) / 16 * 16;
 
-// Grid: a team a row.
-template <class T, bool kStats>
+// Grid: a team a row. With forward.best, also the state of the logits without noise.
+template <class T>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     gumbel_rows_fwd_kernel(const __grid_constant__ GumbelForward forward, GumbelTeam team) {
   using A = typename Accumulation<T>::type;
-  using Scratch = ForwardScratch<T, kStats>;
+  using Scratch = ForwardScratch<T>;
   using Sums = typename Scratch::Sums;
   constexpr int N = kChunk<T>;
   const Place<T> place(forward.rows, team.team);
@@ -244,13 +244,14 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
   const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
   const A inverse_tau = A(inverse_tau_of(forward.rows));
+  const bool stats = forward.best != nullptr;
 
   Running<T> running, plain;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
     const int column = chunk * N;
     A s[N];
     row.load(column, s);
-    if constexpr (kStats) plain.add(s, column, A(1));
+    if (stats) plain.add(s, column, A(1));
     row.add_noise(column, s);
     running.add(s, column, inverse_tau);
     if (team.held) held.store(turn, s);
@@ -260,20 +261,20 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const Top<A> top = Tops::run(running.top, place.lanes, &scratch->top);
   Tops::finish(place.lanes);
   Top<A> plain_top = top;
-  if constexpr (kStats) {
+  if (stats) {
     plain_top = Tops::run(plain.top, place.lanes, &scratch->plain_top);
     Tops::finish(place.lanes);
   }
-  Sums sums;
+  Sums sums = Sums::identity();
   sums.value[0] = running.moved(top.max, inverse_tau);
-  if constexpr (kStats) sums.value[1] = plain.moved(plain_top.max, A(1));
+  if (stats) sums.value[1] = plain.moved(plain_top.max, A(1));
   sums = TeamReduction<Sums>::run(sums, place.lanes, &scratch->sums);
 
   const A sum = sums.value[0];
   if (place.first()) {
     put_state(forward.rows.state, place.row, top.max, sum);
     if (forward.index != nullptr) forward.index[place.row] = code(top.index);
-    if constexpr (kStats) {
+    if (stats) {
       put_state(forward.rows.plain, place.row, plain_top.max, sums.value[1]);
       forward.best[place.row] = code(plain_top.index);
     }
@@ -327,14 +328,14 @@ struct Softmax {
 };
 
 // The gradient of y: of the accumulation type where it is a product of the package's own, else of that of the logits.
-template <class T, bool kUses>
+template <class T>
 struct GradRow {
   using A = typename Accumulation<T>::type;
   const char* values;
   bool wide;
 
   __device__ __forceinline__ GradRow(const GumbelBackward& backward, int64_t row)
-      : values(static_cast<const char*>(backward.grad)), wide(kUses || backward.wide_grad) {
+      : values(static_cast<const char*>(backward.grad)), wide(backward.wide_grad) {
     if (values != nullptr) values += row * backward.grad_stride * int64_t(wide ? sizeof(A) : sizeof(T));
   }
   template <int N>
@@ -348,7 +349,7 @@ struct GradRow {
 };
 
 // Grid: a team a row.
-template <class T, bool kUses>
+template <class T>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     gumbel_rows_bwd_kernel(const __grid_constant__ GumbelBackward backward, GumbelTeam team) {
   using A = typename Accumulation<T>::type;
@@ -357,12 +358,13 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   constexpr int N = kChunk<T>;
   const Place<T> place(backward.rows, team.team);
   const NoisyRow<T> row(backward.rows, place);
-  const GradRow<T, kUses> grads(backward, place.row);
+  const GradRow<T> grads(backward, place.row);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
   const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
   const Softmax<T> soft(backward.rows.state, place, A(inverse_tau_of(backward.rows)));
   const bool has_grad = backward.grad != nullptr;
-  const bool used = kUses && place.in_range && (backward.mask == nullptr || backward.mask[place.row] != 0);
+  const bool used =
+      backward.uses != nullptr && place.in_range && (backward.mask == nullptr || backward.mask[place.row] != 0);
   const A* uses = nullptr;
   if (used) uses = static_cast<const A*>(backward.uses) + place.row % backward.groups * backward.rows.columns;
 

@@ -333,47 +333,39 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const bool gradient = own.coefficient != nullptr;
   const bool apart = weights_are_apart(own);
   const bool one_tile = own.count <= plan.tile;
-  OwnSums<A> sums = OwnSums<A>::identity();
   block.load_query();  // there at the first barrier
 
   A value = 0;
-  if (!apart) {
-    for (int64_t first = 0; first < own.count; first += plan.tile) {
-      const int size = block.tile_size(first);
-      load_tile(block, first, size, plan.held && one_tile, !gradient || one_tile);
-      __syncthreads();
-      score_tile(block, row, first, size, sums);
-      if (!one_tile) __syncthreads();
-    }
-    value = value_of(row, Sums<T>::over_cluster(sums, block.scratch));
-  }
-  if (apart || gradient) {
+  // The sums over all negatives, then the gradients; both at once where the weights are apart.
+  const int passes = apart || gradient ? 2 : 1;
+#pragma unroll 1
+  for (int pass = apart ? 1 : 0; pass < passes; ++pass) {
+    const bool second = pass == 1;
+    OwnSums<A> sums = OwnSums<A>::identity();
     for (int64_t first = 0; first == 0 || first < own.count; first += plan.tile) {
       const int size = block.tile_size(first);
-      if (apart || !one_tile) {
-        load_tile(block, first, size, plan.held, true);
+      if (!second || apart || !one_tile) {
+        load_tile(block, first, size, plan.held && (second || one_tile), second || !gradient || one_tile);
         __syncthreads();
       }
-      if (apart) {
-        score_tile(block, row, first, size, sums);
-        if (row.final) value = row.reference;
+      if (!second || apart) score_tile(block, row, first, size, sums);
+      if (second) {
+        if (apart && row.final) value = row.reference;
+        if (gradient) weigh_tile(block, row, size, value, sums);
+        __syncthreads();
+        if (gradient && own.grad_negatives != nullptr) write_grad_negatives(block, first, size);
+        if (gradient && own.grad_query != nullptr) add_grad_query(block, row, first, size);
       }
-      if (gradient) weigh_tile(block, row, size, value, sums);
-      __syncthreads();
-      if (gradient && own.grad_negatives != nullptr) write_grad_negatives(block, first, size);
-      if (gradient && own.grad_query != nullptr) add_grad_query(block, row, first, size);
       if (!one_tile) __syncthreads();
     }
-    sums = Sums<T>::over_cluster(sums, block.scratch + 1);
-    if (apart) value = value_of(row, sums);
-  }
-  if (threadIdx.x == 0) {
-    static_cast<A*>(own.value)[block.i] = value;
-    if (gradient) {
+    sums = Sums<T>::over_cluster(sums, block.scratch + pass);
+    if (!second || apart) value = value_of(row, sums);
+    if (second && gradient && threadIdx.x == 0) {
       static_cast<A*>(own.grad_scale)[block.i] = sums.scale;
       static_cast<A*>(own.grad_bias)[block.i] = sums.bias;
     }
   }
+  if (threadIdx.x == 0) static_cast<A*>(own.value)[block.i] = value;
 }
 
 // --- Launch --------------------------------------------------------------------------------------------------------
@@ -383,7 +375,7 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   if (own.dim > int64_t(1) << 24) {
-    throw std::runtime_error("sslkernels: the CUDA kernel of own_negatives takes at most 2^24 columns");
+    fail("the CUDA kernel of own_negatives takes at most 2^24 columns");
   }
   OwnPlan plan{};
   plan.aligned = own.dim % kSize == 0 && reinterpret_cast<uint64_t>(own.negatives) % 16 == 0 &&
@@ -406,8 +398,8 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
   plan.tile = int(std::clamp<int64_t>(own.count, 1, std::min<int64_t>(fit, 1 << 20)));
   plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, own.dim).bytes;
   if (plan.shared_bytes > limits.shared_per_block) {
-    throw std::runtime_error("sslkernels: the CUDA kernel of own_negatives has no place for negatives of " +
-                             std::to_string(own.dim) + " columns");
+    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns",
+         static_cast<long long>(own.dim));
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
   const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;

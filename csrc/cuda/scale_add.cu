@@ -55,7 +55,7 @@ void launch_from(const ScaleAdd& arguments, void* stream) {
     case Element::kHalf:
       return launch_pair<In, Half>(arguments, stream);
     case Element::kDouble:
-      throw std::runtime_error("sslkernels: scale_add makes no float64 of another type");
+      fail("scale_add makes no float64 of another type");
   }
 }
 
@@ -71,7 +71,7 @@ void launch_scale_add(const ScaleAdd& arguments, void* stream) {
       return launch_from<Half>(arguments, stream);
     case Element::kDouble:
       if (arguments.out_element == Element::kDouble) return launch_pair<double, double>(arguments, stream);
-      throw std::runtime_error("sslkernels: scale_add makes of float64 no other type");
+      fail("scale_add makes of float64 no other type");
   }
 }
 

@@ -1,4 +1,4 @@
-"""The modules that hold a codebook: `sslkernels.nn.VectorQuantizer` and `GumbelQuantizer`."""
+"""The modules that hold a codebook."""
 
 from __future__ import annotations
 

@@ -1,0 +1,142 @@
+"""What the machine code of every Triton kernel needs, compiled ahead of time without a GPU.
+
+`python -m benchmarks.triton_resources` prints it as JSON; with a file name it writes a table there as Markdown. It is a
+program of its own because the kernels of a process that has TRITON_INTERPRET set cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.resources import REGISTERS, WARPS, cuobjdump
+from sslkernels import triton_kernels
+
+SHARED = {
+    80: 164 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+}  # bytes of a multiprocessor, of which a block takes 1 KiB itself
+
+
+def modules() -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(triton_kernels.__path__):
+        yield importlib.import_module(f"{triton_kernels.__name__}.{module.name}")
+
+
+def kernels() -> dict[str, Any]:
+    """The entry points: what is named `..._kernel`; other jit functions are compiled as part of them."""
+    return {
+        name: value
+        for module in modules()
+        for name, value in inspect.getmembers(module)
+        if name.endswith("_kernel") and hasattr(value, "arg_names")
+    }
+
+
+def entries() -> list[Any]:
+    return [entry for module in modules() if hasattr(module, "aot_signatures") for entry in module.aot_signatures()]
+
+
+def compiled(entry: Any, architecture: int) -> dict[str, Any]:
+    names = entry.kernel.arg_names
+    source = ASTSource(
+        fn=entry.kernel,
+        signature={name: entry.signature.get(name, "constexpr") for name in names},
+        constexprs=entry.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(cuobjdump()), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, found)
+    ptx = binary.asm["ptx"]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": binary.metadata.shared,
+        "vector_loads": len(re.findall(r"\bld\.global[.\w:]*\.v\d", ptx)),
+        "vector_stores": len(re.findall(r"\bst\.global[.\w:]*\.v\d", ptx)),
+        "matrix_instructions": len(re.findall(r"\b(?:mma|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        "warpgroup_instructions": len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        "asynchronous_copies": len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk)\b", ptx)),
+        "warps": resident_warps(architecture, registers, binary.metadata.shared, binary.metadata.num_warps),
+    }
+
+
+def resident_warps(architecture: int, registers: int, shared: int, num_warps: int) -> int:
+    """Warps of a multiprocessor at once, by its registers, its shared memory and its slots."""
+    by_registers = REGISTERS // (32 * -(-registers // 8) * 8)
+    by_shared = SHARED[architecture] // (shared + 1024)
+    return min(by_registers // num_warps, by_shared, WARPS // num_warps) * num_warps
+
+
+def label(entry: Any, architecture: int) -> str:
+    return f"{entry.name}-sm{architecture}"
+
+
+def results() -> dict[str, dict[str, Any]]:
+    return {label(e, a): compiled(e, a) for e in entries() for a in e.architectures}
+
+
+COLUMNS = {
+    "registers": "registers",
+    "spilled": "spilled bytes",
+    "shared": "shared bytes",
+    "warps": "warps at once",
+    "vector_loads": "vector loads",
+    "vector_stores": "vector stores",
+    "matrix_instructions": "matrix instructions",
+    "warpgroup_instructions": "of a warpgroup",
+    "asynchronous_copies": "asynchronous copies",
+}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """A line a kernel and signature; where the architectures differ, a number for each of them."""
+    lines = [f"| kernel | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for entry in entries():
+        rows = [found[label(entry, architecture)] for architecture in entry.architectures]
+        cells = [f"`{entry.name}`" + ("" if len(rows) > 1 else f" (sm_{entry.architectures[0]})")]
+        for column in COLUMNS:
+            values = [row["stack"] + row["local"] if column == "spilled" else row[column] for row in rows]
+            cells.append(str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values)))
+        lines.append(f"| {' | '.join(cells)} |")
+    shown = " / ".join(f"sm_{architecture}" for architecture in SHARED)
+    return f"Numbers for {shown}, or one where they agree.\n\n" + "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources", description=__doc__.split("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, help="write a table there instead")
+    options = parser.parse_args()
+    if options.file is None:
+        json.dump(results(), sys.stdout)
+    else:
+        text = f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}\n\n{table(results())}\n"
+        options.file.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+// What the CPU implementations of the operators have in common.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "bind.h"
+#include "cpu/memory.h"
+
+namespace sslkernels {
+
+// Elements that are worth handing to another thread.
+constexpr int64_t kGrain = 32768;
+
+inline int64_t row_grain(int64_t columns) { return kGrain / (columns + 1) + 1; }
+
+inline void advise_output(const OptionalTensor& tensor) {
+  if (tensor) advise_huge_pages(tensor->mutable_data_ptr(), tensor->numel() * tensor->element_size());
+}
+
+}  // namespace sslkernels

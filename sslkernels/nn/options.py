@@ -1,0 +1,27 @@
+"""What the modules that hold options have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Options(nn.Module):
+    """Keeps keyword options; those that are tensors become buffers, or stay parameters, and so move with the module."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._names = tuple(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in self.options().items()}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
