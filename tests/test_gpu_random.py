@@ -72,3 +72,22 @@ def test_linear_sample(dtype, shape):
     assert (perturbed.gather(1, index[:, None])[:, 0] >= perturbed.amax(1) - margin).all()
     exact = logits.log_softmax(1).gather(1, index[:, None])[:, 0]
     assert ((logprob - exact).abs() <= margin).all()
+
+
+def test_linear_sample_synchronises_nothing_and_a_graph_draws_anew():
+    x, w = torch.zeros(64, 16, device="cuda"), torch.zeros(1000, 16, device="cuda")
+    with sk.use_backend("triton"):
+        sk.linear_sample(x, w)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sk.linear_sample(x, w)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            index, _ = sk.linear_sample(x, w)
+    graph.replay()
+    first = index.clone()
+    graph.replay()
+    assert not torch.equal(first, index)
