@@ -80,54 +80,57 @@ class Noise {
   uint64_t group_[kGroups];
 };
 
-// The elements of a batch, where they lie or copied to `buffer`.
-template <class T>
-const T* gather(const void* data, int64_t stride, const Batch& batch, T* buffer) {
+// Asks for them, so that they arrive while something else is computed.
+inline __attribute__((always_inline)) void ask_for(Element element, const void* data, int64_t stride,
+                                                   const Batch& batch) {
+  const int64_t size = bytes_of(element);
+  const char* bytes = static_cast<const char*>(data) + batch.column * size;
+  for (int64_t i = 0; i < batch.rows; ++i) prefetch(bytes + (batch.row + i) * stride * size, batch.count * size);
+}
+
+// All that is computed is computed in A, float or double, so that it is compiled for two types and not for four.
+template <class A>
+constexpr Element kOwn = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
+
+// The elements of a batch: where they lie, or else brought to `buffer`.
+template <class A>
+const A* gather(Element element, const void* data, int64_t stride, const Batch& batch, A* buffer) {
   if (data == nullptr) return nullptr;
-  const T* from = static_cast<const T*>(data) + batch.column;
-  if (batch.together(stride)) return from + batch.row * stride;
-  for (int64_t i = 0; i < batch.rows; ++i) {
-    std::memcpy(buffer + i * batch.pitch, from + (batch.row + i) * stride, size_t(batch.count) * sizeof(T));
+  if (element == kOwn<A> && batch.together(stride)) {
+    return static_cast<const A*>(data) + batch.column + batch.row * stride;
   }
+  batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+    load_any(element, data, batch.column + row * stride, count, buffer + at);
+  });
   return buffer;
 }
 
-// Asks for them, so that they arrive while something else is computed.
-template <class T>
-inline __attribute__((always_inline)) void ask_for(const T* data, int64_t stride, const Batch& batch) {
-  for (int64_t i = 0; i < batch.rows; ++i) prefetch(data + batch.column + (batch.row + i) * stride, batch.count);
-}
-
 // Where results are written: at once to where they belong, or to `buffer`, from where scatter brings them.
-template <class T>
-T* place(void* data, int64_t stride, const Batch& batch, T* buffer) {
-  if (data == nullptr || !batch.together(stride)) return buffer;
-  return static_cast<T*>(data) + batch.column + batch.row * stride;
+template <class A>
+A* place(Element element, void* data, int64_t stride, const Batch& batch, A* buffer) {
+  if (data == nullptr || element != kOwn<A> || !batch.together(stride)) return buffer;
+  return static_cast<A*>(data) + batch.column + batch.row * stride;
 }
 
-template <class T>
-void scatter(const T* values, const Batch& batch, int64_t stride, void* data) {
-  T* to = static_cast<T*>(data);
-  if (data == nullptr || values == place(data, stride, batch, static_cast<T*>(nullptr))) return;
+template <class A>
+void scatter(Element element, const A* values, const Batch& batch, int64_t stride, void* data) {
+  if (data == nullptr || values == place(element, data, stride, batch, static_cast<A*>(nullptr))) return;
   batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
-    std::memcpy(to + batch.column + row * stride, values + at, size_t(count) * sizeof(T));
+    store_any(element, values + at, batch.column + row * stride, count, data);
   });
 }
 
-template <class T>
+template <class A>
 struct Inputs {
-  const T *mean, *logvar, *prior_mean, *prior_logvar;
-  T buffers[4][kGaussianChunk] = {};
+  const A *mean, *logvar, *prior_mean, *prior_logvar;
+  A buffers[4][kGaussianChunk] = {};
 
-  inline __attribute__((always_inline)) static void ask(const GaussianRows& from, const Batch& batch) {
-    if (from.data != nullptr) ask_for(static_cast<const T*>(from.data), from.stride, batch);
-  }
   void read(const Gaussian& inputs, const Batch& batch) {
     const auto rows = [&](const GaussianRows& from, int i) {
-      return gather<T>(from.data, from.stride, batch, buffers[i]);
+      return gather(inputs.element, from.data, from.stride, batch, buffers[i]);
     };
-    ask(inputs.mean, batch);
-    ask(inputs.logvar, batch);
+    ask_for(inputs.element, inputs.mean.data, inputs.mean.stride, batch);
+    ask_for(inputs.element, inputs.logvar.data, inputs.logvar.stride, batch);
     mean = rows(inputs.mean, 0);
     logvar = rows(inputs.logvar, 1);
     prior_mean = rows(inputs.prior_mean, 2);
@@ -143,21 +146,19 @@ struct Bounds {
 
 // visit(j, scale, t, inverse_scale, expm1, excess) of every element: scale is exp(logvar / 2), the others as in
 // csrc/common/gaussian.h. What a visit does not use is not computed.
-template <bool kPrior, class T, class Visit>
-void for_each_element(const Inputs<T>& inputs, const Bounds<typename Accumulation<T>::type>& bounds, int64_t size,
-                      Visit visit) {
-  using A = typename Accumulation<T>::type;
-  const T *mean = inputs.mean, *logvar = inputs.logvar;
-  const T *prior_mean = inputs.prior_mean, *prior_logvar = inputs.prior_logvar;
+template <bool kPrior, class A, class Visit>
+void for_each_element(const Inputs<A>& inputs, const Bounds<A>& bounds, int64_t size, Visit visit) {
+  const A *mean = inputs.mean, *logvar = inputs.logvar;
+  const A *prior_mean = inputs.prior_mean, *prior_logvar = inputs.prior_logvar;
   const A low = bounds.low, high = bounds.high;
 #pragma omp simd
   for (int64_t j = 0; j < size; ++j) {
-    const A v = clamp(A(to_float(logvar[j])), low, high), scale = vector_exp(A(0.5) * v);
-    A t = to_float(mean[j]), inverse_scale = 1, d = v, e = scale * scale, expm1, excess;
+    const A v = clamp(logvar[j], low, high), scale = vector_exp(A(0.5) * v);
+    A t = mean[j], inverse_scale = 1, d = v, e = scale * scale, expm1, excess;
     if constexpr (kPrior) {
-      const A prior_v = to_float(prior_logvar[j]);
+      const A prior_v = prior_logvar[j];
       inverse_scale = vector_exp(A(-0.5) * prior_v);
-      t = (t - A(to_float(prior_mean[j]))) * inverse_scale;
+      t = (t - prior_mean[j]) * inverse_scale;
       d = v - prior_v;
       e = vector_exp(d);
     }
@@ -166,9 +167,8 @@ void for_each_element(const Inputs<T>& inputs, const Bounds<typename Accumulatio
   }
 }
 
-template <class T, class Visit>
-void for_each_element(const Inputs<T>& inputs, const Bounds<typename Accumulation<T>::type>& bounds, int64_t size,
-                      Visit visit) {
+template <class A, class Visit>
+void for_each_element(const Inputs<A>& inputs, const Bounds<A>& bounds, int64_t size, Visit visit) {
   return inputs.prior_mean == nullptr ? for_each_element<false>(inputs, bounds, size, visit)
                                       : for_each_element<true>(inputs, bounds, size, visit);
 }
@@ -184,7 +184,7 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
 #pragma omp simd
     for (int64_t j = 0; j < batch.size(); ++j) kl[j] = kl[j] < free_bits ? free_bits : kl[j];
   }
-  if (!forward.by_row) return scatter(kl, batch, forward.inputs.columns, forward.kl);
+  if (!forward.by_row) return scatter(kOwn<A>, kl, batch, forward.inputs.columns, forward.kl);
   for (int64_t i = 0; i < batch.rows; ++i) {
     const A* row = kl + i * batch.pitch;
     A sum = 0;
@@ -194,21 +194,27 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
   }
 }
 
-// Sums over the rows of a task, of each column: in double, for a variance is a difference.
+// Sums over the rows of a task, of each column: in double, for a variance is a difference; of the means less those of
+// the first row.
+template <class A>
 struct ColumnStatistics {
+  A first[kGaussianChunk];
   double kl[kGaussianChunk] = {};
   double mean[kGaussianChunk] = {};
   double square[kGaussianChunk] = {};
 
-  template <class T, class A>
-  void add(const Gaussian& inputs, const Batch& batch, const A* batch_kl, const T* batch_mean) {
-    const T* pivot = static_cast<const T*>(inputs.mean.data) + batch.column;
+  void begin(const Gaussian& inputs, const Task& task) {
+    const int64_t column = task.chunk * kGaussianChunk, count = std::min(kGaussianChunk, inputs.columns - column);
+    load_any(inputs.element, inputs.mean.data, column, count, first);
+  }
+
+  void add(const Batch& batch, const A* batch_kl, const A* batch_mean) {
     for (int64_t i = 0; i < batch.rows; ++i) {
       const A* row_kl = batch_kl + i * batch.pitch;
-      const T* row_mean = batch_mean + i * batch.pitch;
+      const A* row_mean = batch_mean + i * batch.pitch;
 #pragma omp simd
       for (int64_t j = 0; j < batch.count; ++j) {
-        const double moved = double(to_float(row_mean[j])) - double(to_float(pivot[j]));
+        const double moved = double(row_mean[j]) - double(first[j]);
         kl[j] += double(row_kl[j]);
         mean[j] += moved;
         square[j] += moved * moved;
@@ -216,7 +222,6 @@ struct ColumnStatistics {
     }
   }
 
-  template <class A>
   void finish(const Task& task, int64_t columns, A* out) {
     const int64_t column = task.chunk * kGaussianChunk, count = std::min(kGaussianChunk, columns - column);
     const double rows = double(task.end - task.begin);
@@ -230,15 +235,14 @@ struct ColumnStatistics {
   }
 };
 
-template <class T>
+template <class A>
 class Forward {
-  using A = typename Accumulation<T>::type;
-
  public:
   explicit Forward(const GaussianForward& forward) : forward_(forward), bounds_(forward.inputs) {}
 
   void run(const Task& task) {
     const Gaussian& inputs = forward_.inputs;
+    if (forward_.statistics != nullptr) sums_.begin(inputs, task);
     for_each_batch(inputs, task, [&](const Batch& batch) {
       values_.read(inputs, batch);
       if (forward_.z == nullptr) {
@@ -246,7 +250,7 @@ class Forward {
       } else {
         draw(batch);
       }
-      if (forward_.statistics != nullptr) sums_.add(inputs, batch, kl_, values_.mean);
+      if (forward_.statistics != nullptr) sums_.add(batch, kl_, values_.mean);
       if (forward_.kl != nullptr) write_kl(forward_, batch, task.chunk, kl_);
     });
     if (forward_.statistics != nullptr) sums_.finish(task, inputs.columns, static_cast<A*>(forward_.statistics));
@@ -264,24 +268,25 @@ class Forward {
     const int64_t samples = forward_.inputs.samples, size = batch.size();
     const bool wants_kl = forward_.kl != nullptr || forward_.statistics != nullptr;
     const Noise noise(forward_.inputs, batch);
-    const T* mean = values_.mean;
+    const Element element = forward_.inputs.element;
+    const A* mean = values_.mean;
     A* __restrict kl = kl_, * __restrict scales = scale_;
     const int64_t stride = forward_.z_at.row_stride;
-    T* __restrict z = place(forward_.z, stride, batch, z_);
+    A* __restrict z = place(element, forward_.z, stride, batch, z_);
     const float* eps = noise_;
     if (samples == 1) {
       noise.draw(0, noise_);
       if (wants_kl) {
         for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
           kl[j] = divergence(t, excess);
-          from_float(fused(scale, A(eps[j]), A(to_float(mean[j]))), &z[j]);
+          z[j] = fused(scale, A(eps[j]), mean[j]);
         });
       } else {
         for_each_element<false>(values_, bounds_, size, [=](int64_t j, A scale, A, A, A, A) SSLKERNELS_VISIT {
-          from_float(fused(scale, A(eps[j]), A(to_float(mean[j]))), &z[j]);
+          z[j] = fused(scale, A(eps[j]), mean[j]);
         });
       }
-      return scatter(z, batch, stride, forward_.z);
+      return scatter(element, z, batch, stride, forward_.z);
     }
     for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
       scales[j] = scale;
@@ -289,46 +294,42 @@ class Forward {
     });
     for (int64_t k = 0; k < samples; ++k) {
       noise.draw(k, noise_);
-      T* sample = static_cast<T*>(forward_.z) + batch.column + k * forward_.z_at.sample_stride;
+      const int64_t begin = batch.column + k * forward_.z_at.sample_stride;
       batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
-        T* __restrict to = sample + row * stride;
+        with_elements<A>(element, forward_.z, begin + row * stride, [&](auto* __restrict to) {
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          from_float(fused(scales[at + j], A(eps[at + j]), A(to_float(mean[at + j]))), &to[j]);
-        }
+          for (int64_t j = 0; j < count; ++j) {
+            from_float(fused(scales[at + j], A(eps[at + j]), mean[at + j]), &to[j]);
+          }
+        });
       });
     }
   }
 
   const GaussianForward& forward_;
   const Bounds<A> bounds_;
-  Inputs<T> values_;
+  Inputs<A> values_;
   A kl_[kGaussianChunk];
   A scale_[kGaussianChunk];
-  T z_[kGaussianChunk];
+  A z_[kGaussianChunk];
   float noise_[kGaussianChunk];
-  ColumnStatistics sums_;
+  ColumnStatistics<A> sums_;
 };
 
 // --- Backward -----------------------------------------------------------------------------------------------------
 
 // The gradients of one prior tensor: its rows, or the sums over the rows of a task.
-template <class T>
+template <class A>
 class PriorGradient {
-  using A = typename Accumulation<T>::type;
-
  public:
-  PriorGradient(const GaussianRows& prior, void* out) : shared_(prior.shared), out_(out) {}
+  PriorGradient(Element element, const GaussianRows& prior, void* out)
+      : element_(element), shared_(prior.shared), out_(out) {}
 
   A slopes[kGaussianChunk] = {};  // of a batch
 
   void add(const Batch& batch, int64_t columns) {
     if (out_ == nullptr) return;
-    if (!shared_) {
-      T rounded[kGaussianChunk];
-      store(slopes, batch.size(), rounded);
-      return scatter(rounded, batch, columns, out_);
-    }
+    if (!shared_) return scatter(element_, slopes, batch, columns, out_);
     for (int64_t i = 0; i < batch.rows; ++i) {
       const A* row = slopes + i * batch.pitch;
 #pragma omp simd
@@ -346,49 +347,44 @@ class PriorGradient {
   }
 
  private:
+  Element element_;
   bool shared_;
   void* out_;
   double sums_[kGaussianChunk] = {};
 };
 
-template <class T>
+template <class A>
 class Backward {
-  using A = typename Accumulation<T>::type;
-
  public:
   explicit Backward(const GaussianBackward& backward)
       : backward_(backward),
         bounds_(backward.inputs),
-        prior_mean_(backward.inputs.prior_mean, backward.grad_prior_mean),
-        prior_logvar_(backward.inputs.prior_logvar, backward.grad_prior_logvar) {}
+        prior_mean_(backward.inputs.element, backward.inputs.prior_mean, backward.grad_prior_mean),
+        prior_logvar_(backward.inputs.element, backward.inputs.prior_logvar, backward.grad_prior_logvar) {}
 
   void run(const Task& task) {
-    const int64_t columns = backward_.inputs.columns;
-    for_each_batch(backward_.inputs, task, [&](const Batch& batch) {
-      values_.read(backward_.inputs, batch);
+    const Gaussian& inputs = backward_.inputs;
+    const int64_t columns = inputs.columns;
+    for_each_batch(inputs, task, [&](const Batch& batch) {
+      values_.read(inputs, batch);
       read_grad_kl(batch);
-      grad_mean_to_ = place(backward_.grad_mean, columns, batch, grad_mean_);
-      grad_logvar_to_ = place(backward_.grad_logvar, columns, batch, grad_logvar_);
-      if (backward_.grad_z == nullptr || backward_.inputs.samples == 0) {
-        finish_elements<false>(batch, [](int64_t) { return A(0); }, [](int64_t) { return A(0); });
-      } else if (backward_.inputs.samples == 1) {
-        const T* all = static_cast<const T*>(backward_.grad_z);
-        ask_for(all, backward_.z_at.row_stride, batch);
-        if (backward_.grad_logvar != nullptr) Noise(backward_.inputs, batch).draw(0, noise_);
-        const T* grad = gather<T>(all, backward_.z_at.row_stride, batch, grad_z_);
-        const float* eps = noise_;
-        finish_elements<true>(
-            batch, [=](int64_t j) SSLKERNELS_VISIT { return A(to_float(grad[j])); },
-            [=](int64_t j) SSLKERNELS_VISIT { return A(to_float(grad[j])) * A(eps[j]); });
+      grad_mean_to_ = place(inputs.element, backward_.grad_mean, columns, batch, grad_mean_);
+      grad_logvar_to_ = place(inputs.element, backward_.grad_logvar, columns, batch, grad_logvar_);
+      if (backward_.grad_z == nullptr || inputs.samples == 0) {
+        finish_elements<false>(batch, nullptr, nullptr);
+      } else if (inputs.samples == 1) {
+        const int64_t stride = backward_.z_at.row_stride;
+        ask_for(inputs.element, backward_.grad_z, stride, batch);
+        if (backward_.grad_logvar != nullptr) Noise(inputs, batch).draw(0, noise_);
+        const A* grad = gather(inputs.element, backward_.grad_z, stride, batch, grad_z_);
+        finish_elements<true>(batch, grad, grad);
       } else {
         add_samples(batch);
-        const A *sum = sum_, *noisy_sum = noisy_sum_;
-        finish_elements<true>(
-            batch, [=](int64_t j) SSLKERNELS_VISIT { return sum[j]; },
-            [=](int64_t j) SSLKERNELS_VISIT { return noisy_sum[j]; });
+        std::fill_n(noise_, batch.size(), 1.0f);
+        finish_elements<true>(batch, sum_, noisy_sum_);
       }
-      scatter(grad_mean_to_, batch, columns, backward_.grad_mean);
-      scatter(grad_logvar_to_, batch, columns, backward_.grad_logvar);
+      scatter(inputs.element, grad_mean_to_, batch, columns, backward_.grad_mean);
+      scatter(inputs.element, grad_logvar_to_, batch, columns, backward_.grad_logvar);
       prior_mean_.add(batch, columns);
       prior_logvar_.add(batch, columns);
     });
@@ -401,7 +397,7 @@ class Backward {
     const A* grad = static_cast<const A*>(backward_.grad_kl);
     if (grad == nullptr) return;
     if (!backward_.by_row) {
-      kl_ = gather<A>(grad, backward_.inputs.columns, batch, grad_kl_);
+      kl_ = gather(kOwn<A>, grad, backward_.inputs.columns, batch, grad_kl_);
       return;
     }
     for (int64_t i = 0; i < batch.rows; ++i) {
@@ -412,119 +408,105 @@ class Backward {
 
   // The gradients of the samples added up, and those times their noise.
   void add_samples(const Batch& batch) {
-    const int64_t size = batch.size();
+    const Element element = backward_.inputs.element;
+    const int64_t size = batch.size(), stride = backward_.z_at.row_stride;
     const Noise noise(backward_.inputs, batch);
     A* __restrict sum = sum_, * __restrict noisy_sum = noisy_sum_;
     const float* eps = noise_;
     std::fill_n(sum, size, A(0));
     std::fill_n(noisy_sum, size, A(0));
     for (int64_t k = 0; k < backward_.inputs.samples; ++k) {
-      const T* of_sample = static_cast<const T*>(backward_.grad_z) + k * backward_.z_at.sample_stride;
-      ask_for(of_sample, backward_.z_at.row_stride, batch);
+      const int64_t begin = k * backward_.z_at.sample_stride;
+      const char* of_sample = static_cast<const char*>(backward_.grad_z) + begin * bytes_of(element);
+      ask_for(element, of_sample, stride, batch);
       if (backward_.grad_logvar != nullptr) noise.draw(k, noise_);
-      batch.for_each_run(backward_.z_at.row_stride, [&](int64_t row, int64_t at, int64_t count) {
-        const T* grad = of_sample + batch.column + row * backward_.z_at.row_stride;
+      batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+        with_elements<A>(element, backward_.grad_z, begin + batch.column + row * stride, [&](const auto* grad) {
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) {
-          const A g = to_float(grad[j]);
-          sum[at + j] += g;
-          noisy_sum[at + j] = fused(g, A(eps[at + j]), noisy_sum[at + j]);
-        }
+          for (int64_t j = 0; j < count; ++j) {
+            const A g = to_float(grad[j]);
+            sum[at + j] += g;
+            noisy_sum[at + j] = fused(g, A(eps[at + j]), noisy_sum[at + j]);
+          }
+        });
       });
     }
   }
 
-  // sum(j), noisy_sum(j): what add_samples gives, where kZ.
-  template <bool kZ, class Sum, class NoisySum>
-  void finish_elements(const Batch& batch, Sum sum, NoisySum noisy_sum) {
+  // Where kZ: sum of the gradients of the samples, and what times noise_ is the sum of those times their noise.
+  template <bool kZ>
+  void finish_elements(const Batch& batch, const A* sum, const A* noisy) {
     const A low = bounds_.low, high = bounds_.high, free_bits = A(backward_.inputs.free_bits);
-    const T* logvar = values_.logvar;
-    const A* grad_kl = kl_;
-    T* __restrict grad_mean = grad_mean_to_, * __restrict grad_logvar = grad_logvar_to_;
+    const A *logvar = values_.logvar, *grad_kl = kl_;
+    const float* eps = noise_;
+    A* __restrict grad_mean = grad_mean_to_, * __restrict grad_logvar = grad_logvar_to_;
+    const auto of_mean = [=](int64_t j) SSLKERNELS_VISIT { return kZ ? sum[j] : A(0); };
+    const auto of_logvar = [=](int64_t j, A scale)
+                               SSLKERNELS_VISIT { return kZ ? scale * (noisy[j] * A(eps[j])) : A(0); };
     const auto write = [=](int64_t j, A in_mean, A twice_in_logvar) SSLKERNELS_VISIT {
-      const A given = to_float(logvar[j]);
-      const A in_logvar = (given < low) | (given > high) ? A(0) : A(0.5) * twice_in_logvar;
-      from_float(in_mean, &grad_mean[j]);
-      from_float(in_logvar, &grad_logvar[j]);
+      grad_mean[j] = in_mean;
+      grad_logvar[j] = (logvar[j] < low) | (logvar[j] > high) ? A(0) : A(0.5) * twice_in_logvar;
     };
     if (backward_.grad_kl == nullptr) {
       return for_each_element<false>(values_, bounds_, batch.size(),
                                      [=](int64_t j, A scale, A, A, A, A)
-                                         SSLKERNELS_VISIT { write(j, sum(j), scale * noisy_sum(j)); });
+                                         SSLKERNELS_VISIT { write(j, of_mean(j), of_logvar(j, scale)); });
     }
     A* __restrict in_prior_mean = prior_mean_.slopes, * __restrict in_prior_logvar = prior_logvar_.slopes;
     if (values_.prior_mean == nullptr) {
       return for_each_element<false>(
           values_, bounds_, batch.size(), [=](int64_t j, A scale, A t, A, A expm1, A excess) SSLKERNELS_VISIT {
             const A given = grad_kl[j], slope = divergence(t, excess) < free_bits ? A(0) : given;
-            const A of_z = kZ ? scale * noisy_sum(j) : A(0);
-            write(j, fused(slope, t, sum(j)), fused(slope, expm1, of_z));
+            write(j, fused(slope, t, of_mean(j)), fused(slope, expm1, of_logvar(j, scale)));
           });
     }
     for_each_element<true>(values_, bounds_, batch.size(),
                            [=](int64_t j, A scale, A t, A inverse_scale, A expm1, A excess) SSLKERNELS_VISIT {
                              const A given = grad_kl[j], slope = divergence(t, excess) < free_bits ? A(0) : given;
                              const A in_mean = slope * t * inverse_scale;
-                             const A of_z = kZ ? scale * noisy_sum(j) : A(0);
                              in_prior_mean[j] = -in_mean;
                              in_prior_logvar[j] = A(-0.5) * slope * fused(t, t, expm1);
-                             write(j, sum(j) + in_mean, fused(slope, expm1, of_z));
+                             write(j, of_mean(j) + in_mean, fused(slope, expm1, of_logvar(j, scale)));
                            });
   }
 
   const GaussianBackward& backward_;
   const Bounds<A> bounds_;
-  Inputs<T> values_;
+  Inputs<A> values_;
   const A* kl_ = nullptr;
   A grad_kl_[kGaussianChunk] = {};
-  T grad_z_[kGaussianChunk] = {};
+  A grad_z_[kGaussianChunk] = {};
   float noise_[kGaussianChunk] = {};
   A sum_[kGaussianChunk];
   A noisy_sum_[kGaussianChunk];
-  T *grad_mean_to_, *grad_logvar_to_;
-  T grad_mean_[kGaussianChunk];
-  T grad_logvar_[kGaussianChunk];
-  PriorGradient<T> prior_mean_, prior_logvar_;
+  A *grad_mean_to_, *grad_logvar_to_;
+  A grad_mean_[kGaussianChunk];
+  A grad_logvar_[kGaussianChunk];
+  PriorGradient<A> prior_mean_, prior_logvar_;
 };
 
-template <class T>
+template <class A>
 void run_fwd(const GaussianForward& forward, int64_t begin, int64_t end) {
-  Forward<T> tasks(forward);
+  Forward<A> tasks(forward);
   for (int64_t i = begin; i < end; ++i) tasks.run(task_of(forward.inputs, has_sums(forward), i));
 }
 
-template <class T>
+template <class A>
 void run_bwd(const GaussianBackward& backward, int64_t begin, int64_t end) {
-  Backward<T> tasks(backward);
+  Backward<A> tasks(backward);
   for (int64_t i = begin; i < end; ++i) tasks.run(task_of(backward.inputs, has_sums(backward), i));
 }
 
 }  // namespace
 
 void gaussian_fwd(const GaussianForward& forward, int64_t begin, int64_t end) {
-  switch (forward.inputs.element) {
-    case Element::kFloat:
-      return run_fwd<float>(forward, begin, end);
-    case Element::kDouble:
-      return run_fwd<double>(forward, begin, end);
-    case Element::kBFloat16:
-      return run_fwd<BFloat16>(forward, begin, end);
-    case Element::kHalf:
-      return run_fwd<Half>(forward, begin, end);
-  }
+  const bool wide = forward.inputs.element == Element::kDouble;
+  return wide ? run_fwd<double>(forward, begin, end) : run_fwd<float>(forward, begin, end);
 }
 
 void gaussian_bwd(const GaussianBackward& backward, int64_t begin, int64_t end) {
-  switch (backward.inputs.element) {
-    case Element::kFloat:
-      return run_bwd<float>(backward, begin, end);
-    case Element::kDouble:
-      return run_bwd<double>(backward, begin, end);
-    case Element::kBFloat16:
-      return run_bwd<BFloat16>(backward, begin, end);
-    case Element::kHalf:
-      return run_bwd<Half>(backward, begin, end);
-  }
+  const bool wide = backward.inputs.element == Element::kDouble;
+  return wide ? run_bwd<double>(backward, begin, end) : run_bwd<float>(backward, begin, end);
 }
 
 }  // namespace SSLKERNELS_ISA

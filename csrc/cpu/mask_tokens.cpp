@@ -67,7 +67,7 @@ void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* blo
   for (int64_t i = 0; i < chosen.count; ++i) new_id[i] = words[i] < rule.to_mask ? mask_id : chosen.id[i];
 
   int32_t random[kTokens + 1];  // indices into the list of the chosen
-  int32_t random_token[kTokens];
+  int32_t random_token[kTokens] = {};
   int64_t random_count = 0;
   for (int64_t i = 0; i < chosen.count; ++i) {
     labels[chosen.offset[i]] = chosen.id[i];
