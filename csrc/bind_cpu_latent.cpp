@@ -73,7 +73,6 @@ void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids,
   const GumbelForward forward =
       gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
                      output, y, index, best);
-  if (y) advise_huge_pages(forward.y, y->numel() * y->element_size());
   over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
     SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
   });
@@ -85,9 +84,6 @@ void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor ma
   const GumbelBackward backward =
       gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
                       logits, grad, uses, mask, grad_logits);
-  if (backward.grad != backward.grad_logits) {
-    advise_huge_pages(backward.grad_logits, grad_logits.numel() * grad_logits.element_size());
-  }
   over_gumbel_rows(backward.rows, [&](int64_t begin, int64_t end, void* scratch) {
     SSLKERNELS_CALL_ISA(gumbel_rows_bwd, backward, begin, end, scratch);
   });

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 import sslkernels as sk
+from benchmarks import resources
+from benchmarks.random_numbers import machine_code
 
 ALPHA = 1e-9
 COLUMNS = 4096
@@ -201,13 +204,15 @@ def plot(counts: Tensor, results: list[Result], path: Path) -> None:
     band = 3 * math.sqrt(256 / n)
     left.fill_between([-3, 3], -band, band, color="0.85", label="3 standard deviations")
     left.plot(centre, coarse, ".", markersize=3, label="found / expected - 1")
-    left.set(xlabel="normal number", ylabel="relative excess", title=f"256 bins of equal probability, {n:.3g} draws")
+    title = f"256 bins of equal probability, 2^{math.log2(n):g} draws"
+    left.set(xlabel="normal number", ylabel="relative excess", title=title)
     left.legend()
     tails = [r for r in results if r.stream == "normal" and r.what.startswith("magnitude beyond")]
     thresholds = [float(r.what.split()[-1]) for r in tails]
     right.plot(thresholds, [float(r.expected) for r in tails], "k_", markersize=14, label="expected")
-    right.plot(thresholds, [max(float(r.found), 0.1) for r in tails], "o", label="found")
-    right.set(yscale="log", xlabel="magnitude beyond", ylabel="draws", title="tails of the normal numbers")
+    right.plot(thresholds, [float(r.found) for r in tails], "o", label="found")
+    right.set(xlabel="magnitude beyond", ylabel="draws", title="tails of the normal numbers")
+    right.set_yscale("symlog", linthresh=1)
     right.legend()
     figure.savefig(path, dpi=110)
 
@@ -230,7 +235,15 @@ def markdown(results: list[Result], seed: int, parts: int) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [f"| {r.stream} | {r.what} | {r.expected} | {r.found} | {r.probability:.3g} |" for r in results]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *instructions()]) + "\n"
+
+
+def instructions() -> list[str]:
+    """What a normal number takes on a GPU; nothing where Triton cannot compile for one."""
+    if resources.cuobjdump() is None or os.environ.get("TRITON_INTERPRET"):
+        return []
+    found = ", ".join(f"{count:.1f} on {architecture}" for architecture, count in machine_code.counts().items())
+    return ["", f"Instructions a normal number in the Triton kernel, addresses and stores included: {found}."]
 
 
 def main() -> None:

@@ -10,7 +10,9 @@
 
 namespace sslkernels {
 
-// Asks for huge pages below a large fresh allocation: the first touch of 4 KiB pages costs more than writing them.
+// Asks for huge pages below a large fresh allocation: the first touch of 4 KiB pages costs more than writing them. Only
+// where little else is done than writing: in a virtual machine whose host takes free memory back, a huge page can cost
+// ten times as much as the small ones in its place.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t kPage = size_t(1) << 21;
