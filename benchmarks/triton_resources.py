@@ -27,11 +27,8 @@ from triton.compiler import ASTSource
 from benchmarks.resources import REGISTERS, WARPS, cuobjdump
 from sslkernels import triton_kernels
 
-SHARED = {
-    80: 164 << 10,
-    90: 228 << 10,
-    100: 228 << 10,
-}  # bytes of a multiprocessor, of which a block takes 1 KiB itself
+# Bytes of shared memory of a multiprocessor, of which a block takes 1 KiB itself.
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
 def modules() -> Iterator[ModuleType]:

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_graphs import no_synchronisation
 
 import sslkernels as sk
 
@@ -68,11 +69,8 @@ def test_no_synchronisation():
     negatives = torch.randn(131, 5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids = torch.randint(0, 50, (131,), device="cuda")
     every_loss(x, y, scale, negatives, ids).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         every_loss(x, y, scale, negatives, ids).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("_as_users_run")

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
+from cuda_graphs import captured
 from energy_oracle import exact, gradients, problem
 
 import sslkernels as sk
@@ -27,15 +28,7 @@ def test_free_energy_synchronises_nothing_and_a_graph_replays(backend, mode):
         return value, torch.autograd.grad(value.sum(), energy)[0]
 
     expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -53,15 +46,7 @@ def test_prediction_energy_synchronises_nothing_and_a_graph_replays(backend, sha
         return loss, *gradients(loss, inputs)
 
     expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
+from cuda_graphs import no_synchronisation
 
 import sslkernels as sk
 from benchmarks import memory
@@ -65,11 +66,8 @@ def test_nothing_synchronises_and_a_graph_draws_a_new_seed_on_each_replay(backen
     with torch.cuda.stream(stream):
         step()
     stream.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         seed, z, *grads = step()

@@ -8,6 +8,7 @@ import gumbel_oracle
 import oracle
 import pytest
 import torch
+from cuda_graphs import captured
 
 import sslkernels as sk
 from benchmarks import memory
@@ -91,15 +92,7 @@ def test_nothing_synchronises_and_a_graph_draws_anew(backend):
     if backend == "reference":
         pytest.skip("it is not held to it")
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
     first = [t.clone() for t in got]
     graph.replay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_graphs import no_synchronisation
 
 import sslkernels as sk
 
@@ -78,12 +79,8 @@ def test_linear_sample_synchronises_nothing_and_a_graph_draws_anew():
     x, w = torch.zeros(64, 16, device="cuda"), torch.zeros(1000, 16, device="cuda")
     with sk.use_backend("triton"):
         sk.linear_sample(x, w)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             sk.linear_sample(x, w)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             index, _ = sk.linear_sample(x, w)

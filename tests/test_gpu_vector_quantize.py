@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_graphs import captured, no_synchronisation
 
 import sslkernels as sk
 
@@ -61,15 +62,7 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
         return *got, *torch.autograd.grad(got.values.square().sum() + got.commitment, (x, c))
 
     expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -79,12 +72,8 @@ def test_the_module_does_not_synchronise_and_replays(backend, decay):
     module, twin = (sk.nn.VectorQuantizer(300, 64, decay=decay, revive_below=0.3).cuda() for _ in range(2))
     data = [problem(1000, 1, 64, torch.float32)[0] * (step + 1) for step in range(4)]
     module(data[0])  # starts
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         module(data[1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     static = data[2].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

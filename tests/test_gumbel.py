@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES
+from cuda_graphs import captured
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -573,15 +574,7 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
         return y, *torch.autograd.grad(y.square().sum(), logits)
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
     first = [t.clone() for t in got]
     graph.replay()

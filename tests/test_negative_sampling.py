@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from cases import DTYPES
+from cuda_graphs import captured
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -471,15 +472,7 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
         return gradients(sk.negative_sampling_loss(**indices, **tables), tables)
 
     expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    graph, got = captured(step)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
