@@ -13,8 +13,12 @@ constexpr int64_t kGrain = 32768;
 
 inline int64_t row_grain(int64_t columns) { return kGrain / (columns + 1) + 1; }
 
+// Of what a pass writes and does little else.
+inline void advise_output(const torch::stable::Tensor& tensor) {
+  advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+}
 inline void advise_output(const OptionalTensor& tensor) {
-  if (tensor) advise_huge_pages(tensor->mutable_data_ptr(), tensor->numel() * tensor->element_size());
+  if (tensor) advise_output(*tensor);
 }
 
 }  // namespace sslkernels

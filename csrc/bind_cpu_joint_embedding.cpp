@@ -23,7 +23,7 @@ void own_negatives(Tensor query, Tensor negatives, OptionalTensor mask, Optional
                                                    energy, reference, coefficient, smoothing, final, scores, value,
                                                    grad_query, grad_negatives, grad_scale, grad_bias);
   if (own.grad_negatives != nullptr) {
-    advise_huge_pages(own.grad_negatives, grad_negatives.numel() * grad_negatives.element_size());
+    advise_output(grad_negatives);
   }
   torch::stable::parallel_for(0, own.rows, row_grain(own.count * own.dim), [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(own_negatives_scratch_bytes(own) / sizeof(double));
@@ -121,7 +121,7 @@ void negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tens
                            Tensor loss, OptionalTensor slopes, OptionalTensor direction, bool exclude_positive) {
   const NegativeSampling pairs = negative_sampling_arguments(center, context, negatives, center_weight, context_weight,
                                                              loss, slopes, direction, exclude_positive);
-  if (direction) advise_huge_pages(pairs.direction, direction->numel() * direction->element_size());
+  advise_output(direction);
   const int64_t grain = row_grain((pairs.negative_count + 1) * pairs.dim);
   torch::stable::parallel_for(0, pairs.count, grain, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(negative_sampling_fwd, pairs, begin, end);
@@ -142,7 +142,7 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
                        Tensor out, int64_t entries_of_source) {
   const WeightedRowSums sums =
       row_sums_arguments(starts, order, coefficient, source, source_index, out, entries_of_source);
-  advise_huge_pages(sums.out, out.numel() * out.element_size());
+  advise_output(out);
   const int64_t work = sums.starts[sums.rows] + sums.rows;
   torch::stable::parallel_for(0, work, row_grain(sums.dim), [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(weighted_row_sums, sums, begin, end);

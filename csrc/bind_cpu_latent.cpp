@@ -114,7 +114,7 @@ void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_r
 
 void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor values, Tensor distance) {
   const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
-  advise_huge_pages(gather.values, values.numel() * values.element_size());
+  advise_output(values);
   torch::stable::parallel_for(0, gather.input.rows, row_grain(gather.input.dim), [&](int64_t begin, int64_t end) {
     std::vector<double> work(2 * gather.input.dim);
     SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.data());
@@ -123,7 +123,7 @@ void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Ten
 
 void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
   const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
-  advise_huge_pages(difference.out, out.numel() * out.element_size());
+  advise_output(out);
   torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
                               [&](int64_t begin, int64_t end) {
                                 std::vector<double> work(2 * difference.input.dim);
@@ -143,7 +143,7 @@ void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, Optiona
 void free_energy_bwd(Tensor grad_value, OptionalTensor energy, OptionalTensor lowest, OptionalTensor total,
                      OptionalTensor winner, Tensor grad, double beta) {
   const FreeEnergyGradient gradient = free_energy_gradient(grad_value, energy, lowest, total, winner, grad, beta);
-  advise_huge_pages(gradient.grad, grad.numel() * grad.element_size());
+  advise_output(grad);
   const int64_t results = gradient.energies.outer * gradient.energies.inner;
   torch::stable::parallel_for(0, results, row_grain(gradient.energies.count), [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(free_energy_bwd, gradient, begin, end);
@@ -172,7 +172,7 @@ void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, 
       prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
   const PredictionEnergy& inputs = gradient.inputs;
   if (grad_prediction) {
-    advise_huge_pages(gradient.grad_prediction, grad_prediction->numel() * grad_prediction->element_size());
+    advise_output(*grad_prediction);
   }
   const int64_t grain = row_grain(inputs.count * std::min(inputs.dim, kFeaturePart));
   torch::stable::parallel_for(0, inputs.batch * feature_parts(inputs), grain, [&](int64_t begin, int64_t end) {

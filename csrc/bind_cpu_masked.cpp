@@ -34,7 +34,7 @@ void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, O
   const CrossEntropyRows rows =
       cross_entropy_rows(logits, target, bias, weight, weight_sum, coefficient, row_max, sum_exp, logprob, grad,
                          {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
-  if (rows.grad != rows.logits) advise_huge_pages(rows.grad, grad.numel() * grad.element_size());
+  if (rows.grad != rows.logits) advise_output(grad);
   torch::stable::parallel_for(0, rows.count, row_grain(rows.vocab), [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(cross_entropy_rows_bwd, rows, begin, end);
   });
@@ -64,8 +64,8 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
   const MaskTokens tokens =
       mask_tokens_arguments(input_ids, seed, special_mask, word_ids, row_ids, output_ids, labels, chained, rule);
   if (tokens.columns == 0) return;
-  advise_huge_pages(tokens.output_ids, output_ids.numel() * output_ids.element_size());
-  advise_huge_pages(tokens.labels, labels.numel() * labels.element_size());
+  advise_output(output_ids);
+  advise_output(labels);
   if (chained) {
     torch::stable::parallel_for(0, tokens.rows, row_grain(tokens.columns), [&](int64_t begin, int64_t end) {
       SSLKERNELS_CALL_ISA(mask_tokens_chained, tokens, begin, end);
@@ -80,7 +80,7 @@ void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, Opt
 
 void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t stream, Tensor out) {
   const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
-  advise_huge_pages(numbers.out, out.numel() * out.element_size());
+  advise_output(out);
   const int64_t groups = numbers.rows * ((numbers.columns + 3) / 4);
   torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);

@@ -85,15 +85,15 @@ def _negative_log(word: Tensor) -> Tensor:
 
 
 def test_exact_at_the_ends_and_in_between():
-    """The largest errors of the polynomials, and what the rounding of a word to float32, by 2^-24, adds to them."""
+    """The largest errors that `benchmarks.random_numbers.derive` finds over all words, here over some of them."""
     g = torch.Generator().manual_seed(1)
     words = torch.cat([torch.tensor(SPECIAL), torch.randint(0, 2**32, (200_000,), generator=g)])
     other = torch.cat([torch.tensor(SPECIAL[::-1]), torch.randint(0, 2**32, (200_000,), generator=g)])
     length = _negative_log(words)
-    assert ((noise.negative_log(words).double() / length - 1).abs() <= 1.2e-7 + 2**-24 / length).all()
+    assert ((noise.negative_log(words).double() / length - 1).abs() <= 2.1e-7).all()
     exponential = _negative_log(ONES - words)
-    assert ((noise.exponential(words).double() / exponential - 1).abs() <= 1.2e-7 + 2**-24 / exponential).all()
-    assert ((noise.gumbel(words).double() + exponential.log()).abs() <= 1.1e-6 + 2**-24 / exponential).all()
+    assert ((noise.exponential(words).double() / exponential - 1).abs() <= 2.1e-7).all()
+    assert ((noise.gumbel(words).double() + exponential.log()).abs() <= 1.1e-6).all()
     x, y = (v.double() for v in noise.normal_pair(words, other))
     radius, angle = (2 * length).sqrt(), 2 * math.pi * ((other.double() + 0.5) / 2**32)
     assert ((x - radius * angle.cos()).abs() <= 1e-6).all()
