@@ -98,16 +98,51 @@ void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Optiona
       [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
 }
 
+// What a thread searches with.
+struct CodeSearchOnCpu {
+  static constexpr bool kGain = false;
+  static constexpr int64_t kPitch = 1;
+  std::vector<std::vector<double>> buffers;
+  std::vector<double> work, block_norm;
+
+  template <class A>
+  A* buffer(int64_t count) {
+    if (count == 0) return nullptr;
+    buffers.emplace_back((count * sizeof(A) + sizeof(double) - 1) / sizeof(double));
+    return reinterpret_cast<A*>(buffers.back().data());
+  }
+  void code_tile(const CodeTile& tile) { SSLKERNELS_CALL_ISA(code_tile, tile, 0, tile.source.rows); }
+  template <class A>
+  void multiply(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch) {
+    static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    multiply_vectors(a, b, products, pitch, cpu);
+  }
+  void best_codes(const CodeScores& scores) {
+    if (work.empty() || scores.first_code != summarised_) {
+      block_norm.resize(code_blocks(scores.codes));
+      work.resize(std::max<size_t>(work.size(), 2 * scores.input.dim + block_norm.size()));
+      SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
+      summarised_ = scores.first_code;
+    }
+    SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), 0, scores.input.rows, work.data());
+  }
+
+ private:
+  int64_t summarised_ = 0;  // the first code of the tile whose block_norm is there
+};
+
 void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, OptionalTensor center,
-                  int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
-  const CodeSearch search =
-      code_search_arguments(input, codebook, metric, matmul_rounding, center, tile_rows, tile_codes, index, score);
+                  bool as_given, int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
+  STD_TORCH_CHECK(!as_given, "sslkernels: the CPU multiplies in float32 or float64");
+  const CodeSearch search = code_search_arguments(input, codebook, metric, matmul_rounding, center, as_given, tile_rows,
+                                                  tile_codes, index, score);
   const auto type = type_of_products(search.input, search.codebook);
   torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
+    CodeSearchOnCpu cpu;
     if (type == torch::headeronly::ScalarType::Double) {
-      search.run<double>(begin, end);
+      search_in_tiles<double>(search, begin, end, cpu);
     } else {
-      search.run<float>(begin, end);
+      search_in_tiles<float>(search, begin, end, cpu);
     }
   });
 }

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "bind.h"
 #include "bind_energy.h"
 #include "bind_gaussian.h"
@@ -10,6 +12,7 @@
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
+#include "bind_vector_quantize.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/free_energy.h"
@@ -22,6 +25,7 @@
 #include "cuda/random_stream.h"
 #include "cuda/row_sums.h"
 #include "cuda/scale_add.h"
+#include "cuda/vector_quantize.h"
 
 namespace sslkernels {
 namespace {
@@ -189,6 +193,55 @@ void weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor s
   launch_weighted_row_sums(sums, partials.mutable_data_ptr(), current_stream(out));
 }
 
+// What searches on a stream.
+struct CodeSearchOnCuda {
+  static constexpr bool kGain = true;
+  static constexpr int64_t kPitch = 4;  // 16 bytes of the products and more
+  const Tensor& input;
+  void* stream;
+  std::vector<Tensor> buffers;
+
+  template <class A>
+  A* buffer(int64_t count) {
+    using torch::headeronly::ScalarType;
+    if (count == 0) return nullptr;
+    const ScalarType type = sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+    buffers.push_back(torch::stable::new_empty(input, {count}, type));
+    return static_cast<A*>(buffers.back().mutable_data_ptr());
+  }
+  void code_tile(const CodeTile& tile) { launch_code_tile(tile, stream); }
+  template <class A>
+  void multiply(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch) {
+    multiply_vectors(a, b, products, pitch, input.device());
+  }
+  void best_codes(const CodeScores& scores) { launch_best_codes(scores, stream); }
+};
+
+void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, OptionalTensor center,
+                  bool as_given, int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
+  const CodeSearch search = code_search_arguments(input, codebook, metric, matmul_rounding, center, as_given, tile_rows,
+                                                  tile_codes, index, score);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  CodeSearchOnCuda cuda{input, current_stream(input), {}};
+  if (type_of_products(search.input, search.codebook) == torch::headeronly::ScalarType::Double) {
+    search_in_tiles<double>(search, 0, search.input.rows, cuda);
+  } else {
+    search_in_tiles<float>(search, 0, search.input.rows, cuda);
+  }
+}
+
+void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor values, Tensor distance) {
+  const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  launch_gather_codes(gather, current_stream(input));
+}
+
+void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
+  const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  launch_code_difference(difference, current_stream(input));
+}
+
 void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
                      double beta, bool minimum) {
   const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
@@ -239,6 +292,9 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("column_sums", TORCH_BOX(&column_sums));
   m.impl("negative_sampling_fwd", TORCH_BOX(&negative_sampling_fwd));
   m.impl("weighted_row_sums", TORCH_BOX(&weighted_row_sums));
+  m.impl("search_codes", TORCH_BOX(&search_codes));
+  m.impl("gather_codes", TORCH_BOX(&gather_codes));
+  m.impl("code_difference", TORCH_BOX(&code_difference));
   m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
   m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
   m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));

@@ -75,8 +75,8 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "weighted_row_sums(Tensor starts, Tensor order, Tensor coefficient, Tensor source, Tensor? source_index, "
       "Tensor(a!) out, int entries_of_source) -> ()");
   m.def(
-      "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, int tile_rows, "
-      "int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
+      "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, bool as_given, "
+      "int tile_rows, int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
   m.def(
       "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
       "Tensor(b!) distance) -> ()");

@@ -3,13 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <array>
-#include <limits>
-#include <vector>
 
 #include "bind.h"
-#include "cpu/vector_quantize.h"
+#include "common/code_search.h"
 
 namespace sslkernels {
 
@@ -26,86 +23,40 @@ inline torch::headeronly::ScalarType type_of_products(const CodeVectors& input, 
   return is_double ? ScalarType::Double : ScalarType::Float;
 }
 
-// out (rows, columns) = a (rows, dim) b (columns, dim)^T, by torch, which inside a parallel region uses one thread.
+// products (a.rows, b.rows) = a b^T in A, by torch; inside a parallel region of a CPU with one thread.
 template <class A>
-void multiply(const A* a, const A* b, int64_t rows, int64_t columns, int64_t dim, A* out) {
+void multiply_vectors(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch,
+                      const torch::stable::Device& device) {
   using torch::headeronly::ScalarType;
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const auto matrix = [&](const A* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) {
-    const ScalarType type = sizeof(A) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
-    return torch::stable::from_blob(const_cast<A*>(data), {sizes.data(), 2}, {strides.data(), 2}, cpu, type);
-  };
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(matrix(a, {rows, dim}, {dim, 1})), from(matrix(b, {dim, columns}, {1, dim})),
-                                    from(matrix(out, {rows, columns}, {columns, 1}))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<torch::stable::Tensor>(stack[0]);  // owns the result, which is `out`
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+  constexpr ScalarType kProducts = sizeof(A) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+  const auto matrix = [&](const void* data, ScalarType type, std::array<int64_t, 2> sizes,
+                          std::array<int64_t, 2> strides) {
+    return from(
+        torch::stable::from_blob(const_cast<void*>(data), {sizes.data(), 2}, {strides.data(), 2}, device, type));
+  };
+  const ScalarType type = kTypes[int(a.element)];
+  const StableIValue rows = matrix(a.data, type, {a.rows, a.dim}, {a.dim, 1});
+  const StableIValue codes = matrix(b.data, type, {b.dim, b.rows}, {1, b.dim});
+  const StableIValue out = matrix(products, kProducts, {a.rows, b.rows}, {pitch, 1});
+  StableIValue result;
+  if (type == kProducts) {
+    std::array<StableIValue, 3> stack{rows, codes, out};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    result = stack[0];
+  } else {
+    std::array<StableIValue, 4> stack{rows, codes, from(kProducts), out};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+    result = stack[0];
+  }
+  (void)torch::stable::detail::to<torch::stable::Tensor>(result);  // owns what is `out`
 }
-
-// The search of some rows by one thread: tile by tile a matmul, then what best_codes makes of its products.
-struct CodeSearch {
-  CodeVectors input;
-  CodeVectors codebook;
-  CodeMetric metric;
-  double matmul_rounding;
-  const void* center;
-  int64_t tile_rows;
-  int64_t tile_codes;
-  int64_t* index;
-  double* score;
-
-  static CodeVectors rows_of(const CodeVectors& vectors, int64_t first, int64_t last) {
-    constexpr int64_t kSizes[] = {4, 8, 2, 2};
-    const char* data = static_cast<const char*>(vectors.data) + first * vectors.dim * kSizes[int(vectors.element)];
-    return {vectors.element, data, last - first, vectors.dim};
-  }
-
-  template <class A>
-  void run(int64_t begin, int64_t end) const {
-    const bool is_double = sizeof(A) == sizeof(double), unit = metric == CodeMetric::kCosine;
-    const auto is_factor = [&](const CodeVectors& vectors) {
-      return vectors.element == (is_double ? Element::kDouble : Element::kFloat) && center == nullptr;
-    };
-    const int64_t dim = input.dim, blocks = code_blocks(tile_codes);
-    std::vector<A> products(tile_rows * tile_codes), bound(end - begin, -std::numeric_limits<A>::infinity());
-    std::vector<A> row_tile(is_factor(input) ? 0 : tile_rows * dim), row_norm(tile_rows), block_norm(blocks);
-    std::vector<A> code_tile(is_factor(codebook) && !unit ? 0 : tile_codes * dim), code_norm(tile_codes);
-    std::vector<A> half_square(metric == CodeMetric::kSquaredDistance ? tile_codes : 0);
-    std::vector<double> work(2 * dim + blocks);
-    const auto null_if_empty = [](std::vector<A>& values) { return values.empty() ? nullptr : values.data(); };
-    std::fill(index + begin, index + end, -1);
-    std::fill(score + begin, score + end, -std::numeric_limits<double>::infinity());
-
-    for (int64_t first = 0; first < codebook.rows; first += tile_codes) {
-      const CodeVectors codes = rows_of(codebook, first, std::min(first + tile_codes, codebook.rows));
-      const CodeTile factor{
-          codes, is_double, center, unit, null_if_empty(code_tile), code_norm.data(), null_if_empty(half_square)};
-      SSLKERNELS_CALL_ISA(code_tile, factor, 0, codes.rows);
-      for (int64_t row = begin; row < end; row += tile_rows) {
-        const CodeVectors rows = rows_of(input, row, std::min(row + tile_rows, end));
-        const CodeTile other{rows, is_double, center, false, null_if_empty(row_tile), row_norm.data(), nullptr};
-        SSLKERNELS_CALL_ISA(code_tile, other, 0, rows.rows);
-        multiply(static_cast<const A*>(row_tile.empty() ? rows.data : row_tile.data()),
-                 static_cast<const A*>(code_tile.empty() ? codes.data : code_tile.data()), rows.rows, codes.rows, dim,
-                 products.data());
-        const CodeScores scores{is_double,          metric,
-                                matmul_rounding,    rows,
-                                codebook,           first,
-                                codes.rows,         products.data(),
-                                row_norm.data(),    code_norm.data(),
-                                factor.half_square, bound.data() + (row - begin),
-                                score + row,        index + row};
-        if (row == begin) SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
-        SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), 0, rows.rows, work.data());
-      }
-    }
-  }
-};
 
 inline CodeSearch code_search_arguments(const torch::stable::Tensor& input, const torch::stable::Tensor& codebook,
                                         int64_t metric, double matmul_rounding, const OptionalTensor& center,
-                                        int64_t tile_rows, int64_t tile_codes, const torch::stable::Tensor& index,
-                                        const torch::stable::Tensor& score) {
+                                        bool as_given, int64_t tile_rows, int64_t tile_codes,
+                                        const torch::stable::Tensor& index, const torch::stable::Tensor& score) {
   using torch::headeronly::ScalarType;
   CodeSearch search{};
   search.input = code_vectors(input, "input");
@@ -117,9 +68,12 @@ inline CodeSearch code_search_arguments(const torch::stable::Tensor& input, cons
   if (center) check_vector(*center, search.input.dim, type_of_products(search.input, search.codebook), "center");
   check_vector(index, search.input.rows, ScalarType::Long, "index");
   check_vector(score, search.input.rows, ScalarType::Double, "score");
+  const bool halves = search.input.element == search.codebook.element && bytes_of(search.input.element) == 2;
+  STD_TORCH_CHECK(!as_given || (halves && !center), "sslkernels: only half precision is multiplied as it is given");
   search.center = pointer(center);
-  search.tile_rows = std::min(tile_rows, std::max<int64_t>(search.input.rows, 1));
-  search.tile_codes = std::min(tile_codes, search.codebook.rows);
+  search.as_given = as_given;
+  search.tile_rows = tile_rows;
+  search.tile_codes = tile_codes;
   search.index = index.mutable_data_ptr<int64_t>();
   search.score = score.mutable_data_ptr<double>();
   return search;

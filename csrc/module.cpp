@@ -65,6 +65,12 @@ PYBIND11_MODULE(_C, m) {
              arg("gradient"));
   floors.def("weighted_row_sums", &sslkernels::weighted_row_sums_floor, arg("entries"), arg("rows"), arg("source_rows"),
              arg("dim"), arg("source_bytes"), arg("out_bytes"));
+  floors.def("search_codes", &sslkernels::search_codes_floor, arg("rows"), arg("codes"), arg("dim"),
+             arg("element_bytes"));
+  floors.def("gather_codes", &sslkernels::gather_codes_floor, arg("rows"), arg("codes"), arg("dim"),
+             arg("element_bytes"));
+  floors.def("code_difference", &sslkernels::code_difference_floor, arg("rows"), arg("codes"), arg("dim"),
+             arg("element_bytes"), arg("out_bytes"));
   floors.def("free_energy_fwd", &sslkernels::free_energy_fwd_floor, arg("results"), arg("count"), arg("element_bytes"),
              arg("gradient"));
   floors.def("free_energy_bwd", &sslkernels::free_energy_bwd_floor, arg("results"), arg("count"), arg("element_bytes"),

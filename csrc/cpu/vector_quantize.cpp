@@ -1,13 +1,5 @@
-// Exact assignment of codes behind a matmul that rounds.
-//
-// With s the computed score of a code (its product with the row, less half its squared norm for the squared distance)
-// and e a bound of its error, the best code is among those with s + e >= L, where L is the largest s - e: almost always
-// one code, for which s is compared once. These candidates are scored again in double, from the input as it is given;
-// the best of them is kept, of equals the lowest index. Tiles of codes follow each other, so that L, best and index run
-// on.
-//
-// A tile is read once: codes are summarised in blocks, each a lane of a group of codes, by their largest score; the
-// codes of a block are looked at again only if its largest score + its largest e reaches L.
+// A tile of products is read once: codes are summarised in blocks, each a lane of a group of codes, by their largest
+// score; the codes of a block are looked at again only if its largest score + its largest e reaches L.
 #include "vector_quantize.h"
 
 #include <cmath>
@@ -23,53 +15,6 @@ constexpr int64_t kDepth = kCodeGroup / kCodeLanes;  // codes of a block: every 
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
-// e = product |x| |c| + square |c|^2 + underflow, infinite where the products might overflow.
-//
-// Let u be the unit roundoff of A, a = x - m and b = c - m what is to be multiplied (m the center, or 0), and a', b'
-// what is: |a'_j - a_j| <= u |a_j|, and |b'_j - b_j| <= u |b_j|, of the subtraction or of the division by the norm. A
-// matmul that adds n = dim products in any order, with or without fma, gives p with |p - <a', b'>| <= g |a'| |b'|, g =
-// n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.5, with Cauchy-Schwarz). One that first
-// rounds its operands to fewer bits, as torch's may be allowed to, adds `matmul_rounding` |a'| |b'|. Hence
-//     |p - <a, b>|                       <= (g + matmul_rounding + 2u + u^2) |a| |b| (1 + u)^2,
-//     | |b'|^2 / 2 - |b|^2 / 2 |         <= (u + u^2 / 2) |b|^2, and u |b|^2 / 2 for its rounding to A,
-//     the rounding of the subtraction s  <= u (|a| |b| + |b|^2 / 2) (1 + u), and as much again for s + e or s - e.
-// That is less than (g + matmul_rounding + 5u) |a| |b| + 3u |b|^2, which what follows exceeds by enough for the norms
-// being those of a' and b'. Underflow takes at most `tiny`, the smallest normal number, from each product, sum and
-// half square, even where subnormal numbers are flushed to zero, and then sqrt(n) tiny from either factor, times the
-// norm of the other: the norms are rounded up by enough for that.
-template <class A>
-struct Margin {
-  A product;
-  A square;
-  A underflow;
-
-  Margin(int64_t dim, double matmul_rounding, bool squares) {
-    const double unit = double(std::numeric_limits<A>::epsilon()) / 2;
-    // In double the norms that codes are divided by have an error of dim roundings, too.
-    const double n = sizeof(A) == sizeof(float) ? double(dim) + 8 : 2 * double(dim) + 16;
-    const double sum = n * unit < 0.25 ? n * unit / (1 - n * unit) : std::numeric_limits<double>::infinity();
-    product = A(1.02 * (sum + matmul_rounding));
-    square = squares ? A(4 * unit) : A(0);
-    underflow = A(4 * n * double(std::numeric_limits<A>::min()));
-  }
-
-  A operator()(A input_norm, A code_norm) const {
-    const A scale = input_norm * code_norm + code_norm * code_norm;
-    const A error = product * input_norm * code_norm + square * code_norm * code_norm + underflow;
-    return scale < kLargest ? error : kInfinity<A>;
-  }
-
- private:
-  static constexpr A kLargest = std::numeric_limits<A>::max() / 256;  // no partial sum of products is larger
-};
-
-template <class A>
-A rounded_up_norm(double sum_of_squares) {
-  // The roundings of a sum of squares in double are far below 2^-20 of it. See Margin for what is added.
-  const A floor = sizeof(A) == sizeof(float) ? A(0x1p-100) : A(0x1p-500);
-  return A(std::sqrt(sum_of_squares) * (1 + 0x1p-20)) + floor;
-}
 
 template <class T>
 void load_row(const CodeVectors& vectors, int64_t row, double* out) {
@@ -116,21 +61,17 @@ double dot(const double* x, const double* c, int64_t dim) {
   return sum;
 }
 
-// A power of two that brings the largest element near 1, so that squares neither overflow nor vanish.
-double power_of_two_for(const double* c, int64_t dim) {
+double largest_magnitude(const double* c, int64_t dim) {
   double largest = 0;
   for (int64_t j = 0; j < dim; ++j) largest = std::fabs(c[j]) > largest ? std::fabs(c[j]) : largest;
-  if (!(largest > 0) || !std::isfinite(largest)) return 1;
-  int exponent;
-  std::frexp(largest, &exponent);
-  return std::ldexp(1.0, exponent < -1000 ? 1000 : -exponent);
+  return largest;
 }
 
 // <x, c / |c|>, and <x, c> where c is 0.
 double cosine_score(const double* x, const double* c, int64_t dim) {
   double norm = dot(c, c, dim), product = dot(x, c, dim);
-  if (!(norm > 0x1p-900 && norm < 0x1p900)) {
-    const double power = power_of_two_for(c, dim);
+  if (!is_usual(norm)) {
+    const double power = power_of_two_for(largest_magnitude(c, dim));
     norm = product = 0;
 #pragma omp simd reduction(+ : norm, product)
     for (int64_t j = 0; j < dim; ++j) {
@@ -153,14 +94,6 @@ double exact_score(CodeMetric metric, const double* x, const double* c, int64_t 
   }
 }
 
-// NaN ranks before everything, as in torch.argmin; of equals the lowest index.
-bool ranks_before(double score, int64_t index, double best, int64_t best_index) {
-  const bool earlier = index < best_index;
-  if (best_index < 0) return true;
-  if (std::isnan(best)) return std::isnan(score) && earlier;
-  return std::isnan(score) || score > best || (score == best && earlier);
-}
-
 template <class T, class A>
 void tile_rows(const CodeTile& tile, int64_t begin, int64_t end) {
   const int64_t dim = tile.source.dim;
@@ -173,13 +106,13 @@ void tile_rows(const CodeTile& tile, int64_t begin, int64_t end) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < dim; ++j) sum += double(to_float(source[j])) * double(to_float(source[j]));
       double power = 1;
-      if (!(sum > 0x1p-900 && sum < 0x1p900)) {  // of doubles, or of zeros
+      if (!is_usual(sum)) {  // of doubles, or of zeros
         double largest = 0;
         for (int64_t j = 0; j < dim; ++j) {
           const double element = to_float(source[j]);
           largest = std::fabs(element) > largest ? std::fabs(element) : largest;
         }
-        power = power_of_two_for(&largest, 1);
+        power = power_of_two_for(largest);
         sum = 0;
         for (int64_t j = 0; j < dim; ++j)
           sum += double(to_float(source[j])) * power * (double(to_float(source[j])) * power);
@@ -260,13 +193,14 @@ template <class A>
 void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block_norm, int64_t i, A* maxima, double* x,
                double* code) {
   const int64_t blocks = code_blocks(scores.codes), dim = scores.input.dim;
-  const A* products = static_cast<const A*>(scores.products) + i * scores.codes;
+  const A* products = static_cast<const A*>(scores.products) + i * scores.pitch;
   const A* half_square = static_cast<const A*>(scores.code_half_square);
   const A* code_norm = static_cast<const A*>(scores.code_norm);
   const A input_norm = static_cast<const A*>(scores.input_norm)[i];
-  A bound = static_cast<A*>(scores.bound)[i];
-  double best = scores.best[i];
-  int64_t index = scores.index[i];
+  const bool begun = scores.first_code > 0;
+  A bound = begun ? static_cast<A*>(scores.bound)[i] : -kInfinity<A>;
+  double best = begun ? scores.best[i] : -kInfinity<double>;
+  int64_t index = begun ? scores.index[i] : -1;
   load_row(scores.input, i, x);
   const auto consider = [&](int64_t j) {
     if (std::isnan(best) && j > index) return;

@@ -106,6 +106,21 @@ inline Floor weighted_row_sums_floor(int64_t entries, int64_t rows, int64_t sour
           2 * entries * dim};
 }
 
+// Rows and codes once, and of a row its code and score; the products stay inside.
+inline Floor search_codes_floor(int64_t rows, int64_t codes, int64_t dim, int64_t element_bytes) {
+  return {(rows + codes) * dim * element_bytes + rows * 16, 2 * rows * codes * dim};
+}
+
+// Rows and the codes that may occur read, values written; of a row its code, its score and its distance in float32.
+inline Floor gather_codes_floor(int64_t rows, int64_t codes, int64_t dim, int64_t element_bytes) {
+  return {(2 * rows + std::min(rows, codes)) * dim * element_bytes + rows * 20, 3 * rows * dim};
+}
+
+// Of a row its code and a coefficient in float32.
+inline Floor code_difference_floor(int64_t rows, int64_t codes, int64_t dim, int64_t element_bytes, int64_t out_bytes) {
+  return {(rows + std::min(rows, codes)) * dim * element_bytes + rows * (dim * out_bytes + 12), 2 * rows * dim};
+}
+
 // Of a result its value and, for a gradient, what backward needs: two numbers, or an index. Of an energy a comparison,
 // a difference, an exponential (2) and two sums.
 inline Floor free_energy_fwd_floor(int64_t results, int64_t count, int64_t element_bytes, bool gradient) {

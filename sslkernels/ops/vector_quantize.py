@@ -139,6 +139,7 @@ def _triton(name: str) -> Callable[..., None]:
 KERNELS = {
     "reference": Kernels(code_search.reference, _gather_reference, _difference_reference, row_sums.reference),
     "cpu": Kernels(code_search.native, _native("gather_codes"), _native("code_difference"), row_sums.native),
+    "cuda": Kernels(code_search.cuda, _native("gather_codes"), _native("code_difference"), row_sums.native),
     "triton": Kernels(code_search.triton, _triton("gather_codes"), _triton("code_difference"), row_sums.triton),
 }
 NATIVE_OPS = ("search_codes", "gather_codes", "code_difference", "weighted_row_sums")

@@ -15,6 +15,7 @@
 #include "../../csrc/cuda/random_stream.h"
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/scale_add.h"
+#include "code_calls.h"
 #include "device_host.h"
 #include "planted.h"
 #include "protocol.h"
@@ -427,6 +428,9 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"free_energy_bwd", free_energy_bwd},
     {"prediction_energy_fwd", prediction_energy_fwd},
     {"prediction_energy_bwd", prediction_energy_bwd},
+    {"search_codes", cuda_host::search_codes},
+    {"gather_codes", cuda_host::gather_codes},
+    {"code_difference", cuda_host::code_difference},
     {"planted", [](const Call& call) { launch_planted(call); }},
 };
 

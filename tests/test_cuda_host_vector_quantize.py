@@ -1,0 +1,259 @@
+"""The CUDA kernels of vector_quantize, run on the host under sanitizers: the search over tiles, with products as wrong
+as they may be, against brute force in float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import code_oracle
+import pytest
+import torch
+from cases import DTYPES
+from cuda_host import run
+from cuda_host.run import ELEMENTS, Call
+from torch import Tensor
+
+from sslkernels.ops import code_search
+from sslkernels.ops.code_search import COSINE, METRICS
+from sslkernels.ops.rows import accumulation_dtype
+
+pytestmark = [run.required, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy, in the oracle
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+OF_WARP = 1024  # kCodesOfWarp in csrc/cuda/best_codes.cu: with more codes in a tile a block has a row
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search. kind: what is special about rows and codes; as_given: half precision is multiplied as it is; tf32:
+    the products are those of operands that were cut."""
+
+    metric: int = 0
+    dtype: torch.dtype = F32
+    code_dtype: torch.dtype | None = None
+    rows: int = 21
+    codes: int = 40
+    dim: int = 12
+    tile_rows: int = 64
+    tile_codes: int = 4096
+    kind: str = "random"
+    as_given: bool = False
+    tf32: bool = False
+
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return self.dtype, self.code_dtype or self.dtype
+
+    def products(self) -> torch.dtype:
+        return F64 if F64 in self.dtypes() else F32
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(self.rows + 100 * self.dim + self.codes)
+        dtype, code_dtype = self.dtypes()
+        x, c = (torch.randn(n, self.dim, generator=g, dtype=torch.float64) for n in (self.rows, self.codes))
+        x, c = x.to(dtype), c.to(code_dtype)
+        some = torch.arange(self.codes // 2, self.codes)
+        if self.kind == "grid":
+            return tuple(torch.randint(-2, 3, t.shape, generator=g).to(t.dtype) for t in (x, c))
+        if self.kind == "twins":
+            c[some] = c[: len(some)].flip(0)
+        if self.kind == "one":
+            c = c[:1].expand(c.shape).contiguous()
+        if self.kind == "ulp":
+            c[some] = c[: len(some)].clone()
+            c[some, some % self.dim] = torch.nextafter(c[some, some % self.dim], torch.tensor(9e4, dtype=code_dtype))
+            x = (c[torch.randint(self.codes, (self.rows,), generator=g)].double() + 0.02 * x.double()).to(dtype)
+        if self.kind == "offset":
+            x, c = x + 1000, c + 1000
+        if self.kind == "zeros":
+            x[::3], c[4:9] = 0, 0
+        if self.kind == "nan":
+            x[3, 2], x[5], c[self.codes - 2, 1] = torch.nan, torch.nan, torch.nan
+        if self.kind == "nan_rows":
+            x[3, 2], x[5] = torch.nan, torch.nan
+        if self.kind == "nan_codes":
+            c[:] = torch.nan
+        if self.kind == "inf":
+            x[3, 2], x[5, 0], c[7, 1], c[self.codes - 1, 1] = torch.inf, -torch.inf, torch.inf, -torch.inf
+        if self.kind == "spread":
+            c = c * torch.logspace(-30, 30, self.codes, dtype=code_dtype)[:, None]
+        if self.kind.startswith("scale"):
+            scale = float(self.kind.removeprefix("scale"))
+            x, c = (x if self.metric == COSINE else x * scale), c * scale
+        return x, c
+
+    def call(self) -> Call:
+        x, c = self.inputs()
+        products = self.products()
+        arrays = {"input": x, "codebook": c}
+        arrays |= {"index": torch.full((self.rows,), -7), "score": torch.full((self.rows,), -7.0, dtype=F64)}
+        if METRICS[self.metric] == "l2" and not self.as_given:
+            arrays["center"] = c.mean(0, dtype=F64).to(products).nan_to_num(0.0, 0.0, 0.0)
+        of_sums = code_search.MATRIX_UNIT_ROUNDING * (self.dim + 8)
+        rounding, error = 0.0, self.dim * torch.finfo(products).eps / 2
+        if self.as_given:
+            rounding, error = of_sums, of_sums / 2
+        if self.tf32:
+            rounding, error = of_sums + code_search.TF32_ROUNDING, 2.0**-9
+        dtype, code_dtype = self.dtypes()
+        ints = {
+            "input_element": ELEMENTS[dtype], "codebook_element": ELEMENTS[code_dtype], "input_rows": self.rows,
+            "codebook_rows": self.codes, "dim": self.dim, "metric": self.metric, "as_given": self.as_given,
+            "tile_rows": self.tile_rows, "tile_codes": self.tile_codes, "is_double": products == F64,
+        }  # fmt: skip
+        return Call("search_codes", ints, {"matmul_rounding": rounding, "error": error}, arrays)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """One call of gather_codes, and one of code_difference. nothing: rows without a code."""
+
+    dtype: torch.dtype = F32
+    code_dtype: torch.dtype = F32
+    dim: int = 64
+    rows: int = 37
+    wide: bool = False  # the difference in the dtype of the sums
+    nothing: bool = False
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input, codebook, index, score."""
+        g = torch.Generator().manual_seed(self.rows + self.dim)
+        x, c = (torch.randn(n, self.dim, generator=g, dtype=F64) for n in (self.rows, 11))
+        score = torch.full((self.rows,), torch.inf, dtype=F64)
+        if self.nothing:
+            score[::5] = torch.nan
+        return x.to(self.dtype), c.to(self.code_dtype), torch.randint(11, (self.rows,), generator=g), score
+
+    def sums(self) -> torch.dtype:
+        return accumulation_dtype(torch.promote_types(self.dtype, self.code_dtype))
+
+    def calls(self) -> tuple[Call, Call]:
+        x, c, index, score = self.inputs()
+        ints = {
+            "input_element": ELEMENTS[self.dtype], "codebook_element": ELEMENTS[self.code_dtype],
+            "input_rows": self.rows, "codebook_rows": 11, "dim": self.dim, "is_double": self.sums() == F64,
+        }  # fmt: skip
+        arrays = {"input": x, "codebook": c, "index": index}
+        values = {"values": torch.full_like(x, 7.0), "distance": torch.full((self.rows,), 7.0, dtype=self.sums())}
+        out = torch.full_like(x, 7.0, dtype=self.sums() if self.wide else self.dtype)
+        coefficient = score.nan_to_num(0.5, 2.0).to(self.sums())
+        return (
+            Call("gather_codes", ints, {}, arrays | {"score": score} | values),
+            Call(
+                "code_difference",
+                ints | {"out_element": ELEMENTS[out.dtype]},
+                {},
+                arrays | {"coefficient": coefficient, "out": out},
+            ),
+        )
+
+
+def search_cases() -> dict[str, Search]:
+    found = []
+    for dtype, metric in itertools.product(DTYPES, range(3)):
+        found += [Search(metric, dtype), Search(metric, dtype, rows=9, codes=30, dim=67, tile_rows=4, tile_codes=13)]
+        if dtype.itemsize == 2:
+            found += [Search(metric, dtype, as_given=True, kind=kind) for kind in ("random", "ulp", "zeros")]
+    for dtype, code_dtype in ((BF16, F32), (F32, F16), (F16, BF16), (F64, F32), (F32, F64), (F64, BF16)):
+        found.append(Search(dtype.itemsize % 3, dtype, code_dtype, tile_codes=22))
+    kinds = ("grid", "twins", "ulp", "offset", "zeros", "nan", "nan_rows", "nan_codes", "inf", "spread")
+    for kind, metric in itertools.product(kinds, range(3)):
+        found.append(Search(metric, kind=kind, rows=11))
+        found.append(Search(metric, kind=kind, rows=7, tile_rows=5, tile_codes=9, dim=5))
+    for kind in ("twins", "nan", "inf", "random"):  # a block has a row
+        found.append(Search(kind=kind, rows=7, codes=2 * OF_WARP + 77, dim=5, tile_codes=OF_WARP + 43))
+    found.append(Search(1, BF16, kind="twins", rows=5, codes=OF_WARP + 6, dim=8, as_given=True))
+    found.append(Search(2, F64, kind="grid", rows=5, codes=OF_WARP + 6, dim=3))
+    for metric, scale in itertools.product(range(3), ("1e-42", "1e-30", "1e-16", "1e12", "1e37")):
+        found.append(Search(metric, kind=f"scale{scale}", rows=6, codes=20))
+    found += [Search(COSINE, F64, kind=f"scale{scale}", rows=6, codes=20) for scale in ("1e-300", "1e-160", "1e155")]
+    found += [Search(metric, tf32=True, kind=kind) for metric in range(3) for kind in ("random", "twins")]
+    found += [Search(rows=1, codes=1, dim=1), Search(rows=5, codes=1), Search(rows=0), Search(dim=300, rows=5)]
+    found.append(Search(rows=3, codes=5, dim=1, tile_rows=1, tile_codes=1))
+    return {name_of(case): case for case in found}
+
+
+def name_of(case: Search) -> str:
+    flags = ("given" if case.as_given else "") + ("tf32" if case.tf32 else "")
+    dtypes = "-".join(dict.fromkeys(map(short, case.dtypes())))
+    return f"{METRICS[case.metric]}-{case.kind}{flags}-{dtypes}-{case.rows}x{case.codes}x{case.dim}-{case.tile_codes}"
+
+
+def gather_cases() -> dict[str, Gather]:
+    found = {}
+    for dtype, code_dtype in itertools.product(DTYPES, DTYPES):
+        for dim in (64, 45) if dtype == code_dtype else (24,):
+            found[f"{short(dtype)}-{short(code_dtype)}-{dim}"] = Gather(dtype, code_dtype, dim)
+    for dtype, dim in itertools.product(DTYPES, (1, 3, 300)):
+        found[f"{short(dtype)}-wide-{dim}"] = Gather(dtype, dtype, dim, 9, wide=True, nothing=True)
+    return found | {"no_rows": Gather(rows=0), "nothing": Gather(BF16, nothing=True)}
+
+
+SEARCHES, GATHERS = search_cases(), gather_cases()
+results = run.results_fixture(
+    lambda: {
+        **{f"search-{name}": case.call() for name, case in SEARCHES.items()},
+        **{f"gather-{name}": case.calls()[0] for name, case in GATHERS.items()},
+        **{f"difference-{name}": case.calls()[1] for name, case in GATHERS.items()},
+    }
+)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_search(name, results):
+    case, result = SEARCHES[name], results[f"search-{name}"]
+    assert result.error == ""
+    x, c = case.inputs()
+    metric, index = METRICS[case.metric], result.arrays["index"]
+    scores = torch.from_numpy(code_oracle.scores(x, c, metric))
+    unscaled = case.products() == F64 and case.kind.startswith("scale")  # squares that float64 does not hold
+    expected = code_oracle.indices(x, case.inputs()[1] / float(case.kind[5:]) if unscaled else c, metric)
+    # Of equals the lowest; which of those that float64 cannot tell apart, nobody knows.
+    exact = case.kind in ("grid", "twins", "one")
+    assert torch.equal(index, expected) or (not exact and code_oracle.tied(x, c, index, metric))
+    if not unscaled:
+        assert torch.equal(result.arrays["score"].isnan(), scores.isnan().any(1))
+    assert torch.equal(result.arrays["input"].nan_to_num(), x.nan_to_num())
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_gather(name, results):
+    case, result = GATHERS[name], results[f"gather-{name}"]
+    assert result.error == ""
+    x, c, index, score = case.inputs()
+    nothing = score.isnan()
+    values = c[index].to(case.dtype).masked_fill(nothing[:, None], torch.nan)
+    assert torch.equal(result.arrays["values"].isnan(), values.isnan())
+    assert torch.equal(result.arrays["values"].nan_to_num(), values.nan_to_num())
+    squares = (x.double() - c[index].double()).square().sum(1).masked_fill(nothing, torch.nan)
+    bound = (case.dim + 4) * torch.finfo(case.sums()).eps
+    torch.testing.assert_close(result.arrays["distance"].double(), squares, rtol=bound, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_difference(name, results):
+    case, result = GATHERS[name], results[f"difference-{name}"]
+    assert result.error == ""
+    x, c, index, score = case.inputs()
+    coefficient = score.nan_to_num(0.5, 2.0).to(case.sums())
+    truth = coefficient[:, None] * (x.to(case.sums()) - c[index].to(case.sums()))
+    assert torch.equal(result.arrays["out"], truth.to(result.arrays["out"].dtype))
+
+
+def test_every_kernel_runs(results, request):
+    program = run.build(request.node.callspec.params["results"])
+    names = ("code_tile", "best_codes", "gather_codes", "code_difference")
+    compiled = {name for name in run.kernels(program).values() if name.startswith(names)}
+    assert len(compiled) == 11
+    assert {name for result in results.values() for name in result.launched} == compiled
+
+
+def test_rows_too_long_are_an_error(tmp_path):
+    calls = [Search(rows=1).call(), *Gather(rows=1).calls()]
+    for call in calls[1:]:
+        call.ints["dim"] = 2**30 + 1
+    results = run.run(run.build("address"), calls[1:], tmp_path)
+    assert all("2^30" in result.error for result in results)
