@@ -54,9 +54,11 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
     energies = ("free_energy_fwd", "free_energy_bwd", "prediction_energy_fwd", "prediction_energy_bwd")
     rows_with_noise = ("gumbel_rows_fwd", "gumbel_rows_bwd", "probability_sums")
+    codes = ("search_codes", "gather_codes", "code_difference")
     for op in (
         *ops,
         *rows_with_noise,
+        *codes,
         "gaussian_fwd",
         "gaussian_bwd",
         "negative_sampling_fwd",
@@ -96,6 +98,9 @@ def test_every_operator_with_a_cuda_kernel_has_a_floor():
     # The minimum reads one prediction of each target, and the target; both gradients are written.
     backward = native.extension.floors.prediction_energy_bwd(5, 3, 5, 10, 2, True)
     assert backward.bytes == (5 + 5 + 5 * 4) * 10 * 2 + 5 * 4 * 4
+    assert native.extension.floors.search_codes(7, 9, 10, 2).bytes == (7 + 9) * 10 * 2 + 7 * 16
+    assert native.extension.floors.gather_codes(7, 9, 10, 2).bytes == (7 + 7 + 7) * 10 * 2 + 7 * 20
+    assert native.extension.floors.code_difference(7, 4, 10, 2, 4).bytes == (7 + 4) * 10 * 2 + 7 * (40 + 12)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,7 @@ def test_memory_is_accessed_by_16_bytes(machine_code):
         if not kernel.name.startswith("random_stream"):
             assert kernel.wide_loads > 0, kernel
         # A number a row or a column is all that these write.
-        reducing = ("column_sums", "free_energy_fwd", "prediction_energy_fwd", "prediction_energy_parts")
+        reducing = ("column_sums", "free_energy_fwd", "prediction_energy_fwd", "prediction_energy_parts", "best_codes")
         if not kernel.name.startswith(reducing):
             assert kernel.wide_stores > 0, kernel
 

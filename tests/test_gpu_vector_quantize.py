@@ -92,6 +92,7 @@ def test_the_distances_never_exist(backend, dtype):
     if backend == "reference":
         pytest.skip("it holds scores by the thousand rows")
     x, c = problem(1 << 20, 8192, 64, dtype)  # 32 GB of distances
+    sk.vector_quantize(x[:64], c)  # the matmul takes memory of its own for good
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -110,3 +111,48 @@ def test_more_elements_than_an_int32_counts(backend):
     got = sk.vector_quantize(c[index], c)
     assert torch.equal(got.indices, index)
     assert torch.equal(got.usage, torch.bincount(index, minlength=16))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("setting", [("fp32_precision", "tf32"), ("allow_fp16_accumulation", True)], ids=lambda s: s[0])
+def test_matmuls_of_reduced_precision(backend, metric, setting):
+    """What torch may do to products changes no code."""
+    name, value = setting
+    x, c = problem(2000, 3000, 96, torch.float16 if name.startswith("allow") else torch.float32)
+    c[1500:] = c[:1500] + 1e-3
+    expected = sk.vector_quantize(x, c, metric=metric)
+    before = getattr(torch.backends.cuda.matmul, name)
+    setattr(torch.backends.cuda.matmul, name, value)
+    try:
+        got = sk.vector_quantize(x, c, metric=metric)
+    finally:
+        setattr(torch.backends.cuda.matmul, name, before)
+    with sk.use_backend("reference"):
+        truth = sk.vector_quantize(x, c, metric=metric)
+    assert torch.equal(expected.indices, truth.indices)
+    assert torch.equal(got.indices, truth.indices)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_input_and_codebook_of_different_dtypes(backend, dtypes):
+    x, c = (t.to(dtype) for t, dtype in zip(problem(1000, 9000, 40, torch.float32), dtypes, strict=True))
+    got = sk.vector_quantize(x, c, codebook_weight=1.0)
+    with sk.use_backend("reference"):
+        expected = sk.vector_quantize(x, c, codebook_weight=1.0)
+    assert torch.equal(got.indices, expected.indices)
+    assert torch.equal(got.values, expected.values)
+    torch.testing.assert_close(got.commitment, expected.commitment)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", [(37, 53, 19), (9, 2100, 5)], ids=str)
+def test_small_problems(backend, shape, metric):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, c = problem(*shape, dtype)
+        c[-20:] = c[:20]
+        x[3] = float("nan")
+        got = sk.vector_quantize(x, c, metric=metric)
+        with sk.use_backend("reference"):
+            expected = sk.vector_quantize(x, c, metric=metric)
+        assert torch.equal(got.indices, expected.indices)

@@ -9,7 +9,7 @@ in half precision and none of 4096 in float32.
 
 s = gain <x, c> - half_square, with half_square = |c|^2 / 2 for the squared distance and gain = 1 / |c| for the cosine.
 e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. The bound of the sum of products is that
-of csrc/cpu/vector_quantize.cpp for float32, whose roundings are to nearest. Matrix units multiply half precision
+of csrc/common/vector_quantize.h for float32, whose roundings are to nearest. Matrix units multiply half precision
 exactly, but cut sums to 24 bits or a few more, after an alignment to their largest term: each of the D terms and each
 sum of 16 loses at most 2^-23 of |x| |c|; `HALF_ROUNDING` is four times that. What may overflow has an infinite e.
 """
