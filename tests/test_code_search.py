@@ -56,6 +56,11 @@ def test_what_is_multiplied(asked, metric, dtype, code_dtype):
     assert asked["rounding"] == (code_search.MATRIX_UNIT_ROUNDING * 11 if as_given else 0)
 
 
+def test_no_rows(asked):
+    search(*draw(0, 7, 3))
+    assert asked["rows"] > 0
+
+
 @contextlib.contextmanager
 def matmuls(name, value):
     settings = torch.backends.cuda.matmul

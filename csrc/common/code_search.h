@@ -30,6 +30,7 @@ inline CodeVectors rows_of(const CodeVectors& vectors, int64_t first, int64_t la
 // cosine is a gain and not a division of the codes; and kPitch, of which the pitch of the products is a multiple.
 template <class A, class Device>
 void search_in_tiles(const CodeSearch& search, int64_t begin, int64_t end, Device& device) {
+  if (begin >= end) return;
   const bool is_double = sizeof(A) == sizeof(double), cosine = search.metric == CodeMetric::kCosine;
   const bool unit = cosine && !Device::kGain, gain = cosine && Device::kGain;
   const Element element = is_double ? Element::kDouble : Element::kFloat;

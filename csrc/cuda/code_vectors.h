@@ -9,97 +9,106 @@ namespace sslkernels {
 
 constexpr int kVectorThreads = 256;
 
-// The words of N elements; by 16 bytes at most.
+// N elements of T at once, of 4, 8 or 16 bytes.
 template <int N, class T>
 struct Chunk {
-  static constexpr int kBytes = N * int(sizeof(T)), kPiece = kBytes < 16 ? kBytes : 16;
-  using Piece = Together<uint32_t, kPiece / 4>;
-  Piece pieces[kBytes / kPiece];
+  static constexpr int kBytes = N * int(sizeof(T));
+  static constexpr int kWords = kBytes / 4;
+  static_assert(kBytes % 4 == 0 && kBytes <= 16, "Chunk: words, and one access");
+  using Access = Together<uint32_t, kWords>;
 
-  __device__ __forceinline__ uint32_t& word(int w) { return pieces[w / (kPiece / 4)].at[w % (kPiece / 4)]; }
   static __device__ __forceinline__ bool fits(const T* row, int column, int dim) {
-    return column + N <= dim && reinterpret_cast<uint64_t>(row + column) % kPiece == 0;
+    return column + N <= dim && reinterpret_cast<uint64_t>(row + column) % kBytes == 0;
+  }
+  static __device__ __forceinline__ Access load(const T* from) {
+    if constexpr (kWords == 4) {
+      const Words words = load_words_cached(from);
+      return {{words.at[0], words.at[1], words.at[2], words.at[3]}};
+    } else {
+      return *reinterpret_cast<const Access*>(from);
+    }
   }
 };
 
 // Zeros beyond the end of the row.
 template <int N, class T, class A>
 __device__ __forceinline__ void load_chunk(const T* row, int column, int dim, A (&out)[N]) {
-  using Words = Chunk<N, T>;
-  if (!Words::fits(row, column, dim)) {
+  using Access = Chunk<N, T>;
+  if (!Access::fits(row, column, dim)) {
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = column + k < dim ? A(to_float(row[column + k])) : A(0);
     return;
   }
-  Words chunk = *reinterpret_cast<const Words*>(row + column);
+  const auto words = Access::load(row + column);
 #pragma unroll
-  for (int w = 0; w < Words::kBytes / 4; ++w) {
+  for (int w = 0; w < Access::kWords; ++w) {
     if constexpr (sizeof(T) == 2) {
       float low, high;
-      unpack(chunk.word(w), T{}, low, high);
+      unpack(words.at[w], T{}, low, high);
       out[2 * w] = low;
       out[2 * w + 1] = high;
     } else if constexpr (sizeof(T) == 4) {
-      out[w] = bit_cast<float>(chunk.word(w));
+      out[w] = bit_cast<float>(words.at[w]);
     } else if (w % 2 == 0) {
-      out[w / 2] = A(bit_cast<double>(uint64_t(chunk.word(w)) | uint64_t(chunk.word(w + 1)) << 32));
+      out[w / 2] = bit_cast<double>(uint64_t(words.at[w]) | uint64_t(words.at[w + 1]) << 32);
     }
   }
 }
 
 template <int N, class T, class A>
 __device__ __forceinline__ void store_chunk(const A (&values)[N], T* row, int column, int dim) {
-  using Words = Chunk<N, T>;
-  if (!Words::fits(row, column, dim)) {
+  using Access = Chunk<N, T>;
+  if (!Access::fits(row, column, dim)) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       if (column + k < dim) from_float(values[k], row + column + k);
     }
     return;
   }
-  Words chunk;
+  typename Access::Access words;
 #pragma unroll
-  for (int w = 0; w < Words::kBytes / 4; ++w) {
+  for (int w = 0; w < Access::kWords; ++w) {
     if constexpr (sizeof(T) == 2) {
-      chunk.word(w) = pack(float(values[2 * w]), float(values[2 * w + 1]), T{});
+      words.at[w] = pack(float(values[2 * w]), float(values[2 * w + 1]), T{});
     } else if constexpr (sizeof(T) == 4) {
-      chunk.word(w) = bit_cast<uint32_t>(float(values[w]));
+      words.at[w] = bit_cast<uint32_t>(float(values[w]));
     } else {
-      chunk.word(w) = uint32_t(bit_cast<uint64_t>(double(values[w / 2])) >> (w % 2 * 32));
+      words.at[w] = uint32_t(bit_cast<uint64_t>(double(values[w / 2])) >> (w % 2 * 32));
     }
   }
-  *reinterpret_cast<Words*>(row + column) = chunk;
+  *reinterpret_cast<typename Access::Access*>(row + column) = words;
 }
 
-// visit(row) with a pointer to elements of that type. float does not meet double: see is_double of the arguments.
-template <class A, class Visit>
-__device__ __forceinline__ void with_row(Element element, const void* data, int64_t at, Visit visit) {
+// visit(T{}) with the type of the elements. N of the widest type that occurs are 16 bytes: see with_columns.
+template <int N, class Visit>
+__device__ __forceinline__ void with_type(Element element, Visit visit) {
   switch (element) {
     case Element::kFloat:
-      return visit(static_cast<const float*>(data) + at);
+      if constexpr (N * sizeof(float) <= 16) visit(float());
+      return;
     case Element::kDouble:
-      if constexpr (sizeof(A) == sizeof(double)) visit(static_cast<const double*>(data) + at);
+      if constexpr (N * sizeof(double) <= 16) visit(double());
       return;
     case Element::kBFloat16:
-      return visit(static_cast<const BFloat16*>(data) + at);
+      return visit(BFloat16());
     case Element::kHalf:
-      return visit(static_cast<const Half*>(data) + at);
+      return visit(Half());
   }
 }
 
 template <int N, class A>
 __device__ __forceinline__ void load_vector(const CodeVectors& vectors, int64_t row, int column, A (&out)[N]) {
-  const int dim = int(vectors.dim);
-  with_row<A>(vectors.element, vectors.data, row * vectors.dim,
-              [&](const auto* from) { load_chunk(from, column, dim, out); });
+  with_type<N>(vectors.element, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(vectors.data) + row * vectors.dim;
+    load_chunk(from, column, int(vectors.dim), out);
+  });
 }
 
 template <int N, class A>
 __device__ __forceinline__ void store_vector(const A (&values)[N], Element element, void* out, int64_t row, int64_t dim,
                                              int column) {
-  with_row<A>(element, out, row * dim, [&](const auto* to) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(to)>>;
-    store_chunk(values, const_cast<T*>(to), column, int(dim));
+  with_type<N>(element, [&](auto type) {
+    store_chunk(values, static_cast<decltype(type)*>(out) + row * dim, column, int(dim));
   });
 }
 

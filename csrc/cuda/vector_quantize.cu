@@ -16,18 +16,20 @@ __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
   const VectorPlace<N> place(team);
   const int dim = int(tile.source.dim);
   const bool in_range = place.row < tile.source.rows;
-  A* out = static_cast<A*>(tile.tile);
+  [[maybe_unused]] A* out = static_cast<A*>(tile.tile);
   double sum = 0;
   for (int column = place.column; in_range && column < dim; column += place.step) {
     A x[N];
     load_vector(tile.source, place.row, column, x);
-    if (tile.center != nullptr) {
-      A center[N];
-      load_chunk(static_cast<const A*>(tile.center), column, dim, center);
+    if constexpr (N * sizeof(A) <= 16) {  // else only the norm is asked for
+      if (tile.center != nullptr) {
+        A center[N];
+        load_chunk(static_cast<const A*>(tile.center), column, dim, center);
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] -= center[k];
+        for (int k = 0; k < N; ++k) x[k] -= center[k];
+      }
+      if (out != nullptr) store_chunk(x, out + place.row * dim, column, dim);
     }
-    if (out != nullptr) store_chunk(x, out + place.row * dim, column, dim);
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += double(x[k]) * double(x[k]);
   }
@@ -87,8 +89,8 @@ int64_t widest(Element a, Element b) { return std::max(bytes_of(a), bytes_of(b))
 
 void launch_code_tile(const CodeTile& tile, void* stream) {
   if (tile.unit) fail("the CUDA kernels have no unit tiles");
-  const int64_t bytes =
-      tile.tile == nullptr ? bytes_of(tile.source.element) : widest(tile.source.element, Element::kFloat);
+  const bool makes = tile.tile != nullptr || tile.center != nullptr;
+  const int64_t bytes = makes ? widest(tile.source.element, Element::kFloat) : bytes_of(tile.source.element);
   with_columns(tile.is_double, bytes, [&](auto type, auto columns) {
     launch_over_rows("code_tile_kernel", code_tile_kernel<decltype(type), columns>, tile.source.rows, tile.source.dim,
                      columns, tile, stream);

@@ -100,7 +100,7 @@ def cuda(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: T
     fit = max(CUDA_VECTOR_BYTES // (acc.itemsize * dim), MULTIPLE) if copied else CUDA_TILE_CODES
     codes = min(codebook.shape[0], CUDA_TILE_CODES, fit)
     rows = CUDA_PRODUCT_BYTES // (acc.itemsize * (-(-codes // CUDA_PITCH) * CUDA_PITCH))
-    rows = min(count, rows, fit) if copied else min(count, rows)
+    rows = max(min(count, rows, fit) if copied else min(count, rows), 1)
     arguments = (input, codebook, metric, rounding, center, as_given, rows, codes, indices, score)
     torch.ops.sslkernels_native.search_codes(*arguments)
 
