@@ -19,7 +19,8 @@ from sslkernels.ops.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 from sslkernels.ops.own_negatives import own_negatives
 from sslkernels.ops.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.ops.random_streams import STREAMS, stream_values
-from sslkernels.ops.rows import NativeRows, TritonRows
+from sslkernels.ops.rows import NativeRows, TritonRows, accumulation_dtype
+from sslkernels.ops.vector_quantize import KERNELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, pytest.mark.kernel_only]
 OP = "cross_entropy"
@@ -182,3 +183,23 @@ def test_random_streams_are_those_of_the_host(backend, stream, dtype, columns):
         expected = stream_values(stream, seed, ids, 5, columns, 2**35 + 2, dtype)
         got = getattr(torch.ops.sslkernels, f"random_{stream}")(seed.cuda(), there, 5, columns, 2**35 + 2, dtype)
         assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("dim", [1, 64, 77])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_codes_and_their_differences(backend, dtype, dim):
+    kernels(backend)
+    generator = torch.Generator().manual_seed(0)
+    x, c = (torch.randn(n, dim, generator=generator, dtype=torch.float64).to(dtype) for n in (37, 11))
+    index = torch.randint(11, (37,), generator=generator)
+    score = torch.where(torch.arange(37) % 5 > 0, 0.0, torch.nan).double()
+    acc = accumulation_dtype(dtype)
+    values, distance = torch.zeros_like(x), torch.zeros(37, dtype=acc)
+    coefficient, out = torch.linspace(-1, 1, 37).to(acc), torch.zeros_like(x)
+    gather, difference = (x, c, index, score, values, distance), (coefficient, x, c, index, out)
+    for name, arguments, count in (("gather", gather, 2), ("difference", difference, 1)):
+        there = [t.cuda() for t in arguments]
+        getattr(KERNELS[backend], name)(*there)
+        getattr(KERNELS["reference"], name)(*arguments)
+        for got, want in zip(there[-count:], arguments[-count:], strict=True):
+            torch.testing.assert_close(got.cpu(), want, equal_nan=True)

@@ -27,7 +27,8 @@ inline CodeVectors rows_of(const CodeVectors& vectors, int64_t first, int64_t la
 
 // Of the rows [begin, end). A Device has `A* buffer(count)`, memory until the end of the search, null for none; the
 // kernels `code_tile` and `best_codes`; `multiply(a, b, products, pitch)` with products (a.rows, b.rows) in A; kGain, a
-// cosine is a gain and not a division of the codes; and kPitch, of which the pitch of the products is a multiple.
+// cosine is a gain and not a division of the codes; and kPitch, of which the pitch of the products, and the room that
+// there is for numbers of codes, are multiples.
 template <class A, class Device>
 void search_in_tiles(const CodeSearch& search, int64_t begin, int64_t end, Device& device) {
   if (begin >= end) return;
@@ -41,14 +42,15 @@ void search_in_tiles(const CodeSearch& search, int64_t begin, int64_t end, Devic
   const int64_t tile_codes = std::min(search.tile_codes, search.codebook.rows);
   const auto pitch_of = [](int64_t codes) { return (codes + Device::kPitch - 1) / Device::kPitch * Device::kPitch; };
   const auto buffer = [&](int64_t count) { return device.template buffer<A>(count); };
-  A* products = buffer(tile_rows * pitch_of(tile_codes));
+  const int64_t room = pitch_of(tile_codes);
+  A* products = buffer(tile_rows * room);
   A* bound = buffer(end - begin);
   A* row_tile = buffer(is_factor(search.input) ? 0 : tile_rows * dim);
   A* row_norm = buffer(tile_rows);
   A* code_tile = buffer(is_factor(search.codebook) && !unit ? 0 : tile_codes * dim);
-  A* code_norm = buffer(tile_codes);
-  A* half_square = buffer(search.metric == CodeMetric::kSquaredDistance ? tile_codes : 0);
-  A* code_gain = buffer(gain ? tile_codes : 0);
+  A* code_norm = buffer(room);
+  A* half_square = buffer(search.metric == CodeMetric::kSquaredDistance ? room : 0);
+  A* code_gain = buffer(gain ? room : 0);
   const auto factor = [&](const CodeTile& made) {
     return made.tile == nullptr ? made.source : CodeVectors{element, made.tile, made.source.rows, dim};
   };

@@ -89,7 +89,8 @@ inline int64_t bytes_of(Element element) {
 
 namespace {  // one copy for each instruction set of the CPU
 
-// e = product |x| |c| + square |c|^2 + underflow, infinite where the products might overflow; times the gain.
+// e = of_row(|x|) |c| + of_code(|c|), with of_row(|x|) = product |x| and of_code(|c|) = square |c|^2 + underflow,
+// infinite where the products might overflow; times the gain.
 //
 // Let u be the unit roundoff of A, a = x - m and b = c - m what is to be multiplied (m the center, or 0), and a', b'
 // what is: |a'_j - a_j| <= u |a_j|, and |b'_j - b_j| <= u |b_j|, of the subtraction or of the division by the norm. A
@@ -120,14 +121,16 @@ struct Margin {
     underflow = A(4 * n * double(std::numeric_limits<A>::min()));
   }
 
+  SSLKERNELS_HD A of_row(A input_norm) const { return input_norm < kLargest ? product * input_norm : A(INFINITY); }
+  SSLKERNELS_HD A of_code(A code_norm) const {
+    return code_norm < kLargest ? square * code_norm * code_norm + underflow : A(INFINITY);
+  }
   SSLKERNELS_HD A operator()(A input_norm, A code_norm) const {
-    const A scale = input_norm * code_norm + code_norm * code_norm;
-    const A error = product * input_norm * code_norm + square * code_norm * code_norm + underflow;
-    return scale < kLargest ? error : A(INFINITY);
+    return of_row(input_norm) * code_norm + of_code(code_norm);
   }
 
  private:
-  static constexpr A kLargest = std::numeric_limits<A>::max() / 256;  // no partial sum of products is larger
+  static constexpr A kLargest = sizeof(A) == sizeof(float) ? A(0x1p59) : A(0x1p507);  // the squares have room
 };
 
 template <class A>

@@ -91,9 +91,8 @@ struct Leading {
     return {first.upper, std::fmax(other, std::fmax(a.second, b.second)), std::fmax(a.lower, b.lower), first.code};
   }
   __device__ __forceinline__ void add(A s, A e, int32_t own) {
-    const bool known = e < A(INFINITY);
-    const A high = known ? s + e : A(INFINITY);
-    lower = known ? std::fmax(lower, s - e) : lower;
+    const A high = std::fmin(s + e, A(INFINITY));  // also where s is NaN, or infinite, for then e is infinite
+    lower = std::fmax(lower, s - e);               // a NaN is not larger
     second = std::fmax(second, std::fmin(upper, high));
     code = high > upper ? own : code;
     upper = std::fmax(upper, high);
@@ -159,35 +158,65 @@ struct TileScores {
   const Margin<A>& margin;
   int codes;
 
-  // Of the codes of a chunk: norm, and half square or gain.
+  // Of the codes of a chunk: s = scale p - offset, e = slope of_row + constant.
   struct OfCodes {
-    A norm[kSize];
-    A number[kSize];
+    A scale[kSize];
+    A offset[kSize];
+    A slope[kSize];
+    A constant[kSize];
   };
   __device__ __forceinline__ OfCodes of_codes(int chunk) const {
     OfCodes values;
-    const void* numbers = scores.code_gain != nullptr ? scores.code_gain : scores.code_half_square;
-    load_values(static_cast<const A*>(scores.code_norm), chunk * kSize, codes, values.norm);
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) values.number[k] = 0;
-    if (numbers != nullptr) load_values(static_cast<const A*>(numbers), chunk * kSize, codes, values.number);
-    return values;
-  }
-  // visit(k, s, e) for the codes of a chunk.
-  template <class Visit>
-  __device__ __forceinline__ void visit(const OfCodes& values, const A (&products)[kSize], int chunk, A row_norm,
-                                        Visit visit) const {
-    const bool gain = scores.code_gain != nullptr;
+    load(scores.code_norm, chunk, values.slope);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      if (chunk * kSize + k >= codes) break;
-      const A number = values.number[k], error = margin(row_norm, values.norm[k]);
-      visit(k, gain ? products[k] * number : products[k] - number, gain ? error * number : error);
+      values.scale[k] = 1;
+      values.offset[k] = 0;
+      values.constant[k] = margin.of_code(values.slope[k]);
+    }
+    if (scores.code_half_square != nullptr) {
+      load(scores.code_half_square, chunk, values.offset);
+    } else if (scores.code_gain != nullptr) {
+      load(scores.code_gain, chunk, values.scale);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        values.slope[k] *= values.scale[k];
+        values.constant[k] *= values.scale[k];
+      }
+    }
+    if (valid(chunk) < kSize) {  // no score of what is not there is the largest
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (k < valid(chunk)) continue;
+        values.scale[k] = values.slope[k] = values.constant[k] = 0;
+        values.offset[k] = A(INFINITY);
+      }
+    }
+    return values;
+  }
+  // Codes of a chunk that are there.
+  __device__ __forceinline__ int valid(int chunk) const { return codes - chunk * kSize; }
+
+  // visit(k, s, e) for the codes of a chunk. of_row: of the margin.
+  template <class Visit>
+  __device__ __forceinline__ void visit(const OfCodes& values, const A (&products)[kSize], A of_row,
+                                        Visit visit) const {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) {
+      visit(k, products[k] * values.scale[k] - values.offset[k], of_row * values.slope[k] + values.constant[k]);
     }
   }
   // From beyond the first level of the cache, where what there is of codes stays.
-  __device__ __forceinline__ void load(int64_t row, int chunk, A (&products)[kSize]) const {
+  __device__ __forceinline__ void load_products(int64_t row, int chunk, A (&products)[kSize]) const {
     unpack_group<A>(load_words(static_cast<const A*>(scores.products) + row * scores.pitch + chunk * kSize), products);
+    if (valid(chunk) >= kSize) return;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) products[k] = k < valid(chunk) ? products[k] : A(0);
+  }
+
+ private:
+  __device__ __forceinline__ void load(const void* of_codes, int chunk, A (&out)[kSize]) const {
+    unpack_group<A>(load_words_cached(static_cast<const A*>(of_codes) + chunk * kSize), out);
   }
 };
 
@@ -197,7 +226,7 @@ struct Candidates {
   static constexpr int kSize = TileScores<A>::kSize;
   const TileScores<A>& tile;
   int64_t row;
-  A row_norm;
+  A of_row;
   A bound;
   bool held;  // whether the thread has one
   int step;
@@ -211,7 +240,7 @@ struct Candidates {
                                         int first_chunk, int step, int chunks)
       : tile(tile),
         row(row),
-        row_norm(row_norm),
+        of_row(tile.margin.of_row(row_norm)),
         bound(open.bound),
         held(!(open.upper < open.bound)),
         step(step),
@@ -241,9 +270,9 @@ struct Candidates {
     found = 0;
     if (!held || chunk >= chunks) return;
     A products[kSize];
-    tile.load(row, chunk, products);
-    tile.visit(tile.of_codes(chunk), products, chunk, row_norm,
-               [&](int at, A s, A e) { found |= uint32_t(!(s + e < bound)) << at; });
+    tile.load_products(row, chunk, products);
+    tile.visit(tile.of_codes(chunk), products, of_row,
+               [&](int k, A s, A e) { found |= uint32_t(!(s + e < bound) && k < tile.valid(chunk)) << k; });
   }
 };
 
@@ -266,17 +295,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
 
   Leads leads = Leads::identity();
   {
-    A norm[kRows];
+    A of_row[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) norm[r] = row_norm[r < count ? r : 0];
+    for (int r = 0; r < kRows; ++r) of_row[r] = margin.of_row(row_norm[r < count ? r : 0]);
     for (int chunk = warp * kWarpSize + lane; chunk < chunks; chunk += step) {
       A products[kRows][kSize];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) tile.load(first + (r < count ? r : 0), chunk, products[r]);
+      for (int r = 0; r < kRows; ++r) tile.load_products(first + (r < count ? r : 0), chunk, products[r]);
       const auto of_codes = tile.of_codes(chunk);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        tile.visit(of_codes, products[r], chunk, norm[r],
+        tile.visit(of_codes, products[r], of_row[r],
                    [&](int k, A s, A e) { leads.row[r].add(s, e, chunk * kSize + k); });
       }
     }

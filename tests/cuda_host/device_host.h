@@ -286,8 +286,13 @@ T shuffle_up(T value, int lanes) {
 }
 
 inline uint32_t ballot(bool value) {
-  uint32_t lanes = uint32_t(value) << cuda_host::self->lane;
-  for (int away = 1; away < kWarpSize; away *= 2) lanes |= shuffle_xor(lanes, away);
+  using cuda_host::self;
+  self->parity ^= 1;
+  auto& slots = self->warp->slot[self->parity];
+  slots[self->lane][0] = char(value);
+  self->warp->barrier.arrive_and_wait();
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) lanes |= uint32_t(slots[lane][0]) << lane;
   return lanes;
 }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
