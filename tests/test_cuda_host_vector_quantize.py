@@ -71,13 +71,13 @@ class Search:
         if self.kind == "zeros":
             x[::3], c[4:9] = 0, 0
         if self.kind == "nan":
-            x[3, 2], x[5], c[self.codes - 2, 1] = torch.nan, torch.nan, torch.nan
+            x[3, 2], x[-1], c[self.codes - 2, 1] = torch.nan, torch.nan, torch.nan
         if self.kind == "nan_rows":
-            x[3, 2], x[5] = torch.nan, torch.nan
+            x[3, 2], x[-1] = torch.nan, torch.nan
         if self.kind == "nan_codes":
             c[:] = torch.nan
         if self.kind == "inf":
-            x[3, 2], x[5, 0], c[7, 1], c[self.codes - 1, 1] = torch.inf, -torch.inf, torch.inf, -torch.inf
+            x[3, 2], x[-1, 0], c[7, 1], c[self.codes - 1, 1] = torch.inf, -torch.inf, torch.inf, -torch.inf
         if self.kind == "spread":
             c = c * torch.logspace(-30, 30, self.codes, dtype=code_dtype)[:, None]
         if self.kind.startswith("scale"):
