@@ -44,9 +44,9 @@ void sample_row(const SampleRows& sample, int64_t row) {
   A& row_max = static_cast<A*>(sample.row_max)[row];
   A& sum_exp = static_cast<A*>(sample.sum_exp)[row];
   A& best = static_cast<A*>(sample.best)[row];
-  uint64_t group[kGroups];
-  float noise[kColumns];
-  A logits[kColumns], perturbed[kColumns];
+  alignas(kLine) uint64_t group[kGroups];
+  alignas(kLine) float noise[kColumns];
+  alignas(kLine) A logits[kColumns], perturbed[kColumns];
   for (int64_t begin = 0; begin < sample.columns; begin += kColumns) {
     const int64_t count = sample.columns - begin < kColumns ? sample.columns - begin : kColumns;
     if (bias == nullptr) {
