@@ -63,7 +63,7 @@ def test_tiles_of_any_size_give_the_same(device, monkeypatch):
     x, w, bias = inputs(device, 37, 2600, 16)
     with sk.use_backend("cpu"):
         expected = sk.linear_sample(x, w, linear_bias=bias, seed=1)
-        monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
+        monkeypatch.setitem(module.WORKSPACE_BYTES, "cpu", 1)
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
         got = sk.linear_sample(x, w, linear_bias=bias, seed=1)
     assert torch.equal(got.index, expected.index)

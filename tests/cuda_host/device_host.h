@@ -285,6 +285,12 @@ T shuffle_up(T value, int lanes) {
   return cuda_host::exchange(value, [=](int own) { return own < lanes ? own : own - lanes; });
 }
 
+inline bool any_of_warp(bool holds) {
+  uint32_t any = holds;
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) any |= shuffle_xor(any, lanes);
+  return any != 0;
+}
+
 inline char* shared_memory() { return cuda_host::self->block->shared.get(); }
 
 inline int cluster_rank() { return cuda_host::self->rank; }
