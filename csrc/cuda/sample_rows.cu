@@ -17,6 +17,7 @@ namespace sslkernels {
 namespace {
 
 constexpr int kGroupsOfThread = 8;  // beside which the reduction is a small part
+constexpr int kLeastGroups = 4;     // of a thread, where few rows are to keep the device busy
 constexpr int kResident = 1024;     // threads that a multiprocessor needs to be busy
 constexpr int kNone = INT32_MAX;    // column of no choice
 template <class A>  // blocks on a multiprocessor that registers must allow: 64 of them a thread, for float64 128
@@ -208,8 +209,7 @@ void launch_one(const SampleRows& sample, void* stream) {
 
 SamplePlan plan_sample_rows(int64_t rows, int64_t columns, const DeviceLimits& limits) {
   const int64_t groups = ceil_div(columns, kGroup), resident = int64_t(limits.processors) * kResident;
-  // Few rows are shared by more threads, as long as each has two groups.
-  const int64_t busy = std::min(ceil_div(resident, std::max<int64_t>(rows, 1)), ceil_div(groups, 2));
+  const int64_t busy = std::min(ceil_div(resident, std::max<int64_t>(rows, 1)), ceil_div(groups, kLeastGroups));
   const int64_t wanted = std::max(ceil_div(groups, kGroupsOfThread), busy);
   if (wanted <= kWarpSize) {
     const int team = power_of_2(wanted);
@@ -218,7 +218,7 @@ SamplePlan plan_sample_rows(int64_t rows, int64_t columns, const DeviceLimits& l
   }
   SamplePlan plan{0, whole_warps(std::min<int64_t>(wanted, kThreads)), 1};
   while (2 * plan.cluster <= std::min(limits.largest_cluster, kPortableCluster) &&
-         rows * plan.cluster * plan.threads < resident && groups >= int64_t(4) * plan.cluster * plan.threads) {
+         rows * plan.cluster * plan.threads < resident && groups >= int64_t(2) * kLeastGroups * plan.cluster * plan.threads) {
     plan.cluster *= 2;
   }
   plan.team = plan.threads;
