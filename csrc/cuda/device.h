@@ -51,8 +51,8 @@ __device__ __forceinline__ T shuffle_up(T value, int lanes) {
   return move_words(value, [=](uint32_t word) { return __shfl_up_sync(kFullWarp, word, lanes); });
 }
 
-// Whether it holds for any thread of the warp. Every thread takes part.
-__device__ __forceinline__ bool any_of_warp(bool holds) { return __any_sync(kFullWarp, holds) != 0; }
+// The lanes whose value is true, a bit each.
+__device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(kFullWarp, value); }
 
 // --- The blocks of a cluster (one block where there are no clusters) -----------------------------------------------
 

@@ -1,10 +1,10 @@
 // Gumbel-max over a tile of logits: the column with the largest sum of logit and noise is a draw from their softmax.
 //
 // A row belongs to a team, whose threads take groups of four columns: 16 bytes of products, one call of Philox. The
-// products are read once, and nothing is written but numbers of a row. A word is made a Gumbel number, half of the work,
-// only where it may win: with u its uniform number, z + Gumbel(u) > best needs u < exp(z - best), and that exponential
-// is, but for a factor, the one that the sum takes. A warp agrees on its best after each word that passed, and begins
-// with the best of the tiles before, so that few do.
+// products are read once, and nothing is written but numbers of a row. A word is made a Gumbel number, half of the
+// work, only where it may win: with u its uniform number, z + Gumbel(u) > best needs u < exp(z - best), and that
+// exponential is, but for a factor, the one that the sum takes. A warp agrees on its best after each word that passed,
+// and begins with the best of the tiles before, so that few do.
 #include <algorithm>
 #include <type_traits>
 
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) open |= may_win(words[k], float(part[k]), reach);
     }
-    if (!any_of_warp(open)) continue;
+    if (ballot(open) == 0) continue;
     if (open) {
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
@@ -218,7 +218,8 @@ SamplePlan plan_sample_rows(int64_t rows, int64_t columns, const DeviceLimits& l
   }
   SamplePlan plan{0, whole_warps(std::min<int64_t>(wanted, kThreads)), 1};
   while (2 * plan.cluster <= std::min(limits.largest_cluster, kPortableCluster) &&
-         rows * plan.cluster * plan.threads < resident && groups >= int64_t(2) * kLeastGroups * plan.cluster * plan.threads) {
+         rows * plan.cluster * plan.threads < resident &&
+         groups >= int64_t(2) * kLeastGroups * plan.cluster * plan.threads) {
     plan.cluster *= 2;
   }
   plan.team = plan.threads;
