@@ -87,18 +87,23 @@ struct TileRow {
 
   // -inf beyond the end of the row.
   __device__ __forceinline__ void logits(A (&z)[kGroup]) const {
-    load_columns(products, 0, left, z);
-    if (bias != nullptr) {
-      A add[kGroup];
-      load_columns(bias, column, column + left, add);
+    if (left >= kGroup) {
+      load_elements(products, z);
+      if (bias != nullptr) {
+        A add[kGroup];
+        load_elements(bias + column, add);
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) z[k] = exact_add(z[k], add[k]);
+        for (int k = 0; k < kGroup; ++k) z[k] = exact_add(z[k], add[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) z[k] = exact_multiply(z[k], scale);
+      return;
     }
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) z[k] = exact_multiply(z[k], scale);
-    if (left < kGroup) {
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) z[k] = k < left ? z[k] : A(-INFINITY);
+    for (int k = 0; k < kGroup; ++k) {
+      z[k] = A(-INFINITY);
+      if (k < left)
+        z[k] = exact_multiply(bias == nullptr ? products[k] : exact_add(products[k], bias[column + k]), scale);
     }
   }
 };
