@@ -51,6 +51,9 @@ __device__ __forceinline__ T shuffle_up(T value, int lanes) {
   return move_words(value, [=](uint32_t word) { return __shfl_up_sync(kFullWarp, word, lanes); });
 }
 
+// The lanes whose value is true, a bit each.
+__device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(kFullWarp, value); }
+
 // --- The blocks of a cluster (one block where there are no clusters) -----------------------------------------------
 
 // The dynamic shared memory of the block, aligned to 16 bytes.

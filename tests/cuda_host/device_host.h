@@ -285,6 +285,12 @@ T shuffle_up(T value, int lanes) {
   return cuda_host::exchange(value, [=](int own) { return own < lanes ? own : own - lanes; });
 }
 
+inline uint32_t ballot(bool value) {
+  uint32_t lanes = uint32_t(value) << cuda_host::self->lane;
+  for (int away = 1; away < kWarpSize; away *= 2) lanes |= shuffle_xor(lanes, away);
+  return lanes;
+}
+
 inline char* shared_memory() { return cuda_host::self->block->shared.get(); }
 
 inline int cluster_rank() { return cuda_host::self->rank; }
