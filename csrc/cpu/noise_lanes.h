@@ -32,8 +32,11 @@ SSLKERNELS_ONCE inline void values_of_groups(uint64_t seed, const uint64_t* grou
   for (int64_t i = 0; i < 4 * count; ++i) out[i] = convert(words[i]);
 }
 
-inline void gumbels_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, float* out) {
-  values_of_groups(seed, group, draw, count, [](uint32_t word) { return gumbel_of_word(word); }, out);
+SSLKERNELS_ONCE inline void gumbels_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
+                                              float* __restrict out) {
+  values_of_groups(seed, group, draw, count, [](uint32_t word) { return exponential_of_word(word); }, out);
+#pragma omp simd
+  for (int64_t i = 0; i < 4 * count; ++i) out[i] = negative_log_of(out[i]);
 }
 
 }  // namespace
