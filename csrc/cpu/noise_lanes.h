@@ -1,4 +1,6 @@
-// The random numbers of groups of four columns, at most kGroups at once, in loops that vectorise.
+// The random numbers of groups of four columns, at most kGroups at once, in loops that vectorise. What takes long is
+// two loops: a processor looks some 130 vector operations ahead, and two or three iterations of 55, each a chain, do
+// not keep it busy (Box-Muller takes 8 % less time with vectors of 512 bits, 22 % less with 256).
 #pragma once
 
 #include "../common/noise.h"
