@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import code_kernels, energy_kernels, gumbel_kernels, harness, providers
+from benchmarks import code_kernels, energy_kernels, gumbel_kernels, harness, providers, sample_kernels
 from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
@@ -28,7 +28,7 @@ COPY = "copy of the same bytes (floor)"
 OPTIONS = RowOptions(-100, 0.0, 0.0, 0.0)
 NEGATIVES = 5
 ENTRIES_OF_ROW = 2
-OWNED = ("grad", "total", "out", "loss", "slopes", "direction", "value", "grad_target")
+OWNED = ("grad", "total", "out", "loss", "slopes", "direction", "value", "grad_target", "logprob")
 Inputs = dict[str, Tensor]
 
 
@@ -257,45 +257,50 @@ KERNELS = {
     ),
 }
 
-KERNELS |= (
-    {
-        name: Kernel(
-            energy_kernels.floor,
-            lambda rows, case, t: energy_kernels.run(
-                energy_kernels.TRITON if isinstance(rows, TritonRows) else energy_kernels.NATIVE, case, t
-            ),
-            energy_kernels.results,
-            energy_kernels.oracle,
-            lambda case, t: energy_kernels.run(energy_kernels.REFERENCE, case, t),
-            triton=True,
-        )
-        for name in energy_kernels.NAMES
-    }
-    | {
-        name: Kernel(
-            gumbel_kernels.floor,
-            lambda rows, case, t: gumbel_kernels.run("triton" if isinstance(rows, TritonRows) else "native", case, t),
-            gumbel_kernels.results,
-            gumbel_kernels.oracle,
-            lambda case, t: gumbel_kernels.run("reference", case, t),
-            triton=True,
-            share=share,
-        )
-        for name, share in gumbel_kernels.SHARES.items()
-    }
-    | {
-        name: Kernel(
-            code_kernels.floor,
-            lambda rows, case, t: code_kernels.run(
-                "triton" if isinstance(rows, TritonRows) else t["input"].device.type, case, t
-            ),
-            code_kernels.results,
-            code_kernels.oracle,
-            lambda case, t: code_kernels.run("reference", case, t),
-            triton=True,
-        )
-        for name in code_kernels.NAMES
-    }
+KERNELS |= {
+    name: Kernel(
+        energy_kernels.floor,
+        lambda rows, case, t: energy_kernels.run(
+            energy_kernels.TRITON if isinstance(rows, TritonRows) else energy_kernels.NATIVE, case, t
+        ),
+        energy_kernels.results,
+        energy_kernels.oracle,
+        lambda case, t: energy_kernels.run(energy_kernels.REFERENCE, case, t),
+        triton=True,
+    )
+    for name in energy_kernels.NAMES
+} | {
+    name: Kernel(
+        gumbel_kernels.floor,
+        lambda rows, case, t: gumbel_kernels.run("triton" if isinstance(rows, TritonRows) else "native", case, t),
+        gumbel_kernels.results,
+        gumbel_kernels.oracle,
+        lambda case, t: gumbel_kernels.run("reference", case, t),
+        triton=True,
+        share=share,
+    )
+    for name, share in gumbel_kernels.SHARES.items()
+}
+KERNELS |= {
+    name: Kernel(
+        code_kernels.floor,
+        lambda rows, case, t: code_kernels.run(
+            "triton" if isinstance(rows, TritonRows) else t["input"].device.type, case, t
+        ),
+        code_kernels.results,
+        code_kernels.oracle,
+        lambda case, t: code_kernels.run("reference", case, t),
+        triton=True,
+    )
+    for name in code_kernels.NAMES
+}
+KERNELS[sample_kernels.NAME] = Kernel(
+    sample_kernels.floor,
+    lambda rows, case, t: sample_kernels.run(case, t),
+    sample_kernels.results,
+    sample_kernels.oracle,
+    sample_kernels.eager,
+    share=sample_kernels.SHARE,
 )
 
 
@@ -342,6 +347,7 @@ def cases(device: str) -> list[Case]:
             found += [make_kernel_case(kernel, {"N": 1 << 20, "V": v}, d) for d in (torch.bfloat16, torch.float32)]
     for kernel, shape in energy_kernels.cases(device) + gumbel_kernels.cases(device) + code_kernels.cases(device):
         found += [make_kernel_case(kernel, shape, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    found += [make_kernel_case(sample_kernels.NAME, s, sample_kernels.DTYPE) for s in sample_kernels.cases(device)]
     return found
 
 
@@ -350,7 +356,8 @@ def smoke_cases(device: str) -> list[Case]:
     shapes = {name: {"N": 33, "V": 1003} for name in names} | {"own_negatives": {"N": 33, "K": 7, "D": 77}}
     shapes |= {name: energy_kernels.smoke_shape(name) for name in energy_kernels.NAMES}
     shapes |= {name: {"N": 33, "K": 9, "D": 77} for name in code_kernels.NAMES}
-    return [make_kernel_case(name, shapes[name], bias=name.startswith("cross")) for name in names]
+    dtypes = dict.fromkeys(names, torch.bfloat16) | {sample_kernels.NAME: sample_kernels.DTYPE}
+    return [make_kernel_case(name, shapes[name], dtypes[name], bias=name.startswith("cross")) for name in names]
 
 
 def make_own_inputs(case: Case, device: torch.device) -> Inputs:
@@ -370,6 +377,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         return make_own_inputs(case, device)
     if case.op in energy_kernels.NAMES:
         return energy_kernels.make_inputs(case, device)
+    if case.op == sample_kernels.NAME:
+        return sample_kernels.make_inputs(case, device)
     if case.op in gumbel_kernels.NAMES:
         return gumbel_kernels.make_inputs(case, device)
     if case.op in code_kernels.NAMES:

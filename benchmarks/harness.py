@@ -24,6 +24,10 @@ MIN_SAMPLES = {"cpu": 5, "cuda": 30}
 MAX_SAMPLES = 200
 ENOUGH = 3  # rounds, once a case has taken `CAP` seconds: a slow or busy machine comes to an end too
 CAP = 60.0
+# A provider that took less than so many seconds in all rounds goes on alone with its like, for a median that does not
+# depend on one call.
+QUICK_SECONDS = 0.5
+QUICK_SAMPLES = 15
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int64: "int64"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -197,11 +201,23 @@ def interleave(
     budget: float,
     tick: Callable[[str], object] = lambda name: None,
     cap: float = CAP,
+    quick_samples: int = 0,
 ) -> dict[str, list[float]]:
     """Rounds over all runs, each once a round in random order (fixed seed), at least `minimum` of them and as many as
-    fit in `budget` seconds; `ENOUGH` of them once they have taken `cap` seconds."""
+    fit in `budget` seconds; `ENOUGH` of them once they have taken `cap` seconds. Then rounds over the quick ones, up to
+    `quick_samples` of each."""
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
+
+    def round_over(names: list[str]) -> None:
+        turn = order.sample(names, len(names))
+        marks = []
+        for name in turn:
+            tick(name)
+            marks.append(timer.time(runs[name]))
+        for name, seconds in zip(turn, timer.finish(marks), strict=True):
+            samples[name].append(seconds)
+
     start = time.perf_counter()
     for number in range(MAX_SAMPLES):
         spent = time.perf_counter() - start
@@ -209,13 +225,9 @@ def interleave(
             break
         if number >= ENOUGH and spent > cap:
             break
-        turn = order.sample(list(runs), len(runs))
-        marks = []
-        for name in turn:
-            tick(name)
-            marks.append(timer.time(runs[name]))
-        for name, seconds in zip(turn, timer.finish(marks), strict=True):
-            samples[name].append(seconds)
+        round_over(list(runs))
+    while quick := [n for n, times in samples.items() if len(times) < quick_samples and sum(times) < QUICK_SECONDS]:
+        round_over(quick)
     return samples
 
 
@@ -297,7 +309,8 @@ def measure(
             runs[provider.name] = run
 
     timer = Timer(device)
-    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick, cap)
+    quick_samples = QUICK_SAMPLES if minimum is None else 0
+    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick, cap, quick_samples)
     for name, times in (once | samples).items():
         row = rows[name]
         row.n = len(times)

@@ -61,8 +61,11 @@ void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, Optiona
 template <class Run>
 void over_gumbel_rows(const GumbelRows& rows, Run run) {
   torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<double[]> scratch(
-        new double[rows.element == Element::kDouble ? rows.columns : (rows.columns + 1) / 2]);
+    struct alignas(kLine) Line {
+      char bytes[kLine];
+    };
+    const int64_t size = rows.columns * (rows.element == Element::kDouble ? sizeof(double) : sizeof(float));
+    const std::unique_ptr<Line[]> scratch(new Line[(size + kLine - 1) / kLine]);
     run(begin, end, scratch.get());
   });
 }

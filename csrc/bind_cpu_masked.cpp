@@ -48,9 +48,9 @@ void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
 }
 
 void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
-                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logit, Tensor index) {
+                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logprob, Tensor index) {
   const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
-                                                  sum_exp, best, logit, index);
+                                                  sum_exp, best, logprob, index);
   torch::stable::parallel_for(0, sample.rows, row_grain(sample.columns), [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(sample_rows, sample, begin, end);
   });

@@ -12,6 +12,7 @@
 #include "bind_mask_tokens.h"
 #include "bind_negative_sampling.h"
 #include "bind_own_negatives.h"
+#include "bind_sample_rows.h"
 #include "bind_vector_quantize.h"
 #include "cuda/column_sums.h"
 #include "cuda/cross_entropy.h"
@@ -24,6 +25,7 @@
 #include "cuda/prediction_energy.h"
 #include "cuda/random_stream.h"
 #include "cuda/row_sums.h"
+#include "cuda/sample_rows.h"
 #include "cuda/scale_add.h"
 #include "cuda/vector_quantize.h"
 
@@ -131,6 +133,14 @@ void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Optiona
   const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   launch_probability_sums(sums, current_stream(logits));
+}
+
+void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
+                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logprob, Tensor index) {
+  const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
+                                                  sum_exp, best, logprob, index);
+  const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
+  launch_sample_rows(sample, current_stream(products));
 }
 
 void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
@@ -286,6 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   m.impl("random_stream", TORCH_BOX(&random_stream));
   m.impl("gaussian_fwd", TORCH_BOX(&gaussian_fwd));
   m.impl("gaussian_bwd", TORCH_BOX(&gaussian_bwd));
+  m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
   m.impl("own_negatives", TORCH_BOX(&own_negatives));
   m.impl("scale_add", TORCH_BOX(&scale_add));

@@ -10,7 +10,7 @@ inline SampleRows sample_rows_arguments(const torch::stable::Tensor& products, c
                                         const torch::stable::Tensor& seed, const torch::stable::Tensor& row_ids,
                                         int64_t first_column, int64_t vocab, double scale,
                                         const torch::stable::Tensor& row_max, const torch::stable::Tensor& sum_exp,
-                                        const torch::stable::Tensor& best, const torch::stable::Tensor& logit,
+                                        const torch::stable::Tensor& best, const torch::stable::Tensor& logprob,
                                         const torch::stable::Tensor& index) {
   check_matrix(products, "products");
   const int64_t rows = products.size(0), columns = products.size(1);
@@ -20,7 +20,7 @@ inline SampleRows sample_rows_arguments(const torch::stable::Tensor& products, c
   check_vector(row_max, rows, type, "row_max");
   check_vector(sum_exp, rows, type, "sum_exp");
   check_vector(best, rows, type, "best");
-  check_vector(logit, rows, type, "logit");
+  check_vector(logprob, rows, type, "logprob");
   check_vector(index, rows, torch::headeronly::ScalarType::Long, "index");
   return {element_of(products),
           products.const_data_ptr(),
@@ -36,7 +36,7 @@ inline SampleRows sample_rows_arguments(const torch::stable::Tensor& products, c
           row_max.mutable_data_ptr(),
           sum_exp.mutable_data_ptr(),
           best.mutable_data_ptr(),
-          logit.mutable_data_ptr(),
+          logprob.mutable_data_ptr(),
           index.mutable_data_ptr<int64_t>()};
 }
 

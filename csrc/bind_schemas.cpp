@@ -26,9 +26,9 @@ STABLE_TORCH_LIBRARY(sslkernels_native, m) {
       "probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Tensor? mask, Tensor(a!) partial, "
       "int chunk_rows) -> ()");
   m.def(
-      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, float "
-      "scale, "
-      "Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logit, Tensor(e!) index) -> ()");
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
+      "float scale, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) index) -> "
+      "()");
   m.def("random_stream(Tensor seed, Tensor? row_ids, int sample, int stream, Tensor(a!) out) -> ()");
   m.def(
       "gaussian_fwd(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? row_ids, "

@@ -59,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
              arg("grad_bytes"), arg("probabilities"));
   floors.def("probability_sums", &sslkernels::probability_sums_floor, arg("rows"), arg("columns"),
              arg("element_bytes"));
+  floors.def("sample_rows", &sslkernels::sample_rows_floor, arg("rows"), arg("columns"), arg("element_bytes"),
+             arg("first"));
   floors.def("mask_tokens", &sslkernels::mask_tokens_floor, arg("tokens"), arg("id_bytes"));
   floors.def("negative_sampling_fwd", &sslkernels::negative_sampling_fwd_floor, arg("pairs"), arg("negatives"),
              arg("center_rows"), arg("context_rows"), arg("dim"), arg("element_bytes"), arg("index_bytes"),

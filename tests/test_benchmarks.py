@@ -56,12 +56,13 @@ def test_quantile():
 class CountingTimer:
     """A timer that notes the order of the runs and gives them a fixed time."""
 
-    def __init__(self):
+    def __init__(self, **seconds):
         self.order = []
+        self.seconds = seconds
 
     def time(self, run):
         self.order.append(run.call())
-        return 0.001
+        return self.seconds.get(self.order[-1], 0.001)
 
     def finish(self, marks):
         return marks
@@ -78,6 +79,13 @@ def test_rounds_interleave_all_providers():
     again = CountingTimer()
     interleave(runs, again, minimum=6, budget=0.0)
     assert again.order == timer.order
+
+
+def test_quick_providers_go_on():
+    runs = {name: Run(lambda name=name: name) for name in "abc"}
+    timer = CountingTimer(a=0.06, b=1.0)
+    samples = interleave(runs, timer, minimum=3, budget=0.0, quick_samples=15)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 9, "b": 3, "c": 15}
 
 
 def test_memory_meter_sees_an_allocation():

@@ -53,7 +53,7 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     architectures = native.extension.build_info()["cuda_architectures"]
     ops = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "random_stream", "mask_tokens", "own_negatives")
     energies = ("free_energy_fwd", "free_energy_bwd", "prediction_energy_fwd", "prediction_energy_bwd")
-    rows_with_noise = ("gumbel_rows_fwd", "gumbel_rows_bwd", "probability_sums")
+    rows_with_noise = ("gumbel_rows_fwd", "gumbel_rows_bwd", "probability_sums", "sample_rows")
     codes = ("search_codes", "gather_codes", "code_difference")
     for op in (
         *ops,
@@ -91,6 +91,9 @@ def test_every_operator_with_a_cuda_kernel_has_a_floor():
     assert native.extension.floors.gumbel_rows_fwd(7, 9, 2, True, False).bytes == 7 * (2 * 9 * 2 + 8)
     assert native.extension.floors.gumbel_rows_fwd(7, 9, 2, False, True).bytes == 7 * (9 * 2 + 16 + 16)
     assert native.extension.floors.gumbel_rows_bwd(7, 9, 2, 4, True).bytes == 7 * (9 * (2 + 4 + 2) + 16)
+    # Products and a row id read; a state of 24 bytes written, of a later tile also read.
+    assert native.extension.floors.sample_rows(7, 9, 4, True).bytes == 7 * (9 * 4 + 8 + 24)
+    assert native.extension.floors.sample_rows(7, 9, 4, False).bytes == 7 * (9 * 4 + 8 + 48)
     assert native.extension.floors.free_energy_fwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
     assert native.extension.floors.free_energy_bwd(7, 9, 2, False).bytes == 7 * (2 * 9 * 2 + 12)
     assert native.extension.floors.free_energy_bwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
@@ -137,8 +140,9 @@ def test_memory_is_accessed_by_16_bytes(machine_code):
         if not kernel.name.startswith("random_stream"):
             assert kernel.wide_loads > 0, kernel
         # A number a row or a column is all that these write.
-        reducing = ("column_sums", "free_energy_fwd", "prediction_energy_fwd", "prediction_energy_parts", "best_codes")
-        if not kernel.name.startswith((*reducing, "code_tile_kernel<float, 8>")):
+        reducing = ("column_sums", "free_energy_fwd", "prediction_energy_fwd", "prediction_energy_parts", "sample_rows")
+        reducing += ("best_codes", "code_tile_kernel<float, 8>")
+        if not kernel.name.startswith(reducing):
             assert kernel.wide_stores > 0, kernel
 
 

@@ -159,6 +159,31 @@ def test_statistics_of_gumbel_quantize(backend, dtype, shape):
     assert_equal_to_reference(gumbel_quantize_bwd, arguments, dtype)
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (300, 17), (33, 1030), (3, 40_007)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sample_rows(backend, dtype, shape):
+    """Against the host's, in one tile and in several; the state is not initialised."""
+    if backend != "cuda":
+        pytest.skip("a kernel of the extension alone")
+    rows, vocab = shape
+    g = torch.Generator().manual_seed(0)
+    products, bias = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (shape, (vocab,)))
+    products[0, vocab // 2] = -torch.inf
+    ids, seed = torch.arange(rows) + 2**33, torch.tensor(5)
+    for tile in (vocab, 4 * -(-vocab // 12)):
+        found = []
+        for device in ("cpu", "cuda"):
+            state = [torch.empty(rows, dtype=dtype, device=device) for _ in range(4)]
+            index = torch.empty(rows, dtype=torch.int64, device=device)
+            inputs = [tensor.to(device) for tensor in (bias, seed, ids)]
+            for first in range(0, vocab, tile):
+                part = products[:, first : first + tile].contiguous().to(device)
+                torch.ops.sslkernels_native.sample_rows(part, *inputs, first, vocab, 0.7, *state, index)
+            found.append([tensor.cpu() for tensor in (index, *state)])
+        for got, want in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+
+
 def test_masking_and_random_words(backend):
     kernels(backend)
     ids = torch.randint(0, 1003, (3, 77), generator=torch.Generator().manual_seed(0))

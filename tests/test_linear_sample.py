@@ -63,11 +63,22 @@ def test_tiles_of_any_size_give_the_same(device, monkeypatch):
     x, w, bias = inputs(device, 37, 2600, 16)
     with sk.use_backend("cpu"):
         expected = sk.linear_sample(x, w, linear_bias=bias, seed=1)
-        monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
+        monkeypatch.setitem(module.WORKSPACE_BYTES, "cpu", 1)
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
         got = sk.linear_sample(x, w, linear_bias=bias, seed=1)
     assert torch.equal(got.index, expected.index)
     torch.testing.assert_close(got.logprob, expected.logprob)
+
+
+@pytest.mark.parametrize("processors", [108, 132, 148])
+@pytest.mark.parametrize(("rows", "vocab"), [(1024, 50_265), (1024, 128_256), (560, 250_002), (64, 128_256)])
+def test_tiles_of_a_gpu_fill_whole_waves(processors, rows, vocab):
+    fit = max(module.WORKSPACE_BYTES["cuda"] // (4 * rows) // 1024, 1) * 1024
+    columns = module.wave_columns(rows, vocab, fit, processors)
+    assert columns % 128 == 0
+    assert columns <= fit
+    of_tile = columns // 128 * -(-rows // 256) / processors
+    assert of_tile > 0.82 * math.ceil(of_tile)
 
 
 def test_a_row_is_drawn_alike_wherever_it_is(backend, device):

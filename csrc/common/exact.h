@@ -1,4 +1,4 @@
-// Operations on float whose result IEEE 754 fixes to the bit, and which no compiler joins: CUDA's intrinsics are never
+// Operations whose result IEEE 754 fixes to the bit, and which no compiler joins: CUDA's intrinsics are never
 // contracted, and the C++ files that include this are compiled with -ffp-contract=off (exact_kernels in
 // CMakeLists.txt).
 #pragma once
@@ -19,11 +19,15 @@ SSLKERNELS_HD float exact_add(float a, float b) { return __fadd_rn(a, b); }
 SSLKERNELS_HD float exact_multiply(float a, float b) { return __fmul_rn(a, b); }
 SSLKERNELS_HD float exact_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SSLKERNELS_HD float exact_sqrt(float a) { return __fsqrt_rn(a); }
+SSLKERNELS_HD double exact_add(double a, double b) { return __dadd_rn(a, b); }
+SSLKERNELS_HD double exact_multiply(double a, double b) { return __dmul_rn(a, b); }
 #else
 SSLKERNELS_HD float exact_add(float a, float b) { return a + b; }
 SSLKERNELS_HD float exact_multiply(float a, float b) { return a * b; }
 SSLKERNELS_HD float exact_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 SSLKERNELS_HD float exact_sqrt(float a) { return __builtin_sqrtf(a); }
+SSLKERNELS_HD double exact_add(double a, double b) { return a + b; }
+SSLKERNELS_HD double exact_multiply(double a, double b) { return a * b; }
 #endif
 
 }  // namespace

@@ -74,8 +74,11 @@ SSLKERNELS_HD float flip_sign(float x, uint32_t top_bit) {
   return bit_cast<float>(bit_cast<uint32_t>(x) ^ (top_bit & 0x80000000u));
 }
 
-SSLKERNELS_HD void normals_of_words(uint32_t first, uint32_t second, float* normal0, float* normal1) {
-  const float radius = exact_sqrt(exact_multiply(-2.0f, log_of_word(first)));
+// Of the point that two normal numbers are.
+SSLKERNELS_HD float squared_radius_of_word(uint32_t first) { return exact_multiply(-2.0f, log_of_word(first)); }
+
+SSLKERNELS_HD void normals_of_polar(float squared_radius, uint32_t second, float* normal0, float* normal1) {
+  const float radius = exact_sqrt(squared_radius);
   // The nearest quarter of a turn in the two top bits, and what is left of the angle, times 4.
   const uint32_t quarter = second + (1u << 29);
   const float y = exact_fma(float(int32_t(second << 2)), 0x1.921fb6p-32f, 0x1.921fb6p-31f);
@@ -90,6 +93,10 @@ SSLKERNELS_HD void normals_of_words(uint32_t first, uint32_t second, float* norm
   const float along = swapped ? sine : cosine, across = swapped ? cosine : sine;
   *normal0 = exact_multiply(flip_sign(radius, quarter + (1u << 30)), along);
   *normal1 = exact_multiply(flip_sign(radius, quarter), across);
+}
+
+SSLKERNELS_HD void normals_of_words(uint32_t first, uint32_t second, float* normal0, float* normal1) {
+  normals_of_polar(squared_radius_of_word(first), second, normal0, normal1);
 }
 
 }  // namespace

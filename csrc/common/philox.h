@@ -13,9 +13,20 @@ struct PhiloxWords {
 
 namespace {  // one copy for each instruction set of the CPU
 
+// Of a product of 64-bit numbers, nvcc 13 keeps an addition of zero to the upper half.
+SSLKERNELS_HD uint64_t wide_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
 SSLKERNELS_HD PhiloxWords philox_round(PhiloxWords c, uint32_t k0, uint32_t k1) {
-  const uint64_t p0 = uint64_t(0xD2511F53u) * c.w0;
-  const uint64_t p1 = uint64_t(0xCD9E8D57u) * c.w2;
+  const uint64_t p0 = wide_product(c.w0, 0xD2511F53u);
+  const uint64_t p1 = wide_product(c.w2, 0xCD9E8D57u);
   return {uint32_t(p1 >> 32) ^ c.w1 ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w3 ^ k1, uint32_t(p0)};
 }
 

@@ -8,8 +8,9 @@
 namespace sslkernels {
 
 // Logits are (product + bias) * scale of the columns [first_column, first_column + columns) of rows of `vocab` columns;
-// first_column is a multiple of 4. The state of a row goes from tile to tile, in the accumulation type: the largest
-// logit, the sum of exponentials relative to it, the largest sum of logit and noise, its logit and its column.
+// first_column is a multiple of 4. The state of a row goes from tile to tile in the order of the columns, in the
+// accumulation type: the largest logit, the sum of exponentials relative to it, the largest sum of logit and noise, its
+// logit and its column. The first tile begins it; the last one turns the logit into its log-probability.
 struct SampleRows {
   Element element;
   const void* products;
@@ -25,8 +26,18 @@ struct SampleRows {
   void* row_max;
   void* sum_exp;
   void* best;
-  void* logit;
+  void* logprob;
   int64_t* index;
 };
 
+namespace {  // one copy for each instruction set of the CPU
+
+constexpr float kLargestGumbel = 22.88f;  // of the word 0, rounded up
+
+SSLKERNELS_HD bool is_first_tile(const SampleRows& sample) { return sample.first_column == 0; }
+SSLKERNELS_HD bool is_last_tile(const SampleRows& sample) {
+  return sample.first_column + sample.columns == sample.vocab;
+}
+
+}  // namespace
 }  // namespace sslkernels

@@ -117,8 +117,8 @@ void soft_tile(const FreeEnergy& energies, int64_t first, int64_t end) {
   using A = typename Accumulation<T>::type;
   const Beta<A> beta = beta_of<A>(energies.beta);
   const Tile tile(energies, first, end, energies.outer_stride, energies.inner_stride);
-  A values[kDepth][kLanes], lowest[kLanes], total[kLanes], deficit[kLanes];
-  A next_lowest[kLanes], next_total[kLanes], next_deficit[kLanes];
+  alignas(kLine) A values[kDepth][kLanes], lowest[kLanes], total[kLanes], deficit[kLanes];
+  alignas(kLine) A next_lowest[kLanes], next_total[kLanes], next_deficit[kLanes];
   for (int64_t k = 0; k < energies.count; k += kDepth) {
     const int depth = int(energies.count - k < kDepth ? energies.count - k : kDepth);
     load_tile(tile, static_cast<const T*>(energies.energy) + k * energies.count_stride, energies.count_stride, depth,
@@ -138,7 +138,7 @@ void soft_tile(const FreeEnergy& energies, int64_t first, int64_t end) {
       deficit[i] = sums.deficit;
     }
   }
-  A result[kLanes];
+  alignas(kLine) A result[kLanes];
   const A count = A(energies.count);
 #pragma omp simd
   for (int i = 0; i < kLanes; ++i) {
@@ -153,8 +153,8 @@ template <class T>
 void minimum_tile(const FreeEnergy& energies, int64_t first, int64_t end) {
   using A = typename Accumulation<T>::type;
   const Tile tile(energies, first, end, energies.outer_stride, energies.inner_stride);
-  A values[kDepth][kLanes], lowest[kLanes], next[kLanes];
-  int32_t place[kLanes];
+  alignas(kLine) A values[kDepth][kLanes], lowest[kLanes], next[kLanes];
+  alignas(kLine) int32_t place[kLanes];
   int64_t winner[kLanes];
   for (int64_t k = 0; k < energies.count; k += kDepth) {
     const int depth = int(energies.count - k < kDepth ? energies.count - k : kDepth);
@@ -186,7 +186,7 @@ void gradient_tile(const FreeEnergyGradient& gradient, int64_t first, int64_t en
   const Beta<A> beta = beta_of<A>(energies.beta);
   const Tile from(energies, first, end, energies.outer_stride, energies.inner_stride);
   const Tile to(energies, first, end, gradient.outer_stride, gradient.inner_stride);
-  A values[kDepth][kLanes], lowest[kLanes] = {}, scale[kLanes] = {};
+  alignas(kLine) A values[kDepth][kLanes], lowest[kLanes] = {}, scale[kLanes] = {};
   for (int i = 0; i < from.size; ++i) {
     scale[i] = static_cast<const A*>(energies.value)[first + i];
     if (energies.minimum) continue;
@@ -245,8 +245,8 @@ struct Lowest {
 
 template <class A>
 Lowest<A> lowest_of(const A* block, int count) {
-  A lanes[kMinimumLanes];
-  uint32_t nans[kMinimumLanes] = {};
+  alignas(kLine) A lanes[kMinimumLanes];
+  alignas(kLine) uint32_t nans[kMinimumLanes] = {};
   for (A& lane : lanes) lane = A(INFINITY);
   const auto take = [&](int l, A energy) __attribute__((always_inline)) {
     lanes[l] = energy < lanes[l] ? energy : lanes[l];
@@ -289,7 +289,7 @@ void soft_result(const FreeEnergy& energies, int64_t r) {
   using A = typename Accumulation<T>::type;
   const Beta<A> beta = beta_of<A>(energies.beta);
   const T* from = energies_of<T>(energies, r);
-  A buffer[kBlock];
+  alignas(kLine) A buffer[kBlock];
   Sums<A> sums = Sums<A>::identity();
   for (int64_t k = 0; k < energies.count; k += kBlock) {
     const int count = int(energies.count - k < kBlock ? energies.count - k : kBlock);
@@ -314,7 +314,7 @@ template <class T>
 void minimum_result(const FreeEnergy& energies, int64_t r) {
   using A = typename Accumulation<T>::type;
   const T* from = energies_of<T>(energies, r);
-  A buffer[kBlock];
+  alignas(kLine) A buffer[kBlock];
   A lowest = A(to_float(from[0]));
   int64_t winner = 0;
   for (int64_t k = 0; k < energies.count && lowest == lowest; k += kBlock) {
@@ -341,7 +341,7 @@ void gradient_result(const FreeEnergyGradient& gradient, int64_t r) {
   const T* from = energies.minimum ? nullptr : energies_of<T>(energies, r);
   const A lowest = energies.minimum ? A(0) : static_cast<const A*>(energies.lowest)[r];
   const A scale = energies.minimum ? upstream : upstream / static_cast<const A*>(energies.total)[r];
-  A block[kBlock];
+  alignas(kLine) A block[kBlock];
   for (int64_t k = 0; k < energies.count; k += kBlock) {
     const int count = int(energies.count - k < kBlock ? energies.count - k : kBlock);
     if (energies.minimum) {

@@ -77,7 +77,7 @@ class Noise {
  private:
   uint64_t seed_;
   int64_t count_;
-  uint64_t group_[kGroups];
+  alignas(kLine) uint64_t group_[kGroups];
 };
 
 // Asks for them, so that they arrive while something else is computed.
@@ -86,6 +86,13 @@ inline __attribute__((always_inline)) void ask_for(Element element, const void* 
   const int64_t size = bytes_of(element);
   const char* bytes = static_cast<const char*>(data) + batch.column * size;
   for (int64_t i = 0; i < batch.rows; ++i) prefetch(bytes + (batch.row + i) * stride * size, batch.count * size);
+}
+
+// The rows of one sample, which will be read or written.
+inline __attribute__((always_inline)) void ask_for_sample(const void* data, const GaussianSamples& at, int64_t sample,
+                                                          Element element, const Batch& batch) {
+  const char* of_sample = static_cast<const char*>(data) + sample * at.sample_stride * bytes_of(element);
+  ask_for(element, of_sample, at.row_stride, batch);
 }
 
 // All that is computed is computed in A, float or double, so that it is compiled for two types and not for four.
@@ -123,7 +130,7 @@ void scatter(Element element, const A* values, const Batch& batch, int64_t strid
 template <class A>
 struct Inputs {
   const A *mean, *logvar, *prior_mean, *prior_logvar;
-  A buffers[4][kGaussianChunk] = {};
+  alignas(kLine) A buffers[4][kGaussianChunk] = {};
 
   void read(const Gaussian& inputs, const Batch& batch) {
     const auto rows = [&](const GaussianRows& from, int i) {
@@ -198,10 +205,10 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
 // the first row.
 template <class A>
 struct ColumnStatistics {
-  A first[kGaussianChunk];
-  double kl[kGaussianChunk] = {};
-  double mean[kGaussianChunk] = {};
-  double square[kGaussianChunk] = {};
+  alignas(kLine) A first[kGaussianChunk];
+  alignas(kLine) double kl[kGaussianChunk] = {};
+  alignas(kLine) double mean[kGaussianChunk] = {};
+  alignas(kLine) double square[kGaussianChunk] = {};
 
   void begin(const Gaussian& inputs, const Task& task) {
     const int64_t column = task.chunk * kGaussianChunk, count = std::min(kGaussianChunk, inputs.columns - column);
@@ -288,12 +295,15 @@ class Forward {
       }
       return scatter(element, z, batch, stride, forward_.z);
     }
-    for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
-      scales[j] = scale;
-      kl[j] = divergence(t, excess);
-    });
     for (int64_t k = 0; k < samples; ++k) {
+      ask_for_sample(forward_.z, forward_.z_at, k, element, batch);
       noise.draw(k, noise_);
+      if (k == 0) {  // mean and logvar have arrived by now
+        for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
+          scales[j] = scale;
+          kl[j] = divergence(t, excess);
+        });
+      }
       const int64_t begin = batch.column + k * forward_.z_at.sample_stride;
       batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
         with_elements<A>(element, forward_.z, begin + row * stride, [&](auto* __restrict to) {
@@ -309,10 +319,10 @@ class Forward {
   const GaussianForward& forward_;
   const Bounds<A> bounds_;
   Inputs<A> values_;
-  A kl_[kGaussianChunk];
-  A scale_[kGaussianChunk];
-  A z_[kGaussianChunk];
-  float noise_[kGaussianChunk];
+  alignas(kLine) A kl_[kGaussianChunk];
+  alignas(kLine) A scale_[kGaussianChunk];
+  alignas(kLine) A z_[kGaussianChunk];
+  alignas(kLine) float noise_[kGaussianChunk];
   ColumnStatistics<A> sums_;
 };
 
@@ -325,7 +335,7 @@ class PriorGradient {
   PriorGradient(Element element, const GaussianRows& prior, void* out)
       : element_(element), shared_(prior.shared), out_(out) {}
 
-  A slopes[kGaussianChunk] = {};  // of a batch
+  alignas(kLine) A slopes[kGaussianChunk] = {};  // of a batch
 
   void add(const Batch& batch, int64_t columns) {
     if (out_ == nullptr) return;
@@ -350,7 +360,7 @@ class PriorGradient {
   Element element_;
   bool shared_;
   void* out_;
-  double sums_[kGaussianChunk] = {};
+  alignas(kLine) double sums_[kGaussianChunk] = {};
 };
 
 template <class A>
@@ -393,6 +403,8 @@ class Backward {
   }
 
  private:
+  static constexpr int kAtOnce = 4;  // samples
+
   void read_grad_kl(const Batch& batch) {
     const A* grad = static_cast<const A*>(backward_.grad_kl);
     if (grad == nullptr) return;
@@ -408,29 +420,43 @@ class Backward {
 
   // The gradients of the samples added up, and those times their noise.
   void add_samples(const Batch& batch) {
-    const Element element = backward_.inputs.element;
-    const int64_t size = batch.size(), stride = backward_.z_at.row_stride;
+    const int64_t size = batch.size();
     const Noise noise(backward_.inputs, batch);
+    std::fill_n(sum_, size, A(0));
+    std::fill_n(noisy_sum_, size, A(0));
+    int64_t k = 0;
+    for (; k + kAtOnce <= backward_.inputs.samples; k += kAtOnce) add_samples<kAtOnce>(batch, noise, k);
+    for (; k < backward_.inputs.samples; ++k) add_samples<1>(batch, noise, k);
+  }
+
+  // Of the samples [first, first + kCount), so that the sums are read and written once for several.
+  template <int kCount>
+  void add_samples(const Batch& batch, const Noise& noise, int64_t first) {
+    const Element element = backward_.inputs.element;
+    const int64_t stride = backward_.z_at.row_stride, apart = backward_.z_at.sample_stride;
     A* __restrict sum = sum_, * __restrict noisy_sum = noisy_sum_;
     const float* eps = noise_;
-    std::fill_n(sum, size, A(0));
-    std::fill_n(noisy_sum, size, A(0));
-    for (int64_t k = 0; k < backward_.inputs.samples; ++k) {
-      const int64_t begin = k * backward_.z_at.sample_stride;
-      const char* of_sample = static_cast<const char*>(backward_.grad_z) + begin * bytes_of(element);
-      ask_for(element, of_sample, stride, batch);
-      if (backward_.grad_logvar != nullptr) noise.draw(k, noise_);
-      batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
-        with_elements<A>(element, backward_.grad_z, begin + batch.column + row * stride, [&](const auto* grad) {
-#pragma omp simd
-          for (int64_t j = 0; j < count; ++j) {
-            const A g = to_float(grad[j]);
-            sum[at + j] += g;
-            noisy_sum[at + j] = fused(g, A(eps[at + j]), noisy_sum[at + j]);
-          }
-        });
-      });
+    for (int k = 0; k < kCount; ++k) {
+      ask_for_sample(backward_.grad_z, backward_.z_at, first + k, element, batch);
+      if (backward_.grad_logvar != nullptr) noise.draw(first + k, noise_ + k * kGaussianChunk);
     }
+    batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
+      const int64_t begin = first * apart + row * stride + batch.column;
+      with_elements<A>(element, backward_.grad_z, begin, [&](const auto* grad) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          A total = sum[at + j], noisy = noisy_sum[at + j];
+#pragma GCC unroll 4
+          for (int k = 0; k < kCount; ++k) {
+            const A g = to_float(grad[k * apart + j]);
+            total += g;
+            noisy = fused(g, A(eps[k * kGaussianChunk + at + j]), noisy);
+          }
+          sum[at + j] = total;
+          noisy_sum[at + j] = noisy;
+        }
+      });
+    });
   }
 
   // Where kZ: sum of the gradients of the samples, and what times noise_ is the sum of those times their noise.
@@ -474,14 +500,14 @@ class Backward {
   const Bounds<A> bounds_;
   Inputs<A> values_;
   const A* kl_ = nullptr;
-  A grad_kl_[kGaussianChunk] = {};
-  A grad_z_[kGaussianChunk] = {};
-  float noise_[kGaussianChunk] = {};
-  A sum_[kGaussianChunk];
-  A noisy_sum_[kGaussianChunk];
+  alignas(kLine) A grad_kl_[kGaussianChunk] = {};
+  alignas(kLine) A grad_z_[kGaussianChunk] = {};
+  alignas(kLine) float noise_[kAtOnce * kGaussianChunk] = {};
+  alignas(kLine) A sum_[kGaussianChunk];
+  alignas(kLine) A noisy_sum_[kGaussianChunk];
   A *grad_mean_to_, *grad_logvar_to_;
-  A grad_mean_[kGaussianChunk];
-  A grad_logvar_[kGaussianChunk];
+  alignas(kLine) A grad_mean_[kGaussianChunk];
+  alignas(kLine) A grad_logvar_[kGaussianChunk];
   PriorGradient<A> prior_mean_, prior_logvar_;
 };
 

@@ -167,8 +167,8 @@ void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scrat
   const A inverse_tau = A(inverse_tau_of(rows));
   A* y = static_cast<A*>(scratch);
   Noise noise(rows, end);
-  const float none[kBlock] = {};
-  A values[kBlock];
+  alignas(kLine) const float none[kBlock] = {};
+  alignas(kLine) A values[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t element_bytes = bytes_of(rows.element), grad_bytes = bytes_of(grad_element(backward));
     const void* grad = static_cast<const char*>(backward.grad) + i * backward.grad_stride * grad_bytes;
@@ -226,7 +226,7 @@ template <class A>
 void sum_probabilities(const ProbabilitySums& sums, int64_t begin, int64_t end) {
   const GumbelRows& rows = sums.rows;
   const int64_t chunk = sums.chunk_rows * sums.groups;
-  A values[kBlock];
+  alignas(kLine) A values[kBlock];
   for (int64_t c = begin; c < end; ++c) {
     A* partial = static_cast<A*>(sums.partial) + c * sums.groups * rows.columns;
     std::memset(partial, 0, size_t(sums.groups * rows.columns) * sizeof(A));

@@ -49,8 +49,8 @@ class Noise {
   const int64_t end_;
   const int64_t groups_;
   int64_t first_ = 0, last_ = 0;  // rows whose noise is there
-  uint64_t numbers_[kGroups];
-  float values_[kBlock];
+  alignas(kLine) uint64_t numbers_[kGroups];
+  alignas(kLine) float values_[kBlock];
 };
 
 }  // namespace

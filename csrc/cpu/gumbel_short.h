@@ -17,7 +17,7 @@ template <class A>
 struct Tile {
   int64_t count;  // rows, at most kGroups
   int64_t columns;
-  A values[kBlock];
+  alignas(kLine) A values[kBlock];
 
   template <class Visit>
   void for_each(Visit visit) {
@@ -54,7 +54,7 @@ struct Tile {
   }
   // y = exp((s - max) / tau) / sum, of the states of the rows.
   SSLKERNELS_ONCE void soften(const A* max, const A* sum, A inverse_tau) {
-    A scale[kGroups];
+    alignas(kLine) A scale[kGroups];
 #pragma omp simd
     for (int64_t r = 0; r < count; ++r) scale[r] = 1 / sum[r];
     for_each([=, &scale](int64_t r, int64_t, A& value) {
@@ -71,9 +71,9 @@ inline Element grad_element(const GumbelBackward& backward) {
 
 template <class A>
 struct TileState {
-  A max[kGroups];
-  A sum[kGroups];
-  int32_t index[kGroups];
+  alignas(kLine) A max[kGroups];
+  alignas(kLine) A sum[kGroups];
+  alignas(kLine) int32_t index[kGroups];
 
   // The values become exp((s - max) / tau).
   SSLKERNELS_ONCE void reduce(Tile<A>& tile, A inverse_tau) {
@@ -145,7 +145,7 @@ void fwd_short(const GumbelForward& forward, int64_t begin, int64_t end) {
 // The gradient of a tile of y with respect to s / tau: y * (weight - <weight, y>); weight(r, j).
 template <class A, class Weight>
 SSLKERNELS_ONCE void weigh(Tile<A>& y, Weight weight) {
-  A mean[kGroups] = {};
+  alignas(kLine) A mean[kGroups] = {};
   y.for_each([=, &mean](int64_t r, int64_t j, A& value) { mean[r] += value * weight(r, j); });
   y.for_each([=, &mean](int64_t r, int64_t j, A& value) { value *= weight(r, j) - mean[r]; });
 }

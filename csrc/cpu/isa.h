@@ -11,7 +11,12 @@
 #define SSLKERNELS_FOR_EACH_ISA(DO) DO(isa_default)
 #endif
 
+#include <cstdint>
+
 namespace sslkernels {
+
+// Bytes of a cache line, on which the buffers of vectors begin: a vector that lies across two takes twice the time.
+constexpr int64_t kLine = 64;
 
 enum class Isa { isa_default, isa_avx2, isa_avx512 };
 

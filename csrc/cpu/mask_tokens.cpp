@@ -20,7 +20,7 @@ constexpr int64_t kTokens = 4 * kGroups;
 void words_of_tokens(uint64_t seed, const uint64_t* group, const int32_t* token, uint64_t draw, int64_t count,
                      uint32_t* words) {
   constexpr int64_t kStep = 64;
-  uint32_t all[4 * kStep];
+  alignas(kLine) uint32_t all[4 * kStep];
   for (int64_t begin = 0; begin < count; begin += kStep) {
     const int64_t step = count - begin < kStep ? count - begin : kStep;
     words_of_groups(seed, group + begin, draw, step, all);
@@ -32,9 +32,9 @@ void words_of_tokens(uint64_t seed, const uint64_t* group, const int32_t* token,
 template <class Id>
 struct Chosen {
   int64_t count;
-  int32_t token[kTokens + 1];
+  alignas(kLine) int32_t token[kTokens + 1];
   int64_t offset[kTokens + 1];  // into the tensors
-  Id id[kTokens + 1];
+  alignas(kLine) Id id[kTokens + 1];
 };
 
 template <class Id>
@@ -58,16 +58,16 @@ void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* blo
   Id* output = static_cast<Id*>(tokens.output_ids);
   Id* labels = static_cast<Id*>(tokens.labels);
   const Id mask_id = Id(rule.mask_id);
-  uint64_t group[kTokens];
-  uint32_t words[kTokens];
-  Id new_id[kTokens];
+  alignas(kLine) uint64_t group[kTokens];
+  alignas(kLine) uint32_t words[kTokens];
+  alignas(kLine) Id new_id[kTokens];
   for (int64_t i = 0; i < chosen.count; ++i) group[i] = block_group[chosen.token[i] / 4];
   words_of_tokens(seed, group, chosen.token, 1, chosen.count, words);
 #pragma omp simd
   for (int64_t i = 0; i < chosen.count; ++i) new_id[i] = words[i] < rule.to_mask ? mask_id : chosen.id[i];
 
-  int32_t random[kTokens + 1];  // indices into the list of the chosen
-  int32_t random_token[kTokens] = {};
+  alignas(kLine) int32_t random[kTokens + 1];  // indices into the list of the chosen
+  alignas(kLine) int32_t random_token[kTokens] = {};
   int64_t random_count = 0;
   for (int64_t i = 0; i < chosen.count; ++i) {
     labels[chosen.offset[i]] = chosen.id[i];
@@ -96,7 +96,7 @@ void exclude_special(const MaskRule& rule, const Id* ids, int64_t count, uint8_t
 // Keeps those that may be chosen of the tokens whose draw is low enough.
 template <class Id>
 void keep_eligible(const MaskTokens& tokens, Chosen<Id>& chosen) {
-  uint8_t eligible[kTokens];
+  alignas(kLine) uint8_t eligible[kTokens];
   const int64_t count = chosen.count;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t offset = chosen.offset[i];
@@ -117,8 +117,8 @@ void keep_eligible(const MaskTokens& tokens, Chosen<Id>& chosen) {
 template <class Id>
 void mask_groups(const MaskTokens& tokens, int64_t begin, int64_t end) {
   const uint64_t seed = uint64_t(*tokens.seed), select = tokens.rule.select;
-  uint64_t group[kGroups];
-  uint32_t words[kTokens];
+  alignas(kLine) uint64_t group[kGroups];
+  alignas(kLine) uint32_t words[kTokens];
   Segment segments[kGroups];
   Chosen<Id> chosen;
   for (int64_t block = begin; block < end; block += kGroups) {
@@ -188,9 +188,9 @@ template <class Id>
 void mask_rows(const MaskTokens& tokens, int64_t begin, int64_t end) {
   const int64_t groups = (tokens.columns + 3) / 4;
   const uint64_t seed = uint64_t(*tokens.seed);
-  uint64_t group[kGroups];
-  uint32_t words[kTokens];
-  uint8_t eligible[kTokens];
+  alignas(kLine) uint64_t group[kGroups];
+  alignas(kLine) uint32_t words[kTokens];
+  alignas(kLine) uint8_t eligible[kTokens];
   Segment segments[kGroups];
   Chosen<Id> chosen;
   Chain chain{};

@@ -47,7 +47,7 @@ template <class T, class A>
 void write_grad_negative(const A* query, const T* negative, int64_t dim, const OwnFactors<A>& factors, T* grad) {
   constexpr int64_t kBlock = 1024;
   const A factor = factors.of_query, projection = factors.projection;
-  A buffer[kBlock];
+  alignas(kLine) A buffer[kBlock];
   for (int64_t begin = 0; begin < dim; begin += kBlock) {
     const int64_t count = dim - begin < kBlock ? dim - begin : kBlock;
     A* out = buffer;

@@ -101,7 +101,7 @@ double block_softplus(const A* s, const A* same, int64_t count) {
 template <class A>
 void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
   const Tile<A> tile{scores};
-  A u[kBlock], s[kBlock], same_buffer[kBlock];
+  alignas(kLine) A u[kBlock], s[kBlock], same_buffer[kBlock];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
   A max = scores.energy == Energy::kSoftmax ? static_cast<A*>(sums.max)[i] : A(0);
   const A threshold = scores.energy == Energy::kHinge ? static_cast<const A*>(sums.threshold)[i] : A(0);
@@ -184,7 +184,8 @@ template <class A>
 void column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin) {
   const Tile<A> tile{scores};
   const int64_t count = at_most(scores.columns - begin, kPairColumns);
-  A u[kPairColumns], s[kGroup][kPairColumns], same_buffer[kPairColumns], moved[kPairColumns], part[kPairColumns];
+  alignas(kLine) A u[kPairColumns], s[kGroup][kPairColumns], same_buffer[kPairColumns], moved[kPairColumns],
+      part[kPairColumns];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
   A* max = sums.max == nullptr ? nullptr : static_cast<A*>(sums.max) + begin;
   const A* threshold = sums.threshold == nullptr ? nullptr : static_cast<const A*>(sums.threshold) + begin;
@@ -250,7 +251,7 @@ const A* offset(const void* values, int64_t begin) {
 template <class A>
 void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_t i) {
   const Tile<A> tile{scores};
-  A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
+  alignas(kLine) A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
   A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
   const A weight = entry<A>(gradient.row.weight, i);
   // Of a side that adds nothing every exponential is 0, whatever the score.

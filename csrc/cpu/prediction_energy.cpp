@@ -46,7 +46,7 @@ template <class T>
 void fill_parts(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end) {
   using A = typename Accumulation<T>::type;
   const int64_t of_features = feature_parts(inputs), of_candidates = candidate_parts(inputs);
-  A buffer[kFeaturePart];
+  alignas(kLine) A buffer[kFeaturePart];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit / of_candidates, b = row / of_features;
     const int64_t first = row % of_features * kFeaturePart, k_begin = unit % of_candidates * kCandidatePart;
@@ -74,7 +74,7 @@ void add_parts(A* parts, int64_t of_features, int64_t count) {
 template <class A>
 void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end) {
   const int64_t of_features = feature_parts(inputs), count = inputs.count;
-  A lowest[kRows], total[kRows], ones[kRows];
+  alignas(kLine) A lowest[kRows], total[kRows], ones[kRows];
   int64_t winner[kRows];
   for (A& one : ones) one = A(1);
   for (int64_t b = begin; b < end; b += kRows) {
@@ -107,7 +107,7 @@ void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t 
 // computes and converts to 16 bits is not vectorised.
 template <class T, class A>
 void differentiate(const T* prediction, const A* target, int64_t count, A factor, T* grad, A* sum) {
-  A buffer[kBlock];
+  alignas(kLine) A buffer[kBlock];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
     const T* p = prediction + begin;
@@ -129,7 +129,7 @@ void run_gradient(const PredictionEnergyGradient& gradient, int64_t begin, int64
   using A = typename Accumulation<T>::type;
   const PredictionEnergy& inputs = gradient.inputs;
   const int64_t of_features = feature_parts(inputs);
-  A buffer[kFeaturePart], sum[kFeaturePart];
+  alignas(kLine) A buffer[kFeaturePart], sum[kFeaturePart];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / of_features, first = unit % of_features * kFeaturePart;
     const int64_t size = std::min(inputs.dim - first, kFeaturePart);

@@ -1,7 +1,7 @@
 // Asks for rows of a table that will be read soon.
 #pragma once
 
-#include <cstdint>
+#include "isa.h"
 
 namespace sslkernels {
 namespace {  // one copy for each instruction set: see isa.h
@@ -10,7 +10,6 @@ namespace {  // one copy for each instruction set: see isa.h
 // side effect that it knows of the compiler removes.
 template <class T>
 inline __attribute__((always_inline)) void prefetch(const T* data, int64_t count) {
-  constexpr int64_t kLine = 64;
   const char* bytes = reinterpret_cast<const char*>(data);
   for (int64_t at = 0; at < count * int64_t(sizeof(T)); at += kLine) __builtin_prefetch(bytes + at, 0, 2);
 }
@@ -19,7 +18,7 @@ inline __attribute__((always_inline)) void prefetch(const T* data, int64_t count
 // lines at a time than the first. Always inlined: a call without a side effect that it knows of the compiler removes.
 template <class T>
 inline __attribute__((always_inline)) void prefetch_row(const T* row, int64_t dim) {
-  constexpr int64_t kLine = 64, kMost = 1024;
+  constexpr int64_t kMost = 1024;
   const int64_t bytes = dim * int64_t(sizeof(T));
   for (int64_t at = 0; at < bytes && at < kMost; at += kLine) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + at, 0, 2);

@@ -14,8 +14,8 @@ namespace {
 // behind the first `at` of the results.
 template <class Value, class Fill, class Store>
 void fill_groups(const RandomStream& numbers, int64_t begin, int64_t end, Fill fill, Store store) {
-  uint64_t group[kGroups];
-  Value values[4 * kGroups];
+  alignas(kLine) uint64_t group[kGroups];
+  alignas(kLine) Value values[4 * kGroups];
   Segment segments[kGroups];
   // Where the groups lie behind one another, and the results are what `fill` makes.
   const bool in_place = numbers.columns % 4 == 0 && numbers.element == Element::kFloat;

@@ -41,8 +41,8 @@ void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
   const A* coefficient = static_cast<const A*>(sums.coefficient);
   const int64_t first_row = rows_before(sums, begin), last_row = rows_before(sums, end);
   const int64_t last_entry = sums.starts[last_row];
-  A values[kBlock];
-  double totals[kBlock];
+  alignas(kLine) A values[kBlock];
+  alignas(kLine) double totals[kBlock];
   for (int64_t column = 0; column < sums.dim; column += kBlock) {
     const int64_t count = sums.dim - column < kBlock ? sums.dim - column : kBlock;
 

@@ -14,7 +14,6 @@ namespace SSLKERNELS_ISA {
 namespace {
 
 constexpr int64_t kColumns = 4 * kGroups;  // of a block
-constexpr float kLargestGumbel = 22.88f;   // of the word 0, rounded up
 
 // The largest value; NaN never is.
 template <class A>
@@ -44,9 +43,15 @@ void sample_row(const SampleRows& sample, int64_t row) {
   A& row_max = static_cast<A*>(sample.row_max)[row];
   A& sum_exp = static_cast<A*>(sample.sum_exp)[row];
   A& best = static_cast<A*>(sample.best)[row];
-  uint64_t group[kGroups];
-  float noise[kColumns];
-  A logits[kColumns], perturbed[kColumns];
+  A& logprob = static_cast<A*>(sample.logprob)[row];
+  if (is_first_tile(sample)) {
+    row_max = best = logprob = -std::numeric_limits<A>::infinity();
+    sum_exp = 0;
+    sample.index[row] = 0;
+  }
+  alignas(kLine) uint64_t group[kGroups];
+  alignas(kLine) float noise[kColumns];
+  alignas(kLine) A logits[kColumns], perturbed[kColumns];
   for (int64_t begin = 0; begin < sample.columns; begin += kColumns) {
     const int64_t count = sample.columns - begin < kColumns ? sample.columns - begin : kColumns;
     if (bias == nullptr) {
@@ -76,9 +81,10 @@ void sample_row(const SampleRows& sample, int64_t row) {
     int64_t j = 0;
     while (perturbed[j] != winner) ++j;
     best = winner;
-    static_cast<A*>(sample.logit)[row] = logits[j];
+    logprob = logits[j];
     sample.index[row] = sample.first_column + begin + j;
   }
+  if (is_last_tile(sample)) logprob = (logprob - row_max) - std::log(sum_exp);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ void store_any(Element element, const A* buffer, int64_t begin, int64_t count, v
 
 template <class A>
 void run(const ScaleAdd& arguments, int64_t begin, int64_t end) {
-  A values[kBlock], old[kBlock];
+  alignas(kLine) A values[kBlock], old[kBlock];
   const A scale = A(scale_of(arguments));
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;

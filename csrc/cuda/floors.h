@@ -85,6 +85,13 @@ inline Floor probability_sums_floor(int64_t rows, int64_t columns, int64_t eleme
   return {rows * columns * element_bytes + rows * 8, rows * columns * 5};
 }
 
+// Products and a row id read; of a row its state of four numbers and an index written and, of a later tile, read. A
+// product takes its place in a logit (2), a comparison, a difference, an exponential (2) and a sum; its noise is mostly
+// a Philox call and two operations.
+inline Floor sample_rows_floor(int64_t rows, int64_t columns, int64_t element_bytes, bool first) {
+  return {rows * (columns * element_bytes + 8 + 24 * (first ? 1 : 2)), rows * columns * 9};
+}
+
 // Ids read, new ids and labels written.
 inline Floor mask_tokens_floor(int64_t tokens, int64_t id_bytes) { return {tokens * id_bytes * 3, 0}; }
 

@@ -7,12 +7,6 @@
 namespace sslkernels {
 namespace {
 
-int power_of_2(int64_t value) {
-  int power = 1;
-  while (power < value) power *= 2;
-  return power;
-}
-
 // Few rows are shared by more blocks, as long as each thread has two chunks.
 void spread(GumbelPlan& plan, int64_t rows, int64_t chunks, const DeviceLimits& limits) {
   while (2 * plan.cluster <= limits.largest_cluster && rows * plan.cluster < limits.processors &&
@@ -30,8 +24,7 @@ GumbelPlan plan_of(const GumbelRows& rows, bool twice, DeviceLimits limits, bool
 }
 
 LaunchShape shape_of(const GumbelPlan& plan, int64_t rows) {
-  if (plan.team > kWarpSize) return {rows * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
-  return {ceil_div(rows, plan.threads / plan.team), plan.threads, plan.shared_bytes, 1};
+  return shape_of_teams(rows, plan.team, plan.threads, plan.cluster, plan.shared_bytes);
 }
 
 template <class T>

@@ -9,7 +9,7 @@
 #include "../common/gumbel.h"
 #include "columns.h"
 #include "draws.h"
-#include "reduce.h"
+#include "teams.h"
 
 namespace sslkernels {
 namespace {
@@ -19,7 +19,7 @@ constexpr int kChunk = sizeof(T) == 2 ? 8 : 4;
 template <class T>  // of a block, at most; registers allow as many on a multiprocessor
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
 
-// How rows are shared out: `team` threads a row, of a warp, or all of a block and of the blocks of its cluster.
+// How rows are shared out, as shape_of_teams.
 struct GumbelTeam {
   int team;
   bool held;
@@ -34,48 +34,8 @@ __device__ __forceinline__ typename Accumulation<T>::type soft_exp(typename Accu
   }
 }
 
-// --- The place of a thread ------------------------------------------------------------------------------------------
-
 template <class T>
-struct Place {
-  int64_t row;
-  bool in_range;
-  int lane;  // first chunk
-  int step;  // chunks to the next one
-  int chunks;
-  int lanes;  // of a warp that share a row; 0: the row has the block
-
-  __device__ __forceinline__ Place(const GumbelRows& rows, int team) {
-    lanes = team <= kWarpSize ? team : 0;
-    if (lanes > 0) {
-      row = int64_t(blockIdx.x) * (int(blockDim.x) / team) + int(threadIdx.x) / team;
-      lane = int(threadIdx.x) % team;
-      step = team;
-    } else {
-      row = int64_t(blockIdx.x) / cluster_size();
-      lane = int(threadIdx.x) + cluster_rank() * int(blockDim.x);
-      step = int(blockDim.x) * cluster_size();
-    }
-    in_range = row < rows.rows;
-    chunks = in_range ? (int(rows.columns) + kChunk<T> - 1) / kChunk<T> : 0;
-  }
-  __device__ __forceinline__ bool first() const { return in_range && lane == 0; }
-};
-
-// Sums and maxima over the team of a row.
-template <class Value>
-struct TeamReduction {
-  using Blocks = Reduction<Value>;
-
-  static __device__ __forceinline__ Value run(Value value, int lanes, typename Blocks::Scratch* scratch) {
-    if (lanes == 0) return Blocks::over_cluster(value, scratch);
-    for (int away = lanes / 2; away > 0; away /= 2) value = Value::combine(value, shuffle_xor(value, away));
-    return value;
-  }
-  static __device__ __forceinline__ void finish(int lanes) {
-    if (lanes == 0) Blocks::finish();
-  }
-};
+using Place = TeamPlace<kChunk<T>>;
 
 // --- Rows with noise ------------------------------------------------------------------------------------------------
 
@@ -239,7 +199,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   using Scratch = ForwardScratch<T>;
   using Sums = typename Scratch::Sums;
   constexpr int N = kChunk<T>;
-  const Place<T> place(forward.rows, team.team);
+  const Place<T> place(forward.rows.rows, int(forward.rows.columns), team.team);
   const NoisyRow<T> row(forward.rows, place);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
   const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
@@ -356,7 +316,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   using Scratch = BackwardScratch<T>;
   using Sums = Totals<A, 2>;
   constexpr int N = kChunk<T>;
-  const Place<T> place(backward.rows, team.team);
+  const Place<T> place(backward.rows.rows, int(backward.rows.columns), team.team);
   const NoisyRow<T> row(backward.rows, place);
   const GradRow<T> grads(backward, place.row);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());

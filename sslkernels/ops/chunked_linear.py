@@ -185,7 +185,7 @@ class _Chunks:
         self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]
         self.chunk_rows = self._chunk_rows(limits.workspace_bytes)
-        buffer_shape = (_round_up(self.chunk_rows, ROW_MULTIPLE), _round_up(self.vocab, PITCH))
+        buffer_shape = (round_up(self.chunk_rows, ROW_MULTIPLE), round_up(self.vocab, PITCH))
         self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)
         self.grad_weight = gradients.weight
         one_chunk = self.chunk_rows >= self.count and gradients.weight.dtype == self.dtype
@@ -194,7 +194,7 @@ class _Chunks:
             self.grad_weight = torch.empty_like(gradients.weight, dtype=acc)
         self.grad_input = gradients.input
         if wanted.input and not (self.selection.all_rows and input.dtype == self.dtype):
-            self.grad_input = self.input.new_empty((_round_up(self.count, ROW_MULTIPLE), input.shape[1]))
+            self.grad_input = self.input.new_empty((round_up(self.count, ROW_MULTIPLE), input.shape[1]))
         self.first = True
 
     def __iter__(self):
@@ -209,7 +209,7 @@ class _Chunks:
             if device.type == "cpu" and self.wanted.weight and self.dtype.itemsize == 2:
                 # As large as the accumulator of the weight's gradient, which is read and written once for each chunk.
                 workspace_bytes = max(workspace_bytes, 4 * self.weight.numel())
-        fit = workspace_bytes // (_round_up(self.vocab, PITCH) * self.dtype.itemsize)
+        fit = workspace_bytes // (round_up(self.vocab, PITCH) * self.dtype.itemsize)
         fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
         if device.type != "cuda":
             return equal_rows(self.count, fit)
@@ -223,7 +223,7 @@ class _Chunks:
         """Adds the part of every gradient that is wanted of the chunk whose first row is `begin`."""
         if self.wanted.input:
             # On a CPU with rows that nobody reads, where there is room; on a GPU without: they are not initialised.
-            rows = len(x) if x.is_cuda else _round_up(len(x), ROW_MULTIPLE)
+            rows = len(x) if x.is_cuda else round_up(len(x), ROW_MULTIPLE)
             out = self.grad_input[begin : begin + rows]
             torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
         if self.wanted.weight:
@@ -280,7 +280,7 @@ class _Chunks:
 def equal_rows(count: int, fit: int) -> int:
     """Rows of a chunk, of about equal ones, as few as possible; `fit`, a multiple of ROW_MULTIPLE, is the most."""
     chunks = max(-(-count // fit), 1)
-    return min(_round_up(-(-count // chunks), ROW_MULTIPLE), count)
+    return min(round_up(-(-count // chunks), ROW_MULTIPLE), count)
 
 
 def wave_rows(count: int, vocab: int, fit: int, processors: int) -> int:
@@ -294,7 +294,7 @@ def wave_rows(count: int, vocab: int, fit: int, processors: int) -> int:
         return equal_rows(count, fit)
     chunks = -(-count // most)
     # One in any `processors` successive multiples of a tile's rows fills whole waves.
-    candidates = range(_round_up(-(-count // chunks), TILE[0]), most + 1, TILE[0])[:processors]
+    candidates = range(round_up(-(-count // chunks), TILE[0]), most + 1, TILE[0])[:processors]
     return min(candidates, key=lambda rows: waves(count, vocab, rows, processors))
 
 
@@ -308,5 +308,5 @@ def waves(count: int, vocab: int, rows: int, processors: int) -> int:
     return chunks * of_chunk(rows) + of_chunk(rest)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

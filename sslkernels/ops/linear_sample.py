@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch.autograd import Function
 
 from sslkernels import checks
 from sslkernels.dispatch import PREFERENCE, Op
+from sslkernels.ops.chunked_linear import PITCH, TILE, equal_rows, round_up, waves
 from sslkernels.ops.cross_entropy import contiguous
 from sslkernels.ops.functions import distinct
 from sslkernels.ops.linear_cross_entropy import compute_dtype_of, linear_cross_entropy
@@ -19,8 +21,8 @@ from sslkernels.ops.rows import accumulation_dtype
 from sslkernels.random import seed_tensor
 
 NAME = "linear_sample"
-# The CPU's tile of products, and the most rows of one: the weight is read once for that many rows.
-WORKSPACE_BYTES = 8 << 20
+# Bytes of a tile of products, for the cache, and its most rows: more would leave too few columns.
+WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 24 << 20}
 ROWS_AT_ONCE = 1024
 LEAST_TEMPERATURE = 1e-30  # whose inverse is a number of float32
 
@@ -61,30 +63,57 @@ def _native(
     compute_dtype: torch.dtype,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Tiles of products by torch's matmul, each reduced at once."""
-    if compute_dtype == torch.float16:
+    """Tiles of products by torch's matmul, each reduced at once. A tile of classes goes over all rows before the next:
+    it is converted once and stays in the cache.
+
+    On a GPU half precision gives products in float32, as Triton's: the tile is small enough for the cache all the same,
+    and a class keeps its probability, which bfloat16 would change by per cents.
+    """
+    half = compute_dtype.itemsize == 2
+    if compute_dtype == torch.float16 and not input.is_cuda:
         compute_dtype = torch.float32  # a CPU has no fast product of its own
-    acc = accumulation_dtype(input.dtype)
+    products_dtype = torch.float32 if half and input.is_cuda else compute_dtype
     count, vocab = input.shape[0], linear_weight.shape[0]
-    index = torch.zeros_like(row_ids)
-    row_max, best = (input.new_full((count,), float("-inf"), dtype=acc) for _ in range(2))
-    logit = torch.full_like(best, float("-inf"))
-    sum_exp = torch.zeros_like(best)
-    rows = max(min(count, ROWS_AT_ONCE), 1)
-    columns = min(max(WORKSPACE_BYTES // (rows * compute_dtype.itemsize) // 1024, 1) * 1024, vocab)
-    buffer = input.new_empty(rows * columns, dtype=compute_dtype)
-    for first in range(0, count, rows):
-        part = slice(first, first + rows)
-        x = input[part].to(compute_dtype)
-        state = [tensor[part] for tensor in (row_max, sum_exp, best, logit, index)]
-        for column in range(0, vocab, columns):
-            weight = linear_weight[column : column + columns].to(compute_dtype)
-            products = buffer[: len(x) * len(weight)].view(len(x), len(weight))
-            torch.mm(x, weight.t(), out=products)
+    index = torch.empty_like(row_ids)
+    logprob = input.new_empty(count, dtype=accumulation_dtype(input.dtype))
+    row_max, sum_exp, best = logprob.new_empty((3, count))
+    rows, columns = tile_shape(count, vocab, products_dtype.itemsize, input.device)
+    buffer = input.new_empty((rows, round_up(columns, PITCH)), dtype=products_dtype)
+    parts = [
+        (input[at], row_ids[at], [tensor[at] for tensor in (row_max, sum_exp, best, logprob, index)])
+        for at in (slice(first, first + rows) for first in range(0, count, rows))
+    ]
+    for column in range(0, vocab, columns):
+        weight = linear_weight[column : column + columns].to(compute_dtype).t()
+        for x, ids, state in parts:
+            products = _multiply(x.to(compute_dtype), weight, buffer[: len(x), : weight.shape[1]])
             torch.ops.sslkernels_native.sample_rows(
-                products, linear_bias, seed, row_ids[part], column, vocab, 1 / temperature, *state
+                products, linear_bias, seed, ids, column, vocab, 1 / temperature, *state
             )
-    return index, logit - (row_max + sum_exp.log())
+    return index, logprob
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    out_dtype = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
+    return torch.mm(x, weight, **out_dtype, out=out)
+
+
+def tile_shape(count: int, vocab: int, itemsize: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile; but for the last tile the columns are a multiple of 4."""
+    rows = max(equal_rows(count, ROWS_AT_ONCE), 1)
+    workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+    fit = max(workspace_bytes // (rows * itemsize) // 1024, 1) * 1024
+    if device.type != "cuda" or vocab <= fit:
+        return rows, min(fit, vocab)
+    return rows, wave_columns(rows, vocab, fit, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache
+def wave_columns(rows: int, vocab: int, fit: int, processors: int) -> int:
+    """Columns of a tile, at most `fit`, for a GPU of so many multiprocessors: as few waves of the matmul's own tiles as
+    possible, then as few tiles. One in any `processors` successive candidates fills whole waves."""
+    candidates = range(TILE[0], fit + 1, TILE[0])[-processors:]
+    return min(candidates, key=lambda columns: (waves(vocab, rows, columns, processors), -columns))
 
 
 def _triton(
@@ -115,6 +144,7 @@ linear_sample_op = Op(
         "reference": _reference,
         "cpu": _native,
         "triton": _triton,
+        "cuda": _native,
     },
     native_ops=("sample_rows",),
     prefer=PREFERENCE,

@@ -14,6 +14,7 @@
 #include "../../csrc/cuda/prediction_energy.h"
 #include "../../csrc/cuda/random_stream.h"
 #include "../../csrc/cuda/row_sums.h"
+#include "../../csrc/cuda/sample_rows.h"
 #include "../../csrc/cuda/scale_add.h"
 #include "code_calls.h"
 #include "device_host.h"
@@ -232,6 +233,43 @@ void column_sums(const Call& call) {
   sslkernels::launch_column_sums(sums, nullptr);
 }
 
+// Tile after tile, as the caller does it.
+void sample_rows(const Call& call) {
+  constexpr int kBytes[] = {4, 8, 2, 2};
+  const int64_t vocab = call.integer("vocab"), tile = call.integer("tile");
+  const char* products = call.array<char>("products") + call.integer("offset") * kBytes[call.integer("element")];
+  sslkernels::SampleRows sample{};
+  sample.element = static_cast<sslkernels::Element>(call.integer("element"));
+  sample.stride = call.integer("stride");
+  sample.rows = call.integer("rows");
+  sample.vocab = vocab;
+  sample.bias = call.array("bias");
+  sample.scale = call.real("scale");
+  sample.row_ids = call.array<int64_t>("row_ids");
+  sample.seed = call.array<int64_t>("seed");
+  sample.row_max = call.array("row_max");
+  sample.sum_exp = call.array("sum_exp");
+  sample.best = call.array("best");
+  sample.logprob = call.array("logprob");
+  sample.index = call.array<int64_t>("index");
+  for (int64_t first = 0; first < vocab; first += tile) {
+    sample.products = products + first * kBytes[call.integer("element")];
+    sample.first_column = first;
+    sample.columns = std::min(tile, vocab - first);
+    sslkernels::launch_sample_rows(sample, nullptr);
+  }
+}
+
+// What it would be launched with: team, threads, cluster.
+void plan_sample_rows(const Call& call) {
+  const auto plan =
+      sslkernels::plan_sample_rows(call.integer("rows"), call.integer("columns"), sslkernels::device_limits());
+  int64_t* out = call.array<int64_t>("plan");
+  out[0] = plan.team;
+  out[1] = plan.threads;
+  out[2] = plan.cluster;
+}
+
 sslkernels::OwnNegatives own_negatives_of(const Call& call) {
   constexpr int kBytes[] = {4, 8, 2, 2};
   const int64_t bytes = kBytes[call.integer("element")];
@@ -412,6 +450,8 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"gumbel_rows_bwd", gumbel_rows_bwd},
     {"probability_sums", probability_sums},
     {"plan_gumbel_rows", plan_gumbel_rows},
+    {"sample_rows", sample_rows},
+    {"plan_sample_rows", plan_sample_rows},
     {"mask_tokens",
      [](const Call& call) {
        sslkernels::launch_mask_tokens(mask_tokens_of(call), call.array<int64_t>("device_ranges"), nullptr);

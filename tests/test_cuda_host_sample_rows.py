@@ -1,0 +1,201 @@
+"""The CUDA kernel of linear_sample, run on the host under sanitizers: the draws of the reference to the bit, tile after
+tile, and log-probabilities against float64.
+
+What the launcher is told of the device decides how many threads share a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cuda_host import run
+from torch import Tensor
+
+import sslkernels as sk
+from sslkernels.ops import noise
+
+pytestmark = run.required
+
+DTYPES = (torch.float32, torch.float64)  # of products on a GPU
+SEED = -(2**40) + 3
+DEVICES = {"": {}, "spread": {"processors": 64}, "old": {"processors": 64, "major": 8}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """tile: columns of a tile; offset: elements before the products; pad: elements between their rows; kind: of logits,
+    "normal", "masked" (many -inf), "bad" (rows of NaN, +inf, -inf), "equal" (sums that are equal to the bit), "far"."""
+
+    dtype: torch.dtype
+    rows: int
+    vocab: int
+    tile: int = 1 << 20
+    device: str = ""
+    offset: int = 0
+    pad: int = 0
+    bias: bool = False
+    temperature: float = 1.0
+    kind: str = "normal"
+
+    def products(self) -> Tensor:
+        g = torch.Generator().manual_seed(self.rows * 1009 + self.vocab)
+        values = 3 * torch.randn(self.rows, self.vocab, generator=g, dtype=torch.float64)
+        if self.kind == "masked":
+            values[torch.rand(values.shape, generator=g) < 0.9] = -torch.inf
+            values[:, self.vocab // 2] = 0.5
+        if self.kind == "bad":
+            values[0, self.vocab // 3] = torch.nan
+            values[1, self.vocab - 1] = torch.inf
+            values[2] = -torch.inf
+            values[3, ::2] = -torch.inf
+            values[4] = torch.nan
+        if self.kind == "equal":  # no noise is as large as half of what separates numbers from here on
+            first = torch.randint(self.vocab, (self.rows, 1), generator=g)
+            values = torch.where(torch.arange(self.vocab) >= first, 2.0**60, values)
+        if self.kind == "far":
+            values += 3000 * (torch.arange(self.rows)[:, None] - 1)
+        return values.to(self.dtype)
+
+    def column_bias(self) -> Tensor | None:
+        g = torch.Generator().manual_seed(self.vocab)
+        return torch.randn(self.vocab, generator=g, dtype=torch.float64).to(self.dtype) if self.bias else None
+
+    def ids(self) -> Tensor:
+        return torch.arange(self.rows) * 2**33 - 5
+
+    def logits(self) -> Tensor:
+        """As the reference rounds them."""
+        products, bias = self.products(), self.column_bias()
+        return (products if bias is None else products + bias) * (1 / self.temperature)
+
+    def call(self) -> run.Call:
+        stride = self.vocab + self.pad
+        stored = torch.full((self.offset + self.rows * stride,), torch.nan, dtype=self.dtype)
+        stored[self.offset :].view(self.rows, stride)[:, : self.vocab] = self.products()
+        state = {
+            name: torch.full((self.rows,), 7, dtype=self.dtype) for name in ("row_max", "sum_exp", "best", "logprob")
+        }
+        arrays = {"products": stored, "bias": self.column_bias(), "row_ids": self.ids(), "seed": torch.tensor([SEED])}
+        arrays |= {**state, "index": torch.full((self.rows,), 7)}
+        sizes = {"rows": self.rows, "vocab": self.vocab, "tile": self.tile, "offset": self.offset, "stride": stride}
+        sizes |= {"element": run.ELEMENTS[self.dtype], **DEVICES[self.device]}
+        reals = {"scale": 1 / self.temperature}
+        return run.Call("sample_rows", sizes, reals, {k: a for k, a in arrays.items() if a is not None})
+
+
+# Teams of a part of a warp, of a warp, of some of them, and of several blocks.
+SIZES = [(1, 1), (37, 2), (5, 5), (9, 31), (6, 64), (70, 130), (6, 517), (6, 1030), (2, 4099), (1, 9000)]
+
+
+def label(case: Case) -> str:
+    changed = [
+        f"{f.name}={getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
+    ]
+    return "-".join(changed).replace("torch.", "")
+
+
+def cases() -> dict[str, Case]:
+    layouts = itertools.cycle([(0, 0), (1, 0), (0, 3), (2, 1), (4, 8)])
+    devices = itertools.cycle(DEVICES)
+    temperatures = itertools.cycle([1.0, 0.7, 0.02, 30.0, float("inf")])
+    kinds = itertools.cycle(["normal", "masked", "bad", "equal", "far", "normal"])
+    tiles = itertools.cycle([1 << 20, 256, 512, 1 << 20, 4])
+    found = []
+    for dtype, (rows, vocab) in itertools.product(DTYPES, SIZES):
+        (offset, pad), kind, tile = next(layouts), next(kinds), next(tiles)
+        kind = "normal" if kind == "bad" and rows < 5 else kind
+        tile = max(tile, 1024) if vocab > 1000 else tile  # each launch takes its time here
+        temperature = 1.0 if kind in ("equal", "bad") else next(temperatures)
+        found.append(Case(dtype, rows, vocab, tile, next(devices), offset, pad, len(found) % 2 == 1, temperature, kind))
+    for kind, tile in itertools.product(["masked", "bad", "equal", "far"], [1 << 20, 128]):
+        found.append(Case(torch.float32, 6, 330, tile, "spread", kind=kind))
+    # Few classes of many rows: often the largest logit gets a small number, and another wins below it.
+    found += [Case(dtype, rows, 3 * (rows > 0) + 2, temperature=2.0) for dtype in DTYPES for rows in (0, 300)]
+    return {label(case): case for case in found}
+
+
+CASES = cases()
+PLANS = {
+    # rows, columns -> team, threads, cluster, on 132 multiprocessors
+    (1024, 4224): (160, 160, 1),
+    (1024, 1024): (64, 64, 1),
+    (8192, 1024): (32, 256, 1),
+    (64, 98304): (256, 256, 8),
+    (512, 98304): (256, 256, 2),
+    (1, 128256): (256, 256, 8),
+    (1, 17): (2, 32, 1),
+    (1024, 17): (2, 32, 1),
+    (1 << 20, 2): (1, 256, 1),
+}
+
+
+def plan_call(sizes: tuple[int, int]) -> run.Call:
+    ints = {"rows": sizes[0], "columns": sizes[1], "processors": 132}
+    return run.Call("plan_sample_rows", ints, {}, {"plan": torch.zeros(3, dtype=torch.int64)})
+
+
+def calls() -> dict[str, run.Call]:
+    found = {name: case.call() for name, case in CASES.items()}
+    empty = CASES["dtype=float32-rows=0-vocab=2-temperature=2.0"].call()
+    half = run.Call("sample_rows", {**empty.ints, "element": run.ELEMENTS[torch.float16]}, empty.reals)
+    return found | {f"plan-{sizes}": plan_call(sizes) for sizes in PLANS} | {"half": half}
+
+
+results = run.results_fixture(calls)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draws_what_the_reference_draws(name, results):
+    case, result = CASES[name], results[name]
+    assert result.error == ""
+    got, z = result.arrays, case.logits()
+    if case.rows == 0:
+        return
+    with sk.use_backend("reference"):
+        gumbel = sk.random_gumbel(z.shape, SEED, row_ids=case.ids())
+    perturbed = torch.where(z.isnan(), -torch.inf, z + gumbel)
+    best, index = perturbed.max(1)
+    known = z.masked_fill(z.isnan(), -torch.inf)
+    assert torch.equal(got["index"], index)
+    assert torch.equal(got["best"], best)
+    assert torch.equal(got["row_max"], known.amax(1))
+    exact = z.double().log_softmax(1).gather(1, index[:, None])[:, 0]
+    exact[got["best"] == -torch.inf] = torch.nan
+    eps = torch.finfo(case.dtype).eps
+    # Relative to the maximum, so that a large common part of the logits does not count.
+    allowed = 8 * eps * (1 + (known.amax(1) - z.gather(1, index[:, None])[:, 0]).abs().nan_to_num(0, 0, 0))
+    error = (got["logprob"].double() - exact).abs()
+    assert torch.equal(got["logprob"].isnan(), exact.isnan())
+    assert ((error <= allowed) | exact.isnan()).all()
+
+
+@pytest.mark.parametrize("sizes", PLANS)
+def test_plan(sizes, results):
+    assert tuple(results[f"plan-{sizes}"].arrays["plan"].tolist()) == PLANS[sizes]
+
+
+def test_other_dtypes_are_refused(results):
+    assert results["half"].error == "sslkernels: sample_rows_kernel takes float32 and float64 products"
+
+
+def test_every_kernel_runs(results, request):
+    launched = {name for result in results.values() for name in result.launched}
+    program = run.build(request.node.callspec.params["results"])
+    compiled = {name for name in run.kernels(program).values() if name.startswith("sample_rows_kernel")}
+    assert len(compiled) == len(DTYPES)
+    assert {name for name in launched if name.startswith("sample_rows")} == compiled
+
+
+def test_a_word_that_wins_is_made_a_gumbel_number():
+    """The kernel makes it only of words whose uniform number, cut to 23 bits, is below 1.001 exp(logit - best): of all
+    words a Gumbel number is less than half of that thousandth above what such a number allows."""
+    ends = torch.arange(1 << 16), torch.arange(2**32 - (1 << 16), 2**32)
+    words = torch.cat([*ends, torch.arange(0, 2**32, 40009)])
+    number = (words // 512).double() / 2**23
+    assert (noise.gumbel(words).double() <= -number.log() + 5e-4).all()
+    assert float(noise.gumbel(words).min()) > -3.2
+    assert float(noise.gumbel(words).max()) < 22.88
