@@ -24,9 +24,10 @@ MIN_SAMPLES = {"cpu": 5, "cuda": 30}
 MAX_SAMPLES = 200
 ENOUGH = 3  # rounds, once a case has taken `CAP` seconds: a slow or busy machine comes to an end too
 CAP = 60.0
-# A provider that took less than so many seconds in all rounds goes on alone with its like, for a median that does not
-# depend on one call.
-QUICK_SECONDS = 0.5
+# A provider goes on alone with its like while its calls, each as quick as the quickest, took less than so many seconds:
+# where a call sometimes takes much longer, as when the memory of its results has to come from the host of a virtual
+# machine, a few calls have no median.
+QUICK_SECONDS = 1.0
 QUICK_SAMPLES = 15
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int64: "int64"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -226,7 +227,11 @@ def interleave(
         if number >= ENOUGH and spent > cap:
             break
         round_over(list(runs))
-    while quick := [n for n, times in samples.items() if len(times) < quick_samples and sum(times) < QUICK_SECONDS]:
+
+    def goes_on(times: list[float]) -> bool:
+        return len(times) < quick_samples and len(times) * min(times) < QUICK_SECONDS
+
+    while quick := [name for name, times in samples.items() if goes_on(times)]:
         round_over(quick)
     return samples
 

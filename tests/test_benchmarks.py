@@ -83,7 +83,7 @@ def test_rounds_interleave_all_providers():
 
 def test_quick_providers_go_on():
     runs = {name: Run(lambda name=name: name) for name in "abc"}
-    timer = CountingTimer(a=0.06, b=1.0)
+    timer = CountingTimer(a=0.12, b=1.0)
     samples = interleave(runs, timer, minimum=3, budget=0.0, quick_samples=15)
     assert {name: len(times) for name, times in samples.items()} == {"a": 9, "b": 3, "c": 15}
 
