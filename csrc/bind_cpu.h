@@ -3,7 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
+
 #include "bind.h"
+#include "cpu/isa.h"
 #include "cpu/memory.h"
 
 namespace sslkernels {
@@ -12,6 +15,14 @@ namespace sslkernels {
 constexpr int64_t kGrain = 32768;
 
 inline int64_t row_grain(int64_t columns) { return kGrain / (columns + 1) + 1; }
+
+// Memory of a thread, not initialised, that begins on a cache line as what vectors read and write should.
+struct alignas(kLine) Line {
+  char bytes[kLine];
+};
+inline std::unique_ptr<Line[]> scratch_of(int64_t bytes) {
+  return std::unique_ptr<Line[]>(new Line[(bytes + kLine - 1) / kLine]);
+}
 
 // Of what a pass writes and does little else.
 inline void advise_output(const torch::stable::Tensor& tensor) {

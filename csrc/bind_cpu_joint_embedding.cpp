@@ -1,5 +1,4 @@
 // The CPU implementations of the operators of joint embeddings, over torch's thread pool.
-#include <vector>
 
 #include "bind_cpu.h"
 #include "bind_negative_sampling.h"
@@ -22,12 +21,10 @@ void own_negatives(Tensor query, Tensor negatives, OptionalTensor mask, Optional
   const OwnNegatives own = own_negatives_arguments(query, negatives, mask, query_inverse_norm, logit_scale, logit_bias,
                                                    energy, reference, coefficient, smoothing, final, scores, value,
                                                    grad_query, grad_negatives, grad_scale, grad_bias);
-  if (own.grad_negatives != nullptr) {
-    advise_output(grad_negatives);
-  }
+  if (own.grad_negatives != nullptr) advise_output(grad_negatives);
   torch::stable::parallel_for(0, own.rows, row_grain(own.count * own.dim), [&](int64_t begin, int64_t end) {
-    std::vector<double> scratch(own_negatives_scratch_bytes(own) / sizeof(double));
-    SSLKERNELS_CALL_ISA(own_negatives, own, begin, end, scratch.data());
+    const auto scratch = scratch_of(int64_t(own_negatives_scratch_bytes(own)));
+    SSLKERNELS_CALL_ISA(own_negatives, own, begin, end, scratch.get());
   });
 }
 

@@ -61,12 +61,8 @@ void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, Optiona
 template <class Run>
 void over_gumbel_rows(const GumbelRows& rows, Run run) {
   torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
-    struct alignas(kLine) Line {
-      char bytes[kLine];
-    };
-    const int64_t size = rows.columns * (rows.element == Element::kDouble ? sizeof(double) : sizeof(float));
-    const std::unique_ptr<Line[]> scratch(new Line[(size + kLine - 1) / kLine]);
-    run(begin, end, scratch.get());
+    const int64_t bytes = rows.element == Element::kDouble ? sizeof(double) : sizeof(float);
+    run(begin, end, scratch_of(rows.columns * bytes).get());
   });
 }
 
@@ -105,14 +101,14 @@ void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, Optiona
 struct CodeSearchOnCpu {
   static constexpr bool kGain = false;
   static constexpr int64_t kPitch = 1;
-  std::vector<std::vector<double>> buffers;
+  std::vector<std::unique_ptr<Line[]>> buffers;
   std::vector<double> work, block_norm;
 
   template <class A>
   A* buffer(int64_t count) {
     if (count == 0) return nullptr;
-    buffers.emplace_back((count * sizeof(A) + sizeof(double) - 1) / sizeof(double));
-    return reinterpret_cast<A*>(buffers.back().data());
+    buffers.push_back(scratch_of(count * int64_t(sizeof(A))));
+    return reinterpret_cast<A*>(buffers.back().get());
   }
   void code_tile(const CodeTile& tile) { SSLKERNELS_CALL_ISA(code_tile, tile, 0, tile.source.rows); }
   template <class A>
@@ -154,8 +150,8 @@ void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Ten
   const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
   advise_output(values);
   torch::stable::parallel_for(0, gather.input.rows, row_grain(gather.input.dim), [&](int64_t begin, int64_t end) {
-    std::vector<double> work(2 * gather.input.dim);
-    SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.data());
+    const auto work = scratch_of(2 * gather.input.dim * int64_t(sizeof(double)));
+    SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.get());
   });
 }
 
@@ -164,8 +160,8 @@ void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor i
   advise_output(out);
   torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
                               [&](int64_t begin, int64_t end) {
-                                std::vector<double> work(2 * difference.input.dim);
-                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.data());
+                                const auto work = scratch_of(2 * difference.input.dim * int64_t(sizeof(double)));
+                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.get());
                               });
 }
 
@@ -209,9 +205,7 @@ void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, 
   const PredictionEnergyGradient gradient =
       prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
   const PredictionEnergy& inputs = gradient.inputs;
-  if (grad_prediction) {
-    advise_output(*grad_prediction);
-  }
+  advise_output(grad_prediction);
   const int64_t grain = row_grain(inputs.count * std::min(inputs.dim, kFeaturePart));
   torch::stable::parallel_for(0, inputs.batch * feature_parts(inputs), grain, [&](int64_t begin, int64_t end) {
     SSLKERNELS_CALL_ISA(prediction_energy_bwd, gradient, begin, end);

@@ -85,3 +85,9 @@ def _poisoned_memory_and_fixed_seed():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def as_users_run(_poisoned_memory_and_fixed_seed):
+    """Without deterministic algorithms, in which torch's own scatter and index_copy copy from the host."""
+    torch.use_deterministic_algorithms(False)

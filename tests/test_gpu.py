@@ -22,12 +22,6 @@ def problem(rows, dim, vocab, dtype=torch.bfloat16, ignored=0.5):
     return x, w, b, target
 
 
-@pytest.fixture
-def _as_users_run():
-    """Without deterministic algorithms, in which torch's own scatter and index_copy copy from the host."""
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("vocab", [30522, 50265, 50368, 128256, 250002])
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 def test_real_vocabularies(backend, mode, vocab):
@@ -141,7 +135,7 @@ def test_small_steps_for_the_sanitizer(backend, mode):
     assert sk.random_bits((3, 77), 5, device="cuda").shape == (3, 77)
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 def test_cuda_graph_capture_and_replay(backend, mode):
     x, w, b, target = problem(129, 64, 1003)
@@ -173,7 +167,7 @@ def test_cuda_graph_capture_and_replay(backend, mode):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 def test_no_synchronisation_but_the_documented_one(backend):
     """cross_entropy has none; linear_cross_entropy without a capacity reads the number of valid rows."""
     logits = torch.randn(33, 1003, device="cuda", requires_grad=True)
@@ -187,7 +181,7 @@ def test_no_synchronisation_but_the_documented_one(backend):
         sk.mask_tokens(ids, mask_id=1, vocab_size=1003, special_ids=range(2, 212, 3), mean_span=2.0, seed=3)
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("reduction", ["mean", "mean of num_items", "sum", "none"])
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 def test_no_synchronisation_with_a_capacity(backend, mode, reduction):
@@ -216,7 +210,7 @@ def test_no_synchronisation_with_a_capacity(backend, mode, reduction):
     assert all(leaf.grad.isfinite().all() for leaf in (x, w, b, tokens))
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 def test_a_captured_graph_follows_its_targets(backend, mode, capacity):
@@ -337,7 +331,7 @@ def test_masking_of_more_tokens_than_an_int32_counts(backend, mean_span):
     assert int((got.labels[-1] != -100).sum()) > 0
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("count", [4, 70])
 def test_masking_in_a_cuda_graph_draws_anew_on_each_replay(backend, count):
     """count: special ids, each a range of its own; the list outlives the call that captured it."""

@@ -14,12 +14,6 @@ pytestmark = pytest.mark.gpu
 OP = "contrastive_energy"
 
 
-@pytest.fixture
-def _as_users_run():
-    """Without deterministic algorithms, in which torch's own scatter and index_copy copy from the host."""
-    torch.use_deterministic_algorithms(False)
-
-
 def features(rows, dim, dtype=torch.bfloat16):
     x = F.normalize(torch.randn(rows, dim, device="cuda"), dim=1).to(dtype).requires_grad_()
     y = F.normalize(torch.randn(rows, dim, device="cuda"), dim=1).to(dtype).requires_grad_()
@@ -63,7 +57,7 @@ def every_loss(x, y, scale, negatives, ids):
     return loss + sk.nt_xent(x, y) + sk.siglip_loss(x, y, scale, -10.0)
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 def test_no_synchronisation():
     x, y, scale = features(131, 64)
     negatives = torch.randn(131, 5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -73,7 +67,7 @@ def test_no_synchronisation():
         every_loss(x, y, scale, negatives, ids).backward()
 
 
-@pytest.mark.usefixtures("_as_users_run")
+@pytest.mark.usefixtures("as_users_run")
 def test_cuda_graph_capture_and_replay():
     x, y, scale = features(131, 64)
     negatives = torch.randn(131, 5, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -12,13 +12,8 @@ from cuda_graphs import no_synchronisation
 import sslkernels as sk
 from benchmarks import memory
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "gaussian_rsample"
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run():
-    torch.use_deterministic_algorithms(False)
 
 
 def parameters(rows, columns, dtype=torch.float32):

@@ -13,14 +13,9 @@ from cuda_graphs import captured
 import sslkernels as sk
 from benchmarks import memory
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "gumbel_quantize"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run():
-    torch.use_deterministic_algorithms(False)
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

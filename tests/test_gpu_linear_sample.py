@@ -11,14 +11,9 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.ops import linear_sample as module
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "linear_sample"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run():
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(rows: int, vocab: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,14 +7,9 @@ import torch
 
 import sslkernels as sk
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "random_normal"
 STREAMS = ("uniform", "exponential", "gumbel", "normal")
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run():
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("stream", STREAMS)

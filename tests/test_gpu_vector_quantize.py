@@ -8,14 +8,9 @@ from cuda_graphs import captured, no_synchronisation
 
 import sslkernels as sk
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "vector_quantize"
 METRICS = ("l2", "cosine", "dot")
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run():
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(rows, codes, dim, dtype):

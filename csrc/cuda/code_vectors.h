@@ -1,9 +1,12 @@
 // Rows of vectors whose element is an argument of the launch: N neighbouring columns at a time, as numbers of type A.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/vector_quantize.h"
 #include "columns.h"
 #include "packed_columns.h"
+#include "teams.h"
 
 namespace sslkernels {
 
@@ -112,27 +115,15 @@ __device__ __forceinline__ void store_vector(const A (&values)[N], Element eleme
   });
 }
 
-// The row of a thread, which a team of lanes of a warp shares, N columns each at a time.
+// The place of a thread: some lanes of a warp, or all, share a row.
 template <int N>
-struct VectorPlace {
-  int64_t row;
-  int column;  // the first
-  int step;    // to the next
-  int team;
+using VectorPlace = TeamPlace<N, false>;
 
-  explicit __device__ __forceinline__ VectorPlace(int team)
-      : row(int64_t(blockIdx.x) * (int(blockDim.x) / team) + int(threadIdx.x) / team),
-        column(int(threadIdx.x) % team * N),
-        step(team * N),
-        team(team) {}
-
-  // Over the team, by every thread of the warp.
-  template <class A>
-  __device__ __forceinline__ A sum(A value) const {
-    for (int away = team / 2; away > 0; away /= 2) value += shuffle_xor(value, away);
-    return value;
-  }
-};
+// Over the lanes that share a row, by every thread of the warp.
+template <int N, class A>
+__device__ __forceinline__ A sum_of_row(const VectorPlace<N>& place, A value) {
+  return over_lanes(value, place.lanes, [](A a, A b) { return a + b; });
+}
 
 // launch_for(A, N): N columns of the widest element are 16 bytes.
 template <class Launch>
@@ -142,15 +133,13 @@ void with_columns(bool is_double, int64_t widest_bytes, Launch launch_for) {
   return launch_for(float(), std::integral_constant<int, 8>());
 }
 
-// launch of a team a row.
+// launch of a team a row, at most a warp.
 template <class Arguments>
 void launch_over_rows(const char* name, void (*kernel)(Arguments, int), int64_t rows, int64_t dim, int columns,
                       const Arguments& arguments, void* stream) {
   check_dim(dim);
-  int team = 1;
-  while (team < kWarpSize && team * columns < dim) team *= 2;
-  const LaunchShape shape{ceil_div(rows, kVectorThreads / team), kVectorThreads, 0, 1};
-  launch(name, kernel, shape, stream, arguments, team);
+  const int team = power_of_2(std::min<int64_t>(ceil_div(dim, columns), kWarpSize));
+  launch(name, kernel, shape_of_teams(rows, team, kVectorThreads, 1, 0), stream, arguments, team);
 }
 
 }  // namespace sslkernels

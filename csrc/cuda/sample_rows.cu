@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
         }
       }
     }
-    for (int away = lanes / 2; away > 0; away /= 2) bar = std::fmax(bar, shuffle_xor(bar, away));
+    bar = over_lanes(bar, lanes, [](A a, A b) { return std::fmax(a, b); });
   }
   if (begun && place.first()) own.sum += moved(*sum_exp, begun_max, own.max);
 

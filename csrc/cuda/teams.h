@@ -19,8 +19,8 @@ inline LaunchShape shape_of_teams(int64_t rows, int team, int threads, int clust
   return {ceil_div(rows, threads / team), threads, shared_bytes, 1};
 }
 
-// The place of a thread: its chunks of kChunk columns are lane, lane + step, ...
-template <int kChunk>
+// The place of a thread: its chunks of kChunk columns are lane, lane + step, ... kWide: a team may be more than a warp.
+template <int kChunk, bool kWide = true>
 struct TeamPlace {
   int64_t row;
   bool in_range;
@@ -30,8 +30,8 @@ struct TeamPlace {
   int lanes;   // of a warp that share a row; 0: the row has the block
 
   __device__ __forceinline__ TeamPlace(int64_t rows, int columns, int team) {
-    lanes = team <= kWarpSize ? team : 0;
-    if (lanes > 0) {
+    lanes = !kWide || team <= kWarpSize ? team : 0;
+    if (!kWide || lanes > 0) {
       row = int64_t(blockIdx.x) * (int(blockDim.x) / team) + int(threadIdx.x) / team;
       lane = int(threadIdx.x) % team;
       step = team;
@@ -46,15 +46,20 @@ struct TeamPlace {
   __device__ __forceinline__ bool first() const { return in_range && lane == 0; }
 };
 
+// combine(value, that of another) over the lanes of a warp that share a row, a power of 2 of them; by the whole warp.
+template <class Value, class Combine>
+__device__ __forceinline__ Value over_lanes(Value value, int lanes, Combine combine) {
+  for (int away = lanes / 2; away > 0; away /= 2) value = combine(value, shuffle_xor(value, away));
+  return value;
+}
+
 // Reductions over the team of a row.
 template <class Value>
 struct TeamReduction {
   using Blocks = Reduction<Value>;
 
   static __device__ __forceinline__ Value run(Value value, int lanes, typename Blocks::Scratch* scratch) {
-    if (lanes == 0) return Blocks::over_cluster(value, scratch);
-    for (int away = lanes / 2; away > 0; away /= 2) value = Value::combine(value, shuffle_xor(value, away));
-    return value;
+    return lanes == 0 ? Blocks::over_cluster(value, scratch) : over_lanes(value, lanes, Value::combine);
   }
   static __device__ __forceinline__ void finish(int lanes) {
     if (lanes == 0) Blocks::finish();

@@ -13,12 +13,12 @@ namespace {
 template <class A, int N>
 __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
     code_tile_kernel(const __grid_constant__ CodeTile tile, int team) {
-  const VectorPlace<N> place(team);
   const int dim = int(tile.source.dim);
-  const bool in_range = place.row < tile.source.rows;
+  const VectorPlace<N> place(tile.source.rows, dim, team);
   [[maybe_unused]] A* out = static_cast<A*>(tile.tile);
   double sum = 0;
-  for (int column = place.column; in_range && column < dim; column += place.step) {
+  for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
+    const int column = chunk * N;
     A x[N];
     load_vector(tile.source, place.row, column, x);
     if constexpr (N * sizeof(A) <= 16) {  // else only the norm is asked for
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += double(x[k]) * double(x[k]);
   }
-  sum = place.sum(sum);
-  if (!in_range || place.column > 0) return;
+  sum = sum_of_row(place, sum);
+  if (!place.first()) return;
   A norm = rounded_up_norm<A>(sum);
   if (tile.gain != nullptr) static_cast<A*>(tile.gain)[place.row] = gain_of<A>(sum, &norm);
   if (tile.half_square != nullptr) static_cast<A*>(tile.half_square)[place.row] = A(sum / 2);
@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
 template <class A, int N>
 __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
     gather_codes_kernel(const __grid_constant__ CodeGather gather, int team) {
-  const VectorPlace<N> place(team);
   const int dim = int(gather.input.dim);
-  const bool in_range = place.row < gather.input.rows;
-  const int64_t code = in_range ? gather.index[place.row] : 0;
-  const double score = in_range ? gather.score[place.row] : 0;
+  const VectorPlace<N> place(gather.input.rows, dim, team);
+  const int64_t code = place.in_range ? gather.index[place.row] : 0;
+  const double score = place.in_range ? gather.score[place.row] : 0;
   A sum = 0;
-  for (int column = place.column; in_range && column < dim; column += place.step) {
+  for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
+    const int column = chunk * N;
     A x[N], values[N];
     load_vector(gather.codebook, code, column, values);
     load_vector(gather.input, place.row, column, x);
@@ -61,19 +61,20 @@ __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
     }
     store_vector(values, gather.input.element, gather.values, place.row, dim, column);
   }
-  sum = place.sum(sum);
-  if (in_range && place.column == 0) static_cast<A*>(gather.distance)[place.row] = score == score ? sum : A(NAN);
+  sum = sum_of_row(place, sum);
+  if (place.first()) static_cast<A*>(gather.distance)[place.row] = score == score ? sum : A(NAN);
 }
 
 template <class A, int N>
 __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
     code_difference_kernel(const __grid_constant__ CodeDifference difference, int team) {
-  const VectorPlace<N> place(team);
   const int dim = int(difference.input.dim);
-  if (place.row >= difference.input.rows) return;
+  const VectorPlace<N> place(difference.input.rows, dim, team);
+  if (!place.in_range) return;
   const int64_t code = difference.index[place.row];
   const A coefficient = static_cast<const A*>(difference.coefficient)[place.row];
-  for (int column = place.column; column < dim; column += place.step) {
+  for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
+    const int column = chunk * N;
     A x[N], values[N];
     load_vector(difference.codebook, code, column, values);
     load_vector(difference.input, place.row, column, x);
