@@ -12,74 +12,21 @@ namespace sslkernels {
 
 constexpr int kVectorThreads = 256;
 
-// N elements of T at once, of 4, 8 or 16 bytes.
-template <int N, class T>
-struct Chunk {
-  static constexpr int kBytes = N * int(sizeof(T));
-  static constexpr int kWords = kBytes / 4;
-  static_assert(kBytes % 4 == 0 && kBytes <= 16, "Chunk: words, and one access");
-  using Access = Together<uint32_t, kWords>;
-
-  static __device__ __forceinline__ bool fits(const T* row, int column, int dim) {
-    return column + N <= dim && reinterpret_cast<uint64_t>(row + column) % kBytes == 0;
-  }
-  static __device__ __forceinline__ Access load(const T* from) {
-    if constexpr (kWords == 4) {
-      const Words words = load_words_cached(from);
-      return {{words.at[0], words.at[1], words.at[2], words.at[3]}};
-    } else {
-      return *reinterpret_cast<const Access*>(from);
-    }
-  }
-};
-
 // Zeros beyond the end of the row.
 template <int N, class T, class A>
 __device__ __forceinline__ void load_chunk(const T* row, int column, int dim, A (&out)[N]) {
-  using Access = Chunk<N, T>;
-  if (!Access::fits(row, column, dim)) {
+  T elements[N];
+  load_values(row, column, dim, elements);
 #pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = column + k < dim ? A(to_float(row[column + k])) : A(0);
-    return;
-  }
-  const auto words = Access::load(row + column);
-#pragma unroll
-  for (int w = 0; w < Access::kWords; ++w) {
-    if constexpr (sizeof(T) == 2) {
-      float low, high;
-      unpack(words.at[w], T{}, low, high);
-      out[2 * w] = low;
-      out[2 * w + 1] = high;
-    } else if constexpr (sizeof(T) == 4) {
-      out[w] = bit_cast<float>(words.at[w]);
-    } else if (w % 2 == 0) {
-      out[w / 2] = bit_cast<double>(uint64_t(words.at[w]) | uint64_t(words.at[w + 1]) << 32);
-    }
-  }
+  for (int k = 0; k < N; ++k) out[k] = A(to_float(elements[k]));
 }
 
 template <int N, class T, class A>
 __device__ __forceinline__ void store_chunk(const A (&values)[N], T* row, int column, int dim) {
-  using Access = Chunk<N, T>;
-  if (!Access::fits(row, column, dim)) {
+  T elements[N];
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (column + k < dim) from_float(values[k], row + column + k);
-    }
-    return;
-  }
-  typename Access::Access words;
-#pragma unroll
-  for (int w = 0; w < Access::kWords; ++w) {
-    if constexpr (sizeof(T) == 2) {
-      words.at[w] = pack(float(values[2 * w]), float(values[2 * w + 1]), T{});
-    } else if constexpr (sizeof(T) == 4) {
-      words.at[w] = bit_cast<uint32_t>(float(values[w]));
-    } else {
-      words.at[w] = uint32_t(bit_cast<uint64_t>(double(values[w / 2])) >> (w % 2 * 32));
-    }
-  }
-  *reinterpret_cast<typename Access::Access*>(row + column) = words;
+  for (int k = 0; k < N; ++k) from_float(values[k], &elements[k]);
+  store_values(elements, row, column, dim);
 }
 
 // visit(T{}) with the type of the elements. N of the widest type that occurs are 16 bytes: see with_columns.

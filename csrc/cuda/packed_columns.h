@@ -125,7 +125,7 @@ __device__ __forceinline__ void load_values(const A* row, int column, int column
     for (int k = 0; k < W; ++k) out[k] = all.at[k];
   } else {
 #pragma unroll
-    for (int k = 0; k < W; ++k) out[k] = column + k < columns ? from[k] : A(0);
+    for (int k = 0; k < W; ++k) out[k] = column + k < columns ? from[k] : A{};
   }
 }
 
