@@ -17,10 +17,13 @@ from benchmarks import code_kernels, energy_kernels, gumbel_kernels, harness, pr
 from benchmarks.bench_cross_entropy import make_inputs as make_logits
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
-from sslkernels import native, use_backend
-from sslkernels.ops import gaussian_operators, negative_sampling, row_sums
-from sslkernels.ops.own_negatives import SOFTMAX, own_negatives
-from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, Rows, TritonRows, accumulation_dtype
+from sslkernels import use_backend
+from sslkernels.contrastive import word2vec
+from sslkernels.contrastive.query_negatives import SOFTMAX, own_negatives
+from sslkernels.core import native, segment_sum
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent import gaussian_operators
+from sslkernels.vocabulary.softmax_rows import NativeRows, ReferenceRows, RowOptions, Rows, TritonRows
 
 OP = "kernels"
 PLAIN = "plain torch"
@@ -116,7 +119,7 @@ def _pairs(fill: Callable[..., object], t: Inputs) -> None:
 
 def _pairs_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     exact = {name: t[name].double() for name in ("logits", "loss", "slopes", "direction")}
-    _pairs(negative_sampling._fill_reference, {**t, **exact})
+    _pairs(word2vec._fill_reference, {**t, **exact})
     return exact["loss"], exact["direction"]
 
 
@@ -236,7 +239,7 @@ KERNELS = {
         lambda rows, case, t: _pairs(_native("negative_sampling_fwd"), t),
         lambda case, t: (t["loss"], t["direction"]),
         _pairs_oracle,
-        lambda case, t: _pairs(negative_sampling._fill_reference, t),
+        lambda case, t: _pairs(word2vec._fill_reference, t),
     ),
     "gaussian_fwd": _gaussian_kernel(0.75),
     "gaussian_bwd": _gaussian_kernel(0.85),
@@ -253,7 +256,7 @@ KERNELS = {
         lambda rows, case, t: _row_sums(t),
         lambda case, t: (t["out"],),
         _row_sums_oracle,
-        lambda case, t: row_sums.reference(t["keys"], t["coefficient"], t["logits"], None, t["out"]),
+        lambda case, t: segment_sum.reference(t["keys"], t["coefficient"], t["logits"], None, t["out"]),
     ),
 }
 
@@ -409,7 +412,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
             inputs[name] = torch.empty(shape, dtype=acc, device=device)
     if case.op == "weighted_row_sums":
         inputs["keys"] = torch.randint(rows // ENTRIES_OF_ROW, (rows,), generator=generator, device=device)
-        _, inputs["order"], inputs["starts"] = row_sums.sort_rows(inputs["keys"], rows // ENTRIES_OF_ROW)
+        _, inputs["order"], inputs["starts"] = segment_sum.sort_rows(inputs["keys"], rows // ENTRIES_OF_ROW)
         inputs["out"] = torch.empty(rows // ENTRIES_OF_ROW, vocab, dtype=case.dtype, device=device)
     return inputs
 

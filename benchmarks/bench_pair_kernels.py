@@ -13,8 +13,7 @@ from torch import Tensor
 from benchmarks import harness, providers
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
 from benchmarks.providers import OURS
-from sslkernels import native
-from sslkernels.ops.pair_scores import (
+from sslkernels.contrastive.score_tiles import (
     SIGMOID,
     SOFTMAX,
     ColumnSums,
@@ -28,6 +27,7 @@ from sslkernels.ops.pair_scores import (
     Tile,
     TritonPairs,
 )
+from sslkernels.core import native
 
 OP = "pair_kernels"
 SUMS, GRADIENTS = "pair_sums", "pair_gradients"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case
-from sslkernels.ops.rows import accumulation_dtype
-from sslkernels.ops.vector_quantize import KERNELS
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent.vector_quantize import KERNELS
 
 NAMES = ("gather_codes", "code_difference")
 Inputs = dict[str, Tensor]

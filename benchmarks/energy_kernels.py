@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case
-from sslkernels.ops import free_energy, prediction_energy
-from sslkernels.ops.rows import accumulation_dtype
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent import free_energy, prediction_energy
 
 BETA = 1.0
 Inputs = dict[str, Tensor]

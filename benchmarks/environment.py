@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from sslkernels import native
+from sslkernels.core import native
 from sslkernels.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case
-from sslkernels import native
-from sslkernels.ops.gumbel_rows import (
+from sslkernels.core import native
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent.gumbel_rows import (
     HARD,
     GumbelRows,
     NativeGumbelRows,
@@ -20,7 +21,6 @@ from sslkernels.ops.gumbel_rows import (
     perturbed,
     triton_rows,
 )
-from sslkernels.ops.rows import accumulation_dtype
 
 Inputs = dict[str, Tensor]
 # The part of the bandwidth of a copy that a bar asks for: a number takes about 50 instructions.

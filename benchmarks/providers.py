@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Row, Run
-from sslkernels import dispatch
+from sslkernels.core import backends
 
 OURS = "sslkernels"
 EAGER = "eager torch"
@@ -66,7 +66,7 @@ def patience(device: torch.device) -> float:
 def why_not(public: str, backend: str, device: torch.device) -> str | None:
     if backend == "triton" and device.type == "cpu":
         return "it runs on cuda tensors"
-    return dispatch.why_not(public, backend, device)
+    return backends.why_not(public, backend, device)
 
 
 def within(backend: str, build: Build) -> Build:

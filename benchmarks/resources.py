@@ -15,7 +15,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from sslkernels import native
+from sslkernels.core import native
 
 REGISTERS = 65536  # of a multiprocessor, on sm_80, sm_90 and sm_100
 WARPS = 64

@@ -24,16 +24,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import sslkernels
 from benchmarks.resources import REGISTERS, WARPS, cuobjdump
-from sslkernels import triton_kernels
 
 # Bytes of shared memory of a multiprocessor, of which a block takes 1 KiB itself.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
 def modules() -> Iterator[ModuleType]:
-    for module in pkgutil.iter_modules(triton_kernels.__path__):
-        yield importlib.import_module(f"{triton_kernels.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(sslkernels.__path__, "sslkernels."):
+        if ".triton." in module.name:
+            yield importlib.import_module(module.name)
 
 
 def kernels() -> dict[str, Any]:

@@ -1,28 +1,23 @@
 """Fused kernels for self-supervised learning in PyTorch."""
 
-from sslkernels import distributions, nn
-from sslkernels.dispatch import available_backends, use_backend
-from sslkernels.ops.contrastive import ContrastiveStats, contrastive_energy
-from sslkernels.ops.contrastive_losses import clip_loss, info_nce, nt_xent, siglip_loss
-from sslkernels.ops.cross_entropy import CrossEntropyStats, cross_entropy
-from sslkernels.ops.free_energy import free_energy
-from sslkernels.ops.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
-from sslkernels.ops.gumbel_quantize import GumbelQuantized, gumbel_quantize
-from sslkernels.ops.gumbel_softmax import gumbel_softmax
-from sslkernels.ops.linear_cross_entropy import linear_cross_entropy
-from sslkernels.ops.linear_sample import LinearSample, linear_sample
-from sslkernels.ops.mask_tokens import MaskedTokens, mask_tokens
-from sslkernels.ops.negative_sampling import negative_sampling_loss
-from sslkernels.ops.prediction_energy import prediction_energy
-from sslkernels.ops.random_streams import (
-    random_bits,
-    random_exponential,
-    random_gumbel,
-    random_normal,
-    random_uniform,
-)
-from sslkernels.ops.vector_quantize import Quantized, vector_quantize
+from sslkernels import nn
+from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
+from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
+from sslkernels.contrastive.word2vec import negative_sampling_loss
+from sslkernels.core.backends import available_backends, use_backend
+from sslkernels.latent import distributions
+from sslkernels.latent.free_energy import free_energy
+from sslkernels.latent.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
+from sslkernels.latent.gumbel_quantize import GumbelQuantized, gumbel_quantize
+from sslkernels.latent.gumbel_softmax import gumbel_softmax
+from sslkernels.latent.prediction_energy import prediction_energy
+from sslkernels.latent.vector_quantize import Quantized, vector_quantize
+from sslkernels.random.streams import random_bits, random_exponential, random_gumbel, random_normal, random_uniform
 from sslkernels.version import __version__
+from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
+from sslkernels.vocabulary.linear_sample import LinearSample, linear_sample
+from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
 
 __all__ = [
     "ContrastiveStats",

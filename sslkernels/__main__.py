@@ -8,7 +8,7 @@ import platform
 import torch
 
 import sslkernels
-from sslkernels import dispatch, native
+from sslkernels.core import backends, native
 
 
 def _version(package: str) -> str:
@@ -49,20 +49,20 @@ def report() -> str:
     else:
         reason = "this torch was built without CUDA" if torch.version.cuda is None else "no device was found"
         lines.append(f"gpu        none: {reason}")
-    lines.append(f"backend    {dispatch.current_choice()} (SSLKERNELS_BACKEND or use_backend)")
+    lines.append(f"backend    {backends.current_choice()} (SSLKERNELS_BACKEND or use_backend)")
 
     for device in _devices():
         lines.append(f"\nOn {device}:")
-        for op in dispatch.public_ops():
-            lines.append(f"  {op:22} uses {dispatch.chosen(op, device)}")
-        for backend in dispatch.BACKENDS:
+        for op in backends.public_ops():
+            lines.append(f"  {op:22} uses {backends.chosen(op, device)}")
+        for backend in backends.BACKENDS:
             reasons: dict[str, list[str]] = {}
-            for op in dispatch.public_ops():
-                reason = dispatch.why_not(op, backend, device)
+            for op in backends.public_ops():
+                reason = backends.why_not(op, backend, device)
                 if reason is not None:
                     reasons.setdefault(reason, []).append(op)
             for reason, ops in reasons.items():
-                which = "" if len(ops) == len(dispatch.public_ops()) else f" ({', '.join(ops)})"
+                which = "" if len(ops) == len(backends.public_ops()) else f" ({', '.join(ops)})"
                 lines.append(f"  {backend} cannot run{which}: {reason}")
     return "\n".join(lines)
 

@@ -13,26 +13,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sslkernels.ops.pair_scores import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
-from sslkernels.ops.rows import RowOptions
-from sslkernels.triton_kernels import pair_sums
-from sslkernels.triton_kernels.code_search import best_codes
-from sslkernels.triton_kernels.cross_entropy import TritonRows
-from sslkernels.triton_kernels.free_energy import free_energy_bwd, free_energy_fwd
-from sslkernels.triton_kernels.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
-from sslkernels.triton_kernels.gumbel import TritonGumbelRows
-from sslkernels.triton_kernels.linear_cross_entropy import stream_forward
-from sslkernels.triton_kernels.linear_sample import linear_sample
-from sslkernels.triton_kernels.mask_tokens import mask_tokens
-from sslkernels.triton_kernels.negative_sampling import negative_sampling_fwd
-from sslkernels.triton_kernels.own_negatives import own_negatives
-from sslkernels.triton_kernels.pair_gradients import add_gradients
-from sslkernels.triton_kernels.pair_weighted_sums import add_weighted_sums
-from sslkernels.triton_kernels.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
-from sslkernels.triton_kernels.random_streams import random_stream
-from sslkernels.triton_kernels.row_sums import weighted_row_sums
-from sslkernels.triton_kernels.scale import scale_
-from sslkernels.triton_kernels.vector_quantize import code_difference, gather_codes
+from sslkernels.contrastive.score_tiles import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
+from sslkernels.contrastive.triton import tile_sums
+from sslkernels.contrastive.triton.query_negatives import own_negatives
+from sslkernels.contrastive.triton.tile_gradients import add_gradients
+from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
+from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
+from sslkernels.core.triton.scale import scale_
+from sslkernels.core.triton.segment_sum import weighted_row_sums
+from sslkernels.latent.triton.free_energy import free_energy_bwd, free_energy_fwd
+from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
+from sslkernels.latent.triton.gumbel_rows import TritonGumbelRows
+from sslkernels.latent.triton.nearest_code import best_codes
+from sslkernels.latent.triton.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
+from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
+from sslkernels.random.triton.streams import random_stream
+from sslkernels.vocabulary.softmax_rows import RowOptions, TritonRows, empty_outputs
+from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
+from sslkernels.vocabulary.triton.linear_sample import linear_sample
+from sslkernels.vocabulary.triton.mask_tokens import mask_tokens
 
 PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
 EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
@@ -76,7 +75,7 @@ def bind_rows(vocab: int, options: RowOptions, index_dtype: torch.dtype) -> None
     coefficient = torch.ones(()).expand(2)
     outputs = TritonRows().forward(logits, target, bias, weight, options, stats=every)
     TritonRows().forward(logits, target, bias, weight, options, stats=every, coefficient=coefficient, grad=logits)
-    TritonRows().backward(logits, target, bias, weight, options, outputs, coefficient, logits)
+    TritonRows().backward(logits, target, bias, weight, options, outputs.state, coefficient, logits)
 
 
 def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dtype) -> None:
@@ -85,7 +84,8 @@ def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dt
     target = torch.zeros(2, dtype=index_dtype)
     bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
     row_index = torch.zeros(2, dtype=index_dtype) if every else None
-    stream_forward(input, linear_weight, target, bias, weight, options, stats=every, row_index=row_index)
+    outputs = empty_outputs(input, 2 if row_index is None else row_index.shape[0], every)
+    stream_forward(input, linear_weight, target, bias, weight, outputs, options, every, row_index=row_index)
 
 
 def bind_sample(vocab: int, dim: int, every: bool) -> None:
@@ -210,10 +210,10 @@ def bind_pairs(columns: int, dim: int, every: bool) -> None:
     )
     sums = ColumnSums(torch.zeros(columns), zeros[1], None, *([zeros[1]] * 2 if every else [None] * 2))
     thresholds = Thresholds(None, None, torch.zeros(2))
-    pair_sums.FIXED_SHIFT_PAIRS = FIXED_SHIFT_FROM
-    pair_sums.add_sums(tile, rows, sums, thresholds, norms if every else None)
-    pair_sums.add_sums(tile, rows, None, thresholds, norms if every else None)
-    pair_sums.add_sums(tile._replace(energy=SIGMOID), RowSums(None, zeros[0], *[None] * 5), None, thresholds, None)
+    tile_sums.FIXED_SHIFT_PAIRS = FIXED_SHIFT_FROM
+    tile_sums.add_sums(tile, rows, sums, thresholds, norms if every else None)
+    tile_sums.add_sums(tile, rows, None, thresholds, norms if every else None)
+    tile_sums.add_sums(tile._replace(energy=SIGMOID), RowSums(None, zeros[0], *[None] * 5), None, thresholds, None)
     sides = [Side(*[torch.zeros(n)] * (4 if every else 2)) for n in (2, columns)]
     gradients = [torch.zeros(n, dim) for n in (2, columns)]
     add_gradients(tile, *sides, zeros[0], zeros[0].clone(), *gradients)

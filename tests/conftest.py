@@ -14,7 +14,7 @@ import interpreter
 import pytest
 
 import sslkernels as sk
-from sslkernels import dispatch
+from sslkernels.core import backends
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     interpreter.repair()
@@ -37,7 +37,7 @@ SLOW = (
     ("test_prediction_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
     ("test_gaussian.py", "triton", "", ("long_rows-bfloat16", "long_rows-float16", "long_rows-float64")),
     ("test_gaussian_noise.py", "test_compile_equals_eager", "True", ("triton", "reference")),
-    ("test_triton_pairs.py", "test_energies_against_dense_float64", "", ("",)),
+    ("test_triton_score_tiles.py", "test_energies_against_dense_float64", "", ("",)),
     ("test_vector_quantize.py", "triton", "", ("float16", "float64", "different_dtypes", "1e+25", "1e-16", "1e-30")),
     ("test_vector_quantize_autograd.py", "triton", "", ("float16", "float64", "wanted0", "wanted1", "wanted2")),
     ("test_vector_quantize_autograd.py", "test_compile_equals_eager", "True", ("triton", "reference")),
@@ -68,12 +68,12 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=dispatch.BACKENDS)
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Runs the test on every backend of the op family under test that can run here."""
     op = getattr(request.module, "OP", None)
     if request.param not in sk.available_backends(op, DEVICE):
-        pytest.skip(f"{request.param}: {dispatch.why_not(op or 'cross_entropy', request.param, torch.device(DEVICE))}")
+        pytest.skip(f"{request.param}: {backends.why_not(op or 'cross_entropy', request.param, torch.device(DEVICE))}")
     with sk.use_backend(request.param):
         yield request.param
 

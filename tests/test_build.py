@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import resources
-from sslkernels import native
+from sslkernels.core import native
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no compiled extension: {native.load_error}")

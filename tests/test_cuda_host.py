@@ -16,7 +16,7 @@ from cuda_host import run
 from row_oracle import DTYPES, assert_gradient, assert_outputs, make, oracle, tolerance_of
 from torch import Tensor
 
-from sslkernels.ops.rows import RowOptions, RowOutputs, empty_outputs
+from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, empty_outputs
 
 pytestmark = run.required
 

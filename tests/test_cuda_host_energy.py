@@ -13,7 +13,7 @@ from cuda_host import run
 from cuda_host.run import ELEMENTS, Call
 from torch import Tensor
 
-from sslkernels.ops.rows import accumulation_dtype
+from sslkernels.core.dtypes import accumulation_dtype
 
 pytestmark = run.required
 ONE = {"processors": 1}  # few threads fill the device: candidates and features are not split

@@ -14,10 +14,10 @@ from cuda_host import run
 from cuda_host.run import ELEMENTS, Call
 from torch import Tensor
 
-from sslkernels.ops import gaussian_operators as operators
-from sslkernels.ops.gaussian_operators import ELEMENTS as BY_ELEMENT
-from sslkernels.ops.gaussian_operators import NO_KL, ROWS, Gradients, Inputs, Options
-from sslkernels.ops.rows import accumulation_dtype
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent import gaussian_operators as operators
+from sslkernels.latent.gaussian_operators import ELEMENTS as BY_ELEMENT
+from sslkernels.latent.gaussian_operators import NO_KL, ROWS, Gradients, Inputs, Options
 
 pytestmark = run.required
 NAMES = Gradients._fields

@@ -15,7 +15,7 @@ import torch
 from cuda_host import run
 from torch import Tensor
 
-from sslkernels.ops.gumbel_rows import HARD, NONE, SOFT
+from sslkernels.latent.gumbel_rows import HARD, NONE, SOFT
 
 pytestmark = run.required
 

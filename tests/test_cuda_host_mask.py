@@ -12,7 +12,7 @@ from cuda_host import run
 from torch import Tensor
 
 import sslkernels as sk
-from sslkernels.ops.mask_tokens import mask_rule
+from sslkernels.vocabulary.mask_tokens import mask_rule
 
 pytestmark = run.required
 

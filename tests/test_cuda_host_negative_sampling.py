@@ -13,11 +13,11 @@ from cuda_host import run
 from cuda_host.run import ELEMENTS, Call
 from torch import Tensor
 
-from sslkernels.ops import row_sums
-from sslkernels.ops.rows import accumulation_dtype
+from sslkernels.core import segment_sum
+from sslkernels.core.dtypes import accumulation_dtype
 
 pytestmark = run.required
-CHUNK = 64  # kChunk in csrc/cuda/row_sums.cu
+CHUNK = 64  # kChunk in csrc/cuda/segment_sum.cu
 
 
 def short(dtype: torch.dtype) -> str:
@@ -133,7 +133,7 @@ class Sums:
 
     def call(self) -> Call:
         keys, coefficient, source, source_index = self.problem()
-        _, order, starts = row_sums.sort_rows(keys, self.rows)
+        _, order, starts = segment_sum.sort_rows(keys, self.rows)
         out = torch.full((self.rows, self.dim), 7.0, dtype=self.dtype)
         arrays = {"starts": starts, "order": order, "coefficient": coefficient, "source": source, "out": out}
         if source_index is not None:

@@ -14,7 +14,7 @@ from cuda_host import run
 from own_oracle import NAMES, OwnCase, assert_results, make, pairwise_cases
 from torch import Tensor
 
-from sslkernels.ops.own_negatives import HINGE, SIGMOID, SOFTMAX, empty_outputs
+from sslkernels.contrastive.query_negatives import HINGE, SIGMOID, SOFTMAX, empty_outputs
 
 pytestmark = run.required
 LOW = (torch.float32, torch.bfloat16, torch.float16)

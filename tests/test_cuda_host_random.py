@@ -11,7 +11,7 @@ from cuda_host import run
 from philox_oracle import KNOWN, as_int64
 from torch import Tensor
 
-from sslkernels.ops.random_streams import STREAMS, stream_values
+from sslkernels.random.streams import STREAMS, stream_values
 
 pytestmark = run.required
 

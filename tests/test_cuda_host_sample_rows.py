@@ -16,7 +16,7 @@ from cuda_host import run
 from torch import Tensor
 
 import sslkernels as sk
-from sslkernels.ops import noise
+from sslkernels.random import transforms
 
 pytestmark = run.required
 
@@ -196,6 +196,6 @@ def test_a_word_that_wins_is_made_a_gumbel_number():
     ends = torch.arange(1 << 16), torch.arange(2**32 - (1 << 16), 2**32)
     words = torch.cat([*ends, torch.arange(0, 2**32, 40009)])
     number = (words // 512).double() / 2**23
-    assert (noise.gumbel(words).double() <= -number.log() + 5e-4).all()
-    assert float(noise.gumbel(words).min()) > -3.2
-    assert float(noise.gumbel(words).max()) < 22.88
+    assert (transforms.gumbel(words).double() <= -number.log() + 5e-4).all()
+    assert float(transforms.gumbel(words).min()) > -3.2
+    assert float(transforms.gumbel(words).max()) < 22.88

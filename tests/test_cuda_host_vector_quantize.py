@@ -14,9 +14,9 @@ from cuda_host import run
 from cuda_host.run import ELEMENTS, Call
 from torch import Tensor
 
-from sslkernels.ops import code_search
-from sslkernels.ops.code_search import COSINE, METRICS
-from sslkernels.ops.rows import accumulation_dtype
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent import nearest_code
+from sslkernels.latent.nearest_code import COSINE, METRICS
 
 pytestmark = [run.required, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy, in the oracle
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -92,12 +92,12 @@ class Search:
         arrays |= {"index": torch.full((self.rows,), -7), "score": torch.full((self.rows,), -7.0, dtype=F64)}
         if METRICS[self.metric] == "l2" and not self.as_given:
             arrays["center"] = c.mean(0, dtype=F64).to(products).nan_to_num(0.0, 0.0, 0.0)
-        of_sums = code_search.MATRIX_UNIT_ROUNDING * (self.dim + 8)
+        of_sums = nearest_code.MATRIX_UNIT_ROUNDING * (self.dim + 8)
         rounding, error = 0.0, self.dim * torch.finfo(products).eps / 2
         if self.as_given:
             rounding, error = of_sums, of_sums / 2
         if self.tf32:
-            rounding, error = of_sums + code_search.TF32_ROUNDING, 2.0**-9
+            rounding, error = of_sums + nearest_code.TF32_ROUNDING, 2.0**-9
         dtype, code_dtype = self.dtypes()
         ints = {
             "input_element": ELEMENTS[dtype], "codebook_element": ELEMENTS[code_dtype], "input_rows": self.rows,

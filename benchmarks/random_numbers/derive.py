@@ -6,8 +6,8 @@ polynomial), with the coefficients rounded to float32 one by one, from the lowes
 - log:  log1p(f) = f + f^2 Q(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]
 - sine: sin(y) = y + y y^2 S(y^2), cosine: cos(y) = 1 + y^2 C(y^2) for y in [-pi/4, pi/4]
 
-Then every float32 that a word can lead to is put through the functions of `sslkernels.ops.noise`, whose coefficients
-must be these, and compared with float64 of the words. It takes some minutes.
+Then every float32 that a word can lead to is put through the functions of `sslkernels.random.transforms`, whose
+coefficients must be these, and compared with float64 of the words. It takes some minutes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslkernels.ops import noise
+from sslkernels.random import transforms
 
-LOG_TERMS, SINE_TERMS, COSINE_TERMS = len(noise.LOG), len(noise.SINE), len(noise.COSINE)
+LOG_TERMS, SINE_TERMS, COSINE_TERMS = len(transforms.LOG), len(transforms.SINE), len(transforms.COSINE)
 NODES = 2000
 
 
@@ -106,19 +106,19 @@ def largest_errors() -> dict[str, float]:
     largest = Largest()
     every = 1 << 32
     for small in (True, False):  # words as they are, and the complements of those that the logarithm takes so
-        for words in telling_words((noise.HALF_ROOT if small else every - noise.HALF_ROOT) - 1):
+        for words in telling_words((transforms.HALF_ROOT if small else every - transforms.HALF_ROOT) - 1):
             word = words if small else every - 1 - words
             exact = (
                 -torch.log((words.double() + 0.5) / every) if small else -torch.log1p(-(words.double() + 0.5) / every)
             )
-            found = noise.negative_log(word)
-            radius, gumbel = (2 * found.double()).sqrt().float(), -noise.log(found)
+            found = transforms.negative_log(word)
+            radius, gumbel = (2 * found.double()).sqrt().float(), -transforms.log(found)
             largest.show("-ln u, relative", (found.double() / exact - 1).abs())
             largest.show("radius, absolute", (radius.double() - (2 * exact).sqrt()).abs())
             largest.show("Gumbel, absolute", (gumbel.double() + exact.log()).abs())
     for words in telling_words((1 << 31) - 1):
         for z in (words, -words):  # what is left of an angle within its quadrant, times 4
-            sine, cosine = noise.sine_cosine(z)
+            sine, cosine = transforms.sine_cosine(z)
             angle = (z.double() + 2) * (np.pi / 4) / 2**31
             largest.show("sine, absolute", (sine.double() - angle.sin()).abs())
             largest.show("cosine, absolute", (cosine.double() - angle.cos()).abs())
@@ -128,9 +128,9 @@ def largest_errors() -> dict[str, float]:
 def main() -> None:
     for name, coefficients in derived().items():
         state = (
-            "as in sslkernels/ops/noise.py"
-            if coefficients == getattr(noise, name)
-            else "not those of sslkernels/ops/noise.py"
+            "as in sslkernels/random/transforms.py"
+            if coefficients == getattr(transforms, name)
+            else "not those of sslkernels/random/transforms.py"
         )
         print(f"{name}: {state}")
         for value in coefficients:

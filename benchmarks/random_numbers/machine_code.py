@@ -39,9 +39,9 @@ def counts() -> dict[str, float]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sslkernels.triton_kernels import random_streams
+    from sslkernels.random.triton import streams
 
-    (entry,) = (e for e in random_streams.aot_signatures() if e.name == "random-normal-fp32")
+    (entry,) = (e for e in streams.aot_signatures() if e.name == "random-normal-fp32")
     names = entry.kernel.arg_names
     found = {}
     for architecture in ARCHITECTURES:
@@ -52,7 +52,7 @@ def counts() -> dict[str, float]:
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned},
         )
         binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
-        numbers = 4 * random_streams.BLOCK / (32 * entry.options["num_warps"])
+        numbers = 4 * streams.BLOCK / (32 * entry.options["num_warps"])
         found[f"sm_{architecture}"] = straight_line(_disassembled(binary.asm["cubin"])) / numbers
     return found
 

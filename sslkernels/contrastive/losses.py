@@ -1,0 +1,184 @@
+"""The losses of contrastive learning by the names and arguments that their users know, over `contrastive_energy`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels.contrastive.energy import pair_energy
+from sslkernels.core import checks
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+) -> Tensor:
+    """InfoNCE of normalised features (van den Oord et al. 2018), as the package info-nce-pytorch computes it.
+
+    The scores of queries with keys never exist as a whole, nor do normalised copies of the features.
+
+    Args:
+        query: `(N, D)`; float32, bfloat16, float16 or float64, as all features.
+        positive_key: `(N, D)`, the key of each query.
+        negative_keys: None: the keys of the other queries; `(M, D)`: negatives that all queries share; `(N, K, D)`:
+            negatives of each query alone. With negatives given the keys of other queries are none.
+        temperature: divides the scores; a number, or a tensor of one element, which gets its gradient.
+        reduction: "mean", "sum" or "none".
+        negative_mode: "unpaired" for shared negatives, "paired" for those of each query.
+
+    Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype, shape or range.
+
+    >>> import sslkernels as sk
+    >>> query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+    >>> sk.info_nce(query, key, torch.randn(8, 5, 16), negative_mode="paired").backward()
+    """
+    name = "info_nce"
+    checks.choice(name, "negative_mode", negative_mode, ("unpaired", "paired"))
+    checks.tensor(name, "negative_keys", negative_keys, checks.FLOAT_DTYPES, optional=True)
+    _check_pair(name, "query", query, "positive_key", positive_key)
+    paired = negative_mode == "paired"
+    if negative_keys is not None:
+        shape = "(N, K, D)" if paired else "(M, D)"
+        dims = 3 if paired else 2
+        checks.dims(name, "negative_keys", negative_keys, dims, f'{shape} in negative_mode="{negative_mode}"', dims)
+        count, width = query.shape
+        expected = (count, negative_keys.shape[1], width) if paired else (negative_keys.shape[0], width)
+        checks.shape(name, "negative_keys", negative_keys, expected, shape)
+        _check_like(name, "negative_keys", negative_keys, "query", query)
+    return pair_energy(
+        name,
+        query,
+        positive_key,
+        logit_scale=_inverse(name, temperature),
+        normalize=True,
+        negatives=negative_keys if paired else None,
+        bank=None if paired else negative_keys,
+        in_batch=negative_keys is None,
+        reduction=reduction,
+    )
+
+
+def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, process_group: Any = None) -> Tensor:
+    """NT-Xent of SimCLR (Chen et al. 2020): each of the 2 N views against its other view and all the rest.
+
+    z0, z1: `(N, D)` views, normalised here; float32, bfloat16, float16 or float64. Mean over the 2 N views. The scores
+    are symmetric: half of them are computed, a strip at a time, and each serves two rows. `temperature`: a number, or a
+    tensor of one element, which gets its gradient. `process_group`: as in `contrastive_energy`.
+
+    Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
+
+    >>> import sslkernels as sk
+    >>> views = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    >>> sk.nt_xent(*views, temperature=0.1).backward()
+    """
+    name = "nt_xent"
+    _check_pair(name, "z0", z0, "z1", z1)
+    count = z0.shape[0]
+    partner = torch.arange(2 * count, device=z0.device).roll(count)
+    return pair_energy(
+        name,
+        torch.cat([z0, z1]),
+        None,
+        positive=partner,
+        exclude_self=True,
+        logit_scale=_inverse(name, temperature),
+        normalize=True,
+        process_group=process_group,
+    )
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    process_group: Any = None,
+) -> Tensor:
+    """The loss of CLIP (Radford et al. 2021) on features that the caller normalised, as open_clip's `ClipLoss`.
+
+    Half the cross-entropy of each image over all texts, half that of each text over all images; the score matrix never
+    exists. image_features, text_features: `(N, D)`. logit_scale, logit_bias: numbers or tensors of one element, with
+    exact gradients (that of the bias is 0). The scale is not clamped. `process_group`: as in `contrastive_energy`.
+
+    Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
+
+    >>> import sslkernels as sk
+    >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+    >>> loss = sk.clip_loss(image, text, logit_scale=1 / 0.07)
+    """
+    name = "clip_loss"
+    _check_pair(name, "image_features", image_features, "text_features", text_features)
+    return pair_energy(
+        name,
+        image_features,
+        text_features,
+        direction="symmetric",
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        process_group=process_group,
+    )
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    *,
+    process_group: Any = None,
+) -> Tensor:
+    """The loss of SigLIP (Zhai et al. 2023) on features that the caller normalised, as open_clip's `SigLipLoss`.
+
+    The sum over all pairs of softplus(-+ score), over N; the score matrix never exists, three matmuls in all. Arguments
+    and errors as those of `clip_loss`; scale and bias get exact gradients.
+
+    >>> import sslkernels as sk
+    >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+    >>> loss = sk.siglip_loss(image, text, logit_scale=10.0, logit_bias=-10.0)
+    """
+    name = "siglip_loss"
+    _check_pair(name, "image_features", image_features, "text_features", text_features)
+    return pair_energy(
+        name,
+        image_features,
+        text_features,
+        energy="sigmoid",
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        process_group=process_group,
+    )
+
+
+def _check_pair(function: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    """Two tensors (N, D) of one shape, by the names that the user gave them."""
+    for name, value in ((first_name, first), (second_name, second)):
+        checks.tensor(function, name, value, checks.FLOAT_DTYPES)
+        checks.dims(function, name, value, 2, "(N, D)", high=2)
+    checks.shape(function, second_name, second, first.shape, f"that of {first_name}")
+    _check_like(function, second_name, second, first_name, first)
+
+
+def _check_like(function: str, name: str, value: Tensor, of: str, reference: Tensor) -> None:
+    """Device, and outside autocast dtype, of another argument."""
+    checks.same_device(function, name, value, of, reference.device)
+    if value.dtype != reference.dtype and not checks.autocast(reference.device):
+        must = f"have the dtype of {of}, {reference.dtype}, outside autocast"
+        checks.fail(TypeError, function, name, must, value.dtype)
+
+
+def _inverse(function: str, temperature: float | Tensor) -> float | Tensor:
+    if isinstance(temperature, Tensor):
+        checks.tensor(function, "temperature", temperature, checks.FLOAT_DTYPES)
+        return temperature.reciprocal()
+    checks.number(function, "temperature", temperature)
+    if temperature == 0:
+        checks.fail(ValueError, function, "temperature", "not be 0", temperature)
+    return 1.0 / temperature

@@ -1,0 +1,387 @@
+"""Tiles of pair scores: the mechanism of every contrastive energy.
+
+A tile holds the dot products of some queries (rows) with some candidates (columns). With u = product * row_norm *
+column_norm, the score is s = logit_scale * u + logit_bias. A backend is a `PairKernels`: sums over the rows, sums over
+the columns, and the gradient in place of the products. Sums run on, so that a row may be given in several tiles.
+
+The designated pair of a row is left out of every tile; `contrastive_plan` adds it, in float32 whatever the dtype of the
+tile, so that a confident pair keeps its loss and its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows
+
+# Bytes of the buffer that holds the products of a strip.
+WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+SOFTMAX, SIGMOID, HINGE = 0, 1, 2
+ENERGIES = ("softmax", "sigmoid", "hinge")
+
+
+class Labels(NamedTuple):
+    """int32 labels of rows and columns: a pair whose labels are equal is the designated one (positive), a sample with
+    itself (self), or of one id. The first two are left out, the third too unless it makes further positives."""
+
+    row_positive: Tensor | None = None
+    column_positive: Tensor | None = None
+    row_self: Tensor | None = None
+    column_self: Tensor | None = None
+    row_id: Tensor | None = None
+    column_id: Tensor | None = None
+
+
+class Tile(NamedTuple):
+    """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products: where (rows, columns) of
+    that dtype may be written, None where the kernels need no such place; norms, labels and numbers as above."""
+
+    queries: Tensor
+    candidates: Tensor
+    products: Tensor | None
+    row_norm: Tensor | None
+    column_norm: Tensor | None
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    energy: int
+    labels: Labels
+    ids_positive: bool
+
+
+class RowSums(NamedTuple):
+    """Running, per row; float64 but for max and beaten. What is None is not computed.
+
+    max (softmax); sum: of exp(s - max), of softplus(s) (of softplus(-s) for further positives), or of
+    max(0, s - threshold); active (hinge): how many s > threshold; score_sum: of s; positive_sum: of s of further
+    positives; spread: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features; beaten (int64):
+    scores above positive_score, further positives apart.
+    """
+
+    max: Tensor | None
+    sum: Tensor
+    active: Tensor | None
+    score_sum: Tensor | None
+    positive_sum: Tensor | None
+    spread: Tensor | None
+    beaten: Tensor | None
+
+
+class ColumnSums(NamedTuple):
+    """As `RowSums`, per column."""
+
+    max: Tensor | None
+    sum: Tensor
+    active: Tensor | None
+    score_sum: Tensor | None
+    positive_sum: Tensor | None
+
+
+class Side(NamedTuple):
+    """What the rows, or the columns, add to the gradient of a score; None: nothing.
+
+    softmax: weight * exp(s - reference) - share (further positives) - smoothing, where reference is the log-sum-exp;
+    sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for further positives;
+    hinge: weight where s > reference, the threshold.
+    """
+
+    weight: Tensor | None = None
+    reference: Tensor | None = None
+    share: Tensor | None = None
+    smoothing: Tensor | None = None
+
+
+class Thresholds(NamedTuple):
+    """What scores are compared with: rows and columns in hinge; positive_score (rows) for `RowSums.beaten`."""
+
+    row: Tensor | None
+    column: Tensor | None
+    positive_score: Tensor | None
+
+
+class PairKernels:
+    """The kernels of one backend. Here: products by torch's matmul, sums and gradients by kernels that read them."""
+
+    def strip_rows(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
+        """(rows of a strip, whether its tiles need a place for their products); gradient: `add_gradients` follows, not
+        `weighted_sums`."""
+        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+        fit = workspace // max(columns * features.element_size(), 1)
+        return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
+
+    def begin(self, tile: Tile) -> None:
+        """Called once for each tile, before its sums and gradients."""
+        torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
+
+    def sums(
+        self,
+        tile: Tile,
+        rows: RowSums | None,
+        columns: ColumnSums | None,
+        thresholds: Thresholds,
+        cosine_norms: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Adds the tile to the running sums of its rows and columns. cosine_norms: the inverse norms of both, for the
+        spread."""
+        if rows is not None:
+            self.row_sums(tile, thresholds.row, thresholds.positive_score, cosine_norms, rows)
+        if columns is not None:
+            self.column_sums(tile, thresholds.column, columns)
+
+    def add_gradients(
+        self,
+        tile: Tile,
+        row: Side,
+        column: Side,
+        dot: Tensor,
+        total: Tensor,
+        grad_queries: Tensor | None,
+        grad_candidates: Tensor | None,
+        row_sums: RowSums | None = None,
+    ) -> None:
+        """With G the gradient of the scores times both norms: grad_queries += G @ candidates and grad_candidates +=
+        G.T @ queries, in the accumulation dtype; dot += sum of gradient * u and total += sum of the gradient of each
+        row, in float64. logit_scale is applied by the caller. row_sums: where `fuses_sums`, `sums` of the rows too."""
+        if row_sums is not None:
+            self.row_sums(tile, None, None, None, row_sums)
+        self.gradient(tile, row, column, dot, total)
+        if grad_queries is not None:
+            self._add_product(grad_queries, tile.products, tile.candidates)
+        if grad_candidates is not None:
+            self._add_product(grad_candidates, tile.products.t(), tile.queries)
+
+    def fuses_sums(self, features: Tensor) -> bool:
+        """Whether `add_gradients` of a sigmoid energy also gives its sums: the products are computed once for both."""
+        return False
+
+    def weighs(self, features: Tensor) -> bool:
+        """Whether there is `weighted_sums`: where the candidates are frozen, their products are computed once."""
+        return False
+
+    def weighted_sums(self, tile: Tile, rows: RowSums, weighted: Tensor, weighted_u: Tensor) -> None:
+        """Adds a softmax tile to max and sum of `rows`, and to the running sums over candidates of exp(s - max) *
+        column_norm * candidate (rows, D) and exp(s - max) * u (rows,), in the accumulation dtype."""
+        raise NotImplementedError
+
+    def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor) -> None:
+        """total += gradient @ values, in the dtype of total."""
+        if total.dtype == values.dtype:
+            torch.addmm(total, gradient, values, out=total)
+        elif total.is_cuda:
+            torch.addmm(total, gradient, values, out_dtype=total.dtype, out=total)
+        else:
+            self.add(total, torch.mm(gradient, values))
+
+    def row_sums(
+        self,
+        tile: Tile,
+        threshold: Tensor | None,
+        positive_score: Tensor | None,
+        cosine_norms: tuple[Tensor, Tensor] | None,
+        sums: RowSums,
+    ) -> None:
+        raise NotImplementedError
+
+    def column_sums(self, tile: Tile, threshold: Tensor | None, sums: ColumnSums) -> None:
+        raise NotImplementedError
+
+    def gradient(self, tile: Tile, row: Side, column: Side, dot: Tensor, total: Tensor) -> None:
+        """Replaces the products by G, and adds to dot and total."""
+        raise NotImplementedError
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """total += part, of different dtypes."""
+        total.add_(part)
+
+
+class ReferencePairs(PairKernels):
+    """Plain torch: it defines the sums and the gradient."""
+
+    def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
+        _, s, left_out, further = _scores(tile)
+        _add_sums(tile.energy, s, left_out, further, threshold, sums, 1)
+        if sums.spread is not None:
+            row_norm, column_norm = cosine_norms
+            cosine = tile.products.to(s.dtype) * (row_norm.unsqueeze(1) * column_norm)
+            sums.spread.add_((4 * cosine - 4).clamp(max=0).exp().masked_fill(left_out, 0).sum(1))
+        if sums.beaten is not None:
+            sums.beaten.add_(((s > positive_score.unsqueeze(1)) & ~further).sum(1))
+
+    def column_sums(self, tile, threshold, sums):
+        _, s, left_out, further = _scores(tile)
+        _add_sums(tile.energy, s, left_out, further, threshold, sums, 0)
+
+    def weighted_sums(self, tile, rows, weighted, weighted_u):
+        u, s, left_out, further = _scores(tile)
+        before = rows.max.clone()
+        _add_sums(SOFTMAX, s, left_out, further, None, rows, 1)
+        shift = torch.where(rows.max == float("-inf"), 0, rows.max)
+        decay, exp = (before - shift).exp(), (s - shift.unsqueeze(1)).exp()
+        candidates = tile.candidates.to(s.dtype)
+        if tile.column_norm is not None:
+            candidates = candidates * tile.column_norm.unsqueeze(1)
+        weighted.mul_(decay.unsqueeze(1)).add_(exp @ candidates)
+        weighted_u.mul_(decay).add_((exp * u.masked_fill(left_out, 0)).sum(1))
+
+    def gradient(self, tile, row, column, dot, total):
+        u, s, left_out, further = _scores(tile)
+        gradient = torch.zeros_like(s)
+        for side, dim in ((row, 1), (column, 0)):
+            if side.weight is None:
+                continue
+            weight, reference, share, smoothing = (None if v is None else v.unsqueeze(dim) for v in side)
+            if tile.energy == SOFTMAX:
+                gradient += weight * (s - reference).exp()
+                if share is not None:
+                    gradient -= torch.where(further, share, 0)
+                if smoothing is not None:
+                    gradient -= smoothing
+            elif tile.energy == SIGMOID:
+                gradient += weight * torch.where(further, -torch.sigmoid(-s), torch.sigmoid(s))
+            else:
+                over = s - reference
+                gradient += torch.where(over.isnan(), over, weight * (over > 0))
+        gradient.masked_fill_(left_out, 0)
+        dot.add_((gradient * u.masked_fill(left_out, 0)).sum(1))
+        total.add_(gradient.sum(1))
+        if tile.row_norm is not None:
+            gradient *= tile.row_norm.unsqueeze(1) * tile.column_norm
+        tile.products.copy_(gradient)
+
+
+def _scores(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u; s, -inf where left out; what is left out; what is a further positive."""
+    u = tile.products.to(tile.logit_scale.dtype)
+    if tile.row_norm is not None:
+        u = u * (tile.row_norm.unsqueeze(1) * tile.column_norm)
+    s = tile.logit_scale * u
+    if tile.logit_bias is not None:
+        s = s + tile.logit_bias
+    equal = [torch.zeros_like(s, dtype=torch.bool) for _ in range(3)]
+    for i, (row, column) in enumerate(zip(tile.labels[::2], tile.labels[1::2], strict=True)):
+        if row is not None:
+            equal[i] = row.unsqueeze(1) == column
+    positive, itself, same_id = equal
+    left_out = positive | itself
+    further = same_id & ~left_out
+    if not tile.ids_positive:
+        left_out, further = left_out | further, torch.zeros_like(further)
+    return u, s.masked_fill(left_out, float("-inf")), left_out, further
+
+
+def _add_sums(
+    energy: int,
+    s: Tensor,
+    left_out: Tensor,
+    further: Tensor,
+    threshold: Tensor | None,
+    sums: RowSums | ColumnSums,
+    dim: int,
+) -> None:
+    """Adds the sums over `dim` of a tile to the running ones."""
+    if s.shape[dim] == 0:
+        return
+    if energy == SOFTMAX:
+        moved = torch.maximum(sums.max, s.amax(dim))
+        shift = torch.where(moved == float("-inf"), 0, moved)  # nothing yet: every exponential is 0
+        sums.sum.mul_((sums.max - shift).exp()).add_((s - shift.unsqueeze(dim)).exp().sum(dim, dtype=torch.float64))
+        sums.max.copy_(moved)
+    elif energy == SIGMOID:
+        cost = torch.where(further, -s, s)
+        sums.sum.sub_(F.logsigmoid(-cost).sum(dim, dtype=torch.float64))
+    else:
+        over = s - threshold.unsqueeze(dim)
+        sums.sum.add_(over.clamp_min(0).sum(dim, dtype=torch.float64))
+        sums.active.add_((over > 0).sum(dim))
+    if sums.score_sum is not None:
+        sums.score_sum.add_(s.masked_fill(left_out, 0).sum(dim, dtype=torch.float64))
+    if sums.positive_sum is not None:
+        sums.positive_sum.add_(s.masked_fill(~further, 0).sum(dim, dtype=torch.float64))
+
+
+class NativePairs(PairKernels):
+    """The compiled extension."""
+
+    OPS = ("pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add")
+
+    def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
+        torch.ops.sslkernels_native.pair_row_sums(
+            *_flat(tile), threshold, positive_score, *(cosine_norms or (None, None)), *sums
+        )
+
+    def column_sums(self, tile, threshold, sums):
+        torch.ops.sslkernels_native.pair_column_sums(*_flat(tile), threshold, *sums)
+
+    def gradient(self, tile, row, column, dot, total):
+        torch.ops.sslkernels_native.pair_gradient(*_flat(tile), *row, *column, dot, total)
+
+    def add(self, total, part):
+        torch.ops.sslkernels_native.scale_add(part, None, total, True)
+
+
+def _flat(tile: Tile) -> tuple:
+    _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive = tile
+    return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
+
+
+class TritonPairs(ReferencePairs):
+    """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
+
+    def strip_rows(self, count, columns, features, gradient):
+        from sslkernels.contrastive.triton import tile_gradients, tile_sums
+
+        if features.dtype == torch.float64:
+            return super().strip_rows(count, columns, features, gradient)
+        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+        rows, written = max(count, 1), False
+        if gradient:
+            rows, written = tile_gradients.strip_rows(count, columns, features, workspace)
+        return min(rows, tile_sums.strip_rows(count, columns, workspace)), written
+
+    def begin(self, tile):
+        if tile.queries.dtype == torch.float64:
+            super().begin(tile)
+
+    def sums(self, tile, rows, columns, thresholds, cosine_norms):
+        from sslkernels.contrastive.triton.tile_sums import add_sums
+
+        if tile.queries.dtype == torch.float64:
+            return super().sums(tile, rows, columns, thresholds, cosine_norms)
+        add_sums(tile, rows, columns, thresholds, cosine_norms)
+
+    def add_gradients(self, tile, row, column, dot, total, grad_queries, grad_candidates, row_sums=None):
+        from sslkernels.contrastive.triton.tile_gradients import add_gradients
+
+        if tile.queries.dtype == torch.float64:
+            return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates, row_sums)
+        cost = None if row_sums is None else row_sums.sum
+        gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates, cost)
+        if written and grad_queries is not None:
+            self._add_scaled_product(grad_queries, tile.products, tile.candidates, gain)
+        if written and grad_candidates is not None:
+            self._add_scaled_product(grad_candidates, tile.products.t(), tile.queries, gain)
+
+    def fuses_sums(self, features):
+        return features.dtype != torch.float64
+
+    def weighs(self, features):
+        from sslkernels.contrastive.triton.score_tiles import weighs
+
+        return weighs(features.shape[1], features.dtype)
+
+    def weighted_sums(self, tile, rows, weighted, weighted_u):
+        from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
+
+        add_weighted_sums(tile, rows, weighted, weighted_u)
+
+    def _add_scaled_product(self, total: Tensor, gradient: Tensor, values: Tensor, gain: Tensor | None) -> None:
+        """total += gradient @ values / gain."""
+        if gain is None:
+            return self._add_product(total, gradient, values)
+        part = torch.zeros_like(total)
+        self._add_product(part, gradient, values)
+        total.addcmul_(part, 1 / gain)

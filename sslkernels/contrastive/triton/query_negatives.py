@@ -1,0 +1,346 @@
+"""Queries against negatives of their own: one program a row, its negatives in tiles of BLOCK_K by BLOCK_D.
+
+A row that fits one tile stays in registers: it is read once, and its gradient written once. Of a longer row the softmax
+reads each tile twice, for its weights need the sum over all of them; where a negative is wider than a tile, its
+gradient reads it again.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    Config,
+    accumulation_dtype,
+    next_power_of_2,
+    on_device_of,
+    signature,
+)
+from sslkernels.core.triton.numerics import log1p
+
+SOFTMAX, SIGMOID, HINGE = range(3)
+NORM_FLOOR = tl.constexpr(1e-12)
+
+
+def config(count: int, dim: int, dtype: torch.dtype) -> Config:
+    """A tile of as many negatives as the threads have registers for: 32 elements each, of float64 fewer."""
+    most, per_warp, most_warps = {2: (16384, 512, 16), 4: (8192, 512, 8), 8: (2048, 128, 16)}[dtype.itemsize]
+    block_d = min(next_power_of_2(dim), most)
+    block_k = min(next_power_of_2(count), most // block_d)
+    warps = min(max(block_k * block_d // per_warp, 1), most_warps)
+    shape = {"ONE_TILE": count <= block_k and dim <= block_d, "ONE_BLOCK": dim <= block_d}
+    return Config({**shape, "BLOCK_K": block_k, "BLOCK_D": block_d}, {"num_warps": warps})
+
+
+@triton.jit
+def _block(query, negatives, k, d, taken, D, ACC: tl.constexpr):
+    """Columns d of the query and of the negatives k; zeros where they take no part."""
+    x = tl.load(query + d, mask=d < D, other=0.0).to(ACC)
+    at = k[:, None] * D + d[None, :]
+    return x, tl.load(negatives + at, mask=taken[:, None] & (d < D)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def _dots(x, n, dot, square, NORMALISE: tl.constexpr):
+    dot += tl.sum(n * x[None, :], 1)
+    if NORMALISE:
+        square += tl.sum(n * n, 1)
+    return dot, square
+
+
+@triton.jit
+def _tile(
+    query, negatives, mask, k, K, D, inverse_norm, scale, bias,
+    HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, ONE_BLOCK: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of the negatives k: whether they take part; scores, else -inf; similarities, else 0; inverse norms; what of them
+    is taken from the query in their gradient; and, in one block, the query and they themselves."""
+    taken = k < K
+    if HAS_MASK:
+        taken = taken & (tl.load(mask + k, mask=taken, other=0) != 0)
+    d = tl.arange(0, BLOCK_D)
+    dot = tl.zeros((BLOCK_K,), ACC)
+    square = tl.zeros((BLOCK_K,), ACC)
+    x, n = _block(query, negatives, k, d, taken, D, ACC)
+    dot, square = _dots(x, n, dot, square, NORMALISE)
+    if not ONE_BLOCK:
+        for start in range(BLOCK_D, D, BLOCK_D):
+            further_x, further_n = _block(query, negatives, k, start + d, taken, D, ACC)
+            dot, square = _dots(further_x, further_n, dot, square, NORMALISE)
+    inverse = tl.full((BLOCK_K,), 1.0, ACC)
+    projection = tl.zeros((BLOCK_K,), ACC)
+    similarity = dot
+    if NORMALISE:
+        norm = tl.sqrt(square)
+        floor = tl.full((BLOCK_K,), NORM_FLOOR, ACC)
+        inverse = 1.0 / tl.where(norm < floor, floor, norm)
+        along = inverse * dot
+        similarity = inverse_norm * along
+        projection = tl.where(norm < floor, 0.0, inverse * along)
+    score = tl.where(taken, scale * similarity + bias, float("-inf"))
+    return taken, score, tl.where(taken, similarity, 0.0), inverse, projection, x, n
+
+
+@triton.jit
+def _anchor(top):
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _merge(top, total, score):
+    """The largest score, and the sum of exp(score - top), with more scores. NaN makes the sum NaN."""
+    new_top = tl.maximum(top, tl.max(tl.where(score == score, score, float("-inf")), 0))
+    anchor = _anchor(new_top)
+    kept = tl.where(top == float("-inf"), total, total * tl.exp(_anchor(top) - anchor))
+    return new_top, kept + tl.sum(tl.exp(score - anchor), 0)
+
+
+@triton.jit
+def _log_add_exp(a, b):
+    top = tl.where(a > b, a, b)
+    return tl.where((a == b) & (a - a != 0.0), a, top + log1p(tl.exp(-tl.abs(a - b))))
+
+
+@triton.jit
+def _energy(score, taken, threshold, ENERGY: tl.constexpr):
+    """What scores add to the energy of a row that is no softmax."""
+    if ENERGY == 1:
+        term = tl.where(score < 0.0, 0.0, score) + log1p(tl.exp(-tl.abs(score)))
+    else:
+        over = score - threshold
+        term = tl.where(over < 0.0, 0.0, over)
+    return tl.sum(tl.where(taken, term, 0.0), 0)
+
+
+@triton.jit
+def _weights(score, taken, value, threshold, coefficient, smoothing, ENERGY: tl.constexpr):
+    """The derivative of the energy times the coefficient; 0 where no part is taken."""
+    if ENERGY == 0:
+        weight = coefficient * tl.exp(score - _anchor(value)) - smoothing
+        weight = tl.where(value == float("-inf"), 0.0, weight)
+    elif ENERGY == 1:
+        e = tl.exp(-tl.abs(score))
+        weight = coefficient * (tl.where(score < 0.0, e, 1.0) / (1.0 + e))
+    else:
+        weight = tl.where(score > threshold, coefficient, tl.where(score <= threshold, 0.0, score - threshold))
+    return tl.where(taken, weight, 0.0)
+
+
+@triton.jit
+def _write(grad, x, n, k, d, taken, of_query, projection, K, D):
+    value = tl.where(taken[:, None], of_query[:, None] * (x[None, :] - projection[:, None] * n), 0.0)
+    at = k[:, None] * D + d[None, :]
+    tl.store(grad + at, value.to(grad.dtype.element_ty), mask=(k < K)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["K"])
+def own_negatives_kernel(
+    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, reference, coefficient, smoothing,
+    scores, value_out, grad_query, grad_negatives, grad_scale, grad_bias, K, D,
+    ENERGY: tl.constexpr, FINAL: tl.constexpr, HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
+    WANT_QUERY: tl.constexpr, WANT_NEGATIVES: tl.constexpr, WANT_SCORES: tl.constexpr,
+    ONE_TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = value_out.dtype.element_ty
+    APART: tl.constexpr = (ENERGY != 0) or FINAL  # a weight depends on its own score alone
+    TWICE: tl.constexpr = not (APART or ONE_TILE)
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_K).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    query += row * D
+    negatives += row * K * D
+    scores += row * K
+    if HAS_MASK:
+        mask += row * K
+    scale = tl.load(logit_scale)
+    bias = tl.full((), 0.0, ACC)
+    if HAS_BIAS:
+        bias = tl.load(logit_bias)
+    inverse_norm = tl.full((), 1.0, ACC)
+    if NORMALISE:
+        inverse_norm = tl.load(query_inverse_norm + row)
+    threshold = tl.full((), float("-inf") if ENERGY == 0 else 0.0, ACC)
+    if HAS_REFERENCE:
+        threshold = tl.load(reference + row)
+    factor = tl.full((), 0.0, ACC)
+    if GRADIENT:
+        factor = tl.load(coefficient + row)
+    smooth = tl.full((), 0.0, ACC)
+    if HAS_SMOOTHING:
+        smooth = tl.load(smoothing + row)
+
+    top = tl.full((), float("-inf"), ACC)
+    total = tl.full((), 0.0, ACC)
+    value = threshold if ENERGY == 0 else total
+    if TWICE:
+        for start in range(0, K, BLOCK_K):
+            k = start + lane
+            taken, score, similarity, inverse, projection, x, n = _tile(
+                query, negatives, mask, k, K, D, inverse_norm, scale, bias,
+                HAS_MASK, NORMALISE, ONE_BLOCK, ACC, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            top, total = _merge(top, total, score)
+            if WANT_SCORES:
+                tl.store(scores + k, score, mask=k < K)
+        value = _log_add_exp(threshold, _anchor(top) + tl.log(total))
+
+    of_scale = tl.full((), 0.0, ACC)
+    of_bias = tl.full((), 0.0, ACC)
+    of_query = tl.zeros((BLOCK_D,), ACC)
+    if GRADIENT or not TWICE:
+        for start in range(0, K, BLOCK_K):
+            k = start + lane
+            taken, score, similarity, inverse, projection, x, n = _tile(
+                query, negatives, mask, k, K, D, inverse_norm, scale, bias,
+                HAS_MASK, NORMALISE, ONE_BLOCK, ACC, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            if WANT_SCORES and not TWICE:
+                tl.store(scores + k, score, mask=k < K)
+            if ENERGY != 0:
+                value += _energy(score, taken, threshold, ENERGY)
+            elif ONE_TILE and not FINAL:
+                top, total = _merge(top, total, score)
+                value = _log_add_exp(threshold, _anchor(top) + tl.log(total))
+            if GRADIENT:
+                weight = _weights(score, taken, value, threshold, factor, smooth, ENERGY)
+                of_scale += tl.sum(weight * similarity, 0)
+                of_bias += tl.sum(weight, 0)
+                of_negative = weight * inverse
+                of_query_tile = scale * inverse_norm * of_negative
+                if ONE_BLOCK:
+                    if WANT_QUERY:
+                        of_query += tl.sum(of_query_tile[:, None] * n, 0)
+                    if WANT_NEGATIVES:
+                        _write(grad_negatives + row * K * D, x, n, k, d, taken, of_query_tile, projection, K, D)
+                elif WANT_QUERY or WANT_NEGATIVES:
+                    for start_d in range(0, D, BLOCK_D):
+                        columns = start_d + d
+                        further_x, further_n = _block(query, negatives, k, columns, taken, D, ACC)
+                        if WANT_QUERY:
+                            at = grad_query + row * D + columns
+                            sums = tl.sum(of_query_tile[:, None] * further_n, 0)
+                            before = tl.load(at, mask=(columns < D) & (start > 0), other=0.0)
+                            tl.store(at, before + sums, mask=columns < D)
+                        if WANT_NEGATIVES:
+                            _write(
+                                grad_negatives + row * K * D, further_x, further_n, k, columns, taken,
+                                of_query_tile, projection, K, D,
+                            )  # fmt: skip
+                    tl.debug_barrier()  # what a thread wrote of the query's gradient, another may read next
+
+    tl.store(value_out + row, value)
+    if GRADIENT:
+        tl.store(grad_scale + row, of_scale)
+        tl.store(grad_bias + row, of_bias)
+        if WANT_QUERY and ONE_BLOCK:
+            tl.store(grad_query + row * D + d, of_query, mask=d < D)
+
+
+def own_negatives(
+    query: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    query_inverse_norm: Tensor | None,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    energy: int,
+    reference: Tensor | None,
+    coefficient: Tensor | None,
+    smoothing: Tensor | None,
+    final: bool,
+    outputs: tuple[Tensor, ...],
+) -> None:
+    """Fills the outputs: scores, value, grad_query, grad_negatives, grad_scale and grad_bias, of no element where they
+    are not asked for."""
+    rows, count, dim = negatives.shape
+    if rows == 0:
+        return
+    scores, _, grad_query, grad_negatives, *_ = outputs
+    if count == 0:
+        grad_query.zero_()
+    chosen = config(count, dim, query.dtype)
+    with on_device_of(query):
+        own_negatives_kernel[(rows,)](
+            query,
+            negatives,
+            None if mask is None else mask.view(torch.uint8),
+            query_inverse_norm,
+            logit_scale,
+            logit_bias,
+            reference,
+            coefficient,
+            smoothing,
+            *outputs,
+            count,
+            dim,
+            ENERGY=energy,
+            FINAL=energy == SOFTMAX and final,
+            HAS_MASK=mask is not None,
+            NORMALISE=query_inverse_norm is not None,
+            HAS_BIAS=logit_bias is not None,
+            HAS_REFERENCE=reference is not None,
+            HAS_SMOOTHING=smoothing is not None,
+            GRADIENT=coefficient is not None,
+            WANT_QUERY=grad_query.numel() > 0,
+            WANT_NEGATIVES=grad_negatives.numel() > 0,
+            WANT_SCORES=scores.numel() > 0,
+            **chosen.constexprs,
+            **chosen.options,
+        )
+
+
+ABSENT = {
+    "mask": "HAS_MASK",
+    "query_inverse_norm": "NORMALISE",
+    "logit_bias": "HAS_BIAS",
+    "reference": "HAS_REFERENCE",
+    "coefficient": "GRADIENT",
+    "smoothing": "HAS_SMOOTHING",
+}
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    every = dict.fromkeys(ABSENT.values(), True) | dict.fromkeys(("WANT_QUERY", "WANT_NEGATIVES", "WANT_SCORES"), True)
+    plain = {**every, "HAS_MASK": False, "HAS_BIAS": False, "HAS_SMOOTHING": False, "WANT_SCORES": False}
+    forward = {**plain, "GRADIENT": False, "WANT_QUERY": False, "WANT_NEGATIVES": False, "NORMALISE": False}
+    for dtype, (count, dim), energy, flags in (
+        (torch.bfloat16, (32, 1024), SOFTMAX, plain),
+        (torch.bfloat16, (16, 1024), SOFTMAX, every),
+        (torch.bfloat16, (256, 768), SOFTMAX, plain),
+        (torch.bfloat16, (8, 512), SIGMOID, every),
+        (torch.bfloat16, (16, 40000), SOFTMAX, every),
+        (torch.float16, (32, 512), HINGE, every),
+        (torch.float16, (7, 300), SOFTMAX, forward),
+        (torch.float32, (32, 256), SOFTMAX, every),
+        (torch.float32, (4, 2048), SOFTMAX, every),
+        (torch.float32, (5, 128), SIGMOID, plain),
+        (torch.float32, (256, 768), SOFTMAX, every),
+        (torch.float64, (8, 100), SOFTMAX, every),
+        (torch.float64, (33, 3000), SIGMOID, every),
+    ):
+        yield _aot_entry(dtype, count, dim, energy, flags)
+
+
+def _aot_entry(dtype: torch.dtype, count: int, dim: int, energy: int, flags: dict[str, bool]) -> AotEntry:
+    chosen = config(count, dim, dtype)
+    element, acc = f"*{DTYPE_NAMES[dtype]}", f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+    kernel = own_negatives_kernel
+    types = {name: acc for name in kernel.arg_names if name.islower()}
+    types |= dict.fromkeys(("query", "negatives", "grad_negatives"), element) | {"mask": "*u8", "K": "i32", "D": "i32"}
+    none: dict[str, Any] = {name: None for name, flag in ABSENT.items() if not flags[flag]}
+    types = {name: kind for name, kind in types.items() if name not in none}
+    constexprs = {**flags, "ENERGY": energy, "FINAL": False, **none, **chosen.constexprs}
+    aligned = [name for name, kind in types.items() if kind.startswith("*")]
+    if dim % 16 == 0:
+        aligned.append("D")
+    label = "-".join(flag.lower() for flag, there in flags.items() if there)
+    name = f"own_negatives-{DTYPE_NAMES[dtype]}-{('softmax', 'sigmoid', 'hinge')[energy]}-{count}x{dim}-{label}"
+    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, chosen.options, tuple(aligned))

@@ -1,0 +1,424 @@
+"""The gradient of a tile of pair scores, from scores that are computed again.
+
+Where D is small, a program owns rows of a gradient: it takes all columns, one block after the other, and adds G times
+their features in registers. Rows and columns are exchanged for the gradient of the other side: five matmuls' work in
+all, and no memory but the results. Where D is large, G is written in the dtype of the features and multiplied by the
+library's matmuls: three. A program's sums are partials of its split of the columns, added up in their order.
+
+In float16, G is held times a power of two (`gain`): probabilities of many candidates are subnormal else, as are the
+inverse norms of wide features. What exceeds float16 nevertheless is set to its largest number.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.contrastive.triton.score_tiles import (
+    ENERGY_HINGE,
+    ENERGY_SIGMOID,
+    ENERGY_SOFTMAX,
+    SIGMOID,
+    SOFTMAX,
+    absent_operands,
+    block_products,
+    block_scores,
+    burden_of,
+    config,
+    costs_of,
+    features_of,
+    further_positives,
+    gain_of,
+    inside_of,
+    is_even,
+    left_out,
+    load_block,
+    narrowed,
+    operand_types,
+    operands,
+    owns_rows,
+    row_scale,
+    without,
+)
+from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, capability, on_device_of, pointers_aligned, processors
+from sslkernels.core.triton.numerics import exp_flushed
+from sslkernels.core.triton.products import feature_offsets, splits
+
+NOT_SPECIALIZED = ["rows", "columns", "column_tiles"]
+
+
+@triton.jit
+def _side_gradient(s, further, weight, reference, share, smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
+    """What the rows, or the columns, add to the gradient of scores; share and smoothing may be absent."""
+    if ENERGY == SOFTMAX:
+        gradient = weight * exp_flushed(s - reference)
+        if IDS_POSITIVE and share is not None:
+            gradient -= tl.where(further, share, 0.0)
+        if smoothing is not None:
+            gradient -= smoothing
+    elif ENERGY == SIGMOID:
+        if IDS_POSITIVE:
+            s = tl.where(further, -s, s)
+            weight = tl.where(further, -weight, weight)
+        e = exp_flushed(-tl.abs(s))  # as in `costs_of`
+        gradient = weight * (tl.where(s < 0.0, e, 1.0) / (1.0 + e))
+    else:
+        over = s - reference
+        gradient = tl.where(over > 0.0, weight, tl.where(over <= 0.0, 0.0, over))  # of NaN NaN
+    return gradient
+
+
+@triton.jit
+def _side(
+    s,
+    further,
+    weight,
+    reference,
+    share,
+    smoothing,
+    start,
+    lane,
+    inside,
+    AXIS: tl.constexpr,
+    ENERGY: tl.constexpr,
+    IDS_POSITIVE: tl.constexpr,
+):
+    return _side_gradient(
+        s, further, _vector(weight, start, lane, inside, AXIS), _vector(reference, start, lane, inside, AXIS),
+        _vector(share, start, lane, inside, AXIS), _vector(smoothing, start, lane, inside, AXIS), ENERGY, IDS_POSITIVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _vector(pointer, start, lane, inside, AXIS: tl.constexpr):
+    if pointer is None:
+        return None
+    else:
+        return tl.expand_dims(load_block(pointer, start, lane, inside, 0.0), AXIS)
+
+
+@triton.jit
+def _score_gradient(
+    s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference, row_share,
+    row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY: tl.constexpr,
+    IDS_POSITIVE: tl.constexpr,
+):  # fmt: skip
+    gradient = tl.zeros_like(s)
+    if row_weight is not None:
+        gradient += _side(
+            s, further, row_weight, row_reference, row_share, row_smoothing, row, row_lane, row_inside, 1,
+            ENERGY, IDS_POSITIVE,
+        )  # fmt: skip
+    if column_weight is not None:
+        gradient += _side(
+            s, further, column_weight, column_reference, column_share, column_smoothing, column, lane, column_inside, 0,
+            ENERGY, IDS_POSITIVE,
+        )  # fmt: skip
+    return without(out, gradient, 0.0)
+
+
+@triton.jit
+def _store_sums(dot_out, total_out, cost_out, dot, total, cost, row_norm, row, row_lane, rows):
+    at = tl.program_id(1).to(tl.int64) * rows + row
+    exists = row_lane < rows - row
+    if row_norm is not None:
+        dot *= row_norm
+    tl.store((dot_out + at) + row_lane, dot, exists)
+    tl.store((total_out + at) + row_lane, total, exists)
+    if cost_out is not None:
+        tl.store((cost_out + at) + row_lane, cost, exists)
+
+
+@triton.jit(do_not_specialize=["rows", "column_tiles"])  # whether columns divide by 16 decides how G is stored
+def pair_gradient_tile_kernel(
+    queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
+    column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
+    column_reference, column_share, column_smoothing, gain, gradient_out, dot_out, total_out, cost_out, rows, columns,
+    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """G (rows, columns), where it is asked for, and per split of the columns the sums of each row."""
+    row = tl.program_id(0) * BLOCK_M
+    row_lane = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    row_inside = inside_of(row_lane, row, rows, EVEN)
+    norm = load_block(row_norm, row, row_lane, row_inside, 0.0)
+    scale = row_scale(logit_scale, norm)
+    positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
+    self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
+    id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
+    query_offsets = feature_offsets(row_lane, row_inside, DIM)
+    dot = tl.zeros((BLOCK_M,), tl.float64)
+    total = tl.zeros((BLOCK_M,), tl.float64)
+    cost = tl.zeros((BLOCK_M,), tl.float64)
+    first = tl.program_id(1) * column_tiles
+    for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
+        column = column_tile * BLOCK_N
+        column_inside = inside_of(lane, column, columns, EVEN)
+        products = block_products(
+            queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets,
+            feature_offsets(lane, column_inside, DIM), DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        u = products
+        if column_norm is not None:
+            u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+        id_of_column = load_block(column_id, column, lane, column_inside, 0)
+        out = left_out(
+            row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
+            self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
+        )  # fmt: skip
+        further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+        s = block_scores(u, scale, logit_bias, None)
+        gradient = _score_gradient(
+            s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
+            row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
+            IDS_POSITIVE,
+        )  # fmt: skip
+        dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
+        total += tl.sum(gradient, 1).to(tl.float64)
+        if cost_out is not None:
+            costs = costs_of(s, further, None, ENERGY, IDS_POSITIVE)
+            cost += tl.sum(without(out, costs, 0.0), 1).to(tl.float64)
+        if gradient_out is not None:
+            if column_norm is not None:
+                # Loaded again: the registers are needed in between.
+                gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+                gradient *= norm[:, None]
+            at = gradient_out + (row.to(tl.int64) * columns + column)
+            at += row_lane.to(tl.int64)[:, None] * columns + lane[None, :]
+            value = narrowed(gradient, gain, gradient_out.dtype.element_ty)
+            if EVEN:
+                tl.store(at, value)
+            else:
+                tl.store(at, value, row_inside[:, None] & column_inside[None, :])
+    _store_sums(dot_out, total_out, cost_out, dot, total, cost, norm, row, row_lane, rows)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def pair_gradient_owner_kernel(
+    queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
+    column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
+    column_reference, column_share, column_smoothing, gain, features_out, dot_out, total_out, cost_out, rows, columns,
+    column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of G @ candidates: added to features_out (rows, D), or written for each split of the columns."""
+    row = tl.program_id(0) * BLOCK_M
+    row_lane = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_D)
+    row_inside = inside_of(row_lane, row, rows, EVEN)
+    norm = load_block(row_norm, row, row_lane, row_inside, 0.0)
+    scale = row_scale(logit_scale, norm)
+    positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
+    self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
+    id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
+    query = features_of(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
+    features = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dot = tl.zeros((BLOCK_M,), tl.float64)
+    total = tl.zeros((BLOCK_M,), tl.float64)
+    cost = tl.zeros((BLOCK_M,), tl.float64)
+    first = tl.program_id(1) * column_tiles
+    for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
+        column = column_tile * BLOCK_N
+        column_inside = inside_of(lane, column, columns, EVEN)
+        values = features_of(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
+        products = tl.dot(query, tl.trans(values), input_precision="ieee")
+        u = products
+        if column_norm is not None:
+            u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+        id_of_column = load_block(column_id, column, lane, column_inside, 0)
+        out = left_out(
+            row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
+            self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
+        )  # fmt: skip
+        further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+        s = block_scores(u, scale, logit_bias, None)
+        gradient = _score_gradient(
+            s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
+            row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
+            IDS_POSITIVE,
+        )  # fmt: skip
+        if dot_out is not None:
+            dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
+            total += tl.sum(gradient, 1).to(tl.float64)
+        if cost_out is not None:
+            costs = costs_of(s, further, None, ENERGY, IDS_POSITIVE)
+            cost += tl.sum(without(out, costs, 0.0), 1).to(tl.float64)
+        if column_norm is not None:
+            # Loaded again: the registers are needed in between.
+            gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+        features = tl.dot(narrowed(gradient, gain, values.dtype), values, features, input_precision="ieee")
+    if row_norm is not None:
+        features *= norm[:, None]
+    if gain is not None:
+        features /= tl.load(gain)
+    at = features_out + (tl.program_id(1).to(tl.int64) * rows + row) * DIM
+    at += row_lane[:, None] * DIM + depth[None, :]
+    inside = (row_lane[:, None] < rows - row) & (depth[None, :] < DIM)
+    if ADD:
+        features += tl.load(at, inside, other=0.0)
+    tl.store(at, features, inside)
+    if dot_out is not None:
+        _store_sums(dot_out, total_out, cost_out, dot, total, cost, norm, row, row_lane, rows)
+
+
+def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tuple[int, bool]:
+    """(rows of a strip, whether G is written there), where gradients follow. The strip is as long as fits, in whole
+    waves of the first matmul's tiles of 128 x 256 where one fits."""
+    dim = features.shape[1]
+    if owns_rows(dim, features.dtype):
+        return max(count, 1), False
+    fit = max(workspace // max(columns * features.element_size(), 1), 16)
+    wave = processors(features) * 128 // triton.cdiv(max(dim, 1), 256)
+    whole = fit // wave * wave if fit >= wave else fit
+    return max(min(whole // 16 * 16, count), 1), True
+
+
+def add_gradients(
+    tile: Any, row: Any, column: Any, dot: Tensor, total: Tensor, grad_queries: Tensor | None,
+    grad_candidates: Tensor | None, cost: Tensor | None = None,
+) -> tuple[Tensor | None, bool]:  # fmt: skip
+    """Adds to dot, total, cost (sums of `costs_of` rows) and, where D is small, to the gradients of queries and
+    candidates. Where it is large, leaves G in tile.products. Returns what G is multiplied by there (0-d, None for 1),
+    and whether it is there."""
+    features = tile.queries
+    wanted = grad_queries is not None or grad_candidates is not None
+    with on_device_of(features):
+        if not owns_rows(features.shape[1], features.dtype):
+            gain = gain_of(tile, True) if wanted else None
+            _gradient_tile(tile, row, column, (dot, total, cost), gain, tile.products if wanted else None)
+            return gain, wanted
+        if grad_queries is not None:
+            _owned(tile, False, row, column, grad_queries, (dot, total, cost))
+        else:
+            _gradient_tile(tile, row, column, (dot, total, cost), None, None)
+        if grad_candidates is not None:
+            _owned(tile, True, column, row, grad_candidates)
+    return None, False
+
+
+def _flags(tile: Any) -> dict[str, Any]:
+    further = tile.ids_positive and tile.labels.row_id is not None
+    return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": further}
+
+
+def _burden(tile: Any, row: Any, column: Any, cost: Tensor | None) -> int:
+    burden = burden_of(tile.labels, row.share, row.smoothing, column.share, column.smoothing)
+    return 2 * burden if cost is not None else burden
+
+
+def _gradient_tile(tile, row, column, running, gain, products) -> None:
+    tensors = operands(tile)
+    rows, columns = tensors[0].shape[0], tensors[1].shape[0]
+    if rows == 0 or columns == 0:
+        return
+    chosen = config(
+        "tile", tile.energy, rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]),
+        _burden(tile, row, column, running[2]),
+    )  # fmt: skip
+    parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
+    sums = [None if v is None else v.new_empty(parts, rows) for v in running]
+    pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
+        *(*tensors, *row, *column, gain, products, *sums, rows, columns, column_tiles),
+        **_flags(tile),
+        EVEN=is_even(rows, columns, chosen),
+        **chosen.constexprs,
+        **chosen.options,
+    )
+    _add_sums(sums, running)
+
+
+def _owned(tile, exchanged, row, column, grad, running=(None, None, None)) -> None:
+    """grad += G @ candidates; exchanged: with rows for columns."""
+    tensors = operands(tile, exchanged)
+    (rows, dim), columns = tensors[0].shape, tensors[1].shape[0]
+    if rows == 0 or columns == 0:
+        return
+    chosen = config(
+        "owner", tile.energy, rows, columns, dim, tensors[0].dtype, capability(tensors[0]),
+        _burden(tile, row, column, running[2]),
+    )  # fmt: skip
+    parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
+    features = grad if parts == 1 else grad.new_empty(parts, rows, dim)
+    sums = [None if v is None else v.new_empty(parts, rows) for v in running]
+    pair_gradient_owner_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
+        *(*tensors, *row, *column, gain_of(tile, False, exchanged), features, *sums, rows, columns, column_tiles),
+        **_flags(tile),
+        EVEN=is_even(rows, columns, chosen),
+        ADD=parts == 1,
+        **chosen.constexprs,
+        **chosen.options,
+    )
+    if parts > 1:
+        grad.add_(features.sum(0))
+    _add_sums(sums, running)
+
+
+def _add_sums(partials, running) -> None:
+    for part, total in zip(partials, running, strict=True):
+        if total is not None:
+            total.add_(part.sum(0))
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    plain, every = ("weight", "reference"), ("weight", "reference", "share", "smoothing")
+    norm, options = ("norm",), ("norm", "bias", "self", "further")
+    for name, dtype, dim, energy, rows, columns, present in (
+        ("symmetric", torch.bfloat16, 768, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
+        ("rows", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, (), (*norm, "out")),
+        ("every", torch.float16, 770, ENERGY_SOFTMAX, every, every, (*options, "out")),
+        ("every", torch.float32, 128, ENERGY_SOFTMAX, every, every, (*options, "out")),
+        ("sums", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, norm),
+        ("rows", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*options, "out", "cost")),
+        ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "out", "cost")),
+        ("plain", torch.float32, 128, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "out", "cost")),
+        ("sums", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "cost")),
+        ("symmetric", torch.bfloat16, 768, ENERGY_HINGE, plain, plain, (*norm, "out")),
+        ("mutual", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "out")),
+        ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
+        ("mutual", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "owner", "sums")),
+        ("mutual", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "owner", "sums")),
+        ("symmetric", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "owner", "sums")),
+        ("symmetric", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "owner")),
+        ("every", torch.float16, 250, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
+        ("every", torch.float16, 64, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
+        ("rows", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums", "cost")),
+        ("plain", torch.float16, 128, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "owner", "sums", "cost")),
+        ("rows", torch.float16, 64, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums", "cost")),
+        ("columns", torch.bfloat16, 256, ENERGY_SIGMOID, (), ("weight",), (*norm, "bias", "owner")),
+        ("symmetric", torch.float16, 128, ENERGY_HINGE, plain, plain, (*norm, "owner", "sums")),
+        ("rows", torch.bfloat16, 1, ENERGY_SOFTMAX, plain, (), ("owner", "sums")),
+    ):
+        owner = "owner" in present
+        kernel = pair_gradient_owner_kernel if owner else pair_gradient_tile_kernel
+        for generation in ((8, 0), (9, 0), (10, 0)):
+            size = 8192 if dim % 16 == 0 else 8191
+            burden = 2 if len(rows) == len(every) else int("self" in present) * (1 + ("cost" in present))
+            chosen = config("owner" if owner else "tile", energy, size, size, dim, dtype, generation, burden)
+            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in present, "EVEN": dim % 16 == 0}
+            constexprs |= chosen.constexprs
+            constexprs |= absent_operands(present) | {"ADD": True}
+            for side, given in (("row", rows), ("column", columns)):
+                constexprs |= {f"{side}_{field}": None for field in every if field not in given}
+            if dtype != torch.float16:
+                constexprs["gain"] = None
+            if not owner and "out" not in present:
+                constexprs["gradient_out"] = None
+            if owner and "sums" not in present:
+                constexprs |= {"dot_out": None, "total_out": None}
+            if "cost" not in present:
+                constexprs["cost_out"] = None
+            types = dict.fromkeys(kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
+            types |= {"gradient_out": f"*{DTYPE_NAMES[dtype]}"}
+            types |= dict.fromkeys(("dot_out", "total_out", "cost_out"), "*fp64")
+            types |= dict.fromkeys(NOT_SPECIALIZED, "i32")
+            energies = ("softmax", "sigmoid", "hinge")
+            kind = "owner" if owner else "tile"
+            label = f"pair-gradient-{kind}-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}"
+            entry = pointers_aligned(label, kernel, types, constexprs, chosen.options)
+            aligned = (*entry.aligned, "columns") if not owner and size % 16 == 0 else entry.aligned
+            yield entry._replace(architectures=(10 * generation[0],), aligned=aligned)

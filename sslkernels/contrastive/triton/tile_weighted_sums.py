@@ -1,0 +1,215 @@
+"""Sums over frozen candidates weighted by exp(s - max), from scores that are computed once: two matmuls' work.
+
+A program owns a block of rows and a split of the columns: it takes one block of candidates after the other and adds
+exp(s - max) times their features in registers, relative to the maximum so far (as FlashAttention). A second kernel
+merges the partials of the splits, in their order, into the running sums.
+
+In float16 the weights are held times a power of two, as the gradients in `pair_gradients`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.contrastive.triton.score_tiles import (
+    ENERGY_SOFTMAX,
+    absent_operands,
+    block_scores,
+    burden_of,
+    config,
+    features_of,
+    gain_of,
+    inside_of,
+    is_even,
+    left_out,
+    load_block,
+    narrowed,
+    operand_types,
+    operands,
+    row_scale,
+    without,
+)
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    capability,
+    next_power_of_2,
+    on_device_of,
+    pointers_aligned,
+    processors,
+)
+from sslkernels.core.triton.numerics import exp_flushed
+from sslkernels.core.triton.products import splits
+
+# Features of a program of the merge.
+MERGE_SIZE = 1024
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "column_tiles"])
+def pair_weighted_sums_kernel(
+    queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
+    column_id, logit_scale, logit_bias, gain, max_out, sum_out, u_out, weighted_out, rows, columns, column_tiles,
+    DIM: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """For each split of the columns: max, sum of exp(s - max), of exp(s - max) * u, and of exp(s - max) *
+    column_norm * candidate (rows, D)."""
+    row = tl.program_id(0) * BLOCK_M
+    row_lane = tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_D)
+    row_inside = inside_of(row_lane, row, rows, EVEN)
+    scale = row_scale(logit_scale, load_block(row_norm, row, row_lane, row_inside, 0.0))
+    positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
+    self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
+    id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
+    query = features_of(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    dot = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    first = tl.program_id(1) * column_tiles
+    for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
+        column = column_tile * BLOCK_N
+        column_inside = inside_of(lane, column, columns, EVEN)
+        values = features_of(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
+        u = tl.dot(query, tl.trans(values), input_precision="ieee")
+        if column_norm is not None:
+            u *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+        out = left_out(
+            row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
+            self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row,
+            load_block(column_id, column, lane, column_inside, 0), False,
+        )  # fmt: skip
+        s = block_scores(u, scale, logit_bias, out)
+        moved = tl.maximum(largest, tl.max(s, 1))
+        anchor = tl.where(moved == float("-inf"), 0.0, moved)
+        decay = exp_flushed(largest - anchor)
+        largest = moved
+        weight = exp_flushed(s - anchor[:, None])
+        total = total * decay + tl.sum(weight, 1)
+        dot = dot * decay + tl.sum(without(out, weight * u, 0.0), 1)
+        if column_norm is not None:
+            # Loaded again: the registers are needed in between.
+            weight *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
+        weighted *= decay[:, None]
+        weighted = tl.dot(narrowed(weight, gain, values.dtype), values, weighted, input_precision="ieee")
+    if gain is not None:
+        weighted /= tl.load(gain)
+    if row_norm is not None:
+        # Loaded again, too.
+        dot *= load_block(row_norm, row, row_lane, row_inside, 0.0)
+    at = tl.program_id(1).to(tl.int64) * rows + row
+    exists = row_lane < rows - row
+    tl.store((max_out + at) + row_lane, largest, exists)
+    tl.store((sum_out + at) + row_lane, total, exists)
+    tl.store((u_out + at) + row_lane, dot, exists)
+    features_at = (weighted_out + at * DIM) + row_lane[:, None] * DIM + depth[None, :]
+    tl.store(features_at, weighted, exists[:, None] & (depth[None, :] < DIM))
+
+
+@triton.jit(do_not_specialize=["rows", "partials"])
+def pair_weighted_merge_kernel(
+    running_max, running_sum, running_u, running_weighted, part_max, part_sum, part_u, part_weighted, rows, partials,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds the partials (partials, rows, ...) to the running sums, both moved to the largest maximum."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    depth = tl.arange(0, BLOCK_D)
+    inside = row < rows
+    stride = rows.to(tl.int64)
+    before_max = tl.load(running_max + row, inside, other=float("-inf"))
+    largest = before_max
+    for i in range(0, partials):
+        largest = tl.maximum(largest, tl.load(part_max + i * stride + row, inside, other=float("-inf")))
+    anchor = tl.where(largest == float("-inf"), 0.0, largest)
+    decay = exp_flushed(before_max - anchor)
+    features_at = row[:, None] * DIM + depth[None, :]
+    features_inside = inside[:, None] & (depth[None, :] < DIM)
+    total = tl.load(running_sum + row, inside, other=0.0) * decay.to(tl.float64)
+    dot = tl.load(running_u + row, inside, other=0.0) * decay
+    weighted = tl.load(running_weighted + features_at, features_inside, other=0.0) * decay[:, None]
+    for i in range(0, partials):
+        part = i * stride + row
+        factor = exp_flushed(tl.load(part_max + part, inside, other=float("-inf")) - anchor)
+        total += (tl.load(part_sum + part, inside, other=0.0) * factor).to(tl.float64)
+        dot += tl.load(part_u + part, inside, other=0.0) * factor
+        features = tl.load(part_weighted + i * stride * DIM + features_at, features_inside, other=0.0)
+        weighted += features * factor[:, None]
+    tl.store(running_max + row, largest, inside)
+    tl.store(running_sum + row, total, inside)
+    tl.store(running_u + row, dot, inside)
+    tl.store(running_weighted + features_at, weighted, features_inside)
+
+
+def add_weighted_sums(tile: Any, rows: Any, weighted: Tensor, weighted_u: Tensor) -> None:
+    """Adds a softmax tile to rows.max, rows.sum, weighted and weighted_u, as `PairKernels.weighted_sums`."""
+    tensors = operands(tile)
+    (count, dim), width = tensors[0].shape, tensors[1].shape[0]
+    if count == 0 or width == 0:
+        return
+    chosen = config(
+        "weighted", ENERGY_SOFTMAX, count, width, dim, tensors[0].dtype, capability(tensors[0]), burden_of(tile.labels)
+    )
+    parts, column_tiles = splits(count, width, chosen, processors(tensors[0]))
+    with on_device_of(weighted):
+        sums = weighted.new_empty(3, parts, count)
+        features = weighted.new_empty(parts, count, dim)
+        pair_weighted_sums_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), parts)](
+            *(*tensors, gain_of(tile, False), *sums, features, count, width, column_tiles),
+            DIM=dim,
+            EVEN=is_even(count, width, chosen),
+            **chosen.constexprs,
+            **chosen.options,
+        )
+        merge = _merge_blocks(dim)
+        pair_weighted_merge_kernel[(triton.cdiv(count, merge["BLOCK_M"]),)](
+            *(rows.max, rows.sum, weighted_u, weighted, *sums, features, count, parts), DIM=dim, **merge, num_warps=4
+        )
+
+
+def _merge_blocks(dim: int) -> dict[str, int]:
+    depth = next_power_of_2(dim)
+    return {"BLOCK_M": max(MERGE_SIZE // depth, 1), "BLOCK_D": depth}
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    options = ("norm", "bias", "self", "further")
+    for name, dtype, dim, present in (
+        ("plain", torch.bfloat16, 256, ("norm",)),
+        ("plain", torch.bfloat16, 128, ("norm",)),
+        ("plain", torch.float16, 64, ("norm",)),
+        ("bare", torch.bfloat16, 128, ()),
+        ("every", torch.float16, 250, options),
+        ("every", torch.float16, 128, options),
+        ("every", torch.bfloat16, 64, options),
+        ("ragged", torch.bfloat16, 19, ("norm",)),
+        ("ragged", torch.float16, 1, ("norm",)),
+        ("every", torch.float16, 100, options),
+        ("plain", torch.float32, 256, ("norm",)),
+        ("every", torch.float32, 250, options),
+        ("plain", torch.float32, 128, ("norm",)),
+        ("plain", torch.float32, 64, ("norm",)),
+    ):
+        for generation in ((8, 0), (9, 0), (10, 0)):
+            size = 8192 if dim % 16 == 0 else 8191
+            burden = int("self" in present)
+            chosen = config("weighted", ENERGY_SOFTMAX, size, size, dim, dtype, generation, burden)
+            constexprs = {"DIM": dim, "EVEN": dim % 16 == 0} | chosen.constexprs | absent_operands(present)
+            if dtype != torch.float16:
+                constexprs["gain"] = None
+            types = dict.fromkeys(pair_weighted_sums_kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
+            types |= dict.fromkeys(("rows", "columns", "column_tiles"), "i32")
+            label = f"pair-weighted-sums-{DTYPE_NAMES[dtype]}-{dim}-{name}"
+            entry = pointers_aligned(label, pair_weighted_sums_kernel, types, constexprs, chosen.options)
+            yield entry._replace(architectures=(10 * generation[0],))
+    types = dict.fromkeys(pair_weighted_merge_kernel.arg_names, "*fp32")
+    types |= {"running_sum": "*fp64", "rows": "i32", "partials": "i32"}
+    for dim in (19, 256):
+        constexprs = {"DIM": dim} | _merge_blocks(dim)
+        yield pointers_aligned(
+            f"pair-weighted-merge-{dim}", pair_weighted_merge_kernel, types, constexprs, {"num_warps": 4}
+        )

@@ -1,0 +1,144 @@
+"""Skip-gram with negative sampling in Triton: a program a pair, which reads each of its rows once and holds the rows of
+BLOCK_K candidates (the context and the negatives) for their scores and for the direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    accumulation_dtype,
+    dim_aligned,
+    next_power_of_2,
+    pointers_aligned,
+)
+from sslkernels.core.triton.numerics import log1p
+
+ELEMENTS = 4096  # of rows that a program holds at most, unless one row has more
+
+
+def config(dim: int, candidates: int) -> tuple[dict[str, int], dict[str, int]]:
+    """constexprs and options."""
+    block_d = next_power_of_2(dim)
+    block_k = max(1, min(next_power_of_2(candidates), ELEMENTS // block_d))
+    warps = max(1, min(16, block_d * block_k // 1024))
+    return {"BLOCK_K": block_k, "BLOCK_D": block_d}, {"num_warps": warps}
+
+
+@triton.jit
+def _candidates(context, negatives_ptr, first, negatives, BLOCK_K: tl.constexpr):
+    """The numbers of the candidates from `first` on (0 is the context), whether they exist, and their indices."""
+    k = first + tl.arange(0, BLOCK_K)
+    valid = k <= negatives
+    index = tl.load(negatives_ptr + (k - 1), mask=valid & (k > 0), other=0).to(tl.int64)
+    return k, valid, tl.where(k == 0, context, index)
+
+
+@triton.jit
+def negative_sampling_fwd_kernel(
+    center_ptr,
+    context_ptr,
+    negatives_ptr,
+    center_weight_ptr,
+    context_weight_ptr,
+    loss_ptr,
+    slopes_ptr,
+    direction_ptr,
+    negatives,
+    center_rows,
+    context_rows,
+    dim,
+    EXCLUDE_POSITIVE: tl.constexpr,
+    WRITE_SLOPES: tl.constexpr,
+    WRITE_DIRECTION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    acc = loss_ptr.dtype.element_ty
+    center = tl.load(center_ptr + i).to(tl.int64)
+    context = tl.load(context_ptr + i).to(tl.int64)
+    negatives_ptr += i * negatives
+
+    # A pair with an index out of range reads other rows instead and has NaN added to all its results.
+    center_wrong = (center < 0) | (center >= center_rows)
+    wrong = center_wrong.to(tl.int32)
+    for first in range(0, negatives + 1, BLOCK_K):
+        _, valid, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
+        wrong += tl.sum((valid & ((index < 0) | (index >= context_rows))).to(tl.int32), 0)
+    nothing = tl.where(wrong > 0, float("nan"), 0.0).to(acc)
+
+    column = tl.arange(0, BLOCK_D)
+    in_row = column < dim
+    u = tl.load(center_weight_ptr + tl.where(center_wrong, 0, center) * dim + column, mask=in_row, other=0).to(acc)
+    loss = nothing
+    direction = tl.zeros((BLOCK_D,), acc) + nothing
+    for first in range(0, negatives + 1, BLOCK_K):
+        k, valid, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
+        used = valid
+        if EXCLUDE_POSITIVE:
+            used &= (k == 0) | (index != context)
+        row = tl.where((index >= 0) & (index < context_rows), index, 0)
+        offset = row[:, None] * dim + column[None, :]
+        v = tl.load(context_weight_ptr + offset, mask=used[:, None] & in_row[None, :], other=0).to(acc)
+        score = tl.sum(v * u[None, :], 1)
+        x = tl.where(k == 0, -score, score)
+        e = tl.exp(-tl.abs(x))
+        sigmoid = tl.where(x > 0, 1.0, e) / (1.0 + e)
+        slope = tl.where(used, tl.where(k == 0, -sigmoid, sigmoid), 0.0)
+        loss += tl.sum(tl.where(used, tl.where(x > 0, x, 0.0) + log1p(e), 0.0), 0)
+        if WRITE_SLOPES:
+            tl.store(slopes_ptr + i * (negatives + 1) + k, slope + nothing, mask=valid)
+        if WRITE_DIRECTION:
+            direction += tl.sum(slope[:, None] * v, 0)
+    tl.store(loss_ptr + i, loss)
+    if WRITE_DIRECTION:
+        tl.store(direction_ptr + i * dim + column, direction, mask=in_row)
+
+
+def negative_sampling_fwd(
+    center: Tensor,
+    context: Tensor,
+    negatives: Tensor,
+    center_weight: Tensor,
+    context_weight: Tensor,
+    loss: Tensor,
+    slopes: Tensor | None,
+    direction: Tensor | None,
+    exclude_positive: bool,
+) -> None:
+    """Fills loss, slopes and direction."""
+    count, negative_count = negatives.shape
+    dim = center_weight.shape[1]
+    if count == 0:
+        return
+    constexprs, options = config(dim, 1 + negative_count)
+    negative_sampling_fwd_kernel[(count,)](
+        center, context, negatives, center_weight, context_weight, loss, slopes, direction,
+        negative_count, center_weight.shape[0], context_weight.shape[0], dim,
+        EXCLUDE_POSITIVE=exclude_positive, WRITE_SLOPES=slopes is not None, WRITE_DIRECTION=direction is not None,
+        **constexprs, **options,
+    )  # fmt: skip
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    for dtype, name in DTYPE_NAMES.items():
+        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+        for index, dim, negatives, gradient in (("i64", 128, 5, True), ("i32", 1000, 20, True), ("i64", 100, 5, False)):
+            types = dict.fromkeys(("center_ptr", "context_ptr", "negatives_ptr"), f"*{index}")
+            types |= dict.fromkeys(("center_weight_ptr", "context_weight_ptr"), f"*{name}")
+            types |= dict.fromkeys(("loss_ptr", "slopes_ptr", "direction_ptr"), acc)
+            types |= dict.fromkeys(("negatives", "center_rows", "context_rows", "dim"), "i32")
+            constexprs, options = config(dim, 1 + negatives)
+            constants = {"EXCLUDE_POSITIVE": gradient, "WRITE_SLOPES": gradient, "WRITE_DIRECTION": gradient}
+            if not gradient:
+                constants |= {"slopes_ptr": None, "direction_ptr": None}
+            label = f"negative_sampling-{name}-{index}-{dim}-{negatives}{'-grad' if gradient else ''}"
+            constants |= constexprs
+            entry = pointers_aligned(label, negative_sampling_fwd_kernel, types, constants, options)
+            yield dim_aligned(entry) if dim % 16 == 0 else entry

@@ -1,0 +1,156 @@
+"""Autograd functions over records.
+
+`torch.autograd.Function` sees the tensors of its flat argument list alone, and `torch.compile` accepts no `*args` in a
+`forward` that has a `setup_context`. `Function` closes the gap: its methods take and give records, NamedTuples of
+tensors, and the flat methods of explicit arity that torch needs are made from the annotations of `forward`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels.core.operator import Layout, is_record, result_types
+
+
+class Function(torch.autograd.Function):
+    """The methods of `torch.autograd.Function`, over records.
+
+    forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): lists of the
+    parameters and results of forward. backward(ctx, *gradients): one gradient, or record of gradients, for each result,
+    None where autograd has none; gives a tuple with one for each of the first parameters, or None for no gradient at
+    all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a bool or a record of bools a parameter.
+    """
+
+    generate_vmap_rule = True
+    differentiable: int | None = None  # how many of the flat results have a gradient, the first ones; None: all
+    run: Callable[..., Any]
+    wanted: Callable[[Any], list[Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        hints = typing.get_type_hints(cls.forward)
+        results, single = result_types(hints.get("return", tuple[()]))
+        types = [hints[name] for name in inspect.signature(cls.forward).parameters]
+        # Only records that hold tensors are flattened: options pass through as they are.
+        inputs = Layout(kind if _has_tensors(kind) else None for kind in types)
+        _flatten_methods(cls, inputs, Layout(results), single)
+
+
+def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, single: bool) -> None:
+    """Puts the flat methods that torch needs in place of those over records. They are closures, not methods that read
+    attributes of the class, which torch.compile does not trace."""
+    forward, setup_context, backward, differentiable = (
+        getattr(cls, name) for name in ("forward", "setup_context", "backward", "differentiable")
+    )
+    one_tensor = single and outputs.records == [None]
+    apply = super(torch.autograd.Function, cls).apply
+
+    def run(*parameters: Any) -> Any:
+        flat = inputs.pack(parameters)
+        if torch.compiler.is_compiling():
+            results = cls.apply(*distinct(flat))
+        elif torch._C._are_functorch_transforms_active():
+            results = cls.apply(*flat)
+        else:
+            # Beside this, cls.apply binds the signature of forward by `inspect`, which takes longer than forward.
+            results = apply(*(torch._C._functorch.unwrap_if_dead(v) if isinstance(v, Tensor) else v for v in flat))
+        values = outputs.unpack(results if isinstance(results, tuple) else (results,))
+        return values[0] if single else tuple(values)
+
+    def flat_forward(*flat: Any) -> Any:
+        results = forward(*inputs.unpack(flat))
+        return results if one_tensor else tuple(outputs.pack([results] if single else results))
+
+    def flat_setup_context(ctx: Any, flat: tuple, results: Any) -> None:
+        results = results if isinstance(results, tuple) else (results,)
+        ctx.set_materialize_grads(False)
+        if differentiable is not None:
+            ctx.mark_non_differentiable(*results[differentiable:])
+        setup_context(ctx, inputs.unpack(flat), outputs.unpack(results))
+
+    def flat_backward(ctx: Any, *grads: Any) -> Any:
+        flat: list[Any] = []
+        for value, at in zip(backward(ctx, *outputs.unpack(grads)) or (), inputs.slices, strict=False):
+            flat.extend(value if isinstance(value, tuple) else (value,) * (at.stop - at.start))
+        return (*flat, *(None,) * (len(inputs.leaf_types) - len(flat)))
+
+    cls.run = staticmethod(run)
+    cls.wanted = staticmethod(lambda ctx: inputs.unpack(ctx.needs_input_grad))
+    cls.forward = staticmethod(_with_arity(flat_forward, len(inputs.leaf_types)))
+    cls.setup_context = staticmethod(flat_setup_context)
+    cls.backward = staticmethod(flat_backward)
+
+
+def save(ctx: Any, *values: Any) -> None:
+    """Saves tensors and records of tensors for backward."""
+    ctx.layout = [type(value) if isinstance(value, tuple) else None for value in values]
+    ctx.save_for_backward(*(leaf for v in values for leaf in (v if isinstance(v, tuple) else (v,))))
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` was given. Call it once: a checkpoint recomputes the tensors each time they are asked for."""
+    leaves = iter(ctx.saved_tensors)
+    return [
+        next(leaves) if record is None else record(*(next(leaves) for _ in record._fields)) for record in ctx.layout
+    ]
+
+
+def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the annotated function that computes gradients, so that to differentiate it again raises.
+
+    Unlike torch's decorator of that name it also raises where only saved tensors are differentiated, and never gives a
+    gradient that is silently zero. name: the public function in the message, unless a parameter `function` names it;
+    hint: what to do instead.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = list(inspect.signature(function).parameters)
+
+        class Backward(Function):
+            forward = staticmethod(function)
+
+            @staticmethod
+            def setup_context(ctx, inputs, outputs):
+                ctx.function = inputs[parameters.index("function")] if "function" in parameters else name
+
+            @staticmethod
+            def backward(ctx, *_):
+                instead = hint and f"; {hint}"
+                raise NotImplementedError(f"{ctx.function}: double backward is not supported{instead}")
+
+        Backward.__name__ = Backward.__qualname__ = function.__name__
+        return Backward.run
+
+    return decorate
+
+
+def distinct(leaves: Sequence[Any]) -> list[Any]:
+    """A view of each tensor that occurs before: torch.compile takes no tensor twice in one autograd function."""
+    result: list[Any] = []
+    for leaf in leaves:
+        seen = isinstance(leaf, Tensor) and any(leaf is other for other in result)
+        result.append(leaf.view_as(leaf) if seen else leaf)
+    return result
+
+
+def _has_tensors(kind: Any) -> bool:
+    """Whether `kind` is a record with a tensor, or optional tensor, among its fields."""
+    if not is_record(kind):
+        return False
+    return any(hint is Tensor or Tensor in typing.get_args(hint) for hint in typing.get_type_hints(kind).values())
+
+
+def _with_arity(call: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`call` as a function of `count` named parameters: torch.compile rejects `*args` in forward."""
+    names = ", ".join(f"leaf{i}" for i in range(count))
+    # Made inside a function of this module, so that torch.compile finds its globals.
+    source = f"def make(call):\n    def forward({names}):\n        return call({names})\n    return forward"
+    namespace: dict[str, Any] = {}
+    exec(source, globals(), namespace)
+    return namespace["make"](call)

@@ -1,0 +1,184 @@
+"""Raw operators: entries of torch's dispatcher in the namespace `sslkernels`, opaque to `torch.compile`.
+
+An operator is written once, as one annotated function that allocates its outputs:
+
+    @operator("free_energy", {"reference": ..., "cpu": ..., "triton": ...}, native_ops=(...))
+    def free_energy_fwd(energy: Tensor, options: Options) -> Outputs:
+        return empty_outputs(energy, options)
+
+Parameters and results may be records, NamedTuples of tensors and scalars. The signature gives the flat schema that
+torch's dispatcher needs and the packing into it; the function itself is the fake. An implementation takes the same
+records and returns the same results. Adding a field to a record therefore adds it to the schema, to the fake and to
+every backend's arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union
+
+import torch
+from torch import Tensor
+
+from sslkernels.core.backends import Implementations
+
+Mutated = Annotated[Tensor, "mutated"]  # the annotation of a tensor that an operator writes into
+
+_library = torch.library.Library("sslkernels", "DEF")
+_SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", torch.dtype: "ScalarType", str: "str"}
+
+
+def operator(
+    public: str, implementations: dict[str, Callable[..., Any]], *, native_ops: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorates the annotated function that allocates an operator's outputs.
+
+    public: the public function that the operator belongs to; implementations: backend name -> function; native_ops: the
+    operators of the compiled extension that the implementations "cpu" and "cuda" call.
+    """
+    return lambda allocate: Operator(allocate, Implementations(public, implementations, native_ops))
+
+
+class Layout:
+    """How a sequence of values, each a leaf or a record of leaves, is laid out as a flat tuple of leaves."""
+
+    def __init__(self, types: Iterable[Any]) -> None:
+        self.records: list[Any] = []
+        self.slices: list[slice] = []
+        self.leaf_types: list[Any] = []
+        self.leaf_names: list[str] = []
+        for kind in types:
+            begin = len(self.leaf_types)
+            record = kind if is_record(kind) else None
+            fields = typing.get_type_hints(kind, include_extras=True) if record else {"": kind}
+            self.leaf_types += fields.values()
+            self.leaf_names += fields
+            self.records.append(record)
+            self.slices.append(slice(begin, len(self.leaf_types)))
+
+    def pack(self, values: Sequence[Any]) -> list[Any]:
+        flat: list[Any] = []
+        for record, value in zip(self.records, values, strict=True):
+            if record is None:
+                flat.append(value)
+            else:
+                flat.extend(value)
+        return flat
+
+    def unpack(self, flat: Sequence[Any]) -> list[Any]:
+        return [
+            flat[at.start] if record is None else record(*flat[at])
+            for record, at in zip(self.records, self.slices, strict=True)
+        ]
+
+
+def is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def result_types(annotation: Any) -> tuple[list[Any], bool]:
+    """The types of a function's results, and whether it returns one result rather than a tuple of them."""
+    if typing.get_origin(annotation) is tuple:
+        return list(typing.get_args(annotation)), False
+    return ([] if annotation in (None, type(None)) else [annotation]), True
+
+
+class Operator:
+    """A raw operator; calling it takes and gives the records of its signature."""
+
+    def __init__(self, allocate: Callable[..., Any], implementations: Implementations) -> None:
+        self.name = allocate.__name__
+        self.__doc__ = allocate.__doc__
+        self.allocate = allocate
+        self.implementations = implementations
+        hints = typing.get_type_hints(allocate, include_extras=True)
+        results, self.single = result_types(hints.pop("return"))
+        names = list(inspect.signature(allocate).parameters)
+        self.inputs = Layout(hints[name] for name in names)
+        self.outputs = Layout(results)
+        self.schema = self.name + _schema(names, self.inputs, self.outputs)
+        _library.define(self.schema)
+        _library.impl(self.name, self._from_dispatcher, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sslkernels::{self.name}", self._fake, lib=_library)
+        self.raw = getattr(torch.ops.sslkernels, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        flat = self.inputs.pack(args)
+        if not torch.compiler.is_compiling() and _plain(flat):
+            return self._run(flat, args)  # the dispatcher would only call it back, 15 us later
+        results = self.raw(*flat)
+        return self._results(results if isinstance(results, (tuple, list)) else [] if results is None else [results])
+
+    def choose(self, device: torch.device) -> str:
+        """The backend that would run the operator on `device` now."""
+        return self.implementations.choose(device)
+
+    def _results(self, flat: Sequence[Any]) -> Any:
+        values = self.outputs.unpack(flat)
+        if not self.single:
+            return tuple(values)
+        return values[0] if values else None
+
+    def _flat(self, results: Any) -> Any:
+        """What the dispatcher is given: nothing, a tensor, or a tuple of tensors."""
+        flat = self.outputs.pack([results] if self.single else results) if self.outputs.records else []
+        if self.single and self.outputs.records[:1] in ([], [None]):
+            return flat[0] if flat else None
+        return tuple(flat)
+
+    def _fake(self, *flat: Any) -> Any:
+        return self._flat(self.allocate(*self.inputs.unpack(flat)))
+
+    def _from_dispatcher(self, *flat: Any) -> Any:
+        return self._flat(self._run(flat, self.inputs.unpack(flat)))
+
+    def _run(self, flat: Sequence[Any], args: Sequence[Any]) -> Any:
+        device = next(leaf.device for leaf in flat if isinstance(leaf, Tensor))
+        implementation = self.implementations.functions[self.implementations.choose(device)]
+        if device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return implementation(*args)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if device.type != "meta" and torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            return implementation(*args)
+
+
+def _schema(names: Sequence[str], inputs: Layout, outputs: Layout) -> str:
+    """As in `(Tensor x, SymInt? count) -> (Tensor, Tensor)`; a field's name is its record's parameter and its own."""
+    arguments: list[str] = []
+    for parameter, at in zip(names, inputs.slices, strict=True):
+        for kind, field in zip(inputs.leaf_types[at], inputs.leaf_names[at], strict=True):
+            name = f"{parameter}_{field}" if field else parameter
+            arguments.append(f"{_schema_type(kind, len(arguments))} {name}")
+    results = ", ".join(_schema_type(kind, 0) for kind in outputs.leaf_types)
+    single = len(outputs.records) == 1 and outputs.records[0] is None
+    return f"({', '.join(arguments)}) -> {results if single else f'({results})'}"
+
+
+def _schema_type(kind: Any, position: int) -> str:
+    if kind is Mutated:
+        return f"Tensor(m{position}!)"
+    options = typing.get_args(kind) if typing.get_origin(kind) in (Union, UnionType) else (kind,)
+    (kind,) = [option for option in options if option is not type(None)]
+    return _SCHEMA_TYPES[kind] + "?" * (len(options) > 1)
+
+
+def _plain(leaves: Iterable[Any]) -> bool:
+    """Whether the dispatcher has nothing to add: no mode traces, no transform is active, all tensors are plain."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    for leaf in leaves:
+        kind = type(leaf)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if leaf.is_meta or torch._C._functorch.is_legacy_batchedtensor(leaf):
+                return False
+        elif isinstance(leaf, Tensor):
+            return False
+    return True

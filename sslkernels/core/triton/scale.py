@@ -1,0 +1,37 @@
+"""A tensor multiplied in place by a number that lies on the device; where it is 1, nothing else is read."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, accumulation_dtype, on_device_of, pointers_aligned
+
+BLOCK = 4096
+
+
+@triton.jit
+def scale_kernel(values_ptr, scale_ptr, count, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr)
+    if scale != 1:
+        offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + offset, mask=offset < count)
+        tl.store(values_ptr + offset, (values.to(scale.dtype) * scale).to(values.dtype), mask=offset < count)
+
+
+def scale_(values: Tensor, scale: Tensor) -> None:
+    """values *= scale (0-d, in the accumulation dtype of values or wider); values are contiguous."""
+    count = values.numel()
+    if count == 0:
+        return
+    with on_device_of(values):
+        scale_kernel[(triton.cdiv(count, BLOCK),)](values, scale, count, BLOCK=BLOCK, num_warps=8)
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        name = DTYPE_NAMES[dtype]
+        types = {"values_ptr": f"*{name}", "scale_ptr": f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}", "count": "i64"}
+        yield pointers_aligned(f"scale-{name}", scale_kernel, types, {"BLOCK": BLOCK}, {"num_warps": 8})

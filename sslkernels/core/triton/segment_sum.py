@@ -1,0 +1,165 @@
+"""Rows weighted and added up by sorted key in Triton: a program takes a chunk of the entries, however many rows they
+belong to, and scans their rows by key. What a chunk has of a row that continues is a partial sum, which a second kernel
+adds up in the order of the chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    accumulation_dtype,
+    dim_aligned,
+    next_power_of_2,
+    pointers_aligned,
+)
+
+BLOCK_E = 16  # entries of a chunk
+BLOCK_BYTES = 512  # of a row's columns of a program at most, as they are accumulated
+BLOCK_P = 16  # partial sums at a time
+OPTIONS = {"num_warps": 1}  # so that a thread scans its columns in registers
+
+
+@triton.jit
+def _add_within_row(begins0, sum0, begins1, sum1):
+    return begins0 | begins1, tl.where(begins1 != 0, sum1, sum0 + sum1)
+
+
+@triton.jit
+def weighted_row_sums_kernel(
+    keys_ptr,
+    order_ptr,
+    coefficient_ptr,
+    source_ptr,
+    source_index_ptr,
+    out_ptr,
+    partials_ptr,
+    entries,
+    rows,
+    source_rows,
+    dim,
+    entries_of_source,
+    HAS_INDEX: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = (column < dim)[None, :]
+    lane = tl.arange(0, BLOCK_E)
+    n = chunk * BLOCK_E + lane
+    valid = n < entries
+    key = tl.load(keys_ptr + n, mask=valid, other=rows).to(tl.int64)
+    before = tl.load(keys_ptr + n - 1, mask=valid & (n > 0), other=-1).to(tl.int64)
+    after = tl.load(keys_ptr + n + 1, mask=n + 1 < entries, other=-1).to(tl.int64)
+    belongs = valid & (key < rows)
+
+    entry = tl.load(order_ptr + n, mask=valid, other=0)
+    row = entry // entries_of_source
+    if HAS_INDEX:
+        row = tl.load(source_index_ptr + row, mask=belongs, other=0).to(tl.int64)
+    exists = (row >= 0) & (row < source_rows)
+    weight = tl.load(coefficient_ptr + entry, mask=belongs, other=0)
+    weight = tl.where(exists, weight, float("nan"))
+    offset = tl.where(exists, row, 0)[:, None] * dim + column[None, :]
+    values = tl.load(source_ptr + offset, mask=belongs[:, None] & in_row, other=0).to(weight.dtype)
+
+    begins = (key != before).to(tl.int32)[:, None] + tl.zeros((BLOCK_E, BLOCK_D), tl.int32)
+    _, sums = tl.associative_scan((begins, values * weight[:, None]), 0, _add_within_row)
+
+    # The row of the first entries, where it begins in an earlier chunk.
+    continued_row = tl.sum(tl.where((lane == 0) & (key == before), key + 1, 0), 0) - 1
+    continued = key == continued_row
+    ends = key != after
+    last = ends | (lane == BLOCK_E - 1)  # of its row in this chunk
+    whole = belongs & ends & ~continued
+    tl.store(out_ptr + key[:, None] * dim + column[None, :], sums, mask=whole[:, None] & in_row)
+    partial = belongs & last & ~whole
+    slot = 2 * chunk + tl.where(continued, 0, 1)
+    tl.store(partials_ptr + slot[:, None] * dim + column[None, :], sums, mask=partial[:, None] & in_row)
+
+
+@triton.jit
+def weighted_row_sums_finish_kernel(
+    keys_ptr,
+    starts_ptr,
+    out_ptr,
+    partials_ptr,
+    entries,
+    rows,
+    dim,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """For the row that begins in this chunk and ends in a later one."""
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = column < dim
+    end = (chunk + 1) * BLOCK_E
+    key = tl.load(keys_ptr + end - 1, mask=end < entries, other=rows).to(tl.int64)
+    belongs = key < rows
+    start = tl.load(starts_ptr + key, mask=belongs, other=0)
+    stop = tl.load(starts_ptr + key + 1, mask=belongs, other=0)
+    if belongs & (start >= end - BLOCK_E) & (stop > end):
+        total = tl.load(partials_ptr + (2 * chunk + 1) * dim + column, mask=in_row, other=0)
+        last = (stop - 1) // BLOCK_E
+        for first in range(chunk + 1, last + 1, BLOCK_P):
+            other = first + tl.arange(0, BLOCK_P)
+            offset = 2 * other[:, None] * dim + column[None, :]
+            parts = tl.load(partials_ptr + offset, mask=(other <= last)[:, None] & in_row[None, :], other=0)
+            total += tl.sum(parts, 0)
+        tl.store(out_ptr + key * dim + column, total, mask=in_row)
+
+
+def weighted_row_sums(
+    keys: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    coefficient: Tensor,
+    source: Tensor,
+    source_index: Tensor | None,
+    out: Tensor,
+    entries_of_source: int,
+) -> None:
+    """Fills the rows of `out` that have entries. keys: sorted; those of `out.shape[0]` belong to no row."""
+    entries, (rows, dim) = keys.shape[0], out.shape
+    if entries == 0 or dim == 0:
+        return
+    block_d = min(BLOCK_BYTES // coefficient.element_size(), next_power_of_2(dim))
+    chunks = triton.cdiv(entries, BLOCK_E)
+    partials = coefficient.new_empty((2 * chunks, dim))
+    grid = (chunks, triton.cdiv(dim, block_d))
+    weighted_row_sums_kernel[grid](
+        keys, order, coefficient, source, source_index, out, partials, entries, rows, source.shape[0], dim,
+        entries_of_source, HAS_INDEX=source_index is not None, BLOCK_E=BLOCK_E, BLOCK_D=block_d, **OPTIONS,
+    )  # fmt: skip
+    weighted_row_sums_finish_kernel[grid](
+        keys, starts, out, partials, entries, rows, dim, BLOCK_E=BLOCK_E, BLOCK_P=BLOCK_P, BLOCK_D=block_d, **OPTIONS
+    )
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    sizes = dict.fromkeys(("entries", "rows", "source_rows", "dim", "entries_of_source"), "i32")
+    for dtype, name in DTYPE_NAMES.items():
+        acc = DTYPE_NAMES[accumulation_dtype(dtype)]
+        types = sizes | {"keys_ptr": "*i32", "order_ptr": "*i64", "starts_ptr": "*i64", "source_index_ptr": "*i64"}
+        types |= {"coefficient_ptr": f"*{acc}", "partials_ptr": f"*{acc}", "out_ptr": f"*{name}"}
+        block_d = BLOCK_BYTES // accumulation_dtype(dtype).itemsize
+        constants = {"BLOCK_E": BLOCK_E, "BLOCK_D": block_d, "BLOCK_P": BLOCK_P}
+        by_index = {**constants, "HAS_INDEX": True}
+        direct = {**constants, "HAS_INDEX": False, "source_index_ptr": None}
+        kernel, finish = weighted_row_sums_kernel, weighted_row_sums_finish_kernel
+        entries = (
+            pointers_aligned(f"row_sums-{name}-index", kernel, types | {"source_ptr": f"*{name}"}, by_index, OPTIONS),
+            pointers_aligned(f"row_sums-{name}", kernel, types | {"source_ptr": f"*{acc}"}, direct, OPTIONS),
+            pointers_aligned(f"row_sums_finish-{name}", finish, types, constants, OPTIONS),
+        )
+        for entry in entries:
+            yield entry
+            yield dim_aligned(entry)

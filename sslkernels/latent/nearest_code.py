@@ -1,0 +1,122 @@
+"""The best code of each row: the exact search of `vector_quantize`, by backend.
+
+Each fills `indices` (N,), int64, and `score` (N,), float64, of contiguous input (N, D) and codebook (K, D). The score
+of a code is minus its squared distance ("l2"), <x, c> / |c|, or <x, c> where the code is zero ("cosine"), or <x, c>
+("dot"), of both as they are given, in float64. NaN ranks before everything, and of equals the lowest index is taken;
+`score` is NaN where that of the code is, and otherwise not for use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("l2", "cosine", "dot")
+L2, COSINE, DOT = range(3)
+
+# On a CPU: codes of a tile of products, and bytes of its largest buffer, of all threads together and of one at least.
+# The matmul is as fast as it gets from about these sizes on, and rows and codes of a tile stay in the second-level
+# cache.
+TILE_CODES = 2048
+WORKSPACE_BYTES = 8 << 20
+LEAST_BYTES = 1 << 18
+MULTIPLE = 16
+# On a GPU: codes of a tile of products, and bytes of the products, which fit the second-level cache and are of rows
+# enough for all multiprocessors; beside them a tile has its rows and codes where they are centred or of another dtype.
+CUDA_TILE_CODES = 8192
+CUDA_PRODUCT_BYTES = 32 << 20
+CUDA_VECTOR_BYTES = 12 << 20
+CUDA_PITCH = 4  # of which that of the products is a multiple
+# Elements that the reference broadcasts at a time.
+REFERENCE_ELEMENTS = 1 << 22
+# Of the norms of both factors of a product, what a matmul may lose beyond the roundings of its sums. One of float32
+# that is allowed to round its operands to bfloat16, by 2^-9 each, or to cut them to TensorFloat-32, by 2^-10 each:
+REDUCED_ROUNDING = 2**-7
+TF32_ROUNDING = 2**-8
+# The matrix units of a GPU, for each term: see `HALF_ROUNDING` in triton/nearest_code.py.
+MATRIX_UNIT_ROUNDING = 2**-21
+
+
+def exact_scores(input: Tensor, codebook: Tensor, metric: int) -> Tensor:
+    """(N, K), float64."""
+    x, c = input.double().unsqueeze(1), codebook.double()
+    if metric == L2:
+        return -(x - c).square().sum(2)
+    if metric == DOT:
+        return (x * c).sum(2)
+    # Scaled by a power of two, squares of codes neither overflow nor vanish.
+    largest = c.abs().amax(1, keepdim=True)
+    exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).double()
+    unit = c * torch.exp2(-exponent.clamp(-1000, 1000))
+    norm = unit.square().sum(1).sqrt()
+    return (x * unit).sum(2) / torch.where(norm == 0, 1, norm)
+
+
+def reference(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+    rows = max(REFERENCE_ELEMENTS // codebook.numel(), 1)
+    for start in range(0, input.shape[0], rows):
+        part = slice(start, start + rows)
+        scores = exact_scores(input[part], codebook, metric)
+        indices[part] = scores.argmax(1)
+        score[part] = scores.gather(1, indices[part, None]).squeeze(1)
+
+
+def _center(codebook: Tensor, acc: torch.dtype) -> Tensor:
+    """The squared distance is computed about the mean of the codes, so that a common offset of rows and codes costs no
+    accuracy, and no second scores."""
+    return codebook.mean(0, dtype=torch.float64).to(acc).nan_to_num(0.0, 0.0, 0.0)
+
+
+def native(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+    """Rows are shared out once, and each thread goes through its own tile by tile: a matmul of torch, and the best
+    codes of its products."""
+    count, dim = input.shape
+    acc = _product_dtype(input, codebook)
+    center = _center(codebook, acc) if metric == L2 else None
+    rounding = 0.0
+    if acc == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee"):
+        rounding = REDUCED_ROUNDING
+    threads = torch.get_num_threads()
+    fit = max(WORKSPACE_BYTES // threads, LEAST_BYTES) // acc.itemsize
+    codes = min(codebook.shape[0], TILE_CODES, max(fit // dim, MULTIPLE))
+    rows = min(max(fit // max(codes, dim), MULTIPLE), max(-(-count // threads), MULTIPLE))
+    arguments = (input, codebook, metric, rounding, center, False, rows, codes, indices, score)
+    torch.ops.sslkernels_native.search_codes(*arguments)
+
+
+def cuda(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+    """Tile by tile a matmul of torch, and the best codes of its products. Half precision is multiplied as it is given,
+    by the matrix units and into float32, without a center."""
+    count, dim = input.shape
+    acc = _product_dtype(input, codebook)
+    as_given = input.dtype == codebook.dtype and input.itemsize == 2 and not _sums_in_half(input)
+    center = None if as_given or metric != L2 else _center(codebook, acc)
+    rounding, of_sums = 0.0, MATRIX_UNIT_ROUNDING * (dim + 8)
+    if as_given:
+        rounding = of_sums
+    elif acc == torch.float32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee"):
+        rounding = TF32_ROUNDING + of_sums
+    copied = center is not None or (not as_given and (input.dtype, codebook.dtype) != (acc, acc))
+    fit = max(CUDA_VECTOR_BYTES // (acc.itemsize * dim), MULTIPLE) if copied else CUDA_TILE_CODES
+    codes = min(codebook.shape[0], CUDA_TILE_CODES, fit)
+    rows = CUDA_PRODUCT_BYTES // (acc.itemsize * (-(-codes // CUDA_PITCH) * CUDA_PITCH))
+    rows = max(min(count, rows, fit) if copied else min(count, rows), 1)
+    arguments = (input, codebook, metric, rounding, center, as_given, rows, codes, indices, score)
+    torch.ops.sslkernels_native.search_codes(*arguments)
+
+
+def _product_dtype(input: Tensor, codebook: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (input.dtype, codebook.dtype) else torch.float32
+
+
+def _sums_in_half(input: Tensor) -> bool:
+    """Whether torch may add up products of this dtype in half precision."""
+    return input.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+def triton(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+    from sslkernels.latent.triton.nearest_code import best_codes
+
+    if torch.float64 in (input.dtype, codebook.dtype):
+        return reference(input, codebook, metric, indices, score)
+    best_codes(input, codebook, metric, indices, score)

@@ -1,0 +1,216 @@
+"""The free energy of K candidates in Triton: a program takes a tile of results by candidates, wherever they lie, and
+goes through its candidates once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    accumulation_dtype,
+    next_power_of_2,
+    on_device_of,
+    pointers_aligned,
+    processors,
+)
+from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, weights_of
+
+LINE = 32  # results side by side at least, where they lie so
+
+
+def config(dtype: torch.dtype, shape: tuple[int, int, int], inner_stride: int, programs: int) -> dict[str, int | bool]:
+    """A tile of 8 or 16 elements a thread, of float64 4; no more results than leave `programs` of them."""
+    outer, count, inner = shape
+    elements = 512 if dtype == torch.float64 else 2048
+    wide = inner > 1 and inner_stride == 1
+    block_r = min(next_power_of_2(inner), LINE) if wide else 1
+    block_k = min(next_power_of_2(count), elements // block_r)
+    results = inner if wide else outer * inner
+    while block_r * block_k < elements and block_r < results and outer * inner > programs * block_r:
+        block_r *= 2
+    wide = wide and inner >= block_r
+    return {"WIDE": wide, "BLOCK_R": block_r, "BLOCK_K": block_k}
+
+
+def options(dtype: torch.dtype, constexprs: dict[str, int | bool]) -> dict[str, int]:
+    of_warp = 128 if dtype == torch.float64 else 512 if constexprs["WIDE"] else 256  # no register spills
+    return {"num_warps": min(max(constexprs["BLOCK_R"] * constexprs["BLOCK_K"] // of_warp, 1), 8)}
+
+
+@triton.jit
+def _results(block, outer, inner, outer_stride, inner_stride, WIDE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Numbers of the results of a block in (outer, inner), which exist, and the offsets of their first energies."""
+    lane = tl.arange(0, BLOCK_R)
+    if WIDE:  # of one outer index
+        blocks = (inner + BLOCK_R - 1) // BLOCK_R
+        o = block // blocks
+        i = block % blocks * BLOCK_R + lane
+        there = i < inner
+    else:
+        r = block * BLOCK_R + lane
+        o = r // inner
+        i = r % inner
+        there = o < outer
+    return o * inner + i, there, o * outer_stride + i * inner_stride
+
+
+@triton.jit
+def free_energy_fwd_kernel(
+    energy_ptr, value_ptr, lowest_ptr, total_ptr, winner_ptr,
+    outer, count, inner, outer_stride, count_stride, inner_stride, beta: tl.float64, inverse: tl.float64,
+    MINIMUM: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = value_ptr.dtype.element_ty
+    beta = tl.full((), beta, ACC)
+    inverse = tl.full((), inverse, ACC)
+    block = tl.program_id(0).to(tl.int64)
+    r, there, offset = _results(block, outer, inner, outer_stride, inner_stride, WIDE, BLOCK_R)
+    lane = tl.arange(0, BLOCK_K)
+    lowest = tl.full((BLOCK_R,), float("inf"), ACC)
+    total = tl.zeros((BLOCK_R,), ACC)
+    deficit = tl.zeros((BLOCK_R,), ACC)
+    winner = tl.zeros((BLOCK_R,), tl.int32)
+    for start in range(0, count, BLOCK_K):
+        k = start + lane
+        taken = there[:, None] & (k < count)[None, :]
+        at = offset[:, None] + k.to(tl.int64)[None, :] * count_stride
+        energy = tl.load(energy_ptr + at, mask=taken, other=0.0).to(ACC)
+        if MINIMUM:
+            lowest, winner = lower_energies(energy, taken, k[None, :], lowest, winner)
+        else:
+            lowest, total, deficit = add_energies(energy, taken, start, lowest, total, deficit, beta, inverse)
+    if MINIMUM:
+        tl.store(value_ptr + r, lowest, mask=there)
+        if STATE:
+            tl.store(winner_ptr + r, winner.to(tl.int64), mask=there)
+    else:
+        tl.store(value_ptr + r, soft_value(tl.full((), count, ACC), lowest, total, deficit, beta, inverse), mask=there)
+        if STATE:
+            tl.store(lowest_ptr + r, lowest, mask=there)
+            tl.store(total_ptr + r, total, mask=there)
+
+
+@triton.jit
+def free_energy_bwd_kernel(
+    grad_value_ptr, energy_ptr, lowest_ptr, total_ptr, winner_ptr, grad_ptr,
+    outer, count, inner, outer_stride, count_stride, inner_stride, grad_outer_stride, grad_count_stride,
+    grad_inner_stride, beta: tl.float64,
+    MINIMUM: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = grad_value_ptr.dtype.element_ty
+    beta = tl.full((), beta, ACC)
+    blocks = (count + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0).to(tl.int64)
+    r, there, to = _results(program // blocks, outer, inner, grad_outer_stride, grad_inner_stride, WIDE, BLOCK_R)
+    k = program % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    taken = there[:, None] & (k < count)[None, :]
+    grad_value = tl.load(grad_value_ptr + r, mask=there, other=0.0)
+    if MINIMUM:
+        winner = tl.load(winner_ptr + r, mask=there, other=0)
+        grad = tl.where(k[None, :] == winner[:, None], grad_value[:, None], 0.0)
+    else:
+        _, _, offset = _results(program // blocks, outer, inner, outer_stride, inner_stride, WIDE, BLOCK_R)
+        lowest = tl.load(lowest_ptr + r, mask=there, other=0.0)
+        scale = grad_value / tl.load(total_ptr + r, mask=there, other=1.0)
+        at = offset[:, None] + k[None, :] * count_stride
+        energy = tl.load(energy_ptr + at, mask=taken, other=0.0).to(ACC)
+        grad = weights_of(energy, lowest[:, None], 1.0, beta) * scale[:, None]
+    at = to[:, None] + k[None, :] * grad_count_stride
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=taken)
+
+
+def _blocks(shape: tuple[int, int, int], constexprs: dict[str, int | bool]) -> int:
+    outer, _, inner = shape
+    block_r = constexprs["BLOCK_R"]
+    return outer * triton.cdiv(inner, block_r) if constexprs["WIDE"] else triton.cdiv(outer * inner, block_r)
+
+
+def free_energy_fwd(
+    energy: Tensor,
+    value: Tensor,
+    lowest: Tensor | None,
+    total: Tensor | None,
+    winner: Tensor | None,
+    beta: float,
+    minimum: bool,
+) -> None:
+    """Fills value (outer, inner) of energies (outer, K, inner), and of the others those that are given."""
+    if value.numel() == 0:
+        return
+    shape = tuple(energy.shape)
+    constexprs = config(energy.dtype, shape, energy.stride(2), 2 * processors(energy))
+    state = winner is not None or total is not None
+    with on_device_of(energy):
+        free_energy_fwd_kernel[(_blocks(shape, constexprs),)](
+            energy, value, lowest, total, winner, *shape, *energy.stride(), float(beta), 1 / beta,
+            MINIMUM=minimum, STATE=state, **constexprs, **options(energy.dtype, constexprs),
+        )  # fmt: skip
+
+
+def free_energy_bwd(
+    grad_value: Tensor,
+    energy: Tensor | None,
+    lowest: Tensor | None,
+    total: Tensor | None,
+    winner: Tensor | None,
+    grad: Tensor,
+    beta: float,
+) -> None:
+    """Fills grad (outer, K, inner); without energies that of the minimum."""
+    if grad.numel() == 0:
+        return
+    shape = tuple(grad.shape)
+    strides = grad.stride() if energy is None else energy.stride()
+    constexprs = config(grad.dtype, shape, grad.stride(2), 2 * processors(grad))
+    programs = _blocks(shape, constexprs) * triton.cdiv(shape[1], constexprs["BLOCK_K"])
+    with on_device_of(grad):
+        free_energy_bwd_kernel[(programs,)](
+            grad_value, energy, lowest, total, winner, grad, *shape, *strides, *grad.stride(), float(beta),
+            MINIMUM=energy is None, **constexprs, **options(grad.dtype, constexprs),
+        )  # fmt: skip
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    sizes = ("outer", "count", "inner", "outer_stride", "count_stride", "inner_stride")
+    sizes += ("grad_outer_stride", "grad_count_stride", "grad_inner_stride")
+    for dtype, name in DTYPE_NAMES.items():
+        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+        types = dict.fromkeys(("value_ptr", "lowest_ptr", "total_ptr", "grad_value_ptr"), acc)
+        types |= dict.fromkeys(("energy_ptr", "grad_ptr"), f"*{name}") | {"winner_ptr": "*i64"}
+        types |= dict.fromkeys(sizes, "i32") | {"beta": "fp64", "inverse": "fp64"}
+        for shape, unit in (
+            ((65536, 8, 1), "count"),
+            ((4096, 1000, 1), "count"),
+            ((4096, 1024, 1), "count"),
+            ((16, 64, 4096), "inner"),
+            ((2, 16, 1 << 20), "inner"),
+        ):
+            constexprs = config(dtype, shape, 1 if unit == "inner" else shape[1], 264)
+            one = {f"{unit}_stride": 1, f"grad_{unit}_stride": 1} | ({"inner": 1} if shape[2] == 1 else {})
+            for minimum in (False, True):
+                absent = ("lowest_ptr", "total_ptr") if minimum else ("winner_ptr",)
+                constants = {"MINIMUM": minimum, "STATE": True, **constexprs, **one, **dict.fromkeys(absent)}
+                label = f"{name}-{'x'.join(map(str, shape))}-{'min' if minimum else 'soft'}"
+                chosen = options(dtype, constexprs)
+                yield _multiples_of_16(
+                    pointers_aligned(f"free_energy-{label}", free_energy_fwd_kernel, types, constants, chosen), shape
+                )
+                if minimum:
+                    constants["energy_ptr"] = None
+                yield _multiples_of_16(
+                    pointers_aligned(f"free_energy_bwd-{label}", free_energy_bwd_kernel, types, constants, chosen),
+                    shape,
+                )
+
+
+def _multiples_of_16(entry: AotEntry, shape: tuple[int, int, int]) -> AotEntry:
+    if shape[1] % 16 != 0:
+        return entry
+    sizes = [name for name, kind in entry.signature.items() if kind == "i32" and name != "outer"]
+    return entry._replace(aligned=(*entry.aligned, *sizes))

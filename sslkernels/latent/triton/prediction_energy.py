@@ -1,0 +1,304 @@
+"""Squared errors of K predictions, their free energy, and its gradients in Triton.
+
+A program has a tile of targets by predictions by features. Where one tile holds all predictions of its targets and goes
+through their features, it reduces their energies too; parts of rows with many features, and of rows with many
+predictions, are reduced by a second kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    accumulation_dtype,
+    next_power_of_2,
+    on_device_of,
+    pointers_aligned,
+    processors,
+)
+from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, weights_of
+
+MOST_COLUMNS = 1 << 16  # of a part: few enough for sums of float32
+FINISH_BLOCK = {torch.float32: 512, torch.float64: 256}  # candidates of a finishing program at a time
+
+
+class Plan(NamedTuple):
+    """parts: of the features in forward, of the candidates in backward."""
+
+    constexprs: dict[str, int]
+    parts: int
+    options: dict[str, int]
+
+
+def _tile(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int, most_k: int) -> dict[str, int]:
+    """16 elements a thread, of float64 fewer; no more targets than leave `programs` of them."""
+    elements = 1024 if dtype == torch.float64 else 4096
+    block_k = min(next_power_of_2(count), most_k)
+    block_d = min(next_power_of_2(dim), max(elements // block_k, 16))
+    block_b = 1
+    while 2 * block_b * block_k * block_d <= elements and batch >= 2 * block_b * programs:
+        block_b *= 2
+    return {"BLOCK_B": block_b, "BLOCK_K": block_k, "BLOCK_D": block_d}
+
+
+def _warps(tile: dict[str, int]) -> dict[str, int]:
+    return {"num_warps": min(max(tile["BLOCK_B"] * tile["BLOCK_K"] * tile["BLOCK_D"] // 512, 1), 8)}
+
+
+def plan_fwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int) -> Plan:
+    """FUSED: a program has all that there is of its targets."""
+    tile = _tile(dtype, batch, count, dim, programs, 32)
+    blocks = triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(count, tile["BLOCK_K"])
+    parts = max(min(triton.cdiv(programs, max(blocks, 1)), triton.cdiv(dim, 4 * tile["BLOCK_D"])), 1)
+    columns = triton.cdiv(max(dim, 1), max(parts, triton.cdiv(dim, MOST_COLUMNS)))
+    columns = triton.cdiv(columns, tile["BLOCK_D"]) * tile["BLOCK_D"]
+    parts = max(triton.cdiv(dim, columns), 1)
+    fused = parts == 1 and count <= tile["BLOCK_K"] and dtype != torch.float64  # whose exponentials take registers
+    return Plan({**tile, "COLUMNS": columns, "FUSED": fused}, parts, _warps(tile))
+
+
+def plan_bwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int) -> Plan:
+    tile = _tile(dtype, batch, count, dim, programs, 8)
+    blocks = triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(dim, tile["BLOCK_D"])
+    parts = max(min(triton.cdiv(programs, max(blocks, 1)), triton.cdiv(count, 4 * tile["BLOCK_K"])), 1)
+    candidates = triton.cdiv(triton.cdiv(count, parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
+    return Plan(tile | {"CANDIDATES": candidates}, triton.cdiv(count, candidates), _warps(tile))
+
+
+@triton.jit
+def prediction_energy_fwd_kernel(
+    prediction_ptr, target_ptr, value_ptr, weights_ptr, parts_ptr,
+    batch, count, dim, parts, batch_stride, count_stride, target_stride, beta: tl.float64, inverse: tl.float64,
+    MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, FUSED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = value_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    blocks = (count + BLOCK_K - 1) // BLOCK_K
+    k = program % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    part = program // blocks % parts
+    b = program // blocks // parts * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_batch = b < batch
+    taken = in_batch[:, None] & (k < count)[None, :]
+    row = b[:, None] * batch_stride + k[None, :] * count_stride
+    begin = part * COLUMNS
+    end = tl.minimum(begin + COLUMNS, dim)
+    squares = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), ACC)
+    for start in range(begin, end, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < end
+        at = b[:, None] * target_stride + column[None, :]
+        y = tl.load(target_ptr + at, mask=in_batch[:, None] & inside[None, :], other=0.0).to(ACC)
+        at = row[:, :, None] + column[None, None, :]
+        p = tl.load(prediction_ptr + at, mask=taken[:, :, None] & inside[None, None, :], other=0.0).to(ACC)
+        difference = tl.where(taken[:, :, None], p - y[:, None, :], 0.0)
+        squares += difference * difference
+    energy = tl.sum(squares, 2)
+    if FUSED:
+        beta = tl.full((), beta, ACC)
+        inverse = tl.full((), inverse, ACC)
+        lowest = tl.full((BLOCK_B,), float("inf"), ACC)
+        at = b[:, None] * count + k[None, :]
+        if MINIMUM:
+            winner = tl.zeros((BLOCK_B,), tl.int64)
+            lowest, winner = lower_energies(energy, taken, k[None, :], lowest, winner)
+            tl.store(value_ptr + b, lowest, mask=in_batch)
+            if WEIGHTS:
+                tl.store(weights_ptr + at, tl.where(k[None, :] == winner[:, None], 1.0, 0.0), mask=taken)
+        else:
+            zero = tl.zeros((BLOCK_B,), ACC)
+            lowest, total, deficit = add_energies(energy, taken, 0, lowest, zero, zero, beta, inverse)
+            value = soft_value(tl.full((), count, ACC), lowest, total, deficit, beta, inverse)
+            tl.store(value_ptr + b, value, mask=in_batch)
+            if WEIGHTS:
+                tl.store(weights_ptr + at, weights_of(energy, lowest[:, None], total[:, None], beta), mask=taken)
+    else:
+        tl.store(parts_ptr + (b[:, None] * parts + part) * count + k[None, :], energy, mask=taken)
+
+
+@triton.jit
+def _energies(parts_ptr, k, taken, parts, count):
+    energy = tl.zeros(k.shape, parts_ptr.dtype.element_ty)
+    for part in range(0, parts):
+        energy += tl.load(parts_ptr + part * count + k, mask=taken, other=0.0)
+    return energy
+
+
+@triton.jit
+def prediction_energy_finish_kernel(
+    parts_ptr, value_ptr, weights_ptr, count, parts, beta: tl.float64, inverse: tl.float64,
+    MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program a target."""
+    ACC: tl.constexpr = value_ptr.dtype.element_ty
+    beta = tl.full((), beta, ACC)
+    inverse = tl.full((), inverse, ACC)
+    b = tl.program_id(0).to(tl.int64)
+    parts_ptr += b * parts * count
+    lane = tl.arange(0, BLOCK_K)
+    lowest = tl.full((1,), float("inf"), ACC)
+    total = tl.zeros((1,), ACC)
+    deficit = tl.zeros((1,), ACC)
+    winner = tl.zeros((1,), tl.int32)
+    for start in range(0, count, BLOCK_K):
+        k = start + lane
+        taken = k < count
+        energy = _energies(parts_ptr, k, taken, parts, count)[None, :]
+        if MINIMUM:
+            lowest, winner = lower_energies(energy, taken[None, :], k[None, :], lowest, winner)
+        else:
+            lowest, total, deficit = add_energies(energy, taken[None, :], start, lowest, total, deficit, beta, inverse)
+    if MINIMUM:
+        tl.store(value_ptr + b + tl.arange(0, 1), lowest)
+    else:
+        tl.store(
+            value_ptr + b + tl.arange(0, 1), soft_value(tl.full((), count, ACC), lowest, total, deficit, beta, inverse)
+        )
+    if WEIGHTS:
+        weights_ptr += b * count
+        for start in range(0, count, BLOCK_K):
+            k = start + lane
+            taken = k < count
+            if MINIMUM:
+                weights = tl.where(k == winner, 1.0, 0.0)
+            else:
+                weights = weights_of(_energies(parts_ptr, k, taken, parts, count), lowest, total, beta)
+            tl.store(weights_ptr + k, weights, mask=taken)
+
+
+@triton.jit
+def prediction_energy_bwd_kernel(
+    grad_value_ptr, prediction_ptr, target_ptr, weights_ptr, grad_prediction_ptr, grad_target_ptr,
+    batch, count, dim, batch_stride, count_stride, target_stride, grad_batch_stride, grad_count_stride,
+    WANT_PREDICTION: tl.constexpr, WANT_TARGET: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the targets has a part for each of the candidates' parts."""
+    ACC: tl.constexpr = grad_value_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    blocks = (dim + BLOCK_D - 1) // BLOCK_D
+    rows = (batch + BLOCK_B - 1) // BLOCK_B
+    column = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    b = program // blocks % rows * BLOCK_B + tl.arange(0, BLOCK_B)
+    part = program // blocks // rows
+    in_batch = b < batch
+    inside = in_batch[:, None] & (column < dim)[None, :]
+    y = tl.load(target_ptr + b[:, None] * target_stride + column[None, :], mask=inside, other=0.0).to(ACC)
+    upstream = 2.0 * tl.load(grad_value_ptr + b, mask=in_batch, other=0.0)
+    of_target = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+    begin = part * CANDIDATES
+    for start in range(begin, tl.minimum(begin + CANDIDATES, count), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        taken = in_batch[:, None] & (k < count)[None, :]
+        weight = tl.load(weights_ptr + b[:, None] * count + k[None, :], mask=taken, other=0.0)
+        factor = upstream[:, None] * weight
+        counts = factor != 0.0
+        at = (b[:, None] * batch_stride + k[None, :] * count_stride)[:, :, None] + column[None, None, :]
+        p = tl.load(prediction_ptr + at, mask=counts[:, :, None] & inside[:, None, :], other=0.0).to(ACC)
+        grad = tl.where(counts[:, :, None], factor[:, :, None] * (p - y[:, None, :]), 0.0)
+        if WANT_TARGET:
+            of_target -= tl.sum(grad, 1)
+        if WANT_PREDICTION:
+            at = (b[:, None] * grad_batch_stride + k[None, :] * grad_count_stride)[:, :, None] + column[None, None, :]
+            out = grad.to(grad_prediction_ptr.dtype.element_ty)
+            tl.store(grad_prediction_ptr + at, out, mask=taken[:, :, None] & inside[:, None, :])
+    if WANT_TARGET:
+        at = (part * batch + b)[:, None] * dim + column[None, :]
+        tl.store(grad_target_ptr + at, of_target.to(grad_target_ptr.dtype.element_ty), mask=inside)
+
+
+def prediction_energy_fwd(
+    prediction: Tensor, target: Tensor, value: Tensor, weights: Tensor | None, beta: float, minimum: bool
+) -> None:
+    """Fills value (B,) and, where given, weights (B, K) of predictions (B, K, D) and targets (B, D)."""
+    batch, count, dim = prediction.shape
+    if batch == 0:
+        return
+    plan = plan_fwd(prediction.dtype, batch, count, dim, 4 * processors(prediction))
+    blocks = triton.cdiv(batch, plan.constexprs["BLOCK_B"]) * triton.cdiv(count, plan.constexprs["BLOCK_K"])
+    parts = None if plan.constexprs["FUSED"] else value.new_empty((batch, plan.parts, count))
+    flags = {"MINIMUM": minimum, "WEIGHTS": weights is not None}
+    with on_device_of(prediction):
+        prediction_energy_fwd_kernel[(blocks * plan.parts,)](
+            prediction, target, value, weights, parts, batch, count, dim, plan.parts,
+            *prediction.stride()[:2], target.stride(0), float(beta), 1 / beta, **flags, **plan.constexprs,
+            **plan.options,
+        )  # fmt: skip
+        if parts is not None:
+            block_k = min(next_power_of_2(count), FINISH_BLOCK[value.dtype])
+            prediction_energy_finish_kernel[(batch,)](
+                parts, value, weights, count, plan.parts, float(beta), 1 / beta, **flags, BLOCK_K=block_k, num_warps=4
+            )
+
+
+def prediction_energy_bwd(
+    grad_value: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    grad_prediction: Tensor | None,
+    grad_target: Tensor | None,
+) -> None:
+    """Fills the gradients that are given."""
+    batch, count, dim = prediction.shape
+    if batch == 0 or dim == 0:
+        return
+    plan = plan_bwd(prediction.dtype, batch, count, dim, 4 * processors(prediction))
+    blocks = triton.cdiv(batch, plan.constexprs["BLOCK_B"]) * triton.cdiv(dim, plan.constexprs["BLOCK_D"])
+    of_target = grad_target
+    if grad_target is not None and plan.parts > 1:
+        of_target = grad_value.new_empty((plan.parts, batch, dim))
+    strides = (0, 0) if grad_prediction is None else grad_prediction.stride()[:2]
+    with on_device_of(prediction):
+        prediction_energy_bwd_kernel[(blocks * plan.parts,)](
+            grad_value, prediction, target, weights, grad_prediction, of_target, batch, count, dim,
+            *prediction.stride()[:2], target.stride(0), *strides, WANT_PREDICTION=grad_prediction is not None,
+            WANT_TARGET=grad_target is not None, **plan.constexprs, **plan.options,
+        )  # fmt: skip
+    if grad_target is not None and plan.parts > 1:
+        grad_target.copy_(of_target.sum(0))
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    sizes = ("batch", "count", "dim", "parts", "batch_stride", "count_stride", "target_stride")
+    sizes += ("grad_batch_stride", "grad_count_stride")
+    for dtype, name in DTYPE_NAMES.items():
+        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+        types = dict.fromkeys(("value_ptr", "weights_ptr", "parts_ptr", "grad_value_ptr"), acc)
+        types |= dict.fromkeys(("prediction_ptr", "target_ptr", "grad_prediction_ptr", "grad_target_ptr"), f"*{name}")
+        types |= dict.fromkeys(sizes, "i32") | {"beta": "fp64", "inverse": "fp64"}
+        for shape in ((4096, 8, 512), (65536, 10, 24), (8, 64, 1 << 20)):
+            label = f"{name}-{'x'.join(map(str, shape))}"
+            forward, backward = plan_fwd(dtype, *shape, 528), plan_bwd(dtype, *shape, 528)
+            for minimum in (False, True):
+                constants = {**forward.constexprs, "MINIMUM": minimum, "WEIGHTS": True}
+                if forward.constexprs["FUSED"]:
+                    constants["parts_ptr"] = None
+                yield _multiple_of_16(
+                    pointers_aligned(
+                        f"prediction_energy-{label}-{'min' if minimum else 'soft'}", prediction_energy_fwd_kernel,
+                        types, constants, forward.options,
+                    ), shape[2],
+                )  # fmt: skip
+            constants = {**backward.constexprs, "WANT_PREDICTION": True, "WANT_TARGET": True}
+            entry = pointers_aligned(
+                f"prediction_energy_bwd-{label}", prediction_energy_bwd_kernel, types, constants, backward.options
+            )
+            yield _multiple_of_16(entry, shape[2])
+        for minimum in (False, True):
+            constants = {"MINIMUM": minimum, "WEIGHTS": True, "BLOCK_K": FINISH_BLOCK[accumulation_dtype(dtype)]}
+            label = f"prediction_energy_finish-{name}-{'min' if minimum else 'soft'}"
+            yield pointers_aligned(label, prediction_energy_finish_kernel, types, constants, {"num_warps": 4})
+
+
+def _multiple_of_16(entry: AotEntry, dim: int) -> AotEntry:
+    strides = [name for name in entry.signature if name == "dim" or name.endswith("_stride")]
+    return entry._replace(aligned=(*entry.aligned, *strides)) if dim % 16 == 0 else entry

@@ -1,0 +1,115 @@
+"""Codes by their index in Triton: a block of rows a program, each read and written once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    Config,
+    accumulation_dtype,
+    dim_aligned,
+    next_power_of_2,
+    on_device_of,
+    pointers_aligned,
+)
+
+ELEMENTS = 1024  # of a block of rows
+
+
+@triton.jit
+def _rounded_to(values, dtype: tl.constexpr):
+    """From float64 by way of float32, as torch converts."""
+    if dtype != tl.float64:
+        values = values.to(tl.float32)
+    return values.to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gather_codes_kernel(
+    input, codebook, index, score, values, distance, rows, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    acc = distance.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid = row < rows
+    code = tl.load(index + row, valid, other=0)
+    is_nan = tl.load(score + row, valid, other=0.0)
+    is_nan = is_nan != is_nan
+    total = tl.zeros((BLOCK_R,), acc)
+    for start in range(0, dim, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = valid[:, None] & (column < dim)[None, :]
+        at = row[:, None] * dim + column[None, :]
+        x = tl.load(input + at, inside, other=0.0).to(acc)
+        c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
+        difference = x - c
+        total += tl.sum(difference * difference, 1)
+        c = tl.where(is_nan[:, None], float("nan"), c)
+        tl.store(values + at, _rounded_to(c, values.dtype.element_ty), inside)
+    tl.store(distance + row, tl.where(is_nan, float("nan"), total), valid)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def code_difference_kernel(
+    coefficient, input, codebook, index, out, rows, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    acc = coefficient.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid = row < rows
+    code = tl.load(index + row, valid, other=0)
+    scale = tl.load(coefficient + row, valid, other=0.0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (column < dim)[None, :]
+    at = row[:, None] * dim + column[None, :]
+    x = tl.load(input + at, inside, other=0.0).to(acc)
+    c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
+    tl.store(out + at, _rounded_to(scale[:, None] * (x - c), out.dtype.element_ty), inside)
+
+
+def config(dim: int) -> Config:
+    block_d = min(256, next_power_of_2(dim))
+    return Config({"BLOCK_R": ELEMENTS // block_d, "BLOCK_D": block_d}, {"num_warps": 4})
+
+
+def gather_codes(
+    input: Tensor, codebook: Tensor, index: Tensor, score: Tensor, values: Tensor, distance: Tensor
+) -> None:
+    """Fills values (N, D), NaN in rows whose score is, and distance (N,), the squared distance of row and code."""
+    rows, dim = input.shape
+    if rows == 0:
+        return
+    chosen = config(dim)
+    with on_device_of(input):
+        gather_codes_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_R"]),)](
+            input, codebook, index, score, values, distance, rows, dim, **chosen.constexprs, **chosen.options
+        )
+
+
+def code_difference(coefficient: Tensor, input: Tensor, codebook: Tensor, index: Tensor, out: Tensor) -> None:
+    """Fills out (N, D) with coefficient (N,) times input less code."""
+    rows, dim = input.shape
+    if rows == 0:
+        return
+    chosen = config(dim)
+    grid = tuple(triton.cdiv(n, chosen.constexprs[block]) for n, block in ((rows, "BLOCK_R"), (dim, "BLOCK_D")))
+    with on_device_of(input):
+        code_difference_kernel[grid](
+            coefficient, input, codebook, index, out, rows, dim, **chosen.constexprs, **chosen.options
+        )
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    for (dtype, name), dim in zip(DTYPE_NAMES.items(), (64, 300, 100, 64), strict=True):
+        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+        types = dict.fromkeys(("rows", "dim"), "i32") | dict.fromkeys(("distance", "coefficient"), acc)
+        types |= {"input": f"*{name}", "codebook": acc, "index": "*i64", "score": "*fp64"}
+        types |= dict.fromkeys(("values", "out"), f"*{name}")
+        chosen = config(dim)
+        for kernel, label in ((gather_codes_kernel, "gather-codes"), (code_difference_kernel, "code-difference")):
+            entry = pointers_aligned(f"{label}-{name}-{dim}", kernel, types, chosen.constexprs, chosen.options)
+            yield dim_aligned(entry) if dim % 16 == 0 else entry

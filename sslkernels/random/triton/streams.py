@@ -1,0 +1,92 @@
+"""Random streams in Triton: one program makes BLOCK groups of four numbers, wherever rows begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, pointers_aligned
+from sslkernels.random.triton import transforms
+from sslkernels.random.triton.philox import philox_words, token_groups
+
+BLOCK = 256
+
+
+@triton.jit(do_not_specialize=["groups", "sample"])
+def random_stream_kernel(
+    seed_ptr,
+    row_ids_ptr,
+    out_ptr,
+    rows,
+    columns,
+    groups,
+    sample: tl.int64,
+    STREAM: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
+    WHOLE_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row, group, in_range = token_groups(first, rows, groups, BLOCK)
+    number = first + tl.arange(0, BLOCK)
+    if HAS_ROW_IDS:
+        number = tl.load(row_ids_ptr + row, mask=in_range, other=0) * groups + group
+    seed = tl.load(seed_ptr)
+    draw = sample.to(tl.int64)
+    if STREAM == "normal":
+        values = transforms.normals(seed, number, draw)
+    else:
+        values = philox_words(seed, number, draw)
+        if STREAM == "uniform":
+            values = transforms.uniform(values)
+        elif STREAM == "exponential":
+            values = transforms.exponential(values)
+        elif STREAM == "gumbel":
+            values = transforms.gumbel(values)
+        else:
+            values = values.to(tl.int32, bitcast=True)
+
+    values = values.to(out_ptr.dtype.element_ty)
+    if WHOLE_GROUPS:  # rows of whole groups lie behind one another as the groups do
+        at = tl.arange(0, 4 * BLOCK)
+        tl.store(out_ptr + 4 * first + at, values, mask=at // 4 < rows.to(tl.int64) * groups - first)
+    else:
+        column = tl.reshape(group[:, None] * 4 + tl.arange(0, 4)[None, :], (4 * BLOCK,))
+        offset = tl.reshape((row * columns)[:, None] + tl.zeros((1, 4), tl.int64), (4 * BLOCK,)) + column
+        valid = tl.reshape(in_range[:, None] & (tl.arange(0, 4)[None, :] >= 0), (4 * BLOCK,)) & (column < columns)
+        tl.store(out_ptr + offset, values, mask=valid)
+
+
+def random_stream(
+    stream: str, seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(rows, columns, dtype=dtype, device=seed.device)
+    if out.numel() == 0:
+        return out
+    groups = (columns + 3) // 4
+    grid = (triton.cdiv(rows * groups, BLOCK),)
+    random_stream_kernel[grid](
+        seed, row_ids, out, rows, columns, groups, sample,
+        STREAM=stream, HAS_ROW_IDS=row_ids is not None, WHOLE_GROUPS=columns % 4 == 0, BLOCK=BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    types = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "sample": "i64"}
+    types |= dict.fromkeys(("rows", "columns", "groups"), "i32")
+    streams = [("bits", "i32", "int32"), ("uniform", "fp32", "fp32"), ("exponential", "fp32", "fp32")]
+    streams += [(stream, kind, kind) for stream in ("gumbel", "normal") for kind in DTYPE_NAMES.values()]
+    for stream, kind, label in streams:
+        for has_row_ids, whole in ((False, True), (True, False)):
+            constants: dict[str, Any] = {"STREAM": stream, "HAS_ROW_IDS": has_row_ids, "WHOLE_GROUPS": whole}
+            constants |= {"BLOCK": BLOCK} if has_row_ids else {"BLOCK": BLOCK, "row_ids_ptr": None}
+            name = f"random-{stream}-{label}" + ("" if whole else "-row_ids-odd")
+            yield pointers_aligned(
+                name, random_stream_kernel, {**types, "out_ptr": f"*{kind}"}, constants, {"num_warps": 4}
+            )

@@ -1,0 +1,212 @@
+"""Linear cross-entropy in chunks of rows: the plan of every backend but the reference.
+
+Rows that are ignored are left out first (`selection`). Then, chunk by chunk: logits = input @ linear_weight.T into a
+buffer that is reused, one pass of the backend's row kernel that turns it into losses and, in place, the gradient of the
+logits, and the matmuls of the gradients. The buffer's row pitch is a multiple of 64 elements, so that a vocabulary of
+any size has aligned rows. The weight's gradient accumulates over chunks in float32; where one chunk holds all rows, a
+matmul writes it.
+
+In float16 the gradient of the logits is held divided by the largest coefficient of a row, which is returned: a loss
+divided by a large batch would vanish in its subnormals.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sslkernels.core.chunks import PITCH, ROW_MULTIPLE, equal_rows, round_up, wave_rows
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
+from sslkernels.vocabulary.selection import IGNORED_ROW, Selection
+from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, RowState, empty_outputs
+
+# Bytes of the logits buffer, unless the caller bounds them.
+WORKSPACE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
+# Rows of the vocabulary whose weight gradient a CPU computes at a time in half precision: the product stays in the
+# cache until it is added, and oneDNN's matmul is faster on them than on a whole vocabulary.
+VOCAB_BLOCK = 8192
+
+
+def forward(
+    rows: Rows,
+    operands: Operands,
+    coefficient: Tensor | None,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+    stats: bool,
+) -> tuple[RowOutputs, Gradients]:
+    """Losses and state of each row, and the gradients of sum(coefficient * loss) that are wanted."""
+    input, linear_weight, bias, target, weight = operands
+    gradients = empty_gradients(operands, wanted)
+    gradients.scale.fill_(1)
+    if any(wanted):
+        assert coefficient is not None
+        coefficient, scale = normalise(coefficient, target, options.ignore_index, input.dtype, plan.compute_dtype)
+        gradients.scale.copy_(scale)
+    else:
+        coefficient = None
+        projection = (input.to(plan.compute_dtype), linear_weight.to(plan.compute_dtype))
+        outputs = rows.evaluate(*projection, target, bias, weight, options, stats=stats)
+        if outputs is not None:
+            return outputs, gradients
+    chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
+    if coefficient is not None:
+        coefficient = chunks.selection.take(coefficient, 0)
+    parts: list[RowOutputs] = []
+    for chunk, x, y in chunks:
+        logits = chunks.logits(x)
+        part, grad = (None, None) if coefficient is None else (coefficient[chunk], logits)
+        parts.append(rows.forward(logits, y, bias, weight, options, stats=stats, coefficient=part, grad=grad))
+        if grad is not None:
+            chunks.accumulate(grad, x, chunk.start)
+    chunks.finish()
+    return chunks.spread(parts, stats), gradients
+
+
+def backward(
+    rows: Rows,
+    grad_loss: Tensor,
+    operands: Operands,
+    state: RowState,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+) -> Gradients:
+    """The gradients of sum(grad_loss * loss), from the logits computed again."""
+    input, _, bias, target, weight = operands
+    gradients = empty_gradients(operands, wanted)
+    chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
+    coefficient, scale = normalise(grad_loss, target, options.ignore_index, input.dtype, plan.compute_dtype)
+    gradients.scale.copy_(scale)
+    take = chunks.selection.take
+    coefficient = take(coefficient, 0)
+    state = RowState(*(take(values, empty) for values, empty in zip(state, IGNORED_ROW.state, strict=True)))
+    for chunk, x, y in chunks:
+        logits = chunks.logits(x)
+        part = RowState(*(values[chunk] for values in state))
+        rows.backward(logits, y, bias, weight, options, part, coefficient[chunk], logits)
+        chunks.accumulate(logits, x, chunk.start)
+    chunks.finish()
+    return gradients
+
+
+class _Chunks:
+    """Walks over the selected rows in chunks and gathers their gradients."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        operands: Operands,
+        options: RowOptions,
+        plan: PlanOptions,
+        wanted: Wanted,
+        gradients: Gradients,
+    ) -> None:
+        input, linear_weight, target = operands.input, operands.linear_weight, operands.target
+        # On a CPU a float16 matmul is about a thousand times slower than a float32 one.
+        cpu_half = input.device.type == "cpu" and plan.compute_dtype == torch.float16
+        self.dtype = torch.float32 if cpu_half else plan.compute_dtype
+        self.kernels = rows
+        self.options = options
+        self.wanted = wanted
+        self.gradients = gradients
+        self.selection = Selection(target, options.ignore_index, plan.capacity)
+        # Zero in an empty slot: its row's gradient is 0, which times a NaN would be NaN in the weight's.
+        self.input = self.selection.take(input, 0).to(self.dtype)
+        self.target = self.selection.take(target.long(), options.ignore_index)
+        self.weight = linear_weight.to(self.dtype)
+        self.count = self.selection.slots
+        self.vocab = linear_weight.shape[0]
+        self.chunk_rows = self._chunk_rows(plan.workspace_bytes)
+        buffer_shape = (round_up(self.chunk_rows, ROW_MULTIPLE), round_up(self.vocab, PITCH))
+        self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)
+        self.grad_weight = gradients.linear_weight
+        one_chunk = self.chunk_rows >= self.count and gradients.linear_weight.dtype == self.dtype
+        if wanted.linear_weight and not one_chunk and gradients.linear_weight.dtype != accumulation_dtype(self.dtype):
+            acc = accumulation_dtype(self.dtype)
+            self.grad_weight = torch.empty_like(gradients.linear_weight, dtype=acc)
+        self.grad_input = gradients.input
+        if wanted.input and not (self.selection.all_rows and input.dtype == self.dtype):
+            self.grad_input = self.input.new_empty((round_up(self.count, ROW_MULTIPLE), input.shape[1]))
+        self.first = True
+
+    def __iter__(self):
+        for begin in range(0, self.count, max(self.chunk_rows, 1)):
+            chunk = slice(begin, min(begin + self.chunk_rows, self.count))
+            yield chunk, self.input[chunk], self.target[chunk]
+
+    def _chunk_rows(self, workspace_bytes: int | None) -> int:
+        device = self.input.device
+        if workspace_bytes is None:
+            workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+            if device.type == "cpu" and self.wanted.linear_weight and self.dtype.itemsize == 2:
+                # As large as the accumulator of the weight's gradient, which is read and written once for each chunk.
+                workspace_bytes = max(workspace_bytes, 4 * self.weight.numel())
+        fit = workspace_bytes // (round_up(self.vocab, PITCH) * self.dtype.itemsize)
+        fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+        if device.type != "cuda":
+            return equal_rows(self.count, fit)
+        return wave_rows(self.count, self.vocab, fit, torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def logits(self, x: Tensor) -> Tensor:
+        out = self.buffer[: x.shape[0], : self.vocab]
+        return torch.mm(x, self.weight.t(), out=out)
+
+    def accumulate(self, grad_logits: Tensor, x: Tensor, begin: int) -> None:
+        """Adds the part of every gradient that is wanted of the chunk whose first row is `begin`."""
+        if self.wanted.input:
+            # On a CPU with rows that nobody reads, where there is room; on a GPU without: they are not initialised.
+            rows = len(x) if x.is_cuda else round_up(len(x), ROW_MULTIPLE)
+            out = self.grad_input[begin : begin + rows]
+            torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
+        if self.wanted.linear_weight:
+            self._add_product(self.grad_weight, grad_logits.t(), x)
+        if self.wanted.linear_bias:
+            self.kernels.add_column_sums(grad_logits, self.gradients.linear_bias, self.first)
+        self.first = False
+
+    def _add_product(self, total: Tensor, grads: Tensor, x: Tensor) -> None:
+        """total = (0 if first else total) + grads @ x. In half precision the total is of that dtype for the one chunk
+        of all rows, else float32."""
+        half = grads.dtype.itemsize == 2
+        if total.is_cuda or not half:
+            out_dtype = {} if total.dtype == grads.dtype else {"out_dtype": total.dtype}
+            torch.addmm(total, grads, x, **out_dtype, beta=0 if self.first else 1, out=total)
+            return
+        direct = total.dtype == grads.dtype
+        part = None if direct else x.new_empty((VOCAB_BLOCK, x.shape[1]))
+        for begin in range(0, total.shape[0], VOCAB_BLOCK):
+            block = total[begin : begin + VOCAB_BLOCK]
+            if part is None:
+                torch.mm(grads[begin : begin + VOCAB_BLOCK], x, out=block)
+            else:
+                product = torch.mm(grads[begin : begin + VOCAB_BLOCK], x, out=part[: block.shape[0]])
+                self.kernels.add(block, product, self.first)
+
+    def finish(self) -> None:
+        """Applies logit_scale and puts the rows back in their places."""
+        gradients, scale = self.gradients, self.options.logit_scale
+        if self.first:
+            for gradient in (self.grad_weight, gradients.linear_bias):
+                gradient.zero_()
+        if self.wanted.linear_weight and scale != 1.0:
+            self.grad_weight.mul_(scale)
+        if self.grad_weight is not gradients.linear_weight:
+            self.kernels.add(gradients.linear_weight, self.grad_weight, True)
+        if not self.wanted.input:
+            return
+        if scale != 1.0:
+            self.grad_input.mul_(scale)
+        if self.grad_input is not gradients.input:
+            self.selection.spread(self.grad_input[: self.count], 0, gradients.input)
+
+    def spread(self, parts: list[RowOutputs], stats: bool) -> RowOutputs:
+        """The outputs of all rows; those of ignored rows as the row kernels give them."""
+        slots = RowOutputs(*map(torch.cat, zip(*parts, strict=True))) if parts else empty_outputs(self.input, 0, stats)
+        result = empty_outputs(self.input, self.selection.rows, stats)
+        for values, ignored, out in zip(slots, IGNORED_ROW, result, strict=True):
+            if out.numel():
+                self.selection.spread(values, ignored, out)
+        return result

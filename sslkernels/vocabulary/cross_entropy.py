@@ -1,0 +1,367 @@
+"""Cross-entropy on logits, a drop-in for `torch.nn.functional.cross_entropy`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslkernels.core import checks
+from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.dtypes import accumulation_dtype, contiguous
+from sslkernels.core.operator import operator
+from sslkernels.core.scale import scaled
+from sslkernels.vocabulary.softmax_rows import (
+    NativeRows,
+    ReferenceRows,
+    RowOptions,
+    RowOutputs,
+    Rows,
+    RowState,
+    TritonRows,
+    check_target_range,
+    empty_outputs,
+)
+
+NAME = "cross_entropy"
+# Backends whose forward kernel writes the gradient in the same pass: to keep it saves a read of the logits.
+KEEPING_BACKENDS = ("cuda",)
+
+
+class CrossEntropyStats(NamedTuple):
+    """Per-row statistics of the logits, detached, of the shape of the target.
+
+    lse: log-sum-exp; logprob: log-probability of the target; prediction: the lowest index of the largest logit (int64);
+    correct: prediction equals target (bool); entropy: of the softmax, in nats. Rows whose target is `ignore_index` are
+    not computed: they hold 0, prediction -1, correct False. Where a row holds a NaN, its prediction is some index.
+    """
+
+    lse: Tensor
+    logprob: Tensor
+    prediction: Tensor
+    correct: Tensor
+    entropy: Tensor
+
+
+def _implementations(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    native = partial(function, NativeRows())
+    return {
+        "reference": partial(function, ReferenceRows()),
+        "cpu": native,
+        "cuda": native,
+        "triton": partial(function, TritonRows()),
+    }
+
+
+def _empty_gradient(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _fwd(rows: Rows, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool):
+    check_target_range(NAME, target, logits.shape[1], options.ignore_index)
+    return rows.forward(logits, target, None, weight, options, stats=stats)
+
+
+def _bwd(
+    rows: Rows,
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    state: RowState,
+    options: RowOptions,
+) -> Tensor:
+    grad = _empty_gradient(logits)
+    rows.backward(logits, target, None, weight, options, state, grad_loss, grad)
+    return grad
+
+
+def _grad(
+    rows: Rows,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    coefficient: Tensor,
+    options: RowOptions,
+    stats: bool,
+) -> tuple[RowOutputs, Tensor]:
+    check_target_range(NAME, target, logits.shape[1], options.ignore_index)
+    grad = _empty_gradient(logits)
+    outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
+    return outputs, grad
+
+
+@operator(NAME, _implementations(_fwd), native_ops=NativeRows.OPS)
+def cross_entropy_fwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool
+) -> RowOutputs:
+    return empty_outputs(logits, logits.shape[0], stats)
+
+
+@operator(NAME, _implementations(_bwd), native_ops=NativeRows.OPS)
+def cross_entropy_bwd(
+    grad_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, state: RowState, options: RowOptions
+) -> Tensor:
+    return _empty_gradient(logits)
+
+
+@operator(NAME, _implementations(_grad), native_ops=NativeRows.OPS)
+def cross_entropy_grad(
+    logits: Tensor, target: Tensor, weight: Tensor | None, coefficient: Tensor, options: RowOptions, stats: bool
+) -> tuple[RowOutputs, Tensor]:
+    """The outputs, and the gradient of sum(coefficient * loss), from one pass over the logits."""
+    return empty_outputs(logits, logits.shape[0], stats), _empty_gradient(logits)
+
+
+class _CrossEntropy(Function):
+    """Per-row losses and statistics; saves the logits and three numbers a row."""
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool) -> RowOutputs:
+        return cross_entropy_fwd(logits, target, weight, options, stats)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        logits, target, weight, ctx.options, _ = inputs
+        (rows,) = outputs
+        save(ctx, logits, target, weight, rows.state)
+
+    @staticmethod
+    def backward(ctx, grads):
+        if grads.loss is None:
+            return None
+        return (_row_gradients(grads.loss.contiguous(), *saved(ctx), ctx.options),)
+
+
+@once_differentiable(NAME, "use F.cross_entropy for it")
+def _row_gradients(
+    grad_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, state: RowState, options: RowOptions
+) -> Tensor:
+    return cross_entropy_bwd(grad_loss, logits, target, weight, state, options)
+
+
+class _ReducedCrossEntropy(Function):
+    """sum(loss), or that / divisor; its gradient is computed in the same pass over the logits and kept.
+
+    The logits are read once and the gradient is written once, where a pass for the loss and another for the gradient
+    read them twice. They need not live until backward: `anchor`, an empty tensor that depends on them, stands for them
+    where the gradient is differentiated again, which raises.
+    """
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        anchor: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        divisor: Tensor | None,
+        options: RowOptions,
+        stats: bool,
+    ) -> tuple[Tensor, RowOutputs, Tensor]:
+        coefficient = torch.ones_like(target, dtype=accumulation_dtype(logits.dtype))
+        if divisor is not None:
+            coefficient = coefficient / divisor
+        rows, grad = cross_entropy_grad(logits, target, weight, coefficient, options, stats)
+        loss = rows.loss.sum()
+        return loss if divisor is None else loss / divisor, rows, grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        _, anchor, *_ = inputs
+        _, _, grad = outputs
+        save(ctx, anchor, grad)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None
+        anchor, grad = saved(ctx)
+        return (_kept_gradient(grad, grad_loss, grad.dtype, anchor),)
+
+
+@once_differentiable(NAME, "use F.cross_entropy for it")
+def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, anchor: Tensor) -> Tensor:
+    return scaled(gradient, scale, dtype, saved=True)
+
+
+def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
+    """Whether backward follows at once, as far as can be seen, and the kernel makes the gradient in the same pass.
+
+    Not in float16, where the gradient of a mean over many rows is only exact with grad_output multiplied in; nor where
+    saved tensors are hooked, as by activation checkpointing, whose first forward would make it for nothing.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
+        and torch.is_grad_enabled()
+        and logits.requires_grad
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and reduction != "none"
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and cross_entropy_grad.choose(logits.device) in KEEPING_BACKENDS
+    )
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """Cross-entropy between logits and targets; a drop-in for `torch.nn.functional.cross_entropy`.
+
+    No log-probabilities are kept: backward regenerates the gradient from the logits and three numbers a row. On the
+    cuda backend the loss of reduction "mean" or "sum" of float32 or bfloat16 logits has its gradient computed in the
+    same pass, which reads the logits once; it is kept, in their dtype, until backward.
+
+    Args:
+        input: logits `(N, V)` or `(V,)`; `(N, V, d1, ...)` as in torch; or `(..., V)` with a target `(...)`, where
+            torch's reading of the shapes does not fit. float32, bfloat16, float16 or float64.
+        target: class indices `(N,)`, `()`, `(N, d1, ...)` or `(...)`, int64 or int32; or class probabilities of the
+            shape of `input`, which take torch's own path.
+        weight: weight of each class `(V,)`.
+        ignore_index: a target that adds nothing to the loss, the gradient or the divisor.
+        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN where there are none), "sum",
+            or "none", of the shape of the target.
+        label_smoothing: in [0, 1]; the part of the target spread over all classes.
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5).
+        softcap: replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024).
+        return_stats: also return `CrossEntropyStats`, from the same pass.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); with `return_stats` the pair (loss, statistics).
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A target out of range raises
+            `ValueError` on the CPU; on a GPU, where checking would synchronise, the loss of its row is NaN.
+
+    >>> import sslkernels as sk
+    >>> logits = torch.randn(4, 1000, requires_grad=True)
+    >>> sk.cross_entropy(logits, torch.tensor([3, -100, 7, 999])).backward()
+    """
+    checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
+    checks.dims(NAME, "input", input, 1, "(V,), (N, V), (N, V, d1, ...) or (..., V)")
+    checks.tensor(NAME, "target", target, (*checks.INDEX_DTYPES, *checks.FLOAT_DTYPES))
+    checks.same_device(NAME, "target", target, "input", input.device)
+    class_dim = 1 if input.dim() > 1 else 0
+    if target.is_floating_point():
+        checks.shape(NAME, "target (class probabilities)", target, input.shape, "that of input")
+    else:
+        torch_shape = (*input.shape[:class_dim], *input.shape[class_dim + 1 :])
+        if tuple(target.shape) != torch_shape and tuple(target.shape) == tuple(input.shape[:-1]):
+            class_dim = input.dim() - 1
+        elif tuple(target.shape) != torch_shape:
+            must = f"have shape {torch_shape} (or that of input, for class probabilities)"
+            checks.fail(ValueError, NAME, "target", must, tuple(target.shape))
+    vocab = input.shape[class_dim]
+    check_options(NAME, vocab, input.device, weight, reduction, ignore_index, label_smoothing, z_loss, softcap)
+    cap = 0.0 if softcap is None else float(softcap)
+    options = RowOptions(ignore_index, float(label_smoothing), float(z_loss), cap)
+
+    if target.is_floating_point():
+        if return_stats:
+            checks.fail(ValueError, NAME, "return_stats", "be False with class probabilities", True)
+        return _with_probabilities(input, target, weight, options, reduction)
+
+    logits = input.movedim(class_dim, -1).reshape(-1, vocab)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    rows = target.reshape(-1).contiguous()
+    divisor = None
+    if reduction == "mean":
+        divisor = valid_weight(rows, weight, vocab, ignore_index, accumulation_dtype(logits.dtype))
+    if _keeps_gradient(logits, reduction):
+        anchor = logits[:0].clone()
+        loss, outputs, _ = _ReducedCrossEntropy.run(
+            logits, anchor, rows, contiguous(weight), divisor, options, return_stats
+        )
+    else:
+        outputs = _CrossEntropy.run(logits, rows, contiguous(weight), options, return_stats)
+        loss = outputs.loss
+        loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
+        if divisor is not None:
+            loss = loss / divisor
+    if not return_stats:
+        return loss
+    return loss, row_stats(rows, outputs, ignore_index, target.shape)
+
+
+def check_options(
+    function: str,
+    vocab: int,
+    device: torch.device,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> None:
+    """Checks what `cross_entropy` and `linear_cross_entropy` have in common."""
+    checks.tensor(function, "weight", weight, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(function, "weight", weight, (vocab,), "(V,)")
+    checks.same_device(function, "weight", weight, "input", device)
+    if weight is not None and weight.requires_grad:
+        must = "not require grad (class weights are constants)"
+        checks.fail(ValueError, function, "weight", must, "requires_grad=True")
+    checks.choice(function, "reduction", reduction, ("none", "mean", "sum"))
+    checks.integer(function, "ignore_index", ignore_index)
+    checks.number(function, "label_smoothing", label_smoothing, low=0.0, high=1.0)
+    checks.number(function, "z_loss", z_loss, low=0.0)
+    if softcap is not None:
+        checks.number(function, "softcap", softcap, low=0.0, low_open=True)
+
+
+def valid_weight(target: Tensor, weight: Tensor | None, vocab: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """The divisor of "mean": the sum of the class weights of the rows that are not ignored."""
+    valid = target != ignore_index
+    if weight is None:
+        return valid.sum().to(dtype)
+    index = torch.where(valid, target, 0).clamp(0, vocab - 1).long()
+    return torch.where(valid, weight.to(dtype)[index], 0).sum()
+
+
+def row_stats(target: Tensor, rows: RowOutputs, ignore_index: int, shape: torch.Size) -> CrossEntropyStats:
+    correct = (rows.prediction == target) & (target != ignore_index)
+    lse = rows.row_max + rows.sum_exp.log()
+    parts = (lse, rows.logprob, rows.prediction, correct, rows.entropy)
+    return CrossEntropyStats(*(part.detach().reshape(shape) for part in parts))
+
+
+def _with_probabilities(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, reduction: str
+) -> Tensor:
+    """Class probabilities: torch's own cross-entropy in the accumulation dtype."""
+    acc = accumulation_dtype(input.dtype)
+    logits = input.to(acc)
+    if options.softcap > 0:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    class_dim = 1 if input.dim() > 1 else 0
+    loss = F.cross_entropy(
+        logits,
+        target.to(acc),
+        None if weight is None else weight.to(acc),
+        ignore_index=options.ignore_index,
+        reduction="none",
+        label_smoothing=options.label_smoothing,
+    )
+    if options.z_loss > 0:
+        loss = loss + options.z_loss * logits.logsumexp(class_dim).square()
+    if reduction == "none":
+        return loss
+    # torch divides the mean by the number of rows here, whatever the class weights are.
+    return loss.sum() if reduction == "sum" else loss.sum() / loss.numel()

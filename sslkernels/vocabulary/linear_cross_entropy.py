@@ -1,0 +1,302 @@
+"""Cross-entropy of a linear projection, whose logits are never materialised as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslkernels.core import checks
+from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
+from sslkernels.core.scale import scaled
+from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, check_options, row_stats, valid_weight
+from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, linear_cross_entropy_fwd
+from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted
+from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState
+
+
+class _RowLosses(Function):
+    """Per-row losses and statistics, "compact": backward computes the logits again (four matmuls in all)."""
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(operands: Operands, options: RowOptions, plan: PlanOptions, stats: bool) -> RowOutputs:
+        nothing = Wanted(input=False, linear_weight=False, linear_bias=False)
+        rows, _ = linear_cross_entropy_fwd(operands, None, options, plan, nothing, stats)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        operands, ctx.options, ctx.plan, _ = inputs
+        (rows,) = outputs
+        save(ctx, operands, rows.state)
+
+    @staticmethod
+    def backward(ctx, grads):
+        if grads.loss is None:
+            return None
+        needs, *_ = _RowLosses.wanted(ctx)
+        wanted = Wanted(*(getattr(needs, name) for name in Wanted._fields))
+        operands, state = saved(ctx)
+        return (_row_gradients(grads.loss.contiguous(), operands, state, ctx.options, ctx.plan, wanted),)
+
+
+@once_differentiable(NAME)
+def _row_gradients(
+    grad_loss: Tensor, operands: Operands, state: RowState, options: RowOptions, plan: PlanOptions, wanted: Wanted
+) -> Operands:
+    """The gradients of the operands, None where not wanted."""
+    gradients = linear_cross_entropy_bwd(grad_loss, operands, state, options, plan, wanted)
+    found = {
+        name: scaled(getattr(gradients, name), gradients.scale, getattr(operands, name).dtype)
+        for name in Wanted._fields
+        if getattr(wanted, name)
+    }
+    return _operand_gradients(found)
+
+
+class _Leaves(NamedTuple):
+    """The tensors of a reduced loss that may want a gradient."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    token_weight: Tensor | None
+
+
+class _ReducedLoss(Function):
+    """sum(token_weight * loss) / divisor, "fast": its gradients are computed with it and kept (three matmuls in all).
+
+    Backward multiplies them by grad_output. A gradient that backward needs and forward was not asked for is an error,
+    never a zero.
+    """
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(
+        operands: Operands,
+        token_weight: Tensor | None,
+        divisor: Tensor | None,
+        options: RowOptions,
+        plan: PlanOptions,
+        wanted: Wanted,
+        stats: bool,
+    ) -> tuple[Tensor, RowOutputs, Gradients]:
+        acc = accumulation_dtype(operands.input.dtype)
+        coefficient = torch.ones_like(operands.target, dtype=acc) if token_weight is None else token_weight.to(acc)
+        if divisor is not None:
+            coefficient = coefficient / divisor
+        rows, gradients = linear_cross_entropy_fwd(operands, coefficient, options, plan, wanted, stats)
+        loss = (rows.loss if token_weight is None else rows.loss * token_weight).sum()
+        return loss if divisor is None else loss / divisor, rows, gradients
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        operands, token_weight, divisor, _, _, ctx.computed, _ = inputs
+        _, rows, gradients = outputs
+        leaves = _Leaves(operands.input, operands.linear_weight, operands.linear_bias, token_weight)
+        save(ctx, gradients, rows.loss, divisor, leaves)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None
+        gradients, losses, divisor, leaves = saved(ctx)
+        needs, needs_token_weight, *_ = _ReducedLoss.wanted(ctx)
+        found = {}
+        for name in Wanted._fields:
+            if not getattr(needs, name):
+                continue
+            if not getattr(ctx.computed, name):
+                raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}; use mode='compact' here")
+            gradient, leaf = getattr(gradients, name), getattr(leaves, name)
+            found[name] = _kept_gradient(gradient, grad_loss * gradients.scale, leaf.dtype, leaves)
+        grad_token_weight = None
+        if needs_token_weight:
+            by_row = losses if divisor is None else losses / divisor
+            grad_token_weight = _kept_gradient(by_row, grad_loss, leaves.token_weight.dtype, leaves)
+        return _operand_gradients(found), grad_token_weight
+
+
+@once_differentiable(NAME)
+def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, leaves: _Leaves) -> Tensor:
+    return scaled(gradient, scale, dtype, saved=True)
+
+
+def _operand_gradients(found: dict[str, Tensor]) -> Operands:
+    return Operands(*(found.get(name) for name in Operands._fields))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    mode: str = "auto",
+    process_group: Any = None,
+    vocab_start: int = 0,
+    capacity: int | None = None,
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, which never exist as a whole.
+
+    A superset of `torch.nn.functional.linear_cross_entropy`. Rows whose target is `ignore_index` are left out before
+    the matmuls; the others go through in chunks whose logits fit a buffer of `workspace_bytes`. Beyond the gradients
+    and the valid rows of input and of its gradient, this buffer is all the memory, and in half precision, where the
+    rows need more than one chunk, the weight's gradient in float32, which the chunks add up in.
+
+    Args:
+        input: hidden states `(..., D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its
+            dtype, whatever the dtypes of input and weight; otherwise the two must be equal. float16 on a CPU computes
+            in float32.
+        linear_weight: `(V, D)`, may be tied to an embedding.
+        target: class indices `(...)`, int64 or int32.
+        linear_bias: `(V,)`, any float dtype.
+        weight: weight of each class `(V,)`.
+        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN where there are none) or by
+            `num_items`; "sum"; or "none", of the shape of the target.
+        ignore_index, label_smoothing, z_loss: as in `cross_entropy`.
+        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)`.
+        logit_scale: multiplies the product before the bias is added.
+        token_weight: `(...)`, multiplies the loss of each row; not part of the divisor of "mean". Differentiable.
+        num_items: int or 0-d tensor, the divisor of "mean" instead (as for gradient accumulation).
+        mode: "fast": three matmuls, the gradients are computed in forward and kept until backward; "compact": four, no
+            buffer of the size of a gradient before backward; "auto": fast where a gradient is wanted. With
+            `reduction="none"` the weights of the rows are not known in forward, and every mode runs the compact plan.
+        process_group, vocab_start: a weight sharded over ranks; not implemented yet.
+        capacity: the most rows that may be valid (target other than `ignore_index`) in a call. With it nothing
+            synchronises and no shape depends on the targets: that many rows, or all where they are fewer, go through
+            the matmuls, valid or not.
+        workspace_bytes: the most bytes of the buffer of logits, which holds 16 rows at least. Default: 512 MiB on CUDA;
+            on a CPU 80 MiB or, for a weight's gradient in half precision, the bytes of the weight in float32 where that
+            is more.
+        return_stats: also return `CrossEntropyStats`, from the same pass.
+
+    Returns:
+        The loss, float32 (float64 for float64 input); with `return_stats` the pair (loss, statistics).
+
+    Synchronisation: on CUDA without a `capacity` the number of valid rows is read once in forward, and in compact mode
+    once in backward. With a `capacity` nothing is read. While a CUDA graph is captured the capacity is N unless given:
+    ignored rows are computed along.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A target out of range raises
+            `ValueError` on the CPU; on a GPU the loss of its row is NaN. More valid rows than `capacity` raise
+            `ValueError` on the CPU; on a GPU the losses and all gradients are NaN.
+        NotImplementedError: for a `process_group`.
+
+    >>> import sslkernels as sk
+    >>> hidden = torch.randn(8, 16, requires_grad=True)
+    >>> embedding = torch.randn(1000, 16, requires_grad=True)
+    >>> target = torch.tensor([3, -100, 7, 999, -100, -100, 0, 1])
+    >>> sk.linear_cross_entropy(hidden, embedding, target).backward()
+    """
+    _check(input, linear_weight, target, linear_bias, token_weight, num_items, reduction, mode, logit_scale)
+    vocab = linear_weight.shape[0]
+    check_options(NAME, vocab, input.device, weight, reduction, ignore_index, label_smoothing, z_loss, softcap)
+    if process_group is not None:
+        raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weight on every rank")
+    if vocab_start != 0:
+        checks.fail(ValueError, NAME, "vocab_start", "be 0 without a process_group", vocab_start)
+    checks.integer(NAME, "capacity", capacity, low=0, optional=True)
+    checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
+    compute_dtype = compute_dtype_of(NAME, input, linear_weight)
+
+    acc = accumulation_dtype(input.dtype)
+    operands = Operands(
+        input.reshape(target.numel(), input.shape[-1]).contiguous(),
+        linear_weight.contiguous(),
+        contiguous(linear_bias),
+        target.reshape(-1).contiguous(),
+        contiguous(weight),
+    )
+    tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
+    cap = 0.0 if softcap is None else float(softcap)
+    options = RowOptions(ignore_index, float(label_smoothing), float(z_loss), cap, float(logit_scale))
+    plan = PlanOptions(compute_dtype, capacity, workspace_bytes)
+
+    divisor = None
+    if reduction == "mean":
+        if num_items is None:
+            divisor = valid_weight(operands.target, operands.weight, vocab, ignore_index, acc)
+        elif isinstance(num_items, Tensor):
+            divisor = num_items.detach().reshape(()).to(acc)
+        else:
+            divisor = torch.full((), float(num_items), dtype=acc, device=input.device)
+
+    wanted = Wanted(*(_wants_gradient(getattr(operands, name)) for name in Wanted._fields))
+    if mode != "compact" and reduction != "none" and any(wanted):
+        loss, rows, _ = _ReducedLoss.run(operands, tokens, divisor, options, plan, wanted, return_stats)
+    else:
+        rows = _RowLosses.run(operands, options, plan, return_stats)
+        loss = rows.loss if tokens is None else rows.loss * tokens.to(acc)
+        loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
+        if divisor is not None:
+            loss = loss / divisor
+    if not return_stats:
+        return loss
+    return loss, row_stats(operands.target, rows, ignore_index, target.shape)
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _check(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: int | Tensor | None,
+    reduction: str,
+    mode: str,
+    logit_scale: float,
+) -> None:
+    checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
+    checks.dims(NAME, "input", input, 1, "(..., D)")
+    checks.tensor(NAME, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
+    checks.dims(NAME, "linear_weight", linear_weight, 2, "(V, D)", high=2)
+    checks.shape(NAME, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
+    if linear_weight.shape[0] == 0:
+        checks.fail(ValueError, NAME, "linear_weight", "have at least one row", tuple(linear_weight.shape))
+    checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
+    checks.shape(NAME, "target", target, input.shape[:-1], "that of input without its last dimension")
+    checks.tensor(NAME, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(NAME, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
+    checks.tensor(NAME, "token_weight", token_weight, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(NAME, "token_weight", token_weight, target.shape, "that of target")
+    for argument, value in (
+        ("linear_weight", linear_weight),
+        ("target", target),
+        ("linear_bias", linear_bias),
+        ("token_weight", token_weight),
+    ):
+        checks.same_device(NAME, argument, value, "input", input.device)
+    checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
+    checks.number(NAME, "logit_scale", logit_scale)
+    if num_items is None:
+        return
+    if reduction != "mean":
+        checks.fail(ValueError, NAME, "num_items", 'be None unless reduction is "mean"', f"reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            checks.fail(ValueError, NAME, "num_items", "be an int or a 0-d tensor", tuple(num_items.shape))
+        checks.same_device(NAME, "num_items", num_items, "input", input.device)
+    else:
+        checks.number(NAME, "num_items", num_items, low=0)

@@ -1,0 +1,84 @@
+"""The raw operators of `linear_cross_entropy`: what they take and give, and the plan of each backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from sslkernels.core.operator import operator
+from sslkernels.vocabulary import chunked_linear, linear_reference
+from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted, empty_gradients
+from sslkernels.vocabulary.selection import check_capacity, void_overflow
+from sslkernels.vocabulary.softmax_rows import (
+    NativeRows,
+    RowOptions,
+    RowOutputs,
+    RowState,
+    TritonRows,
+    check_target_range,
+    empty_outputs,
+)
+
+
+def _fwd(
+    forward: Callable[..., tuple[RowOutputs, Gradients]],
+    operands: Operands,
+    coefficient: Tensor | None,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+    stats: bool,
+) -> tuple[RowOutputs, Gradients]:
+    check_target_range(NAME, operands.target, operands.linear_weight.shape[0], options.ignore_index)
+    check_capacity(NAME, operands.target, options.ignore_index, plan.capacity)
+    outputs, gradients = forward(operands, coefficient, options, plan, wanted, stats)
+    void_overflow(operands.target, options.ignore_index, plan.capacity, gradients.scale, outputs)
+    return outputs, gradients
+
+
+def _bwd(
+    backward: Callable[..., Gradients],
+    grad_loss: Tensor,
+    operands: Operands,
+    state: RowState,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+) -> Gradients:
+    gradients = backward(grad_loss, operands, state, options, plan, wanted)
+    void_overflow(operands.target, options.ignore_index, plan.capacity, gradients.scale)
+    return gradients
+
+
+def _implementations(adapt: Callable[..., Any], name: str) -> dict[str, Callable[..., Any]]:
+    native = partial(adapt, partial(getattr(chunked_linear, name), NativeRows()))
+    return {
+        "reference": partial(adapt, getattr(linear_reference, name)),
+        "cpu": native,
+        "cuda": native,
+        "triton": partial(adapt, partial(getattr(chunked_linear, name), TritonRows())),
+    }
+
+
+@operator(NAME, _implementations(_fwd, "forward"), native_ops=NativeRows.OPS)
+def linear_cross_entropy_fwd(
+    operands: Operands,
+    coefficient: Tensor | None,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+    stats: bool,
+) -> tuple[RowOutputs, Gradients]:
+    """Losses and state of each row, and the gradients of sum(coefficient * loss) that are wanted."""
+    return empty_outputs(operands.input, operands.input.shape[0], stats), empty_gradients(operands, wanted)
+
+
+@operator(NAME, _implementations(_bwd, "backward"), native_ops=NativeRows.OPS)
+def linear_cross_entropy_bwd(
+    grad_loss: Tensor, operands: Operands, state: RowState, options: RowOptions, plan: PlanOptions, wanted: Wanted
+) -> Gradients:
+    """The gradients of sum(grad_loss * loss), from the logits computed again."""
+    return empty_gradients(operands, wanted)

@@ -1,0 +1,75 @@
+"""What the raw operators of `linear_cross_entropy` take and give, beside the records of `softmax_rows`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslkernels.core.dtypes import accumulation_dtype
+
+NAME = "linear_cross_entropy"
+
+
+class Operands(NamedTuple):
+    """input (N, D), linear_weight (V, D), linear_bias (V,), target (N,), class weights `weight` (V,)."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+
+
+class PlanOptions(NamedTuple):
+    """How the logits are computed. capacity, workspace_bytes: the caller's bounds of the number of valid rows and of
+    the bytes of the logits buffer, None where there is none."""
+
+    compute_dtype: torch.dtype
+    capacity: int | None
+    workspace_bytes: int | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    input: bool
+    linear_weight: bool
+    linear_bias: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of the input (N, D) and the weight (V, D) in their dtypes (but a float16 weight's in float32: without
+    `scale` it may exceed float16), of the bias (V,) in the accumulation dtype; empty if not wanted. The true gradients
+    are these times `scale` (0-d)."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor
+    scale: Tensor
+
+
+def empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
+    input, linear_weight = operands.input, operands.linear_weight
+    acc = accumulation_dtype(input.dtype)
+    weight_dtype = acc if linear_weight.dtype == torch.float16 else linear_weight.dtype
+    return Gradients(
+        input.new_empty(input.shape if wanted.input else (0, 0)),
+        linear_weight.new_empty(linear_weight.shape if wanted.linear_weight else (0, 0), dtype=weight_dtype),
+        linear_weight.new_empty(linear_weight.shape[0] if wanted.linear_bias else 0, dtype=acc),
+        input.new_empty((), dtype=acc),
+    )
+
+
+def normalise(coefficient: Tensor, target: Tensor, ignore_index: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(coefficient / scale, scale), with scale 1 unless one of `dtypes` is float16.
+
+    Ignored rows, whose coefficient may be anything (1 / 0 where no row is valid), get 0 and do not count.
+    """
+    coefficient = torch.where(target != ignore_index, coefficient, 0)
+    if torch.float16 not in dtypes or coefficient.numel() == 0:
+        return coefficient, coefficient.new_ones(())
+    largest = coefficient.abs().max()
+    scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    return coefficient / scale, scale

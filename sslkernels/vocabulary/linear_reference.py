@@ -1,0 +1,63 @@
+"""Linear cross-entropy in plain torch: it defines the op. All logits are materialised, in the accumulation dtype."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
+from sslkernels.vocabulary.softmax_rows import ReferenceRows, RowOptions, RowOutputs, RowState
+
+ROWS = ReferenceRows()
+
+
+def forward(
+    operands: Operands,
+    coefficient: Tensor | None,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+    stats: bool,
+) -> tuple[RowOutputs, Gradients]:
+    x, w = _rounded(operands, options, plan)
+    rows = (operands.target, operands.linear_bias, operands.weight, options)
+    logits = x @ w.t()
+    if not any(wanted):
+        gradients = empty_gradients(operands, wanted)
+        gradients.scale.fill_(1)
+        return ROWS.forward(logits, *rows, stats=stats), gradients
+    coefficient, scale = normalise(coefficient, operands.target, options.ignore_index, operands.input.dtype)
+    outputs = ROWS.forward(logits, *rows, stats=stats, coefficient=coefficient, grad=logits)
+    return outputs, _gradients(logits, operands, options, plan, wanted, scale)
+
+
+def backward(
+    grad_loss: Tensor, operands: Operands, state: RowState, options: RowOptions, plan: PlanOptions, wanted: Wanted
+) -> Gradients:
+    x, w = _rounded(operands, options, plan)
+    logits = x @ w.t()
+    ROWS.backward(logits, operands.target, operands.linear_bias, operands.weight, options, state, grad_loss, logits)
+    return _gradients(logits, operands, options, plan, wanted, grad_loss.new_ones(()))
+
+
+def _rounded(operands: Operands, options: RowOptions, plan: PlanOptions) -> tuple[Tensor, Tensor]:
+    """Input and weight rounded to the dtype of the matmuls, then converted to the accumulation dtype; the input is 0 in
+    ignored rows, where it may be anything."""
+    acc = accumulation_dtype(operands.input.dtype)
+    input = operands.input.masked_fill((operands.target == options.ignore_index).unsqueeze(1), 0)
+    return input.to(plan.compute_dtype).to(acc), operands.linear_weight.to(plan.compute_dtype).to(acc)
+
+
+def _gradients(
+    grad_logits: Tensor, operands: Operands, options: RowOptions, plan: PlanOptions, wanted: Wanted, scale: Tensor
+) -> Gradients:
+    gradients = empty_gradients(operands, wanted)
+    gradients.scale.copy_(scale)
+    x, w = _rounded(operands, options, plan)
+    if wanted.input:
+        gradients.input.copy_(options.logit_scale * grad_logits @ w)
+    if wanted.linear_weight:
+        gradients.linear_weight.copy_(options.logit_scale * grad_logits.t() @ x)
+    if wanted.linear_bias:
+        gradients.linear_bias.copy_(grad_logits.sum(0))
+    return gradients

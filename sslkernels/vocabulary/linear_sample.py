@@ -1,0 +1,257 @@
+"""A draw from the softmax of a linear projection, without its logits ever existing."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from sslkernels.core import checks
+from sslkernels.core.autograd import distinct
+from sslkernels.core.chunks import PITCH, TILE, equal_rows, round_up, waves
+from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
+from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.random.seeds import seed_tensor
+from sslkernels.random.streams import stream_values
+from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
+
+NAME = "linear_sample"
+# Bytes of a tile of products, for the cache, and its most rows: more would leave too few columns.
+WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 24 << 20}
+ROWS_AT_ONCE = 1024
+LEAST_TEMPERATURE = 1e-30  # whose inverse is a number of float32
+
+
+class LinearSample(NamedTuple):
+    """index `(...)`, int64; logprob `(...)`, of that index under the softmax."""
+
+    index: Tensor
+    logprob: Tensor
+
+
+def _reference(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    seed: Tensor,
+    row_ids: Tensor,
+    compute_dtype: torch.dtype,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulation_dtype(input.dtype)
+    logits = input.to(compute_dtype).to(acc) @ linear_weight.to(compute_dtype).to(acc).t()
+    if linear_bias is not None:
+        logits = logits + linear_bias
+    logits = logits * (1 / temperature)
+    noise = stream_values("gumbel", seed, row_ids, *logits.shape, 0, torch.float32)
+    perturbed = torch.where(logits.isnan(), float("-inf"), logits + noise)
+    index = perturbed.argmax(1)
+    return index, logits.log_softmax(1).gather(1, index[:, None]).squeeze(1)
+
+
+def _native(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    seed: Tensor,
+    row_ids: Tensor,
+    compute_dtype: torch.dtype,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Tiles of products by torch's matmul, each reduced at once. A tile of classes goes over all rows before the next:
+    it is converted once and stays in the cache.
+
+    On a GPU half precision gives products in float32, as Triton's: the tile is small enough for the cache all the same,
+    and a class keeps its probability, which bfloat16 would change by per cents.
+    """
+    half = compute_dtype.itemsize == 2
+    if compute_dtype == torch.float16 and not input.is_cuda:
+        compute_dtype = torch.float32  # a CPU has no fast product of its own
+    products_dtype = torch.float32 if half and input.is_cuda else compute_dtype
+    count, vocab = input.shape[0], linear_weight.shape[0]
+    index = torch.empty_like(row_ids)
+    logprob = input.new_empty(count, dtype=accumulation_dtype(input.dtype))
+    row_max, sum_exp, best = logprob.new_empty((3, count))
+    rows, columns = tile_shape(count, vocab, products_dtype.itemsize, input.device)
+    buffer = input.new_empty((rows, round_up(columns, PITCH)), dtype=products_dtype)
+    parts = [
+        (input[at], row_ids[at], [tensor[at] for tensor in (row_max, sum_exp, best, logprob, index)])
+        for at in (slice(first, first + rows) for first in range(0, count, rows))
+    ]
+    for column in range(0, vocab, columns):
+        weight = linear_weight[column : column + columns].to(compute_dtype).t()
+        for x, ids, state in parts:
+            products = _multiply(x.to(compute_dtype), weight, buffer[: len(x), : weight.shape[1]])
+            torch.ops.sslkernels_native.sample_rows(
+                products, linear_bias, seed, ids, column, vocab, 1 / temperature, *state
+            )
+    return index, logprob
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    out_dtype = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
+    return torch.mm(x, weight, **out_dtype, out=out)
+
+
+def tile_shape(count: int, vocab: int, itemsize: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile; but for the last tile the columns are a multiple of 4."""
+    rows = max(equal_rows(count, ROWS_AT_ONCE), 1)
+    workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+    fit = max(workspace_bytes // (rows * itemsize) // 1024, 1) * 1024
+    if device.type != "cuda" or vocab <= fit:
+        return rows, min(fit, vocab)
+    return rows, wave_columns(rows, vocab, fit, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache
+def wave_columns(rows: int, vocab: int, fit: int, processors: int) -> int:
+    """Columns of a tile, at most `fit`, for a GPU of so many multiprocessors: as few waves of the matmul's own tiles as
+    possible, then as few tiles. One in any `processors` successive candidates fills whole waves."""
+    candidates = range(TILE[0], fit + 1, TILE[0])[-processors:]
+    return min(candidates, key=lambda columns: (waves(vocab, rows, columns, processors), -columns))
+
+
+def _triton(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    seed: Tensor,
+    row_ids: Tensor,
+    compute_dtype: torch.dtype,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """float64 is for tests, and has no kernel."""
+    from sslkernels.vocabulary.triton.linear_sample import linear_sample as kernel
+
+    choose = _reference if compute_dtype == torch.float64 else kernel
+    return choose(input, linear_weight, linear_bias, seed, row_ids, compute_dtype, temperature)
+
+
+linear_sample_op = Op(
+    NAME,
+    "linear_sample(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor seed, Tensor row_ids, "
+    "ScalarType compute_dtype, float temperature) -> (Tensor, Tensor)",
+    fake=lambda input, linear_weight, linear_bias, seed, row_ids, compute_dtype, temperature: (
+        torch.empty_like(row_ids),
+        input.new_empty(input.shape[0], dtype=accumulation_dtype(input.dtype)),
+    ),
+    implementations={
+        "reference": _reference,
+        "cpu": _native,
+        "triton": _triton,
+        "cuda": _native,
+    },
+    native_ops=("sample_rows",),
+    prefer=PREFERENCE,
+)
+
+
+class _WithoutGradient(Function):
+    """logprob where no gradient is wanted, for forward-mode differentiation to raise: else its tangent would be 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logprob, input, linear_weight, linear_bias):
+        return logprob.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+def linear_sample(
+    input: Tensor,
+    linear_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    row_ids: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LinearSample:
+    """Draw an index from `softmax((input @ linear_weight.T + linear_bias) / temperature)`, whose logits never exist.
+
+    By the Gumbel-max trick: the index with the largest sum of logit and Gumbel noise, the lowest of equal ones, and in
+    the same pass the log-sum-exp. The noise is `random_gumbel(shape, seed, row_ids=row_ids)` with the class as column,
+    so that a draw depends on its own row, the seed and the row's number alone, not on the batch or the backend (but for
+    two sums that are equal up to the rounding of the products). It has the resolution to draw a class 20 nats behind
+    all others at its rate.
+
+    Args:
+        input: hidden states `(..., D)`; float32, bfloat16, float16 or float64. Under autocast the products are in its
+            dtype, whatever the dtypes of input and weight; otherwise the two must be equal.
+        linear_weight: `(V, D)`.
+        linear_bias: `(V,)`, any float dtype.
+        temperature: divides the logits; at least 1e-30, infinity for uniform draws.
+        row_ids: int64 `(...)`, the number of each row for the noise, in place of its flattened index.
+        seed: an int or a 0-d int64 tensor on the device. generator: draws the seed where it is None; default torch's
+            generator of the device.
+
+    Returns:
+        `LinearSample(index, logprob)`, both `(...)`: int64, and float32 (float64 for float64 input). `logprob` is that
+        of the index under the distribution it was drawn from, and differentiable in input, weight and bias; where a
+        gradient is wanted it comes from `linear_cross_entropy` of the drawn indices, another pass. A row with a NaN has
+        a NaN logprob and some index in range.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
+
+    Source: Gumbel, "Statistical theory of extreme values and some practical applications", 1954, as in Maddison,
+    Tarlow and Minka, "A* sampling", NeurIPS 2014.
+
+    >>> import sslkernels as sk
+    >>> hidden, embedding = torch.randn(4, 16), torch.randn(1000, 16)
+    >>> index, logprob = sk.linear_sample(hidden, embedding, temperature=0.7, seed=0)
+    """
+    _check(input, linear_weight, linear_bias, temperature, row_ids)
+    compute_dtype = compute_dtype_of(NAME, input, linear_weight)
+    shape = input.shape[:-1]
+    x = input.reshape(math.prod(shape), input.shape[-1]).contiguous()
+    ids = torch.arange(x.shape[0], device=x.device) if row_ids is None else row_ids.reshape(-1).contiguous()
+    acc = accumulation_dtype(input.dtype)
+    bias = None if linear_bias is None else contiguous(linear_bias.detach().to(acc))
+    seed = seed_tensor(NAME, seed, generator, x.device)
+    index, logprob = linear_sample_op(
+        x.detach(), linear_weight.detach().contiguous(), bias, seed, ids, compute_dtype, float(temperature)
+    )
+    leaves = (input, linear_weight, linear_bias)
+    if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
+        logprob = -linear_cross_entropy(
+            x,
+            linear_weight,
+            index,
+            linear_bias=None if linear_bias is None else linear_bias.to(acc) / temperature,
+            logit_scale=1 / temperature,
+            reduction="none",
+        )
+    else:
+        logprob = _WithoutGradient.apply(*distinct((logprob, *leaves)))
+    return LinearSample(index.reshape(shape), logprob.reshape(shape))
+
+
+def _check(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    temperature: float,
+    row_ids: Tensor | None,
+) -> None:
+    checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
+    checks.dims(NAME, "input", input, 1, "(..., D)")
+    checks.tensor(NAME, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
+    checks.dims(NAME, "linear_weight", linear_weight, 2, "(V, D)", high=2)
+    checks.shape(NAME, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
+    if linear_weight.shape[0] == 0:
+        checks.fail(ValueError, NAME, "linear_weight", "have at least one row", tuple(linear_weight.shape))
+    checks.tensor(NAME, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(NAME, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
+    checks.number(NAME, "temperature", temperature, low=LEAST_TEMPERATURE)
+    checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
+    checks.shape(NAME, "row_ids", row_ids, input.shape[:-1], "that of input without its last dimension")
+    for argument, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("row_ids", row_ids)):
+        checks.same_device(NAME, argument, value, "input", input.device)

@@ -1,0 +1,367 @@
+"""Masked-token prediction: the labels and the corrupted input, made from the data (BERT, Devlin et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslkernels.core import checks
+from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.random.philox import random_words
+from sslkernels.random.seeds import seed_tensor
+
+_MAX_VOCAB = 2**31 - 1  # so that word * vocab_size stays below 2**63
+
+
+class MaskedTokens(NamedTuple):
+    """The corrupted ids, and labels that hold the original id where a token was chosen, else `ignore_index`."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+class MaskRule(NamedTuple):
+    """The options in integers. A draw is a 32-bit word; `word < threshold` has probability `threshold / 2**32`.
+
+    select, stay, enter: thresholds of the state "chosen" of a unit: at a start, after a chosen unit, after another;
+    to_mask, to_random: the action is mask_id below the first, a random id below the second, else keep;
+    allowed: how many ids a random id may take; ranges: the special ids as `(start, end, start, end, ...)`, sorted,
+    disjoint, none on both sides of 0.
+    """
+
+    select: int
+    stay: int
+    enter: int
+    to_mask: int
+    to_random: int
+    mask_id: int
+    allowed: int
+    ranges: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def special_ranges(special_ids: tuple[int, ...], mask_id: int, vocab_size: int) -> tuple[tuple[int, ...], int]:
+    """The special ids (with `mask_id`) as `MaskRule.ranges`, and the number of other ids in [0, vocab_size)."""
+    ids = sorted({*special_ids, mask_id})
+    ranges: list[int] = []
+    for i in ids:
+        if ranges and ranges[-1] == i and i != 0:
+            ranges[-1] = i + 1
+        else:
+            ranges += [i, i + 1]
+    return tuple(ranges), vocab_size - sum(0 <= i < vocab_size for i in ids)
+
+
+def mask_rule(
+    special_ids: Sequence[int],
+    mask_id: int,
+    vocab_size: int,
+    probability: float,
+    replace_mask: float,
+    replace_random: float,
+    mean_span: float,
+) -> MaskRule:
+    select = stay = enter = _threshold(probability)
+    if mean_span > 0:
+        stay = _threshold(1 - 1 / mean_span)
+        enter = _threshold(span_start_probability(probability, mean_span))
+    ranges, allowed = special_ranges(tuple(special_ids), mask_id, vocab_size)
+    to_mask, to_random = _threshold(replace_mask), _threshold(replace_mask + replace_random)
+    return MaskRule(select, stay, enter, to_mask, to_random, mask_id, allowed, ranges)
+
+
+def _threshold(probability: float) -> int:
+    return round(probability * 2**32)
+
+
+def span_start_probability(probability: float, mean_span: float) -> float:
+    """Probability that a span starts after an unchosen unit, for which the chain stays at `probability`."""
+    if probability == 0:
+        return 0.0
+    return float("inf") if probability == 1 else probability / (mean_span * (1 - probability))
+
+
+def _reference(
+    input_ids: Tensor,
+    seed: Tensor,
+    special_mask: Tensor | None,
+    word_ids: Tensor | None,
+    row_ids: Tensor | None,
+    special_ids: Sequence[int],
+    mask_id: int,
+    vocab_size: int,
+    probability: float,
+    replace_mask: float,
+    replace_random: float,
+    mean_span: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    rule = mask_rule(special_ids, mask_id, vocab_size, probability, replace_mask, replace_random, mean_span)
+    ranges = list(zip(rule.ranges[::2], rule.ranges[1::2], strict=True))
+    rows, columns = input_ids.shape
+
+    eligible = torch.ones_like(input_ids, dtype=torch.bool)
+    for start, end in ranges:
+        eligible &= (input_ids < start) | (input_ids >= end)
+    if special_mask is not None:
+        eligible &= ~special_mask
+    if word_ids is not None:
+        eligible &= word_ids >= 0
+
+    word = random_words(seed, row_ids, rows, columns, 0)
+    if word_ids is None and mean_span == 0:
+        chosen = eligible & (word < rule.select)
+    else:
+        chosen = eligible & _chain(word, eligible, word_ids, rule)
+
+    action = random_words(seed, row_ids, rows, columns, 1)
+    random_id = (random_words(seed, row_ids, rows, columns, 2) * rule.allowed) >> 32
+    for start, end in ranges:
+        if start >= 0:
+            random_id = torch.where(random_id >= start, random_id + (end - start), random_id)
+
+    replaced = torch.where(action < rule.to_random, random_id.to(input_ids.dtype), input_ids)
+    replaced = torch.where(action < rule.to_mask, mask_id, replaced)
+    return torch.where(chosen, replaced, input_ids), torch.where(chosen, input_ids, ignore_index)
+
+
+def _chain(word: Tensor, eligible: Tensor, word_ids: Tensor | None, rule: MaskRule) -> Tensor:
+    """The state of every token: `if_unchosen` and `if_chosen` are its map from the state of the token before.
+
+    Maps compose associatively, so doubling the distance they reach gives all states in log2(T) steps.
+    """
+    after_eligible = torch.zeros_like(eligible)
+    after_eligible[:, 1:] = eligible[:, :-1]
+    start = word < rule.select
+    if_unchosen = torch.where(after_eligible, word < rule.enter, start)
+    if_chosen = torch.where(after_eligible, word < rule.stay, start)
+    if word_ids is not None:
+        same_word = torch.zeros_like(eligible)
+        same_word[:, 1:] = (word_ids[:, 1:] == word_ids[:, :-1]) & (word_ids[:, 1:] >= 0)
+        if_unchosen, if_chosen = if_unchosen & ~same_word, if_chosen | same_word
+    distance = 1
+    while distance < word.shape[1]:
+        u, c = if_unchosen[:, distance:], if_chosen[:, distance:]
+        new_u = torch.where(if_unchosen[:, :-distance], c, u)
+        new_c = torch.where(if_chosen[:, :-distance], c, u)
+        if_unchosen = torch.cat([if_unchosen[:, :distance], new_u], dim=1)
+        if_chosen = torch.cat([if_chosen[:, :distance], new_c], dim=1)
+        distance *= 2
+    return if_unchosen  # the first map of a row is constant, hence all of them are now
+
+
+def _fused(
+    fill: Callable[..., None],
+    input_ids: Tensor,
+    seed: Tensor,
+    special_mask: Tensor | None,
+    word_ids: Tensor | None,
+    row_ids: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """options: the arguments of `mask_rule`, and ignore_index."""
+    *rule_options, ignore_index = options
+    rule = mask_rule(*rule_options)
+    chained = word_ids is not None or rule_options[-1] > 0
+    output_ids, labels = _empty_outputs(input_ids)
+    fill((input_ids, seed, special_mask, word_ids, row_ids), (output_ids, labels), rule, ignore_index, chained)
+    return output_ids, labels
+
+
+def _fill_native(
+    inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
+) -> None:
+    ranges = torch.tensor(rule.ranges, dtype=torch.int64, device="cpu")  # on every device the host reads them
+    torch.ops.sslkernels_native.mask_tokens(*inputs, ranges, *outputs, *rule[:-1], ignore_index, chained)
+
+
+def _fill_triton(
+    inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
+) -> None:
+    from sslkernels.vocabulary.triton.mask_tokens import mask_tokens
+
+    mask_tokens(*inputs, *outputs, *rule, ignore_index, chained=chained)
+
+
+def _empty_outputs(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(input_ids), torch.empty_like(input_ids)
+
+
+# The special ids are host ints: kernels take them as constants or parameters, so that neither a copy to the device nor
+# a synchronisation is needed, also while a CUDA graph is captured.
+mask_tokens_op = Op(
+    "mask_tokens",
+    "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
+    "int[] special_ids, int mask_id, int vocab_size, float probability, float replace_mask, float replace_random, "
+    "float mean_span, int ignore_index) -> (Tensor, Tensor)",
+    fake=lambda input_ids, *rest: _empty_outputs(input_ids),
+    implementations={
+        "reference": _reference,
+        "cpu": partial(_fused, _fill_native),
+        "triton": partial(_fused, _fill_triton),
+        "cuda": partial(_fused, _fill_native),
+    },
+    native_ops=("mask_tokens",),
+    prefer=PREFERENCE,
+)
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    *,
+    mask_id: int,
+    vocab_size: int,
+    probability: float = 0.15,
+    replace: tuple[float, float] = (0.8, 0.1),
+    special_ids: Sequence[int] | Tensor = (),
+    special_mask: Tensor | None = None,
+    word_ids: Tensor | None = None,
+    mean_span: float | None = None,
+    ignore_index: int = -100,
+    row_ids: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> MaskedTokens:
+    """Choose tokens at random, replace them by BERT's rule, and return the labels to predict them from the rest.
+
+    A token is eligible unless its id is `mask_id` or in `special_ids`, `special_mask` is True there, or its word id is
+    negative. Only eligible tokens are chosen or changed. All draws are words of `random_bits` (row, column; sample 0
+    chooses, 1 decides the action, 2 is the random id) compared with `round(probability * 2**32)`, so that every backend
+    gives the same labels bit for bit, for any batch split.
+
+    - Tokens form units. Without `word_ids` a unit is a token; with it, each run of consecutive tokens of a row with
+      equal non-negative word ids is one unit, decided by the draw of its first token.
+    - Without `mean_span` every unit is chosen with `probability`, independently.
+    - With `mean_span` L the units of a row form a two-state Markov chain: after a chosen unit the next one is chosen
+      with probability 1 - 1/L, after another with `probability / (L (1 - probability))`. It starts anew, with
+      `probability`, at the start of a row and after an ineligible token, unless that token belongs to the same word.
+      Hence every unit is chosen with `probability`, and spans that nothing cuts have geometric length with mean L.
+      (L = 1 / (1 - probability) is the independent choice; L = 1 never chooses two neighbours.)
+    - A chosen token becomes `mask_id` with probability `replace[0]`, a uniform id of the vocabulary that is neither
+      special nor `mask_id` with `replace[1]` (which may be the token itself), and stays as it is otherwise; each token
+      of a word or span by its own draw.
+
+    Time and memory are O(tokens); beyond the two results nothing of the size of the input is made by the fused
+    backends. A choice that chains units (`word_ids`, `mean_span`) runs the rows in parallel, each from left to right.
+
+    Args:
+        input_ids: token ids `(..., T)`, int64 or int32; never modified. Ids outside [0, vocab_size) are ordinary ids.
+        mask_id: id of the mask token, in [0, vocab_size).
+        vocab_size: number of ids, at most 2**31 - 1.
+        probability: that an eligible token is chosen.
+        replace: parts of the chosen tokens that become `mask_id` and a random id; the rest stays.
+        special_ids: ids that are never chosen and never drawn: ints, or a 1-d int tensor on the CPU. Under
+            `torch.compile` pass ints.
+        special_mask: bool `(..., T)`; True is never chosen.
+        word_ids: int64 or int32 `(..., T)`, the word of each token; negative: belongs to no word and is never chosen.
+        mean_span: mean length of a span, in units, 1 or more; at least `probability / (1 - probability)`.
+        ignore_index: label of the tokens that were not chosen.
+        row_ids: int64 `(...)`, the number of each row for the random stream, in place of its flattened index: with a
+            number that belongs to the example, its labels do not depend on the batch it is in. They do depend on T,
+            the row length after padding.
+        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device of `input_ids`.
+        generator: draws the seed where `seed` is None; torch's default generator of the device if it is None too.
+
+    Returns:
+        `MaskedTokens(input_ids, labels)`, both of the shape and dtype of `input_ids`, contiguous.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range; also where
+            `replace[1] > 0` but all ids are special.
+
+    Source: Devlin, Chang, Lee and Toutanova, "BERT", 2018, section 3.1; spans after Joshi et al., "SpanBERT", 2020.
+
+    >>> import sslkernels as sk
+    >>> ids = torch.randint(5, 30522, (2, 128))
+    >>> masked = sk.mask_tokens(ids, mask_id=103, vocab_size=30522, special_ids=(0, 101, 102), seed=0)
+    >>> bool(((masked.labels == -100) | (masked.labels == ids)).all())
+    True
+    """
+    name = "mask_tokens"
+    checks.tensor(name, "input_ids", input_ids, checks.INDEX_DTYPES)
+    checks.dims(name, "input_ids", input_ids, 1, "(..., T)")
+    checks.tensor(name, "special_mask", special_mask, (torch.bool,), optional=True)
+    checks.tensor(name, "word_ids", word_ids, checks.INDEX_DTYPES, optional=True)
+    checks.tensor(name, "row_ids", row_ids, (torch.int64,), optional=True)
+    checks.shape(name, "special_mask", special_mask, input_ids.shape, "that of input_ids")
+    checks.shape(name, "word_ids", word_ids, input_ids.shape, "that of input_ids")
+    checks.shape(name, "row_ids", row_ids, input_ids.shape[:-1], "input_ids.shape[:-1]")
+    for argument, value in (("special_mask", special_mask), ("word_ids", word_ids), ("row_ids", row_ids)):
+        checks.same_device(name, argument, value, "input_ids", input_ids.device)
+    ids = _special_ids(name, special_ids)
+    _check_options(name, input_ids.dtype, ids, mask_id, vocab_size, probability, replace, mean_span, ignore_index)
+
+    columns = input_ids.shape[-1]
+    rows = input_ids.shape[:-1].numel()
+    output_ids, labels = mask_tokens_op(
+        input_ids.reshape(rows, columns).contiguous(),
+        seed_tensor(name, seed, generator, input_ids.device),
+        None if special_mask is None else special_mask.reshape(rows, columns).contiguous(),
+        None if word_ids is None else word_ids.reshape(rows, columns).contiguous(),
+        None if row_ids is None else row_ids.reshape(rows).contiguous(),
+        ids,
+        mask_id,
+        vocab_size,
+        float(probability),
+        float(replace[0]),
+        float(replace[1]),
+        0.0 if mean_span is None else float(mean_span),
+        ignore_index,
+    )
+    return MaskedTokens(output_ids.reshape(input_ids.shape), labels.reshape(input_ids.shape))
+
+
+def _special_ids(name: str, special_ids: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(special_ids, Tensor):
+        checks.tensor(name, "special_ids", special_ids, checks.INDEX_DTYPES)
+        checks.dims(name, "special_ids", special_ids, 1, "(number of special ids,)", high=1)
+        if special_ids.device.type != "cpu":
+            must = "be ints or a tensor on the CPU (reading it from a GPU would synchronise)"
+            checks.fail(ValueError, name, "special_ids", must, special_ids.device)
+        return special_ids.tolist()
+    if not isinstance(special_ids, Sequence) or isinstance(special_ids, str):
+        checks.fail(TypeError, name, "special_ids", "be a sequence of ints", type(special_ids).__name__)
+    for i in special_ids:
+        checks.integer(name, "special_ids", i)
+    return list(special_ids)
+
+
+def _check_options(
+    name: str,
+    dtype: torch.dtype,
+    special_ids: list[int],
+    mask_id: int,
+    vocab_size: int,
+    probability: float,
+    replace: tuple[float, float],
+    mean_span: float | None,
+    ignore_index: int,
+) -> None:
+    checks.integer(name, "vocab_size", vocab_size, low=1)
+    if vocab_size > _MAX_VOCAB:
+        checks.fail(ValueError, name, "vocab_size", f"be at most {_MAX_VOCAB}", vocab_size)
+    checks.integer(name, "mask_id", mask_id, low=0)
+    if mask_id >= vocab_size:
+        checks.fail(ValueError, name, "mask_id", f"be less than vocab_size = {vocab_size}", mask_id)
+    checks.integer(name, "ignore_index", ignore_index)
+    if not torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
+        checks.fail(ValueError, name, "ignore_index", f"fit in {dtype}, the dtype of labels", ignore_index)
+    checks.number(name, "probability", probability, low=0.0, high=1.0)
+    if not isinstance(replace, (tuple, list)) or len(replace) != 2:
+        checks.fail(TypeError, name, "replace", "be two numbers, the parts replaced by mask_id and at random", replace)
+    for part in replace:
+        checks.number(name, "replace", part, low=0.0, high=1.0)
+    if replace[0] + replace[1] > 1:
+        checks.fail(ValueError, name, "replace", "have a sum of at most 1", tuple(replace))
+    if replace[1] > 0 and len({i for i in (*special_ids, mask_id) if 0 <= i < vocab_size}) == vocab_size:
+        must = "be 0 where all ids of the vocabulary are special"
+        checks.fail(ValueError, name, "replace[1]", must, replace[1])
+    if mean_span is not None:
+        checks.number(name, "mean_span", mean_span, low=1.0)
+        if span_start_probability(probability, mean_span) > 1:
+            must = f"be at least probability / (1 - probability) with probability = {probability:g}"
+            checks.fail(ValueError, name, "mean_span", must, mean_span)

@@ -1,0 +1,162 @@
+"""Modules of masked prediction: the masking of tokens, and the cross-entropy of what was masked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels.core.modules import Options
+from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
+from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
+from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
+
+
+class CrossEntropyLoss(Options):
+    """Module of `cross_entropy`; a drop-in for `torch.nn.CrossEntropyLoss`.
+
+    >>> import sslkernels as sk
+    >>> sk.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_stats=return_stats,
+        )
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        return cross_entropy(input, target, **self.options())
+
+
+class LinearCrossEntropyLoss(Options):
+    """Module of `linear_cross_entropy`; the projection is an argument of forward, so that it can be tied.
+
+    >>> import sslkernels as sk
+    >>> embedding = torch.nn.Embedding(1000, 16)
+    >>> loss = sk.nn.LinearCrossEntropyLoss()
+    >>> loss(torch.randn(4, 16), embedding.weight, torch.tensor([1, 2, -100, 4])).backward()
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        mode: str = "auto",
+        process_group: Any = None,
+        vocab_start: int = 0,
+        capacity: int | None = None,
+        workspace_bytes: int | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            mode=mode,
+            process_group=process_group,
+            vocab_start=vocab_start,
+            capacity=capacity,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.options(),
+        )
+
+
+class TokenMasker(Options):
+    """Module of `mask_tokens`: the masking of a data collator, on the device where the ids are.
+
+    >>> import sslkernels as sk
+    >>> masker = sk.nn.TokenMasker(mask_id=103, vocab_size=30522, special_ids=(0, 101, 102))
+    >>> masked = masker(torch.randint(1000, 30522, (2, 16)))
+    """
+
+    def __init__(
+        self,
+        *,
+        mask_id: int,
+        vocab_size: int,
+        probability: float = 0.15,
+        replace: tuple[float, float] = (0.8, 0.1),
+        special_ids: Sequence[int] | Tensor = (),
+        mean_span: float | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        if isinstance(special_ids, Tensor):
+            special_ids = special_ids.tolist()
+        super().__init__(
+            mask_id=mask_id,
+            vocab_size=vocab_size,
+            probability=probability,
+            replace=tuple(replace),
+            special_ids=tuple(special_ids),
+            mean_span=mean_span,
+            ignore_index=ignore_index,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        special_mask: Tensor | None = None,
+        word_ids: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MaskedTokens:
+        return mask_tokens(
+            input_ids,
+            special_mask=special_mask,
+            word_ids=word_ids,
+            row_ids=row_ids,
+            seed=seed,
+            generator=generator,
+            **self.options(),
+        )

@@ -1,0 +1,292 @@
+"""The cross-entropy of rows of logits: the mechanism that `cross_entropy` and `linear_cross_entropy` share.
+
+A backend is a `Rows`: a `forward` that reduces each row to its loss and state (and can write the gradient in place of
+the logits in the same pass), and a `backward` that writes the gradient from the logits and that state.
+
+For a row with raw logits `raw`, target y, class weights w and V classes:
+
+    l = logit_scale * raw + bias             z = softcap * tanh(l / softcap), or l where there is no softcap
+    lse = logsumexp(z)                       nll = lse - z_y
+    loss = (1 - s) * w_y * nll + (s / V) * sum_j w_j * (lse - z_j) + z_loss * lse**2
+
+with s = label_smoothing. The gradient is with respect to l (the caller applies logit_scale to what it multiplies). Rows
+whose target is `ignore_index` have loss 0, statistics 0, prediction -1 and gradient 0; a target out of range gives NaN.
+Sums leave the target out and add it last, so that a confident row keeps its loss, log1p(sum_{j != y} exp(z_j - z_y)).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslkernels.core import checks
+from sslkernels.core.dtypes import accumulation_dtype
+
+
+class RowOptions(NamedTuple):
+    """Scalars of the row loss; softcap 0 means none."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float = 1.0
+
+
+class RowState(NamedTuple):
+    """What a backward needs of each row, in the accumulation dtype: the largest logit, the sum of exp(z - row_max), and
+    the log-probability of the target."""
+
+    row_max: Tensor
+    sum_exp: Tensor
+    logprob: Tensor
+
+
+class RowOutputs(NamedTuple):
+    """Per row, in the accumulation dtype: the loss, the fields of `RowState`, and with statistics (else empty) the
+    prediction (int64) and the entropy."""
+
+    loss: Tensor
+    row_max: Tensor
+    sum_exp: Tensor
+    logprob: Tensor
+    prediction: Tensor
+    entropy: Tensor
+
+    @property
+    def state(self) -> RowState:
+        return RowState(self.row_max, self.sum_exp, self.logprob)
+
+
+def empty_outputs(like: Tensor, count: int, stats: bool) -> RowOutputs:
+    acc = accumulation_dtype(like.dtype)
+    rows = [like.new_empty(count, dtype=acc) for _ in range(4)]
+    return RowOutputs(
+        *rows,
+        like.new_empty(count if stats else 0, dtype=torch.int64),
+        like.new_empty(count if stats else 0, dtype=acc),
+    )
+
+
+def check_target_range(function: str, target: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises `ValueError` for a CPU target outside [0, vocab) that is not `ignore_index`.
+
+    On a GPU this would be a synchronisation: there the kernels make the loss of such a row NaN.
+    """
+    if target.device.type != "cpu":
+        return
+    wrong = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+    if bool(wrong.any()):
+        got = target[wrong][0].item()
+        checks.fail(ValueError, function, "target", f"be in [0, {vocab}) or ignore_index={ignore_index}", got)
+
+
+class Rows:
+    """One backend's row kernels. `coefficient` (rows,) multiplies a row's gradient; `grad` may be `logits` itself."""
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        options: RowOptions,
+        *,
+        stats: bool,
+        coefficient: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> RowOutputs:
+        raise NotImplementedError
+
+    def backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        options: RowOptions,
+        state: RowState,
+        coefficient: Tensor,
+        grad: Tensor,
+    ) -> None:
+        raise NotImplementedError
+
+    def evaluate(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        options: RowOptions,
+        *,
+        stats: bool,
+    ) -> RowOutputs | None:
+        """The outputs for the logits of a projection without a gradient, in one kernel; None where there is none."""
+        return None
+
+    def add(self, total: Tensor, part: Tensor, first: bool) -> None:
+        """total = (0 if first else total) + part, of different dtypes."""
+        total.copy_(part) if first else total.add_(part)
+
+    def add_column_sums(self, grad_logits: Tensor, total: Tensor, first: bool) -> None:
+        """total (V,) = (0 if first else total) + the sum of the rows of grad_logits (N, V), in the dtype of total."""
+        part = grad_logits.sum(0, dtype=total.dtype)
+        total.copy_(part) if first else total.add_(part)
+
+
+class ReferenceRows(Rows):
+    """Plain torch: it defines the row loss."""
+
+    def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
+        z, _ = _transform(logits, bias, options)
+        vocab = z.shape[1]
+        ignored, wrong, index = _split_target(target, vocab, options.ignore_index)
+
+        row_max = z.amax(1)
+        shifted = z - row_max.unsqueeze(1)
+        exp = shifted.exp()
+        others = exp.scatter(1, index.unsqueeze(1), 0).sum(1)
+        target_shifted = shifted.gather(1, index.unsqueeze(1)).squeeze(1)
+        target_exp = target_shifted.exp()
+        sum_exp = others + target_exp
+        logprob = torch.where(target_exp > others, -torch.log1p(others / target_exp), target_shifted - sum_exp.log())
+        lse = row_max + sum_exp.log()
+
+        smoothing = options.label_smoothing
+        target_weight = 1.0 if weight is None else weight.to(z.dtype)[index]
+        loss = -(1 - smoothing) * target_weight * logprob
+        if smoothing > 0:
+            all_weights = z.new_ones(vocab) if weight is None else weight.to(z.dtype)
+            to_lse = sum_exp.log().unsqueeze(1) - shifted
+            loss = loss + smoothing / vocab * torch.where(all_weights > 0, all_weights * to_lse, 0).sum(1)
+        if options.z_loss > 0:
+            loss = loss + options.z_loss * lse.square()
+
+        def valid_only(values: Tensor, otherwise: float = 0) -> Tensor:
+            return values.masked_fill(ignored, otherwise)
+
+        loss = valid_only(loss.masked_fill(wrong, float("nan")))
+        logprob = valid_only(logprob.masked_fill(wrong, float("nan")))
+        outputs = empty_outputs(z, 0, False)._replace(loss=loss, row_max=row_max, sum_exp=sum_exp, logprob=logprob)
+        if stats:
+            expected = torch.where(exp > 0, exp * shifted, exp).sum(1) / sum_exp
+            prediction = valid_only(z.argmax(1), -1)
+            outputs = outputs._replace(prediction=prediction, entropy=valid_only(sum_exp.log() - expected))
+        if grad is not None:
+            self.backward(logits, target, bias, weight, options, outputs.state, coefficient, grad)
+        return outputs._replace(row_max=valid_only(row_max), sum_exp=valid_only(sum_exp, 1))
+
+    def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
+        z, slope = _transform(logits, bias, options)
+        vocab = z.shape[1]
+        ignored, wrong, index = _split_target(target, vocab, options.ignore_index)
+
+        probability = (z - state.row_max.unsqueeze(1)).exp() / state.sum_exp.unsqueeze(1)
+        smoothing = options.label_smoothing
+        weights = z.new_ones(vocab) if weight is None else weight.to(z.dtype)
+        # The loss weighs three terms in the probabilities: the target's, the smoothing's and the z-loss's.
+        target_weight = (1 - smoothing) * weights[index]
+        lse = state.row_max + state.sum_exp.log()
+        other_weight = smoothing / vocab * weights.sum() + 2 * options.z_loss * lse
+        result = (target_weight + other_weight).unsqueeze(1) * probability - smoothing / vocab * weights
+        at_target = probability.gather(1, index.unsqueeze(1)).squeeze(1)
+        at_target = target_weight * torch.expm1(state.logprob) + other_weight * at_target
+        at_target = at_target - smoothing / vocab * weights[index]
+        result = result.scatter(1, index.unsqueeze(1), at_target.unsqueeze(1))
+        result = result * coefficient.to(z.dtype).unsqueeze(1)
+        if slope is not None:
+            result = result * slope
+        result = result.masked_fill(wrong.unsqueeze(1), float("nan"))
+        grad.copy_(result.masked_fill(ignored.unsqueeze(1), 0))
+
+
+def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor | None]:
+    """z, and dz/dl where there is a softcap."""
+    z = logits.to(accumulation_dtype(logits.dtype))
+    if options.logit_scale != 1.0:
+        z = z * options.logit_scale
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    if options.softcap == 0.0:
+        return z, None
+    tanh = torch.tanh(z / options.softcap)
+    return options.softcap * tanh, 1 - tanh.square()
+
+
+def _split_target(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows are ignored, which are out of range, and an index that is safe to gather with."""
+    target = target.long()
+    ignored = target == ignore_index
+    wrong = ((target < 0) | (target >= vocab)) & ~ignored
+    return ignored, wrong, torch.where(ignored | wrong, 0, target)
+
+
+class NativeRows(Rows):
+    """The compiled extension: the dispatch key of the tensors picks its CPU or its CUDA kernels."""
+
+    OPS = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "scale_add")
+
+    def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
+        outputs = empty_outputs(logits, logits.shape[0], stats)
+        bias, weight, weight_sum = _prepared(logits, bias, weight)
+        torch.ops.sslkernels_native.cross_entropy_rows_fwd(
+            logits, target, bias, weight, weight_sum, coefficient, *outputs, grad, *options, stats
+        )
+        return outputs
+
+    def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
+        bias, weight, weight_sum = _prepared(logits, bias, weight)
+        torch.ops.sslkernels_native.cross_entropy_rows_bwd(
+            logits, target, bias, weight, weight_sum, coefficient, *state, grad, *options
+        )
+
+    def add(self, total, part, first):
+        torch.ops.sslkernels_native.scale_add(part, None, total, not first)
+
+    def add_column_sums(self, grad_logits, total, first):
+        if not grad_logits.is_cuda:  # torch's sum has a fixed order there
+            return super().add_column_sums(grad_logits, total, first)
+        torch.ops.sslkernels_native.column_sums(grad_logits, total, not first)
+
+
+class TritonRows(Rows):
+    """The Triton kernels, imported at the first call."""
+
+    def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
+        from sslkernels.vocabulary.triton.softmax_rows import cross_entropy_rows_fwd
+
+        outputs = empty_outputs(logits, logits.shape[0], stats)
+        cross_entropy_rows_fwd(logits, target, bias, weight, coefficient, outputs, grad, options, stats)
+        return outputs
+
+    def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
+        from sslkernels.vocabulary.triton.softmax_rows import cross_entropy_rows_bwd
+
+        cross_entropy_rows_bwd(logits, target, bias, weight, coefficient, state, grad, options)
+
+    def evaluate(self, input, linear_weight, target, bias, weight, options, *, stats):
+        from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
+
+        if input.dtype == torch.float64:
+            return None
+        # Valid rows first: blocks of ignored rows end at once, and the number of valid rows need not be known here.
+        order = torch.argsort((target == options.ignore_index).to(torch.int8), stable=True)
+        index = torch.where(target[order] == options.ignore_index, -1, order)
+        outputs = empty_outputs(input, target.shape[0], stats)
+        stream_forward(input, linear_weight, target, bias, weight, outputs, options, stats, row_index=index)
+        return RowOutputs(*(torch.empty_like(o).index_copy_(0, order, o) if o.numel() else o for o in outputs))
+
+
+def _prepared(
+    logits: Tensor, bias: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """bias, class weights and the sum of the latter in the accumulation dtype."""
+    acc = accumulation_dtype(logits.dtype)
+    bias = None if bias is None else bias.to(acc).contiguous()
+    if weight is None:
+        return bias, None, None
+    weight = weight.to(acc).contiguous()
+    return bias, weight, weight.sum().reshape(1)

@@ -1,0 +1,159 @@
+"""Gumbel-max over a linear projection: logits are made tile by tile, get their noise, and are reduced at once.
+
+The classes are cut into splits. A program has a block of rows and a split, and keeps for each row the largest logit,
+the sum of exponentials relative to it, and the largest sum of logit and noise with its logit and class. The splits, few
+numbers a row, are then joined in their order.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    AotEntry,
+    Config,
+    capability,
+    next_power_of_2,
+    processors,
+    signature,
+)
+from sslkernels.core.triton.products import tile_products
+from sslkernels.random.triton import transforms
+from sslkernels.random.triton.philox import group_words
+from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
+
+NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
+
+
+@triton.jit
+def _noise_of_tile(seed, row_id, groups, first_group, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Gumbel numbers (BLOCK_M, BLOCK_V) of the columns from 4 * first_group on."""
+    number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_V // 4))[None, :]
+    w0, w1, w2, w3 = group_words(seed, number, tl.full((), 0, tl.int64))
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return transforms.gumbel(tl.reshape(words, (BLOCK_M, BLOCK_V)))
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def linear_sample_kernel(
+    input, linear_weight, bias, seed_ptr, row_ids,
+    row_max_out, sum_exp_out, best_out, logit_out, column_out,
+    count, vocab, tiles_per_split, input_stride, weight_stride, scale,
+    DIM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < count
+    source = tl.where(valid, rows, 0).to(tl.int64)
+    row_id = tl.load(row_ids + source)
+    seed = tl.load(seed_ptr)
+    groups = tl.cdiv(vocab, 4).to(tl.int64)
+    depth = tl.arange(0, BLOCK_D)
+    input_at = input + source[:, None] * input_stride + depth[None, :]
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    sum_exp = tl.zeros((BLOCK_M,), tl.float32)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    logit = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    column = tl.zeros((BLOCK_M,), tl.int32)
+    split = tl.program_id(1)
+    first = split * tiles_per_split
+    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BLOCK_V))):
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = columns < vocab
+        weight_row = tl.where(inside, columns, 0).to(tl.int64)
+        weight_at = linear_weight + weight_row[None, :] * weight_stride + depth[:, None]
+        z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
+        if HAS_BIAS:
+            z += tl.load(bias + columns, inside, other=0.0)[None, :]
+        z = tl.where(inside[None, :], z * scale, float("-inf"))
+
+        new_max = tl.maximum(row_max, tl.max(z, 1))
+        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
+        sum_exp = sum_exp * tl.exp(row_max - anchor) + tl.sum(tl.exp(z - anchor[:, None]), 1)
+        row_max = new_max
+
+        perturbed = z + _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), BLOCK_M, BLOCK_V)
+        perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
+        winner = tl.max(perturbed, 1)
+        at_winner = perturbed == winner[:, None]
+        winner_column = tl.min(tl.where(at_winner, columns[None, :], 2147483647), 1)
+        winner_logit = tl.max(tl.where(columns[None, :] == winner_column[:, None], z, float("-inf")), 1)
+        better = winner > best
+        best = tl.where(better, winner, best)
+        column = tl.where(better, winner_column, column)
+        logit = tl.where(better, winner_logit, logit)
+
+    at = split.to(tl.int64) * count + rows
+    tl.store(row_max_out + at, row_max, valid)
+    tl.store(sum_exp_out + at, sum_exp, valid)
+    tl.store(best_out + at, best, valid)
+    tl.store(logit_out + at, logit, valid)
+    tl.store(column_out + at, column, valid)
+
+
+def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """The noise needs registers of its own beside the products."""
+    rows = min(max(16, next_power_of_2(count)), 64)
+    if dtype == torch.float32:
+        return Config({"BLOCK_M": rows, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 3})
+    depth = 64 if capability >= (9, 0) and dim % 64 == 0 else 32
+    return Config({"BLOCK_M": rows, "BLOCK_V": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
+
+
+def linear_sample(
+    input: Tensor,
+    linear_weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    row_ids: Tensor,
+    compute_dtype: torch.dtype,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """(index, logprob) of rows input (N, D) with linear_weight (V, D); compute_dtype is not float64."""
+    x, weight = input.to(compute_dtype), linear_weight.to(compute_dtype)
+    count, (vocab, dim) = x.shape[0], weight.shape
+    if count == 0:
+        return torch.empty_like(row_ids), x.new_empty(0, dtype=torch.float32)
+    chosen = config(count, dim, compute_dtype, capability(x))
+    splits, tiles_per_split = split_vocab(count, vocab, chosen, processors(x))
+    row_max, sum_exp, best, logit = (x.new_empty(splits, count, dtype=torch.float32) for _ in range(4))
+    column = x.new_empty(splits, count, dtype=torch.int32)
+    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits)](
+        *(x, weight, bias, seed, row_ids, row_max, sum_exp, best, logit, column),
+        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0), 1 / temperature),
+        DIM=dim,
+        HAS_BIAS=bias is not None,
+        **chosen.constexprs,
+        **chosen.options,
+    )
+    winner = best.argmax(0, keepdim=True)  # the first of equal splits
+    lse = (row_max + sum_exp.log()).logsumexp(0)
+    return column.gather(0, winner)[0].long(), logit.gather(0, winner)[0] - lse
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    for dtype, count, dim, has_bias in (
+        (torch.bfloat16, 8192, 768, True),
+        (torch.bfloat16, 1, 4096, False),
+        (torch.float16, 64, 770, True),
+        (torch.float32, 8192, 768, True),
+        (torch.float32, 5, 70, False),
+    ):
+        name = f"linear-sample-{DTYPE_NAMES[dtype]}-{count}x{dim}" + ("-bias" if has_bias else "")
+        for generation in ((8, 0), (9, 0), (10, 0)):
+            chosen = config(count, dim, dtype, generation)
+            constexprs = {**chosen.constexprs, "DIM": dim, "HAS_BIAS": has_bias}
+            constexprs |= {} if has_bias else {"bias": None}
+            types = dict.fromkeys(linear_sample_kernel.arg_names, "*fp32")
+            types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
+            types |= dict.fromkeys(("seed_ptr", "row_ids"), "*i64") | {"column_out": "*i32", "scale": "fp32"}
+            types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
+            types = {arg: kind for arg, kind in types.items() if arg not in constexprs}
+            even = ("input_stride", "weight_stride") if dim % 16 == 0 else ()
+            aligned = tuple(arg for arg in types if types[arg].startswith("*") or arg in even)
+            ordered = signature(linear_sample_kernel, types, constexprs)
+            entry = AotEntry(name, linear_sample_kernel, ordered, constexprs, chosen.options, aligned)
+            yield entry._replace(architectures=(10 * generation[0],))

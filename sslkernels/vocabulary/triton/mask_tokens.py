@@ -1,0 +1,228 @@
+"""Masking of tokens in Triton: ids are read once, the new ids and the labels written once; no draw reaches memory.
+
+Independent tokens: a flat grid over groups of four tokens. Chained units (words, spans): one program a row, which scans
+the maps of the state block by block, since maps of {0, 1} to itself compose associatively.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sslkernels.core.triton.launch import AotEntry, pointers_aligned
+from sslkernels.random.triton.philox import philox_words, token_groups
+
+BLOCK = 128  # groups of four tokens a program (or a step of a row) takes
+
+_SCALARS = ["select", "stay", "enter", "to_mask", "to_random", "mask_id", "allowed", "ignore_index", "groups"]
+
+
+@triton.jit
+def _eligible(
+    ids_ptr,
+    special_mask_ptr,
+    word_ids_ptr,
+    offset,
+    valid,
+    HAS_SPECIAL_MASK: tl.constexpr,
+    HAS_WORDS: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """The ids (int64), the word ids (-1 without) and whether the tokens may be chosen; none where not valid."""
+    ids = tl.load(ids_ptr + offset, mask=valid, other=0).to(tl.int64)
+    eligible = valid
+    for i in tl.static_range(len(RANGES) // 2):
+        eligible &= (ids < RANGES[2 * i]) | (ids >= RANGES[2 * i + 1])
+    if HAS_SPECIAL_MASK:
+        eligible &= tl.load(special_mask_ptr + offset, mask=valid, other=1) == 0
+    word = tl.full(offset.shape, -1, tl.int64)
+    if HAS_WORDS:
+        word = tl.load(word_ids_ptr + offset, mask=valid, other=-1).to(tl.int64)
+        eligible &= word >= 0
+    return ids, word, eligible
+
+
+@triton.jit
+def _replace(
+    ids, chosen, seed, group, to_mask, to_random, mask_id, allowed, ignore_index, RANGES: tl.constexpr
+):  # -> new ids, labels
+    action = philox_words(seed, group, tl.full((), 1, tl.int64)).to(tl.int64)
+    random_id = (philox_words(seed, group, tl.full((), 2, tl.int64)).to(tl.int64) * allowed) >> 32
+    for i in tl.static_range(len(RANGES) // 2):
+        if RANGES[2 * i] >= 0:
+            random_id += tl.where(random_id >= RANGES[2 * i], RANGES[2 * i + 1] - RANGES[2 * i], 0)
+    replaced = tl.where(action < to_mask, mask_id, tl.where(action < to_random, random_id, ids))
+    return tl.where(chosen, replaced, ids), tl.where(chosen, ids, ignore_index)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def mask_tokens_kernel(
+    ids_ptr,
+    seed_ptr,
+    special_mask_ptr,
+    row_ids_ptr,
+    output_ids_ptr,
+    labels_ptr,
+    rows,
+    columns,
+    groups,
+    select: tl.int64,
+    to_mask: tl.int64,
+    to_random: tl.int64,
+    mask_id: tl.int64,
+    allowed: tl.int64,
+    ignore_index: tl.int64,
+    HAS_SPECIAL_MASK: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
+    RANGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, group, in_range = token_groups(tl.program_id(0).to(tl.int64) * BLOCK, rows, groups, BLOCK)
+    row_id = row
+    if HAS_ROW_IDS:
+        row_id = tl.load(row_ids_ptr + row, mask=in_range, other=0)
+    seed = tl.load(seed_ptr)
+    group_id = row_id * groups + group
+
+    lane = tl.arange(0, 4)[None, :]
+    column = group[:, None] * 4 + lane
+    offset = tl.reshape(row[:, None] * columns + column, (4 * BLOCK,))
+    valid = tl.reshape(in_range[:, None] & (column < columns), (4 * BLOCK,))
+    ids, _, eligible = _eligible(ids_ptr, special_mask_ptr, ids_ptr, offset, valid, HAS_SPECIAL_MASK, False, RANGES)
+    draw = philox_words(seed, group_id, tl.full((), 0, tl.int64)).to(tl.int64)
+    chosen = eligible & (draw < select)
+    new_ids, labels = _replace(ids, chosen, seed, group_id, to_mask, to_random, mask_id, allowed, ignore_index, RANGES)
+    tl.store(output_ids_ptr + offset, new_ids.to(output_ids_ptr.dtype.element_ty), mask=valid)
+    tl.store(labels_ptr + offset, labels.to(labels_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _compose(first, second):
+    """The map `second after first`; bit s of a map is its value at state s."""
+    return ((second >> (first & 1)) & 1) | (((second >> ((first >> 1) & 1)) & 1) << 1)
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def mask_tokens_chain_kernel(
+    ids_ptr,
+    seed_ptr,
+    special_mask_ptr,
+    word_ids_ptr,
+    row_ids_ptr,
+    output_ids_ptr,
+    labels_ptr,
+    columns,
+    groups,
+    select: tl.int64,
+    stay: tl.int64,
+    enter: tl.int64,
+    to_mask: tl.int64,
+    to_random: tl.int64,
+    mask_id: tl.int64,
+    allowed: tl.int64,
+    ignore_index: tl.int64,
+    HAS_SPECIAL_MASK: tl.constexpr,
+    HAS_WORDS: tl.constexpr,
+    HAS_ROW_IDS: tl.constexpr,
+    RANGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_id = row
+    if HAS_ROW_IDS:
+        row_id = tl.load(row_ids_ptr + row)
+    seed = tl.load(seed_ptr)
+    lane = tl.arange(0, 4 * BLOCK)
+    state = tl.full((), 0, tl.int32)  # of the last token of the step before
+    for start in range(0, groups, BLOCK):
+        group = row_id * groups + start + tl.arange(0, BLOCK)
+        column = 4 * (tl.full((), 0, tl.int64) + start) + lane
+        valid = column < columns
+        offset = row * columns + column
+        ids, word, eligible = _eligible(
+            ids_ptr, special_mask_ptr, word_ids_ptr, offset, valid, HAS_SPECIAL_MASK, HAS_WORDS, RANGES
+        )
+        _, word_before, eligible_before = _eligible(
+            ids_ptr,
+            special_mask_ptr,
+            word_ids_ptr,
+            offset - 1,
+            valid & (column > 0),
+            HAS_SPECIAL_MASK,
+            HAS_WORDS,
+            RANGES,
+        )
+        draw = philox_words(seed, group, tl.full((), 0, tl.int64)).to(tl.int64)
+        if_unchosen = draw < tl.where(eligible_before, enter, select)
+        if_chosen = draw < tl.where(eligible_before, stay, select)
+        step = if_unchosen.to(tl.int32) | (if_chosen.to(tl.int32) << 1)
+        if HAS_WORDS:
+            step = tl.where((word >= 0) & (word == word_before), 2, step)  # the identity
+        states = (tl.associative_scan(step, 0, _compose) >> state) & 1
+        state = tl.sum(tl.where(lane == 4 * BLOCK - 1, states, 0), 0)
+        new_ids, labels = _replace(
+            ids, eligible & (states == 1), seed, group, to_mask, to_random, mask_id, allowed, ignore_index, RANGES
+        )
+        tl.store(output_ids_ptr + offset, new_ids.to(output_ids_ptr.dtype.element_ty), mask=valid)
+        tl.store(labels_ptr + offset, labels.to(labels_ptr.dtype.element_ty), mask=valid)
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    seed: Tensor,
+    special_mask: Tensor | None,
+    word_ids: Tensor | None,
+    row_ids: Tensor | None,
+    output_ids: Tensor,
+    labels: Tensor,
+    select: int,
+    stay: int,
+    enter: int,
+    to_mask: int,
+    to_random: int,
+    mask_id: int,
+    allowed: int,
+    ranges: tuple[int, ...],
+    ignore_index: int,
+    *,
+    chained: bool,
+) -> None:
+    """Fills `output_ids` and `labels`. The ranges of special ids are compiled into the kernel: they are few, and those
+    of a tokenizer do not change."""
+    rows, columns = input_ids.shape
+    if input_ids.numel() == 0:
+        return
+    groups = (columns + 3) // 4
+    special = None if special_mask is None else special_mask.view(torch.uint8)
+    flags = {"HAS_SPECIAL_MASK": special is not None, "HAS_ROW_IDS": row_ids is not None}
+    tail = (to_mask, to_random, mask_id, allowed, ignore_index)
+    if chained:
+        mask_tokens_chain_kernel[(rows,)](
+            input_ids, seed, special, word_ids, row_ids, output_ids, labels, columns, groups, select, stay, enter,
+            *tail, **flags, HAS_WORDS=word_ids is not None, RANGES=ranges, BLOCK=BLOCK,
+        )  # fmt: skip
+    else:
+        mask_tokens_kernel[(triton.cdiv(rows * groups, BLOCK),)](
+            input_ids, seed, special, row_ids, output_ids, labels, rows, columns, groups, select,
+            *tail, **flags, RANGES=ranges, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    scalars = dict.fromkeys(_SCALARS, "i64") | {"groups": "i32", "rows": "i32", "columns": "i32"}
+    tensors = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "special_mask_ptr": "*u8", "word_ids_ptr": "*i32"}
+    for ids in ("i64", "i32"):
+        types = scalars | tensors | dict.fromkeys(("ids_ptr", "output_ids_ptr", "labels_ptr"), f"*{ids}")
+        for optional in (False, True):
+            constants: dict[str, Any] = {"RANGES": (0, 1, 100, 104), "BLOCK": BLOCK}
+            constants |= dict.fromkeys(("HAS_SPECIAL_MASK", "HAS_ROW_IDS", "HAS_WORDS"), optional)
+            if not optional:
+                constants |= {"special_mask_ptr": None, "row_ids_ptr": None, "word_ids_ptr": None}
+            for kernel in (mask_tokens_kernel, mask_tokens_chain_kernel):
+                name = f"{kernel.__name__.removesuffix('_kernel')}-{ids}{'-optional' if optional else ''}"
+                yield pointers_aligned(name, kernel, types, constants, {"num_warps": 4})

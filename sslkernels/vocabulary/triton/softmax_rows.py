@@ -1,0 +1,198 @@
+"""Cross-entropy of rows of logits: launchers of the kernels in `softmax_row_kernels`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslkernels.core.triton.launch import (
+    DTYPE_NAMES,
+    VECTOR_BYTES,
+    AotEntry,
+    Config,
+    accumulation_dtype,
+    next_power_of_2,
+    on_device_of,
+    signature,
+)
+from sslkernels.vocabulary.triton.softmax_row_kernels import (
+    cross_entropy_rows_bwd_kernel,
+    cross_entropy_rows_fwd_kernel,
+)
+
+OPTIONS = ("HAS_BIAS", "HAS_WEIGHT", "HAS_SOFTCAP", "SMOOTHING")
+
+
+def config(vocab: int, dtype: torch.dtype, *, plain: bool, write_grad: bool) -> Config:
+    """The tile of a row in the forward, and whether the forward holds the row in one.
+
+    plain: no option and no statistics, which leaves a thread registers for more logits. Holding a row saves nothing
+    but the second read, for the gradient.
+    """
+    size = max(64, next_power_of_2(vocab))
+    if dtype == torch.float64:
+        held, tile, warps = 512, 512, 8
+    elif plain:
+        held, tile, warps = 4096, 8192, 16
+        if write_grad:
+            held = 16384 if dtype == torch.float32 else 32768
+    else:
+        held, tile, warps = 4096, 2048, 8
+    if size <= held:
+        per_warp = 64 if dtype == torch.float64 else 512
+        return Config({"ONE_TILE": True, "BLOCK": size}, {"num_warps": min(max(size // per_warp, 1), 32)})
+    return Config({"ONE_TILE": False, "BLOCK": tile}, {"num_warps": warps})
+
+
+def backward_config(vocab: int, dtype: torch.dtype) -> Config:
+    wide = 4 if dtype == torch.float64 else 1
+    block = min(max(64, next_power_of_2(vocab)), 8192 // wide)
+    return Config({"BLOCK": block}, {"num_warps": min(max(block * wide // 512, 1), 16)})
+
+
+def cross_entropy_rows_fwd(
+    logits: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    coefficient: Tensor | None,
+    outputs: Any,
+    grad: Tensor | None,
+    options: Any,
+    stats: bool,
+) -> None:
+    """Fills `outputs`, the record `RowOutputs`, from logits (N, V). `grad` (N, V), where given, gets the gradient with
+    respect to l times coefficient (N,), and may be `logits`. Last strides are 1; `options` is the record `RowOptions`.
+    """
+    count, vocab = logits.shape
+    if count == 0:
+        return
+    flags = _flags(logits, bias, weight, options, grad)
+    plain = not (stats or any(flags[name] for name in OPTIONS))
+    chosen = config(vocab, logits.dtype, plain=plain, write_grad=grad is not None)
+    with on_device_of(logits):
+        cross_entropy_rows_fwd_kernel[(count,)](
+            *_inputs(logits, target, bias, weight, options, coefficient),
+            *outputs,
+            grad,
+            *_sizes(logits, grad, coefficient),
+            *_scalars(options),
+            **flags,
+            STATS=stats,
+            WRITE_GRAD=grad is not None,
+            **chosen.constexprs,
+            **chosen.options,
+        )
+
+
+def cross_entropy_rows_bwd(
+    logits: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    coefficient: Tensor,
+    state: Any,
+    grad: Tensor,
+    options: Any,
+) -> None:
+    """Writes the gradient with respect to l times coefficient (N,) to `grad` (N, V), which may be `logits`; `state` is
+    the record `RowState`."""
+    count, vocab = logits.shape
+    if count == 0:
+        return
+    chosen = backward_config(vocab, logits.dtype)
+    with on_device_of(logits):
+        cross_entropy_rows_bwd_kernel[(count,)](
+            *_inputs(logits, target, bias, weight, options, coefficient),
+            *state,
+            grad,
+            *_sizes(logits, grad, coefficient),
+            *_scalars(options),
+            **_flags(logits, bias, weight, options, grad),
+            **chosen.constexprs,
+            **chosen.options,
+        )
+
+
+def _inputs(logits, target, bias, weight, options, coefficient):
+    smoothed = weight is not None and options.label_smoothing > 0
+    weight_sum = weight.sum(dtype=accumulation_dtype(logits.dtype)) if smoothed else None
+    return logits, target, bias, weight, weight_sum, coefficient
+
+
+def _sizes(logits, grad, coefficient):
+    return (
+        logits.shape[1],
+        logits.stride(0),
+        grad.stride(0) if grad is not None else 0,
+        coefficient.stride(0) if coefficient is not None else 0,
+    )
+
+
+def _scalars(options: Any) -> tuple[Any, ...]:
+    """The options as the kernels take them: a Python int would be specialised where a float is meant."""
+    return tuple(value if name == "ignore_index" else float(value) for name, value in options._asdict().items())
+
+
+def _flags(logits, bias, weight, options, grad) -> dict[str, Any]:
+    vector = VECTOR_BYTES // logits.element_size()
+    rows_aligned = logits.stride(0) % vector == 0
+    return {
+        "HAS_BIAS": bias is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_SOFTCAP": options.softcap > 0,
+        "SMOOTHING": options.label_smoothing > 0,
+        "ROWS_ALIGNED": rows_aligned,
+        "GRAD_ALIGNED": grad is not None and (logits.stride(0) - grad.stride(0)) % vector == 0,
+        "VECTOR": vector,
+    }
+
+
+def aot_signatures() -> Iterator[AotEntry]:
+    none, every = dict.fromkeys(OPTIONS, False), dict.fromkeys(OPTIONS, True)
+    for dtype, aligned, stats, write, vocab, flags in (
+        (torch.bfloat16, False, False, True, 30522, none),
+        (torch.bfloat16, False, True, True, 4000, every),
+        (torch.bfloat16, True, False, True, 128256, none),
+        (torch.bfloat16, False, True, True, 128256, every),
+        (torch.bfloat16, True, True, False, 128256, none),
+        (torch.float16, True, False, False, 30522, none),
+        (torch.float16, False, True, True, 50265, {**none, "SMOOTHING": True}),
+        (torch.float32, False, False, True, 16000, none),
+        (torch.float32, False, True, True, 50265, every),
+        (torch.float64, False, True, True, 500, every),
+        (torch.float64, False, False, True, 50265, none),
+        (torch.float64, True, True, True, 50265, every),
+    ):
+        vector = VECTOR_BYTES // dtype.itemsize
+        shared = {**flags, "ROWS_ALIGNED": aligned, "GRAD_ALIGNED": write, "VECTOR": vector}
+        parts = (DTYPE_NAMES[dtype], vocab, "aligned" * aligned, "stats" * stats, "grad" * write)
+        name = "-".join(str(part) for part in (*parts, *(flag.lower() for flag in OPTIONS if flags[flag])) if part)
+        chosen = config(vocab, dtype, plain=not stats and flags is none, write_grad=write)
+        forward = {**shared, "STATS": stats, "WRITE_GRAD": write, **chosen.constexprs}
+        yield _aot_entry(f"fwd-{name}", cross_entropy_rows_fwd_kernel, dtype, forward, chosen.options)
+        if write:
+            chosen = backward_config(vocab, dtype)
+            backward = {**shared, **chosen.constexprs}
+            yield _aot_entry(f"bwd-{name}", cross_entropy_rows_bwd_kernel, dtype, backward, chosen.options)
+
+
+def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
+    acc = DTYPE_NAMES[accumulation_dtype(dtype)]
+    forward = kernel is cross_entropy_rows_fwd_kernel
+    states = ("row_max_out", "sum_exp_out", "logprob_out") if forward else ("row_max_in", "sum_exp_in", "logprob_in")
+    types = {name: f"*{DTYPE_NAMES[dtype]}" for name in ("logits", "grad")}
+    types |= {name: f"*{acc}" for name in ("bias", "weight", "weight_sum", "coefficient", *states)}
+    types |= {"target": "*i64", "vocab": "i32", "logits_stride": "i32", "grad_stride": "i32"}
+    types |= {"coefficient_stride": "i32", "ignore_index": "i32"}
+    types |= dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp64")
+    absent = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING", "grad": "WRITE_GRAD"}
+    if forward:
+        types |= {"loss": f"*{acc}", "entropy": f"*{acc}", "prediction": "*i64"}
+        absent["coefficient"] = "WRITE_GRAD"
+    none = {argument: None for argument, flag in absent.items() if not constexprs.get(flag, True)}
+    types = {argument: kind for argument, kind in types.items() if argument not in none}
+    constexprs = {**constexprs, **none}
+    aligned = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
+    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, options, aligned)

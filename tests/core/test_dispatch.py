@@ -1,0 +1,167 @@
+"""The choice of a backend, and what an import loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sslkernels as sk
+from sslkernels.core import backends, native
+
+PACKAGE = Path(sk.__file__).parent
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_import_loads_torch_alone():
+    heavy = ("triton", "transformers", "matplotlib", "rich")
+    result = python(f"import sys, sslkernels; print([m for m in {heavy} if m in sys.modules])")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_compiled_extension_runs_here():
+    """Where a compiler built it, it must load; CI sets the variable that makes its absence a failure."""
+    if native.extension is None and os.environ.get("SSLKERNELS_BUILD_EXT") != "1":
+        pytest.skip(str(native.load_error))
+    assert native.extension is not None, native.load_error
+    assert "cpu" in sk.available_backends("cross_entropy", "cpu")
+
+
+def test_use_backend_nests_and_restores_after_an_error():
+    before = backends.current_choice()
+    with sk.use_backend("reference"):
+        with sk.use_backend("auto"):
+            assert backends.current_choice() == "auto"
+        assert backends.current_choice() == "reference"
+    block = sk.use_backend("reference")
+    block.__enter__()
+    assert block.__exit__(KeyError, KeyError(), None) is not True
+    assert backends.current_choice() == before
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(
+        ValueError, match=r"use_backend: name must be one of auto, cuda, triton, cpu, reference; got 'x'"
+    ):
+        sk.use_backend("x").__enter__()
+    with pytest.raises(ValueError, match=r"available_backends: op must be one of .*; got 'softmax'"):
+        sk.available_backends("softmax")
+    result = python("import sslkernels", SSLKERNELS_BACKEND="fastest")
+    assert "SSLKERNELS_BACKEND must be one of" in result.stderr
+
+
+def test_an_explicit_backend_that_cannot_run_raises_and_says_why():
+    logits, target = torch.randn(2, 3), torch.tensor([0, 1])
+    with (
+        sk.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r"cross_entropy: backend 'cuda' cannot run on cpu: it runs on cuda"),
+    ):
+        sk.cross_entropy(logits, target)
+    code = "import torch, sslkernels as sk; sk.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))"
+    result = python(code, SSLKERNELS_BACKEND="triton")
+    assert "backend 'triton' cannot run on cpu" in result.stderr
+    result = python(code, SSLKERNELS_BACKEND="reference")
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_the_extension_the_reference_runs(tmp_path):
+    """What a machine without a compiler has: the Python files alone."""
+    (tmp_path / "sslkernels").symlink_to(PACKAGE)
+    code = (
+        "import sys; sys.modules['sslkernels._C'] = None\n"
+        "import torch, sslkernels as sk\n"
+        "print(sk.available_backends('cross_entropy', 'cpu'))\n"
+        "sk.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))\n"
+        "from sslkernels.__main__ import report; print(report())\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "('reference',)" in result.stdout
+    assert "extension  not loaded" in result.stdout
+    assert "build it with" in result.stdout
+
+
+def test_shapes_without_data():
+    """On the device "meta", which autocast does not know."""
+    x = torch.empty(3, 5, device="meta", requires_grad=True)
+    table, target = torch.empty(7, 5, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    results = [
+        sk.gaussian_rsample(x, x, 2)[0],
+        sk.gaussian_kl(x, x),
+        sk.gumbel_softmax(x),
+        sk.gumbel_quantize(x, table[:5]).values,
+        sk.linear_sample(x, table).logprob,
+        sk.vector_quantize(x, table).commitment,
+        sk.free_energy(x),
+        sk.prediction_energy(x[:, None], x),
+        sk.linear_cross_entropy(x, table, target),
+        sk.contrastive_energy(x, x),
+    ]
+    for result in results:
+        assert torch.autograd.grad(result.sum(), x)[0].shape == x.shape
+
+
+def test_report_names_every_op_and_reason():
+    result = subprocess.run([sys.executable, "-m", "sslkernels"], capture_output=True, text=True, check=True)
+    for op in backends.public_ops():
+        assert op in result.stdout
+    assert "triton" in result.stdout
+    assert torch.__version__ in result.stdout
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_compiled_instruction_set_gives_the_same_losses(isa):
+    """The environment variable lowers what the processor offers; the results agree to rounding."""
+    if native.extension is None:
+        pytest.skip("no compiled extension")
+    code = (
+        "import torch, sslkernels as sk; from sslkernels.core import native; torch.manual_seed(0)\n"
+        "x = torch.randn(7, 3001, requires_grad=True); y = torch.randint(0, 3001, (7,))\n"
+        "for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "    z = x.to(d)\n"
+        "    with sk.use_backend('cpu'): loss = sk.cross_entropy(z, y, softcap=20.0, label_smoothing=0.1)\n"
+        "    truth = torch.nn.functional.cross_entropy(20 * torch.tanh(z.double() / 20), y, label_smoothing=0.1)\n"
+        "    g, h = torch.autograd.grad(loss, x)[0], torch.autograd.grad(truth, x)[0]\n"
+        "    assert abs(loss - truth) < 2e-6 * truth, (d, loss, truth)\n"
+        "    limit = (torch.finfo(d).eps + 1e-6) * h.norm() + 1e-4 * (d == torch.float16)\n"
+        "    assert (g - h).norm() <= limit, d\n"
+        "print(native.extension.build_info()['cpu_isa'])\n"
+    )
+    result = python(code, SSLKERNELS_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    order = ["default", "avx2", "avx512"]
+    assert order.index(result.stdout.strip()) <= order.index(isa)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "ptx", "capability", "runs"),
+    [
+        (["80", "90", "100"], ["100"], (9, 0), True),
+        (["80", "90", "100"], ["100"], (8, 9), True),  # machine code of the same generation
+        (["80", "90", "100"], ["100"], (12, 0), True),  # from PTX
+        (["80", "90", "100"], ["100"], (7, 5), False),
+        (["90a"], [], (9, 0), True),
+        (["90a"], [], (10, 0), False),
+        (["100a"], [], (10, 3), False),  # machine code of one architecture alone
+        (["90"], [], (8, 0), False),
+        (["90"], [], (10, 0), False),
+        (["80"], ["80"], (9, 0), True),
+    ],
+)
+def test_architectures_that_the_kernels_run_on(monkeypatch, architectures, ptx, capability, runs):
+    info = {"cuda_architectures": architectures, "cuda_ptx": ptx}
+    monkeypatch.setattr(backends.native, "extension", SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = backends._why_not_architecture(torch.device("cuda"))
+    assert (reason is None) == runs
+    if reason is not None:
+        assert "TORCH_CUDA_ARCH_LIST" in reason
