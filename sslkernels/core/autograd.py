@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels.core.operator import Layout, is_record, result_types
+from sslkernels.core.operator import Layout, holds_tensor, is_record, result_types
 
 
 class Function(torch.autograd.Function):
     """The methods of `torch.autograd.Function`, over records.
 
-    forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): lists of the
+    forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): tuples of the
     parameters and results of forward. backward(ctx, *gradients): one gradient, or record of gradients, for each result,
     None where autograd has none; gives a tuple with one for each of the first parameters, or None for no gradient at
     all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a bool or a record of bools a parameter.
@@ -30,7 +30,7 @@ class Function(torch.autograd.Function):
     generate_vmap_rule = True
     differentiable: int | None = None  # how many of the flat results have a gradient, the first ones; None: all
     run: Callable[..., Any]
-    wanted: Callable[[Any], list[Any]]
+    wanted: Callable[[Any], tuple[Any, ...]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -38,7 +38,7 @@ class Function(torch.autograd.Function):
         results, single = result_types(hints.get("return", tuple[()]))
         types = [hints[name] for name in inspect.signature(cls.forward).parameters]
         # Only records that hold tensors are flattened: options pass through as they are.
-        inputs = Layout(kind if _has_tensors(kind) else None for kind in types)
+        inputs = Layout(kind if holds_tensor(kind) or _has_tensors(kind) else None for kind in types)
         _flatten_methods(cls, inputs, Layout(results), single)
 
 
@@ -49,6 +49,7 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
         getattr(cls, name) for name in ("forward", "setup_context", "backward", "differentiable")
     )
     one_tensor = single and outputs.records == [None]
+    tensors = [i for i, kind in enumerate(inputs.leaf_types) if holds_tensor(kind)]
     apply = super(torch.autograd.Function, cls).apply
 
     def run(*parameters: Any) -> Any:
@@ -59,13 +60,17 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
             results = cls.apply(*flat)
         else:
             # Beside this, cls.apply binds the signature of forward by `inspect`, which takes longer than forward.
-            results = apply(*(torch._C._functorch.unwrap_if_dead(v) if isinstance(v, Tensor) else v for v in flat))
+            alive = list(flat)
+            for i in tensors:
+                if alive[i] is not None:
+                    alive[i] = torch._C._functorch.unwrap_if_dead(alive[i])
+            results = apply(*alive)
         values = outputs.unpack(results if isinstance(results, tuple) else (results,))
-        return values[0] if single else tuple(values)
+        return values[0] if single else values
 
     def flat_forward(*flat: Any) -> Any:
         results = forward(*inputs.unpack(flat))
-        return results if one_tensor else tuple(outputs.pack([results] if single else results))
+        return results if one_tensor else outputs.pack((results,) if single else results)
 
     def flat_setup_context(ctx: Any, flat: tuple, results: Any) -> None:
         results = results if isinstance(results, tuple) else (results,)
@@ -90,15 +95,17 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
 def save(ctx: Any, *values: Any) -> None:
     """Saves tensors and records of tensors for backward."""
     ctx.layout = [type(value) if isinstance(value, tuple) else None for value in values]
-    ctx.save_for_backward(*(leaf for v in values for leaf in (v if isinstance(v, tuple) else (v,))))
+    ctx.save_for_backward(*[leaf for v in values for leaf in (v if isinstance(v, tuple) else (v,))])
 
 
 def saved(ctx: Any) -> list[Any]:
     """What `save` was given. Call it once: a checkpoint recomputes the tensors each time they are asked for."""
-    leaves = iter(ctx.saved_tensors)
-    return [
-        next(leaves) if record is None else record(*(next(leaves) for _ in record._fields)) for record in ctx.layout
-    ]
+    leaves, begin, values = ctx.saved_tensors, 0, []
+    for record in ctx.layout:
+        end = begin + (1 if record is None else len(record._fields))
+        values.append(leaves[begin] if record is None else record(*leaves[begin:end]))
+        begin = end
+    return values
 
 
 def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -125,7 +132,13 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
                 raise NotImplementedError(f"{ctx.function}: double backward is not supported{instead}")
 
         Backward.__name__ = Backward.__qualname__ = function.__name__
-        return Backward.run
+
+        def run(*args: Any) -> Any:
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return Backward.run(*args)
+            return function(*args)  # a backward without create_graph, which nobody can differentiate
+
+        return run
 
     return decorate
 
@@ -143,7 +156,7 @@ def _has_tensors(kind: Any) -> bool:
     """Whether `kind` is a record with a tensor, or optional tensor, among its fields."""
     if not is_record(kind):
         return False
-    return any(hint is Tensor or Tensor in typing.get_args(hint) for hint in typing.get_type_hints(kind).values())
+    return any(map(holds_tensor, typing.get_type_hints(kind).values()))
 
 
 def _with_arity(call: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -42,7 +42,7 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
 
 def shape(function: str, argument: str, value: Tensor | None, expected: Sequence[int], meaning: str) -> None:
     """`value` (if given) has the shape `expected`; `meaning` says what that is, as in "(vocab,)"."""
-    if value is not None and tuple(value.shape) != tuple(expected):
+    if value is not None and value.shape != tuple(expected):
         fail(ValueError, function, argument, f"have shape {meaning} = {tuple(expected)}", tuple(value.shape))
 
 

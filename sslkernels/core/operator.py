@@ -44,7 +44,14 @@ def operator(
 
 
 class Layout:
-    """How a sequence of values, each a leaf or a record of leaves, is laid out as a flat tuple of leaves."""
+    """How a sequence of values, each a leaf or a record of leaves, is laid out as a flat tuple of leaves.
+
+    pack(values) gives the flat tuple, unpack(flat) the tuple of values. Both are compiled from one expression each: a
+    small call packs and unpacks ten times, and a loop over the fields would take longer than its kernels.
+    """
+
+    pack: Callable[[Sequence[Any]], tuple[Any, ...]]
+    unpack: Callable[[Sequence[Any]], tuple[Any, ...]]
 
     def __init__(self, types: Iterable[Any]) -> None:
         self.records: list[Any] = []
@@ -59,21 +66,13 @@ class Layout:
             self.leaf_names += fields
             self.records.append(record)
             self.slices.append(slice(begin, len(self.leaf_types)))
-
-    def pack(self, values: Sequence[Any]) -> list[Any]:
-        flat: list[Any] = []
-        for record, value in zip(self.records, values, strict=True):
-            if record is None:
-                flat.append(value)
-            else:
-                flat.extend(value)
-        return flat
-
-    def unpack(self, flat: Sequence[Any]) -> list[Any]:
-        return [
-            flat[at.start] if record is None else record(*flat[at])
-            for record, at in zip(self.records, self.slices, strict=True)
-        ]
+        packed, unpacked = [], []
+        for i, (record, at) in enumerate(zip(self.records, self.slices, strict=True)):
+            leaves = ", ".join(f"flat[{j}]" for j in range(at.start, at.stop))
+            packed.append(f"*values[{i}]," if record else f"values[{i}],")
+            unpacked.append(f"records[{i}]({leaves})," if record else f"{leaves},")
+        self.pack = eval(f"lambda values: ({''.join(packed)})")
+        self.unpack = eval(f"lambda flat: ({''.join(unpacked)})", {"records": tuple(self.records)})
 
 
 def is_record(kind: Any) -> bool:
@@ -100,6 +99,7 @@ class Operator:
         names = list(inspect.signature(allocate).parameters)
         self.inputs = Layout(hints[name] for name in names)
         self.outputs = Layout(results)
+        self._tensors = [i for i, kind in enumerate(self.inputs.leaf_types) if holds_tensor(kind)]
         self.schema = self.name + _schema(names, self.inputs, self.outputs)
         _library.define(self.schema)
         _library.impl(self.name, self._from_dispatcher, "CompositeExplicitAutograd")
@@ -108,10 +108,10 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         flat = self.inputs.pack(args)
-        if not torch.compiler.is_compiling() and _plain(flat):
+        if not torch.compiler.is_compiling() and _plain([flat[i] for i in self._tensors]):
             return self._run(flat, args)  # the dispatcher would only call it back, 15 us later
         results = self.raw(*flat)
-        return self._results(results if isinstance(results, (tuple, list)) else [] if results is None else [results])
+        return self._results(results if isinstance(results, (tuple, list)) else () if results is None else (results,))
 
     def choose(self, device: torch.device) -> str:
         """The backend that would run the operator on `device` now."""
@@ -120,15 +120,15 @@ class Operator:
     def _results(self, flat: Sequence[Any]) -> Any:
         values = self.outputs.unpack(flat)
         if not self.single:
-            return tuple(values)
+            return values
         return values[0] if values else None
 
     def _flat(self, results: Any) -> Any:
         """What the dispatcher is given: nothing, a tensor, or a tuple of tensors."""
-        flat = self.outputs.pack([results] if self.single else results) if self.outputs.records else []
+        flat = self.outputs.pack((results,) if self.single else results) if self.outputs.records else ()
         if self.single and self.outputs.records[:1] in ([], [None]):
             return flat[0] if flat else None
-        return tuple(flat)
+        return flat
 
     def _fake(self, *flat: Any) -> Any:
         return self._flat(self.allocate(*self.inputs.unpack(flat)))
@@ -137,7 +137,7 @@ class Operator:
         return self._flat(self._run(flat, self.inputs.unpack(flat)))
 
     def _run(self, flat: Sequence[Any], args: Sequence[Any]) -> Any:
-        device = next(leaf.device for leaf in flat if isinstance(leaf, Tensor))
+        device = flat[self._tensors[0]].device
         implementation = self.implementations.functions[self.implementations.choose(device)]
         if device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             return implementation(*args)
@@ -170,15 +170,19 @@ def _schema_type(kind: Any, position: int) -> str:
     return _SCHEMA_TYPES[kind] + "?" * (len(options) > 1)
 
 
-def _plain(leaves: Iterable[Any]) -> bool:
+def holds_tensor(kind: Any) -> bool:
+    return kind is Tensor or kind is Mutated or Tensor in typing.get_args(kind)
+
+
+def _plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher has nothing to add: no mode traces, no transform is active, all tensors are plain."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    for leaf in leaves:
-        kind = type(leaf)
+    for tensor in tensors:
+        kind = type(tensor)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if leaf.is_meta or torch._C._functorch.is_legacy_batchedtensor(leaf):
+            if tensor.is_meta or torch._C._functorch.is_legacy_batchedtensor(tensor):
                 return False
-        elif isinstance(leaf, Tensor):
+        elif tensor is not None:
             return False
     return True

@@ -57,7 +57,7 @@ def scale_gradient_(gradient: Mutated, scale: Tensor) -> None:
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = False) -> Tensor:
     """gradient * scale (0-d) in `dtype`, in place where nobody needs the gradient as it is.
 
-    A scale of 1, which most losses get, then costs nothing, and on a GPU the host need not know it.
+    A scale of 1, which most losses get, then costs nothing; on a GPU the kernel reads it, not the host.
     saved: the graph keeps the gradient, and may be retained for another backward.
     """
     if (
@@ -68,5 +68,6 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
         or (saved and torch._C._autograd._get_current_graph_task_keep_graph())
     ):
         return scale_gradient(gradient, scale, dtype)
-    scale_gradient_(gradient, scale)
+    if scale.device.type != "cpu" or scale.item() != 1:
+        scale_gradient_(gradient, scale)
     return gradient

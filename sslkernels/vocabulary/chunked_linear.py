@@ -40,27 +40,23 @@ def forward(
     """Losses and state of each row, and the gradients of sum(coefficient * loss) that are wanted."""
     input, linear_weight, bias, target, weight = operands
     gradients = empty_gradients(operands, wanted)
-    gradients.scale.fill_(1)
-    if any(wanted):
-        assert coefficient is not None
-        coefficient, scale = normalise(coefficient, target, options.ignore_index, input.dtype, plan.compute_dtype)
-        gradients.scale.copy_(scale)
-    else:
+    if not any(wanted):
         coefficient = None
+        gradients.scale.fill_(1)
         projection = (input.to(plan.compute_dtype), linear_weight.to(plan.compute_dtype))
         outputs = rows.evaluate(*projection, target, bias, weight, options, stats=stats)
         if outputs is not None:
             return outputs, gradients
     chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
     if coefficient is not None:
-        coefficient = chunks.selection.take(coefficient, 0)
+        coefficient = chunks.take_coefficient(coefficient, plan)
     parts: list[RowOutputs] = []
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
         part, grad = (None, None) if coefficient is None else (coefficient[chunk], logits)
         parts.append(rows.forward(logits, y, bias, weight, options, stats=stats, coefficient=part, grad=grad))
         if grad is not None:
-            chunks.accumulate(grad, x, chunk.start)
+            chunks.accumulate(grad, x, chunk.start or 0)
     chunks.finish()
     return chunks.spread(parts, stats), gradients
 
@@ -75,19 +71,17 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """The gradients of sum(grad_loss * loss), from the logits computed again."""
-    input, _, bias, target, weight = operands
+    _, _, bias, _, weight = operands
     gradients = empty_gradients(operands, wanted)
     chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
-    coefficient, scale = normalise(grad_loss, target, options.ignore_index, input.dtype, plan.compute_dtype)
-    gradients.scale.copy_(scale)
+    coefficient = chunks.take_coefficient(grad_loss, plan)
     take = chunks.selection.take
-    coefficient = take(coefficient, 0)
     state = RowState(*(take(values, empty) for values, empty in zip(state, IGNORED_ROW.state, strict=True)))
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
         part = RowState(*(values[chunk] for values in state))
         rows.backward(logits, y, bias, weight, options, part, coefficient[chunk], logits)
-        chunks.accumulate(logits, x, chunk.start)
+        chunks.accumulate(logits, x, chunk.start or 0)
     chunks.finish()
     return gradients
 
@@ -132,7 +126,17 @@ class _Chunks:
             self.grad_input = self.input.new_empty((round_up(self.count, ROW_MULTIPLE), input.shape[1]))
         self.first = True
 
+    def take_coefficient(self, coefficient: Tensor, plan: PlanOptions) -> Tensor:
+        """The coefficients of the selected rows, divided by the scale that the gradients are given."""
+        coefficient = self.selection.take(coefficient, 0)
+        coefficient, scale = normalise(coefficient, self.gradients.input.dtype, plan.compute_dtype)
+        self.gradients.scale.copy_(scale)
+        return coefficient
+
     def __iter__(self):
+        if 0 < self.count <= self.chunk_rows:
+            yield slice(None), self.input, self.target
+            return
         for begin in range(0, self.count, max(self.chunk_rows, 1)):
             chunk = slice(begin, min(begin + self.chunk_rows, self.count))
             yield chunk, self.input[chunk], self.target[chunk]
@@ -204,6 +208,8 @@ class _Chunks:
 
     def spread(self, parts: list[RowOutputs], stats: bool) -> RowOutputs:
         """The outputs of all rows; those of ignored rows as the row kernels give them."""
+        if len(parts) == 1 and self.selection.all_rows:
+            return parts[0]
         slots = RowOutputs(*map(torch.cat, zip(*parts, strict=True))) if parts else empty_outputs(self.input, 0, stats)
         result = empty_outputs(self.input, self.selection.rows, stats)
         for values, ignored, out in zip(slots, IGNORED_ROW, result, strict=True):

@@ -62,8 +62,9 @@ def _empty_gradient(logits: Tensor) -> Tensor:
 
 
 def _fwd(rows: Rows, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool):
-    check_target_range(NAME, target, logits.shape[1], options.ignore_index)
-    return rows.forward(logits, target, None, weight, options, stats=stats)
+    outputs = rows.forward(logits, target, None, weight, options, stats=stats)
+    check_target_range(NAME, outputs.loss, target, logits.shape[1], options.ignore_index)
+    return outputs
 
 
 def _bwd(
@@ -89,9 +90,9 @@ def _grad(
     options: RowOptions,
     stats: bool,
 ) -> tuple[RowOutputs, Tensor]:
-    check_target_range(NAME, target, logits.shape[1], options.ignore_index)
     grad = _empty_gradient(logits)
     outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
+    check_target_range(NAME, outputs.loss, target, logits.shape[1], options.ignore_index)
     return outputs, grad
 
 
@@ -117,7 +118,7 @@ def cross_entropy_grad(
     return empty_outputs(logits, logits.shape[0], stats), _empty_gradient(logits)
 
 
-class _CrossEntropy(Function):
+class _RowLosses(Function):
     """Per-row losses and statistics; saves the logits and three numbers a row."""
 
     differentiable = 1
@@ -146,8 +147,42 @@ def _row_gradients(
     return cross_entropy_bwd(grad_loss, logits, target, weight, state, options)
 
 
-class _ReducedCrossEntropy(Function):
-    """sum(loss), or that / divisor; its gradient is computed in the same pass over the logits and kept.
+class _ReducedLoss(Function):
+    """sum(loss), or that / divisor; backward regenerates the gradient. One node of the graph where the sum and the
+    division would be two more, which at small sizes take as long as the kernels."""
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        divisor: Tensor | None,
+        options: RowOptions,
+        stats: bool,
+    ) -> tuple[Tensor, RowOutputs]:
+        rows = cross_entropy_fwd(logits, target, weight, options, stats)
+        loss = rows.loss.sum()
+        return loss if divisor is None else loss / divisor, rows
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        logits, target, weight, divisor, ctx.options, _ = inputs
+        _, rows = outputs
+        save(ctx, logits, target, weight, divisor, rows.state)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return None
+        logits, target, weight, divisor, state = saved(ctx)
+        coefficient = (grad_loss if divisor is None else grad_loss / divisor).expand(target.shape).contiguous()
+        return (_row_gradients(coefficient, logits, target, weight, state, ctx.options),)
+
+
+class _KeptLoss(Function):
+    """`_ReducedLoss` whose gradient is computed in the same pass over the logits and kept.
 
     The logits are read once and the gradient is written once, where a pass for the loss and another for the gradient
     read them twice. They need not live until backward: `anchor`, an empty tensor that depends on them, stands for them
@@ -192,7 +227,7 @@ def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, anchor: 
     return scaled(gradient, scale, dtype, saved=True)
 
 
-def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
+def _keeps_gradient(logits: Tensor) -> bool:
     """Whether backward follows at once, as far as can be seen, and the kernel makes the gradient in the same pass.
 
     Not in float16, where the gradient of a mean over many rows is only exact with grad_output multiplied in; nor where
@@ -204,7 +239,6 @@ def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
         and torch.is_grad_enabled()
         and logits.requires_grad
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        and reduction != "none"
         and logits.dtype in (torch.float32, torch.bfloat16)
         and cross_entropy_grad.choose(logits.device) in KEEPING_BACKENDS
     )
@@ -277,24 +311,25 @@ def cross_entropy(
             checks.fail(ValueError, NAME, "return_stats", "be False with class probabilities", True)
         return _with_probabilities(input, target, weight, options, reduction)
 
-    logits = input.movedim(class_dim, -1).reshape(-1, vocab)
+    logits = input
+    if input.dim() != 2:
+        logits = input.movedim(class_dim, -1).reshape(-1, vocab)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    rows = target.reshape(-1).contiguous()
-    divisor = None
-    if reduction == "mean":
-        divisor = valid_weight(rows, weight, vocab, ignore_index, accumulation_dtype(logits.dtype))
-    if _keeps_gradient(logits, reduction):
-        anchor = logits[:0].clone()
-        loss, outputs, _ = _ReducedCrossEntropy.run(
-            logits, anchor, rows, contiguous(weight), divisor, options, return_stats
-        )
+    rows = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
+    weight = contiguous(weight)
+    if reduction == "none":
+        outputs = _RowLosses.run(logits, rows, weight, options, return_stats)
+        loss = outputs.loss.reshape(target.shape)
     else:
-        outputs = _CrossEntropy.run(logits, rows, contiguous(weight), options, return_stats)
-        loss = outputs.loss
-        loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
-        if divisor is not None:
-            loss = loss / divisor
+        mean = reduction == "mean"
+        acc = accumulation_dtype(logits.dtype)
+        divisor = valid_weight(rows, weight, vocab, ignore_index, acc) if mean else None
+        if _keeps_gradient(logits):
+            anchor = logits[:0].clone()
+            loss, outputs, _ = _KeptLoss.run(logits, anchor, rows, weight, divisor, options, return_stats)
+        else:
+            loss, outputs = _ReducedLoss.run(logits, rows, weight, divisor, options, return_stats)
     if not return_stats:
         return loss
     return loss, row_stats(rows, outputs, ignore_index, target.shape)
@@ -330,7 +365,7 @@ def valid_weight(target: Tensor, weight: Tensor | None, vocab: int, ignore_index
     """The divisor of "mean": the sum of the class weights of the rows that are not ignored."""
     valid = target != ignore_index
     if weight is None:
-        return valid.sum().to(dtype)
+        return valid.sum()  # exact in int64; a division by it converts it
     index = torch.where(valid, target, 0).clamp(0, vocab - 1).long()
     return torch.where(valid, weight.to(dtype)[index], 0).sum()
 

@@ -39,7 +39,7 @@ class _RowLosses(Function):
         if grads.loss is None:
             return None
         needs, *_ = _RowLosses.wanted(ctx)
-        wanted = Wanted(*(getattr(needs, name) for name in Wanted._fields))
+        wanted = Wanted(*[getattr(needs, name) for name in Wanted._fields])
         operands, state = saved(ctx)
         return (_row_gradients(grads.loss.contiguous(), operands, state, ctx.options, ctx.plan, wanted),)
 
@@ -107,6 +107,7 @@ class _ReducedLoss(Function):
             return None
         gradients, losses, divisor, leaves = saved(ctx)
         needs, needs_token_weight, *_ = _ReducedLoss.wanted(ctx)
+        scale = grad_loss * gradients.scale
         found = {}
         for name in Wanted._fields:
             if not getattr(needs, name):
@@ -114,7 +115,7 @@ class _ReducedLoss(Function):
             if not getattr(ctx.computed, name):
                 raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}; use mode='compact' here")
             gradient, leaf = getattr(gradients, name), getattr(leaves, name)
-            found[name] = _kept_gradient(gradient, grad_loss * gradients.scale, leaf.dtype, leaves)
+            found[name] = _kept_gradient(gradient, scale, leaf.dtype, leaves)
         grad_token_weight = None
         if needs_token_weight:
             by_row = losses if divisor is None else losses / divisor
@@ -128,7 +129,7 @@ def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, leaves: 
 
 
 def _operand_gradients(found: dict[str, Tensor]) -> Operands:
-    return Operands(*(found.get(name) for name in Operands._fields))
+    return Operands(*[found.get(name) for name in Operands._fields])
 
 
 def linear_cross_entropy(
@@ -219,10 +220,10 @@ def linear_cross_entropy(
 
     acc = accumulation_dtype(input.dtype)
     operands = Operands(
-        input.reshape(target.numel(), input.shape[-1]).contiguous(),
+        (input if input.dim() == 2 else input.reshape(target.numel(), input.shape[-1])).contiguous(),
         linear_weight.contiguous(),
         contiguous(linear_bias),
-        target.reshape(-1).contiguous(),
+        (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
         contiguous(weight),
     )
     tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
@@ -239,7 +240,7 @@ def linear_cross_entropy(
         else:
             divisor = torch.full((), float(num_items), dtype=acc, device=input.device)
 
-    wanted = Wanted(*(_wants_gradient(getattr(operands, name)) for name in Wanted._fields))
+    wanted = Wanted(*[_wants_gradient(getattr(operands, name)) for name in Wanted._fields])
     if mode != "compact" and reduction != "none" and any(wanted):
         loss, rows, _ = _ReducedLoss.run(operands, tokens, divisor, options, plan, wanted, return_stats)
     else:

@@ -62,12 +62,8 @@ def empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
     )
 
 
-def normalise(coefficient: Tensor, target: Tensor, ignore_index: int, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(coefficient / scale, scale), with scale 1 unless one of `dtypes` is float16.
-
-    Ignored rows, whose coefficient may be anything (1 / 0 where no row is valid), get 0 and do not count.
-    """
-    coefficient = torch.where(target != ignore_index, coefficient, 0)
+def normalise(coefficient: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(coefficient / scale, scale), with scale 1 unless one of `dtypes` is float16."""
     if torch.float16 not in dtypes or coefficient.numel() == 0:
         return coefficient, coefficient.new_ones(())
     largest = coefficient.abs().max()

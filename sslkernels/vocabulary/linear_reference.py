@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sslkernels.core.dtypes import accumulation_dtype
@@ -26,7 +27,9 @@ def forward(
         gradients = empty_gradients(operands, wanted)
         gradients.scale.fill_(1)
         return ROWS.forward(logits, *rows, stats=stats), gradients
-    coefficient, scale = normalise(coefficient, operands.target, options.ignore_index, operands.input.dtype)
+    # The coefficient of an ignored row may be anything, 1 / 0 where no row is valid.
+    coefficient = torch.where(operands.target != options.ignore_index, coefficient, 0)
+    coefficient, scale = normalise(coefficient, operands.input.dtype)
     outputs = ROWS.forward(logits, *rows, stats=stats, coefficient=coefficient, grad=logits)
     return outputs, _gradients(logits, operands, options, plan, wanted, scale)
 

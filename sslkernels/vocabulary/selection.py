@@ -7,6 +7,8 @@ an error on a CPU; elsewhere every result is NaN.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -28,21 +30,23 @@ class Selection:
         self.rows = target.shape[0]
         if capacity is None and target.is_cuda and torch.cuda.is_current_stream_capturing():
             capacity = self.rows
-        valid = target != ignore_index
-        self.ignored = ~valid
-        counts = valid.cumsum(0)
+        self.valid = target != ignore_index
         if capacity is None:
-            self.index = valid.nonzero().squeeze(1)
+            self.index = self.valid.nonzero().squeeze(1)
             self.empty = None
         else:
             nth = torch.arange(1, min(capacity, self.rows) + 1, device=target.device)
-            row_of_nth = torch.searchsorted(counts, nth)
+            row_of_nth = torch.searchsorted(self.valid.cumsum(0), nth)
             self.empty = row_of_nth == self.rows
             self.index = row_of_nth.clamp_max(self.rows - 1)
         self.slots = self.index.shape[0]
         self.all_rows = capacity is None and self.slots == self.rows
-        # Of a valid row without a slot it is another row's: `void_overflow` makes what comes of it NaN.
-        self.slot = (counts - 1).clamp(0, max(self.slots - 1, 0))
+
+    @functools.cached_property
+    def slot(self) -> Tensor:
+        """The slot of each valid row (N,). A valid row beyond the capacity aliases another row's slot; `void_overflow`
+        later sets the results to NaN."""
+        return (self.valid.cumsum(0) - 1).clamp(0, max(self.slots - 1, 0))
 
     def take(self, values: Tensor, empty: float) -> Tensor:
         """values (N, ...) in the slots; the empty ones hold `empty`. `values` itself where all rows are valid."""
@@ -59,7 +63,7 @@ class Selection:
             out.fill_(ignored)
         else:
             torch.index_select(values.to(out.dtype), 0, self.slot, out=out)
-            out.masked_fill_(_beside(self.ignored, out), ignored)
+            out.masked_fill_(_beside(~self.valid, out), ignored)
 
 
 def check_capacity(function: str, target: Tensor, ignore_index: int, capacity: int | None) -> None:

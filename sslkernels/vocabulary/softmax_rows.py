@@ -16,6 +16,7 @@ Sums leave the target out and add it last, so that a confident row keeps its los
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,12 +71,13 @@ def empty_outputs(like: Tensor, count: int, stats: bool) -> RowOutputs:
     )
 
 
-def check_target_range(function: str, target: Tensor, vocab: int, ignore_index: int) -> None:
+def check_target_range(function: str, loss: Tensor, target: Tensor, vocab: int, ignore_index: int) -> None:
     """Raises `ValueError` for a CPU target outside [0, vocab) that is not `ignore_index`.
 
-    On a GPU this would be a synchronisation: there the kernels make the loss of such a row NaN.
+    The kernels have made the loss of such a row NaN, so the targets are looked at only where a loss is NaN. On a GPU
+    even that would be a synchronisation: there the loss stays NaN.
     """
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or not math.isnan(loss.sum()):
         return
     wrong = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if bool(wrong.any()):
