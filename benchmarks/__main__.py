@@ -13,27 +13,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import (
-    bench_contrastive,
-    bench_cross_entropy,
-    bench_gaussian,
-    bench_gumbel,
-    bench_gumbel_quantize,
-    bench_kernels,
-    bench_linear_cross_entropy,
-    bench_linear_sample,
-    bench_mask_tokens,
-    bench_negative_sampling,
-    bench_own_negatives,
-    bench_pair_kernels,
-    bench_prediction_energy,
-    bench_random_normal,
-    bench_vector_quantize,
-    environment,
-    harness,
-    report,
-)
+from benchmarks import environment, harness, report
 from benchmarks.harness import DTYPES, Benchmark, Case
+from benchmarks.kernels import contrastive as bench_pair_kernels
+from benchmarks.kernels import kernel as bench_kernels
+from benchmarks.ops import contrastive_losses as bench_contrastive
+from benchmarks.ops import cross_entropy as bench_cross_entropy
+from benchmarks.ops import gaussian as bench_gaussian
+from benchmarks.ops import gumbel_quantize as bench_gumbel_quantize
+from benchmarks.ops import gumbel_softmax as bench_gumbel
+from benchmarks.ops import info_nce as bench_own_negatives
+from benchmarks.ops import linear_cross_entropy as bench_linear_cross_entropy
+from benchmarks.ops import linear_sample as bench_linear_sample
+from benchmarks.ops import mask_tokens as bench_mask_tokens
+from benchmarks.ops import negative_sampling_loss as bench_negative_sampling
+from benchmarks.ops import prediction_energy as bench_prediction_energy
+from benchmarks.ops import random_streams as bench_random_normal
+from benchmarks.ops import vector_quantize as bench_vector_quantize
 from benchmarks.roofline import measure_roofs
 
 BENCHMARKS = (

@@ -9,23 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    bench_cross_entropy,
-    bench_gaussian,
-    bench_gumbel,
-    bench_gumbel_quantize,
-    bench_linear_cross_entropy,
-    bench_mask_tokens,
-    bench_negative_sampling,
-    bench_pair_kernels,
-    bench_prediction_energy,
-    bench_vector_quantize,
-    gpu,
-    memory,
-    peers,
-    providers,
-    report,
-)
+from benchmarks import gpu, memory, peers, providers, report
 from benchmarks.harness import (
     Bar,
     Benchmark,
@@ -40,6 +24,16 @@ from benchmarks.harness import (
     quantile,
     result_bytes,
 )
+from benchmarks.kernels import contrastive as bench_pair_kernels
+from benchmarks.ops import cross_entropy as bench_cross_entropy
+from benchmarks.ops import gaussian as bench_gaussian
+from benchmarks.ops import gumbel_quantize as bench_gumbel_quantize
+from benchmarks.ops import gumbel_softmax as bench_gumbel
+from benchmarks.ops import linear_cross_entropy as bench_linear_cross_entropy
+from benchmarks.ops import mask_tokens as bench_mask_tokens
+from benchmarks.ops import negative_sampling_loss as bench_negative_sampling
+from benchmarks.ops import prediction_energy as bench_prediction_energy
+from benchmarks.ops import vector_quantize as bench_vector_quantize
 from benchmarks.roofline import Roofs
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import harness, peers, providers
-from benchmarks.bench_cross_entropy import make_targets
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
+from benchmarks.ops.cross_entropy import make_targets
 from benchmarks.providers import COMPILED, EAGER, OURS
 
 OP = "linear_cross_entropy"

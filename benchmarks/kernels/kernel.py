@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import code_kernels, energy_kernels, gumbel_kernels, harness, providers, sample_kernels
-from benchmarks.bench_cross_entropy import make_inputs as make_logits
+from benchmarks import harness, providers
 from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
+from benchmarks.kernels import codes as code_kernels
+from benchmarks.kernels import gumbel as gumbel_kernels
+from benchmarks.kernels import latent as energy_kernels
+from benchmarks.kernels import vocabulary as sample_kernels
+from benchmarks.ops.cross_entropy import make_inputs as make_logits
 from benchmarks.providers import OURS
 from sslkernels import native, use_backend
 from sslkernels.ops import gaussian_operators, negative_sampling, row_sums
