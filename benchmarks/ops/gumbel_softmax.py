@@ -2,155 +2,95 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
-from benchmarks.providers import COMPILED, EAGER, OURS
+from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.harness import Bar, Case, Inputs
+from benchmarks.providers import EAGER, OURS
 
-OP = "gumbel_softmax"
 SOFT = "soft"  # regime: samples that are not one-hot
 TAU = 1.0
 
 
-def make_case(
-    shape: dict[str, int],
-    dtype: torch.dtype = torch.float32,
-    regime: str = "random",
-    ignored: float = 0.0,
-    backward: bool = True,
-    bias: bool = False,
-) -> Case:
-    """Logits read and samples written; for the gradient logits and that of the samples read, and it is written."""
-    logits = shape["N"] * shape["V"] * dtype.itemsize
-    return Case(OP, shape, dtype, logits * (5 if backward else 2), 0, regime, 0.0, backward)
+class GumbelSoftmax(Benchmark):
+    op = "gumbel_softmax"
+    shape_keys = ("N", "V")
+    names = leaves = ("logits",)
+    settings = frozenset({"regime", "backward"})
+    bars_on_error = False
+    host = HostCase({"N": 32, "V": 64})
 
+    def cost(self, case: Case) -> tuple[int, int]:
+        """Logits are read and samples written; backward reads logits and the samples' gradient and writes one more."""
+        logits = case.shape["N"] * case.shape["V"] * case.dtype.itemsize
+        return logits * (5 if case.backward else 2), 0
 
-def cases(device: str) -> list[Case]:
-    shape = {"N": 4096, "V": 8192}
-    found = [make_case(shape), make_case(shape, torch.bfloat16), make_case(shape, regime=SOFT)]
-    if device == "cpu":
-        return [*found, make_case({"N": 1 << 20, "V": 2})]
-    large = [{"N": 1 << 15, "V": 8192}, {"N": 1 << 20, "V": 320}, {"N": 8192, "V": 50257}, {"N": 4, "V": 1 << 20}]
-    return [
-        *found,
-        *(make_case(shape, torch.bfloat16, regime) for shape in large for regime in ("random", SOFT)),
-        make_case(large[0], torch.bfloat16, backward=False),
-    ]
+    def cases(self, device: str) -> list[Case]:
+        shape = {"N": 4096, "V": 8192}
+        found = [self.case(shape), self.case(shape, torch.bfloat16), self.case(shape, regime=SOFT)]
+        if device == "cpu":
+            return [*found, self.case({"N": 1 << 20, "V": 2})]
+        large = [{"N": 1 << 15, "V": 8192}, {"N": 1 << 20, "V": 320}, {"N": 8192, "V": 50257}, {"N": 4, "V": 1 << 20}]
+        found += [self.case(shape, torch.bfloat16, regime) for shape in large for regime in ("random", SOFT)]
+        return [*found, self.case(large[0], torch.bfloat16, backward=False)]
 
+    def smoke_cases(self, device: str) -> list[Case]:
+        return [self.case({"N": 33, "V": 131}), self.case({"N": 33, "V": 132}, torch.bfloat16, SOFT)]
 
-def smoke_cases(device: str) -> list[Case]:
-    return [make_case({"N": 33, "V": 131}), make_case({"N": 33, "V": 132}, torch.bfloat16, SOFT)]
+    def inputs(self, case: Case, device: torch.device) -> Inputs:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (case.shape["N"], case.shape["V"])
+        return {n: torch.randn(shape, generator=generator, device=device).to(case.dtype) for n in ("logits", "grad")}
 
+    def arguments(self, case: Case, t: Inputs) -> tuple[Any, ...]:
+        return t["logits"], case.regime != SOFT
 
-def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (case.shape["N"], case.shape["V"])
-    return {n: torch.randn(shape, generator=generator, device=device).to(case.dtype) for n in ("logits", "grad")}
+    def grad_outputs(self, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+        return (t["grad"],)
 
+    @staticmethod
+    def plain(logits: Tensor, hard: bool) -> Tensor:
+        return F.gumbel_softmax(logits, TAU, hard)
 
-Sample = Callable[[Tensor, bool], Tensor]
+    @staticmethod
+    def fused(logits: Tensor, hard: bool) -> Tensor:
+        return sk.gumbel_softmax(logits, TAU, hard, seed=1)
 
+    def has_reference(self, case: Case) -> bool:
+        return False
 
-def sample_run(sample: Sample) -> Callable[[Case, dict[str, Tensor]], Run]:
-    def build(case: Case, inputs: dict[str, Tensor]) -> Run:
-        logits = inputs["logits"].detach().requires_grad_(case.backward)
-        hard = case.regime != SOFT
+    def oracle(self, case: Case, inputs: Inputs) -> Case:
+        return case
 
-        def call() -> tuple[Tensor, ...]:
-            y = sample(logits, hard)
-            return (y.detach(), *torch.autograd.grad(y, logits, inputs["grad"])) if case.backward else (y,)
+    def errors(self, case: Case, results: Sequence[Tensor]) -> dict[str, float]:
+        """What holds for any noise: hard samples are one-hot, soft samples sum to 1 and gradients to 0. In units of
+        the dtype's rounding. The unit tests compare with float64 on the same noise."""
+        y, *grads = (result.double() for result in results)
+        rounding = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps
+        found = {"sum of a sample": float((y.sum(1) - 1).abs().max()) / rounding}
+        if case.regime != SOFT:
+            one_hot = ((y == 0) | (y == 1)).all(1)
+            found["part of samples that are not one-hot"] = float(one_hot.logical_not().double().mean())
+        for grad in grads:
+            found["sum of a gradient"] = float(grad.sum(1).norm() / grad.norm()) / rounding
+        return found
 
-        return Run(call)
-
-    return build
-
-
-def eager(logits: Tensor, hard: bool) -> Tensor:
-    return F.gumbel_softmax(logits, TAU, hard)
-
-
-@functools.cache
-def _compiled(device: str):
-    return torch.compile(F.gumbel_softmax, dynamic=True if device == "cpu" else None)
-
-
-def compiled(logits: Tensor, hard: bool) -> Tensor:
-    return _compiled(logits.device.type)(logits, TAU, hard)
-
-
-def ours(logits: Tensor, hard: bool) -> Tensor:
-    return sk.gumbel_softmax(logits, TAU, hard, seed=1)
-
-
-def case_providers(case: Case, device: torch.device) -> list[Provider]:
-    """Without the reference, which emulates fused operations in float64."""
-    found = [
-        Provider(EAGER, sample_run(eager)),
-        Provider(COMPILED, sample_run(compiled), warmups=1, patience=providers.patience(device)),
-    ]
-    for backend in providers.BACKENDS:
-        if backend != "reference":
-            build, reason = providers.within(backend, sample_run(ours)), providers.why_not(OP, backend, device)
-            found.append(Provider(f"{OURS} {backend}", build, unavailable=reason))
-    return found
-
-
-def twin(case: Case) -> Case:
-    shape = {**case.shape, "N": min(case.shape["N"], 256)}
-    return make_case(shape, case.dtype, case.regime, backward=case.backward)
-
-
-def errors(case: Case, results: Sequence[Tensor]) -> dict[str, float]:
-    """Of what must be so whatever noise a provider draws: hard samples are one-hot, soft ones and gradients add up to 1
-    and 0. In units of the dtype's rounding; against float64 with the same noise the tests hold it."""
-    y, *grads = (result.double() for result in results)
-    rounding = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps
-    found = {"sum of a sample": float((y.sum(1) - 1).abs().max()) / rounding}
-    if case.regime != SOFT:
-        found["part of samples that are not one-hot"] = float(
-            ((y == 0) | (y == 1)).all(1).logical_not().double().mean()
-        )
-    for grad in grads:
-        found["sum of a gradient"] = float(grad.sum(1).norm() / grad.norm()) / rounding
-    return found
-
-
-def bars(device: str) -> list[Bar]:
-    found = []
-    for case in cases(device):
+    def limits(self, case: Case, device: str) -> list[Bar]:
+        found = []
         if device == "cpu" and case.shape["N"] == 4096:
             ratio = providers.time_ratio(EAGER, OURS)
             found.append(Bar("times faster than eager torch", case.name, ratio, 5, True))
         what = "MB beyond samples and gradients, against the logits"
         logits = case.shape["N"] * case.shape["V"] * case.dtype.itemsize / 1e6
-        found.append(Bar(what, case.name, providers.memory_mb, logits / 2))
-    return found
+        return [*found, Bar(what, case.name, providers.memory_mb, logits / 2)]
 
 
-BENCHMARK = Benchmark(
-    op=OP,
-    shape_keys=("N", "V"),
-    baseline=EAGER,
-    make_case=make_case,
-    cases=cases,
-    smoke_cases=smoke_cases,
-    inputs=make_inputs,
-    providers=case_providers,
-    twin=twin,
-    oracle=lambda case, inputs: case,
-    errors=errors,
-    bars=bars,
-)
-
-
-@pytest.mark.parametrize(("case", "provider"), providers.smoke_parameters(BENCHMARK))
-def test_gumbel_softmax(benchmark, case, provider):
-    providers.smoke(benchmark, BENCHMARK, case, provider)
+BENCHMARKS = (GumbelSoftmax(),)
+test_gumbel_softmax = smoke_test(BENCHMARKS)

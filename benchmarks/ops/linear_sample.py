@@ -4,131 +4,106 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
 import sslkernels as sk
-from benchmarks import harness, providers
-from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
+from benchmarks import providers
+from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.providers import EAGER, OURS
 
-OP = "linear_sample"
 EAGER_GUMBEL = "eager Gumbel-max"
 FLOOR = "one matmul (floor)"
 
 
-def make_case(
-    shape: dict[str, int],
-    dtype: torch.dtype = torch.float32,
-    regime: str = "random",
-    ignored: float = 0.0,
-    backward: bool = False,
-    bias: bool = False,
-) -> Case:
-    """Hidden states and weight are read, 12 bytes a row written; one matmul. The noise is integers and not in it."""
-    n, d, v = (shape[key] for key in ("N", "D", "V"))
-    return Case(OP, shape, dtype, (n + v) * d * dtype.itemsize + 12 * n, 2 * n * d * v, regime, backward=False)
+def gumbel_max(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    logits = (hidden @ weight.t()).float()
+    index = (logits - torch.empty_like(logits).exponential_().log_()).argmax(-1)
+    return index, logits.log_softmax(-1).gather(1, index[:, None])[:, 0]
 
 
-def cases(device: str) -> list[Case]:
-    if device == "cpu":
-        shape = {"N": 512, "D": 768, "V": 50257}
-        return [make_case(shape), make_case(shape, regime="peaked"), make_case({**shape, "N": 4})]
-    return [
-        make_case({"N": n, "D": d, "V": v}, torch.bfloat16, regime)
-        for n, d, v in ((1, 4096, 128256), (64, 4096, 128256), (1024, 4096, 128256), (8192, 768, 50265))
-        for regime in ("random", "peaked")
-    ]
-
-
-def smoke_cases(device: str) -> list[Case]:
-    shape = {"N": 33, "D": 64, "V": 1003}
-    return [make_case(shape), make_case(shape, torch.bfloat16, "peaked")]
-
-
-def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """random: logits of unit variance. peaked: six times that."""
-    generator = torch.Generator(device).manual_seed(1)
-    n, d, v = (case.shape[key] for key in ("N", "D", "V"))
-    spread = 6.0 if case.regime == "peaked" else 1.0
-    weight = torch.randn(v, d, generator=generator, device=device).mul_(spread * d**-0.5)
-    hidden = torch.randn(n, d, generator=generator, device=device)
-    return {"input": hidden.to(case.dtype), "weight": weight.to(case.dtype)}
-
-
-def eager(case: Case, t: dict[str, Tensor]) -> Run:
-    def call() -> Sequence[Tensor]:
-        probability = (t["input"] @ t["weight"].t()).softmax(-1, dtype=torch.float32)
-        index = torch.multinomial(probability, 1)
-        return index[:, 0], probability.gather(1, index)[:, 0].log()
-
-    return Run(call)
-
-
-def eager_gumbel(case: Case, t: dict[str, Tensor]) -> Run:
-    def call() -> Sequence[Tensor]:
-        logits = (t["input"] @ t["weight"].t()).float()
-        index = (logits - torch.empty_like(logits).exponential_().log_()).argmax(-1)
-        return index, logits.log_softmax(-1).gather(1, index[:, None])[:, 0]
-
-    return Run(call)
-
-
-def matmul(case: Case, t: dict[str, Tensor]) -> Run:
+def matmul(case: Case, t: Inputs) -> Run:
     logits = torch.empty(case.shape["N"], case.shape["V"], dtype=case.dtype, device=t["weight"].device)
     return Run(lambda: (torch.mm(t["input"], t["weight"].t(), out=logits),), owned=(logits,))
 
 
-def ours(case: Case, t: dict[str, Tensor]) -> Run:
-    return Run(lambda: sk.linear_sample(t["input"], t["weight"], seed=0))
+class LinearSample(Benchmark):
+    op = "linear_sample"
+    shape_keys = ("N", "D", "V")
+    names = ("input", "weight")
+    settings = frozenset({"regime"})
+    differentiable = False
+    compiles = False
+    twin_rows = 64
+    host = HostCase({"N": 32, "D": 64, "V": 1000})
 
+    def cost(self, case: Case) -> tuple[int, int]:
+        """Hidden states and weight are read, 12 bytes a row written; one matmul. The noise, integer work, is left
+        out."""
+        n, d, v = (case.shape[key] for key in ("N", "D", "V"))
+        return (n + v) * d * case.dtype.itemsize + 12 * n, 2 * n * d * v
 
-def case_providers(case: Case, device: torch.device) -> list[Provider]:
-    """Without the reference, whose noise emulates fused operations in float64."""
-    found = [Provider(EAGER, eager), Provider(EAGER_GUMBEL, eager_gumbel), Provider(FLOOR, matmul, is_floor=True)]
-    for backend in providers.BACKENDS:
-        if backend != "reference":
-            build, reason = providers.within(backend, ours), providers.why_not(OP, backend, device)
-            found.append(Provider(f"{OURS} {backend}", build, unavailable=reason))
-    return found
+    def cases(self, device: str) -> list[Case]:
+        if device == "cpu":
+            shape = {"N": 512, "D": 768, "V": 50257}
+            return [self.case(shape), self.case(shape, regime="peaked"), self.case({**shape, "N": 4})]
+        return [
+            self.case({"N": n, "D": d, "V": v}, torch.bfloat16, regime)
+            for n, d, v in ((1, 4096, 128256), (64, 4096, 128256), (1024, 4096, 128256), (8192, 768, 50265))
+            for regime in ("random", "peaked")
+        ]
 
+    def smoke_cases(self, device: str) -> list[Case]:
+        shape = {"N": 33, "D": 64, "V": 1003}
+        return [self.case(shape), self.case(shape, torch.bfloat16, "peaked")]
 
-def errors(inputs: dict[str, Tensor], results: Sequence[Tensor]) -> dict[str, float]:
-    """Of the log-probability of what was drawn."""
-    index, logprob = results
-    exact = (inputs["input"].double() @ inputs["weight"].double().t()).log_softmax(-1).gather(1, index[:, None])[:, 0]
-    return {"logprob": float((logprob.double() - exact).abs().max() / exact.abs().max())}
+    def inputs(self, case: Case, device: torch.device) -> Inputs:
+        """random: logits of unit variance. peaked: six times that."""
+        generator = torch.Generator(device).manual_seed(1)
+        n, d, v = (case.shape[key] for key in ("N", "D", "V"))
+        spread = 6.0 if case.regime == "peaked" else 1.0
+        weight = torch.randn(v, d, generator=generator, device=device).mul_(spread * d**-0.5)
+        hidden = torch.randn(n, d, generator=generator, device=device)
+        return {"input": hidden.to(case.dtype), "weight": weight.to(case.dtype)}
 
+    @staticmethod
+    def plain(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        probability = (hidden @ weight.t()).softmax(-1, dtype=torch.float32)
+        index = torch.multinomial(probability, 1)
+        return index[:, 0], probability.gather(1, index)[:, 0].log()
 
-def bars(device: str) -> list[Bar]:
-    found = []
-    for case in cases(device):
+    @staticmethod
+    def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return sk.linear_sample(hidden, weight, seed=0)
+
+    def others(self, case: Case, device: torch.device) -> list[Provider]:
+        return [Provider(EAGER_GUMBEL, self.run(gumbel_max)), Provider(FLOOR, matmul, is_floor=True)]
+
+    def has_reference(self, case: Case) -> bool:
+        return False
+
+    def oracle(self, case: Case, inputs: Inputs) -> Inputs:
+        return inputs
+
+    def errors(self, inputs: Inputs, results: Sequence[Tensor]) -> dict[str, float]:
+        """The error of the drawn index's log-probability."""
+        index, logprob = results
+        logits = inputs["input"].double() @ inputs["weight"].double().t()
+        exact = logits.log_softmax(-1).gather(1, index[:, None])[:, 0]
+        return {"logprob": float((logprob.double() - exact).abs().max() / exact.abs().max())}
+
+    def limits(self, case: Case, device: str) -> list[Bar]:
         if case.shape["N"] > 4:
-            found.append(Bar("median / one matmul", case.name, providers.time_ratio(OURS, FLOOR), 1.25))
-            found.append(Bar("times faster than eager torch", case.name, providers.time_ratio(EAGER, OURS), 1.5, True))
+            faster = providers.time_ratio(EAGER, OURS)
+            found = [
+                Bar("median / one matmul", case.name, providers.time_ratio(OURS, FLOOR), 1.25),
+                Bar("times faster than eager torch", case.name, faster, 1.5, True),
+            ]
         else:
-            found.append(Bar("median / eager torch", case.name, providers.time_ratio(OURS, EAGER), 1.1))
-        found.append(Bar("MB beyond the results", case.name, providers.memory_mb, 32))
-    return found + providers.error_bars(cases(device))
+            found = [Bar("median / eager torch", case.name, providers.time_ratio(OURS, EAGER), 1.1)]
+        return [*found, Bar("MB beyond the results", case.name, providers.memory_mb, 32)]
 
 
-BENCHMARK = Benchmark(
-    op=OP,
-    shape_keys=("N", "D", "V"),
-    baseline=EAGER,
-    make_case=make_case,
-    cases=cases,
-    smoke_cases=smoke_cases,
-    inputs=make_inputs,
-    providers=case_providers,
-    twin=lambda case: harness.rows_twin(make_case, case, 64),
-    oracle=lambda case, inputs: inputs,
-    errors=errors,
-    bars=bars,
-)
-
-
-@pytest.mark.parametrize(("case", "provider"), providers.smoke_parameters(BENCHMARK))
-def test_linear_sample(benchmark, case, provider):
-    providers.smoke(benchmark, BENCHMARK, case, provider)
+BENCHMARKS = (LinearSample(),)
+test_linear_sample = smoke_test(BENCHMARKS)

@@ -6,16 +6,15 @@ import functools
 import math
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.harness import Bar, Benchmark, Case, Provider, Run
+from benchmarks.benchmark import Benchmark, HostCase, compiled, smoke_test
+from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.providers import OURS
 
-OP = "mask_tokens"
 COLLATOR = "Hugging Face rule"
 WHERE = "torch.where rule"
 COMPILED_WHERE = "torch.compile of torch.where rule"
@@ -23,38 +22,7 @@ PROBABILITY, MASKED, RANDOM = 0.15, 0.8, 0.1
 MASK_ID, VOCAB, IGNORE = 103, 30522, -100
 
 
-def make_case(
-    shape: dict[str, int],
-    dtype: torch.dtype = torch.int64,
-    regime: str = "random",
-    ignored: float = 0.0,
-    backward: bool = False,
-    bias: bool = False,
-) -> Case:
-    """A token: 8 bytes of id and 1 of the mask of special tokens read, 16 of id and label written."""
-    return Case(OP, shape, torch.int64, 25 * shape["B"] * shape["T"], backward=False)
-
-
-def cases(device: str) -> list[Case]:
-    sizes = [(8192, 512)] if device == "cpu" else [(256, 512), (8192, 512)]
-    return [make_case({"B": b, "T": t}) for b, t in sizes]
-
-
-def smoke_cases(device: str) -> list[Case]:
-    return [make_case({"B": 257, "T": 131})]
-
-
-def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """Ids of a BERT vocabulary; the first and the last of each row are special."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (case.shape["B"], case.shape["T"])
-    ids = torch.randint(1000, VOCAB, shape, generator=generator, device=device)
-    special = torch.zeros(shape, dtype=torch.bool, device=device)
-    special[:, 0] = special[:, -1] = True
-    return {"ids": ids, "special": special}
-
-
-def collator(case: Case, inputs: dict[str, Tensor]) -> Run:
+def collator(case: Case, inputs: Inputs) -> Run:
     """The steps of transformers' DataCollatorForLanguageModeling.torch_mask_tokens, which overwrites its batch."""
     ids = inputs["ids"].clone()
     special = inputs["special"]
@@ -77,8 +45,8 @@ def collator(case: Case, inputs: dict[str, Tensor]) -> Run:
     return Run(call, prepare=lambda: ids.copy_(inputs["ids"]), owned=(ids,))
 
 
-def _where(ids: Tensor, special: Tensor) -> tuple[Tensor, Tensor]:
-    """One uniform a token decides all; no boolean indexing."""
+def where(ids: Tensor, special: Tensor) -> tuple[Tensor, Tensor]:
+    """One uniform number a token decides everything; no boolean indexing."""
     draw = torch.rand(ids.shape, device=ids.device).masked_fill(special, 1.0)
     words = torch.randint_like(ids, VOCAB)
     labels = torch.where(draw < PROBABILITY, ids, IGNORE)
@@ -86,94 +54,85 @@ def _where(ids: Tensor, special: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(draw < PROBABILITY * MASKED, MASK_ID, out), labels
 
 
-@functools.cache
-def _compiled():
-    return torch.compile(_where)
+class MaskTokens(Benchmark):
+    op = "mask_tokens"
+    shape_keys = ("B", "T")
+    names = ("ids", "special")
+    settings = frozenset()
+    differentiable = False
+    dtype = torch.int64
+    baseline = COLLATOR
+    bars_on_error = False
+    twin_rows = None
+    host = HostCase({"B": 4, "T": 64})
 
+    def case(self, shape: dict[str, int], *settings, **named) -> Case:
+        """Always int64, whatever dtype the command line asks for."""
+        return super().case(shape)
 
-def where(case: Case, inputs: dict[str, Tensor]) -> Run:
-    return Run(lambda: _where(inputs["ids"], inputs["special"]))
+    def cost(self, case: Case) -> tuple[int, int]:
+        """A token reads 8 bytes of id and 1 of the mask of special tokens; it writes 16 of id and label."""
+        return 25 * case.shape["B"] * case.shape["T"], 0
 
+    def cases(self, device: str) -> list[Case]:
+        sizes = [(8192, 512)] if device == "cpu" else [(256, 512), (8192, 512)]
+        return [self.case({"B": b, "T": t}) for b, t in sizes]
 
-def compiled(case: Case, inputs: dict[str, Tensor]) -> Run:
-    return Run(lambda: _compiled()(inputs["ids"], inputs["special"]))
+    def smoke_cases(self, device: str) -> list[Case]:
+        return [self.case({"B": 257, "T": 131})]
 
+    def inputs(self, case: Case, device: torch.device) -> Inputs:
+        """Ids of a BERT vocabulary; the first and the last token of each row are special."""
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (case.shape["B"], case.shape["T"])
+        ids = torch.randint(1000, VOCAB, shape, generator=generator, device=device)
+        special = torch.zeros(shape, dtype=torch.bool, device=device)
+        special[:, 0] = special[:, -1] = True
+        return {"ids": ids, "special": special}
 
-def ours(case: Case, inputs: dict[str, Tensor]) -> Run:
-    def call() -> tuple[Tensor, ...]:
-        return tuple(
-            sk.mask_tokens(
-                inputs["ids"],
-                mask_id=MASK_ID,
-                vocab_size=VOCAB,
-                probability=PROBABILITY,
-                replace=(MASKED, RANDOM),
-                special_mask=inputs["special"],
-                seed=0,
-            )
+    @staticmethod
+    def fused(ids: Tensor, special: Tensor) -> tuple[Tensor, Tensor]:
+        return sk.mask_tokens(
+            ids,
+            mask_id=MASK_ID,
+            vocab_size=VOCAB,
+            probability=PROBABILITY,
+            replace=(MASKED, RANDOM),
+            special_mask=special,
+            seed=0,
         )
 
-    return Run(call)
+    def providers(self, case: Case, device: torch.device) -> list[Provider]:
+        compiled_where = functools.partial(compiled, where, None)
+        return [
+            Provider(COLLATOR, collator),
+            Provider(WHERE, self.run(where)),
+            Provider(COMPILED_WHERE, self.run(lambda *tensors: compiled_where()(*tensors)), warmups=1),
+            *self.backends(case, device),
+        ]
 
+    def oracle(self, case: Case, inputs: Inputs) -> Inputs:
+        return inputs
 
-def case_providers(case: Case, device: torch.device) -> list[Provider]:
-    found = [
-        Provider(COLLATOR, collator),
-        Provider(WHERE, where),
-        Provider(COMPILED_WHERE, compiled, warmups=1),
-    ]
-    for backend in providers.BACKENDS:
-        reason = providers.why_not(OP, backend, device)
-        patience = providers.patience(device) if backend == "reference" else math.inf
-        build = providers.within(backend, ours)
-        found.append(Provider(f"{OURS} {backend}", build, patience=patience, unavailable=reason))
-    return found
+    def errors(self, inputs: Inputs, results: Sequence[Tensor]) -> dict[str, float]:
+        """Tokens that break the rule, and how far the counts are beyond six standard deviations of the binomial."""
+        ids, labels = results
+        chosen = labels != IGNORE
+        wrong = (chosen & (labels != inputs["ids"])) | (~chosen & (ids != inputs["ids"])) | (chosen & inputs["special"])
+        total, eligible = chosen.sum().item(), (~inputs["special"]).sum().item()
+        masked, kept = (chosen & (ids == MASK_ID)).sum().item(), (chosen & (ids == inputs["ids"])).sum().item()
+        drawn = [
+            (total, eligible, PROBABILITY),
+            (masked, total, MASKED + RANDOM / VOCAB),
+            (kept, total, 1 - MASKED - RANDOM + RANDOM / VOCAB),
+        ]
+        excess = [max(0.0, abs(k - n * p) - 6 * math.sqrt(n * p * (1 - p))) for k, n, p in drawn]
+        return {"tokens against the rule": float(wrong.sum()), "counts": max(excess)}
 
-
-def oracle(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return inputs
-
-
-def errors(inputs: dict[str, Tensor], results: Sequence[Tensor]) -> dict[str, float]:
-    """Tokens that break the rule, and excess of the drawn counts over six standard deviations of the binomial."""
-    ids, labels = results
-    chosen = labels != IGNORE
-    wrong = (chosen & (labels != inputs["ids"])) | (~chosen & (ids != inputs["ids"])) | (chosen & inputs["special"])
-    total, eligible = chosen.sum().item(), (~inputs["special"]).sum().item()
-    masked, kept = (chosen & (ids == MASK_ID)).sum().item(), (chosen & (ids == inputs["ids"])).sum().item()
-    drawn = [
-        (total, eligible, PROBABILITY),
-        (masked, total, MASKED + RANDOM / VOCAB),
-        (kept, total, 1 - MASKED - RANDOM + RANDOM / VOCAB),
-    ]
-    excess = [max(0.0, abs(k - n * p) - 6 * math.sqrt(n * p * (1 - p))) for k, n, p in drawn]
-    return {"tokens against the rule": float(wrong.sum()), "counts": max(excess)}
-
-
-def bars(device: str) -> list[Bar]:
-    found = []
-    for case in cases(device):
+    def limits(self, case: Case, device: str) -> list[Bar]:
         ratio = providers.time_ratio(COLLATOR, OURS)
-        found.append(Bar("times faster than the Hugging Face rule", case.name, ratio, 10, True))
-    return found
+        return [Bar("times faster than the Hugging Face rule", case.name, ratio, 10, True)]
 
 
-BENCHMARK = Benchmark(
-    op=OP,
-    shape_keys=("B", "T"),
-    baseline=COLLATOR,
-    make_case=make_case,
-    cases=cases,
-    smoke_cases=smoke_cases,
-    inputs=make_inputs,
-    providers=case_providers,
-    twin=lambda case: case,
-    oracle=oracle,
-    errors=errors,
-    bars=bars,
-)
-
-
-@pytest.mark.parametrize(("case", "provider"), providers.smoke_parameters(BENCHMARK))
-def test_mask_tokens(benchmark, case, provider):
-    providers.smoke(benchmark, BENCHMARK, case, provider)
+BENCHMARKS = (MaskTokens(),)
+test_mask_tokens = smoke_test(BENCHMARKS)
