@@ -135,5 +135,5 @@ def error_bars(cases: list[Case]) -> list[Bar]:
     """Accuracy: at most the error of eager torch, plus four units in the last place of float32."""
     limit = 4 * torch.finfo(torch.float32).eps
     return [
-        Bar("error against float64 above that of eager torch", case.name, error_over_eager, limit) for case in cases
+        Bar("error against float64 minus eager torch's error", case.name, error_over_eager, limit) for case in cases
     ]

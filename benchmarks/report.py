@@ -37,8 +37,8 @@ HOST_COLUMNS = ("case", "sslkernels", "p20 - p80", "eager torch", "p20 - p80", "
 NOT_MET = "not met"
 MET = {None: "", True: "met", False: NOT_MET}
 HOST_NOTE = (
-    "CPU time of one thread (on a GPU: time until the call returns) for shapes so small that the host takes longer than "
-    "the kernels; n calls each, in turn. ratio: the median of this package over the median of eager torch."
+    "CPU time of one thread (on a GPU: time until the call returns), for shapes so small that the host takes longer "
+    "than the kernels; n calls each, in turn. ratio: the median of this package over the median of eager torch."
 )
 NOTES = (
     "median, p20 - p80: n single calls; the providers of a case take turns in random order.",

@@ -289,17 +289,9 @@ class PairKernelBenchmark(Benchmark):
     bars_on_error = False
     inputs = staticmethod(pair_inputs)
 
-    def case(
-        self,
-        shape: dict[str, int],
-        dtype: torch.dtype | None = None,
-        regime: str = "random",
-        ignored: float = 0.0,
-        backward: bool = True,
-        bias: bool = False,
-    ) -> Case:
-        case = super().case(shape, dtype, regime, backward=backward)
-        return dataclasses.replace(case, op=GRADIENTS if backward else SUMS)
+    def case(self, *arguments, **settings) -> Case:
+        case = super().case(*arguments, **settings)
+        return dataclasses.replace(case, op=GRADIENTS if case.backward else SUMS)
 
     def cost(self, case: Case) -> tuple[int, int]:
         """A softmax over rows and columns of normalised features. Sums take one matmul and the features. Gradients,

@@ -70,17 +70,8 @@ class KernelBenchmark(Benchmark):
         self.op = f"{family}_kernels"
         self.kernels = family_kernels
 
-    def case(
-        self,
-        kernel: str,
-        shape: dict[str, int],
-        dtype: torch.dtype | None = None,
-        regime: str = "random",
-        ignored: float = 0.0,
-        backward: bool = True,
-        bias: bool = False,
-    ) -> Case:
-        case = Case(kernel, shape, dtype or self.dtype, 0, 0, regime, ignored, backward, bias)
+    def case(self, kernel: str, shape: dict[str, int], dtype: torch.dtype | None = None, **settings: Any) -> Case:
+        case = Case(kernel, shape, dtype or self.dtype, 0, **settings)
         return dataclasses.replace(case, bytes=self.kernels[kernel].floor(case).bytes)
 
     def custom_cases(self, sizes: dict[str, int], dtype: torch.dtype, **settings: Any) -> list[Case]:
