@@ -30,9 +30,7 @@ KERNEL_FILES = (
     "sslkernels/**/triton/*.py",
     "sslkernels/triton_kernels/*.py",
 )
-NOT_KERNELS = re.compile(
-    r"csrc/(.*/)?cpu/|csrc/[^/]*$|_cpu\.h$|_bind\.h$"
-)  # headers that only a CPU or the bindings use
+NOT_KERNELS = re.compile(r"csrc/(.*/)?cpu/|csrc/[^/]*$|_cpu\.h$|_bind\.h$")  # headers without device code
 REQUIREMENTS = ROOT / "requirements" / "gpu.txt"
 PEERS = ROOT / "requirements" / "gpu_peers.txt"
 WHEELS = ROOT / "wheels"  # of the peers; `make gpu-wheels` fills it

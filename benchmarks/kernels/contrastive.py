@@ -21,6 +21,7 @@ from benchmarks.kernels.kernel import (
     Floor,
     Kernel,
     KernelBenchmark,
+    accumulation_dtype,
     chosen,
     grid,
     native_op,
@@ -45,7 +46,6 @@ from sslkernels.ops.pair_scores import (
     Tile,
     TritonPairs,
 )
-from sslkernels.ops.rows import accumulation_dtype
 
 SUMS, GRADIENTS = "pair_sums", "pair_gradients"
 MATMULS = "the bare matmuls (floor)"

@@ -7,9 +7,17 @@ from torch import Tensor
 
 from benchmarks.benchmark import smoke_test
 from benchmarks.harness import Case, Inputs
-from benchmarks.kernels.kernel import Floor, Kernel, KernelBenchmark, grid, native_op, normal, rows_and_columns
+from benchmarks.kernels.kernel import (
+    Floor,
+    Kernel,
+    KernelBenchmark,
+    accumulation_dtype,
+    grid,
+    native_op,
+    normal,
+    rows_and_columns,
+)
 from sslkernels.ops import row_sums
-from sslkernels.ops.rows import accumulation_dtype
 
 ENTRIES_PER_ROW = 2
 

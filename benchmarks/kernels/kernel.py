@@ -162,6 +162,11 @@ def normal(case: Case, device: torch.device, seed: int = 0) -> Tensor:
     return torch.empty(shape, dtype=case.dtype, device=device).normal_(generator=generator)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def chosen(backend: str, device: torch.device) -> str:
     """The argument of `use_backend`."""
     return device.type if backend == NATIVE else backend

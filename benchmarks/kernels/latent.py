@@ -22,6 +22,7 @@ from benchmarks.kernels.kernel import (
     Floor,
     Kernel,
     KernelBenchmark,
+    accumulation_dtype,
     chosen,
     grid,
     normal,
@@ -38,7 +39,6 @@ from sslkernels.ops.gumbel_rows import (
     perturbed,
     triton_rows,
 )
-from sslkernels.ops.rows import accumulation_dtype
 
 BETA = 1.0
 GUMBEL_ROWS: dict[str, Any] = {NATIVE: NativeGumbelRows, TRITON: triton_rows, REFERENCE: ReferenceGumbelRows}

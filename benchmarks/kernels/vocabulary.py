@@ -16,13 +16,14 @@ from benchmarks.kernels.kernel import (
     Floor,
     Kernel,
     KernelBenchmark,
+    accumulation_dtype,
     grid,
     native_op,
     normal,
     rows_and_columns,
 )
 from benchmarks.ops.cross_entropy import make_logits
-from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, TritonRows, accumulation_dtype
+from sslkernels.ops.rows import NativeRows, ReferenceRows, RowOptions, TritonRows
 
 ROWS = {NATIVE: NativeRows, TRITON: TritonRows, REFERENCE: ReferenceRows}
 OPTIONS = RowOptions(-100, 0.0, 0.0, 0.0)
