@@ -71,12 +71,12 @@ gpu:
 gpu-setup gpu-build gpu-test gpu-sanitize gpu-record:
 	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(if $(ARGS),-- $(ARGS))
 
-# PARTS: some of the matrix, as in make gpu-bench PARTS="mask logits-1"; each takes less than 8 minutes.
+# PARTS: some of the matrix, as in make gpu-bench PARTS="mask_tokens cross_entropy-1"; each takes less than 8 minutes.
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu bench $(PARTS)
 
-# The peers of the benchmark matrix, from where there is a network to where there is none: `make gpu` installs what lies
-# in wheels/. GPU_PYTHON: the version there.
+# Downloads the peers of the benchmark matrix into wheels/, for a GPU machine without a network, where `make gpu`
+# installs them. GPU_PYTHON: the version on that machine.
 GPU_PYTHON ?= 3.12
 gpu-wheels:
 	$(PYTHON) -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \

@@ -1,4 +1,4 @@
-"""python -m benchmarks: measures every op on the device that is there and writes a table, JSON and plots."""
+"""python -m benchmarks: measures every op on this machine's device and writes a table, JSON and plots."""
 
 from __future__ import annotations
 
@@ -13,49 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import (
-    bench_contrastive,
-    bench_cross_entropy,
-    bench_gaussian,
-    bench_gumbel,
-    bench_gumbel_quantize,
-    bench_kernels,
-    bench_linear_cross_entropy,
-    bench_linear_sample,
-    bench_mask_tokens,
-    bench_negative_sampling,
-    bench_own_negatives,
-    bench_pair_kernels,
-    bench_prediction_energy,
-    bench_random_normal,
-    bench_vector_quantize,
-    environment,
-    harness,
-    report,
-)
-from benchmarks.harness import DTYPES, Benchmark, Case
-from benchmarks.roofline import measure_roofs
+from benchmarks import environment, harness, host_time, report
+from benchmarks.benchmark import Benchmark, discover
+from benchmarks.harness import DTYPES, Case
+from benchmarks.roofline import Roofs, measure_roofs
 
-BENCHMARKS = (
-    bench_mask_tokens.BENCHMARK,
-    bench_cross_entropy.BENCHMARK,
-    bench_linear_cross_entropy.BENCHMARK,
-    *bench_contrastive.BENCHMARKS,
-    bench_own_negatives.BENCHMARK,
-    bench_negative_sampling.BENCHMARK,
-    bench_vector_quantize.BENCHMARK,
-    bench_prediction_energy.BENCHMARK,
-    bench_gumbel.BENCHMARK,
-    bench_gumbel_quantize.BENCHMARK,
-    bench_random_normal.BENCHMARK,
-    bench_gaussian.BENCHMARK,
-    bench_linear_sample.BENCHMARK,
-    bench_kernels.BENCHMARK,
-    bench_pair_kernels.BENCHMARK,
-)
+BENCHMARKS = discover()
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}
-HURRY_AFTER = 180.0  # seconds on a CPU; from then on a case gets three rounds
+HURRY_AFTER = 180.0  # seconds on a CPU after which every case gets three rounds
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", action="append", choices=list(DTYPES), help="only this dtype; with --shape, the dtype to use")
     add("--provider", action="append", metavar="TEXT", help="only providers whose name contains TEXT (repeatable)")
     add("--shape", action="append", metavar="N=..,D=..,V=..", help="these sizes instead of the default cases")
-    add("--ignored", type=float, default=0.0, help="with --shape: part of the targets that is ignored")
+    add("--ignored", type=float, default=0.0, help="with --shape: fraction of ignored targets")
     add("--regime", choices=["random", "peaked"], default="random", help="with --shape: kind of logits")
     add("--bias", action="store_true", help="with --shape: a bias in the linear layer")
     add("--forward", action="store_true", help="with --shape: no gradients")
@@ -75,9 +41,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--budget",
         type=float,
-        help="seconds of timing a case, beyond the minimum of 5 rounds on CPU (3 where they are slow) and 30 on CUDA",
+        help="seconds of timing per case, beyond the minimum of 5 rounds on CPU (3 if they are slow) and 30 on CUDA",
     )
-    add("--quick", action="store_true", help="small shapes and few rounds, to see that everything runs")
+    add("--host-time", action="store_true", help="only the host time of small calls, on one thread")
+    add("--quick", action="store_true", help="small shapes and few rounds, as a check that everything runs")
     add("--verbose", action="store_true", help="also list the providers that cannot run here, and why")
     add("--list", action="store_true", help="print the cases and stop")
     where = "benchmarks/results/<device>; for a selection of cases benchmarks/results/scratch/<device>"
@@ -107,28 +74,41 @@ def select(options: argparse.Namespace) -> list[tuple[Benchmark, Case]]:
 
 
 def _custom_cases(benchmark: Benchmark, options: argparse.Namespace) -> list[Case]:
+    settings = {"regime": options.regime, "ignored": options.ignored, "bias": options.bias}
     cases = []
     for text in options.shape:
         sizes = {key.strip(): int(size) for key, size in (part.split("=") for part in text.split(","))}
-        if set(sizes) != set(benchmark.shape_keys):
-            continue
-        shape = {key: sizes[key] for key in benchmark.shape_keys}
         for name in options.dtype or ["float32"]:
-            setting = (options.regime, options.ignored, not options.forward, options.bias)
-            cases.append(benchmark.make_case(shape, DTYPES[name], *setting))
+            cases += benchmark.custom_cases(sizes, DTYPES[name], backward=not options.forward, **settings)
     return cases
 
 
-def run(options: argparse.Namespace, chosen: list[tuple[Benchmark, Case]], console: Console) -> report.Report:
+def host_cases(options: argparse.Namespace) -> list[Benchmark]:
+    """The benchmarks whose host time belongs to this run; of several parts the first one has it."""
+    if (
+        options.case
+        or options.dtype
+        or options.provider
+        or options.shape
+        or not (options.part or "1/").startswith("1/")
+    ):
+        return []
+    return [b for b in BENCHMARKS if b.host is not None and (not options.op or b.op in options.op)]
+
+
+def run(
+    options: argparse.Namespace, chosen: list[tuple[Benchmark, Case]], hosts: list[Benchmark], console: Console
+) -> report.Report:
     device = torch.device(options.device)
     budget = options.budget if options.budget is not None else 0.0 if options.quick else BUDGET[device.type]
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
     begin = time.perf_counter()
     with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("measuring the roofs", total=len(chosen))
+        task = progress.add_task("measuring the roofs", total=len(chosen) + len(hosts))
         progress.refresh()
         dtypes = dict.fromkeys(case.dtype for _, case in chosen if case.flops)
-        result = report.Report(environment.describe(device), measure_roofs(device, list(dtypes)))
+        roofs = measure_roofs(device, list(dtypes)) if chosen else Roofs(0.0)
+        result = report.Report(environment.describe(device), roofs)
         for benchmark, case in chosen:
 
             def tick(text: str, case: Case = case) -> None:
@@ -153,6 +133,11 @@ def run(options: argparse.Namespace, chosen: list[tuple[Benchmark, Case]], conso
             if not console.is_terminal:
                 spent = time.perf_counter() - start
                 print(f"[{len(result.cases)}/{len(chosen)}] {spent:.0f} s: {case.name}", flush=True)
+        for benchmark in hosts:
+            progress.update(task, description=f"{benchmark.op} | host time", advance=1)
+            progress.refresh()
+            rounds = host_time.QUICK_ROUNDS if options.quick else host_time.ROUNDS
+            result.host_time.append(host_time.measure(benchmark, device, rounds))
         progress.update(task, description="done")
         progress.refresh()
     return result
@@ -168,16 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
         result = report.combine([report.Report.from_json(part) for part in parts])
         default = RESULTS / environment.slug_of(result.environment["device"])
     else:
-        chosen = select(options)
-        if not chosen:
+        chosen, hosts = [] if options.host_time else select(options), host_cases(options)
+        if not chosen and not hosts:
             print("no case matches; see --list", file=sys.stderr)
             return 2
         if options.list:
-            print("\n".join(case.name for _, case in chosen))
+            print("\n".join([case.name for _, case in chosen] + [host_time.name_of(b) for b in hosts]))
             return 0
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         try:
-            result = run(options, chosen, console)
+            result = run(options, chosen, hosts, console)
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
@@ -189,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.shape,
             options.part,
             options.quick,
+            options.host_time,
         )
         folder = RESULTS / "scratch" if any(narrowed) else RESULTS
         default = folder / environment.slug_of(result.environment["device"])

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""The machine and the versions behind a measurement."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def version(distribution: str) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """Output of a git command in the repository, or None where there is no git or no repository."""
+    """Output of a git command in the repository, or None without git or a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -76,7 +76,7 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit, from git or the variable COMMIT; "+changes" where tracked files differ from it."""
+    """The commit, from git or the variable COMMIT; "+changes" if tracked files differ from it."""
     head = git("rev-parse", "HEAD")
     if head is None:
         return os.environ.get("COMMIT", "unknown")

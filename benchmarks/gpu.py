@@ -1,9 +1,9 @@
 """What `make gpu` runs on a machine with a CUDA device: build, tests, sanitizer, benchmark matrix, record.
 
 Needs no network and no virtual environment: everything runs with the interpreter that runs this file. `record` writes
-benchmarks/results/gpu_validated.json: for each kernel file the commit at which the GPU tests last passed, and where.
-It refuses unless the tests passed on these very files and, where there is a git repository, the files are those of the
-commit. Without one (a plain copy of the tree) the commit is taken from --commit or the variable COMMIT.
+benchmarks/results/gpu_validated.json: for each kernel file the commit at which the GPU tests last passed, and on which
+device. It refuses unless the tests passed on these very files and, in a git repository, the commit has the same files.
+In a plain copy of the tree the commit comes from --commit or the variable COMMIT.
 """
 
 from __future__ import annotations
@@ -25,39 +25,19 @@ from benchmarks import environment
 
 ROOT = environment.ROOT
 KERNEL_FILES = (
-    "csrc/cuda/*.cu",
-    "csrc/cuda/*.h",
-    "csrc/common/*.h",
-    "sslkernels/triton_kernels/*.py",
+    "csrc/**/*.cu",
+    "csrc/**/*.h",
+    "sslkernels/**/triton/*.py",
 )
+NOT_KERNELS = re.compile(r"csrc/(.*/)?cpu/|csrc/[^/]*$|_cpu\.h$|_bind\.h$")  # headers without device code
 REQUIREMENTS = ROOT / "requirements" / "gpu.txt"
 PEERS = ROOT / "requirements" / "gpu_peers.txt"
-WHEELS = ROOT / "wheels"  # of the peers, as `make gpu-wheels` leaves them
+WHEELS = ROOT / "wheels"  # of the peers; `make gpu-wheels` fills it
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD = RESULTS / "gpu_validated.json"
 PASSED = RESULTS / "scratch" / "gpu" / "tests_passed.json"
-PARTS = {  # name -> arguments of `python -m benchmarks`; each part takes less than 8 minutes
-    "mask": ["--op", "mask_tokens"],
-    "negative": ["--op", "negative_sampling_loss"],
-    "normal": ["--op", "random_normal"],
-    "gumbel": ["--op", "gumbel_softmax", "--op", "gumbel_quantize"],
-    "gaussian": ["--op", "gaussian_rsample"],
-    "sample": ["--op", "linear_sample"],
-    "codes": ["--op", "vector_quantize"],
-    "kernels": ["--op", "kernels"],
-    "pairs": ["--op", "pair_kernels"],
-    "own": ["--op", "info_nce"],
-    **{f"prediction-{i}": ["--op", "prediction_energy", "--part", f"{i}/2"] for i in range(1, 3)},
-    **{f"clip-{i}": ["--op", "clip_loss", "--part", f"{i}/3"] for i in range(1, 4)},
-    **{f"siglip-{i}": ["--op", "siglip_loss", "--part", f"{i}/2"] for i in range(1, 3)},
-    **{f"nt-xent-{i}": ["--op", "nt_xent", "--part", f"{i}/2"] for i in range(1, 3)},
-    "frozen": ["--op", "contrastive_energy"],
-    "logits-1": ["--op", "cross_entropy", "--part", "1/2"],
-    "logits-2": ["--op", "cross_entropy", "--part", "2/2"],
-    **{f"linear-{i}": ["--op", "linear_cross_entropy", "--part", f"{i}/7"] for i in range(1, 8)},
-}
-# Tool -> its options, and the tests that it runs. racecheck and initcheck report kernels of torch and CUB that race or
-# read uninitialised memory by design; API calls that fail are how libraries probe the driver.
+# Tool -> its options, and the marker of its tests. racecheck and initcheck skip kernels of torch and CUB, some of which
+# race or read uninitialised memory by design. memcheck ignores failing API calls: libraries probe the driver with them.
 SANITIZERS = {
     "memcheck": (["--report-api-errors", "no"], "sanitize"),
     "racecheck": ([], "kernel_only"),
@@ -81,8 +61,8 @@ class Runner:
 
 
 def setup(run: Runner, options: argparse.Namespace) -> int:
-    """Installs what is missing of requirements/gpu.txt, and the peers from the folder of wheels where there is one;
-    for neither a network is needed where nothing is missing."""
+    """Installs the missing packages of requirements/gpu.txt, which needs a network only if there are any, and the peers
+    from the folder of wheels if it exists."""
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
     missing = missing_packages(REQUIREMENTS.read_text())
     code = run([*pip, *missing]) if missing else 0
@@ -92,7 +72,7 @@ def setup(run: Runner, options: argparse.Namespace) -> int:
 
 
 def missing_packages(requirements: str) -> list[str]:
-    """The lines `name` or `name>=version` that this environment does not meet."""
+    """The lines `name` or `name>=version` that this environment does not satisfy."""
     found = []
     for line in requirements.splitlines():
         wanted = line.split("#")[0].strip()
@@ -128,7 +108,7 @@ def _architecture() -> str | None:
 
 
 def test(run: Runner, options: argparse.Namespace) -> int:
-    """All tests, those that need a GPU included; a pass is noted for `record` with the files that it holds for."""
+    """All tests, also the ones that need a GPU; a pass is noted for `record`, with the files it is valid for."""
     if not run.dry_run:
         PASSED.unlink(missing_ok=True)
     before = blobs()
@@ -172,23 +152,45 @@ def sanitize(run: Runner, options: argparse.Namespace) -> int:
     return worst
 
 
+def parts() -> dict[str, list[str]]:
+    """Part of the benchmark matrix -> arguments of `python -m benchmarks`; each part takes less than 8 minutes."""
+    from benchmarks.benchmark import discover  # needs the packages that `setup` installs
+
+    found = {}
+    for benchmark in (b for b in discover() if b.cases("cuda")):
+        op, count = benchmark.op, benchmark.gpu_parts
+        for i in range(1, count + 1):
+            found[op if count == 1 else f"{op}-{i}"] = ["--op", op, "--part", f"{i}/{count}"]
+    return {**found, "host-time": ["--host-time"]}
+
+
 def bench(run: Runner, options: argparse.Namespace) -> int:
-    """The benchmark matrix: the named parts (default: all), joined into one result when all are there."""
-    unknown = [name for name in options.arguments if name not in PARTS]
+    """The benchmark matrix: the named parts (default: all), joined into one result once all are measured."""
+    matrix = parts()
+    unknown = [name for name in options.arguments if name not in matrix]
     if unknown:
-        print(f"unknown part {', '.join(unknown)}; the parts are: {', '.join(PARTS)}", file=sys.stderr)
+        print(f"unknown part {', '.join(unknown)}; the parts are: {', '.join(matrix)}", file=sys.stderr)
         return 2
     folder = RESULTS / "scratch" / "gpu"
-    for name in options.arguments or PARTS:
-        command = [sys.executable, "-m", "benchmarks", "--device", "cuda", *PARTS[name], "--output", str(folder / name)]
+    for name in options.arguments or matrix:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "--device",
+            "cuda",
+            *matrix[name],
+            "--output",
+            str(folder / name),
+        ]
         code = run(command)
         if code != 0:
             return code
-    there = [folder / name for name in PARTS if run.dry_run or (folder / name / "results.json").exists()]
-    if len(there) < len(PARTS):
-        print(f"{len(there)} of {len(PARTS)} parts are measured; the results are joined when all are")
+    measured = [folder / name for name in matrix if run.dry_run or (folder / name / "results.json").exists()]
+    if len(measured) < len(matrix):
+        print(f"{len(measured)} of {len(matrix)} parts are measured; the results are joined when all are")
         return 0
-    return run([sys.executable, "-m", "benchmarks", "--combine", *map(str, there)])
+    return run([sys.executable, "-m", "benchmarks", "--combine", *map(str, measured)])
 
 
 def record(run: Runner, options: argparse.Namespace) -> int:
@@ -209,7 +211,7 @@ def record(run: Runner, options: argparse.Namespace) -> int:
 
 
 def validated(commit: str | None) -> dict[str, dict[str, str]]:
-    """The entries of the record. ValueError: the tests did not pass on these files, or these are not the commit's."""
+    """The entries of the record. ValueError: the tests did not pass on these files, or the commit has other files."""
     if not PASSED.exists():
         raise ValueError("the GPU tests did not pass here; run `make gpu-test`")
     passed = json.loads(PASSED.read_text())
@@ -230,8 +232,8 @@ def validated(commit: str | None) -> dict[str, dict[str, str]]:
 
 def blobs() -> dict[str, str]:
     """Kernel file -> its git blob hash."""
-    paths = sorted(path for pattern in KERNEL_FILES for path in ROOT.glob(pattern))
-    return {path.relative_to(ROOT).as_posix(): blob_hash(path.read_bytes()) for path in paths}
+    paths = sorted({path.relative_to(ROOT).as_posix() for pattern in KERNEL_FILES for path in ROOT.glob(pattern)})
+    return {path: blob_hash((ROOT / path).read_bytes()) for path in paths if not NOT_KERNELS.search(path)}
 
 
 def blob_hash(data: bytes) -> str:

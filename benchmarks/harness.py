@@ -1,8 +1,8 @@
 """Cases, providers, and how a provider is timed, metered and checked.
 
-A `Benchmark` (one per op) has cases and, for each case, providers. A provider is built into a `Run` on the inputs of
-the case. `measure` takes all providers of a case together: first the error of each against float64, then its peak
-memory, then rounds in which every provider runs once, in random order, so that drift of the machine hits all alike.
+A `Benchmark` has cases and, for each case, providers. A provider is built into a `Run` on the inputs of the case.
+`measure` takes all providers of a case together: first the error of each against float64, then its peak memory, then
+rounds in which every provider runs once, in random order, so that drift of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,26 +20,35 @@ from torch import Tensor
 from benchmarks import memory
 from benchmarks.roofline import Roofs
 
+if TYPE_CHECKING:
+    from benchmarks.benchmark import Benchmark
+
 MIN_SAMPLES = {"cpu": 5, "cuda": 30}
 MAX_SAMPLES = 200
-ENOUGH = 3  # rounds, once a case has taken `CAP` seconds: a slow or busy machine comes to an end too
-CAP = 60.0
-# A provider goes on alone with its like while its calls, each as quick as the quickest, took less than so many seconds:
-# where a call sometimes takes much longer, as when the memory of its results has to come from the host of a virtual
-# machine, a few calls have no median.
+CAP = 60.0  # seconds of a case after which it gets only `ENOUGH` rounds, for slow and busy machines
+ENOUGH = 3
+# Quick providers get further rounds of their own, up to QUICK_SAMPLES calls or QUICK_SECONDS of calls at their fastest.
+# Some calls take much longer than others, as when the host of a virtual machine has to supply the memory of the
+# results; the median of a few calls is then arbitrary.
 QUICK_SECONDS = 1.0
 QUICK_SAMPLES = 15
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int64: "int64"}
+DTYPE_NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
+Inputs = dict[str, Tensor]
+
+
 class Rejected(Exception):
-    """A provider does not take this case; the message says why."""
+    """A provider does not support this case; the message says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One group of rows of the table. bytes: each input read once, each output written once; flops: of the matmuls."""
+    """One group of rows of the table. bytes: each input read once, each output written once; flops: matmuls only."""
 
     op: str
     shape: dict[str, int]
@@ -66,23 +75,25 @@ class Case:
 
 
 class Run(NamedTuple):
-    """call: computes and returns the results; prepare: restores what `call` overwrites, not timed; owned: results that
-    live in memory allocated before the call."""
+    """call: computes and returns the results; prepare: restores what `call` overwrites, not timed; owned: results in
+    preallocated memory."""
 
     call: Callable[[], Sequence[Tensor]]
     prepare: Callable[[], object] | None = None
     owned: tuple[Tensor, ...] = ()
 
 
+Build = Callable[[Case, Inputs], Run]
+
+
 @dataclass(frozen=True)
 class Provider:
-    """patience: where the call whose memory is metered takes more seconds than this, it is also the only timed one;
-    warmups: calls before that;
-    unavailable: why it cannot run here; checked: its results are held to float64 by the smoke tests;
-    is_floor: it does a part of the work, into memory that is there: no error, no peak memory."""
+    """patience: if the call whose memory is metered takes more seconds than this, it is also the only timed call;
+    warmups: calls before that; unavailable: why it cannot run here; checked: the smoke tests compare it with float64;
+    is_floor: it does part of the work, into preallocated memory, and has neither an error nor a peak memory."""
 
     name: str
-    build: Callable[[Case, dict[str, Tensor]], Run]
+    build: Build
     patience: float = math.inf
     warmups: int = 0
     unavailable: str | None = None
@@ -118,7 +129,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that a case of the default run is held to. `value` gets the rows of the case by provider name."""
+    """A limit on a case of the default run. `value` gets the rows of the case by provider name."""
 
     what: str
     case: str
@@ -128,28 +139,6 @@ class Bar:
 
     def met(self, value: float) -> bool:
         return value >= self.limit if self.at_least else value <= self.limit
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What the harness needs to know about an op; every function gets the device type or the case first.
-
-    make_case: (shape, dtype, regime, ignored, backward, bias) -> Case; twin: the case on which the error is measured
-    (fewer rows where float64 of the whole case would take too long); oracle: results in float64; errors: compares.
-    """
-
-    op: str
-    shape_keys: tuple[str, ...]
-    baseline: str
-    make_case: Callable[..., Case]
-    cases: Callable[[str], list[Case]]
-    smoke_cases: Callable[[str], list[Case]]
-    inputs: Callable[[Case, torch.device], dict[str, Tensor]]
-    providers: Callable[[Case, torch.device], list[Provider]]
-    twin: Callable[[Case], Case]
-    oracle: Callable[[Case, dict[str, Tensor]], Any]
-    errors: Callable[[Any, Sequence[Tensor]], dict[str, float]]
-    bars: Callable[[str], list[Bar]]
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -162,8 +151,8 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 class Timer:
-    """Times single calls. On CUDA: events around the call, after a write of a buffer larger than the L2 cache and a
-    wait on the device that lets the host run ahead; `finish` synchronises and gives seconds."""
+    """Times single calls. On CUDA by events around the call: before it a buffer larger than the L2 cache is written and
+    the device sleeps, so that the host runs ahead. `finish` synchronises and returns seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -204,9 +193,9 @@ def interleave(
     cap: float = CAP,
     quick_samples: int = 0,
 ) -> dict[str, list[float]]:
-    """Rounds over all runs, each once a round in random order (fixed seed), at least `minimum` of them and as many as
-    fit in `budget` seconds; `ENOUGH` of them once they have taken `cap` seconds. Then rounds over the quick ones, up to
-    `quick_samples` of each."""
+    """Rounds in which every run is called once, in random order (fixed seed): at least `minimum` rounds and as many as
+    fit in `budget` seconds, but only `ENOUGH` once they have taken `cap` seconds. Then rounds over the quick runs, up
+    to `quick_samples` calls of each."""
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
 
@@ -237,21 +226,12 @@ def interleave(
 
 
 def relative_error(result: Tensor, oracle: Tensor) -> float:
-    """Frobenius norm of the difference over that of the oracle."""
+    """Frobenius norm of the difference over the norm of the oracle."""
     difference = (result.detach().to(oracle.device, torch.float64) - oracle).norm()
     return float(difference / oracle.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def named_errors(names: Sequence[str]) -> Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, float]]:
-    """An `errors` function of results called `names`; those that a provider does not return are left out."""
-
-    def errors(oracle: Sequence[Tensor], results: Sequence[Tensor]) -> dict[str, float]:
-        return {name: relative_error(r, o) for name, r, o in zip(names, results, oracle, strict=False)}
-
-    return errors
-
-
-def result_bytes(run: Run, results: Iterable[Tensor], inputs: dict[str, Tensor]) -> int:
+def result_bytes(run: Run, results: Iterable[Tensor], inputs: Inputs) -> int:
     """Bytes of the results that the call allocated."""
     known = {t.untyped_storage().data_ptr() for t in (*inputs.values(), *run.owned)}
     return sum(t.nbytes for t in results if t.untyped_storage().data_ptr() not in known)
@@ -336,7 +316,7 @@ def _measure_errors(
     rows: dict[str, Row],
     tick: Callable[[str], object],
 ) -> list[Provider]:
-    """Fills in the errors; returns the providers that took the case."""
+    """Fills in the errors; returns the providers that support the case."""
     twin = benchmark.twin(case)
     inputs = benchmark.inputs(twin, device)
     tick("float64 oracle")
@@ -359,9 +339,3 @@ def _measure_errors(
             continue
         live.append(provider)
     return live
-
-
-def rows_twin(benchmark_case: Callable[..., Case], case: Case, rows: int) -> Case:
-    """The case with about `rows` rows that are not ignored, or fewer; every size but N is kept."""
-    shape = {**case.shape, "N": min(case.shape["N"], round(rows / (1 - case.ignored)))}
-    return benchmark_case(shape, case.dtype, case.regime, case.ignored, case.backward, case.bias)

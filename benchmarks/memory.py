@@ -1,4 +1,4 @@
-"""Peak memory of one call, above what was in use before it."""
+"""Peak memory of one call, above the use before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def peak_extra(call: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:
-    """(bytes, result of the call). CUDA: of torch's allocator. Linux: of the process's resident set. Elsewhere None."""
+    """(bytes, result of the call). CUDA: torch's allocator. Linux: resident set of the process. Elsewhere None."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -30,7 +30,7 @@ def peak_extra(call: Callable[[], Any], device: torch.device) -> tuple[int | Non
 
 
 def _reset_peak() -> bool:
-    """Hands free heap pages back and sets the peak resident set to the present one."""
+    """Returns free heap pages to the system and resets the peak resident set to the current one."""
     if not sys.platform.startswith("linux"):
         return False
     with contextlib.suppress(AttributeError, OSError):  # glibc alone has it

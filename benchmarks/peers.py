@@ -1,4 +1,4 @@
-"""Other packages' fused losses, where they can be imported. Which shapes one takes is found by running it."""
+"""Fused losses of other packages, if they can be imported. Which shapes a peer supports is found by running it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def contrastive(op: str, device: torch.device) -> list[Provider]:
     """Losses of pairs of normalised features."""
 
     def memeff(case: Case, t: dict[str, Tensor]) -> Tensor:
-        # Its temperature is a number, and by default its gradient is not that of its loss.
+        # Its temperature is a number. By default its gradient is wrong for its loss; stable=False corrects that.
         function = _get("memeff.clip_loss", "MemoryEfficientCLIPLoss")
         return function(temperature=0.1, normalized_inputs=True, stable=False)(t["x"], t["y"])
 
@@ -120,7 +120,7 @@ def _get(module: str, name: str):
 def _peer(
     module: str, name: str, loss: Loss, leaves: Sequence[str], device: torch.device, overwrites: str | None = None
 ) -> Provider:
-    """overwrites: the input that the peer uses as its gradient buffer; it is restored before each run, not timed."""
+    """overwrites: the input that the peer reuses as its gradient buffer; it is restored before each run, not timed."""
     unavailable = None
     if importlib.util.find_spec(module) is None:
         unavailable = f"{PACKAGES[module]} is not installed"

@@ -12,7 +12,7 @@ MIN_POINTS = 3
 
 
 def figures(report: Report) -> dict[str, Callable[[Path], object]]:
-    """File name -> function that saves the figure, for every group of cases that differ in the vocabulary alone."""
+    """File name -> function that saves the figure, for every group of cases that differ only in the vocabulary."""
     groups = defaultdict(list)
     for case in report.cases:
         fixed = tuple((key, size) for key, size in case["shape"].items() if key != "V")
@@ -33,7 +33,7 @@ def figures(report: Report) -> dict[str, Callable[[Path], object]]:
 
 
 def _series(report: Report, cases: list[dict]) -> dict[str, list]:
-    """Provider -> (vocabulary, row) of its measured cases, by vocabulary."""
+    """Provider -> (vocabulary, row) for its measured cases, by vocabulary."""
     vocabulary = {case["name"]: case["shape"]["V"] for case in cases}
     series = defaultdict(list)
     for row in report.rows:

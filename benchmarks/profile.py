@@ -2,8 +2,8 @@
 
 python -m benchmarks.profile --op linear_cross_entropy --case "N=8192 D=2304" --provider triton
 
-The options choose as those of `python -m benchmarks`; every case and provider that they leave is profiled in turn. The
-clocks are left as they are. The tables go to benchmarks/results/scratch/profile, with what ncu wrote.
+Takes the options of `python -m benchmarks` and profiles every selected case and provider in turn. The clocks are not
+locked. The tables and ncu's own output go to benchmarks/results/scratch/profile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import __main__ as command
-from benchmarks.harness import Benchmark, Case, Provider
+from benchmarks.benchmark import Benchmark
+from benchmarks.harness import Case, Provider
 from benchmarks.providers import OURS
 
 FOLDER = command.RESULTS / "scratch" / "profile"
@@ -39,14 +40,14 @@ METRICS = {
 
 
 class KernelRow(NamedTuple):
-    """One launch; metrics by their names in METRICS, in base units (ns, bytes, per cent), None where ncu had none."""
+    """One launch; metrics by their names in METRICS, in base units (ns, bytes, per cent), None if ncu has none."""
 
     kernel: str
     metrics: dict[str, float | None]
 
 
 def parse_rows(text: str) -> list[KernelRow]:
-    """Of `ncu --csv --page raw --print-units base`: a header, a line of units, a line a launch; other lines before."""
+    """Parses `ncu --csv --page raw --print-units base`: other lines, a header, a line of units, one line a launch."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     if not lines:
         return []
@@ -62,7 +63,7 @@ def _number(text: str | None) -> float | None:
 
 
 def table(title: str, rows: list[KernelRow]) -> list[list[str]]:
-    """Header and lines, in the order of the launches, and the sum."""
+    """Header, one line a launch in order, and the sum."""
     total = sum(row.metrics["gpu__time_duration.sum"] or 0.0 for row in rows)
     moved = sum(row.metrics["dram__bytes.sum"] or 0.0 for row in rows)
     found = [["kernel", "time", "of total", "GB/s", *list(METRICS.values())[2:]]]

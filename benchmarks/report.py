@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import DTYPE_NAMES, Bar, Case, Row
+from benchmarks.host_time import HostTime
 from benchmarks.roofline import Roofs
 
 COLUMNS = (
@@ -29,28 +30,37 @@ COLUMNS = (
     "beyond",
     "error",
 )
-FULL_WIDTH = 132  # a narrower screen gets the table without these columns
+FULL_WIDTH = 132  # a narrower screen gets the table without the columns of WIDE_ONLY
 WIDE_ONLY = ("p20 - p80", "rate")
+BAR_COLUMNS = ("case", "what", "limit", "measured", "")
+HOST_COLUMNS = ("case", "sslkernels", "p20 - p80", "eager torch", "p20 - p80", "n", "ratio", "limit", "")
+NOT_MET = "not met"
+MET = {None: "", True: "met", False: NOT_MET}
+HOST_NOTE = (
+    "CPU time of one thread (on a GPU: time until the call returns), for shapes so small that the host takes longer "
+    "than the kernels; n calls each, in turn. ratio: the median of this package over the median of eager torch."
+)
 NOTES = (
-    "median, p20 - p80: of n single calls; the providers of a case take turns in random order.",
+    "median, p20 - p80: n single calls; the providers of a case take turns in random order.",
     "speed-up: over the first row of the case.",
     "rate: bytes or flops of the case (each input read once, each output written once; matmul flops) over the median.",
     "of light: max(bytes / copy bandwidth, flops / matmul rate), both measured on this machine, over the median.",
-    "peak extra: peak memory of one call above what was in use before; beyond: less the loss and gradients it returns.",
-    "error: relative Frobenius norm against float64, the largest of loss and gradients, on fewer rows where so named; "
+    "peak extra: peak memory of one call above the use before it; beyond: without the loss and gradients it returns.",
+    "error: relative Frobenius norm against float64, the largest among loss and gradients, on fewer rows if so noted; "
     "for mask_tokens the number of tokens that break the masking rule.",
 )
 
 
 @dataclass
 class Report:
-    """All cases of a run; `cases` holds, for each, what the table and the plots need of it."""
+    """All cases of a run; an entry of `cases` holds what the table and the plots need."""
 
     environment: dict[str, Any]
     roofs: Roofs
     cases: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     bars: list[dict[str, Any]] = field(default_factory=list)
+    host_time: list[HostTime] = field(default_factory=list)
 
     def add(self, case: Case, rows: list[Row], bars: list[Bar]) -> None:
         self.cases.append(
@@ -81,20 +91,23 @@ class Report:
             "cases": self.cases,
             "rows": [row.to_json() for row in self.rows],
             "bars": self.bars,
+            "host_time": [asdict(row) for row in self.host_time],
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Report:
         rows = [Row(**row) for row in data["rows"]]
-        return cls(data["environment"], Roofs(**data["roofs"]), data["cases"], rows, data["bars"])
+        host_time = [HostTime(**row) for row in data.get("host_time", [])]
+        return cls(data["environment"], Roofs(**data["roofs"]), data["cases"], rows, data["bars"], host_time)
 
 
 def combine(reports: list[Report]) -> Report:
-    """One report of several runs on one device; of a case that was measured more than once the last counts."""
+    """One report of several runs on one device; the last measurement of a case counts."""
     devices = {report.environment["device"] for report in reports}
     if len(devices) != 1:
         raise ValueError(f"results of different devices cannot be combined: {', '.join(sorted(devices))}")
-    merged = Report(dict(reports[-1].environment), reports[-1].roofs)
+    roofs = [report.roofs for report in reports if report.cases]
+    merged = Report(dict(reports[-1].environment), roofs[-1])
     merged.environment["commit"] = ", ".join(dict.fromkeys(report.environment["commit"] for report in reports))
     last = {case["name"]: report for report in reports for case in report.cases}
     for report in reports:
@@ -102,17 +115,18 @@ def combine(reports: list[Report]) -> Report:
         merged.cases += [case for case in report.cases if case["name"] in own]
         merged.rows += [row for row in report.rows if row.case in own]
         merged.bars += [bar for bar in report.bars if bar["case"] in own]
+    merged.host_time = list({row.case: row for report in reports for row in report.host_time}.values())
     return merged
 
 
 def shown_rows(report: Report, case: dict[str, Any], verbose: bool) -> list[Row]:
-    """Rows of a case, in the order of the providers; those that cannot run here only where `verbose`."""
+    """Rows of a case, in the order of the providers; with `verbose` also the providers that cannot run here."""
     rows = [row for row in report.rows if row.case == case["name"]]
     return [row for row in rows if verbose or not row.status.startswith("not run")]
 
 
 def facts(rows: list[Row], case: dict[str, Any]) -> str:
-    """The case's time at the speed of light, and on which rows the errors were measured."""
+    """The case's time at the speed of light, and the rows on which errors were measured."""
     errors_on = next((row.errors_on for row in rows if row.errors_on not in ("", "all rows")), None)
     return f"speed of light {seconds(case['light'])}" + (f"; errors measured on {errors_on}" if errors_on else "")
 
@@ -128,7 +142,7 @@ def cells(row: Row, case: dict[str, Any]) -> list[str]:
     return [
         row.provider,
         seconds(row.median),
-        f"{seconds(row.p20)} - {seconds(row.p80)}",
+        _spread(row.p20, row.p80),
         str(row.n),
         "" if row.speedup is None else f"{row.speedup:.2f} x",
         rate,
@@ -150,10 +164,22 @@ def megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:.{0 if value >= 1e7 else 1}f} MB"
 
 
-def bar_cells(bar: dict[str, Any]) -> list[str]:
-    value = "not measured" if bar["value"] is None else f"{bar['value']:.3g}"
-    met = {None: "", True: "met", False: "not met"}[bar["met"]]
-    return [bar["case"], bar["what"], bar["limit"], value, met]
+def bar_rows(report: Report) -> list[list[str]]:
+    shown = [(bar, "not measured" if bar["value"] is None else f"{bar['value']:.3g}") for bar in report.bars]
+    return [[bar["case"], bar["what"], bar["limit"], value, MET[bar["met"]]] for bar, value in shown]
+
+
+def host_rows(report: Report) -> list[list[str]]:
+    found = []
+    for row in report.host_time:
+        limit = "" if row.limit is None else f"<= {row.limit:.3g}"
+        times = [text for times in (row.ours, row.eager) for text in (seconds(times[1]), _spread(times[0], times[2]))]
+        found.append([row.case, *times, str(row.n), f"{row.ratio:.2f}", limit, MET[row.met]])
+    return found
+
+
+def _spread(p20: float, p80: float) -> str:
+    return f"{seconds(p20)} - {seconds(p80)}"
 
 
 def header(report: Report) -> list[str]:
@@ -164,7 +190,7 @@ def header(report: Report) -> list[str]:
         f"{env['device']}, {env['threads']} CPU threads, {env['date']}, commit {env['commit']}",
         f"torch {env['torch']}, triton {env['triton']}, Python {env['python']}, extension {extension}",
         f"peers: {', '.join(installed) or 'none installed'}",
-        "measured roofs: " + "; ".join(report.roofs.lines()),
+        *(["measured roofs: " + "; ".join(report.roofs.lines())] if report.cases else []),
     ]
 
 
@@ -188,13 +214,15 @@ def print_report(report: Report, console: Console, verbose: bool) -> None:
         console.print(table)
         for line in said:
             console.print(line, highlight=False, markup=False)
-    if report.bars:
-        table = Table(title="Bars", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for name in ("case", "what", "limit", "measured", ""):
-            table.add_column(name)
-        for bar in report.bars:
-            table.add_row(*bar_cells(bar), style="red" if bar["met"] is False else None)
-        console.print(table)
+    tables = (("Host time", HOST_COLUMNS, host_rows(report)), ("Bars", BAR_COLUMNS, bar_rows(report)))
+    for title, columns, lines in tables:
+        if lines:
+            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+            for name in columns:
+                table.add_column(name)
+            for line in lines:
+                table.add_row(*line, style="red" if line[-1] == NOT_MET else None)
+            console.print(table)
 
 
 def markdown(report: Report, verbose: bool, plots: list[str]) -> str:
@@ -204,12 +232,10 @@ def markdown(report: Report, verbose: bool, plots: list[str]) -> str:
         shown = shown_rows(report, case, verbose)
         lines += [f"## {case['name']}", "", f"({facts(shown, case)})", ""]
         lines += _table(COLUMNS, [cells(row, case) for row in shown])
+    if report.host_time:
+        lines += ["## Host time", "", HOST_NOTE, "", *_table(HOST_COLUMNS, host_rows(report))]
     if report.bars:
-        lines += [
-            "## Bars",
-            "",
-            *_table(("case", "what", "limit", "measured", ""), [bar_cells(b) for b in report.bars]),
-        ]
+        lines += ["## Bars", "", *_table(BAR_COLUMNS, bar_rows(report))]
     if plots:
         lines += ["## Plots", "", *[f"![{name}]({name})" for name in plots], ""]
     lines += ["## Columns", "", *[f"- {note}" for note in NOTES], ""]

@@ -1,4 +1,4 @@
-"""What the machine code of the compiled CUDA kernels needs, read from the extension without a GPU.
+"""Registers, spills and wide accesses of the compiled CUDA kernels, read from the extension without a GPU.
 
 `python -m benchmarks.resources [FILE]` prints a table, and writes it as Markdown.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sslkernels.core import native
 
-REGISTERS = 65536  # of a multiprocessor, on sm_80, sm_90 and sm_100
+REGISTERS = 65536  # per multiprocessor of sm_80, sm_90 and sm_100, as WARPS
 WARPS = 64
 WIDE_LOAD = re.compile(r"\bLDG\.\S*(128|256)\b")
 WIDE_STORE = re.compile(r"\bSTG\.\S*(128|256)\b")
@@ -26,8 +26,8 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S")
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture. spilled: bytes a thread on the stack and in local memory. wide_loads and
-    wide_stores count the instructions that access 16 bytes of global memory or more."""
+    """One kernel for one architecture. spilled: bytes per thread on the stack and in local memory; wide_loads,
+    wide_stores: instructions that access 16 bytes of global memory or more."""
 
     name: str
     architecture: int
@@ -39,12 +39,12 @@ class Kernel:
 
     @property
     def warps(self) -> int:
-        """Warps that the registers of a multiprocessor hold."""
+        """Warps per multiprocessor, as far as registers limit them."""
         return min(WARPS, REGISTERS // (32 * -(-self.registers // 8) * 8))
 
 
 def cuobjdump() -> Path | None:
-    """The tool of the CUDA toolkit that comes with triton, with the disassembler beside it."""
+    """The CUDA tool that comes with triton, next to its disassembler."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return None
@@ -54,7 +54,7 @@ def cuobjdump() -> Path | None:
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of the extension that is loaded, for every architecture; none where it was built without CUDA."""
+    """The kernels of the loaded extension for every architecture; none if it was built without CUDA."""
     if native.extension is None or not native.extension.build_info()["cuda"]:
         return ()
     tool = cuobjdump()
@@ -110,7 +110,7 @@ def _shortened(name: str) -> str:
 
 
 def table() -> str:
-    """A line a kernel; where the architectures differ, a number for each of them."""
+    """One line per kernel; one number per architecture where they differ."""
     architectures = sorted({kernel.architecture for kernel in kernels()})
     lines = [
         "| kernel | registers | spilled bytes | instructions | 16-byte loads | 16-byte stores | warps by registers |",
@@ -124,7 +124,7 @@ def table() -> str:
             cells.append(str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values)))
         lines.append("| " + " | ".join(cells) + " |")
     shown = " / ".join(f"sm_{architecture}" for architecture in architectures)
-    return f"Numbers for {shown}, or one where they agree.\n\n" + "\n".join(lines)
+    return f"Numbers for {shown}; a single number where they agree.\n\n" + "\n".join(lines)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ class Roofs:
     peaks: dict[str, float] = field(default_factory=dict)
 
     def light(self, bytes_: int, flops: int, dtype: str) -> float:
-        """Seconds below which no implementation gets on this machine: max(bytes / bandwidth, flops / peak)."""
+        """Seconds that no implementation on this machine can beat: max(bytes / bandwidth, flops / peak)."""
         return max(bytes_ / self.bandwidth, flops / self.peaks[dtype] if flops else 0.0)
 
     def lines(self) -> list[str]:
@@ -44,7 +44,7 @@ def measure_roofs(device: torch.device, dtypes: list[torch.dtype]) -> Roofs:
 
 
 def _best(call: Callable[[], object], device: torch.device, least: int = 7, seconds: float = 0.5) -> float:
-    """Seconds of the fastest call, of at least `least` and as many as fit: a roof is what the machine can do."""
+    """Seconds of the fastest of at least `least` calls and as many as fit: a roof is the best the machine can do."""
     call()
     times: list[float] = []
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What the machine code of every Triton kernel needs, compiled ahead of time without a GPU.
+"""Registers, shared memory and instructions of every Triton kernel, compiled ahead of time without a GPU.
 
-`python -m benchmarks.triton_resources` prints it as JSON; with a file name it writes a table there as Markdown. It is a
-program of its own because the kernels of a process that has TRITON_INTERPRET set cannot be compiled.
+`python -m benchmarks.triton_resources` prints them as JSON; with a file name it writes a Markdown table there. It is a
+program of its own because a process with TRITON_INTERPRET set cannot compile its kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import importlib
 import inspect
 import json
-import pkgutil
 import re
 import subprocess
 import sys
@@ -27,18 +26,19 @@ from triton.compiler import ASTSource
 import sslkernels
 from benchmarks.resources import REGISTERS, WARPS, cuobjdump
 
-# Bytes of shared memory of a multiprocessor, of which a block takes 1 KiB itself.
+# Bytes of shared memory per multiprocessor; every block reserves 1 KiB of it.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 
 
 def modules() -> Iterator[ModuleType]:
-    for module in pkgutil.walk_packages(sslkernels.__path__, "sslkernels."):
-        if ".triton." in module.name:
-            yield importlib.import_module(module.name)
+    root = Path(sslkernels.__path__[0])
+    for path in sorted(root.glob("*/triton/*.py")):
+        if path.stem != "__init__":
+            yield importlib.import_module(".".join((root.name, *path.relative_to(root).with_suffix("").parts)))
 
 
 def kernels() -> dict[str, Any]:
-    """The entry points: what is named `..._kernel`; other jit functions are compiled as part of them."""
+    """The entry points, called `..._kernel`; other jit functions are compiled as part of them."""
     return {
         name: value
         for module in modules()
@@ -51,7 +51,7 @@ def entries() -> list[Any]:
     return [entry for module in modules() if hasattr(module, "aot_signatures") for entry in module.aot_signatures()]
 
 
-def compiled(entry: Any, architecture: int) -> dict[str, Any]:
+def binary(entry: Any, architecture: int) -> Any:
     names = entry.kernel.arg_names
     source = ASTSource(
         fn=entry.kernel,
@@ -59,32 +59,39 @@ def compiled(entry: Any, architecture: int) -> dict[str, Any]:
         constexprs=entry.constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
+
+
+def cuobjdump_text(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [str(cuobjdump()), "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        command = [str(cuobjdump()), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def compiled(entry: Any, architecture: int) -> dict[str, Any]:
+    code = binary(entry, architecture)
+    usage = cuobjdump_text(code.asm["cubin"], "-res-usage")
     (found,) = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     registers, stack, local = map(int, found)
-    ptx = binary.asm["ptx"]
+    ptx = code.asm["ptx"]
     return {
         "registers": registers,
         "stack": stack,
         "local": local,
-        "shared": binary.metadata.shared,
+        "shared": code.metadata.shared,
         "vector_loads": len(re.findall(r"\bld\.global[.\w:]*\.v\d", ptx)),
         "vector_stores": len(re.findall(r"\bst\.global[.\w:]*\.v\d", ptx)),
         "matrix_instructions": len(re.findall(r"\b(?:mma|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
         "warpgroup_instructions": len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
         "asynchronous_copies": len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk)\b", ptx)),
-        "warps": resident_warps(architecture, registers, binary.metadata.shared, binary.metadata.num_warps),
+        "warps": resident_warps(architecture, registers, code.metadata.shared, code.metadata.num_warps),
     }
 
 
 def resident_warps(architecture: int, registers: int, shared: int, num_warps: int) -> int:
-    """Warps of a multiprocessor at once, by its registers, its shared memory and its slots."""
+    """Resident warps per multiprocessor, limited by its registers, shared memory and warp slots."""
     by_registers = REGISTERS // (32 * -(-registers // 8) * 8)
     by_shared = SHARED[architecture] // (shared + 1024)
     return min(by_registers // num_warps, by_shared, WARPS // num_warps) * num_warps
@@ -112,7 +119,7 @@ COLUMNS = {
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """A line a kernel and signature; where the architectures differ, a number for each of them."""
+    """One line per kernel and signature; one number per architecture where they differ."""
     lines = [f"| kernel | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for entry in entries():
         rows = [found[label(entry, architecture)] for architecture in entry.architectures]
@@ -122,7 +129,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             cells.append(str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values)))
         lines.append(f"| {' | '.join(cells)} |")
     shown = " / ".join(f"sm_{architecture}" for architecture in SHARED)
-    return f"Numbers for {shown}, or one where they agree.\n\n" + "\n".join(lines)
+    return f"Numbers for {shown}; a single number where they agree.\n\n" + "\n".join(lines)
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """Derives the polynomials of the noise and checks them: python -m benchmarks.random_numbers.derive
 
-Three functions, each a fit on Chebyshev nodes weighted for its relative error (within a few per cent of the minimax
-polynomial), with the coefficients rounded to float32 one by one, from the lowest, and the others fitted again:
+Three functions, each fitted on Chebyshev nodes weighted for relative error (within a few per cent of the minimax
+polynomial). The coefficients are rounded to float32 one by one, from the lowest, and the others fitted again:
 
 - log:  log1p(f) = f + f^2 Q(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]
 - sine: sin(y) = y + y y^2 S(y^2), cosine: cos(y) = 1 + y^2 C(y^2) for y in [-pi/4, pi/4]
 
-Then every float32 that a word can lead to is put through the functions of `sslkernels.random.transforms`, whose
-coefficients must be these, and compared with float64 of the words. It takes some minutes.
+Then the functions of the package's reference, whose coefficients must be these, are evaluated on every float32 that a
+word can lead to and compared with float64 of the words. This takes some minutes.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def derived() -> dict[str, tuple[float, ...]]:
 
 
 def telling_words(last: int) -> Iterator[Tensor]:
-    """Words up to `last` that show the largest errors, in parts (int64): all that float32 holds exactly, and of those
-    that it rounds to one number the middle one and the two ends."""
+    """Words up to `last` that show the largest errors, in parts (int64): all words that float32 represents exactly, and
+    among the words that round to the same float32 the middle one and the two ends."""
     step = 1 << 17  # a part stays in the cache
     for start in range(0, min(1 << 24, last + 1), step):
         yield torch.arange(start, min(start + step, last + 1))
@@ -92,7 +92,7 @@ def telling_words(last: int) -> Iterator[Tensor]:
 
 
 class Largest:
-    """The largest of what it is shown, by name."""
+    """The largest error shown so far, by name."""
 
     def __init__(self) -> None:
         self.value: dict[str, float] = {}
@@ -105,7 +105,7 @@ def largest_errors() -> dict[str, float]:
     """Over all words."""
     largest = Largest()
     every = 1 << 32
-    for small in (True, False):  # words as they are, and the complements of those that the logarithm takes so
+    for small in (True, False):  # words themselves, and the words that the logarithm replaces by their complement
         for words in telling_words((transforms.HALF_ROOT if small else every - transforms.HALF_ROOT) - 1):
             word = words if small else every - 1 - words
             exact = (
@@ -117,7 +117,7 @@ def largest_errors() -> dict[str, float]:
             largest.show("radius, absolute", (radius.double() - (2 * exact).sqrt()).abs())
             largest.show("Gumbel, absolute", (gumbel.double() + exact.log()).abs())
     for words in telling_words((1 << 31) - 1):
-        for z in (words, -words):  # what is left of an angle within its quadrant, times 4
+        for z in (words, -words):  # four times the angle within its quadrant
             sine, cosine = transforms.sine_cosine(z)
             angle = (z.double() + 2) * (np.pi / 4) / 2**31
             largest.show("sine, absolute", (sine.double() - angle.sin()).abs())
@@ -127,12 +127,8 @@ def largest_errors() -> dict[str, float]:
 
 def main() -> None:
     for name, coefficients in derived().items():
-        state = (
-            "as in sslkernels/random/transforms.py"
-            if coefficients == getattr(transforms, name)
-            else "not those of sslkernels/random/transforms.py"
-        )
-        print(f"{name}: {state}")
+        state = "the same as in" if coefficients == getattr(transforms, name) else "different from"
+        print(f"{name}: {state} {transforms.__name__}")
         for value in coefficients:
             print(f"    {value!r},  # {value.hex()}")
     for name, error in largest_errors().items():

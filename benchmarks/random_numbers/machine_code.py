@@ -1,22 +1,16 @@
-"""Instructions a normal number takes on a GPU, counted in the machine code, which is compiled without one."""
+"""Instructions per normal number on a GPU, counted in the machine code, which needs no GPU to compile."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import tempfile
-from typing import Any
-
-from benchmarks import resources
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.+?)\s*;?\s*(?:/\*.*)?$")
 ARCHITECTURES = (80, 90, 100)
 
 
 def straight_line(sass: str) -> int:
-    """Instructions of the path that most threads take: up to the last EXIT, less what is only there for rare operands
-    (a branch over it, a call, and a branch back, as the square root has for subnormals)."""
+    """Instructions of the path that most threads take: up to the last EXIT, without code for rare operands (a branch
+    over it, a call, and a branch back), such as the square root of a subnormal."""
     lines = [match[2] for match in map(INSTRUCTION.match, sass.splitlines()) if match]
     code = lines[: max(i for i, line in enumerate(lines) if "EXIT" in line) + 1]
     kept, i = [], 0
@@ -33,38 +27,19 @@ def straight_line(sass: str) -> int:
 
 
 def counts() -> dict[str, float]:
-    """Of the Triton kernel that writes float32 normals, by architecture: instructions for each number, address
-    arithmetic and stores included. In a process where kernels are compiled, not interpreted."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Architecture -> instructions per number of the Triton kernel that writes float32 normals, address arithmetic and
+    stores included. Only in a process where kernels are compiled, not interpreted."""
+    from benchmarks import triton_resources  # imports triton, which is optional
 
-    from sslkernels.random.triton import streams
-
-    (entry,) = (e for e in streams.aot_signatures() if e.name == "random-normal-fp32")
-    names = entry.kernel.arg_names
+    (entry,) = (e for e in triton_resources.entries() if e.name == "random-normal-fp32")
+    numbers = 4 * entry.constexprs["BLOCK"] / (32 * entry.options["num_warps"])
     found = {}
     for architecture in ARCHITECTURES:
-        source = ASTSource(
-            fn=entry.kernel,
-            signature={name: entry.signature.get(name, "constexpr") for name in names},
-            constexprs=entry.constexprs,
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned},
-        )
-        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
-        numbers = 4 * streams.BLOCK / (32 * entry.options["num_warps"])
-        found[f"sm_{architecture}"] = straight_line(_disassembled(binary.asm["cubin"])) / numbers
+        cubin = triton_resources.binary(entry, architecture).asm["cubin"]
+        found[f"sm_{architecture}"] = straight_line(triton_resources.cuobjdump_text(cubin, "-sass")) / numbers
     return found
-
-
-def _disassembled(cubin: bytes) -> str:
-    tool: Any = resources.cuobjdump()
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":
     for architecture, count in counts().items():
-        print(f"{architecture}: {count:.1f} instructions a normal number", file=sys.stdout)
+        print(f"{architecture}: {count:.1f} instructions a normal number")

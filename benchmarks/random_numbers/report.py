@@ -1,8 +1,8 @@
 """The quality of the random streams over 2^29 draws each: python -m benchmarks.random_numbers.report
 
-Every row is a statistic whose distribution is known where the numbers are what they should be, and the probability of
-one as extreme. A row fails below ALPHA: with fresh seeds, a report of about 300 rows has a false alarm in three
-million. `python -m benchmarks.random_numbers.report --seed N` takes other numbers.
+Every row is a statistic whose distribution is known for correct numbers, and the probability of a value as extreme. A
+row fails below ALPHA: with fresh seeds, a report of about 300 rows raises a false alarm once in three million.
+`python -m benchmarks.random_numbers.report --seed N` draws other numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.random_numbers import machine_code
 
 ALPHA = 1e-9
 COLUMNS = 4096
-ROWS = 4096  # of a part
+ROWS = 4096  # per part
 BINS = 4096
 FOLDER = Path(__file__).parents[1] / "results" / "random_numbers"
 TAILS = {
@@ -64,7 +64,7 @@ class Result:
 
 
 class Law:
-    """survival: P(X > t); quantile: of a probability; moments: of order 1 ... 8 about 0."""
+    """survival: P(X > t); quantile: its inverse, from a probability; moments: order 1 to 8, about 0."""
 
     def __init__(
         self, survival: Callable[[float], float], quantile: Callable[[Tensor], Tensor], moments: tuple
@@ -143,7 +143,7 @@ def marginals(stream: str, seed: int, parts: int) -> tuple[list[Result], Tensor]
 
 
 def dkw(n: int) -> float:
-    """The distance that n draws show with a false alarm in 1 / ALPHA."""
+    """The distance that n draws exceed with probability at most ALPHA."""
     return math.sqrt(math.log(2 / ALPHA) / (2 * n))
 
 
@@ -162,7 +162,7 @@ def pairs(seed: int, part: int) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def independence(seed: int, parts: int) -> list[Result]:
-    """Correlations of the numbers and of their squares, and for some pairs the table of 64 x 64 cells."""
+    """Correlations of the numbers and of their squares, and for some pairs a table of 64 x 64 cells."""
     found: dict[str, list[float]] = {}
     cells: dict[str, Tensor] = {}
     edges = torch.special.ndtri(torch.arange(1, 64, dtype=torch.float64) / 64).float()
@@ -225,9 +225,9 @@ def markdown(results: list[Result], seed: int, parts: int) -> str:
         "# Quality of the random streams",
         "",
         f"2^{drawn:g} draws of each stream, seed {seed}; 2^{paired:g} of them for independence (`make rng-report`).",
-        "The probability is that of a value as extreme if the numbers are what they should be; a row fails below",
+        "The probability is the chance of a value as extreme from correct numbers; a row fails below",
         f"{ALPHA:g}. There are {len(results)} rows, and the smallest probability is {smallest:.2g}. The distance of",
-        f"distribution functions would show an error of {dkw(n):.2g} in the probability of any interval from below.",
+        f"distribution functions detects an error of {dkw(n):.2g} in the probability of any interval from below.",
         "",
         "![](normal.png)",
         "",
@@ -239,7 +239,7 @@ def markdown(results: list[Result], seed: int, parts: int) -> str:
 
 
 def instructions() -> list[str]:
-    """What a normal number takes on a GPU; nothing where Triton cannot compile for one."""
+    """Instructions per normal number on a GPU; nothing if Triton cannot compile for one."""
     if resources.cuobjdump() is None or os.environ.get("TRITON_INTERPRET"):
         return []
     found = ", ".join(f"{count:.1f} on {architecture}" for architecture, count in machine_code.counts().items())
@@ -249,7 +249,7 @@ def instructions() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", type=int, default=32, help="of 2^24 draws")
+    parser.add_argument("--parts", type=int, default=32, help="each of 2^24 draws")
     parser.add_argument("--output", type=Path, default=FOLDER)
     arguments = parser.parse_args()
     results, normal_counts = [], torch.zeros(BINS)

@@ -1,47 +1,26 @@
-"""The benchmark harness: statistics, order, memory meter, cost models, what is written, what is recorded."""
+"""The benchmark harness: statistics, order, memory meter, cost models, host time, reports, the GPU record."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import types
 
 import pytest
 import torch
 
+import sslkernels as sk
 from benchmarks import __main__ as command
-from benchmarks import (
-    bench_cross_entropy,
-    bench_gaussian,
-    bench_gumbel,
-    bench_gumbel_quantize,
-    bench_linear_cross_entropy,
-    bench_mask_tokens,
-    bench_negative_sampling,
-    bench_pair_kernels,
-    bench_prediction_energy,
-    bench_vector_quantize,
-    gpu,
-    memory,
-    peers,
-    providers,
-    report,
-)
-from benchmarks.harness import (
-    Bar,
-    Benchmark,
-    Case,
-    Provider,
-    Rejected,
-    Row,
-    Run,
-    interleave,
-    measure,
-    named_errors,
-    quantile,
-    result_bytes,
-)
+from benchmarks import gpu, host_time, memory, peers, providers, report
+from benchmarks.benchmark import Benchmark, HostCase, discover
+from benchmarks.harness import Bar, Provider, Rejected, Row, Run, interleave, measure, quantile, result_bytes
+from benchmarks.kernels.kernel import floors
+from benchmarks.ops.mask_tokens import collator
 from benchmarks.roofline import Roofs
+from sslkernels.core import native
 
+BENCHMARKS = {benchmark.op: benchmark for benchmark in discover()}
 CPU = torch.device("cpu")
 ROOFS = Roofs(10e9, {"float32": 1e11, "bfloat16": 4e11})
 
@@ -105,41 +84,95 @@ def test_results_that_were_there_before_do_not_count():
     assert result_bytes(run, [owned[:4], given, torch.empty(16)], {"x": given}) == 64
 
 
+def cost(op, shape, *settings, **named):
+    """(bytes, flops)"""
+    case = BENCHMARKS[op].case(shape, *settings, **named)
+    return case.bytes, case.flops
+
+
 def test_cost_models():
-    case = bench_linear_cross_entropy.make_case({"N": 100, "D": 8, "V": 1000}, ignored=0.85)
-    assert case.flops == 6 * 15 * 8 * 1000
-    assert case.bytes == 2 * 4 * (100 * 8 + 1000 * 8)
-    forward = bench_linear_cross_entropy.make_case({"N": 100, "D": 8, "V": 1000}, torch.bfloat16, backward=False)
-    assert (forward.flops, forward.bytes) == (2 * 100 * 8 * 1000, 2 * (100 * 8 + 1000 * 8))
-    assert bench_cross_entropy.make_case({"N": 100, "V": 1000}).bytes == 2 * 4 * 100 * 1000
-    assert bench_cross_entropy.make_case({"N": 100, "V": 1000}, ignored=0.7).bytes == 4 * (30 + 100) * 1000
-    assert bench_mask_tokens.make_case({"B": 4, "T": 8}).bytes == 25 * 32
+    half = torch.bfloat16
+    wide = {"N": 100, "D": 8, "V": 1000}
+    linear, rows = 100 * 8 + 1000 * 8, 15
+    assert cost("linear_cross_entropy", wide, ignored=0.85) == (2 * 4 * linear, 6 * rows * 8 * 1000)
+    assert cost("linear_cross_entropy", wide, half, backward=False) == (2 * linear, 2 * 100 * 8 * 1000)
+    assert cost("cross_entropy", {"N": 100, "V": 1000}) == (2 * 4 * 100 * 1000, 0)
+    assert cost("cross_entropy", {"N": 100, "V": 1000}, ignored=0.7) == (4 * (30 + 100) * 1000, 0)
+    assert cost("mask_tokens", {"B": 4, "T": 8}) == (25 * 32, 0)
     pairs = {"N": 10, "K": 2, "V": 20, "D": 4}
-    assert bench_negative_sampling.make_case(pairs).bytes == (10 + 20 + 2 * 20) * 4 * 4 + 8 * 40
-    assert bench_negative_sampling.make_case(pairs, torch.bfloat16, backward=False).bytes == 30 * 4 * 2 + 8 * 40
+    assert cost("negative_sampling_loss", pairs) == ((10 + 20 + 2 * 20) * 4 * 4 + 8 * 40, 0)
+    assert cost("negative_sampling_loss", pairs, half, backward=False) == (30 * 4 * 2 + 8 * 40, 0)
     latent = {"N": 10, "K": 3, "D": 4}
-    assert bench_gaussian.make_case(latent).bytes == 4 * 10 * 4 * (2 + 3 + 3 + 4) + 4 * 10
-    assert bench_gaussian.make_case(latent, torch.bfloat16, backward=False).bytes == 2 * 10 * 4 * (2 + 3) + 4 * 10
-    assert bench_gumbel.make_case({"N": 10, "V": 20}).bytes == 5 * 10 * 20 * 4
-    assert bench_gumbel.make_case({"N": 10, "V": 20}, torch.bfloat16, backward=False).bytes == 2 * 10 * 20 * 2
-    quantized = bench_gumbel_quantize.make_case({"N": 10, "G": 2, "V": 8, "D": 3})
-    assert (quantized.flops, quantized.bytes) == (2 * 10 * 2 * 8 * 3, 4 * (3 * 160 + 2 * 60 + 3 * 48))
-    codes = bench_vector_quantize.make_case({"N": 10, "K": 20, "D": 8})
-    assert (codes.flops, codes.bytes) == (2 * 10 * 20 * 8, 4 * (2 * 10 + 20) * 8 + 8 * (10 + 20))
-    pairs = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8})
-    assert (pairs.flops, pairs.bytes) == (6 * 10 * 20 * 8, (2 + 4) * 30 * 8)
-    frozen = bench_pair_kernels.make_case({"N": 10, "M": 20, "D": 8}, regime=bench_pair_kernels.FROZEN)
-    assert (frozen.flops, frozen.bytes) == (4 * 10 * 20 * 8, 2 * 30 * 8 + 4 * 10 * 8)
-    rows = {"B": 10, "K": 3, "D": 8}
-    assert bench_prediction_energy.make_case(rows).bytes == 10 * (4 + 2 + 4) * 8 * 4
-    assert bench_prediction_energy.make_case(rows, torch.bfloat16, "soft").bytes == 10 * 3 * 4 * 8 * 2
-    assert bench_prediction_energy.make_case(rows, backward=False).bytes == 10 * 4 * 8 * 4
+    assert cost("gaussian_rsample", latent) == (4 * 10 * 4 * (2 + 3 + 3 + 4) + 4 * 10, 0)
+    assert cost("gaussian_rsample", latent, half, backward=False) == (2 * 10 * 4 * (2 + 3) + 4 * 10, 0)
+    assert cost("gumbel_softmax", {"N": 10, "V": 20}) == (5 * 10 * 20 * 4, 0)
+    assert cost("gumbel_softmax", {"N": 10, "V": 20}, half, backward=False) == (2 * 10 * 20 * 2, 0)
+    quantized = cost("gumbel_quantize", {"N": 10, "G": 2, "V": 8, "D": 3})
+    assert quantized == (4 * (3 * 160 + 2 * 60 + 3 * 48), 2 * 10 * 2 * 8 * 3)
+    codes = cost("vector_quantize", {"N": 10, "K": 20, "D": 8})
+    assert codes == (4 * (2 * 10 + 20) * 8 + 8 * (10 + 20), 2 * 10 * 20 * 8)
+    scores = {"N": 10, "M": 20, "D": 8}
+    assert cost("pair_kernels", scores) == ((2 + 4) * 30 * 8, 6 * 10 * 20 * 8)
+    assert cost("pair_kernels", scores, regime="frozen") == (2 * 30 * 8 + 4 * 10 * 8, 4 * 10 * 20 * 8)
+    predictions = {"B": 10, "K": 3, "D": 8}
+    assert cost("prediction_energy", predictions) == (10 * (4 + 2 + 4) * 8 * 4, 0)
+    assert cost("prediction_energy", predictions, half, "soft") == (10 * 3 * 4 * 8 * 2, 0)
+    assert cost("prediction_energy", predictions, backward=False) == (10 * 4 * 8 * 4, 0)
     assert ROOFS.light(10**10, 10**9, "float32") == 1.0
     assert ROOFS.light(10**9, 10**11, "float32") == 1.0
 
 
+FLOORS = [
+    # 12 of 16 rows are valid. Their logits are read once, the gradient of all rows is written once; a row has a target
+    # and four results.
+    ("cross_entropy_rows_fwd", (12, 16, 100, 2, True), (12 + 16) * 100 * 2 + 16 * 24, 12 * 100 * 10),
+    ("cross_entropy_rows_bwd", (12, 16, 100, 2), (12 + 16) * 100 * 2 + 16 * 24, 12 * 100 * 5),
+    ("scale_add", (100, 4, 2, True), 100 * (4 + 2 + 2), 200),
+    ("column_sums", (7, 9, 2), 7 * 9 * 2 + 9 * 4, 7 * 9),
+    # 7 rows of the centers and all 9 of the contexts, 4 indices a pair; loss, slopes and direction in float32.
+    ("negative_sampling_fwd", (7, 2, 100, 9, 10, 2, 8, True), 16 * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4, 840),
+    ("weighted_row_sums", (21, 9, 100, 10, 4, 2), 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2), 420),
+    # Logits read, samples written, and a state; or an index instead of samples, and two states with statistics.
+    ("gumbel_rows_fwd", (7, 9, 2, True, False), 7 * (2 * 9 * 2 + 8), 7 * 9 * 6),
+    ("gumbel_rows_fwd", (7, 9, 2, False, True), 7 * (9 * 2 + 16 + 16), 7 * 9 * 11),
+    ("gumbel_rows_bwd", (7, 9, 2, 4, True), 7 * (9 * (2 + 4 + 2) + 16), 7 * 9 * 20),
+    # Products and a row id read; a state of 24 bytes written, and also read by a later tile.
+    ("sample_rows", (7, 9, 4, True), 7 * (9 * 4 + 8 + 24), 7 * 9 * 9),
+    ("sample_rows", (7, 9, 4, False), 7 * (9 * 4 + 8 + 48), 7 * 9 * 9),
+    ("free_energy_fwd", (7, 9, 2, True), 7 * (9 * 2 + 12), 7 * 9 * 6),
+    ("free_energy_bwd", (7, 9, 2, False), 7 * (2 * 9 * 2 + 12), 7 * 9 * 4),
+    ("free_energy_bwd", (7, 9, 2, True), 7 * (9 * 2 + 12), 0),
+    ("prediction_energy_fwd", (5, 3, 10, 2, True), 5 * (4 * 10 * 2 + 4 + 3 * 4), 3 * 5 * 3 * 10),
+    # The minimum reads one prediction of each target, and the target; both gradients are written.
+    ("prediction_energy_bwd", (5, 3, 5, 10, 2, True), (5 + 5 + 5 * 4) * 10 * 2 + 5 * 4 * 4, 5 * 10 * 3),
+    # Per row: the query, its float32 gradient, reference, coefficient, value and two gradients.
+    ("own_negatives", (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * 4 * 5, 210 * 7),
+    ("own_negatives", (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 4 * 2, 210 * 4),
+    ("gaussian_fwd", (7, 10, 3, 2), 70 * (2 + 3) * 2 + 7 * 4, 70 * (25 * 3 + 32)),
+    ("gaussian_bwd", (7, 10, 3, 2), 70 * (4 + 3) * 2 + 7 * 4, 70 * (26 * 3 + 36)),
+    ("probability_sums", (7, 9, 2), 7 * 9 * 2 + 7 * 8, 7 * 9 * 5),
+    ("random_stream", (7, 9, 2), 7 * 9 * 2, 0),
+    ("mask_tokens", (7, 8), 3 * 7 * 8, 0),
+    ("search_codes", (7, 9, 10, 2), (7 + 9) * 10 * 2 + 7 * 16, 2 * 7 * 9 * 10),
+    ("gather_codes", (7, 9, 10, 2), (7 + 7 + 7) * 10 * 2 + 7 * 20, 3 * 7 * 10),
+    ("code_difference", (7, 4, 10, 2, 4), (7 + 4) * 10 * 2 + 7 * (40 + 12), 2 * 7 * 10),
+]
+
+
+@pytest.mark.parametrize(("operator", "sizes", "bytes_", "flops"), FLOORS)
+def test_floors_by_hand(operator, sizes, bytes_, flops):
+    assert floors()[operator](*sizes) == (bytes_, flops)
+
+
+@pytest.mark.skipif(native.extension is None or not native.extension.build_info()["cuda"], reason="no CUDA kernels")
+def test_every_operator_with_a_cuda_kernel_has_a_floor():
+    registered = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    native_ops = [name for space, _, name in registered if space == "sslkernels_native"]
+    assert set(floors()) == {name for name in native_ops if native.why_missing((name,), "CUDA") is None}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("benchmark_", command.BENCHMARKS, ids=lambda b: b.op)
+@pytest.mark.parametrize("benchmark_", BENCHMARKS.values(), ids=BENCHMARKS)
 def test_bars_belong_to_default_cases(benchmark_, device):
     names = [case.name for case in benchmark_.cases(device)]
     assert len(set(names)) == len(names)
@@ -148,9 +181,9 @@ def test_bars_belong_to_default_cases(benchmark_, device):
 
 @pytest.mark.parametrize("regime", ["random", "peaked"])
 def test_inputs_have_the_given_part_ignored(regime):
-    for benchmark_ in (bench_cross_entropy.BENCHMARK, bench_linear_cross_entropy.BENCHMARK):
+    for benchmark_ in (BENCHMARKS["cross_entropy"], BENCHMARKS["linear_cross_entropy"]):
         shape = {"N": 40, "D": 16, "V": 300}
-        case = benchmark_.make_case({key: shape[key] for key in benchmark_.shape_keys}, regime=regime, ignored=0.85)
+        case = benchmark_.case({key: shape[key] for key in benchmark_.shape_keys}, regime=regime, ignored=0.85)
         inputs = benchmark_.inputs(case, CPU)
         assert (inputs["target"] == -100).sum() == 34
         loss = benchmark_.oracle(case, inputs)[0]
@@ -158,57 +191,71 @@ def test_inputs_have_the_given_part_ignored(regime):
 
 
 def test_masking_rule_check_finds_a_wrong_token():
-    case = bench_mask_tokens.make_case({"B": 64, "T": 64})
-    inputs = bench_mask_tokens.make_inputs(case, CPU)
-    run = bench_mask_tokens.collator(case, inputs)
-    ids, labels = run.call()
-    assert max(bench_mask_tokens.errors(inputs, (ids, labels)).values()) == 0
+    masking = BENCHMARKS["mask_tokens"]
+    case = masking.case({"B": 64, "T": 64})
+    inputs = masking.inputs(case, CPU)
+    ids, labels = collator(case, inputs).call()
+    assert max(masking.errors(inputs, (ids, labels)).values()) == 0
     labels[3, 0] = inputs["ids"][3, 0]  # a special token
-    assert bench_mask_tokens.errors(inputs, (ids, labels))["tokens against the rule"] == 1
-    assert bench_mask_tokens.errors(inputs, (inputs["ids"], torch.full_like(ids, -100)))["counts"] > 0
+    assert masking.errors(inputs, (ids, labels))["tokens against the rule"] == 1
+    assert masking.errors(inputs, (inputs["ids"], torch.full_like(ids, -100)))["counts"] > 0
 
 
-def toy_benchmark() -> Benchmark:
+class Toy(Benchmark):
     """x -> 2 x, by a provider that is right, one that is wrong, one slow, one that raises, one that is absent."""
 
-    def make_case(shape, *setting):
-        return Case("double", shape, torch.float32, 8 * shape["V"])
+    op = "double"
+    shape_keys = ("V",)
+    names = ("x",)
+    results = ("y",)
+    differentiable = False
+    baseline = "right"
+    bars_on_error = False
+    twin_rows = None
+    host = HostCase({"V": 10}, 1e9)
 
-    def rejecting(case, inputs):
-        raise Rejected("it takes no odd size")
+    def cost(self, case):
+        return 8 * case.shape["V"], 0
 
-    found = [
-        Provider("right", lambda case, inputs: Run(lambda: (inputs["x"] * 2,))),
-        Provider("sslkernels wrong", lambda case, inputs: Run(lambda: (inputs["x"] * 2.2,))),
-        Provider("slow", lambda case, inputs: Run(lambda: (inputs["x"] * 2,)), patience=0.0),
-        Provider("peer rejecting", rejecting),
-        Provider("peer missing", rejecting, unavailable="it is not installed"),
-    ]
-    cases = [make_case({"V": v}) for v in (1000, 2000, 4000)]
-    return Benchmark(
-        op="double",
-        shape_keys=("V",),
-        baseline="right",
-        make_case=make_case,
-        cases=lambda device: cases,
-        smoke_cases=lambda device: cases[:1],
-        inputs=lambda case, device: {"x": torch.ones(case.shape["V"])},
-        providers=lambda case, device: found,
-        twin=lambda case: case,
-        oracle=lambda case, inputs: (inputs["x"].double() * 2,),
-        errors=named_errors(["y"]),
-        bars=lambda device: [Bar("slower", cases[0].name, providers.time_ratio(providers.OURS, "right"), 1e9)],
-    )
+    def cases(self, device):
+        return [self.case({"V": v}) for v in (1000, 2000, 4000)]
+
+    def inputs(self, case, device):
+        return {"x": torch.ones(case.shape["V"])}
+
+    @staticmethod
+    def plain(x):
+        return x * 2
+
+    @staticmethod
+    def fused(x):
+        return x * 2.2
+
+    def providers(self, case, device):
+        def rejecting(case, inputs):
+            raise Rejected("it takes no odd size")
+
+        return [
+            Provider("right", self.run(self.plain)),
+            Provider("sslkernels wrong", self.run(self.fused)),
+            Provider("slow", self.run(self.plain), patience=0.0),
+            Provider("peer rejecting", rejecting),
+            Provider("peer missing", rejecting, unavailable="it is not installed"),
+        ]
+
+    def bars(self, device):
+        return [Bar("slower", self.cases(device)[0].name, providers.time_ratio(providers.OURS, "right"), 1e9)]
 
 
 @pytest.fixture
 def toy_report():
-    toy = toy_benchmark()
+    toy = Toy()
     environment = {"device": "toy", "threads": 1, "date": "today", "commit": "c0ffee", "torch": "2", "triton": "3"}
     result = report.Report({**environment, "python": "3", "extension": "not built", "peers": {}}, ROOFS)
     for case in toy.cases("cpu"):
         rows = measure(toy, case, CPU, ROOFS, 0.0, toy.providers(case, CPU), minimum=3)
         result.add(case, rows, toy.bars("cpu"))
+    result.host_time.append(host_time.measure(toy, CPU, rounds=30))
     return result
 
 
@@ -233,6 +280,7 @@ def test_report_is_written_whole(toy_report, tmp_path):
     assert "rejects: it takes no odd size" in text
     assert "peer missing" not in text
     assert "## Bars" in text
+    assert "| double V=10, float32, fwd |" in text
     read = report.Report.from_json(json.loads((tmp_path / "results.json").read_text()))
     assert read == toy_report
 
@@ -255,10 +303,12 @@ def test_combine(toy_report):
     data = toy_report.to_json()
     other = report.Report.from_json(json.loads(json.dumps(data)))
     other.cases, other.rows, other.bars = other.cases[:1], [Row(data["cases"][0]["name"], "right", n=99)], []
+    other.host_time = [dataclasses.replace(other.host_time[0], n=99)]
     merged = report.combine([toy_report, other])
     first = [row for row in merged.rows if row.case == data["cases"][0]["name"]]
     assert [row.n for row in first] == [99]
     assert len(merged.cases) == 3
+    assert [row.n for row in merged.host_time] == [99]
     other.environment = {**other.environment, "device": "another"}
     with pytest.raises(ValueError, match="different devices"):
         report.combine([toy_report, other])
@@ -276,6 +326,39 @@ def test_selection():
     assert custom == ["linear_cross_entropy N=8 D=4 V=100, bfloat16, fwd+bwd, 70% ignored"]
     assert names(*shape) == [*custom, "linear_sample N=8 D=4 V=100, bfloat16, fwd"]
     assert names("--op", "cross_entropy", "--shape", "N=8,D=4,V=100") == []
+
+
+def test_every_public_function_has_a_host_time_case():
+    public = {name for name in sk.__all__ if name.islower() and inspect.isfunction(getattr(sk, name))}
+    public -= {"available_backends", "use_backend"}
+    assert public == {benchmark.op for benchmark in BENCHMARKS.values() if benchmark.host is not None}
+
+
+def test_host_time_is_measured_on_one_thread():
+    threads, seen = torch.get_num_threads(), set()
+
+    class Watched(Toy):
+        @staticmethod
+        def fused(x):
+            seen.add(torch.get_num_threads())
+            return x * 2
+
+    row = host_time.measure(Watched(), CPU, rounds=30)
+    assert seen == {1}
+    assert torch.get_num_threads() == threads
+    assert row.n == 30
+    assert row.met
+    assert 0 < row.ours[0] <= row.ours[1] <= row.ours[2]
+    assert row.ratio == row.ours[1] / row.eager[1]
+
+
+def test_selection_of_host_time():
+    def ops(*arguments):
+        return [b.op for b in command.host_cases(command.parse([*arguments, "--device", "cpu"]))]
+
+    assert ops("--op", "free_energy", "--host-time") == ops("--op", "free_energy", "--quick") == ["free_energy"]
+    assert len(ops()) == len(ops("--part", "1/3")) > 20
+    assert ops("--part", "2/3") == ops("--case", "x") == ops("--provider", "cpu") == []
 
 
 @pytest.fixture
@@ -330,7 +413,7 @@ def test_the_parts_of_the_gpu_run_are_all_cases():
     def names(arguments):
         return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cuda"]))]
 
-    parts = [name for arguments in gpu.PARTS.values() for name in names(arguments)]
+    parts = [name for arguments in gpu.parts().values() if "--op" in arguments for name in names(arguments)]
     assert sorted(parts) == sorted(names([]))
 
 

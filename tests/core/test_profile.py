@@ -1,4 +1,4 @@
-"""The profile of a call: what is read of ncu's output, and a dry run on the CPU."""
+"""The profile of a call: parsing ncu's output, and a dry run on the CPU."""
 
 from __future__ import annotations
 

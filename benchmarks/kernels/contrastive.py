@@ -1,0 +1,391 @@
+"""Kernels of contrastive losses: scores of pairs, per-query negatives, negative sampling.
+
+Pair scores: N queries with M candidates of D features. The kernels compute sums of rows and columns, or the gradients;
+and both from one computation of the scores, if the energy is a sigmoid or the candidates are frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks import providers
+from benchmarks.benchmark import Benchmark, smoke_test
+from benchmarks.harness import Bar, Case, Inputs, Provider, Run
+from benchmarks.kernels.kernel import (
+    PLAIN,
+    Floor,
+    Kernel,
+    KernelBenchmark,
+    accumulation_dtype,
+    chosen,
+    grid,
+    native_op,
+    normal,
+)
+from benchmarks.providers import OURS
+from sslkernels import use_backend
+from sslkernels.contrastive import word2vec
+from sslkernels.contrastive.query_negatives import SOFTMAX as OWN_SOFTMAX
+from sslkernels.contrastive.query_negatives import own_negatives
+from sslkernels.contrastive.score_tiles import (
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    Labels,
+    NativePairs,
+    PairKernels,
+    ReferencePairs,
+    RowSums,
+    Side,
+    Thresholds,
+    Tile,
+    TritonPairs,
+)
+from sslkernels.core import native
+
+SUMS, GRADIENTS = "pair_sums", "pair_gradients"
+MATMULS = "the bare matmuls (floor)"
+SCALE = 1 / 0.07
+BIAS = -10.0  # sigmoid energy only
+SIGMOID_REGIME, FROZEN = "sigmoid", "frozen"  # regimes whose sums and gradients share the products
+NEGATIVES = 5
+
+
+def own_negatives_floor(rows: int, count: int, dim: int, element_bytes: int, normalise: bool, gradient: bool) -> Floor:
+    """Per row: the query, its gradient in float32, and reference, coefficient, value and two gradients; scores of
+    negatives are never materialised. An element takes a product and its sum (2), for the norm (2) and for the query's
+    gradient (2) again, and the negative's gradient (3)."""
+    elements = rows * count * dim
+    moved = elements * element_bytes * (2 if gradient else 1)
+    moved += rows * dim * (element_bytes + (4 if gradient else 0)) + rows * 4 * (5 if gradient else 2)
+    return Floor(moved, elements * ((4 if normalise else 2) + (5 if gradient else 0)))
+
+
+def negative_sampling_fwd_floor(
+    pairs: int, negatives: int, center_rows: int, context_rows: int, dim: int, element_bytes: int, index_bytes: int,
+    gradient: bool,
+) -> Floor:  # fmt: skip
+    """Reads the indices and each row of the tables that may occur; writes per pair the loss and, for a gradient,
+    1 + negatives slopes and the direction, in float32. A score takes a dot product, its part of the direction the same
+    again."""
+    scores = pairs * (1 + negatives)
+    rows = min(pairs, center_rows) + min(scores, context_rows)
+    written = pairs + (scores + pairs * dim if gradient else 0)
+    moved = rows * dim * element_bytes + (pairs + scores) * index_bytes + written * 4
+    return Floor(moved, 2 * scores * dim * (2 if gradient else 1))
+
+
+def per_query_inputs(case: Case, device: torch.device) -> Inputs:
+    n, k, d = case.shape.values()
+    generator = torch.Generator(device).manual_seed(0)
+    acc = accumulation_dtype(case.dtype)
+    return {
+        "query": torch.randn(n, d, generator=generator, device=device).mul_(d**-0.5).to(case.dtype),
+        "negatives": torch.empty(n, k, d, dtype=case.dtype, device=device).normal_(generator=generator),
+        "scale": torch.full((1,), 2.0, dtype=acc, device=device),
+        "reference": torch.randn(n, generator=generator, device=device).to(acc),
+        "coefficient": torch.full((n,), 1 / n, dtype=acc, device=device),
+    }
+
+
+def per_query(backend: str, case: Case, t: Inputs) -> None:
+    coefficient = t["coefficient"] if case.backward else None
+    with use_backend(chosen(backend, t["query"].device)):
+        outputs = own_negatives(
+            t["query"], t["negatives"], None, None, t["scale"], None, OWN_SOFTMAX, t["reference"], coefficient, None,
+            False, True, True, False,
+        )  # fmt: skip
+    t["value"], t["grad_query"], t["grad_negatives"] = outputs[1:4]
+
+
+def per_query_plain(case: Case, t: Inputs, dtype: torch.dtype | None = None) -> None:
+    query, negatives = (t[name].detach().to(dtype).requires_grad_(case.backward) for name in ("query", "negatives"))
+    scores = torch.einsum("nd,nkd->nk", query, negatives) * t["scale"].to(query.dtype)
+    candidates = torch.cat([t["reference"].to(query.dtype).unsqueeze(1), scores], 1)
+    value = candidates.logsumexp(1)
+    t["value"] = value.detach()
+    if case.backward:
+        grads = torch.autograd.grad(value, (query, negatives), t["coefficient"].to(query.dtype))
+        t["grad_query"], t["grad_negatives"] = grads
+
+
+def per_query_results(case: Case) -> tuple[str, ...]:
+    return ("value", "grad_negatives") if case.backward else ("value",)
+
+
+def per_query_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    wide = dict(t)
+    per_query_plain(case, wide, torch.float64)
+    return tuple(wide[name] for name in per_query_results(case))
+
+
+def sampling_inputs(case: Case, device: torch.device) -> Inputs:
+    """N pairs over a table of N words, V columns."""
+    rows, dim = case.shape["N"], case.shape["V"]
+    acc, generator = accumulation_dtype(case.dtype), torch.Generator(device).manual_seed(2)
+    indices = {"center": (rows,), "context": (rows,), "negatives": (rows, NEGATIVES)}
+    outputs = {"loss": (rows,), "slopes": (rows, 1 + NEGATIVES), "direction": (rows, dim)}
+    return {
+        "table": normal(case, device).mul_(dim**-0.25),
+        **{name: torch.randint(rows, shape, generator=generator, device=device) for name, shape in indices.items()},
+        **{name: torch.empty(shape, dtype=acc, device=device) for name, shape in outputs.items()},
+    }
+
+
+def sampling(fill: Callable[..., object], t: Inputs) -> None:
+    tables = (t["table"], t["table"])
+    fill(t["center"], t["context"], t["negatives"], *tables, t["loss"], t["slopes"], t["direction"], False)
+
+
+def sampling_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    exact = {name: t[name].double() for name in ("table", "loss", "slopes", "direction")}
+    sampling(word2vec._fill_reference, {**t, **exact})
+    return exact["loss"], exact["direction"]
+
+
+def pair_inputs(case: Case, device: torch.device) -> Inputs:
+    generator = torch.Generator(device).manual_seed(1)
+    rows, columns, width = (case.shape[key] for key in ("N", "M", "D"))
+    query, key = (torch.randn(n, width, generator=generator, device=device).to(case.dtype) for n in (rows, columns))
+    inputs = {"query": query, "key": key, "scale": torch.full((1,), SCALE, device=device)}
+    if case.regime == SIGMOID_REGIME:
+        inputs["bias"] = torch.full((1,), BIAS, device=device)
+    for name, values in (("query_norm", query), ("key_norm", key)):
+        inputs[name] = 1 / torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
+    inputs["query_label"], inputs["key_label"] = (
+        torch.arange(n, dtype=torch.int32, device=device) for n in (rows, columns)
+    )
+    if case.backward:
+        for name, count, others in (("row_reference", rows, columns), ("column_reference", columns, rows)):
+            # Roughly the log-sum-exp for random features, whose cosines have variance 1 / D.
+            lse = math.log(others) + SCALE**2 / (2 * width)
+            inputs[name] = torch.full((count,), lse, device=device)
+        inputs["grad_query"], inputs["grad_key"] = (torch.empty_like(v, dtype=torch.float32) for v in (query, key))
+    return inputs
+
+
+def _tiles(kernels: PairKernels, case: Case, t: Inputs) -> Iterator[tuple[slice, Tile]]:
+    """The row blocks of the plan."""
+    rows, columns = case.shape["N"], case.shape["M"]
+    gradient = case.backward and not (case.regime == FROZEN and kernels.weighs(t["query"]))
+    block, needs_products = kernels.strip_rows(rows, columns, t["query"], gradient)
+    energy = SIGMOID if case.regime == SIGMOID_REGIME else SOFTMAX
+    for begin in range(0, rows, block):
+        part = slice(begin, min(begin + block, rows))
+        products = t["query"].new_empty(part.stop - begin, columns) if needs_products else None
+        labels = Labels(t["query_label"][part], t["key_label"])
+        norms = t["query_norm"][part], t["key_norm"]
+        tile = Tile(t["query"][part], t["key"], products, *norms, t["scale"], t.get("bias"), energy, labels, False)
+        kernels.begin(tile)
+        yield part, tile
+
+
+def _sums(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    device = t["query"].device
+    found = []
+    for size in (case.shape["N"], case.shape["M"]):
+        found.append(torch.full((size,), float("-inf"), dtype=t["scale"].dtype, device=device))
+        found.append(torch.zeros(size, dtype=torch.float64, device=device))
+    row_max, row_sum, column_max, column_sum = found
+    for part, tile in _tiles(kernels, case, t):
+        rows = RowSums(row_max[part], row_sum[part], *[None] * 5)
+        kernels.sums(tile, rows, ColumnSums(column_max, column_sum, *[None] * 3), Thresholds(None, None, None), None)
+    return row_max + row_sum.log(), column_max + column_sum.log()
+
+
+def _gradients(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    ones = torch.ones_like(t["row_reference"]), torch.ones_like(t["column_reference"])
+    dot, total = (torch.zeros(case.shape["N"], dtype=torch.float64, device=ones[0].device) for _ in range(2))
+    grad_query, grad_key = t["grad_query"].zero_(), t["grad_key"].zero_()
+    column = Side(ones[1], t["column_reference"])
+    for part, tile in _tiles(kernels, case, t):
+        row = Side(ones[0][part], t["row_reference"][part])
+        kernels.add_gradients(tile, row, column, dot[part], total[part], grad_query[part], grad_key)
+    return grad_query, grad_key
+
+
+def _zeros(case: Case, t: Inputs, count: int) -> list[Tensor]:
+    return [torch.zeros(case.shape["N"], dtype=torch.float64, device=t["query"].device) for _ in range(count)]
+
+
+def _sigmoid(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    """Row sums, and the gradients of both sides."""
+    weight = torch.ones_like(t["row_reference"])
+    dot, total, cost = _zeros(case, t, 3)
+    grad_query, grad_key = t["grad_query"].zero_(), t["grad_key"].zero_()
+    fused, nothing = kernels.fuses_sums(t["query"]), Thresholds(None, None, None)
+    for part, tile in _tiles(kernels, case, t):
+        sums = RowSums(None, cost[part], *[None] * 5)
+        if not fused:
+            kernels.sums(tile, sums, None, nothing, None)
+        kernels.add_gradients(
+            tile, Side(weight[part]), Side(), dot[part], total[part], grad_query[part], grad_key,
+            sums if fused else None,
+        )  # fmt: skip
+    return grad_query, grad_key, cost
+
+
+def _frozen(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    """A softmax over rows: the gradient of the queries, and the log-sum-exp."""
+    dot, total, summed = _zeros(case, t, 3)
+    largest = torch.full_like(t["row_reference"], float("-inf"))
+    grad_query = t["grad_query"].zero_()
+    weighs, nothing = kernels.weighs(t["query"]), Thresholds(None, None, None)
+    for part, tile in _tiles(kernels, case, t):
+        sums = RowSums(largest[part], summed[part], *[None] * 5)
+        if weighs:
+            dot_part = torch.zeros_like(largest[part])
+            kernels.weighted_sums(tile, sums, grad_query[part], dot_part)
+            grad_query[part] *= (t["query_norm"][part] / sums.sum).to(grad_query.dtype).unsqueeze(1)
+        else:
+            kernels.sums(tile, sums, None, nothing, None)
+            reference = (sums.max + sums.sum.log()).to(largest.dtype)
+            row = Side(torch.ones_like(reference), reference)
+            kernels.add_gradients(tile, row, Side(), dot[part], total[part], grad_query[part], None)
+    return grad_query, largest + summed.log()
+
+
+def _call(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    shared = {SIGMOID_REGIME: _sigmoid, FROZEN: _frozen}
+    return shared.get(case.regime, _gradients if case.backward else _sums)(kernels, case, t)
+
+
+def _run(kernels: PairKernels, case: Case, t: Inputs) -> Run:
+    return Run(lambda: _call(kernels, case, t), owned=(t["grad_query"], t["grad_key"]) if case.backward else ())
+
+
+def _matmuls(case: Case, t: Inputs) -> Run:
+    """Only the products, by row blocks that fit the workspace, into preallocated memory."""
+    query, key = t["query"], t["key"]
+    block, _ = PairKernels().strip_rows(case.shape["N"], case.shape["M"], query, case.backward)
+    products = torch.empty(block, len(key), dtype=case.dtype, device=key.device)
+    results = torch.empty_like(query), torch.empty_like(key)
+
+    def call() -> tuple[Tensor, ...]:
+        for begin in range(0, len(query), block):
+            part = query[begin : begin + block]
+            scores = products[: len(part)]
+            torch.mm(part, key.t(), out=scores)
+            if case.backward:
+                torch.mm(scores, key, out=results[0][begin : begin + block])
+                if case.regime != FROZEN:
+                    torch.mm(scores.t(), part, out=results[1])
+        return results
+
+    return Run(call, owned=(products, *results))
+
+
+class PairKernelBenchmark(Benchmark):
+    op = "pair_kernels"
+    shape_keys = ("N", "M", "D")
+    dtype = torch.bfloat16
+    baseline = PLAIN
+    results = ("rows", "columns", "sums")
+    settings = frozenset({"regime", "backward"})
+    bars_on_error = False
+    inputs = staticmethod(pair_inputs)
+
+    def case(self, *arguments, **settings) -> Case:
+        case = super().case(*arguments, **settings)
+        return dataclasses.replace(case, op=GRADIENTS if case.backward else SUMS)
+
+    def cost(self, case: Case) -> tuple[int, int]:
+        """A softmax over rows and columns of normalised features. Sums take one matmul and the features. Gradients,
+        whose scores are not kept, take three and also write float32 gradients, and so do sums and gradients of a
+        sigmoid energy over rows. A softmax over rows with frozen candidates takes two."""
+        rows, columns, width = (case.shape[key] for key in ("N", "M", "D"))
+        features = (rows + columns) * width
+        matmul = 2 * rows * columns * width
+        if case.regime == FROZEN:
+            return features * case.dtype.itemsize + 4 * rows * width, 2 * matmul
+        if case.backward:
+            return features * (case.dtype.itemsize + 4), 3 * matmul
+        return features * case.dtype.itemsize, matmul
+
+    def cases(self, device: str) -> list[Case]:
+        if device == "cpu":
+            shapes, dtypes = [(2048, 2048, 256)], (torch.float32, torch.bfloat16)
+            shared = [(*shapes[0], dtype) for dtype in dtypes]
+        else:
+            shapes, dtypes = [(65536, 65536, d) for d in (64, 128, 256, 512, 768, 1024)], (torch.bfloat16,)
+            shapes += [(256, 65536, 128), (4096, 4096, 128), (32768, 32768, 512)]
+            shared = [(n, 65536, d, torch.bfloat16) for n, d in ((256, 128), (65536, 128), (65536, 256), (32768, 768))]
+            shared += [(4096, 65536, 128, torch.float32)]
+        found = [
+            self.case({"N": n, "M": m, "D": d}, dtype, backward=backward)
+            for n, m, d in shapes
+            for dtype in dtypes
+            for backward in (False, True)
+        ]
+        for n, m, d, dtype in shared:
+            found += [self.case({"N": n, "M": m, "D": d}, dtype, regime) for regime in (SIGMOID_REGIME, FROZEN)]
+        return found
+
+    def smoke_cases(self, device: str) -> list[Case]:
+        small = {"N": 70, "M": 90, "D": 48}
+        found = [self.case(small, torch.float32, backward=backward) for backward in (False, True)]
+        found.append(self.case({"N": 64, "M": 128, "D": 64}, torch.bfloat16))
+        for regime in (SIGMOID_REGIME, FROZEN):
+            found += [self.case({"N": n, "M": 90, "D": n}, torch.float32, regime) for n in (48, 300)]
+        return found
+
+    def providers(self, case: Case, device: torch.device) -> list[Provider]:
+        def ours(kernels: PairKernels):
+            return lambda case, inputs: _run(kernels, case, inputs)
+
+        missing = native.why_missing(NativePairs.OPS, "CPU") if device.type == "cpu" else "it has no CUDA kernels"
+        no_triton = providers.why_not("contrastive_energy", "triton", device)
+        return [
+            Provider(PLAIN, ours(ReferencePairs()), patience=providers.patience(device)),
+            Provider(MATMULS, _matmuls, is_floor=True),
+            Provider(f"{OURS} cpu", ours(NativePairs()), unavailable=missing),
+            Provider(f"{OURS} triton", ours(TritonPairs()), unavailable=no_triton),
+        ]
+
+    def oracle(self, case: Case, t: Inputs) -> tuple[Tensor, ...]:
+        wide = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
+        return tuple(result.clone() for result in _call(ReferencePairs(), case, wide))
+
+    def limits(self, case: Case, device: str) -> list[Bar]:
+        if device == "cpu" or case.regime != "random" or case.shape["N"] < 32768 or case.shape["D"] < 256:
+            return []
+        return [Bar("median / the bare matmuls", case.name, providers.time_ratio(OURS, MATMULS), 1.6)]
+
+
+PER_QUERY = ({"N": 8192, "K": 32, "D": 1024}, {"N": 65536, "K": 8, "D": 512})
+KERNELS = {
+    "own_negatives": Kernel(
+        lambda case: own_negatives_floor(*case.shape.values(), case.dtype.itemsize, False, case.backward),
+        per_query_inputs,
+        per_query,
+        per_query_results,
+        per_query_oracle,
+        [
+            *grid(*PER_QUERY, dtypes=(torch.bfloat16,)),
+            {"shape": PER_QUERY[0], "backward": False},
+            {"shape": {"N": 8192, "K": 32, "D": 512}, "dtype": torch.float32},
+        ],
+        cpu=grid({"N": 4096, "K": 32, "D": 256}),
+        smoke={"shape": {"N": 33, "K": 7, "D": 77}},
+        plain=per_query_plain,
+    ),
+    "negative_sampling_fwd": Kernel(
+        lambda case: negative_sampling_fwd_floor(
+            case.shape["N"], NEGATIVES, case.shape["N"], case.shape["N"], case.shape["V"], case.dtype.itemsize, 8, True
+        ),
+        sampling_inputs,
+        lambda backend, case, t: sampling(native_op("negative_sampling_fwd"), t),
+        lambda case: ("loss", "direction"),
+        sampling_oracle,
+        grid({"N": 1 << 20, "V": 128}, {"N": 1 << 20, "V": 300}),
+        plain=lambda case, t: sampling(word2vec._fill_reference, t),
+        triton=False,
+    ),
+}
+BENCHMARKS = (KernelBenchmark("contrastive", KERNELS), PairKernelBenchmark())
+test_contrastive_kernels = smoke_test(BENCHMARKS)

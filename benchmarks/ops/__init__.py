@@ -1,0 +1,1 @@
+"""One file an op: its cases, its providers and its bars."""
