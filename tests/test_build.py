@@ -70,42 +70,6 @@ def test_cuda_kernels_are_there_and_registered_whatever_torch_is():
     assert architectures
 
 
-@needs_cuda_kernels
-def test_every_operator_with_a_cuda_kernel_has_a_floor():
-    names = {name for name in dir(native.extension.floors) if not name.startswith("_")}
-    registered = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
-    native_ops = [name for space, _, name in registered if space == "sslkernels_native"]
-    on_a_gpu = [name for name in native_ops if native.why_missing((name,), "CUDA") is None]
-    assert names == set(on_a_gpu)
-    rows, vocab, valid = 16, 100, 12
-    fwd = native.extension.floors.cross_entropy_rows_fwd(valid, rows, vocab, 2, True)
-    # The logits of the valid rows once, the gradient of all rows once; a target and four results a row.
-    assert fwd.bytes == (valid + rows) * vocab * 2 + rows * 24
-    assert native.extension.floors.scale_add(100, 4, 2, True).bytes == 100 * (4 + 2 + 2)
-    # 7 rows of the centers and all 9 of the contexts, 4 indices a pair; loss, slopes and direction in float32.
-    pairs = native.extension.floors.negative_sampling_fwd(7, 2, 100, 9, 10, 2, 8, True)
-    assert pairs.bytes == (7 + 9) * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4
-    sums = native.extension.floors.weighted_row_sums(21, 9, 100, 10, 4, 2)
-    assert sums.bytes == 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2)
-    # Logits read, samples written, and a state, or an index in place of samples, with statistics two states.
-    assert native.extension.floors.gumbel_rows_fwd(7, 9, 2, True, False).bytes == 7 * (2 * 9 * 2 + 8)
-    assert native.extension.floors.gumbel_rows_fwd(7, 9, 2, False, True).bytes == 7 * (9 * 2 + 16 + 16)
-    assert native.extension.floors.gumbel_rows_bwd(7, 9, 2, 4, True).bytes == 7 * (9 * (2 + 4 + 2) + 16)
-    # Products and a row id read; a state of 24 bytes written, of a later tile also read.
-    assert native.extension.floors.sample_rows(7, 9, 4, True).bytes == 7 * (9 * 4 + 8 + 24)
-    assert native.extension.floors.sample_rows(7, 9, 4, False).bytes == 7 * (9 * 4 + 8 + 48)
-    assert native.extension.floors.free_energy_fwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
-    assert native.extension.floors.free_energy_bwd(7, 9, 2, False).bytes == 7 * (2 * 9 * 2 + 12)
-    assert native.extension.floors.free_energy_bwd(7, 9, 2, True).bytes == 7 * (9 * 2 + 12)
-    assert native.extension.floors.prediction_energy_fwd(5, 3, 10, 2, True).bytes == 5 * (4 * 10 * 2 + 4 + 3 * 4)
-    # The minimum reads one prediction of each target, and the target; both gradients are written.
-    backward = native.extension.floors.prediction_energy_bwd(5, 3, 5, 10, 2, True)
-    assert backward.bytes == (5 + 5 + 5 * 4) * 10 * 2 + 5 * 4 * 4
-    assert native.extension.floors.search_codes(7, 9, 10, 2).bytes == (7 + 9) * 10 * 2 + 7 * 16
-    assert native.extension.floors.gather_codes(7, 9, 10, 2).bytes == (7 + 7 + 7) * 10 * 2 + 7 * 20
-    assert native.extension.floors.code_difference(7, 4, 10, 2, 4).bytes == (7 + 4) * 10 * 2 + 7 * (40 + 12)
-
-
 @pytest.fixture(scope="module")
 def machine_code():
     if resources.cuobjdump() is None:

@@ -16,7 +16,7 @@ from sslkernels.ops.mask_tokens import mask_rule
 
 pytestmark = run.required
 
-INLINE_RANGES = 64  # kInlineRanges in csrc/cuda/mask_tokens.h
+INLINE_RANGES = 64  # kInlineRanges in csrc/vocabulary/mask_tokens.h
 VOCAB, MASK, SPECIAL = 60, 4, (0, 1, 2, 10, 11, 59, 70, -1)
 LONG_VOCAB = 1000
 LONG_SPECIAL = {  # number of ranges -> special ids; 0 and 1 are two ranges, and a range touches each end of a launch

@@ -17,7 +17,7 @@ from sslkernels.ops import row_sums
 from sslkernels.ops.rows import accumulation_dtype
 
 pytestmark = run.required
-CHUNK = 64  # kChunk in csrc/cuda/row_sums.cu
+CHUNK = 64  # kChunk in csrc/core/segment_sums.cu
 
 
 def short(dtype: torch.dtype) -> str:

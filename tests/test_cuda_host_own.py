@@ -57,7 +57,7 @@ CASES = {str(case): case for case in host_cases()}
 
 
 def shared_bytes(host: HostCase) -> int:
-    """Of a block with `tile` negatives: csrc/cuda/own_negatives.cu, Layout."""
+    """Of a block with `tile` negatives: csrc/contrastive/query_negatives.cu, Layout."""
     case = host.case
     _, _, dim = case.shape
     size, acc = 16 // case.dtype.itemsize, 8 if case.dtype == torch.float64 else 4

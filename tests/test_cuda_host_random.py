@@ -15,7 +15,7 @@ from sslkernels.ops.random_streams import STREAMS, stream_values
 
 pytestmark = run.required
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as csrc/common/element.h numbers them
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as csrc/core/element.h numbers them
 
 
 @dataclass

@@ -20,7 +20,7 @@ from sslkernels.ops.rows import accumulation_dtype
 
 pytestmark = [run.required, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy, in the oracle
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-OF_WARP = 1024  # kCodesOfWarp in csrc/cuda/best_codes.cu: with more codes in a tile a block has a row
+OF_WARP = 1024  # kCodesOfWarp in csrc/latent/best_codes.cu: with more codes in a tile a block has a row
 
 
 def short(dtype: torch.dtype) -> str:

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "../../csrc/common/code_search.h"
-#include "../../csrc/cuda/vector_quantize.h"
+#include "latent/code_search.h"
+#include "latent/vector_quantize.h"
 #include "protocol.h"
 
 namespace cuda_host {

@@ -1,4 +1,4 @@
-// The twin of csrc/cuda/device.h on a host: every CUDA thread is a std::thread, so that the sanitizers of the host
+// The twin of csrc/core/cuda/device.h on a host: every CUDA thread is a std::thread, so that the sanitizers of the host
 // compiler check the kernels. Two clusters run at a time and share no barrier: blocks that touch the same memory race.
 #pragma once
 
@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/common/element.h"
+#include "core/element.h"
 
 #define __global__
 #define __device__

@@ -2,24 +2,24 @@
 #include <algorithm>
 #include <iterator>
 
-#include "../../csrc/cuda/column_sums.h"
-#include "../../csrc/cuda/cross_entropy.h"
-#include "../../csrc/cuda/free_energy.h"
-#include "../../csrc/cuda/gaussian.h"
-#include "../../csrc/cuda/gumbel.h"
-#include "../../csrc/cuda/launch.h"
-#include "../../csrc/cuda/mask_tokens.h"
-#include "../../csrc/cuda/negative_sampling.h"
-#include "../../csrc/cuda/own_negatives.h"
-#include "../../csrc/cuda/prediction_energy.h"
-#include "../../csrc/cuda/random_stream.h"
-#include "../../csrc/cuda/row_sums.h"
-#include "../../csrc/cuda/sample_rows.h"
-#include "../../csrc/cuda/scale_add.h"
 #include "code_calls.h"
+#include "contrastive/negative_sampling.h"
+#include "contrastive/query_negatives.h"
+#include "core/column_sums.h"
+#include "core/cuda/launch.h"
+#include "core/scale_add.h"
+#include "core/segment_sums.h"
 #include "device_host.h"
+#include "latent/free_energy.h"
+#include "latent/gaussian.h"
+#include "latent/gumbel.h"
+#include "latent/prediction_energy.h"
 #include "planted.h"
 #include "protocol.h"
+#include "random/random_stream.h"
+#include "vocabulary/cross_entropy.h"
+#include "vocabulary/mask_tokens.h"
+#include "vocabulary/sample_rows.h"
 
 namespace {
 

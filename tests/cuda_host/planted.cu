@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/launch.h"
+#include "core/cuda/launch.h"
 #include "planted.h"
 
 namespace {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -102,9 +103,9 @@ def results_fixture(calls: Callable[[], dict[str, Call]]) -> Any:
 
 def build(sanitizer: str) -> Path:
     """The program, built anew where a source has changed."""
-    sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
-    headers = sorted([*ROOT.glob("csrc/c*/*.h"), *HERE.glob("*.h")])
-    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{HERE}"]
+    sources = sorted([*CSRC.rglob("*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
+    headers = sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])
+    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{CSRC}", f"-I{HERE}"]
     state = hashlib.sha256(repr([COMPILER, flags]).encode())
     for path in (*sources, *headers):
         state.update(path.read_bytes())

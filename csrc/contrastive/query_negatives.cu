@@ -1,0 +1,453 @@
+// Own negatives of rows of queries: scores, energy and gradients, a block a row.
+//
+// The negatives of a row are read by 16 bytes, and lie in shared memory until their gradients are written: one read,
+// one write. A row too long for that is taken in tiles, which the softmax alone reads twice, for it needs the sum over
+// all of them first. The query lies in shared memory as numbers of the accumulation type, spread so that a group of
+// them at any alignment is read without a conflict of banks. Every sum has a fixed order.
+#include <algorithm>
+
+#include "contrastive/query_negatives.h"
+#include "core/cuda/launch.h"
+#include "core/cuda/reduce.h"
+#include "core/cuda/words.h"
+
+namespace sslkernels {
+namespace {
+
+template <class T>  // of a block at most, and of a multiprocessor at least: 64 registers a thread, for float64 128
+constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
+constexpr int kBatch = 4;  // groups that a thread has in flight
+
+template <class A>
+struct Dots {
+  A dot;
+  A square;
+};
+
+template <class T>
+using Sums = Reduction<OwnSums<typename Accumulation<T>::type>>;
+template <class T>
+using Scratch = typename Sums<T>::Scratch;
+
+// --- Shared memory: scratch of two reductions, factors and dots of a tile, the query, who takes part, the tile -------
+
+constexpr SSLKERNELS_HD int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+template <class T>
+struct Layout {
+  using A = typename Accumulation<T>::type;
+  static constexpr int kSize = Groups<T>::kSize;
+  int64_t factors;
+  int64_t dots;
+  int64_t query;
+  int64_t taken;
+  int64_t held;
+  int64_t bytes;
+
+  __host__ __device__ __forceinline__ Layout(int tile, int pitch, bool hold, int64_t dim) {
+    factors = 2 * int64_t(sizeof(Scratch<T>));
+    dots = factors + tile * int64_t(sizeof(OwnFactors<A>));
+    query = dots + tile * int64_t(sizeof(Dots<A>));
+    taken = query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A));
+    held = aligned(taken + tile);
+    bytes = held + (hold ? int64_t(tile) * pitch * 16 : 0);
+  }
+};
+
+// --- The row of a block --------------------------------------------------------------------------------------------
+
+// kAligned: all negatives and their gradients start at multiples of 16 bytes.
+template <class T, bool kAligned>
+struct Block {
+  using A = typename Accumulation<T>::type;
+  static constexpr int kSize = Groups<T>::kSize;
+
+  const OwnNegatives& own;
+  const OwnPlan& plan;
+  int64_t i;
+  int dim;
+  const T* negatives;   // of the row
+  Scratch<T>* scratch;  // of two reductions
+  OwnFactors<A>* factors;
+  Dots<A>* dots;
+  A* query;
+  uint8_t* taken;
+  Words* held;
+
+  __device__ __forceinline__ Block(const OwnNegatives& own, const OwnPlan& plan)
+      : own(own), plan(plan), i(blockIdx.x), dim(int(own.dim)) {
+    const Layout<T> layout(plan.tile, plan.pitch, plan.held, own.dim);
+    negatives = static_cast<const T*>(own.negatives) + i * own.count * own.dim;
+    scratch = reinterpret_cast<Scratch<T>*>(shared_memory());
+    factors = reinterpret_cast<OwnFactors<A>*>(shared_memory() + layout.factors);
+    dots = reinterpret_cast<Dots<A>*>(shared_memory() + layout.dots);
+    query = reinterpret_cast<A*>(shared_memory() + layout.query);
+    taken = reinterpret_cast<uint8_t*>(shared_memory() + layout.taken);
+    held = reinterpret_cast<Words*>(shared_memory() + layout.held);
+  }
+
+  __device__ __forceinline__ int tile_size(int64_t first) const {
+    return int(own.count - first < plan.tile ? own.count - first : plan.tile);
+  }
+  __device__ __forceinline__ Groups<T> groups_of(const T* negative) const {
+    return Groups<T>(kAligned ? nullptr : negative, 0, dim);
+  }
+  static __device__ __forceinline__ bool whole(const Groups<T>& groups, int group) {
+    return kAligned || groups.whole(group);
+  }
+
+  // Known before the negatives are read, so that their loads wait for nothing.
+  __device__ __forceinline__ void mark_tile(int64_t first, int size) const {
+    for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
+      taken[t] = takes_part(own, i * own.count + first + t);
+    }
+  }
+
+  // After every kSize numbers one is left out; zeros stand before the first column and after the last.
+  __device__ __forceinline__ void load_query() const {
+    const T* from = static_cast<const T*>(own.query) + i * own.dim;
+    for (int place = int(threadIdx.x); place < dim + 2 * kSize; place += int(blockDim.x)) {
+      const int column = place - kSize;
+      query[place + place / kSize] = column >= 0 && column < dim ? A(to_float(from[column])) : A(0);
+    }
+  }
+  // Its columns from groups.column(group) on.
+  __device__ __forceinline__ void query_group(const Groups<T>& groups, int group, A (&x)[kSize]) const {
+    const int shift = kAligned ? 0 : -groups.first;
+    const A* from = query + (group + 1) * (kSize + 1) - shift;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) x[k] = from[k < shift ? k - 1 : k];
+  }
+
+  // A group of a negative as it lies in memory, with what its neighbours have of it.
+  __device__ __forceinline__ Words read(const T* negative, const Groups<T>& groups, int group, bool last) const {
+    const T* from = negative + groups.column(group);
+    if constexpr (!kAligned) {
+      const T* all = static_cast<const T*>(own.negatives);
+      if (from < all || from + kSize > all + own.rows * own.count * own.dim) {
+        A n[kSize];
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? A(to_float(from[k])) : A(0);
+        return pack_group<T>(n);
+      }
+    }
+    return last ? load_words_last(from) : load_words(from);
+  }
+};
+
+// The groups that a thread visits: those of a negative, the width of a team apart, then those of the team's next
+// negative. The threads of a warp go together, whether there is something for each of them or not.
+struct Visit {
+  int team;
+  int teams;
+  int steps;
+  int left;
+  int negative;
+  int step;
+
+  __device__ __forceinline__ Visit(const OwnPlan& plan, int size)
+      : team(plan.team),
+        teams(int(blockDim.x) / team),
+        steps((plan.pitch + team - 1) / team),
+        left((size + teams - 1) / teams * steps),
+        negative(int(threadIdx.x) / team),
+        step(0) {}
+  __device__ __forceinline__ int lane() const { return int(threadIdx.x) % team; }
+  __device__ __forceinline__ int group() const { return step * team + lane(); }
+  __device__ __forceinline__ bool ends_negative() const { return step == steps - 1; }
+  __device__ __forceinline__ void next() {
+    --left;
+    if (++step == steps) {
+      step = 0;
+      negative += teams;
+    }
+  }
+};
+
+// --- The parts of the work on a tile -------------------------------------------------------------------------------
+
+// Reads the negatives [first, first + size) and takes their dots; `hold` keeps them too, as zeros where they take no
+// part. `last`: they are not read again.
+template <class T, bool kAligned>
+__device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64_t first, int size, bool hold,
+                                          bool last) {
+  using A = typename Accumulation<T>::type;
+  constexpr int kSize = Groups<T>::kSize;
+  const bool normalise = block.own.query_inverse_norm != nullptr;
+  block.mark_tile(first, size);
+  __syncthreads();
+  Visit ahead(block.plan, size), here(block.plan, size);
+  A dot = 0, square = 0;
+  while (here.left > 0) {
+    Words words[kBatch] = {};
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const T* negative = block.negatives + (first + ahead.negative) * block.own.dim;
+      const Groups<T> groups = block.groups_of(negative);
+      if (ahead.negative < size && ahead.group() < groups.count && block.taken[ahead.negative]) {
+        words[b] = block.read(negative, groups, ahead.group(), last);
+      }
+      ahead.next();
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (here.left <= 0) break;
+      const int group = here.group();
+      const Groups<T> groups = block.groups_of(block.negatives + (first + here.negative) * block.own.dim);
+      if (here.negative < size && group < groups.count) {
+        A n[kSize], x[kSize];
+        unpack_group<T>(words[b], n);
+        if (!block.whole(groups, group)) {
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? n[k] : A(0);
+          words[b] = pack_group<T>(n);
+        }
+        if (hold) block.held[here.negative * block.plan.pitch + group] = words[b];
+        block.query_group(groups, group, x);
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) dot += x[k] * n[k];
+        if (normalise) {
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) square += n[k] * n[k];
+        }
+      }
+      if (here.ends_negative()) {
+        for (int lanes = here.team / 2; lanes > 0; lanes /= 2) {
+          dot += shuffle_xor(dot, lanes);
+          square += shuffle_xor(square, lanes);
+        }
+        if (here.lane() == 0 && here.negative < size) block.dots[here.negative] = {dot, square};
+        dot = square = A(0);
+      }
+      here.next();
+    }
+  }
+}
+
+template <class T, bool kAligned, class A>
+__device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, const OwnRow<A>& row, int64_t first,
+                                           int size, OwnSums<A>& sums) {
+  for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
+    A score = -INFINITY;
+    if (block.taken[t]) {
+      score = score_of(row, block.dots[t].dot, block.dots[t].square).score;
+      sums.add(row, score);
+    }
+    if (block.own.scores != nullptr) {
+      static_cast<A*>(block.own.scores)[block.i * block.own.count + first + t] = score;
+    }
+  }
+}
+
+template <class T, bool kAligned, class A>
+__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const OwnRow<A>& row, int size, A value,
+                                           OwnSums<A>& sums) {
+  for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
+    OwnFactors<A> factors{A(0), A(0), A(0)};
+    if (block.taken[t]) {
+      const OwnScore<A> score = score_of(row, block.dots[t].dot, block.dots[t].square);
+      const A weight = weight_of(row, score.score, value);
+      sums.scale += weight * score.similarity;
+      sums.bias += weight;
+      factors = factors_of(row, score, weight);
+    }
+    block.factors[t] = factors;
+  }
+}
+
+template <class T, bool kAligned>
+__device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& block, int64_t first, int size) {
+  using A = typename Accumulation<T>::type;
+  constexpr int kSize = Groups<T>::kSize;
+  for (Visit at(block.plan, size); at.left > 0; at.next()) {
+    if (at.negative >= size) continue;
+    const int64_t offset = (first + at.negative) * block.own.dim;
+    const Groups<T> groups = block.groups_of(block.negatives + offset);
+    const int group = at.group(), column = groups.column(group);
+    if (group >= groups.count) continue;
+    const OwnFactors<A> factors = block.factors[at.negative];
+    A value[kSize] = {};
+    if (factors.of_query != A(0)) {  // the query of a negative that takes no part may be NaN
+      A n[kSize], x[kSize];
+      unpack_group<T>(block.held[at.negative * block.plan.pitch + group], n);
+      block.query_group(groups, group, x);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) value[k] = factors.of_query * (x[k] - factors.projection * n[k]);
+    }
+    T* grad = static_cast<T*>(block.own.grad_negatives) + block.i * block.own.count * block.own.dim + offset + column;
+    if (kAligned || (groups.whole(group) && reinterpret_cast<uint64_t>(grad) % 16 == 0)) {
+      store_words(grad, pack_group<T>(value));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        if (groups.holds(column + k)) from_float(value[k], grad + k);
+      }
+    }
+  }
+}
+
+// A thread a column, or two 16-bit ones that lie in a word. The first tile's sums are written, those of others added.
+template <class T, bool kAligned, class A>
+__device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, const OwnRow<A>& row, int64_t first,
+                                               int size) {
+  constexpr int kSize = Groups<T>::kSize;
+  constexpr int kColumns = kAligned && sizeof(T) == 2 ? 2 : 1;
+  constexpr int kSums = 4;
+  A* grad = static_cast<A*>(block.own.grad_query) + block.i * block.own.dim;
+  const T* held = reinterpret_cast<const T*>(block.held);
+  const uint64_t start = reinterpret_cast<uint64_t>(block.negatives + first * block.own.dim) / sizeof(T);
+  for (int column = int(threadIdx.x) * kColumns; column < block.dim; column += int(blockDim.x) * kColumns) {
+    A sums[kSums][kColumns] = {};
+    for (int t = 0; t < size; t += kSums) {
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        if (t + s >= size) break;
+        const int shift = kAligned ? 0 : int((start + uint64_t(t + s) * block.dim) % kSize);
+        const T* at = held + (t + s) * block.plan.pitch * kSize + shift + column;
+        const A factor = block.factors[t + s].of_negative;
+        if constexpr (kColumns == 2) {
+          A low, high;
+          unpack(*reinterpret_cast<const uint32_t*>(at), T{}, low, high);
+          sums[s][0] += factor * low;
+          sums[s][1] += factor * high;
+        } else {
+          sums[s][0] += factor * to_float(*at);
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const A sum = row.scale * row.query_inverse_norm * ((sums[0][c] + sums[1][c]) + (sums[2][c] + sums[3][c]));
+      grad[column + c] = first == 0 ? sum : grad[column + c] + sum;
+    }
+  }
+}
+
+// Grid: a block a row. Shared memory: Layout.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kMostThreads<T>, 1)
+    own_negatives_kernel(const __grid_constant__ OwnNegatives own, const __grid_constant__ OwnPlan plan) {
+  using A = typename Accumulation<T>::type;
+  const Block<T, kAligned> block(own, plan);
+  const OwnRow<A> row = own_row<A>(own, block.i);
+  const bool gradient = own.coefficient != nullptr;
+  const bool apart = weights_are_apart(own);
+  const bool one_tile = own.count <= plan.tile;
+  block.load_query();  // there at the first barrier
+
+  A value = 0;
+  // The sums over all negatives, then the gradients; both at once where the weights are apart.
+  const int passes = apart || gradient ? 2 : 1;
+#pragma unroll 1
+  for (int pass = apart ? 1 : 0; pass < passes; ++pass) {
+    const bool second = pass == 1;
+    OwnSums<A> sums = OwnSums<A>::identity();
+    for (int64_t first = 0; first == 0 || first < own.count; first += plan.tile) {
+      const int size = block.tile_size(first);
+      if (!second || apart || !one_tile) {
+        load_tile(block, first, size, plan.held && (second || one_tile), second || !gradient || one_tile);
+        __syncthreads();
+      }
+      if (!second || apart) score_tile(block, row, first, size, sums);
+      if (second) {
+        if (apart && row.final) value = row.reference;
+        if (gradient) weigh_tile(block, row, size, value, sums);
+        __syncthreads();
+        if (gradient && own.grad_negatives != nullptr) write_grad_negatives(block, first, size);
+        if (gradient && own.grad_query != nullptr) add_grad_query(block, row, first, size);
+      }
+      if (!one_tile) __syncthreads();
+    }
+    sums = Sums<T>::over_cluster(sums, block.scratch + pass);
+    if (!second || apart) value = value_of(row, sums);
+    if (second && gradient && threadIdx.x == 0) {
+      static_cast<A*>(own.grad_scale)[block.i] = sums.scale;
+      static_cast<A*>(own.grad_bias)[block.i] = sums.bias;
+    }
+  }
+  if (threadIdx.x == 0) static_cast<A*>(own.value)[block.i] = value;
+}
+
+// --- Launch --------------------------------------------------------------------------------------------------------
+
+template <class T>
+OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
+  using A = typename Accumulation<T>::type;
+  constexpr int kSize = Groups<T>::kSize;
+  if (own.dim > int64_t(1) << 24) {
+    fail("the CUDA kernel of own_negatives takes at most 2^24 columns");
+  }
+  OwnPlan plan{};
+  plan.aligned = own.dim % kSize == 0 && reinterpret_cast<uint64_t>(own.negatives) % 16 == 0 &&
+                 reinterpret_cast<uint64_t>(own.grad_negatives) % 16 == 0;
+  plan.pitch = int(std::max<int64_t>(ceil_div(plan.aligned ? own.dim : own.dim + kSize - 1, kSize), 1));
+  plan.team = 1;
+  while (plan.team < kWarpSize && plan.team < plan.pitch) plan.team *= 2;
+  plan.held = own.coefficient != nullptr && (own.grad_query != nullptr || own.grad_negatives != nullptr);
+
+  const int64_t fixed = Layout<T>(0, plan.pitch, plan.held, own.dim).bytes + 16;
+  const int64_t of_negative = sizeof(OwnFactors<A>) + sizeof(Dots<A>) + 1 + (plan.held ? int64_t(plan.pitch) * 16 : 0);
+  // Several blocks a multiprocessor, so that some of them load while others compute or store; fewer where a row would
+  // be read twice else.
+  const int blocks = limits.largest_cluster > 1 ? 3 : 2;
+  const int64_t wanted =
+      std::min(limits.shared_per_block, limits.shared_per_processor / blocks - limits.shared_reserved);
+  const int64_t most = weights_are_apart(own) || !plan.held ? wanted : limits.shared_per_block;
+  const int64_t tile_bytes = fixed + own.count * of_negative <= most ? most : wanted;
+  const int64_t fit = std::max<int64_t>((tile_bytes - fixed) / of_negative, 1);
+  plan.tile = int(std::clamp<int64_t>(own.count, 1, std::min<int64_t>(fit, 1 << 20)));
+  plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, own.dim).bytes;
+  if (plan.shared_bytes > limits.shared_per_block) {
+    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns",
+         static_cast<long long>(own.dim));
+  }
+  const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
+  const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
+  const int64_t useful = ceil_div(int64_t(plan.tile) * plan.pitch, kBatch * kWarpSize);
+  // No more warps than take the negatives in as many turns.
+  const int64_t of_warps = ceil_div(plan.tile, kWarpSize / plan.team);
+  const int64_t turns = ceil_div(of_warps, std::clamp<int64_t>(useful, 1, most_warps));
+  plan.threads = int(ceil_div(of_warps, turns)) * kWarpSize;
+  return plan;
+}
+
+template <class T>
+void launch_for(const OwnNegatives& own, void* stream) {
+  const OwnPlan plan = plan_for<T>(own, device_limits());
+  const LaunchShape shape{own.rows, plan.threads, plan.shared_bytes, 1};
+  constexpr const char* kName = "own_negatives_kernel";
+  if constexpr (sizeof(T) < 8) {
+    if (plan.aligned) return launch(kName, own_negatives_kernel<T, true>, shape, stream, own, plan);
+  }
+  launch(kName, own_negatives_kernel<T, false>, shape, stream, own, plan);
+}
+
+}  // namespace
+
+OwnPlan plan_own_negatives(const OwnNegatives& own, const DeviceLimits& limits) {
+  switch (own.element) {
+    case Element::kFloat:
+      return plan_for<float>(own, limits);
+    case Element::kDouble:
+      return plan_for<double>(own, limits);
+    case Element::kBFloat16:
+      return plan_for<BFloat16>(own, limits);
+    default:
+      return plan_for<Half>(own, limits);
+  }
+}
+
+void launch_own_negatives(const OwnNegatives& own, void* stream) {
+  switch (own.element) {
+    case Element::kFloat:
+      return launch_for<float>(own, stream);
+    case Element::kDouble:
+      return launch_for<double>(own, stream);
+    case Element::kBFloat16:
+      return launch_for<BFloat16>(own, stream);
+    case Element::kHalf:
+      return launch_for<Half>(own, stream);
+  }
+}
+
+}  // namespace sslkernels

@@ -1,0 +1,133 @@
+// Own negatives of rows of queries: scores, energy and gradients.
+//
+// A row is walked twice, for the scores and for the gradients. The first walk reads its negatives from memory, the
+// second from a cache, and none of them is stored in another type: they are converted in the loops.
+#include <cstring>
+
+#include "contrastive/query_negatives.h"
+#include "core/cpu/element.h"
+
+namespace sslkernels {
+namespace SSLKERNELS_ISA {
+namespace {
+
+template <class A>
+struct Negative {
+  A dot;
+  A square;
+  A score;
+};
+
+template <class T, class A>
+Negative<A> dot_and_square(const A* query, const T* negative, int64_t dim, bool normalise) {
+  A dot = 0, square = 0;
+  if (normalise) {
+#pragma omp simd reduction(+ : dot, square)
+    for (int64_t d = 0; d < dim; ++d) {
+      const A n = to_float(negative[d]);
+      dot += query[d] * n;
+      square += n * n;
+    }
+  } else {
+#pragma omp simd reduction(+ : dot)
+    for (int64_t d = 0; d < dim; ++d) dot += query[d] * to_float(negative[d]);
+  }
+  return {dot, square, A(0)};
+}
+
+template <class T, class A>
+void add_to_grad_query(const T* negative, int64_t dim, A factor, A* grad_query) {
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d) grad_query[d] += factor * to_float(negative[d]);
+}
+
+// In blocks, for a loop that computes and converts to 16 bits is not vectorised.
+template <class T, class A>
+void write_grad_negative(const A* query, const T* negative, int64_t dim, const OwnFactors<A>& factors, T* grad) {
+  constexpr int64_t kBlock = 1024;
+  const A factor = factors.of_query, projection = factors.projection;
+  alignas(kLine) A buffer[kBlock];
+  for (int64_t begin = 0; begin < dim; begin += kBlock) {
+    const int64_t count = dim - begin < kBlock ? dim - begin : kBlock;
+    A* out = buffer;
+    if constexpr (sizeof(T) == sizeof(A)) out = grad + begin;
+    const A* x = query + begin;
+    const T* n = negative + begin;
+    if (projection == A(0)) {
+#pragma omp simd
+      for (int64_t d = 0; d < count; ++d) out[d] = factor * x[d];
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < count; ++d) out[d] = factor * (x[d] - projection * to_float(n[d]));
+    }
+    if (out == buffer) store(buffer, count, grad + begin);
+  }
+}
+
+template <class T>
+void run(const OwnNegatives& own, int64_t begin, int64_t end, void* scratch) {
+  using A = typename Accumulation<T>::type;
+  A* query = static_cast<A*>(scratch);
+  Negative<A>* negatives = reinterpret_cast<Negative<A>*>(query + own.dim);
+  for (int64_t i = begin; i < end; ++i) {
+    const OwnRow<A> row = own_row<A>(own, i);
+    const T* row_negatives = static_cast<const T*>(own.negatives) + i * own.count * own.dim;
+    load(static_cast<const T*>(own.query) + i * own.dim, own.dim, query);
+
+    OwnSums<A> sums = OwnSums<A>::identity();
+    for (int64_t k = 0; k < own.count; ++k) {
+      Negative<A>& negative = negatives[k];
+      negative.score = A(-INFINITY);
+      if (takes_part(own, i * own.count + k)) {
+        negative = dot_and_square(query, row_negatives + k * own.dim, own.dim, row.normalise);
+        negative.score = score_of(row, negative.dot, negative.square).score;
+        sums.add(row, negative.score);
+      }
+      if (own.scores != nullptr) static_cast<A*>(own.scores)[i * own.count + k] = negative.score;
+    }
+    const A value = value_of(row, sums);
+    static_cast<A*>(own.value)[i] = value;
+    if (own.coefficient == nullptr) continue;
+
+    A* grad_query = own.grad_query == nullptr ? nullptr : static_cast<A*>(own.grad_query) + i * own.dim;
+    if (grad_query != nullptr) std::memset(grad_query, 0, size_t(own.dim) * sizeof(A));
+    for (int64_t k = 0; k < own.count; ++k) {
+      const T* negative = row_negatives + k * own.dim;
+      T* grad =
+          own.grad_negatives == nullptr ? nullptr : static_cast<T*>(own.grad_negatives) + (i * own.count + k) * own.dim;
+      if (!takes_part(own, i * own.count + k)) {
+        if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, size_t(own.dim) * sizeof(T));
+        continue;
+      }
+      const OwnScore<A> score = score_of(row, negatives[k].dot, negatives[k].square);
+      const A weight = weight_of(row, score.score, value);
+      const OwnFactors<A> factors = factors_of(row, score, weight);
+      sums.scale += weight * score.similarity;
+      sums.bias += weight;
+      if (grad_query != nullptr) {
+        add_to_grad_query(negative, own.dim, row.scale * row.query_inverse_norm * factors.of_negative, grad_query);
+      }
+      if (grad != nullptr) write_grad_negative(query, negative, own.dim, factors, grad);
+    }
+    static_cast<A*>(own.grad_scale)[i] = sums.scale;
+    static_cast<A*>(own.grad_bias)[i] = sums.bias;
+  }
+}
+
+}  // namespace
+
+void own_negatives(const OwnNegatives& own, int64_t begin, int64_t end, void* scratch) {
+  switch (own.element) {
+    case Element::kFloat:
+      return run<float>(own, begin, end, scratch);
+    case Element::kDouble:
+      return run<double>(own, begin, end, scratch);
+    case Element::kBFloat16:
+      return run<BFloat16>(own, begin, end, scratch);
+    case Element::kHalf:
+      return run<Half>(own, begin, end, scratch);
+  }
+}
+
+}  // namespace SSLKERNELS_ISA
+}  // namespace sslkernels

@@ -1,0 +1,88 @@
+// The arguments of the kernels over a tile of pair scores: s = logit_scale * u + logit_bias with u the (normalised) dot
+// product of a query (row) and a candidate (column).
+#pragma once
+
+#include <cstdint>
+
+#include "contrastive/energy.h"
+#include "core/cpu/isa.h"
+#include "core/element.h"
+
+namespace sslkernels {
+
+// Two labels that, where they are equal, say something about a pair; null where nothing is.
+struct PairLabels {
+  const int32_t* row;
+  const int32_t* column;
+};
+
+// A tile of dot products. Vectors hold numbers of the accumulation type.
+struct PairScores {
+  Element element;
+  void* products;
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+  const void* row_norm;  // inverse norms, or null for both: not normalised
+  const void* column_norm;
+  const void* scale;  // one number
+  const void* bias;   // one number, or null
+  Energy energy;
+  PairLabels positive;  // the designated pair: left out, the caller adds it
+  PairLabels self;      // left out
+  PairLabels id;        // left out or, where `ids_positive`, a further positive
+  bool ids_positive;
+};
+
+// Running sums of the rows, all but `max` in double; those that are null are not computed.
+struct PairRowSums {
+  void* max;                   // softmax
+  double* sum;                 // of exp(s - max), of softplus(+-s), or of max(0, s - threshold)
+  double* active;              // hinge: scores above the threshold
+  double* score_sum;           // of s
+  double* positive_sum;        // of s of further positives
+  double* spread;              // of exp(4 cosine - 4) = exp(-2 distance^2)
+  int64_t* beaten;             // scores above `positive_score`
+  const void* threshold;       // hinge
+  const void* positive_score;  // for `beaten`
+  const void* row_norm;        // inverse norms, for `spread`
+  const void* column_norm;
+};
+
+// The same of the columns.
+struct PairColumnSums {
+  void* max;
+  double* sum;
+  double* active;
+  double* score_sum;
+  double* positive_sum;
+  const void* threshold;
+};
+
+// What one side (the rows or the columns) adds to the gradient of a score:
+//   softmax: weight * exp(s - reference) - share (further positives) - smoothing, reference = log-sum-exp;
+//   sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for further positives;
+//   hinge:   weight where s > reference, reference = threshold.
+struct PairSide {
+  const void* weight;  // null: this side adds nothing
+  const void* reference;
+  const void* share;
+  const void* smoothing;
+};
+
+struct PairGradient {
+  PairSide row;
+  PairSide column;
+  double* dot;    // += sum of gradient * u of each row
+  double* total;  // += sum of the gradient of each row
+};
+
+// Columns of a block of pair_column_sums, which is given blocks [begin_block, end_block).
+constexpr int64_t kPairColumns = 256;
+
+SSLKERNELS_CPU_KERNELS(
+    void pair_row_sums(const PairScores& scores, const PairRowSums& sums, int64_t begin, int64_t end);
+    void pair_column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
+    void pair_gradient(const PairScores& scores, const PairGradient& gradient, int64_t begin, int64_t end);)
+
+}  // namespace sslkernels

@@ -1,0 +1,356 @@
+// Tiles of pair scores: log-sum-exp, softplus and hinge sums of rows and columns, and the gradient in place.
+//
+// A tile is walked in blocks that stay in the first-level cache: the product is loaded, normalised, scaled and masked
+// once, and everything that is asked for is summed from there. Maxima and sums run on, so that a row may be given in
+// several tiles. Nothing is stored but the sums and, by pair_gradient, the gradient in place of the products.
+#include <limits>
+
+#include "contrastive/score_tiles.h"
+#include "core/cpu/vector_math.h"
+
+namespace sslkernels {
+namespace SSLKERNELS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 512;
+constexpr int64_t kGroup = 16;  // rows whose common maximum the sums of columns are moved to at a time
+
+template <class A>
+constexpr A kLeftOut = -std::numeric_limits<A>::infinity();
+
+inline int64_t at_most(int64_t left, int64_t block) { return left < block ? left : block; }
+
+template <class A>
+struct Tile {
+  const PairScores& scores;
+
+  void* row(int64_t i) const {
+    return static_cast<char*>(scores.products) + i * scores.stride * bytes_of(scores.element);
+  }
+  A row_norm(int64_t i) const { return static_cast<const A*>(scores.row_norm)[i]; }
+  const A* column_norm(int64_t begin) const { return static_cast<const A*>(scores.column_norm) + begin; }
+
+  // u and s of the columns [begin, begin + count) of row i; those left out have s = -inf and u = 0. `same`, where ids
+  // make positives, is 1 for further positives and else 0.
+  void block(int64_t i, int64_t begin, int64_t count, A* u, A* s, A* same) const {
+    load_any(scores.element, row(i), begin, count, u);
+    if (scores.row_norm != nullptr) {
+      const A norm = row_norm(i);
+      const A* norms = column_norm(begin);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) u[j] *= norm * norms[j];
+    }
+    const A scale = *static_cast<const A*>(scores.scale);
+    const A bias = scores.bias == nullptr ? A(0) : *static_cast<const A*>(scores.bias);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) s[j] = scale * u[j] + bias;
+    leave_out(scores.positive, i, begin, count, u, s);
+    leave_out(scores.self, i, begin, count, u, s);
+    if (scores.id.row == nullptr) return;
+    if (!scores.ids_positive) return leave_out(scores.id, i, begin, count, u, s);
+    const int32_t label = scores.id.row[i];
+    const int32_t* labels = scores.id.column + begin;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) same[j] = labels[j] == label && s[j] != kLeftOut<A> ? A(1) : A(0);
+  }
+
+  static void leave_out(const PairLabels& pair, int64_t i, int64_t begin, int64_t count, A* u, A* s) {
+    if (pair.row == nullptr) return;
+    const int32_t label = pair.row[i];
+    const int32_t* labels = pair.column + begin;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const bool out = labels[j] == label;
+      u[j] = out ? A(0) : u[j];
+      s[j] = out ? kLeftOut<A> : s[j];
+    }
+  }
+};
+
+template <class A>
+A block_max(const A* s, int64_t count, A result) {
+#pragma omp simd reduction(max : result)
+  for (int64_t j = 0; j < count; ++j) result = s[j] > result ? s[j] : result;
+  return result;
+}
+
+// exp(-|s|) of a score that may be NaN or infinite.
+template <class A>
+SSLKERNELS_HD A exp_of_minus_magnitude(A s) {
+  return exp_nonpositive(s < A(0) ? s : -s);
+}
+
+// softplus(s), and for a further positive softplus(-s).
+template <class A>
+double block_softplus(const A* s, const A* same, int64_t count) {
+  A sum = 0;
+  if (same == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += (s[j] > A(0) ? s[j] : A(0)) + log1p_unit(exp_of_minus_magnitude(s[j]));
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) {
+      const A cost = same[j] > A(0) ? -s[j] : s[j];
+      sum += (cost > A(0) ? cost : A(0)) + log1p_unit(exp_of_minus_magnitude(cost));
+    }
+  }
+  return sum;
+}
+
+template <class A>
+void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
+  const Tile<A> tile{scores};
+  alignas(kLine) A u[kBlock], s[kBlock], same_buffer[kBlock];
+  A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
+  A max = scores.energy == Energy::kSoftmax ? static_cast<A*>(sums.max)[i] : A(0);
+  const A threshold = scores.energy == Energy::kHinge ? static_cast<const A*>(sums.threshold)[i] : A(0);
+  const A positive_score = sums.beaten == nullptr ? A(0) : static_cast<const A*>(sums.positive_score)[i];
+  double sum = sums.sum[i], active = 0, score_sum = 0, positive_sum = 0, spread = 0;
+  int64_t beaten = 0;
+  for (int64_t begin = 0; begin < scores.columns; begin += kBlock) {
+    const int64_t count = at_most(scores.columns - begin, kBlock);
+    tile.block(i, begin, count, u, s, same);
+    if (scores.energy == Energy::kSoftmax) {
+      const A moved = block_max(s, count, max);
+      const A shift = moved == kLeftOut<A> ? A(0) : moved;  // nothing yet: every exponential is 0
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) part += exp_nonpositive(s[j] - shift);
+      if (moved > max) sum *= max == kLeftOut<A> ? A(0) : exp_nonpositive(max - moved);
+      max = moved;
+      sum += part;
+    } else if (scores.energy == Energy::kSigmoid) {
+      sum += block_softplus(s, same, count);
+    } else {
+      A part = 0, above = 0;
+#pragma omp simd reduction(+ : part, above)
+      for (int64_t j = 0; j < count; ++j) {
+        const A over = s[j] - threshold;
+        part += over > A(0) || over != over ? over : A(0);
+        above += over > A(0) ? A(1) : A(0);
+      }
+      sum += part;
+      active += above;
+    }
+    if (sums.score_sum != nullptr) {
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) part += s[j] == kLeftOut<A> ? A(0) : s[j];
+      score_sum += part;
+    }
+    if (sums.positive_sum != nullptr && same != nullptr) {
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) part += same[j] > A(0) ? s[j] : A(0);
+      positive_sum += part;
+    }
+    if (sums.spread != nullptr) {
+      const A norm = static_cast<const A*>(sums.row_norm)[i];
+      const A* norms = static_cast<const A*>(sums.column_norm) + begin;
+      load_any(scores.element, tile.row(i), begin, count, u);
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) {
+        const A distance = A(4) * (u[j] * norm * norms[j]) - A(4);
+        const A spread_of_pair = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round above 1
+        part += s[j] == kLeftOut<A> ? A(0) : spread_of_pair;
+      }
+      spread += part;
+    }
+    if (sums.beaten != nullptr) {
+      int32_t part = 0;
+      if (same == nullptr) {
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score ? 1 : 0;
+      } else {
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score && same[j] == A(0) ? 1 : 0;
+      }
+      beaten += part;
+    }
+  }
+  if (scores.energy == Energy::kSoftmax) static_cast<A*>(sums.max)[i] = max;
+  sums.sum[i] = sum;
+  if (sums.active != nullptr) sums.active[i] += active;
+  if (sums.score_sum != nullptr) sums.score_sum[i] += score_sum;
+  if (sums.positive_sum != nullptr) sums.positive_sum[i] += positive_sum;
+  if (sums.spread != nullptr) sums.spread[i] += spread;
+  if (sums.beaten != nullptr) sums.beaten[i] += beaten;
+}
+
+// The sums of at most kPairColumns columns.
+template <class A>
+void column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin) {
+  const Tile<A> tile{scores};
+  const int64_t count = at_most(scores.columns - begin, kPairColumns);
+  alignas(kLine) A u[kPairColumns], s[kGroup][kPairColumns], same_buffer[kPairColumns], moved[kPairColumns],
+      part[kPairColumns];
+  A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
+  A* max = sums.max == nullptr ? nullptr : static_cast<A*>(sums.max) + begin;
+  const A* threshold = sums.threshold == nullptr ? nullptr : static_cast<const A*>(sums.threshold) + begin;
+  double* sum = sums.sum + begin;
+  for (int64_t first = 0; first < scores.rows; first += kGroup) {
+    const int64_t group = at_most(scores.rows - first, kGroup);
+    for (int64_t r = 0; r < group; ++r) {
+      tile.block(first + r, begin, count, u, s[r], same);
+      if (sums.score_sum != nullptr) {
+        double* score_sum = sums.score_sum + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) score_sum[j] += s[r][j] == kLeftOut<A> ? A(0) : s[r][j];
+      }
+      if (sums.positive_sum != nullptr && same != nullptr) {
+        double* positive_sum = sums.positive_sum + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) positive_sum[j] += same[j] > A(0) ? s[r][j] : A(0);
+      }
+      if (threshold != nullptr) {
+        double* active = sums.active + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A over = s[r][j] - threshold[j];
+          sum[j] += over > A(0) || over != over ? over : A(0);
+          active[j] += over > A(0) ? A(1) : A(0);
+        }
+      }
+    }
+    if (max == nullptr) continue;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) moved[j] = max[j];
+    for (int64_t r = 0; r < group; ++r) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) moved[j] = s[r][j] > moved[j] ? s[r][j] : moved[j];
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const A decay = moved[j] > max[j] ? exp_nonpositive(max[j] - moved[j]) : A(1);
+      sum[j] *= decay;
+      max[j] = moved[j];
+      moved[j] = moved[j] == kLeftOut<A> ? A(0) : moved[j];
+      part[j] = 0;
+    }
+    for (int64_t r = 0; r < group; ++r) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) part[j] += exp_nonpositive(s[r][j] - moved[j]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) sum[j] += part[j];
+  }
+}
+
+template <class A>
+A entry(const void* values, int64_t i) {
+  return values == nullptr ? A(0) : static_cast<const A*>(values)[i];
+}
+
+template <class A>
+const A* offset(const void* values, int64_t begin) {
+  return values == nullptr ? nullptr : static_cast<const A*>(values) + begin;
+}
+
+template <class A>
+void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_t i) {
+  const Tile<A> tile{scores};
+  alignas(kLine) A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
+  A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
+  const A weight = entry<A>(gradient.row.weight, i);
+  // Of a side that adds nothing every exponential is 0, whatever the score.
+  const A reference =
+      gradient.row.weight == nullptr ? std::numeric_limits<A>::infinity() : entry<A>(gradient.row.reference, i);
+  const A share = entry<A>(gradient.row.share, i);
+  const A smoothing = entry<A>(gradient.row.smoothing, i);
+  double dot = 0, total = 0;
+  for (int64_t begin = 0; begin < scores.columns; begin += kBlock) {
+    const int64_t count = at_most(scores.columns - begin, kBlock);
+    tile.block(i, begin, count, u, s, same);
+    const A* weights = offset<A>(gradient.column.weight, begin);
+    const A* references = offset<A>(gradient.column.reference, begin);
+    if (scores.energy == Energy::kSoftmax) {
+      if (weights == nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) g[j] = weight * exp_nonpositive(s[j] - reference);
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          g[j] = weight * exp_nonpositive(s[j] - reference) + weights[j] * exp_nonpositive(s[j] - references[j]);
+        }
+      }
+      const A* shares = offset<A>(gradient.column.share, begin);
+      if (same != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) g[j] -= same[j] * (share + (shares == nullptr ? A(0) : shares[j]));
+      }
+      const A* smoothings = offset<A>(gradient.column.smoothing, begin);
+      if (gradient.row.smoothing != nullptr || smoothings != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A smooth = smoothing + (smoothings == nullptr ? A(0) : smoothings[j]);
+          g[j] -= s[j] == kLeftOut<A> ? A(0) : smooth;
+        }
+      }
+    } else if (scores.energy == Energy::kSigmoid) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const A e = exp_of_minus_magnitude(s[j]);
+        g[j] = weight * (s[j] > A(0) ? A(1) : e) / (A(1) + e);
+      }
+      if (same != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A e = exp_of_minus_magnitude(s[j]);
+          const A positive = -weight * (s[j] > A(0) ? e : A(1)) / (A(1) + e);
+          g[j] = same[j] > A(0) ? positive : g[j];
+        }
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const A over = s[j] - reference;
+        g[j] = over > A(0) ? weight : over != over ? over : A(0);
+      }
+      if (weights != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A over = s[j] - references[j];
+          g[j] += over > A(0) ? weights[j] : over != over ? over : A(0);
+        }
+      }
+    }
+    A block_dot = 0, block_total = 0;
+#pragma omp simd reduction(+ : block_dot, block_total)
+    for (int64_t j = 0; j < count; ++j) {
+      block_dot += g[j] * u[j];
+      block_total += g[j];
+    }
+    dot += block_dot;
+    total += block_total;
+    if (scores.row_norm != nullptr) {
+      const A norm = tile.row_norm(i);
+      const A* norms = tile.column_norm(begin);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) g[j] *= norm * norms[j];
+    }
+    store_any(scores.element, g, begin, count, tile.row(i));
+  }
+  gradient.dot[i] += dot;
+  gradient.total[i] += total;
+}
+
+}  // namespace
+
+void pair_row_sums(const PairScores& scores, const PairRowSums& sums, int64_t begin, int64_t end) {
+  const auto run = scores.element == Element::kDouble ? row_sums<double> : row_sums<float>;
+  for (int64_t i = begin; i < end; ++i) run(scores, sums, i);
+}
+
+void pair_column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin_block, int64_t end_block) {
+  const auto run = scores.element == Element::kDouble ? column_sums<double> : column_sums<float>;
+  for (int64_t b = begin_block; b < end_block; ++b) run(scores, sums, b * kPairColumns);
+}
+
+void pair_gradient(const PairScores& scores, const PairGradient& gradient, int64_t begin, int64_t end) {
+  const auto run = scores.element == Element::kDouble ? gradient_row<double> : gradient_row<float>;
+  for (int64_t i = begin; i < end; ++i) run(scores, gradient, i);
+}
+
+}  // namespace SSLKERNELS_ISA
+}  // namespace sslkernels

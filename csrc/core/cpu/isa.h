@@ -1,0 +1,56 @@
+// Chooses, once a process, among the copies of the CPU kernels that were compiled for different instruction sets.
+//
+// The kernel files (csrc/cpu/<op>.cpp) are compiled once for each set, inside the namespace SSLKERNELS_ISA. They
+// include no torch header and keep every function of theirs in that namespace or in an anonymous one, so that no code
+// compiled for a newer set can be linked into the path of an older one.
+#pragma once
+
+#include <cstdint>
+
+namespace sslkernels {
+
+// Bytes of a cache line, on which the buffers of vectors begin: a vector that lies across two takes twice the time.
+constexpr int64_t kLine = 64;
+
+enum class Isa { isa_default, isa_avx2, isa_avx512 };
+
+// The best one that this processor has; the environment variable SSLKERNELS_CPU_ISA (default, avx2, avx512) lowers it.
+Isa current_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace sslkernels
+
+// SSLKERNELS_CPU_KERNELS(void f(...); ...) declares the functions of a kernel file, one copy for each instruction set;
+// SSLKERNELS_CALL_ISA(f, ...) calls the copy for the current one.
+#if defined(SSLKERNELS_X86_VARIANTS)
+#define SSLKERNELS_CPU_KERNELS(...) \
+  namespace isa_default {           \
+  __VA_ARGS__                       \
+  }                                 \
+  namespace isa_avx2 {              \
+  __VA_ARGS__                       \
+  }                                 \
+  namespace isa_avx512 {            \
+  __VA_ARGS__                       \
+  }
+#define SSLKERNELS_CALL_ISA(function, ...)                \
+  do {                                                    \
+    switch (::sslkernels::current_isa()) {                \
+      case ::sslkernels::Isa::isa_avx512:                 \
+        ::sslkernels::isa_avx512::function(__VA_ARGS__);  \
+        break;                                            \
+      case ::sslkernels::Isa::isa_avx2:                   \
+        ::sslkernels::isa_avx2::function(__VA_ARGS__);    \
+        break;                                            \
+      default:                                            \
+        ::sslkernels::isa_default::function(__VA_ARGS__); \
+        break;                                            \
+    }                                                     \
+  } while (0)
+#else
+#define SSLKERNELS_CPU_KERNELS(...) \
+  namespace isa_default {           \
+  __VA_ARGS__                       \
+  }
+#define SSLKERNELS_CALL_ISA(function, ...) ::sslkernels::isa_default::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,74 @@
+// Launches with an error check that names the kernel, and the facts of the device that launchers plan with.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda/device.h"
+
+namespace sslkernels {
+
+// Throws std::runtime_error("sslkernels: " + what is formatted, as printf does). Here and below, what a launcher calls
+// once is out of line: every .cu file is compiled for each architecture, and its headers are read as often.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+void check_cuda(cudaError_t error, const char* what);
+
+inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+struct DeviceLimits {
+  int processors;            // streaming multiprocessors
+  int64_t shared_per_block;  // bytes of shared memory
+  int64_t shared_per_processor;
+  int64_t shared_reserved;  // of each block, by the system
+  int64_t cache;            // bytes of the L2 cache
+  int largest_cluster;      // 1: no clusters
+};
+
+DeviceLimits device_limits();  // of the current device
+
+constexpr int kPortableCluster = 8;  // what every device with clusters can run
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+  int cluster;  // blocks of a cluster; divides `blocks`
+};
+
+// A launch as the runtime wants it.
+struct LaunchConfig {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(const char* name, const void* kernel, const LaunchShape& shape, void* stream);
+  LaunchConfig(const LaunchConfig&) = delete;
+};
+
+// Whether the code of the kernel that runs here knows of clusters: that compiled from PTX of an older chip does not.
+bool knows_clusters(const char* name, const void* kernel);
+template <class... Parameters>
+bool knows_clusters(const char* name, void (*kernel)(Parameters...)) {
+  return knows_clusters(name, reinterpret_cast<const void*>(kernel));
+}
+
+// Whether the device has a place for one cluster of this shape.
+template <class... Parameters>
+bool can_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape) {
+  const LaunchConfig launch(name, reinterpret_cast<const void*>(kernel), shape, nullptr);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return clusters > 0;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+            const Arguments&... arguments) {
+  if (shape.blocks == 0) return;
+  const LaunchConfig launch(name, reinterpret_cast<const void*>(kernel), shape, stream);
+  check_cuda(cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...), name);
+}
+
+}  // namespace sslkernels

@@ -1,0 +1,76 @@
+// The arguments of weighted_row_sums: rows of `source`, weighted and added up by the row of `out` that they belong to.
+//
+//     out[r] = sum over n in [starts[r], starts[r + 1]) of coefficient[e] * source[row(e)],  e = order[n]
+//
+// with row(e) = source_index[e / entries_of_source], or e / entries_of_source itself where there is no index.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu/isa.h"
+#include "core/element.h"
+#include "core/index.h"
+
+namespace sslkernels {
+
+// All arrays are contiguous; A is the accumulation type of `out`.
+struct WeightedRowSums {
+  Element source_element;  // of `out`, or A
+  Element out_element;
+  const int64_t* starts;    // (rows + 1)
+  const int64_t* order;     // (entries)
+  const void* coefficient;  // A (entries)
+  const void* source;       // (source_rows, dim)
+  const void* source_index;
+  bool wide_index;  // int64, else int32
+  int64_t entries_of_source;
+  int64_t source_rows;
+  int64_t entries;
+  int64_t rows;
+  int64_t dim;
+  void* out;  // (rows, dim)
+};
+
+namespace {  // one copy for each instruction set of the CPU
+
+// The work is the entries in their order, with an end mark after those of each row: rows that are long and rows that
+// are empty are shared out alike. Returns how many rows end before position `at` of it.
+SSLKERNELS_HD int64_t rows_before(const WeightedRowSums& sums, int64_t at) {
+  int64_t low = 0, high = sums.rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (sums.starts[middle + 1] + middle < at) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+SSLKERNELS_HD int64_t source_row(const WeightedRowSums& sums, int64_t entry) {
+  const int64_t n = sums.entries_of_source;
+  const int64_t i =
+      ((entry | n) >> 32) == 0 ? uint32_t(entry) / uint32_t(n) : entry / n;  // the latter is slow on a GPU
+  if (sums.source_index == nullptr) return i;
+  return index_at(sums.source_index, sums.wide_index, i);
+}
+
+}  // namespace
+
+// sort_rows: a stable counting sort. order holds the entries by key, those of row r at [starts[r], starts[r + 1]); of
+// entries whose key is out of range it says nothing.
+// weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work, each by one thread: the sums
+// do not depend on how it is split. An entry whose source row is out of range counts as NaN.
+SSLKERNELS_CPU_KERNELS(void sort_rows(const void* keys, bool wide, int64_t entries, int64_t rows, int64_t* order,
+                                      int64_t* starts);
+                       void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end);)
+
+// Elements of the partial sums, which have the type that `out` is accumulated in.
+int64_t row_sums_partials(const WeightedRowSums& sums);
+
+// starts[rows] may be less than `entries`: the entries from there on belong to no row. An entry whose source row is out
+// of range counts as NaN.
+void launch_weighted_row_sums(const WeightedRowSums& sums, void* partials, void* stream);
+
+}  // namespace sslkernels

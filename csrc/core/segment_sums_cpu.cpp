@@ -1,0 +1,119 @@
+// The sums of the entries of each row, in their order, in a block of columns that stays in the first-level cache. A row
+// of the result is written once, also where it has no entry.
+#include <cmath>
+#include <cstring>
+
+#include "core/cpu/element.h"
+#include "core/cpu/prefetch.h"
+#include "core/segment_sums.h"
+
+namespace sslkernels {
+namespace SSLKERNELS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // columns
+constexpr int64_t kAhead = 16;    // entries whose rows are being read
+constexpr int64_t kRun = 64;      // entries added up in A; the sums of the runs of a row are added up in double
+
+template <class Index>
+void sort(const Index* keys, int64_t entries, int64_t rows, int64_t* order, int64_t* starts) {
+  int64_t* next = starts + 1;  // of a row: its count, then where its next entry goes, then where it ends
+  std::memset(starts, 0, size_t(rows + 1) * sizeof(int64_t));
+  for (int64_t e = 0; e < entries; ++e) {
+    if (in_range(keys[e], rows)) ++next[keys[e]];
+  }
+  int64_t start = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t count = next[r];
+    next[r] = start;
+    start += count;
+  }
+  for (int64_t e = 0; e < entries; ++e) {
+    if (in_range(keys[e], rows)) order[next[keys[e]]++] = e;
+  }
+}
+
+template <class Source, class Out>
+void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
+  using A = typename Accumulation<Out>::type;
+  const Source* source = static_cast<const Source*>(sums.source);
+  const A* coefficient = static_cast<const A*>(sums.coefficient);
+  const int64_t first_row = rows_before(sums, begin), last_row = rows_before(sums, end);
+  const int64_t last_entry = sums.starts[last_row];
+  alignas(kLine) A values[kBlock];
+  alignas(kLine) double totals[kBlock];
+  for (int64_t column = 0; column < sums.dim; column += kBlock) {
+    const int64_t count = sums.dim - column < kBlock ? sums.dim - column : kBlock;
+
+    // The sums of the entries [n, stop).
+    const auto add_up = [&](int64_t n, int64_t stop) {
+      for (bool first = true; n < stop; ++n, first = false) {
+        if (n + kAhead < last_entry) {
+          prefetch_row(source + source_row(sums, sums.order[n + kAhead]) * sums.dim + column, count);
+        }
+        const int64_t entry = sums.order[n];
+        const int64_t from = source_row(sums, entry);
+        const bool exists = in_range(from, sums.source_rows);
+        const Source* row = source + (exists ? from : 0) * sums.dim + column;
+        const A weight = exists ? coefficient[entry] : A(NAN);
+        if (first) {
+#pragma omp simd
+          for (int64_t j = 0; j < count; ++j) values[j] = weight * A(to_float(row[j]));
+        } else {
+#pragma omp simd
+          for (int64_t j = 0; j < count; ++j) values[j] += weight * A(to_float(row[j]));
+        }
+      }
+    };
+
+    for (int64_t r = first_row; r < last_row; ++r) {
+      Out* out = static_cast<Out*>(sums.out) + r * sums.dim + column;
+      const int64_t start = sums.starts[r], stop = sums.starts[r + 1];
+      if (start == stop) {
+        std::memset(out, 0, size_t(count) * sizeof(Out));
+        continue;
+      }
+      if (stop - start <= kRun) {
+        add_up(start, stop);
+        store(values, count, out);
+        continue;
+      }
+      std::memset(totals, 0, size_t(count) * sizeof(double));
+      for (int64_t n = start; n < stop; n += kRun) {
+        add_up(n, stop - n < kRun ? stop : n + kRun);
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) totals[j] += double(values[j]);
+      }
+      store(totals, count, out);
+    }
+  }
+}
+
+template <class Out>
+void run_for(const WeightedRowSums& sums, int64_t begin, int64_t end) {
+  using A = typename Accumulation<Out>::type;
+  return sums.source_element == sums.out_element ? run<Out, Out>(sums, begin, end) : run<A, Out>(sums, begin, end);
+}
+
+}  // namespace
+
+void sort_rows(const void* keys, bool wide, int64_t entries, int64_t rows, int64_t* order, int64_t* starts) {
+  return wide ? sort(static_cast<const int64_t*>(keys), entries, rows, order, starts)
+              : sort(static_cast<const int32_t*>(keys), entries, rows, order, starts);
+}
+
+void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end) {
+  switch (sums.out_element) {
+    case Element::kFloat:
+      return run_for<float>(sums, begin, end);
+    case Element::kDouble:
+      return run_for<double>(sums, begin, end);
+    case Element::kBFloat16:
+      return run_for<BFloat16>(sums, begin, end);
+    case Element::kHalf:
+      return run_for<Half>(sums, begin, end);
+  }
+}
+
+}  // namespace SSLKERNELS_ISA
+}  // namespace sslkernels

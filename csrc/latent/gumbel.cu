@@ -1,0 +1,126 @@
+// Plans of the kernels of Gumbel-softmax, and their choice by element type.
+#include <algorithm>
+
+#include "latent/gumbel.h"
+#include "latent/gumbel_rows_cuda.h"
+
+namespace sslkernels {
+namespace {
+
+// Few rows are shared by more blocks, as long as each thread has two chunks.
+void spread(GumbelPlan& plan, int64_t rows, int64_t chunks, const DeviceLimits& limits) {
+  while (2 * plan.cluster <= limits.largest_cluster && rows * plan.cluster < limits.processors &&
+         chunks >= int64_t(4) * plan.cluster * plan.threads) {
+    plan.cluster *= 2;
+  }
+}
+
+template <class T, class Scratch>
+GumbelPlan plan_of(const GumbelRows& rows, bool twice, DeviceLimits limits, bool clusters) {
+  check_dim(rows.columns);
+  if (!clusters) limits.largest_cluster = 1;
+  return plan_gumbel_rows(rows.rows, rows.columns, kChunk<T>, sizeof(typename Accumulation<T>::type), twice,
+                          kMostThreads<T>, kScratchBytes<Scratch>, limits);
+}
+
+LaunchShape shape_of(const GumbelPlan& plan, int64_t rows) {
+  return shape_of_teams(rows, plan.team, plan.threads, plan.cluster, plan.shared_bytes);
+}
+
+template <class T>
+void launch_fwd(const GumbelForward& forward, void* stream) {
+  constexpr const char* kName = "gumbel_rows_fwd_kernel";
+  const auto kernel = gumbel_rows_fwd_kernel<T>;
+  const GumbelPlan plan = plan_of<T, ForwardScratch<T>>(forward.rows, forward.output == GumbelOutput::kSoft,
+                                                        device_limits(), knows_clusters(kName, kernel));
+  launch(kName, kernel, shape_of(plan, forward.rows.rows), stream, forward, GumbelTeam{plan.team, plan.held});
+}
+
+template <class T>
+void launch_bwd(const GumbelBackward& backward, void* stream) {
+  constexpr const char* kName = "gumbel_rows_bwd_kernel";
+  const auto kernel = gumbel_rows_bwd_kernel<T>;
+  const GumbelPlan plan = plan_of<T, BackwardScratch<T>>(backward.rows, backward.grad != nullptr, device_limits(),
+                                                         knows_clusters(kName, kernel));
+  launch(kName, kernel, shape_of(plan, backward.rows.rows), stream, backward, GumbelTeam{plan.team, plan.held});
+}
+
+template <class T>
+void launch_sums(const ProbabilitySums& sums, void* stream) {
+  check_dim(sums.rows.columns);
+  const int64_t column_chunks = ceil_div(sums.rows.columns, kChunk<T>);
+  const int lanes = power_of_2(std::min<int64_t>(column_chunks, kThreads));
+  const int tiles = int(ceil_div(column_chunks, lanes));
+  const int64_t threads = sums.chunks * sums.groups * tiles * lanes;
+  launch("probability_sums_kernel", probability_sums_kernel<T>, {ceil_div(threads, kThreads), kThreads, 0, 1}, stream,
+         sums, lanes, tiles);
+}
+
+#define SSLKERNELS_BY_ELEMENT(element, function, ...) \
+  switch (element) {                                  \
+    case Element::kFloat:                             \
+      return function<float>(__VA_ARGS__);            \
+    case Element::kDouble:                            \
+      return function<double>(__VA_ARGS__);           \
+    case Element::kBFloat16:                          \
+      return function<BFloat16>(__VA_ARGS__);         \
+    case Element::kHalf:                              \
+      return function<Half>(__VA_ARGS__);             \
+  }
+
+}  // namespace
+
+GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_each, bool twice, int most_threads,
+                            int64_t scratch_bytes, const DeviceLimits& of_device) {
+  const int64_t chunks = ceil_div(columns, chunk), chunk_bytes = chunk * bytes_each;
+  DeviceLimits limits = of_device;
+  limits.largest_cluster = std::min(limits.largest_cluster, kPortableCluster);
+  GumbelPlan plan{1, kThreads, 1, false, scratch_bytes};
+  if (chunks <= kWarpSize) {
+    plan.team = power_of_2(chunks);
+    const int64_t each = ceil_div(rows * plan.team, limits.processors);  // few rows go to all multiprocessors
+    plan.threads = whole_warps(std::clamp<int64_t>(each, 1, kThreads));
+    plan.held = twice;
+    if (twice) plan.shared_bytes += plan.threads * chunk_bytes;
+    return plan;
+  }
+  plan.threads = whole_warps(std::min<int64_t>(chunks, kThreads));
+  const auto held_bytes = [&](int cluster) {
+    return scratch_bytes + ceil_div(chunks, int64_t(plan.threads) * cluster) * plan.threads * chunk_bytes;
+  };
+  if (twice) {
+    // As many threads as the multiprocessor takes, however few blocks its shared memory leaves room for.
+    while (plan.cluster < limits.largest_cluster && held_bytes(plan.cluster) > limits.shared_per_block) {
+      plan.cluster *= 2;
+    }
+    plan.held = held_bytes(plan.cluster) <= limits.shared_per_block;
+    if (plan.held) {
+      const int64_t blocks = limits.shared_per_processor / (held_bytes(plan.cluster) + limits.shared_reserved);
+      plan.threads =
+          whole_warps(std::clamp<int64_t>(most_threads / std::max<int64_t>(blocks, 1), plan.threads, most_threads));
+      plan.held = held_bytes(plan.cluster) <= limits.shared_per_block;
+    }
+    if (!plan.held) {
+      plan.cluster = 1;
+      plan.threads = kThreads;
+    }
+  }
+  spread(plan, rows, chunks, limits);
+  if (plan.held) plan.shared_bytes = held_bytes(plan.cluster);
+  plan.team = plan.threads;
+  return plan;
+}
+
+void launch_gumbel_rows_fwd(const GumbelForward& forward, void* stream) {
+  SSLKERNELS_BY_ELEMENT(forward.rows.element, launch_fwd, forward, stream)
+}
+
+void launch_gumbel_rows_bwd(const GumbelBackward& backward, void* stream) {
+  SSLKERNELS_BY_ELEMENT(backward.rows.element, launch_bwd, backward, stream)
+}
+
+void launch_probability_sums(const ProbabilitySums& sums, void* stream) {
+  SSLKERNELS_BY_ELEMENT(sums.rows.element, launch_sums, sums, stream)
+}
+
+}  // namespace sslkernels

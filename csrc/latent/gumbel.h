@@ -1,0 +1,103 @@
+// The arguments of the kernels of Gumbel-softmax over rows.
+//
+// With noise g (none where there is no seed), s = logits + g of a row is reduced to its state: the maximum, the sum of
+// exp((s - maximum) / tau), and the lowest index of the maximum. s is one float32 addition (float64 for float64), so
+// that the index is the same on every backend. A NaN, +inf or a row of -inf makes the sum NaN; NaN is never a maximum.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu/isa.h"
+#include "core/element.h"
+
+namespace sslkernels {
+
+// In the accumulation type A of the logits, one for each row.
+struct GumbelState {
+  void* max;
+  void* sum;
+};
+
+struct GumbelRows {
+  Element element;
+  const void* logits;  // (rows, columns), rows `logits_stride` apart
+  int64_t logits_stride;
+  int64_t rows;
+  int64_t columns;
+  const int64_t* seed;     // null: no noise
+  const int64_t* row_ids;  // (rows), or null: first_row + the row is its number for the noise
+  int64_t first_row;
+  const double* inverse_tau;  // null: 1
+  GumbelState state;          // of the rows with noise
+  GumbelState plain;          // of the rows without noise and with tau = 1, or null
+};
+
+enum class GumbelOutput { kNone, kSoft, kHard };
+
+struct GumbelForward {
+  GumbelRows rows;
+  GumbelOutput output;
+  void* y;         // (rows, columns), contiguous, of the logits' type
+  int64_t* index;  // (rows), or null
+  int64_t* best;   // index without noise, or null: null together with `plain`
+};
+
+// grad_logits = y * (grad - <grad, y>) / tau, and, where there are `uses`, of the rows that `mask` has, plus
+// p * (uses - <uses, p>) with p = softmax(logits); the i-th row has uses[i % groups].
+struct GumbelBackward {
+  GumbelRows rows;
+  const void* grad;  // rows grad_stride apart; null: 0. May be grad_logits itself.
+  bool wide_grad;    // A, else of the logits' type
+  int64_t grad_stride;
+  const void* uses;     // A (groups, columns), or null
+  const uint8_t* mask;  // (rows), or null: all
+  int64_t groups;
+  void* grad_logits;  // (rows, columns), contiguous, of the logits' type
+};
+
+// partial[c][i % groups] = sum of softmax(logits) of the rows i in chunk c that `mask` has: chunk_rows * groups rows.
+struct ProbabilitySums {
+  GumbelRows rows;
+  const uint8_t* mask;
+  int64_t groups;
+  int64_t chunk_rows;
+  int64_t chunks;
+  void* partial;  // A (chunks, groups, columns)
+};
+
+namespace {  // one copy for each instruction set of the CPU
+
+SSLKERNELS_HD uint64_t row_number(const GumbelRows& rows, int64_t i) {
+  return uint64_t(rows.row_ids == nullptr ? rows.first_row + i : rows.row_ids[i]);
+}
+
+SSLKERNELS_HD double inverse_tau_of(const GumbelRows& rows) {
+  return rows.inverse_tau == nullptr ? 1.0 : *rows.inverse_tau;
+}
+
+}  // namespace
+
+// The rows [begin, end), or the chunks. `scratch` has a number of the accumulation type for each column.
+SSLKERNELS_CPU_KERNELS(void gumbel_rows_fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch);
+                       void gumbel_rows_bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scratch);
+                       void probability_sums(const ProbabilitySums& sums, int64_t begin, int64_t end);)
+
+struct DeviceLimits;
+
+struct GumbelPlan {
+  int team;     // threads of a row: at most those of a warp, or the block's
+  int threads;  // of a block
+  int cluster;  // blocks of a row, where it has the block
+  bool held;
+  int64_t shared_bytes;
+};
+
+// twice: a second pass needs what the first has made, bytes_each a column, which is held where it fits.
+GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_each, bool twice, int most_threads,
+                            int64_t scratch_bytes, const DeviceLimits& limits);
+
+void launch_gumbel_rows_fwd(const GumbelForward& forward, void* stream);
+void launch_gumbel_rows_bwd(const GumbelBackward& backward, void* stream);
+void launch_probability_sums(const ProbabilitySums& sums, void* stream);
+
+}  // namespace sslkernels

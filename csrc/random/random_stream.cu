@@ -1,0 +1,89 @@
+// Random streams: a thread makes the four numbers of a group, of two in 16 bits, and writes them 16 bytes at a time.
+// Nothing is read but the seed and the ids of rows.
+#include "random/cuda/noise.h"
+#include "random/random_stream.h"
+
+namespace sslkernels {
+namespace {
+
+// Groups of a thread: 16 bytes of results.
+template <class T>
+constexpr int kGroups = sizeof(T) < 4 ? kEach<T> / kGroup : 1;
+
+template <Stream kStream, class T>
+__device__ __forceinline__ void draw_group(const RandomStream& numbers, uint64_t group, T* out) {
+  const uint64_t seed = uint64_t(*numbers.seed), draw = uint64_t(numbers.sample);
+  if constexpr (kStream == Stream::kBits) {
+    uint32_t words[kGroup];
+    draw_words(seed, group, draw, words);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) out[k] = words[k];
+  } else {
+    float values[kGroup];
+    draw_values<kStream>(seed, group, draw, values);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) from_float(values[k], &out[k]);
+  }
+}
+
+// Grid: a thread kGroups<T> groups.
+template <Stream kStream, class T>
+__global__ void __launch_bounds__(kThreads) random_stream_kernel(const __grid_constant__ RandomStream numbers) {
+  TokenGroup groups[kGroups<T>];
+  T out[kGroups<T> * kGroup];
+  int count = 0;  // of columns, where they are all there and behind one another
+#pragma unroll
+  for (int g = 0; g < kGroups<T>; ++g) {
+    groups[g] = group_of_all(numbers, kGroups<T> * thread_of_grid() + g);
+    draw_group<kStream>(numbers, groups[g].number, out + g * kGroup);
+    if (groups[g].offset == groups[0].offset + count) count += groups[g].count;
+  }
+  T* to = static_cast<T*>(numbers.out);
+  if (count == kGroups<T> * kGroup) return store_group(out, count, to + groups[0].offset);
+#pragma unroll
+  for (int g = 0; g < kGroups<T>; ++g) {
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      if (k < groups[g].count) to[groups[g].offset + k] = out[g * kGroup + k];
+    }
+  }
+}
+
+template <Stream kStream, class T>
+void launch_one(const RandomStream& numbers, void* stream) {
+  launch("random_stream_kernel", random_stream_kernel<kStream, T>,
+         shape_of_groups(numbers.rows, numbers.columns, kGroups<T>), stream, numbers);
+}
+
+template <Stream kStream>
+void launch_values(const RandomStream& numbers, void* stream) {
+  switch (numbers.element) {
+    case Element::kFloat:
+      return launch_one<kStream, float>(numbers, stream);
+    case Element::kDouble:
+      return launch_one<kStream, double>(numbers, stream);
+    case Element::kBFloat16:
+      return launch_one<kStream, BFloat16>(numbers, stream);
+    case Element::kHalf:
+      return launch_one<kStream, Half>(numbers, stream);
+  }
+}
+
+}  // namespace
+
+void launch_random_stream(const RandomStream& numbers, void* stream) {
+  switch (numbers.stream) {
+    case Stream::kBits:
+      return launch_one<Stream::kBits, uint32_t>(numbers, stream);
+    case Stream::kUniform:
+      return launch_values<Stream::kUniform>(numbers, stream);
+    case Stream::kExponential:
+      return launch_values<Stream::kExponential>(numbers, stream);
+    case Stream::kGumbel:
+      return launch_values<Stream::kGumbel>(numbers, stream);
+    case Stream::kNormal:
+      return launch_values<Stream::kNormal>(numbers, stream);
+  }
+}
+
+}  // namespace sslkernels
