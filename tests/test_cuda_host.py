@@ -201,14 +201,14 @@ def call_of(case: Case) -> run.Call:
             arrays["grad"], _ = storage(torch.full_like(logits, 7), layout.grad_offset, layout.grad_pitch)
     ints = {
         "element": run.ELEMENTS[case.dtype], "in_place": in_place, "count": case.rows, "vocab": case.vocab,
-        "logits_offset": layout.offset, "logits_stride": case.vocab + layout.pitch,
-        "grad_offset": layout.grad_offset, "grad_stride": case.vocab + layout.grad_pitch,
+        "logits_stride": case.vocab + layout.pitch, "grad_stride": case.vocab + layout.grad_pitch,
         "wide_target": target.dtype == torch.int64, "ignore_index": options.ignore_index,
         **REGIMES[case.regime][0], **case.device,
     }  # fmt: skip
     reals = {name: getattr(options, name) for name in ("label_smoothing", "z_loss", "softcap", "logit_scale")}
     name = "cross_entropy_rows_bwd" if case.backward else "cross_entropy_rows_fwd"
-    return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None})
+    offsets = {"logits": layout.offset, "grad": layout.grad_offset}
+    return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None}, offsets)
 
 
 results = run.results_fixture(lambda: {name: call_of(case) for name, case in CASES.items()})

@@ -32,10 +32,9 @@ def scale_add_call(
         arrays["scale"] = torch.tensor([scale], dtype=torch.float64 if wide else torch.float32)
     ints = {
         "input_element": ELEMENTS[source], "out_element": ELEMENTS[out], "count": count, "add": add,
-        "wide_scale": wide, "in_place": in_place, "input_offset": offset * source.itemsize,
-        "out_offset": offset * out.itemsize, "processors": 1,
+        "wide_scale": wide, "in_place": in_place, "processors": 1,
     }  # fmt: skip
-    return Call("scale_add", ints, {}, arrays)
+    return Call("scale_add", ints, {}, arrays, {"input": offset, "out": offset})
 
 
 def column_sums_call(
@@ -44,10 +43,10 @@ def column_sums_call(
     values = values_of(offset + max((rows - 1) * stride + columns, 0) * (rows > 0), dtype, 2)
     total = values_of(columns, torch.float64 if dtype == torch.float64 else torch.float32, 3)
     ints = {
-        "element": ELEMENTS[dtype], "values_offset": offset * dtype.itemsize, "stride": stride, "rows": rows,
-        "columns": columns, "add": add, "processors": processors,
+        "element": ELEMENTS[dtype], "stride": stride, "rows": rows, "columns": columns, "add": add,
+        "processors": processors,
     }  # fmt: skip
-    return Call("column_sums", ints, {}, {"values": values, "total": total})
+    return Call("column_sums", ints, {}, {"values": values, "total": total}, {"values": offset})
 
 
 SCALE_ADD = {

@@ -83,7 +83,7 @@ class Energies:
         outer, count, inner = self.shape
         acc = accumulation_dtype(self.dtype)
         ints = {
-            "element": ELEMENTS[self.dtype], "offset": self.offset, "outer": outer, "count": count, "inner": inner,
+            "element": ELEMENTS[self.dtype], "outer": outer, "count": count, "inner": inner,
             "outer_stride": strides[0], "count_stride": strides[1], "inner_stride": strides[2],
             "minimum": self.minimum, **self.device,
         }  # fmt: skip
@@ -93,7 +93,7 @@ class Energies:
         }
         if not self.backward:
             arrays = {"energy": memory, "value": torch.full((outer, inner), 7.0, dtype=acc), **results}
-            return Call("free_energy_fwd", ints, {"beta": self.beta}, arrays)
+            return Call("free_energy_fwd", ints, {"beta": self.beta}, arrays, {"energy": self.offset})
         wide = view.to(acc)
         arrays = {"grad_value": self.truth()[1], "grad": torch.full_like(memory, 7.0)[self.offset :]}
         if self.minimum:
@@ -104,7 +104,7 @@ class Energies:
             arrays |= {"energy": memory, "lowest": lowest, "total": total}
         for name, stride in zip(("outer", "count", "inner"), strides, strict=True):
             ints[f"grad_{name}_stride"] = stride
-        return Call("free_energy_bwd", ints, {"beta": self.beta}, arrays)
+        return Call("free_energy_bwd", ints, {"beta": self.beta}, arrays, {"energy": self.offset})
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,10 @@ class Case:
             "seed": torch.tensor([SEED]) if self.noise else None,
             **arrays,
         }
-        sizes = {"rows": self.rows, "columns": self.columns, "logits_offset": self.offset, "logits_stride": stride}
+        sizes = {"rows": self.rows, "columns": self.columns, "logits_stride": stride}
         sizes |= {"first_row": self.first_row, "element": run.ELEMENTS[self.dtype], **ints, **DEVICES[self.device]}
-        return run.Call(name, sizes, {}, {k: a for k, a in arrays.items() if a is not None})
+        arrays = {k: a for k, a in arrays.items() if a is not None}
+        return run.Call(name, sizes, {}, arrays, {"logits": self.offset})
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full(shape, 7, dtype=dtype or self.acc)
@@ -101,12 +102,12 @@ def forward_call(case: Case) -> run.Call:
     if case.output != NONE:
         arrays["y"] = case.empty(rows, case.columns, dtype=case.dtype)
     if case.stats:
-        arrays |= {"plain_max": case.empty(rows), "plain_sum": case.empty(rows)}
-        arrays["best"] = case.empty(rows, dtype=torch.int64)
+        arrays |= {"softmax_max": case.empty(rows), "softmax_sum": case.empty(rows)}
+        arrays["argmax"] = case.empty(rows, dtype=torch.int64)
     return case.call("gumbel_rows_fwd", {"output": case.output}, arrays)
 
 
-def plain_state(case: Case) -> tuple[Tensor, Tensor]:
+def softmax_state(case: Case) -> tuple[Tensor, Tensor]:
     truth = gumbel_oracle.reduced(case.logits().to(case.acc), 1.0)
     return truth.max, truth.sum.to(case.acc)
 
@@ -117,7 +118,7 @@ def grad_of(case: Case) -> Tensor | None:
     return case.draw(case.rows, case.columns, dtype=case.dtype if case.grad == "narrow" else case.acc)
 
 
-def uses_of(case: Case) -> Tensor | None:
+def grad_usage_of(case: Case) -> Tensor | None:
     return case.draw(case.uses, case.columns, dtype=case.acc) if case.uses else None
 
 
@@ -125,10 +126,10 @@ def backward_call(case: Case) -> run.Call:
     truth, grad, out = gumbel_oracle.reduced(case.s(), case.tau), grad_of(case), case.empty(case.rows, case.columns)
     in_place = case.grad == "in_place"
     out = grad if in_place else out.to(case.dtype)
-    plain_max, plain_sum = plain_state(case) if case.uses else (None, None)
+    softmax_max, softmax_sum = softmax_state(case) if case.uses else (None, None)
     state = (truth.max, truth.sum.to(case.acc)) if grad is not None else (None, None)
-    arrays = {"max": state[0], "sum": state[1], "plain_max": plain_max, "plain_sum": plain_sum, "grad_logits": out}
-    arrays |= {"uses": uses_of(case), "mask": case.masked(), "grad": None if in_place else grad}
+    arrays = {"max": state[0], "sum": state[1], "softmax_max": softmax_max, "softmax_sum": softmax_sum, "grad_logits": out}
+    arrays |= {"grad_usage": grad_usage_of(case), "mask": case.masked(), "grad": None if in_place else grad}
     ints = {"in_place": in_place, "groups": max(case.uses, 1), "grad_stride": 0 if grad is None else case.columns}
     ints["wide_grad"] = grad is not None and grad.dtype != case.dtype
     return case.call("gumbel_rows_bwd", ints, arrays)
@@ -142,8 +143,8 @@ class Sums:
     def call(self) -> run.Call:
         groups = self.case.uses
         chunks = -(-self.case.rows // (self.chunk_rows * groups))
-        plain_max, plain_sum = plain_state(self.case)
-        arrays = {"plain_max": plain_max, "plain_sum": plain_sum, "mask": self.case.masked()}
+        softmax_max, softmax_sum = softmax_state(self.case)
+        arrays = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "mask": self.case.masked()}
         arrays["partial"] = self.case.empty(chunks, groups, self.case.columns)
         ints = {"groups": groups, "chunk_rows": self.chunk_rows, "chunks": chunks}
         return self.case.call("probability_sums", ints, arrays)
@@ -259,9 +260,9 @@ def test_forward(name, results):
     close(got["sum"], truth.sum, case.acc)
     if case.stats:
         plain = gumbel_oracle.reduced(case.logits().to(case.acc), 1.0)
-        assert torch.equal(got["plain_max"], plain.max)
-        assert torch.equal(got["best"], plain.index)
-        close(got["plain_sum"], plain.sum, case.acc)
+        assert torch.equal(got["softmax_max"], plain.max)
+        assert torch.equal(got["argmax"], plain.index)
+        close(got["softmax_sum"], plain.sum, case.acc)
     if case.output == SOFT:
         close(got["y"], truth.y, case.dtype)
     if case.output == HARD:
@@ -274,7 +275,7 @@ def test_backward(name, results):
     assert result.error == ""
     if case.rows == 0:
         return
-    true = gumbel_oracle.gradient(case.logits(), case.s(), case.tau, grad_of(case), uses_of(case), case.masked())
+    true = gumbel_oracle.gradient(case.logits(), case.s(), case.tau, grad_of(case), grad_usage_of(case), case.masked())
     close(result.arrays["grad_logits"], true, case.dtype, 4 / case.tau + 4)
 
 

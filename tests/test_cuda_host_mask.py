@@ -101,13 +101,14 @@ class Mask:
         if self.row_ids:
             arrays["row_ids"] = options["row_ids"]
         ints = rule._asdict() | {
-            "rows": self.rows, "columns": self.columns, "offset": self.offset, "output_offset": self.output_offset,
-            "wide_ids": ids.dtype == torch.int64, "wide_words": self.word_dtype == torch.int64,
+            "rows": self.rows, "columns": self.columns, "wide_ids": ids.dtype == torch.int64, "wide_words": self.word_dtype == torch.int64,
             "chained": words is not None or self.mean_span is not None,
             "ignore_index": options.get("ignore_index", -100), "range_count": len(rule.ranges) // 2,
         }  # fmt: skip
         del ints["ranges"]
-        return run.Call("mask_tokens", ints, {}, arrays)
+        offsets = dict.fromkeys(("input_ids", "special_mask", "word_ids"), self.offset)
+        offsets |= dict.fromkeys(("output_ids", "labels"), self.output_offset)
+        return run.Call("mask_tokens", ints, {}, arrays, offsets)
 
     def expected(self) -> dict[str, Tensor]:
         ids, options = self.inputs()

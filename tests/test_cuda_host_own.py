@@ -68,7 +68,7 @@ def shared_bytes(host: HostCase) -> int:
     return fixed + 32 + host.tile * (5 * acc + 1 + held * 16 * groups)
 
 
-def call_of(host: HostCase, name: str = "own_negatives") -> run.Call:
+def call_of(host: HostCase, name: str = "query_negatives") -> run.Call:
     case = host.case
     inputs = make(case)
 
@@ -88,12 +88,12 @@ def call_of(host: HostCase, name: str = "own_negatives") -> run.Call:
     ints = {
         "element": run.ELEMENTS[case.dtype], "rows": rows, "count": count, "dim": dim, "energy": case.energy,
         "final": inputs.final, "gradient": case.gradient,
-        **dict(zip(("query_offset", "negatives_offset", "grad_offset"), host.offsets, strict=True)),
     }  # fmt: skip
     if host.tile:
         ints["shared_per_block"] = shared_bytes(host)
         ints["shared_per_processor"] = 3 * (ints["shared_per_block"] + 1024)
-    return run.Call(name, ints, {}, arrays)
+    offsets = dict(zip(("query", "negatives", "grad_negatives"), host.offsets, strict=True))
+    return run.Call(name, ints, {}, arrays, offsets)
 
 
 results = run.results_fixture(lambda: {name: call_of(host) for name, host in CASES.items()})
@@ -116,7 +116,7 @@ def test_against_float64(name, results):
 
 def test_every_kernel_runs(results, request):
     names = run.kernels(run.build(request.node.callspec.params["results"])).values()
-    compiled = {name for name in names if name.startswith("own_negatives")}
+    compiled = {name for name in names if name.startswith("query_negatives")}
     assert len(compiled) == 7
     assert {name for result in results.values() for name in result.launched} == compiled
 
@@ -131,7 +131,7 @@ def planned(call: run.Call, folder) -> list[int]:
 def test_tiles_are_as_told(tmp_path):
     """Shared memory for so many negatives is what the tests of tiles rely on."""
     for host in [host for host in CASES.values() if host.case.query and 0 < host.tile < host.case.shape[1]][::5]:
-        assert planned(call_of(host, "plan_own_negatives"), tmp_path)[0] == host.tile
+        assert planned(call_of(host, "plan_query_negatives"), tmp_path)[0] == host.tile
 
 
 def test_a_negative_that_is_too_long_is_an_error(tmp_path):
@@ -162,10 +162,10 @@ H100 = {"processors": 132, "shared_per_block": 232448, "shared_per_processor": 2
 def test_plans_on_real_devices(device, count, dim, whole, team, threads, blocks, tmp_path):
     """Of bfloat16 rows with gradients."""
     call = run.Call(
-        "plan_own_negatives",
+        "plan_query_negatives",
         {
             "element": 2, "rows": 4096, "count": count, "dim": dim, "energy": SOFTMAX, "final": 0, "gradient": 1,
-            "query_offset": 0, "negatives_offset": 0, "grad_offset": 0, **device,
+            **device,
         },
     )  # fmt: skip
     call.arrays = {}

@@ -42,7 +42,7 @@ class Numbers:
             arrays["row_ids"] = torch.tensor(self.row_ids)
         ints = {name: getattr(self, name) for name in ("rows", "columns", "sample")}
         ints |= {"stream": STREAMS.index(self.stream), "element": DTYPES.index(self.dtype)}
-        return run.Call("random_stream", ints | {"output_offset": self.output_offset * dtype.itemsize}, {}, arrays)
+        return run.Call("random_stream", ints, {}, arrays, {"out": self.output_offset})
 
     def expected(self) -> dict[str, Tensor]:
         row_ids = None if self.row_ids is None else torch.tensor(self.row_ids)

@@ -81,10 +81,11 @@ class Case:
         }
         arrays = {"products": stored, "bias": self.column_bias(), "row_ids": self.ids(), "seed": torch.tensor([SEED])}
         arrays |= {**state, "index": torch.full((self.rows,), 7)}
-        sizes = {"rows": self.rows, "vocab": self.vocab, "tile": self.tile, "offset": self.offset, "stride": stride}
+        sizes = {"rows": self.rows, "vocab": self.vocab, "tile": self.tile, "stride": stride}
         sizes |= {"element": run.ELEMENTS[self.dtype], **DEVICES[self.device]}
         reals = {"scale": 1 / self.temperature}
-        return run.Call("sample_rows", sizes, reals, {k: a for k, a in arrays.items() if a is not None})
+        arrays = {k: a for k, a in arrays.items() if a is not None}
+        return run.Call("sample_rows", sizes, reals, arrays, {"products": self.offset})
 
 
 # Teams of a part of a warp, of a warp, of some of them, and of several blocks.

@@ -25,7 +25,7 @@ struct Dots {
 };
 
 template <class T>
-using Sums = Reduction<OwnSums<typename Accumulation<T>::type>>;
+using Sums = Reduction<NegativeSums<typename Accumulation<T>::type>>;
 template <class T>
 using Scratch = typename Sums<T>::Scratch;
 
@@ -46,7 +46,7 @@ struct Layout {
 
   __host__ __device__ __forceinline__ Layout(int tile, int pitch, bool hold, int64_t dim) {
     factors = 2 * int64_t(sizeof(Scratch<T>));
-    dots = factors + tile * int64_t(sizeof(OwnFactors<A>));
+    dots = factors + tile * int64_t(sizeof(NegativeFactors<A>));
     query = dots + tile * int64_t(sizeof(Dots<A>));
     taken = query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A));
     held = aligned(taken + tile);
@@ -62,24 +62,24 @@ struct Block {
   using A = typename Accumulation<T>::type;
   static constexpr int kSize = Groups<T>::kSize;
 
-  const OwnNegatives& own;
-  const OwnPlan& plan;
+  const QueryNegatives& args;
+  const QueryNegativesPlan& plan;
   int64_t i;
   int dim;
   const T* negatives;   // of the row
   Scratch<T>* scratch;  // of two reductions
-  OwnFactors<A>* factors;
+  NegativeFactors<A>* factors;
   Dots<A>* dots;
   A* query;
   uint8_t* taken;
   Words* held;
 
-  __device__ __forceinline__ Block(const OwnNegatives& own, const OwnPlan& plan)
-      : own(own), plan(plan), i(blockIdx.x), dim(int(own.dim)) {
-    const Layout<T> layout(plan.tile, plan.pitch, plan.held, own.dim);
-    negatives = static_cast<const T*>(own.negatives) + i * own.count * own.dim;
+  __device__ __forceinline__ Block(const QueryNegatives& args, const QueryNegativesPlan& plan)
+      : args(args), plan(plan), i(blockIdx.x), dim(int(args.dim)) {
+    const Layout<T> layout(plan.tile, plan.pitch, plan.held, args.dim);
+    negatives = static_cast<const T*>(args.negatives) + i * args.count * args.dim;
     scratch = reinterpret_cast<Scratch<T>*>(shared_memory());
-    factors = reinterpret_cast<OwnFactors<A>*>(shared_memory() + layout.factors);
+    factors = reinterpret_cast<NegativeFactors<A>*>(shared_memory() + layout.factors);
     dots = reinterpret_cast<Dots<A>*>(shared_memory() + layout.dots);
     query = reinterpret_cast<A*>(shared_memory() + layout.query);
     taken = reinterpret_cast<uint8_t*>(shared_memory() + layout.taken);
@@ -87,7 +87,7 @@ struct Block {
   }
 
   __device__ __forceinline__ int tile_size(int64_t first) const {
-    return int(own.count - first < plan.tile ? own.count - first : plan.tile);
+    return int(args.count - first < plan.tile ? args.count - first : plan.tile);
   }
   __device__ __forceinline__ Groups<T> groups_of(const T* negative) const {
     return Groups<T>(kAligned ? nullptr : negative, 0, dim);
@@ -99,13 +99,13 @@ struct Block {
   // Known before the negatives are read, so that their loads wait for nothing.
   __device__ __forceinline__ void mark_tile(int64_t first, int size) const {
     for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
-      taken[t] = takes_part(own, i * own.count + first + t);
+      taken[t] = is_valid(args, i * args.count + first + t);
     }
   }
 
   // After every kSize numbers one is left out; zeros stand before the first column and after the last.
   __device__ __forceinline__ void load_query() const {
-    const T* from = static_cast<const T*>(own.query) + i * own.dim;
+    const T* from = static_cast<const T*>(args.query) + i * args.dim;
     for (int place = int(threadIdx.x); place < dim + 2 * kSize; place += int(blockDim.x)) {
       const int column = place - kSize;
       query[place + place / kSize] = column >= 0 && column < dim ? A(to_float(from[column])) : A(0);
@@ -123,8 +123,8 @@ struct Block {
   __device__ __forceinline__ Words read(const T* negative, const Groups<T>& groups, int group, bool last) const {
     const T* from = negative + groups.column(group);
     if constexpr (!kAligned) {
-      const T* all = static_cast<const T*>(own.negatives);
-      if (from < all || from + kSize > all + own.rows * own.count * own.dim) {
+      const T* all = static_cast<const T*>(args.negatives);
+      if (from < all || from + kSize > all + args.rows * args.count * args.dim) {
         A n[kSize];
 #pragma unroll
         for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? A(to_float(from[k])) : A(0);
@@ -145,7 +145,7 @@ struct Visit {
   int negative;
   int step;
 
-  __device__ __forceinline__ Visit(const OwnPlan& plan, int size)
+  __device__ __forceinline__ Visit(const QueryNegativesPlan& plan, int size)
       : team(plan.team),
         teams(int(blockDim.x) / team),
         steps((plan.pitch + team - 1) / team),
@@ -173,7 +173,7 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
                                           bool last) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
-  const bool normalise = block.own.query_inverse_norm != nullptr;
+  const bool normalise = block.args.query_inverse_norm != nullptr;
   block.mark_tile(first, size);
   __syncthreads();
   Visit ahead(block.plan, size), here(block.plan, size);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
     Words words[kBatch] = {};
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const T* negative = block.negatives + (first + ahead.negative) * block.own.dim;
+      const T* negative = block.negatives + (first + ahead.negative) * block.args.dim;
       const Groups<T> groups = block.groups_of(negative);
       if (ahead.negative < size && ahead.group() < groups.count && block.taken[ahead.negative]) {
         words[b] = block.read(negative, groups, ahead.group(), last);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
     for (int b = 0; b < kBatch; ++b) {
       if (here.left <= 0) break;
       const int group = here.group();
-      const Groups<T> groups = block.groups_of(block.negatives + (first + here.negative) * block.own.dim);
+      const Groups<T> groups = block.groups_of(block.negatives + (first + here.negative) * block.args.dim);
       if (here.negative < size && group < groups.count) {
         A n[kSize], x[kSize];
         unpack_group<T>(words[b], n);
@@ -225,27 +225,27 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
 }
 
 template <class T, bool kAligned, class A>
-__device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, const OwnRow<A>& row, int64_t first,
-                                           int size, OwnSums<A>& sums) {
+__device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int64_t first,
+                                           int size, NegativeSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     A score = -INFINITY;
     if (block.taken[t]) {
       score = score_of(row, block.dots[t].dot, block.dots[t].square).score;
       sums.add(row, score);
     }
-    if (block.own.scores != nullptr) {
-      static_cast<A*>(block.own.scores)[block.i * block.own.count + first + t] = score;
+    if (block.args.scores != nullptr) {
+      static_cast<A*>(block.args.scores)[block.i * block.args.count + first + t] = score;
     }
   }
 }
 
 template <class T, bool kAligned, class A>
-__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const OwnRow<A>& row, int size, A value,
-                                           OwnSums<A>& sums) {
+__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int size, A value,
+                                           NegativeSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
-    OwnFactors<A> factors{A(0), A(0), A(0)};
+    NegativeFactors<A> factors{A(0), A(0), A(0)};
     if (block.taken[t]) {
-      const OwnScore<A> score = score_of(row, block.dots[t].dot, block.dots[t].square);
+      const NegativeScore<A> score = score_of(row, block.dots[t].dot, block.dots[t].square);
       const A weight = weight_of(row, score.score, value);
       sums.scale += weight * score.similarity;
       sums.bias += weight;
@@ -261,11 +261,11 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
   constexpr int kSize = Groups<T>::kSize;
   for (Visit at(block.plan, size); at.left > 0; at.next()) {
     if (at.negative >= size) continue;
-    const int64_t offset = (first + at.negative) * block.own.dim;
+    const int64_t offset = (first + at.negative) * block.args.dim;
     const Groups<T> groups = block.groups_of(block.negatives + offset);
     const int group = at.group(), column = groups.column(group);
     if (group >= groups.count) continue;
-    const OwnFactors<A> factors = block.factors[at.negative];
+    const NegativeFactors<A> factors = block.factors[at.negative];
     A value[kSize] = {};
     if (factors.of_query != A(0)) {  // the query of a negative that takes no part may be NaN
       A n[kSize], x[kSize];
@@ -274,7 +274,8 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
 #pragma unroll
       for (int k = 0; k < kSize; ++k) value[k] = factors.of_query * (x[k] - factors.projection * n[k]);
     }
-    T* grad = static_cast<T*>(block.own.grad_negatives) + block.i * block.own.count * block.own.dim + offset + column;
+    T* grad =
+        static_cast<T*>(block.args.grad_negatives) + block.i * block.args.count * block.args.dim + offset + column;
     if (kAligned || (groups.whole(group) && reinterpret_cast<uint64_t>(grad) % 16 == 0)) {
       store_words(grad, pack_group<T>(value));
     } else {
@@ -288,14 +289,14 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
 
 // A thread a column, or two 16-bit ones that lie in a word. The first tile's sums are written, those of others added.
 template <class T, bool kAligned, class A>
-__device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, const OwnRow<A>& row, int64_t first,
+__device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, const QueryRow<A>& row, int64_t first,
                                                int size) {
   constexpr int kSize = Groups<T>::kSize;
   constexpr int kColumns = kAligned && sizeof(T) == 2 ? 2 : 1;
   constexpr int kSums = 4;
-  A* grad = static_cast<A*>(block.own.grad_query) + block.i * block.own.dim;
+  A* grad = static_cast<A*>(block.args.grad_query) + block.i * block.args.dim;
   const T* held = reinterpret_cast<const T*>(block.held);
-  const uint64_t start = reinterpret_cast<uint64_t>(block.negatives + first * block.own.dim) / sizeof(T);
+  const uint64_t start = reinterpret_cast<uint64_t>(block.negatives + first * block.args.dim) / sizeof(T);
   for (int column = int(threadIdx.x) * kColumns; column < block.dim; column += int(blockDim.x) * kColumns) {
     A sums[kSums][kColumns] = {};
     for (int t = 0; t < size; t += kSums) {
@@ -326,13 +327,14 @@ __device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, 
 // Grid: a block a row. Shared memory: Layout.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
-    own_negatives_kernel(const __grid_constant__ OwnNegatives own, const __grid_constant__ OwnPlan plan) {
+    query_negatives_kernel(const __grid_constant__ QueryNegatives args,
+                           const __grid_constant__ QueryNegativesPlan plan) {
   using A = typename Accumulation<T>::type;
-  const Block<T, kAligned> block(own, plan);
-  const OwnRow<A> row = own_row<A>(own, block.i);
-  const bool gradient = own.coefficient != nullptr;
-  const bool apart = weights_are_apart(own);
-  const bool one_tile = own.count <= plan.tile;
+  const Block<T, kAligned> block(args, plan);
+  const QueryRow<A> row = query_row<A>(args, block.i);
+  const bool gradient = args.coefficient != nullptr;
+  const bool apart = weights_are_apart(args);
+  const bool one_tile = args.count <= plan.tile;
   block.load_query();  // there at the first barrier
 
   A value = 0;
@@ -341,8 +343,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
 #pragma unroll 1
   for (int pass = apart ? 1 : 0; pass < passes; ++pass) {
     const bool second = pass == 1;
-    OwnSums<A> sums = OwnSums<A>::identity();
-    for (int64_t first = 0; first == 0 || first < own.count; first += plan.tile) {
+    NegativeSums<A> sums = NegativeSums<A>::identity();
+    for (int64_t first = 0; first == 0 || first < args.count; first += plan.tile) {
       const int size = block.tile_size(first);
       if (!second || apart || !one_tile) {
         load_tile(block, first, size, plan.held && (second || one_tile), second || !gradient || one_tile);
@@ -353,53 +355,54 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
         if (apart && row.final) value = row.reference;
         if (gradient) weigh_tile(block, row, size, value, sums);
         __syncthreads();
-        if (gradient && own.grad_negatives != nullptr) write_grad_negatives(block, first, size);
-        if (gradient && own.grad_query != nullptr) add_grad_query(block, row, first, size);
+        if (gradient && args.grad_negatives != nullptr) write_grad_negatives(block, first, size);
+        if (gradient && args.grad_query != nullptr) add_grad_query(block, row, first, size);
       }
       if (!one_tile) __syncthreads();
     }
     sums = Sums<T>::over_cluster(sums, block.scratch + pass);
     if (!second || apart) value = value_of(row, sums);
     if (second && gradient && threadIdx.x == 0) {
-      static_cast<A*>(own.grad_scale)[block.i] = sums.scale;
-      static_cast<A*>(own.grad_bias)[block.i] = sums.bias;
+      static_cast<A*>(args.grad_scale)[block.i] = sums.scale;
+      static_cast<A*>(args.grad_bias)[block.i] = sums.bias;
     }
   }
-  if (threadIdx.x == 0) static_cast<A*>(own.value)[block.i] = value;
+  if (threadIdx.x == 0) static_cast<A*>(args.value)[block.i] = value;
 }
 
 // --- Launch --------------------------------------------------------------------------------------------------------
 
 template <class T>
-OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
+QueryNegativesPlan plan_for(const QueryNegatives& args, const DeviceLimits& limits) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
-  if (own.dim > int64_t(1) << 24) {
-    fail("the CUDA kernel of own_negatives takes at most 2^24 columns");
+  if (args.dim > int64_t(1) << 24) {
+    fail("the CUDA kernel of query_negatives takes at most 2^24 columns");
   }
-  OwnPlan plan{};
-  plan.aligned = own.dim % kSize == 0 && reinterpret_cast<uint64_t>(own.negatives) % 16 == 0 &&
-                 reinterpret_cast<uint64_t>(own.grad_negatives) % 16 == 0;
-  plan.pitch = int(std::max<int64_t>(ceil_div(plan.aligned ? own.dim : own.dim + kSize - 1, kSize), 1));
+  QueryNegativesPlan plan{};
+  plan.aligned = args.dim % kSize == 0 && reinterpret_cast<uint64_t>(args.negatives) % 16 == 0 &&
+                 reinterpret_cast<uint64_t>(args.grad_negatives) % 16 == 0;
+  plan.pitch = int(std::max<int64_t>(ceil_div(plan.aligned ? args.dim : args.dim + kSize - 1, kSize), 1));
   plan.team = 1;
   while (plan.team < kWarpSize && plan.team < plan.pitch) plan.team *= 2;
-  plan.held = own.coefficient != nullptr && (own.grad_query != nullptr || own.grad_negatives != nullptr);
+  plan.held = args.coefficient != nullptr && (args.grad_query != nullptr || args.grad_negatives != nullptr);
 
-  const int64_t fixed = Layout<T>(0, plan.pitch, plan.held, own.dim).bytes + 16;
-  const int64_t of_negative = sizeof(OwnFactors<A>) + sizeof(Dots<A>) + 1 + (plan.held ? int64_t(plan.pitch) * 16 : 0);
+  const int64_t fixed = Layout<T>(0, plan.pitch, plan.held, args.dim).bytes + 16;
+  const int64_t of_negative =
+      sizeof(NegativeFactors<A>) + sizeof(Dots<A>) + 1 + (plan.held ? int64_t(plan.pitch) * 16 : 0);
   // Several blocks a multiprocessor, so that some of them load while others compute or store; fewer where a row would
   // be read twice else.
   const int blocks = limits.largest_cluster > 1 ? 3 : 2;
   const int64_t wanted =
       std::min(limits.shared_per_block, limits.shared_per_processor / blocks - limits.shared_reserved);
-  const int64_t most = weights_are_apart(own) || !plan.held ? wanted : limits.shared_per_block;
-  const int64_t tile_bytes = fixed + own.count * of_negative <= most ? most : wanted;
+  const int64_t most = weights_are_apart(args) || !plan.held ? wanted : limits.shared_per_block;
+  const int64_t tile_bytes = fixed + args.count * of_negative <= most ? most : wanted;
   const int64_t fit = std::max<int64_t>((tile_bytes - fixed) / of_negative, 1);
-  plan.tile = int(std::clamp<int64_t>(own.count, 1, std::min<int64_t>(fit, 1 << 20)));
-  plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, own.dim).bytes;
+  plan.tile = int(std::clamp<int64_t>(args.count, 1, std::min<int64_t>(fit, 1 << 20)));
+  plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, args.dim).bytes;
   if (plan.shared_bytes > limits.shared_per_block) {
-    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns",
-         static_cast<long long>(own.dim));
+    fail("the CUDA kernel of query_negatives has no place for negatives of %lld columns",
+         static_cast<long long>(args.dim));
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
   const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
@@ -412,41 +415,41 @@ OwnPlan plan_for(const OwnNegatives& own, const DeviceLimits& limits) {
 }
 
 template <class T>
-void launch_for(const OwnNegatives& own, void* stream) {
-  const OwnPlan plan = plan_for<T>(own, device_limits());
-  const LaunchShape shape{own.rows, plan.threads, plan.shared_bytes, 1};
-  constexpr const char* kName = "own_negatives_kernel";
+void launch_for(const QueryNegatives& args, void* stream) {
+  const QueryNegativesPlan plan = plan_for<T>(args, device_limits());
+  const LaunchShape shape{args.rows, plan.threads, plan.shared_bytes, 1};
+  constexpr const char* kName = "query_negatives_kernel";
   if constexpr (sizeof(T) < 8) {
-    if (plan.aligned) return launch(kName, own_negatives_kernel<T, true>, shape, stream, own, plan);
+    if (plan.aligned) return launch(kName, query_negatives_kernel<T, true>, shape, stream, args, plan);
   }
-  launch(kName, own_negatives_kernel<T, false>, shape, stream, own, plan);
+  launch(kName, query_negatives_kernel<T, false>, shape, stream, args, plan);
 }
 
 }  // namespace
 
-OwnPlan plan_own_negatives(const OwnNegatives& own, const DeviceLimits& limits) {
-  switch (own.element) {
+QueryNegativesPlan plan_query_negatives(const QueryNegatives& args, const DeviceLimits& limits) {
+  switch (args.element) {
     case Element::kFloat:
-      return plan_for<float>(own, limits);
+      return plan_for<float>(args, limits);
     case Element::kDouble:
-      return plan_for<double>(own, limits);
+      return plan_for<double>(args, limits);
     case Element::kBFloat16:
-      return plan_for<BFloat16>(own, limits);
+      return plan_for<BFloat16>(args, limits);
     default:
-      return plan_for<Half>(own, limits);
+      return plan_for<Half>(args, limits);
   }
 }
 
-void launch_own_negatives(const OwnNegatives& own, void* stream) {
-  switch (own.element) {
+void launch_query_negatives(const QueryNegatives& args, void* stream) {
+  switch (args.element) {
     case Element::kFloat:
-      return launch_for<float>(own, stream);
+      return launch_for<float>(args, stream);
     case Element::kDouble:
-      return launch_for<double>(own, stream);
+      return launch_for<double>(args, stream);
     case Element::kBFloat16:
-      return launch_for<BFloat16>(own, stream);
+      return launch_for<BFloat16>(args, stream);
     case Element::kHalf:
-      return launch_for<Half>(own, stream);
+      return launch_for<Half>(args, stream);
   }
 }
 

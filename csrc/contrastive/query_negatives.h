@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 
 #include "contrastive/energy.h"
@@ -14,7 +13,7 @@ namespace sslkernels {
 
 // Contiguous tensors. A is the accumulation type: double for double negatives, else float. Null: absent, or an output
 // that is not asked for.
-struct OwnNegatives {
+struct QueryNegatives {
   Element element;        // of query, negatives and grad_negatives
   const void* query;      // (rows, dim)
   const void* negatives;  // (rows, count, dim)
@@ -41,15 +40,17 @@ struct OwnNegatives {
 namespace {  // one copy for each instruction set of the CPU
 
 // Whether the weight of a negative depends on its own score alone.
-SSLKERNELS_HD bool weights_are_apart(const OwnNegatives& own) { return own.energy != Energy::kSoftmax || own.final; }
+SSLKERNELS_HD bool weights_are_apart(const QueryNegatives& args) {
+  return args.energy != Energy::kSoftmax || args.final;
+}
 
-SSLKERNELS_HD bool takes_part(const OwnNegatives& own, int64_t negative) {
-  return own.mask == nullptr || own.mask[negative] != 0;
+SSLKERNELS_HD bool is_valid(const QueryNegatives& args, int64_t negative) {
+  return args.mask == nullptr || args.mask[negative] != 0;
 }
 
 // What the negatives of a row have in common.
 template <class A>
-struct OwnRow {
+struct QueryRow {
   Energy energy;
   bool final;
   bool normalise;
@@ -62,23 +63,23 @@ struct OwnRow {
 };
 
 template <class A>
-SSLKERNELS_HD OwnRow<A> own_row(const OwnNegatives& own, int64_t i) {
+SSLKERNELS_HD QueryRow<A> query_row(const QueryNegatives& args, int64_t i) {
   const auto at = [](const void* values, int64_t index, A otherwise) {
     return values == nullptr ? otherwise : static_cast<const A*>(values)[index];
   };
-  return {own.energy,
-          own.final,
-          own.query_inverse_norm != nullptr,
-          at(own.logit_scale, 0, A(1)),
-          at(own.logit_bias, 0, A(0)),
-          at(own.query_inverse_norm, i, A(1)),
-          at(own.reference, i, own.energy == Energy::kSoftmax ? A(-INFINITY) : A(0)),
-          at(own.coefficient, i, A(0)),
-          at(own.smoothing, i, A(0))};
+  return {args.energy,
+          args.final,
+          args.query_inverse_norm != nullptr,
+          at(args.logit_scale, 0, A(1)),
+          at(args.logit_bias, 0, A(0)),
+          at(args.query_inverse_norm, i, A(1)),
+          at(args.reference, i, args.energy == Energy::kSoftmax ? A(-INFINITY) : A(0)),
+          at(args.coefficient, i, A(0)),
+          at(args.smoothing, i, A(0))};
 }
 
 template <class A>
-struct OwnScore {
+struct NegativeScore {
   A similarity;
   A score;
   A inverse_norm;  // of the negative
@@ -87,9 +88,9 @@ struct OwnScore {
 
 // square: the negative's squared norm. NaN in either stays NaN.
 template <class A>
-SSLKERNELS_HD OwnScore<A> score_of(const OwnRow<A>& row, A dot, A square) {
+SSLKERNELS_HD NegativeScore<A> score_of(const QueryRow<A>& row, A dot, A square) {
   constexpr A kSmallest = A(1e-12);
-  OwnScore<A> result{dot, A(0), A(1), A(0)};
+  NegativeScore<A> result{dot, A(0), A(1), A(0)};
   if (row.normalise) {
     const A norm = std::sqrt(square);
     result.inverse_norm = A(1) / (norm < kSmallest ? kSmallest : norm);
@@ -103,17 +104,17 @@ SSLKERNELS_HD OwnScore<A> score_of(const OwnRow<A>& row, A dot, A square) {
 
 // The sums of a row over its negatives.
 template <class A>
-struct OwnSums {
+struct NegativeSums {
   A top;     // the softmax's largest score
   A energy;  // of the softmax, the sum of exp(score - top)
   A scale;   // gradients
   A bias;
 
-  static SSLKERNELS_HD OwnSums identity() { return {A(-INFINITY), A(0), A(0), A(0)}; }
+  static SSLKERNELS_HD NegativeSums identity() { return {A(-INFINITY), A(0), A(0), A(0)}; }
 
   SSLKERNELS_HD A anchor() const { return top == A(-INFINITY) ? A(0) : top; }
 
-  SSLKERNELS_HD void add(const OwnRow<A>& row, A score) {
+  SSLKERNELS_HD void add(const QueryRow<A>& row, A score) {
     if (row.energy == Energy::kSigmoid) {
       energy += (score > A(0) ? score : A(0)) + std::log1p(std::exp(-std::fabs(score)));
     } else if (row.energy == Energy::kHinge) {
@@ -128,7 +129,7 @@ struct OwnSums {
   }
 
   // The sums of no softmax have no top, and are added as they are.
-  static SSLKERNELS_HD OwnSums combine(OwnSums a, OwnSums b) {
+  static SSLKERNELS_HD NegativeSums combine(NegativeSums a, NegativeSums b) {
     const A top = a.top > b.top ? a.top : b.top;
     return {top, a.relative_to(top) + b.relative_to(top), a.scale + b.scale, a.bias + b.bias};
   }
@@ -140,7 +141,7 @@ struct OwnSums {
 };
 
 template <class A>
-SSLKERNELS_HD A value_of(const OwnRow<A>& row, const OwnSums<A>& sums) {
+SSLKERNELS_HD A value_of(const QueryRow<A>& row, const NegativeSums<A>& sums) {
   if (row.energy != Energy::kSoftmax) return sums.energy;
   if (row.final) return row.reference;
   const A own = sums.anchor() + std::log(sums.energy);
@@ -150,7 +151,7 @@ SSLKERNELS_HD A value_of(const OwnRow<A>& row, const OwnSums<A>& sums) {
 
 // The derivative with respect to the score, times the row's coefficient.
 template <class A>
-SSLKERNELS_HD A weight_of(const OwnRow<A>& row, A score, A value) {
+SSLKERNELS_HD A weight_of(const QueryRow<A>& row, A score, A value) {
   if (row.energy == Energy::kSigmoid) {
     const A e = std::exp(-std::fabs(score));
     return row.coefficient * ((score < A(0) ? e : A(1)) / (A(1) + e));
@@ -164,14 +165,14 @@ SSLKERNELS_HD A weight_of(const OwnRow<A>& row, A score, A value) {
 // grad_query is scale * query_inverse_norm * sum(of_negative * negative);
 // grad_negative is of_query * (query - projection * negative).
 template <class A>
-struct OwnFactors {
+struct NegativeFactors {
   A of_negative;
   A of_query;
   A projection;
 };
 
 template <class A>
-SSLKERNELS_HD OwnFactors<A> factors_of(const OwnRow<A>& row, const OwnScore<A>& score, A weight) {
+SSLKERNELS_HD NegativeFactors<A> factors_of(const QueryRow<A>& row, const NegativeScore<A>& score, A weight) {
   const A of_negative = weight * score.inverse_norm;
   return {of_negative, row.scale * row.query_inverse_norm * of_negative, score.projection};
 }
@@ -179,17 +180,19 @@ SSLKERNELS_HD OwnFactors<A> factors_of(const OwnRow<A>& row, const OwnScore<A>& 
 }  // namespace
 
 // Of a thread, aligned as a double.
-inline size_t own_negatives_scratch_bytes(const OwnNegatives& own) {
-  return size_t(own.dim + 3 * own.count) * sizeof(double);
+namespace {
+inline int64_t query_negatives_scratch_bytes(const QueryNegatives& args) {
+  return (args.dim + 3 * args.count) * int64_t(sizeof(double));
 }
+}  // namespace
 
 // The rows [begin, end).
-SSLKERNELS_CPU_KERNELS(void own_negatives(const OwnNegatives& own, int64_t begin, int64_t end, void* scratch);)
+SSLKERNELS_CPU_KERNELS(void query_negatives(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch);)
 
 struct DeviceLimits;
 
 // How a block computes its row: the negatives in tiles, each negative by a team of threads.
-struct OwnPlan {
+struct QueryNegativesPlan {
   int tile;      // negatives
   int team;      // threads, a power of two, at most a warp
   int pitch;     // 16-byte groups of a negative in shared memory, however it is aligned
@@ -199,7 +202,7 @@ struct OwnPlan {
   int64_t shared_bytes;
 };
 
-OwnPlan plan_own_negatives(const OwnNegatives& own, const DeviceLimits& limits);
-void launch_own_negatives(const OwnNegatives& own, void* stream);
+QueryNegativesPlan plan_query_negatives(const QueryNegatives& args, const DeviceLimits& limits);
+void launch_query_negatives(const QueryNegatives& args, void* stream);
 
 }  // namespace sslkernels

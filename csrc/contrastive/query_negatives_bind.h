@@ -1,4 +1,3 @@
-// From tensors to the arguments of own_negatives, as bind.h. Outputs of no element are not asked for.
 #pragma once
 
 #include "contrastive/query_negatives.h"
@@ -6,69 +5,47 @@
 
 namespace sslkernels {
 
-inline OwnNegatives own_negatives_arguments(const torch::stable::Tensor& query, const torch::stable::Tensor& negatives,
-                                            const OptionalTensor& mask, const OptionalTensor& query_inverse_norm,
-                                            const torch::stable::Tensor& logit_scale, const OptionalTensor& logit_bias,
-                                            int64_t energy, const OptionalTensor& reference,
-                                            const OptionalTensor& coefficient, const OptionalTensor& smoothing,
-                                            bool final, const torch::stable::Tensor& scores,
-                                            const torch::stable::Tensor& value, const torch::stable::Tensor& grad_query,
-                                            const torch::stable::Tensor& grad_negatives,
-                                            const torch::stable::Tensor& grad_scale,
-                                            const torch::stable::Tensor& grad_bias) {
-  using torch::headeronly::ScalarType;
-  using torch::stable::Tensor;
+// An output without elements is not wanted.
+inline QueryNegatives parse_query_negatives(const Tensor& query, const Tensor& negatives, const OptionalTensor& mask,
+                                            const OptionalTensor& query_inverse_norm, const Tensor& logit_scale,
+                                            const OptionalTensor& logit_bias, int64_t energy,
+                                            const OptionalTensor& reference, const OptionalTensor& coefficient,
+                                            const OptionalTensor& smoothing, bool final, const Tensor& scores,
+                                            const Tensor& value, const Tensor& grad_query, const Tensor& grad_negatives,
+                                            const Tensor& grad_scale, const Tensor& grad_bias) {
   STD_TORCH_CHECK(query.dim() == 2 && negatives.dim() == 3, "sslkernels: query is (N, D) and negatives (N, K, D)");
-  const int64_t rows = query.size(0), count = negatives.size(1), dim = query.size(1);
-  STD_TORCH_CHECK(negatives.size(0) == rows && negatives.size(2) == dim &&
-                      negatives.scalar_type() == query.scalar_type() && negatives.is_contiguous() &&
-                      query.is_contiguous(),
-                  "sslkernels: negatives must match query, and both be contiguous");
   STD_TORCH_CHECK(energy >= 0 && energy <= 2, "sslkernels: energy must be 0, 1 or 2");
-  const auto type = accumulation_type(query);
-  const auto row_values = [&](const OptionalTensor& values, const char* name) {
-    if (values) check_vector(*values, rows, type, name);
-    return pointer(values);
+  const int64_t rows = query.size(0), count = negatives.size(1), dim = query.size(1);
+  const auto element = query.scalar_type(), type = accumulation_type(query);
+  const auto wanted = [](const Tensor& tensor, Shape shape, ScalarType dtype, const char* name) -> void* {
+    return tensor.numel() == 0 ? nullptr : writable(tensor, shape, dtype, name);
   };
-  const auto output = [&](const Tensor& tensor, int64_t elements, ScalarType dtype, const char* name) -> void* {
-    if (tensor.numel() == 0) return nullptr;
-    STD_TORCH_CHECK(tensor.numel() == elements && tensor.is_contiguous() && tensor.scalar_type() == dtype,
-                    "sslkernels: wrong shape or dtype of ", name);
-    return tensor.mutable_data_ptr();
-  };
-  if (mask) {
-    STD_TORCH_CHECK(mask->numel() == rows * count && mask->is_contiguous() && mask->scalar_type() == ScalarType::Bool,
-                    "sslkernels: mask must be contiguous bool of shape (N, K)");
-  }
-  check_vector(logit_scale, 1, type, "logit_scale");
-  if (logit_bias) check_vector(*logit_bias, 1, type, "logit_bias");
-
-  OwnNegatives own{};
-  own.element = element_of(query);
-  own.query = query.const_data_ptr();
-  own.negatives = negatives.const_data_ptr();
-  own.rows = rows;
-  own.count = count;
-  own.dim = dim;
-  own.mask = static_cast<const uint8_t*>(pointer(mask));
-  own.query_inverse_norm = row_values(query_inverse_norm, "query_inverse_norm");
-  own.logit_scale = logit_scale.const_data_ptr();
-  own.logit_bias = pointer(logit_bias);
-  own.energy = static_cast<Energy>(energy);
-  own.reference = row_values(reference, "reference");
-  own.coefficient = row_values(coefficient, "coefficient");
-  own.smoothing = row_values(smoothing, "smoothing");
-  own.final = final;
-  own.scores = output(scores, rows * count, type, "scores");
-  own.value = output(value, rows, type, "value");
-  own.grad_query = output(grad_query, rows * dim, type, "grad_query");
-  own.grad_negatives = output(grad_negatives, rows * count * dim, query.scalar_type(), "grad_negatives");
-  own.grad_scale = output(grad_scale, rows, type, "grad_scale");
-  own.grad_bias = output(grad_bias, rows, type, "grad_bias");
-  STD_TORCH_CHECK(rows == 0 || own.value != nullptr, "sslkernels: own_negatives always writes value");
-  STD_TORCH_CHECK(rows == 0 || own.coefficient == nullptr || (own.grad_scale != nullptr && own.grad_bias != nullptr),
+  QueryNegatives args{};
+  args.element = element_of(query);
+  args.query = readable(query, {rows, dim}, element, "query");
+  args.negatives = readable(negatives, {rows, count, dim}, element, "negatives");
+  args.rows = rows;
+  args.count = count;
+  args.dim = dim;
+  args.mask = readable<uint8_t>(mask, {rows, count}, ScalarType::Bool, "mask");
+  args.query_inverse_norm = readable(query_inverse_norm, {rows}, type, "query_inverse_norm");
+  args.logit_scale = readable(logit_scale, {1}, type, "logit_scale");
+  args.logit_bias = readable(logit_bias, {1}, type, "logit_bias");
+  args.energy = Energy(energy);
+  args.reference = readable(reference, {rows}, type, "reference");
+  args.coefficient = readable(coefficient, {rows}, type, "coefficient");
+  args.smoothing = readable(smoothing, {rows}, type, "smoothing");
+  args.final = final;
+  args.scores = wanted(scores, {rows, count}, type, "scores");
+  args.value = wanted(value, {rows}, type, "value");
+  args.grad_query = wanted(grad_query, {rows, dim}, type, "grad_query");
+  args.grad_negatives = wanted(grad_negatives, {rows, count, dim}, element, "grad_negatives");
+  args.grad_scale = wanted(grad_scale, {rows}, type, "grad_scale");
+  args.grad_bias = wanted(grad_bias, {rows}, type, "grad_bias");
+  STD_TORCH_CHECK(rows == 0 || args.value != nullptr, "sslkernels: own_negatives always writes value");
+  STD_TORCH_CHECK(rows == 0 || args.coefficient == nullptr || (args.grad_scale != nullptr && args.grad_bias != nullptr),
                   "sslkernels: a coefficient needs grad_scale and grad_bias");
-  return own;
+  return args;
 }
 
 }  // namespace sslkernels

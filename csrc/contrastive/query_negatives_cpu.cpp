@@ -43,7 +43,7 @@ void add_to_grad_query(const T* negative, int64_t dim, A factor, A* grad_query) 
 
 // In blocks, for a loop that computes and converts to 16 bits is not vectorised.
 template <class T, class A>
-void write_grad_negative(const A* query, const T* negative, int64_t dim, const OwnFactors<A>& factors, T* grad) {
+void write_grad_negative(const A* query, const T* negative, int64_t dim, const NegativeFactors<A>& factors, T* grad) {
   constexpr int64_t kBlock = 1024;
   const A factor = factors.of_query, projection = factors.projection;
   alignas(kLine) A buffer[kBlock];
@@ -65,67 +65,67 @@ void write_grad_negative(const A* query, const T* negative, int64_t dim, const O
 }
 
 template <class T>
-void run(const OwnNegatives& own, int64_t begin, int64_t end, void* scratch) {
+void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulation<T>::type;
   A* query = static_cast<A*>(scratch);
-  Negative<A>* negatives = reinterpret_cast<Negative<A>*>(query + own.dim);
+  Negative<A>* negatives = reinterpret_cast<Negative<A>*>(query + args.dim);
   for (int64_t i = begin; i < end; ++i) {
-    const OwnRow<A> row = own_row<A>(own, i);
-    const T* row_negatives = static_cast<const T*>(own.negatives) + i * own.count * own.dim;
-    load(static_cast<const T*>(own.query) + i * own.dim, own.dim, query);
+    const QueryRow<A> row = query_row<A>(args, i);
+    const T* row_negatives = static_cast<const T*>(args.negatives) + i * args.count * args.dim;
+    load(static_cast<const T*>(args.query) + i * args.dim, args.dim, query);
 
-    OwnSums<A> sums = OwnSums<A>::identity();
-    for (int64_t k = 0; k < own.count; ++k) {
+    NegativeSums<A> sums = NegativeSums<A>::identity();
+    for (int64_t k = 0; k < args.count; ++k) {
       Negative<A>& negative = negatives[k];
       negative.score = A(-INFINITY);
-      if (takes_part(own, i * own.count + k)) {
-        negative = dot_and_square(query, row_negatives + k * own.dim, own.dim, row.normalise);
+      if (is_valid(args, i * args.count + k)) {
+        negative = dot_and_square(query, row_negatives + k * args.dim, args.dim, row.normalise);
         negative.score = score_of(row, negative.dot, negative.square).score;
         sums.add(row, negative.score);
       }
-      if (own.scores != nullptr) static_cast<A*>(own.scores)[i * own.count + k] = negative.score;
+      if (args.scores != nullptr) static_cast<A*>(args.scores)[i * args.count + k] = negative.score;
     }
     const A value = value_of(row, sums);
-    static_cast<A*>(own.value)[i] = value;
-    if (own.coefficient == nullptr) continue;
+    static_cast<A*>(args.value)[i] = value;
+    if (args.coefficient == nullptr) continue;
 
-    A* grad_query = own.grad_query == nullptr ? nullptr : static_cast<A*>(own.grad_query) + i * own.dim;
-    if (grad_query != nullptr) std::memset(grad_query, 0, size_t(own.dim) * sizeof(A));
-    for (int64_t k = 0; k < own.count; ++k) {
-      const T* negative = row_negatives + k * own.dim;
-      T* grad =
-          own.grad_negatives == nullptr ? nullptr : static_cast<T*>(own.grad_negatives) + (i * own.count + k) * own.dim;
-      if (!takes_part(own, i * own.count + k)) {
-        if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, size_t(own.dim) * sizeof(T));
+    A* grad_query = args.grad_query == nullptr ? nullptr : static_cast<A*>(args.grad_query) + i * args.dim;
+    if (grad_query != nullptr) std::memset(grad_query, 0, size_t(args.dim) * sizeof(A));
+    for (int64_t k = 0; k < args.count; ++k) {
+      const T* negative = row_negatives + k * args.dim;
+      T* grad = args.grad_negatives == nullptr ? nullptr
+                                               : static_cast<T*>(args.grad_negatives) + (i * args.count + k) * args.dim;
+      if (!is_valid(args, i * args.count + k)) {
+        if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, size_t(args.dim) * sizeof(T));
         continue;
       }
-      const OwnScore<A> score = score_of(row, negatives[k].dot, negatives[k].square);
+      const NegativeScore<A> score = score_of(row, negatives[k].dot, negatives[k].square);
       const A weight = weight_of(row, score.score, value);
-      const OwnFactors<A> factors = factors_of(row, score, weight);
+      const NegativeFactors<A> factors = factors_of(row, score, weight);
       sums.scale += weight * score.similarity;
       sums.bias += weight;
       if (grad_query != nullptr) {
-        add_to_grad_query(negative, own.dim, row.scale * row.query_inverse_norm * factors.of_negative, grad_query);
+        add_to_grad_query(negative, args.dim, row.scale * row.query_inverse_norm * factors.of_negative, grad_query);
       }
-      if (grad != nullptr) write_grad_negative(query, negative, own.dim, factors, grad);
+      if (grad != nullptr) write_grad_negative(query, negative, args.dim, factors, grad);
     }
-    static_cast<A*>(own.grad_scale)[i] = sums.scale;
-    static_cast<A*>(own.grad_bias)[i] = sums.bias;
+    static_cast<A*>(args.grad_scale)[i] = sums.scale;
+    static_cast<A*>(args.grad_bias)[i] = sums.bias;
   }
 }
 
 }  // namespace
 
-void own_negatives(const OwnNegatives& own, int64_t begin, int64_t end, void* scratch) {
-  switch (own.element) {
+void query_negatives(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) {
+  switch (args.element) {
     case Element::kFloat:
-      return run<float>(own, begin, end, scratch);
+      return run<float>(args, begin, end, scratch);
     case Element::kDouble:
-      return run<double>(own, begin, end, scratch);
+      return run<double>(args, begin, end, scratch);
     case Element::kBFloat16:
-      return run<BFloat16>(own, begin, end, scratch);
+      return run<BFloat16>(args, begin, end, scratch);
     case Element::kHalf:
-      return run<Half>(own, begin, end, scratch);
+      return run<Half>(args, begin, end, scratch);
   }
 }
 

@@ -17,7 +17,7 @@ struct PairLabels {
 };
 
 // A tile of dot products. Vectors hold numbers of the accumulation type.
-struct PairScores {
+struct ScoreTile {
   Element element;
   void* products;
   int64_t stride;
@@ -36,21 +36,23 @@ struct PairScores {
 
 // Running sums of the rows, all but `max` in double; those that are null are not computed.
 struct PairRowSums {
-  void* max;                   // softmax
-  double* sum;                 // of exp(s - max), of softplus(+-s), or of max(0, s - threshold)
-  double* active;              // hinge: scores above the threshold
-  double* score_sum;           // of s
-  double* positive_sum;        // of s of further positives
-  double* spread;              // of exp(4 cosine - 4) = exp(-2 distance^2)
-  int64_t* beaten;             // scores above `positive_score`
-  const void* threshold;       // hinge
-  const void* positive_score;  // for `beaten`
-  const void* row_norm;        // inverse norms, for `spread`
-  const void* column_norm;
+  ScoreTile tile;
+  void* max;                    // softmax
+  double* sum;                  // of exp(s - max), of softplus(+-s), or of max(0, s - threshold)
+  double* active;               // hinge: scores above the threshold
+  double* score_sum;            // of s
+  double* positive_sum;         // of s of further positives
+  double* uniformity_sum;       // of exp(4 cosine - 4) = exp(-2 distance^2)
+  int64_t* num_above_positive;  // scores above `positive_score`
+  const void* threshold;        // hinge
+  const void* positive_score;   // for `num_above_positive`
+  const void* cosine_row_norm;  // inverse norms, for `uniformity_sum`
+  const void* cosine_column_norm;
 };
 
 // The same of the columns.
 struct PairColumnSums {
+  ScoreTile tile;
   void* max;
   double* sum;
   double* active;
@@ -71,6 +73,7 @@ struct PairSide {
 };
 
 struct PairGradient {
+  ScoreTile tile;
   PairSide row;
   PairSide column;
   double* dot;    // += sum of gradient * u of each row
@@ -80,9 +83,8 @@ struct PairGradient {
 // Columns of a block of pair_column_sums, which is given blocks [begin_block, end_block).
 constexpr int64_t kPairColumns = 256;
 
-SSLKERNELS_CPU_KERNELS(
-    void pair_row_sums(const PairScores& scores, const PairRowSums& sums, int64_t begin, int64_t end);
-    void pair_column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
-    void pair_gradient(const PairScores& scores, const PairGradient& gradient, int64_t begin, int64_t end);)
+SSLKERNELS_CPU_KERNELS(void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end);
+                       void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
+                       void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end);)
 
 }  // namespace sslkernels

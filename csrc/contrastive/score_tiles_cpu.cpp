@@ -21,35 +21,33 @@ constexpr A kLeftOut = -std::numeric_limits<A>::infinity();
 inline int64_t at_most(int64_t left, int64_t block) { return left < block ? left : block; }
 
 template <class A>
-struct Tile {
-  const PairScores& scores;
+struct Scores {
+  const ScoreTile& tile;
 
-  void* row(int64_t i) const {
-    return static_cast<char*>(scores.products) + i * scores.stride * bytes_of(scores.element);
-  }
-  A row_norm(int64_t i) const { return static_cast<const A*>(scores.row_norm)[i]; }
-  const A* column_norm(int64_t begin) const { return static_cast<const A*>(scores.column_norm) + begin; }
+  void* row(int64_t i) const { return static_cast<char*>(tile.products) + i * tile.stride * bytes_of(tile.element); }
+  A row_norm(int64_t i) const { return static_cast<const A*>(tile.row_norm)[i]; }
+  const A* column_norm(int64_t begin) const { return static_cast<const A*>(tile.column_norm) + begin; }
 
   // u and s of the columns [begin, begin + count) of row i; those left out have s = -inf and u = 0. `same`, where ids
   // make positives, is 1 for further positives and else 0.
   void block(int64_t i, int64_t begin, int64_t count, A* u, A* s, A* same) const {
-    load_any(scores.element, row(i), begin, count, u);
-    if (scores.row_norm != nullptr) {
+    load_any(tile.element, row(i), begin, count, u);
+    if (tile.row_norm != nullptr) {
       const A norm = row_norm(i);
       const A* norms = column_norm(begin);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) u[j] *= norm * norms[j];
     }
-    const A scale = *static_cast<const A*>(scores.scale);
-    const A bias = scores.bias == nullptr ? A(0) : *static_cast<const A*>(scores.bias);
+    const A scale = *static_cast<const A*>(tile.scale);
+    const A bias = tile.bias == nullptr ? A(0) : *static_cast<const A*>(tile.bias);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) s[j] = scale * u[j] + bias;
-    leave_out(scores.positive, i, begin, count, u, s);
-    leave_out(scores.self, i, begin, count, u, s);
-    if (scores.id.row == nullptr) return;
-    if (!scores.ids_positive) return leave_out(scores.id, i, begin, count, u, s);
-    const int32_t label = scores.id.row[i];
-    const int32_t* labels = scores.id.column + begin;
+    leave_out(tile.positive, i, begin, count, u, s);
+    leave_out(tile.self, i, begin, count, u, s);
+    if (tile.id.row == nullptr) return;
+    if (!tile.ids_positive) return leave_out(tile.id, i, begin, count, u, s);
+    const int32_t label = tile.id.row[i];
+    const int32_t* labels = tile.id.column + begin;
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) same[j] = labels[j] == label && s[j] != kLeftOut<A> ? A(1) : A(0);
   }
@@ -98,19 +96,20 @@ double block_softplus(const A* s, const A* same, int64_t count) {
 }
 
 template <class A>
-void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
-  const Tile<A> tile{scores};
+void row_sums(const PairRowSums& sums, int64_t i) {
+  const ScoreTile& tile = sums.tile;
+  const Scores<A> scores{tile};
   alignas(kLine) A u[kBlock], s[kBlock], same_buffer[kBlock];
-  A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
-  A max = scores.energy == Energy::kSoftmax ? static_cast<A*>(sums.max)[i] : A(0);
-  const A threshold = scores.energy == Energy::kHinge ? static_cast<const A*>(sums.threshold)[i] : A(0);
-  const A positive_score = sums.beaten == nullptr ? A(0) : static_cast<const A*>(sums.positive_score)[i];
-  double sum = sums.sum[i], active = 0, score_sum = 0, positive_sum = 0, spread = 0;
-  int64_t beaten = 0;
-  for (int64_t begin = 0; begin < scores.columns; begin += kBlock) {
-    const int64_t count = at_most(scores.columns - begin, kBlock);
-    tile.block(i, begin, count, u, s, same);
-    if (scores.energy == Energy::kSoftmax) {
+  A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
+  A max = tile.energy == Energy::kSoftmax ? static_cast<A*>(sums.max)[i] : A(0);
+  const A threshold = tile.energy == Energy::kHinge ? static_cast<const A*>(sums.threshold)[i] : A(0);
+  const A positive_score = sums.num_above_positive == nullptr ? A(0) : static_cast<const A*>(sums.positive_score)[i];
+  double sum = sums.sum[i], active = 0, score_sum = 0, positive_sum = 0, uniformity_sum = 0;
+  int64_t num_above_positive = 0;
+  for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
+    const int64_t count = at_most(tile.columns - begin, kBlock);
+    scores.block(i, begin, count, u, s, same);
+    if (tile.energy == Energy::kSoftmax) {
       const A moved = block_max(s, count, max);
       const A shift = moved == kLeftOut<A> ? A(0) : moved;  // nothing yet: every exponential is 0
       A part = 0;
@@ -119,7 +118,7 @@ void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
       if (moved > max) sum *= max == kLeftOut<A> ? A(0) : exp_nonpositive(max - moved);
       max = moved;
       sum += part;
-    } else if (scores.energy == Energy::kSigmoid) {
+    } else if (tile.energy == Energy::kSigmoid) {
       sum += block_softplus(s, same, count);
     } else {
       A part = 0, above = 0;
@@ -144,20 +143,20 @@ void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
       for (int64_t j = 0; j < count; ++j) part += same[j] > A(0) ? s[j] : A(0);
       positive_sum += part;
     }
-    if (sums.spread != nullptr) {
-      const A norm = static_cast<const A*>(sums.row_norm)[i];
-      const A* norms = static_cast<const A*>(sums.column_norm) + begin;
-      load_any(scores.element, tile.row(i), begin, count, u);
+    if (sums.uniformity_sum != nullptr) {
+      const A norm = static_cast<const A*>(sums.cosine_row_norm)[i];
+      const A* norms = static_cast<const A*>(sums.cosine_column_norm) + begin;
+      load_any(tile.element, scores.row(i), begin, count, u);
       A part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < count; ++j) {
         const A distance = A(4) * (u[j] * norm * norms[j]) - A(4);
-        const A spread_of_pair = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round above 1
-        part += s[j] == kLeftOut<A> ? A(0) : spread_of_pair;
+        const A uniformity = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round above 1
+        part += s[j] == kLeftOut<A> ? A(0) : uniformity;
       }
-      spread += part;
+      uniformity_sum += part;
     }
-    if (sums.beaten != nullptr) {
+    if (sums.num_above_positive != nullptr) {
       int32_t part = 0;
       if (same == nullptr) {
 #pragma omp simd reduction(+ : part)
@@ -166,33 +165,34 @@ void row_sums(const PairScores& scores, const PairRowSums& sums, int64_t i) {
 #pragma omp simd reduction(+ : part)
         for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score && same[j] == A(0) ? 1 : 0;
       }
-      beaten += part;
+      num_above_positive += part;
     }
   }
-  if (scores.energy == Energy::kSoftmax) static_cast<A*>(sums.max)[i] = max;
+  if (tile.energy == Energy::kSoftmax) static_cast<A*>(sums.max)[i] = max;
   sums.sum[i] = sum;
   if (sums.active != nullptr) sums.active[i] += active;
   if (sums.score_sum != nullptr) sums.score_sum[i] += score_sum;
   if (sums.positive_sum != nullptr) sums.positive_sum[i] += positive_sum;
-  if (sums.spread != nullptr) sums.spread[i] += spread;
-  if (sums.beaten != nullptr) sums.beaten[i] += beaten;
+  if (sums.uniformity_sum != nullptr) sums.uniformity_sum[i] += uniformity_sum;
+  if (sums.num_above_positive != nullptr) sums.num_above_positive[i] += num_above_positive;
 }
 
 // The sums of at most kPairColumns columns.
 template <class A>
-void column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin) {
-  const Tile<A> tile{scores};
-  const int64_t count = at_most(scores.columns - begin, kPairColumns);
+void column_sums(const PairColumnSums& sums, int64_t begin) {
+  const ScoreTile& tile = sums.tile;
+  const Scores<A> scores{tile};
+  const int64_t count = at_most(tile.columns - begin, kPairColumns);
   alignas(kLine) A u[kPairColumns], s[kGroup][kPairColumns], same_buffer[kPairColumns], moved[kPairColumns],
       part[kPairColumns];
-  A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
+  A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
   A* max = sums.max == nullptr ? nullptr : static_cast<A*>(sums.max) + begin;
   const A* threshold = sums.threshold == nullptr ? nullptr : static_cast<const A*>(sums.threshold) + begin;
   double* sum = sums.sum + begin;
-  for (int64_t first = 0; first < scores.rows; first += kGroup) {
-    const int64_t group = at_most(scores.rows - first, kGroup);
+  for (int64_t first = 0; first < tile.rows; first += kGroup) {
+    const int64_t group = at_most(tile.rows - first, kGroup);
     for (int64_t r = 0; r < group; ++r) {
-      tile.block(first + r, begin, count, u, s[r], same);
+      scores.block(first + r, begin, count, u, s[r], same);
       if (sums.score_sum != nullptr) {
         double* score_sum = sums.score_sum + begin;
 #pragma omp simd
@@ -248,10 +248,11 @@ const A* offset(const void* values, int64_t begin) {
 }
 
 template <class A>
-void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_t i) {
-  const Tile<A> tile{scores};
+void gradient_row(const PairGradient& gradient, int64_t i) {
+  const ScoreTile& tile = gradient.tile;
+  const Scores<A> scores{tile};
   alignas(kLine) A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
-  A* same = scores.id.row != nullptr && scores.ids_positive ? same_buffer : nullptr;
+  A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
   const A weight = entry<A>(gradient.row.weight, i);
   // Of a side that adds nothing every exponential is 0, whatever the score.
   const A reference =
@@ -259,12 +260,12 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
   const A share = entry<A>(gradient.row.share, i);
   const A smoothing = entry<A>(gradient.row.smoothing, i);
   double dot = 0, total = 0;
-  for (int64_t begin = 0; begin < scores.columns; begin += kBlock) {
-    const int64_t count = at_most(scores.columns - begin, kBlock);
-    tile.block(i, begin, count, u, s, same);
+  for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
+    const int64_t count = at_most(tile.columns - begin, kBlock);
+    scores.block(i, begin, count, u, s, same);
     const A* weights = offset<A>(gradient.column.weight, begin);
     const A* references = offset<A>(gradient.column.reference, begin);
-    if (scores.energy == Energy::kSoftmax) {
+    if (tile.energy == Energy::kSoftmax) {
       if (weights == nullptr) {
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) g[j] = weight * exp_nonpositive(s[j] - reference);
@@ -287,7 +288,7 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
           g[j] -= s[j] == kLeftOut<A> ? A(0) : smooth;
         }
       }
-    } else if (scores.energy == Energy::kSigmoid) {
+    } else if (tile.energy == Energy::kSigmoid) {
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) {
         const A e = exp_of_minus_magnitude(s[j]);
@@ -323,13 +324,13 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
     }
     dot += block_dot;
     total += block_total;
-    if (scores.row_norm != nullptr) {
-      const A norm = tile.row_norm(i);
-      const A* norms = tile.column_norm(begin);
+    if (tile.row_norm != nullptr) {
+      const A norm = scores.row_norm(i);
+      const A* norms = scores.column_norm(begin);
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) g[j] *= norm * norms[j];
     }
-    store_any(scores.element, g, begin, count, tile.row(i));
+    store_any(tile.element, g, begin, count, scores.row(i));
   }
   gradient.dot[i] += dot;
   gradient.total[i] += total;
@@ -337,19 +338,19 @@ void gradient_row(const PairScores& scores, const PairGradient& gradient, int64_
 
 }  // namespace
 
-void pair_row_sums(const PairScores& scores, const PairRowSums& sums, int64_t begin, int64_t end) {
-  const auto run = scores.element == Element::kDouble ? row_sums<double> : row_sums<float>;
-  for (int64_t i = begin; i < end; ++i) run(scores, sums, i);
+void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end) {
+  const auto run = sums.tile.element == Element::kDouble ? row_sums<double> : row_sums<float>;
+  for (int64_t i = begin; i < end; ++i) run(sums, i);
 }
 
-void pair_column_sums(const PairScores& scores, const PairColumnSums& sums, int64_t begin_block, int64_t end_block) {
-  const auto run = scores.element == Element::kDouble ? column_sums<double> : column_sums<float>;
-  for (int64_t b = begin_block; b < end_block; ++b) run(scores, sums, b * kPairColumns);
+void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block) {
+  const auto run = sums.tile.element == Element::kDouble ? column_sums<double> : column_sums<float>;
+  for (int64_t b = begin_block; b < end_block; ++b) run(sums, b * kPairColumns);
 }
 
-void pair_gradient(const PairScores& scores, const PairGradient& gradient, int64_t begin, int64_t end) {
-  const auto run = scores.element == Element::kDouble ? gradient_row<double> : gradient_row<float>;
-  for (int64_t i = begin; i < end; ++i) run(scores, gradient, i);
+void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end) {
+  const auto run = gradient.tile.element == Element::kDouble ? gradient_row<double> : gradient_row<float>;
+  for (int64_t i = begin; i < end; ++i) run(gradient, i);
 }
 
 }  // namespace SSLKERNELS_ISA

@@ -32,6 +32,10 @@ constexpr int64_t bytes_of(Element element) {
   return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
 }
 
+constexpr Element accumulation_element(Element element) {
+  return element == Element::kDouble ? Element::kDouble : Element::kFloat;
+}
+
 template <class To, class From>
 SSLKERNELS_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");

@@ -13,6 +13,17 @@
 
 namespace sslkernels {
 
+// A stable counting sort: `order` holds the entries by key, those of row r at [starts[r], starts[r + 1]). Entries whose
+// key is out of range are left out, and the end of `order` is then unspecified.
+struct SortRows {
+  const void* keys;  // (entries)
+  bool wide_keys;    // int64, else int32
+  int64_t entries;
+  int64_t rows;
+  int64_t* order;   // (entries)
+  int64_t* starts;  // (rows + 1)
+};
+
 // All arrays are contiguous; A is the accumulation type of `out`.
 struct WeightedRowSums {
   Element source_element;  // of `out`, or A
@@ -58,12 +69,9 @@ SSLKERNELS_HD int64_t source_row(const WeightedRowSums& sums, int64_t entry) {
 
 }  // namespace
 
-// sort_rows: a stable counting sort. order holds the entries by key, those of row r at [starts[r], starts[r + 1]); of
-// entries whose key is out of range it says nothing.
 // weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work, each by one thread: the sums
 // do not depend on how it is split. An entry whose source row is out of range counts as NaN.
-SSLKERNELS_CPU_KERNELS(void sort_rows(const void* keys, bool wide, int64_t entries, int64_t rows, int64_t* order,
-                                      int64_t* starts);
+SSLKERNELS_CPU_KERNELS(void sort_rows(const SortRows& sort);
                        void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end);)
 
 // Elements of the partial sums, which have the type that `out` is accumulated in.

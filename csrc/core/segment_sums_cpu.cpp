@@ -16,7 +16,10 @@ constexpr int64_t kAhead = 16;    // entries whose rows are being read
 constexpr int64_t kRun = 64;      // entries added up in A; the sums of the runs of a row are added up in double
 
 template <class Index>
-void sort(const Index* keys, int64_t entries, int64_t rows, int64_t* order, int64_t* starts) {
+void sort_by(const SortRows& sort) {
+  const Index* keys = static_cast<const Index*>(sort.keys);
+  const int64_t entries = sort.entries, rows = sort.rows;
+  int64_t *order = sort.order, *starts = sort.starts;
   int64_t* next = starts + 1;  // of a row: its count, then where its next entry goes, then where it ends
   std::memset(starts, 0, size_t(rows + 1) * sizeof(int64_t));
   for (int64_t e = 0; e < entries; ++e) {
@@ -97,10 +100,7 @@ void run_for(const WeightedRowSums& sums, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void sort_rows(const void* keys, bool wide, int64_t entries, int64_t rows, int64_t* order, int64_t* starts) {
-  return wide ? sort(static_cast<const int64_t*>(keys), entries, rows, order, starts)
-              : sort(static_cast<const int32_t*>(keys), entries, rows, order, starts);
-}
+void sort_rows(const SortRows& sort) { return sort.wide_keys ? sort_by<int64_t>(sort) : sort_by<int32_t>(sort); }
 
 void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end) {
   switch (sums.out_element) {

@@ -1,104 +1,71 @@
-// The CPU implementations of the operators of latent variables, over torch's thread pool.
+// The operators of latent variables: schemas, CPU and CUDA bindings.
 #include "core/cpu/bind.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
-#include "latent/free_energy.h"
 #include "latent/free_energy_bind.h"
-#include "latent/gaussian.h"
 #include "latent/gaussian_bind.h"
-#include "latent/gumbel.h"
 #include "latent/gumbel_bind.h"
-#include "latent/prediction_energy.h"
-#include "latent/vector_quantize.h"
+#include "latent/prediction_energy_bind.h"
 #include "latent/vector_quantize_bind.h"
+
+#if defined(SSLKERNELS_WITH_CUDA)
+#include "core/cuda/bind.h"
+#endif
 
 namespace sslkernels {
 namespace {
 
-using torch::stable::Tensor;
-
 // Tasks that are worth handing to another thread.
 int64_t gaussian_grain(const Gaussian& inputs, bool has_sums) {
-  const int64_t columns = inputs.columns < kGaussianChunk ? inputs.columns : kGaussianChunk;
-  const int64_t task = gaussian_rows_of_task(inputs, has_sums) * columns * (inputs.samples > 1 ? inputs.samples : 1);
-  return kGrain / task + 1;
+  const int64_t columns = std::min(inputs.columns, kGaussianChunk);
+  return kGrain / (gaussian_rows_of_task(inputs, has_sums) * columns * std::max<int64_t>(inputs.samples, 1)) + 1;
 }
 
-void gaussian_fwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
-                  OptionalTensor row_ids, OptionalTensor seed, double free_bits, double low, double high,
-                  OptionalTensor z, OptionalTensor kl, bool by_row, OptionalTensor statistics) {
-  const Gaussian inputs =
-      gaussian_arguments(mean, logvar, prior_mean, prior_logvar, row_ids, seed, free_bits, low, high);
-  const GaussianForward forward = gaussian_forward(inputs, mean, z, kl, by_row, statistics, kGaussianChunk);
-  advise_output(z);
-  advise_output(kl);
+void run_gaussian_fwd(const GaussianForward& forward) {
+  const Gaussian& inputs = forward.inputs;
   const bool sums = has_sums(forward);
-  torch::stable::parallel_for(
-      0, gaussian_tasks(inputs, sums), gaussian_grain(forward.inputs, sums),
-      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_fwd, forward, begin, end); });
+  advise_output(forward.z, inputs.rows * inputs.samples * inputs.columns, inputs.element);
+  advise_output(forward.kl, inputs.rows * (forward.by_row ? forward.kl_parts : inputs.columns),
+                accumulation_element(inputs.element));
+  parallel(gaussian_tasks(inputs, sums), gaussian_grain(inputs, sums), SSLKERNELS_CURRENT_ISA(gaussian_fwd), forward);
 }
 
-void gaussian_bwd(Tensor mean, Tensor logvar, OptionalTensor prior_mean, OptionalTensor prior_logvar,
-                  OptionalTensor row_ids, OptionalTensor seed, double free_bits, double low, double high,
-                  OptionalTensor grad_z, OptionalTensor grad_kl, bool by_row, OptionalTensor grad_mean,
-                  OptionalTensor grad_logvar, OptionalTensor grad_prior_mean, OptionalTensor grad_prior_logvar) {
-  const Gaussian inputs =
-      gaussian_arguments(mean, logvar, prior_mean, prior_logvar, row_ids, seed, free_bits, low, high);
-  const GaussianBackward backward = gaussian_backward(inputs, mean, grad_z, grad_kl, by_row, grad_mean, grad_logvar,
-                                                      grad_prior_mean, grad_prior_logvar);
-  for (const OptionalTensor& gradient : {grad_mean, grad_logvar, grad_prior_mean, grad_prior_logvar}) {
-    advise_output(gradient);
-  }
+void run_gaussian_bwd(const GaussianBackward& backward) {
+  const Gaussian& inputs = backward.inputs;
   const bool sums = has_sums(backward);
-  torch::stable::parallel_for(
-      0, gaussian_tasks(inputs, sums), gaussian_grain(backward.inputs, sums),
-      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(gaussian_bwd, backward, begin, end); });
+  advise_output(backward.grad_mean, inputs.rows * inputs.columns, inputs.element);
+  advise_output(backward.grad_logvar, inputs.rows * inputs.columns, inputs.element);
+  if (!inputs.prior_mean.shared) advise_output(backward.grad_prior_mean, inputs.rows * inputs.columns, inputs.element);
+  if (!inputs.prior_logvar.shared) {
+    advise_output(backward.grad_prior_logvar, inputs.rows * inputs.columns, inputs.element);
+  }
+  parallel(gaussian_tasks(inputs, sums), gaussian_grain(inputs, sums), SSLKERNELS_CURRENT_ISA(gaussian_bwd), backward);
 }
 
-// A row of the accumulation type for each thread.
-template <class Run>
-void over_gumbel_rows(const GumbelRows& rows, Run run) {
-  torch::stable::parallel_for(0, rows.rows, row_grain(rows.columns), [&](int64_t begin, int64_t end) {
-    const int64_t bytes = rows.element == Element::kDouble ? sizeof(double) : sizeof(float);
-    run(begin, end, scratch_of(rows.columns * bytes).get());
-  });
+int64_t gumbel_scratch_bytes(const GumbelRows& rows) {
+  return rows.columns * bytes_of(accumulation_element(rows.element));
 }
 
-void gumbel_rows_fwd(Tensor logits, OptionalTensor seed, OptionalTensor row_ids, int64_t first_row,
-                     OptionalTensor inverse_tau, int64_t output, OptionalTensor y, OptionalTensor index, Tensor max,
-                     Tensor sum, OptionalTensor best, OptionalTensor plain_max, OptionalTensor plain_sum) {
-  const GumbelForward forward =
-      gumbel_forward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum), logits,
-                     output, y, index, best);
-  over_gumbel_rows(forward.rows, [&](int64_t begin, int64_t end, void* scratch) {
-    SSLKERNELS_CALL_ISA(gumbel_rows_fwd, forward, begin, end, scratch);
-  });
+void run_gumbel_rows_fwd(const GumbelForward& forward) {
+  const GumbelRows& rows = forward.rows;
+  parallel(rows.rows, row_grain(rows.columns), SSLKERNELS_CURRENT_ISA(gumbel_rows_fwd), forward,
+           gumbel_scratch_bytes(rows));
 }
 
-void gumbel_rows_bwd(OptionalTensor grad, OptionalTensor uses, OptionalTensor mask, Tensor logits, OptionalTensor seed,
-                     OptionalTensor row_ids, int64_t first_row, OptionalTensor inverse_tau, OptionalTensor max,
-                     OptionalTensor sum, OptionalTensor plain_max, OptionalTensor plain_sum, Tensor grad_logits) {
-  const GumbelBackward backward =
-      gumbel_backward(gumbel_rows(logits, seed, row_ids, first_row, inverse_tau, max, sum, plain_max, plain_sum),
-                      logits, grad, uses, mask, grad_logits);
-  over_gumbel_rows(backward.rows, [&](int64_t begin, int64_t end, void* scratch) {
-    SSLKERNELS_CALL_ISA(gumbel_rows_bwd, backward, begin, end, scratch);
-  });
+void run_gumbel_rows_bwd(const GumbelBackward& backward) {
+  const GumbelRows& rows = backward.rows;
+  parallel(rows.rows, row_grain(rows.columns), SSLKERNELS_CURRENT_ISA(gumbel_rows_bwd), backward,
+           gumbel_scratch_bytes(rows));
 }
 
-void probability_sums(Tensor logits, Tensor plain_max, Tensor plain_sum, OptionalTensor mask, Tensor partial,
-                      int64_t chunk_rows) {
-  const GumbelRows rows = gumbel_rows(logits, {}, {}, 0, {}, {}, {}, plain_max, plain_sum);
-  const ProbabilitySums sums = probability_arguments(rows, logits, mask, partial, chunk_rows);
-  torch::stable::parallel_for(
-      0, sums.chunks, row_grain(chunk_rows * sums.groups * rows.columns),
-      [&](int64_t begin, int64_t end) { SSLKERNELS_CALL_ISA(probability_sums, sums, begin, end); });
+void run_probability_sums(const ProbabilitySums& sums) {
+  parallel(sums.chunks, row_grain(sums.chunk_rows * sums.groups * sums.rows.columns),
+           SSLKERNELS_CURRENT_ISA(probability_sums), sums);
 }
 
-// What a thread searches with.
+// The CPU as a Device of search_in_tiles; each thread has its own.
 struct CodeSearchOnCpu {
   static constexpr bool kGain = false;
   static constexpr int64_t kPitch = 1;
@@ -111,7 +78,7 @@ struct CodeSearchOnCpu {
     buffers.push_back(scratch_of(count * int64_t(sizeof(A))));
     return reinterpret_cast<A*>(buffers.back().get());
   }
-  void code_tile(const CodeTile& tile) { SSLKERNELS_CALL_ISA(code_tile, tile, 0, tile.source.rows); }
+  void code_tile(const CodeTile& tile) { SSLKERNELS_CURRENT_ISA(code_tile)(tile, 0, tile.source.rows); }
   template <class A>
   void multiply(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch) {
     static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
@@ -121,25 +88,21 @@ struct CodeSearchOnCpu {
     if (work.empty() || scores.first_code != summarised_) {
       block_norm.resize(code_blocks(scores.codes));
       work.resize(std::max<size_t>(work.size(), 2 * scores.input.dim + block_norm.size()));
-      SSLKERNELS_CALL_ISA(code_block_norms, scores, block_norm.data());
+      SSLKERNELS_CURRENT_ISA(code_block_norms)(scores, block_norm.data());
       summarised_ = scores.first_code;
     }
-    SSLKERNELS_CALL_ISA(best_codes, scores, block_norm.data(), 0, scores.input.rows, work.data());
+    SSLKERNELS_CURRENT_ISA(best_codes)(scores, block_norm.data(), 0, scores.input.rows, work.data());
   }
 
  private:
-  int64_t summarised_ = 0;  // the first code of the tile whose block_norm is there
+  int64_t summarised_ = 0;  // first code of the tile that block_norm describes
 };
 
-void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_rounding, OptionalTensor center,
-                  bool as_given, int64_t tile_rows, int64_t tile_codes, Tensor index, Tensor score) {
-  STD_TORCH_CHECK(!as_given, "sslkernels: the CPU multiplies in float32 or float64");
-  const CodeSearch search = code_search_arguments(input, codebook, metric, matmul_rounding, center, as_given, tile_rows,
-                                                  tile_codes, index, score);
-  const auto type = type_of_products(search.input, search.codebook);
+void run_search_codes(const CodeSearch& search) {
+  const bool is_double = type_of_products(search.input, search.codebook) == ScalarType::Double;
   torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
     CodeSearchOnCpu cpu;
-    if (type == torch::headeronly::ScalarType::Double) {
+    if (is_double) {
       search_in_tiles<double>(search, begin, end, cpu);
     } else {
       search_in_tiles<float>(search, begin, end, cpu);
@@ -147,87 +110,174 @@ void search_codes(Tensor input, Tensor codebook, int64_t metric, double matmul_r
   });
 }
 
-void gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor values, Tensor distance) {
-  const CodeGather gather = code_gather_arguments(input, codebook, index, score, values, distance);
-  advise_output(values);
-  torch::stable::parallel_for(0, gather.input.rows, row_grain(gather.input.dim), [&](int64_t begin, int64_t end) {
-    const auto work = scratch_of(2 * gather.input.dim * int64_t(sizeof(double)));
-    SSLKERNELS_CALL_ISA(gather_codes, gather, begin, end, work.get());
-  });
+void run_gather_codes(const CodeGather& gather) {
+  const CodeVectors& input = gather.input;
+  advise_output(gather.values, input.rows * input.dim, input.element);
+  parallel(input.rows, row_grain(input.dim), SSLKERNELS_CURRENT_ISA(gather_codes), gather,
+           2 * input.dim * int64_t(sizeof(double)));
 }
 
-void code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor out) {
-  const CodeDifference difference = code_difference_arguments(coefficient, input, codebook, index, out);
-  advise_output(out);
-  torch::stable::parallel_for(0, difference.input.rows, row_grain(difference.input.dim),
-                              [&](int64_t begin, int64_t end) {
-                                const auto work = scratch_of(2 * difference.input.dim * int64_t(sizeof(double)));
-                                SSLKERNELS_CALL_ISA(code_difference, difference, begin, end, work.get());
-                              });
+void run_code_difference(const CodeDifference& difference) {
+  const CodeVectors& input = difference.input;
+  advise_output(difference.out, input.rows * input.dim, difference.out_element);
+  parallel(input.rows, row_grain(input.dim), SSLKERNELS_CURRENT_ISA(code_difference), difference,
+           2 * input.dim * int64_t(sizeof(double)));
 }
 
-void free_energy_fwd(Tensor energy, Tensor value, OptionalTensor lowest, OptionalTensor total, OptionalTensor winner,
-                     double beta, bool minimum) {
-  const FreeEnergy energies = free_energy_arguments(energy, value, lowest, total, winner, beta, minimum);
+void run_free_energy_fwd(const FreeEnergy& energies) {
+  parallel(energies.outer * energies.inner, row_grain(energies.count), SSLKERNELS_CURRENT_ISA(free_energy_fwd),
+           energies);
+}
+
+void run_free_energy_bwd(const FreeEnergyGradient& gradient) {
+  const FreeEnergy& energies = gradient.energies;
   const int64_t results = energies.outer * energies.inner;
-  torch::stable::parallel_for(0, results, row_grain(energies.count), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(free_energy_fwd, energies, begin, end);
-  });
+  advise_output(gradient.grad, results * energies.count, energies.element);
+  parallel(results, row_grain(energies.count), SSLKERNELS_CURRENT_ISA(free_energy_bwd), gradient);
 }
 
-void free_energy_bwd(Tensor grad_value, OptionalTensor energy, OptionalTensor lowest, OptionalTensor total,
-                     OptionalTensor winner, Tensor grad, double beta) {
-  const FreeEnergyGradient gradient = free_energy_gradient(grad_value, energy, lowest, total, winner, grad, beta);
-  advise_output(grad);
-  const int64_t results = gradient.energies.outer * gradient.energies.inner;
-  torch::stable::parallel_for(0, results, row_grain(gradient.energies.count), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(free_energy_bwd, gradient, begin, end);
-  });
-}
-
-void prediction_energy_fwd(Tensor prediction, Tensor target, Tensor value, OptionalTensor weights, double beta,
-                           bool minimum) {
-  const PredictionEnergy inputs = prediction_energy_arguments(prediction, target, value, weights, beta, minimum);
-  const int64_t rows = inputs.batch * feature_parts(inputs), units = rows * candidate_parts(inputs);
-  const Tensor parts = torch::stable::new_empty(value, {rows * inputs.count});
-  void* data = parts.mutable_data_ptr();
+void run_prediction_energy_fwd(const PredictionEnergy& inputs) {
+  const int64_t rows = inputs.batch * feature_parts(inputs);
+  const auto parts = scratch_of(rows * inputs.count * bytes_of(accumulation_element(inputs.element)));
+  const auto run = [&](int64_t units, int64_t grain, auto kernel) {
+    torch::stable::parallel_for(0, units, grain,
+                                [&](int64_t begin, int64_t end) { kernel(inputs, parts.get(), begin, end); });
+  };
   const int64_t features = std::min(inputs.dim, kFeaturePart), candidates = std::min(inputs.count, kCandidatePart);
-  torch::stable::parallel_for(0, units, row_grain(candidates * features), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(prediction_energy_parts, inputs, data, begin, end);
-  });
-  const int64_t of_row = feature_parts(inputs) * inputs.count;
-  torch::stable::parallel_for(0, inputs.batch, row_grain(of_row), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(prediction_energy_finish, inputs, data, begin, end);
-  });
+  run(rows * candidate_parts(inputs), row_grain(candidates * features),
+      SSLKERNELS_CURRENT_ISA(prediction_energy_parts));
+  run(inputs.batch, row_grain(feature_parts(inputs) * inputs.count), SSLKERNELS_CURRENT_ISA(prediction_energy_finish));
 }
 
-void prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights,
-                           OptionalTensor grad_prediction, OptionalTensor grad_target) {
-  const PredictionEnergyGradient gradient =
-      prediction_energy_gradient(grad_value, prediction, target, weights, grad_prediction, grad_target);
+void run_prediction_energy_bwd(const PredictionEnergyGradient& gradient) {
   const PredictionEnergy& inputs = gradient.inputs;
-  advise_output(grad_prediction);
-  const int64_t grain = row_grain(inputs.count * std::min(inputs.dim, kFeaturePart));
-  torch::stable::parallel_for(0, inputs.batch * feature_parts(inputs), grain, [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(prediction_energy_bwd, gradient, begin, end);
-  });
+  advise_output(gradient.grad_prediction, inputs.batch * inputs.count * inputs.dim, inputs.element);
+  parallel(inputs.batch * feature_parts(inputs), row_grain(inputs.count * std::min(inputs.dim, kFeaturePart)),
+           SSLKERNELS_CURRENT_ISA(prediction_energy_bwd), gradient);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
-  m.impl("gaussian_fwd", TORCH_BOX(&gaussian_fwd));
-  m.impl("gaussian_bwd", TORCH_BOX(&gaussian_bwd));
-  m.impl("gumbel_rows_fwd", TORCH_BOX(&gumbel_rows_fwd));
-  m.impl("gumbel_rows_bwd", TORCH_BOX(&gumbel_rows_bwd));
-  m.impl("probability_sums", TORCH_BOX(&probability_sums));
-  m.impl("search_codes", TORCH_BOX(&search_codes));
-  m.impl("gather_codes", TORCH_BOX(&gather_codes));
-  m.impl("code_difference", TORCH_BOX(&code_difference));
-  m.impl("free_energy_fwd", TORCH_BOX(&free_energy_fwd));
-  m.impl("free_energy_bwd", TORCH_BOX(&free_energy_bwd));
-  m.impl("prediction_energy_fwd", TORCH_BOX(&prediction_energy_fwd));
-  m.impl("prediction_energy_bwd", TORCH_BOX(&prediction_energy_bwd));
+STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
+  m.def(
+      "gaussian_fwd(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? row_ids, "
+      "Tensor? seed, float free_bits, float low, float high, Tensor(a!)? z, Tensor(b!)? kl, bool by_row, "
+      "Tensor(c!)? statistics) -> ()");
+  m.def(
+      "gaussian_bwd(Tensor mean, Tensor logvar, Tensor? prior_mean, Tensor? prior_logvar, Tensor? row_ids, "
+      "Tensor? seed, float free_bits, float low, float high, Tensor? grad_z, Tensor? grad_kl, bool by_row, "
+      "Tensor(a!)? grad_mean, Tensor(b!)? grad_logvar, Tensor(c!)? grad_prior_mean, "
+      "Tensor(d!)? grad_prior_logvar) -> ()");
+  m.def(
+      "gumbel_rows_fwd(Tensor logits, Tensor? seed, Tensor? row_ids, int first_row, Tensor? inverse_tau, int output, "
+      "Tensor(a!)? y, Tensor(b!)? index, Tensor(c!) max, Tensor(d!) sum, Tensor(e!)? argmax, "
+      "Tensor(f!)? softmax_max, Tensor(g!)? softmax_sum) -> ()");
+  m.def(
+      "gumbel_rows_bwd(Tensor? grad, Tensor? grad_usage, Tensor? mask, Tensor logits, Tensor? seed, Tensor? row_ids, "
+      "int first_row, Tensor? inverse_tau, Tensor? max, Tensor? sum, Tensor? softmax_max, Tensor? softmax_sum, "
+      "Tensor(a!) grad_logits) -> ()");
+  m.def(
+      "probability_sums(Tensor logits, Tensor softmax_max, Tensor softmax_sum, Tensor? mask, Tensor(a!) partial, "
+      "int chunk_rows) -> ()");
+  m.def(
+      "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, bool as_given, "
+      "int tile_rows, int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
+  m.def(
+      "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
+      "Tensor(b!) distance) -> ()");
+  m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
+  m.def(
+      "free_energy_fwd(Tensor energy, Tensor(a!) value, Tensor(b!)? lowest, Tensor(c!)? total, Tensor(d!)? winner, "
+      "float beta, bool minimum) -> ()");
+  m.def(
+      "free_energy_bwd(Tensor grad_value, Tensor? energy, Tensor? lowest, Tensor? total, Tensor? winner, "
+      "Tensor(a!) grad, float beta) -> ()");
+  m.def(
+      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, float beta, "
+      "bool minimum) -> ()");
+  m.def(
+      "prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights, "
+      "Tensor(a!)? grad_prediction, Tensor(b!)? grad_target) -> ()");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
+  bind_cpu<parse_gaussian_fwd, run_gaussian_fwd>(m, "gaussian_fwd");
+  bind_cpu<parse_gaussian_bwd, run_gaussian_bwd>(m, "gaussian_bwd");
+  bind_cpu<parse_gumbel_rows_fwd, run_gumbel_rows_fwd>(m, "gumbel_rows_fwd");
+  bind_cpu<parse_gumbel_rows_bwd, run_gumbel_rows_bwd>(m, "gumbel_rows_bwd");
+  bind_cpu<parse_probability_sums, run_probability_sums>(m, "probability_sums");
+  bind_cpu<parse_search_codes, run_search_codes>(m, "search_codes");
+  bind_cpu<parse_gather_codes, run_gather_codes>(m, "gather_codes");
+  bind_cpu<parse_code_difference, run_code_difference>(m, "code_difference");
+  bind_cpu<parse_free_energy_fwd, run_free_energy_fwd>(m, "free_energy_fwd");
+  bind_cpu<parse_free_energy_bwd, run_free_energy_bwd>(m, "free_energy_bwd");
+  bind_cpu<parse_prediction_energy_fwd, run_prediction_energy_fwd>(m, "prediction_energy_fwd");
+  bind_cpu<parse_prediction_energy_bwd, run_prediction_energy_bwd>(m, "prediction_energy_bwd");
+}
+
+#if defined(SSLKERNELS_WITH_CUDA)
+namespace {
+
+// The CUDA device as a Device of search_in_tiles.
+struct CodeSearchOnCuda {
+  static constexpr bool kGain = true;
+  static constexpr int64_t kPitch = 4;  // rows of products start at multiples of 16 bytes
+  const Tensor& like;
+  void* stream;
+  std::vector<Tensor> buffers;
+
+  template <class A>
+  A* buffer(int64_t count) {
+    if (count == 0) return nullptr;
+    buffers.push_back(workspace(like, count, sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float));
+    return static_cast<A*>(buffers.back().mutable_data_ptr());
+  }
+  void code_tile(const CodeTile& tile) { launch_code_tile(tile, stream); }
+  template <class A>
+  void multiply(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch) {
+    multiply_vectors(a, b, products, pitch, like.device());
+  }
+  void best_codes(const CodeScores& scores) { launch_best_codes(scores, stream); }
+};
+
+void allocate_and_launch_search_codes(const CodeSearch& search, const Tensor& like, void* stream) {
+  CodeSearchOnCuda cuda{like, stream, {}};
+  if (type_of_products(search.input, search.codebook) == ScalarType::Double) {
+    search_in_tiles<double>(search, 0, search.input.rows, cuda);
+  } else {
+    search_in_tiles<float>(search, 0, search.input.rows, cuda);
+  }
+}
+
+void allocate_and_launch_prediction_energy_fwd(const PredictionEnergy& inputs, const Tensor& like, void* stream) {
+  const PredictionEnergyPlan plan = plan_prediction_energy(inputs);
+  const Tensor parts = workspace(like, workspace_of(inputs, plan), accumulation_type(inputs.element));
+  launch_prediction_energy_fwd(inputs, plan, parts.mutable_data_ptr(), stream);
+}
+
+void allocate_and_launch_prediction_energy_bwd(const PredictionEnergyGradient& gradient, const Tensor& like,
+                                               void* stream) {
+  const PredictionEnergyGradientPlan plan = plan_prediction_energy_bwd(gradient);
+  const Tensor parts = workspace(like, workspace_of(gradient, plan), accumulation_type(gradient.inputs.element));
+  launch_prediction_energy_bwd(gradient, plan, parts.mutable_data_ptr(), stream);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
+  bind_cuda<parse_gaussian_fwd, launch_gaussian_fwd>(m, "gaussian_fwd");
+  bind_cuda<parse_gaussian_bwd, launch_gaussian_bwd>(m, "gaussian_bwd");
+  bind_cuda<parse_gumbel_rows_fwd, launch_gumbel_rows_fwd>(m, "gumbel_rows_fwd");
+  bind_cuda<parse_gumbel_rows_bwd, launch_gumbel_rows_bwd>(m, "gumbel_rows_bwd");
+  bind_cuda<parse_probability_sums, launch_probability_sums>(m, "probability_sums");
+  bind_cuda<parse_search_codes, allocate_and_launch_search_codes>(m, "search_codes");
+  bind_cuda<parse_gather_codes, launch_gather_codes>(m, "gather_codes");
+  bind_cuda<parse_code_difference, launch_code_difference>(m, "code_difference");
+  bind_cuda<parse_free_energy_fwd, launch_free_energy_fwd>(m, "free_energy_fwd");
+  bind_cuda<parse_free_energy_bwd, launch_free_energy_bwd>(m, "free_energy_bwd");
+  bind_cuda<parse_prediction_energy_fwd, allocate_and_launch_prediction_energy_fwd>(m, "prediction_energy_fwd");
+  bind_cuda<parse_prediction_energy_bwd, allocate_and_launch_prediction_energy_bwd>(m, "prediction_energy_bwd");
+}
+#endif
 
 }  // namespace sslkernels

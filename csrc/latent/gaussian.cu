@@ -22,6 +22,8 @@ constexpr int kColumns = 4 * kQuads<T>;
 constexpr int kStep = 2;  // columns whose divergence is found at a time
 template <class T>
 constexpr int kTile = kWarpSize * kColumns<T>;
+static_assert(gaussian_columns_per_sum_cuda(Element::kFloat) == kTile<float>, "the binding sizes kl by it");
+static_assert(gaussian_columns_per_sum_cuda(Element::kHalf) == kTile<Half>, "the binding sizes kl by it");
 
 __device__ __forceinline__ float exp_any(float x) { return expf(x); }
 // Its constants would take registers.
@@ -231,7 +233,7 @@ __device__ __forceinline__ void write_samples(const GaussianForward& forward, co
   using A = typename Accumulation<T>::type;
   const Gaussian& inputs = forward.inputs;
   const uint64_t seed = uint64_t(*inputs.seed), group = first_group(inputs, row, place.column);
-  T* z = static_cast<T*>(forward.z) + row * forward.z_at.row_stride;
+  T* z = static_cast<T*>(forward.z) + row * forward.z_strides.row_stride;
   for (int sample = 0; sample < int(inputs.samples); ++sample) {
     PackedRow<T> packed;
     for_each_part(kQuads<T>, [&](int quad) {
@@ -246,7 +248,7 @@ __device__ __forceinline__ void write_samples(const GaussianForward& forward, co
       packed.set(quad, values);
     });
     packed.store(z, place.column, place.columns);
-    z += forward.z_at.sample_stride;
+    z += forward.z_strides.sample_stride;
   }
 }
 
@@ -312,11 +314,11 @@ __device__ __forceinline__ void add_samples(const GaussianBackward& backward, co
   const Gaussian& inputs = backward.inputs;
   const bool wants_noise = backward.grad_logvar != nullptr;
   const uint64_t seed = uint64_t(*inputs.seed), group = first_group(inputs, row, place.column);
-  const T* grad_z = static_cast<const T*>(backward.grad_z) + row * backward.z_at.row_stride;
+  const T* grad_z = static_cast<const T*>(backward.grad_z) + row * backward.z_strides.row_stride;
   for (int sample = 0; sample < int(inputs.samples); ++sample) {
     PackedRow<T> packed;
     packed.load(grad_z, place.column, place.columns);
-    grad_z += backward.z_at.sample_stride;
+    grad_z += backward.z_strides.sample_stride;
     for_each_part(kQuads<T>, [&](int quad) {
       A grad[kGroup];
       packed.get(quad, grad);
@@ -451,10 +453,6 @@ void launch_bwd(const GaussianBackward& backward, void* stream) {
 }
 
 }  // namespace
-
-int64_t gaussian_columns_of_sum(Element element) {
-  return element == Element::kBFloat16 || element == Element::kHalf ? kTile<Half> : kTile<float>;
-}
 
 void launch_gaussian_fwd(const GaussianForward& forward, void* stream) {
   check_dim(forward.inputs.columns);

@@ -45,7 +45,7 @@ struct GaussianSamples {
 struct GaussianForward {
   Gaussian inputs;
   void* z;
-  GaussianSamples z_at;
+  GaussianSamples z_strides;
   void* kl;  // A (rows, columns), or where by_row (rows, kl_parts): each part the sum of some columns
   bool by_row;
   int64_t kl_parts;
@@ -56,7 +56,7 @@ struct GaussianForward {
 struct GaussianBackward {
   Gaussian inputs;
   const void* grad_z;
-  GaussianSamples z_at;
+  GaussianSamples z_strides;
   const void* grad_kl;  // A (rows, columns), or where by_row (rows)
   bool by_row;
   void* grad_mean;  // (rows, columns), as the others
@@ -66,6 +66,10 @@ struct GaussianBackward {
 };
 
 namespace {  // one copy for each instruction set of the CPU
+
+inline int64_t gaussian_blocks(const Gaussian& inputs) {
+  return (inputs.rows + kGaussianRowsOfBlock - 1) / kGaussianRowsOfBlock;
+}
 
 // (exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., to below a rounding.
 SSLKERNELS_HD float excess_series(float d) {
@@ -162,7 +166,8 @@ inline bool has_sums(const GaussianBackward& backward) {
 SSLKERNELS_CPU_KERNELS(void gaussian_fwd(const GaussianForward& forward, int64_t begin, int64_t end);
                        void gaussian_bwd(const GaussianBackward& backward, int64_t begin, int64_t end);)
 
-int64_t gaussian_columns_of_sum(Element element);  // of a row, that are added up to one number
+// Columns of a row that the CUDA kernel sums to one number: a warp's tile.
+constexpr int64_t gaussian_columns_per_sum_cuda(Element element) { return 32 * (bytes_of(element) == 2 ? 8 : 4); }
 
 void launch_gaussian_fwd(const GaussianForward& forward, void* stream);
 void launch_gaussian_bwd(const GaussianBackward& backward, void* stream);

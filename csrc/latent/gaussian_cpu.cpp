@@ -277,7 +277,7 @@ class Forward {
     const Element element = forward_.inputs.element;
     const A* mean = values_.mean;
     A* __restrict kl = kl_, * __restrict scales = scale_;
-    const int64_t stride = forward_.z_at.row_stride;
+    const int64_t stride = forward_.z_strides.row_stride;
     A* __restrict z = place(element, forward_.z, stride, batch, z_);
     const float* eps = noise_;
     if (samples == 1) {
@@ -295,7 +295,7 @@ class Forward {
       return scatter(element, z, batch, stride, forward_.z);
     }
     for (int64_t k = 0; k < samples; ++k) {
-      ask_for_sample(forward_.z, forward_.z_at, k, element, batch);
+      ask_for_sample(forward_.z, forward_.z_strides, k, element, batch);
       noise.draw(k, noise_);
       if (k == 0) {  // mean and logvar have arrived by now
         for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
@@ -303,7 +303,7 @@ class Forward {
           kl[j] = divergence(t, excess);
         });
       }
-      const int64_t begin = batch.column + k * forward_.z_at.sample_stride;
+      const int64_t begin = batch.column + k * forward_.z_strides.sample_stride;
       batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
         with_elements<A>(element, forward_.z, begin + row * stride, [&](auto* __restrict to) {
 #pragma omp simd
@@ -382,7 +382,7 @@ class Backward {
       if (backward_.grad_z == nullptr || inputs.samples == 0) {
         finish_elements<false>(batch, nullptr, nullptr);
       } else if (inputs.samples == 1) {
-        const int64_t stride = backward_.z_at.row_stride;
+        const int64_t stride = backward_.z_strides.row_stride;
         ask_for(inputs.element, backward_.grad_z, stride, batch);
         if (backward_.grad_logvar != nullptr) Noise(inputs, batch).draw(0, noise_);
         const A* grad = gather(inputs.element, backward_.grad_z, stride, batch, grad_z_);
@@ -432,11 +432,11 @@ class Backward {
   template <int kCount>
   void add_samples(const Batch& batch, const Noise& noise, int64_t first) {
     const Element element = backward_.inputs.element;
-    const int64_t stride = backward_.z_at.row_stride, apart = backward_.z_at.sample_stride;
+    const int64_t stride = backward_.z_strides.row_stride, apart = backward_.z_strides.sample_stride;
     A* __restrict sum = sum_, * __restrict noisy_sum = noisy_sum_;
     const float* eps = noise_;
     for (int k = 0; k < kCount; ++k) {
-      ask_for_sample(backward_.grad_z, backward_.z_at, first + k, element, batch);
+      ask_for_sample(backward_.grad_z, backward_.z_strides, first + k, element, batch);
       if (backward_.grad_logvar != nullptr) noise.draw(first + k, noise_ + k * kGaussianChunk);
     }
     batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {

@@ -29,7 +29,7 @@ struct GumbelRows {
   int64_t first_row;
   const double* inverse_tau;  // null: 1
   GumbelState state;          // of the rows with noise
-  GumbelState plain;          // of the rows without noise and with tau = 1, or null
+  GumbelState softmax_state;  // of the rows without noise and with tau = 1, or null
 };
 
 enum class GumbelOutput { kNone, kSoft, kHard };
@@ -37,9 +37,9 @@ enum class GumbelOutput { kNone, kSoft, kHard };
 struct GumbelForward {
   GumbelRows rows;
   GumbelOutput output;
-  void* y;         // (rows, columns), contiguous, of the logits' type
-  int64_t* index;  // (rows), or null
-  int64_t* best;   // index without noise, or null: null together with `plain`
+  void* y;          // (rows, columns), contiguous, of the logits' type
+  int64_t* index;   // (rows), or null
+  int64_t* argmax;  // index without noise, or null: null together with `plain`
 };
 
 // grad_logits = y * (grad - <grad, y>) / tau, and, where there are `uses`, of the rows that `mask` has, plus
@@ -49,8 +49,8 @@ struct GumbelBackward {
   const void* grad;  // rows grad_stride apart; null: 0. May be grad_logits itself.
   bool wide_grad;    // A, else of the logits' type
   int64_t grad_stride;
-  const void* uses;     // A (groups, columns), or null
-  const uint8_t* mask;  // (rows), or null: all
+  const void* grad_usage;  // A (groups, columns), or null
+  const uint8_t* mask;     // (rows), or null: all
   int64_t groups;
   void* grad_logits;  // (rows, columns), contiguous, of the logits' type
 };

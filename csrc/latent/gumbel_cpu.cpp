@@ -118,10 +118,10 @@ void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch
     const auto load_logits = [&](int64_t from, int64_t count, A* s) {
       load_any(rows.element, row_of(rows, i), from, count, s);
     };
-    if (forward.best != nullptr) {
+    if (forward.argmax != nullptr) {
       const RowState<A> plain = reduce_row(row, rows.columns, A(1), load_logits);
-      put_state(rows.plain, i, plain);
-      forward.best[i] = plain.index;
+      put_state(rows.softmax_state, i, plain);
+      forward.argmax[i] = plain.index;
     }
     const auto load_noisy = [&](int64_t from, int64_t count, A* s) {
       const float* of_block = noise.block(i, from, count);
@@ -188,10 +188,10 @@ void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scrat
         });
       }
     }
-    const bool used = backward.uses != nullptr && (backward.mask == nullptr || backward.mask[i] != 0);
-    const A* uses = used ? static_cast<const A*>(backward.uses) + i % backward.groups * rows.columns : nullptr;
-    const A plain_max = used ? static_cast<const A*>(rows.plain.max)[i] : A(0);
-    const A plain_scale = used ? 1 / static_cast<const A*>(rows.plain.sum)[i] : A(0);
+    const bool used = backward.grad_usage != nullptr && (backward.mask == nullptr || backward.mask[i] != 0);
+    const A* uses = used ? static_cast<const A*>(backward.grad_usage) + i % backward.groups * rows.columns : nullptr;
+    const A plain_max = used ? static_cast<const A*>(rows.softmax_state.max)[i] : A(0);
+    const A plain_scale = used ? 1 / static_cast<const A*>(rows.softmax_state.sum)[i] : A(0);
     const auto use_block = [&](int64_t from, int64_t count) {
       return with_elements<A>(rows.element, row_of(rows, i), from, [&](const auto* logits) {
         return soft_block(logits, none, uses + from, count, plain_max, A(1), plain_scale, values);
@@ -232,7 +232,8 @@ void sum_probabilities(const ProbabilitySums& sums, int64_t begin, int64_t end) 
     const int64_t last = (c + 1) * chunk < rows.rows ? (c + 1) * chunk : rows.rows;
     for (int64_t i = c * chunk; i < last; ++i) {
       if (sums.mask != nullptr && sums.mask[i] == 0) continue;
-      const A max = static_cast<const A*>(rows.plain.max)[i], scale = 1 / static_cast<const A*>(rows.plain.sum)[i];
+      const A max = static_cast<const A*>(rows.softmax_state.max)[i],
+              scale = 1 / static_cast<const A*>(rows.softmax_state.sum)[i];
       for (int64_t from = 0; from < rows.columns; from += kBlock) {
         const int64_t count = block_count(rows.columns - from);
         load_any(rows.element, row_of(rows, i), from, count, values);

@@ -191,7 +191,7 @@ struct BackwardScratch {
 template <class Scratch>
 constexpr int64_t kScratchBytes = (int64_t(sizeof(Scratch)) + 15) / 16 * 16;
 
-// Grid: a team a row. With forward.best, also the state of the logits without noise.
+// Grid: a team a row. With forward.argmax, also the state of the logits without noise.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     gumbel_rows_fwd_kernel(const __grid_constant__ GumbelForward forward, GumbelTeam team) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
   const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
   const A inverse_tau = A(inverse_tau_of(forward.rows));
-  const bool stats = forward.best != nullptr;
+  const bool stats = forward.argmax != nullptr;
 
   Running<T> running, plain;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     put_state(forward.rows.state, place.row, top.max, sum);
     if (forward.index != nullptr) forward.index[place.row] = code(top.index);
     if (stats) {
-      put_state(forward.rows.plain, place.row, plain_top.max, sums.value[1]);
-      forward.best[place.row] = code(plain_top.index);
+      put_state(forward.rows.softmax_state, place.row, plain_top.max, sums.value[1]);
+      forward.argmax[place.row] = code(plain_top.index);
     }
   }
   if (forward.output != GumbelOutput::kNone) {
@@ -324,13 +324,13 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const Softmax<T> soft(backward.rows.state, place, A(inverse_tau_of(backward.rows)));
   const bool has_grad = backward.grad != nullptr;
   const bool used =
-      backward.uses != nullptr && place.in_range && (backward.mask == nullptr || backward.mask[place.row] != 0);
+      backward.grad_usage != nullptr && place.in_range && (backward.mask == nullptr || backward.mask[place.row] != 0);
   const A* uses = nullptr;
-  if (used) uses = static_cast<const A*>(backward.uses) + place.row % backward.groups * backward.rows.columns;
+  if (used) uses = static_cast<const A*>(backward.grad_usage) + place.row % backward.groups * backward.rows.columns;
 
   Sums sums = Sums::identity();
   if (used) {
-    const Softmax<T> plain(backward.rows.plain, place, A(1));
+    const Softmax<T> plain(backward.rows.softmax_state, place, A(1));
     for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
       A p[N], weight[N];
       row.load(chunk * N, p);
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   }
   sums = TeamReduction<Sums>::run(sums, place.lanes, &scratch->sums);
 
-  const Softmax<T> plain(backward.rows.plain, place, A(1));
+  const Softmax<T> plain(backward.rows.softmax_state, place, A(1));
   T* out = static_cast<T*>(backward.grad_logits) + place.row * backward.rows.columns;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
     const int column = chunk * N;
@@ -397,7 +397,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const int64_t first = (item % tiles * lanes + int(threadIdx.x) % lanes) * N;
   if (chunk >= sums.chunks || first >= columns) return;
   const int column = int(first);
-  const A *max = static_cast<const A*>(sums.rows.plain.max), *sum = static_cast<const A*>(sums.rows.plain.sum);
+  const A *max = static_cast<const A*>(sums.rows.softmax_state.max),
+          *sum = static_cast<const A*>(sums.rows.softmax_state.sum);
   const int64_t begin = chunk * sums.chunk_rows * sums.groups, end = begin + sums.chunk_rows * sums.groups;
   A total[N];
 #pragma unroll

@@ -121,10 +121,10 @@ void fwd_short(const GumbelForward& forward, int64_t begin, int64_t end) {
   const A inverse_tau = A(inverse_tau_of(rows));
   TileState<A> state;
   for_each_tile<A>(rows, begin, end, [&](int64_t first, Tile<A>& tile, const float* noise) {
-    if (forward.best != nullptr) {
+    if (forward.argmax != nullptr) {
       tile.load(rows.element, rows.logits, first, rows.logits_stride, nullptr, 0);
       state.reduce(tile, A(1));
-      state.put(tile.count, rows.plain, first, forward.best);
+      state.put(tile.count, rows.softmax_state, first, forward.argmax);
     }
     tile.load(rows.element, rows.logits, first, rows.logits_stride, noise, (rows.columns + 3) / 4 * 4);
     state.reduce(tile, inverse_tau);
@@ -168,14 +168,15 @@ void bwd_short(const GumbelBackward& backward, int64_t begin, int64_t end) {
     } else {
       tile.for_each([](int64_t, int64_t, A& value) { value = 0; });
     }
-    if (backward.uses != nullptr) {
-      const A* uses = static_cast<const A*>(backward.uses);
+    if (backward.grad_usage != nullptr) {
+      const A* uses = static_cast<const A*>(backward.grad_usage);
       int64_t at[kGroups];
       for (int64_t r = 0; r < tile.count; ++r) at[r] = (first + r) % backward.groups * rows.columns;
       plain.count = tile.count;
       plain.columns = tile.columns;
       plain.load(rows.element, rows.logits, first, rows.logits_stride, nullptr, 0);
-      plain.soften(static_cast<const A*>(rows.plain.max) + first, static_cast<const A*>(rows.plain.sum) + first, A(1));
+      plain.soften(static_cast<const A*>(rows.softmax_state.max) + first,
+                   static_cast<const A*>(rows.softmax_state.sum) + first, A(1));
       weigh(plain, [=, &at](int64_t r, int64_t j) { return uses[at[r] + j]; });
       const uint8_t* mask = backward.mask == nullptr ? nullptr : backward.mask + first;
       const A* added = plain.values;

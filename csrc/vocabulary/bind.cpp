@@ -1,102 +1,91 @@
-// The CPU implementations of the operators of masked prediction, and of the random streams, over torch's thread pool.
+// The operators of masked prediction: schemas, CPU and CUDA bindings.
 #include "core/cpu/bind.h"
 
-#include "core/scale_add.h"
-#include "random/random_stream.h"
-#include "vocabulary/cross_entropy.h"
-#include "vocabulary/mask_tokens.h"
+#include "vocabulary/cross_entropy_bind.h"
 #include "vocabulary/mask_tokens_bind.h"
-#include "vocabulary/sample_rows.h"
 #include "vocabulary/sample_rows_bind.h"
+
+#if defined(SSLKERNELS_WITH_CUDA)
+#include "core/cuda/bind.h"
+#endif
 
 namespace sslkernels {
 namespace {
 
-using torch::stable::Tensor;
-
-void cross_entropy_rows_fwd(Tensor logits, Tensor target, OptionalTensor bias, OptionalTensor weight,
-                            OptionalTensor weight_sum, OptionalTensor coefficient, Tensor loss, Tensor row_max,
-                            Tensor sum_exp, Tensor logprob, Tensor prediction, Tensor entropy, OptionalTensor grad,
-                            int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                            double logit_scale, bool stats) {
-  CrossEntropyRows rows =
-      cross_entropy_rows(logits, target, bias, weight, weight_sum, coefficient, row_max, sum_exp, logprob, grad,
-                         {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
-  add_forward_outputs(rows, logits, loss, prediction, entropy, stats);
-  torch::stable::parallel_for(0, rows.count, row_grain(rows.vocab), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(cross_entropy_rows_fwd, rows, begin, end);
-  });
+void run_cross_entropy_rows_fwd(const CrossEntropyRows& rows) {
+  parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(cross_entropy_rows_fwd), rows);
 }
 
-void cross_entropy_rows_bwd(Tensor logits, Tensor target, OptionalTensor bias, OptionalTensor weight,
-                            OptionalTensor weight_sum, Tensor coefficient, Tensor row_max, Tensor sum_exp,
-                            Tensor logprob, Tensor grad, int64_t ignore_index, double label_smoothing, double z_loss,
-                            double softcap, double logit_scale) {
-  const CrossEntropyRows rows =
-      cross_entropy_rows(logits, target, bias, weight, weight_sum, coefficient, row_max, sum_exp, logprob, grad,
-                         {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
-  if (rows.grad != rows.logits) advise_output(grad);
-  torch::stable::parallel_for(0, rows.count, row_grain(rows.vocab), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(cross_entropy_rows_bwd, rows, begin, end);
-  });
+void run_cross_entropy_rows_bwd(const CrossEntropyRows& rows) {
+  if (rows.grad != rows.logits) advise_output(rows.grad, rows.count * rows.vocab, rows.element);
+  parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(cross_entropy_rows_bwd), rows);
 }
 
-void scale_add(Tensor input, OptionalTensor scale, Tensor out, bool add) {
-  const ScaleAdd arguments = scale_add_arguments(input, scale, out, add);
-  torch::stable::parallel_for(0, arguments.count, kGrain, [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(scale_add, arguments, begin, end);
-  });
+void run_sample_rows(const SampleRows& sample) {
+  parallel(sample.rows, row_grain(sample.columns), SSLKERNELS_CURRENT_ISA(sample_rows), sample);
 }
 
-void sample_rows(Tensor products, OptionalTensor bias, Tensor seed, Tensor row_ids, int64_t first_column, int64_t vocab,
-                 double scale, Tensor row_max, Tensor sum_exp, Tensor best, Tensor logprob, Tensor index) {
-  const SampleRows sample = sample_rows_arguments(products, bias, seed, row_ids, first_column, vocab, scale, row_max,
-                                                  sum_exp, best, logprob, index);
-  torch::stable::parallel_for(0, sample.rows, row_grain(sample.columns), [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(sample_rows, sample, begin, end);
-  });
-}
-
-void mask_tokens(Tensor input_ids, Tensor seed, OptionalTensor special_mask, OptionalTensor word_ids,
-                 OptionalTensor row_ids, Tensor ranges, Tensor output_ids, Tensor labels, int64_t select, int64_t stay,
-                 int64_t enter, int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed,
-                 int64_t ignore_index, bool chained) {
-  const MaskRule rule = mask_rule(ranges, select, stay, enter, to_mask, to_random, mask_id, allowed, ignore_index);
-  const MaskTokens tokens =
-      mask_tokens_arguments(input_ids, seed, special_mask, word_ids, row_ids, output_ids, labels, chained, rule);
+void run_mask_tokens(const MaskTokens& tokens) {
   if (tokens.columns == 0) return;
-  advise_output(output_ids);
-  advise_output(labels);
-  if (chained) {
-    torch::stable::parallel_for(0, tokens.rows, row_grain(tokens.columns), [&](int64_t begin, int64_t end) {
-      SSLKERNELS_CALL_ISA(mask_tokens_chained, tokens, begin, end);
-    });
+  const size_t bytes = size_t(tokens.rows * tokens.columns * (tokens.wide_ids ? 8 : 4));
+  advise_huge_pages(tokens.output_ids, bytes);
+  advise_huge_pages(tokens.labels, bytes);
+  if (tokens.chained) {
+    parallel(tokens.rows, row_grain(tokens.columns), SSLKERNELS_CURRENT_ISA(mask_tokens_chained), tokens);
   } else {
     const int64_t groups = tokens.rows * ((tokens.columns + 3) / 4);
-    torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
-      SSLKERNELS_CALL_ISA(mask_tokens, tokens, begin, end);
-    });
+    parallel(groups, kGrain / 4, SSLKERNELS_CURRENT_ISA(mask_tokens), tokens);
   }
-}
-
-void random_stream(Tensor seed, OptionalTensor row_ids, int64_t sample, int64_t stream, Tensor out) {
-  const RandomStream numbers = random_stream_arguments(seed, row_ids, sample, stream, out);
-  advise_output(out);
-  const int64_t groups = numbers.rows * ((numbers.columns + 3) / 4);
-  torch::stable::parallel_for(0, groups, kGrain / 4, [&](int64_t begin, int64_t end) {
-    SSLKERNELS_CALL_ISA(random_stream, numbers, begin, end);
-  });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
-  m.impl("cross_entropy_rows_fwd", TORCH_BOX(&cross_entropy_rows_fwd));
-  m.impl("cross_entropy_rows_bwd", TORCH_BOX(&cross_entropy_rows_bwd));
-  m.impl("scale_add", TORCH_BOX(&scale_add));
-  m.impl("sample_rows", TORCH_BOX(&sample_rows));
-  m.impl("mask_tokens", TORCH_BOX(&mask_tokens));
-  m.impl("random_stream", TORCH_BOX(&random_stream));
+STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
+  m.def(
+      "cross_entropy_rows_fwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
+      "Tensor? coefficient, Tensor(a!) loss, Tensor(b!) row_max, Tensor(c!) sum_exp, Tensor(d!) logprob, "
+      "Tensor(e!) prediction, Tensor(f!) entropy, Tensor(g!)? grad, int ignore_index, float label_smoothing, "
+      "float z_loss, float softcap, float logit_scale, bool stats) -> ()");
+  m.def(
+      "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
+      "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def(
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
+      "float scale, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) index) -> "
+      "()");
+  m.def(
+      "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
+      "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
+      "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
+  bind_cpu<parse_cross_entropy_rows_fwd, run_cross_entropy_rows_fwd>(m, "cross_entropy_rows_fwd");
+  bind_cpu<parse_cross_entropy_rows_bwd, run_cross_entropy_rows_bwd>(m, "cross_entropy_rows_bwd");
+  bind_cpu<parse_sample_rows, run_sample_rows>(m, "sample_rows");
+  bind_cpu<parse_mask_tokens, run_mask_tokens>(m, "mask_tokens");
+}
+
+#if defined(SSLKERNELS_WITH_CUDA)
+namespace {
+
+void allocate_and_launch_mask_tokens(const MaskTokens& tokens, const Tensor& like, void* stream) {
+  OptionalTensor device_ranges;
+  if (tokens.rule.range_count > kInlineRanges) {
+    device_ranges = workspace(like, 2 * tokens.rule.range_count, ScalarType::Long);
+  }
+  launch_mask_tokens(tokens, device_ranges ? device_ranges->mutable_data_ptr<int64_t>() : nullptr, stream);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
+  bind_cuda<parse_cross_entropy_rows_fwd, launch_cross_entropy_rows_fwd>(m, "cross_entropy_rows_fwd");
+  bind_cuda<parse_cross_entropy_rows_bwd, launch_cross_entropy_rows_bwd>(m, "cross_entropy_rows_bwd");
+  bind_cuda<parse_sample_rows, launch_sample_rows>(m, "sample_rows");
+  bind_cuda<parse_mask_tokens, allocate_and_launch_mask_tokens>(m, "mask_tokens");
+}
+#endif
 
 }  // namespace sslkernels

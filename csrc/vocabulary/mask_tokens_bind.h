@@ -1,4 +1,3 @@
-// From tensors to the arguments of the masking kernels, as bind.h.
 #pragma once
 
 #include "random/random_stream_bind.h"
@@ -6,56 +5,37 @@
 
 namespace sslkernels {
 
-inline void check_like(const torch::stable::Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.is_contiguous(),
-                  "sslkernels: ", name, " must be contiguous, of the shape of input_ids");
-}
-
-// `ranges` is read by the host, wherever the tokens are.
-inline MaskRule mask_rule(const torch::stable::Tensor& ranges, int64_t select, int64_t stay, int64_t enter,
-                          int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed, int64_t ignore_index) {
-  check_vector(ranges, ranges.numel() / 2 * 2, torch::headeronly::ScalarType::Long, "ranges");
-  STD_TORCH_CHECK(ranges.is_cpu(), "sslkernels: ranges must be on the CPU");
-  return {uint64_t(select),  uint64_t(stay),      uint64_t(enter),
-          uint64_t(to_mask), uint64_t(to_random), mask_id,
-          allowed,           ignore_index,        ranges.const_data_ptr<int64_t>(),
-          ranges.numel() / 2};
-}
-
-inline MaskTokens mask_tokens_arguments(const torch::stable::Tensor& input_ids, const torch::stable::Tensor& seed,
-                                        const OptionalTensor& special_mask, const OptionalTensor& word_ids,
-                                        const OptionalTensor& row_ids, const torch::stable::Tensor& output_ids,
-                                        const torch::stable::Tensor& labels, bool chained, const MaskRule& rule) {
-  using torch::headeronly::ScalarType;
+// The host reads `ranges` wherever the tokens are.
+inline MaskTokens parse_mask_tokens(const Tensor& input_ids, const Tensor& seed, const OptionalTensor& special_mask,
+                                    const OptionalTensor& word_ids, const OptionalTensor& row_ids, const Tensor& ranges,
+                                    const Tensor& output_ids, const Tensor& labels, int64_t select, int64_t stay,
+                                    int64_t enter, int64_t to_mask, int64_t to_random, int64_t mask_id, int64_t allowed,
+                                    int64_t ignore_index, bool chained) {
   STD_TORCH_CHECK(input_ids.dim() == 2, "sslkernels: input_ids must have 2 dimensions");
-  const int64_t rows = input_ids.size(0), columns = input_ids.size(1);
-  check_like(input_ids, rows, columns, "input_ids");
-  check_like(output_ids, rows, columns, "output_ids");
-  check_like(labels, rows, columns, "labels");
+  STD_TORCH_CHECK(ranges.is_cpu(), "sslkernels: ranges must be on the CPU");
+  const auto type = input_ids.scalar_type();
   MaskTokens tokens{};
+  tokens.rows = input_ids.size(0);
+  tokens.columns = input_ids.size(1);
+  const Shape shape{tokens.rows, tokens.columns};
   tokens.wide_ids = is_wide(input_ids, "input_ids");
-  STD_TORCH_CHECK(
-      output_ids.scalar_type() == input_ids.scalar_type() && labels.scalar_type() == input_ids.scalar_type(),
-      "sslkernels: the outputs must have the dtype of input_ids");
-  if (special_mask) {
-    check_like(*special_mask, rows, columns, "special_mask");
-    STD_TORCH_CHECK(special_mask->scalar_type() == ScalarType::Bool, "sslkernels: special_mask must be bool");
-  }
+  tokens.input_ids = readable(input_ids, shape, type, "input_ids");
+  tokens.special_mask = readable<uint8_t>(special_mask, shape, ScalarType::Bool, "special_mask");
   if (word_ids) {
-    check_like(*word_ids, rows, columns, "word_ids");
     tokens.wide_words = is_wide(*word_ids, "word_ids");
+    tokens.word_ids = readable(*word_ids, shape, word_ids->scalar_type(), "word_ids");
   }
-  tokens.input_ids = input_ids.const_data_ptr();
-  tokens.special_mask = static_cast<const uint8_t*>(pointer(special_mask));
-  tokens.word_ids = pointer(word_ids);
-  tokens.row_ids = row_ids_pointer(row_ids, rows);
-  tokens.seed = seed_pointer(seed);
-  tokens.rows = rows;
-  tokens.columns = columns;
-  tokens.output_ids = output_ids.mutable_data_ptr();
-  tokens.labels = labels.mutable_data_ptr();
+  tokens.row_ids = parse_row_ids(row_ids, tokens.rows);
+  tokens.seed = parse_seed(seed);
+  tokens.output_ids = writable(output_ids, shape, type, "output_ids");
+  tokens.labels = writable(labels, shape, type, "labels");
   tokens.chained = chained;
-  tokens.rule = rule;
+  const int64_t range_count = ranges.numel() / 2;
+  tokens.rule = {
+      uint64_t(select),  uint64_t(stay),      uint64_t(enter),
+      uint64_t(to_mask), uint64_t(to_random), mask_id,
+      allowed,           ignore_index,        readable<int64_t>(ranges, {2 * range_count}, ScalarType::Long, "ranges"),
+      range_count};
   return tokens;
 }
 

@@ -1,4 +1,3 @@
-// From tensors to the arguments of the choice of a column, as bind.h.
 #pragma once
 
 #include "random/random_stream_bind.h"
@@ -6,38 +5,31 @@
 
 namespace sslkernels {
 
-inline SampleRows sample_rows_arguments(const torch::stable::Tensor& products, const OptionalTensor& bias,
-                                        const torch::stable::Tensor& seed, const torch::stable::Tensor& row_ids,
-                                        int64_t first_column, int64_t vocab, double scale,
-                                        const torch::stable::Tensor& row_max, const torch::stable::Tensor& sum_exp,
-                                        const torch::stable::Tensor& best, const torch::stable::Tensor& logprob,
-                                        const torch::stable::Tensor& index) {
+inline SampleRows parse_sample_rows(const Tensor& products, const OptionalTensor& bias, const Tensor& seed,
+                                    const Tensor& row_ids, int64_t first_column, int64_t vocab, double scale,
+                                    const Tensor& row_max, const Tensor& sum_exp, const Tensor& best,
+                                    const Tensor& logprob, const Tensor& index) {
   check_matrix(products, "products");
-  const int64_t rows = products.size(0), columns = products.size(1);
   const auto type = accumulation_type(products);
-  STD_TORCH_CHECK(first_column % 4 == 0 && first_column + columns <= vocab, "sslkernels: columns out of range");
-  if (bias) check_vector(*bias, vocab, type, "bias");
-  check_vector(row_max, rows, type, "row_max");
-  check_vector(sum_exp, rows, type, "sum_exp");
-  check_vector(best, rows, type, "best");
-  check_vector(logprob, rows, type, "logprob");
-  check_vector(index, rows, torch::headeronly::ScalarType::Long, "index");
-  return {element_of(products),
-          products.const_data_ptr(),
-          products.stride(0),
-          rows,
-          columns,
-          first_column,
-          vocab,
-          pointer(bias),
-          scale,
-          row_ids_pointer(row_ids, rows),
-          seed_pointer(seed),
-          row_max.mutable_data_ptr(),
-          sum_exp.mutable_data_ptr(),
-          best.mutable_data_ptr(),
-          logprob.mutable_data_ptr(),
-          index.mutable_data_ptr<int64_t>()};
+  SampleRows sample{};
+  sample.element = element_of(products);
+  sample.products = products.const_data_ptr();
+  sample.stride = products.stride(0);
+  sample.rows = products.size(0);
+  sample.columns = products.size(1);
+  STD_TORCH_CHECK(first_column % 4 == 0 && first_column + sample.columns <= vocab, "sslkernels: columns out of range");
+  sample.first_column = first_column;
+  sample.vocab = vocab;
+  sample.bias = readable(bias, {vocab}, type, "bias");
+  sample.scale = scale;
+  sample.row_ids = parse_row_ids(row_ids, sample.rows);
+  sample.seed = parse_seed(seed);
+  sample.row_max = writable(row_max, {sample.rows}, type, "row_max");
+  sample.sum_exp = writable(sum_exp, {sample.rows}, type, "sum_exp");
+  sample.best = writable(best, {sample.rows}, type, "best");
+  sample.logprob = writable(logprob, {sample.rows}, type, "logprob");
+  sample.index = writable<int64_t>(index, {sample.rows}, ScalarType::Long, "index");
+  return sample;
 }
 
 }  // namespace sslkernels

@@ -16,13 +16,16 @@ class Array {
  public:
   Array() = default;
   explicit Array(size_t bytes) : bytes_(bytes), data_(::operator new(bytes, std::align_val_t(256))) {}
-  Array(Array&& other) noexcept : bytes_(other.bytes_), data_(other.data_) { other.data_ = nullptr; }
+  Array(Array&& other) noexcept : offset(other.offset), bytes_(other.bytes_), data_(other.data_) {
+    other.data_ = nullptr;
+  }
   Array(const Array&) = delete;
   ~Array() {
     if (data_ != nullptr) ::operator delete(data_, std::align_val_t(256));
   }
   size_t bytes() const { return bytes_; }
   void* data() const { return data_; }
+  size_t offset = 0;  // bytes before the first element that the launcher is given
   template <class T>
   T* as() const {
     return static_cast<T*>(data_);
@@ -45,7 +48,8 @@ struct Call {
   template <class T = void>
   T* array(const std::string& key) const {  // null where there is none
     const auto found = arrays.find(key);
-    return found == arrays.end() ? nullptr : static_cast<T*>(found->second.data());
+    if (found == arrays.end()) return nullptr;
+    return reinterpret_cast<T*>(found->second.as<char>() + found->second.offset);
   }
 };
 
@@ -99,6 +103,7 @@ inline Call read_call(File& file) {
   for (auto left = file.value<uint32_t>(); left > 0; --left) {
     const std::string key = file.text();
     Array array(file.value<uint64_t>());
+    array.offset = file.value<uint64_t>();
     file.read(array.data(), array.bytes());
     call.order.push_back(key);
     call.arrays.emplace(key, std::move(array));

@@ -52,12 +52,14 @@ ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16
 
 @dataclass
 class Call:
-    """One launch. Arrays are passed as they lie in memory and come back as the launch left them."""
+    """One launch. Arrays are passed as they are in memory and come back as the launch left them; the launcher gets a
+    pointer `offsets` elements behind the start of an array, 0 by default."""
 
     name: str
     ints: Mapping[str, int] = field(default_factory=dict)
     reals: Mapping[str, float] = field(default_factory=dict)
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -178,7 +180,8 @@ def _packed(call: Call) -> bytes:
     parts.append(struct.pack("<I", len(call.arrays)))
     for key, tensor in call.arrays.items():
         data = _bytes(tensor)
-        parts.append(_text(key) + struct.pack("<Q", len(data)) + data)
+        offset = call.offsets.get(key, 0) * tensor.itemsize
+        parts.append(_text(key) + struct.pack("<QQ", len(data), offset) + data)
     return b"".join(parts)
 
 

@@ -1,4 +1,4 @@
-// What the CPU implementations of the operators have in common.
+// Registers CPU kernels, which run over torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,12 +11,17 @@
 
 namespace sslkernels {
 
-// Elements that are worth handing to another thread.
-constexpr int64_t kGrain = 32768;
+constexpr int64_t kGrain = 32768;  // elements that are worth handing to another thread
 
 inline int64_t row_grain(int64_t columns) { return kGrain / (columns + 1) + 1; }
 
-// Memory of a thread, not initialised, that begins on a cache line as what vectors read and write should.
+// kernel(arguments, begin, end) over [0, count). Pass SSLKERNELS_CURRENT_ISA(function) for `kernel`.
+template <class Kernel, class Arguments>
+void parallel(int64_t count, int64_t grain, Kernel kernel, const Arguments& arguments) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+// Uninitialised memory of one thread, aligned to a cache line because the kernels access it by vectors.
 struct alignas(kLine) Line {
   char bytes[kLine];
 };
@@ -24,12 +29,30 @@ inline std::unique_ptr<Line[]> scratch_of(int64_t bytes) {
   return std::unique_ptr<Line[]>(new Line[(bytes + kLine - 1) / kLine]);
 }
 
-// Of what a pass writes and does little else.
-inline void advise_output(const torch::stable::Tensor& tensor) {
-  advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+// The same for kernel(arguments, begin, end, scratch).
+template <class Kernel, class Arguments>
+void parallel(int64_t count, int64_t grain, Kernel kernel, const Arguments& arguments, int64_t scratch_bytes) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    kernel(arguments, begin, end, scratch_of(scratch_bytes).get());
+  });
 }
-inline void advise_output(const OptionalTensor& tensor) {
-  if (tensor) advise_output(*tensor);
+
+// Requests huge pages for an output. Only for passes that are write-bound: see advise_huge_pages.
+inline void advise_output(void* data, int64_t elements, Element element) {
+  if (data != nullptr) advise_huge_pages(data, size_t(elements * bytes_of(element)));
+}
+
+template <auto parse, auto run, class Signature = decltype(parse)>
+struct CpuKernel;
+template <auto parse, auto run, class Struct, class... Arguments>
+struct CpuKernel<parse, run, Struct (*)(Arguments...)> {
+  static void call(Arguments... arguments) { run(parse(arguments...)); }
+};
+
+// Registers run(parse(arguments...)) with the signature of `parse`.
+template <auto parse, auto run>
+void bind_cpu(Library& library, const char* name) {
+  library.impl(name, TORCH_BOX(&(CpuKernel<parse, run>::call)));
 }
 
 }  // namespace sslkernels

@@ -21,7 +21,7 @@ const char* isa_name(Isa isa);
 }  // namespace sslkernels
 
 // SSLKERNELS_CPU_KERNELS(void f(...); ...) declares the functions of a kernel file, one copy for each instruction set;
-// SSLKERNELS_CALL_ISA(f, ...) calls the copy for the current one.
+// SSLKERNELS_CURRENT_ISA(f) is a pointer to the copy for this processor.
 #if defined(SSLKERNELS_X86_VARIANTS)
 #define SSLKERNELS_CPU_KERNELS(...) \
   namespace isa_default {           \
@@ -33,24 +33,14 @@ const char* isa_name(Isa isa);
   namespace isa_avx512 {            \
   __VA_ARGS__                       \
   }
-#define SSLKERNELS_CALL_ISA(function, ...)                \
-  do {                                                    \
-    switch (::sslkernels::current_isa()) {                \
-      case ::sslkernels::Isa::isa_avx512:                 \
-        ::sslkernels::isa_avx512::function(__VA_ARGS__);  \
-        break;                                            \
-      case ::sslkernels::Isa::isa_avx2:                   \
-        ::sslkernels::isa_avx2::function(__VA_ARGS__);    \
-        break;                                            \
-      default:                                            \
-        ::sslkernels::isa_default::function(__VA_ARGS__); \
-        break;                                            \
-    }                                                     \
-  } while (0)
+#define SSLKERNELS_CURRENT_ISA(function)                                                              \
+  (::sslkernels::current_isa() == ::sslkernels::Isa::isa_avx512 ? &::sslkernels::isa_avx512::function \
+   : ::sslkernels::current_isa() == ::sslkernels::Isa::isa_avx2 ? &::sslkernels::isa_avx2::function   \
+                                                                : &::sslkernels::isa_default::function)
 #else
 #define SSLKERNELS_CPU_KERNELS(...) \
   namespace isa_default {           \
   __VA_ARGS__                       \
   }
-#define SSLKERNELS_CALL_ISA(function, ...) ::sslkernels::isa_default::function(__VA_ARGS__)
+#define SSLKERNELS_CURRENT_ISA(function) (&::sslkernels::isa_default::function)
 #endif
