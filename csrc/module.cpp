@@ -1,4 +1,4 @@
-// The Python module sslkernels._C: facts of the build. Importing it registers the operators; no tensor crosses it.
+// The Python module sslkernels._C: build information. Importing it registers the operators; no tensor crosses it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,8 +33,8 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts of the build of the sslkernels extension";
+  m.doc() = "Build information of the sslkernels extension";
   m.def("build_info", &build_info,
         "compiler; torch (version built against); cuda (compiler, '' if none); cuda_architectures; "
-        "cuda_ptx (of them, those whose PTX is there for later ones); cpu_isa (in use)");
+        "cuda_ptx (architectures with PTX for later devices); cpu_isa (in use)");
 }

@@ -106,7 +106,7 @@ def test_column_sums(name, results):
     before = call.arrays["total"].double() * options["add"]
     want = before + values.double().sum(0)
     eps = torch.finfo(call.arrays["total"].dtype).eps
-    # One rounding for each of the sums that a value goes through: rows of a warp, warps, blocks of rows.
+    # One rounding per level of summation: rows of a warp, warps, blocks of rows.
     bound = (rows / 8 + 16) * eps * (before.abs() + values.double().abs().sum(0))
     assert bool(((result.arrays["total"].double() - want).abs() <= bound).all())
 
@@ -119,7 +119,7 @@ def test_every_kernel_runs(results, request):
     assert {name for result in results.values() for name in result.launched} == compiled
 
 
-def test_what_is_not_there_is_an_error(tmp_path):
+def test_unsupported_types_are_an_error(tmp_path):
     calls = [
         scale_add_call(torch.float64, torch.float32, 4, add=False, scale=1.0),
         scale_add_call(torch.float32, torch.float64, 4, add=False, scale=1.0),
@@ -128,6 +128,6 @@ def test_what_is_not_there_is_an_error(tmp_path):
         assert "float64" in result.error
 
 
-def test_in_place_with_scale_one_leaves_memory_alone(results):
+def test_in_place_with_scale_one_writes_nothing(results):
     call, result = CALLS["scale_add-in_place_one"], results["scale_add-in_place_one"]
     assert torch.equal(call.arrays["out"], result.arrays["out"])

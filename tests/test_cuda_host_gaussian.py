@@ -34,8 +34,8 @@ def offsets_of(inputs: Inputs) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Latent:
-    """One forward and one backward. prior: "full", "shared" or "mixed"; halves: mean and logvar are those of one
-    tensor; offset: elements before their first."""
+    """One forward and one backward. prior: "full", "shared" or "mixed"; halves: mean and logvar are the
+    halves of one tensor; offset: elements before them."""
 
     dtype: torch.dtype = torch.float32
     rows: int = 5
@@ -91,7 +91,7 @@ class Latent:
         arrays = {}
         for name, tensor in zip(NAMES, inputs, strict=False):
             if tensor is not None:
-                # The whole memory that the rows lie in, so that a byte beyond it is one too many.
+                # The whole storage of the rows, so that an access one byte beyond it is detected.
                 arrays[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
                 shared = name.startswith("prior") and tensor.shape[0] == 1
                 ints[f"{name}_stride"] = tensor.stride(0)
@@ -204,7 +204,7 @@ results = run.results_fixture(calls)
 
 
 def roundings(dtype: torch.dtype) -> float:
-    """Relative to the norm: of the terms and sums in the accumulation dtype, and of the result."""
+    """Relative to the norm: rounding of terms and sums in the accumulation dtype, and of the result."""
     return 16 * torch.finfo(accumulation_dtype(dtype)).eps + torch.finfo(dtype).eps
 
 

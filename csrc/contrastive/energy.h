@@ -1,4 +1,4 @@
-// What contrastive scores are reduced to.
+// The energies that reduce contrastive scores.
 #pragma once
 
 namespace sslkernels {

@@ -1,5 +1,5 @@
-// Skip-gram with negative sampling: a warp a pair, whose rows it reads from memory once. Up to 32 candidates at a time
-// (the context and the negatives) have their scores in a lane each; the direction, the sum of their rows weighted by
+// Skip-gram with negative sampling, one warp per pair; each row is read from memory once. Up to 32 candidates at a time
+// (the context and the negatives) have their scores in one lane each. The direction, the sum of their rows weighted by
 // the slopes, reads them again while they are in the cache.
 #include "contrastive/negative_sampling.h"
 #include "core/cuda/columns.h"
@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
 template <class T>
-constexpr int kInFlight = sizeof(T) == 2 ? 2 : 4;  // candidates whose rows are being read
+constexpr int kInFlight = sizeof(T) == 2 ? 2 : 4;  // candidates whose rows are in flight
 
 struct Math {
   template <class A>
@@ -33,7 +33,7 @@ struct Sum {
   static __device__ __forceinline__ Sum combine(Sum a, Sum b) { return {a.value + b.value}; }
 };
 
-// Candidate 0 is the context, the others are the negatives.
+// Candidate 0 is the context; the others are the negatives.
 __device__ __forceinline__ int64_t candidate(const NegativeSampling& pairs, int64_t i, int64_t k) {
   return k == 0 ? index_at(pairs.context, pairs.wide_index, i)
                 : index_at(pairs.negatives, pairs.wide_index, i * pairs.negative_count + k - 1);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void fill_with_nan(A* out, int64_t count, int lane) {
   for (int64_t j = lane; j < count; j += kWarpSize) out[j] = A(NAN);
 }
 
-// Grid: kWarps pairs a block.
+// Grid: kWarps pairs per block.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     negative_sampling_fwd_kernel(const __grid_constant__ NegativeSampling pairs) {

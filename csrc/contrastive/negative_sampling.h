@@ -1,4 +1,5 @@
-// The arguments of the kernels of negative_sampling_loss, and the loss and slope of one score.
+// negative_sampling_loss: arguments of its kernels and launchers, and the loss and slope of one score. `stream` is a
+// cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace sslkernels {
 
 // All arrays are contiguous; A is the accumulation type. Null: absent.
 struct NegativeSampling {
-  Element element;             // of the two tables
+  Element element;             // type of the two tables
   const void* center_weight;   // (center_rows, dim)
   const void* context_weight;  // (context_rows, dim)
   int64_t center_rows;
@@ -23,10 +24,10 @@ struct NegativeSampling {
   bool wide_index;        // int64, else int32
   int64_t count;
   int64_t negative_count;
-  bool exclude_positive;  // a negative that is the context of its pair is left out
+  bool exclude_positive;  // leaves out a negative that equals the context of its pair
   void* loss;             // A (count)
-  void* slopes;           // A (count, 1 + negative_count): the derivatives of the loss in the scores
-  void* direction;        // A (count, dim): the derivative of the loss in the row of the center
+  void* slopes;           // A (count, 1 + negative_count): derivatives of the loss with respect to the scores
+  void* direction;        // A (count, dim): derivative of the loss with respect to the center's row
 };
 
 namespace {  // one copy for each instruction set of the CPU
@@ -37,8 +38,8 @@ struct ScoreTerm {
   A slope;
 };
 
-// -logsigmoid(score) of a positive, -logsigmoid(-score) of a negative. Math has exp(x) of x <= 0 and log1p(x) of x in
-// [0, 1].
+// -logsigmoid(score) for a positive, -logsigmoid(-score) for a negative. Math provides exp(x) for x <= 0 and log1p(x)
+// for x in [0, 1].
 template <class Math, class A>
 SSLKERNELS_HD ScoreTerm<A> score_term(A score, bool positive) {
   const A x = positive ? -score : score;
@@ -49,10 +50,10 @@ SSLKERNELS_HD ScoreTerm<A> score_term(A score, bool positive) {
 
 }  // namespace
 
-// The pairs [begin, end). Every index is in its range.
+// Pairs [begin, end). Every index must be in range.
 SSLKERNELS_CPU_KERNELS(void negative_sampling_fwd(const NegativeSampling& pairs, int64_t begin, int64_t end);)
 
-// A pair with an index out of range has NaN for loss, slopes and direction; no table is read for it.
+// A pair with an index out of range has NaN loss, slopes and direction; its rows are not read.
 void launch_negative_sampling_fwd(const NegativeSampling& pairs, void* stream);
 
 }  // namespace sslkernels

@@ -1,5 +1,5 @@
-// Skip-gram with negative sampling, a pair at a time: each of its rows is read from memory once. The rows of a later
-// pair are asked for meanwhile, because nothing else foretells where they are.
+// Skip-gram with negative sampling, one pair at a time: each of its rows is read from memory once. Software-prefetches
+// the rows of a later pair; the hardware prefetcher cannot predict gathers.
 #include "contrastive/negative_sampling.h"
 #include "core/cpu/prefetch.h"
 #include "core/cpu/vector_math.h"
@@ -8,8 +8,8 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kRowsAhead = 16;  // that are being read
-constexpr int kBatch = 16;          // scores whose terms are computed side by side
+constexpr int64_t kRowsAhead = 16;  // rows in flight
+constexpr int kBatch = 16;          // scores whose terms are computed together
 
 struct VectorMath {
   template <class A>
@@ -30,7 +30,7 @@ A dot(const T* a, const T* b, int64_t dim) {
   return sum;
 }
 
-// out = weight * row, added to what is there unless `first`.
+// out = weight * row, or out += weight * row unless `first`.
 template <class T, class A>
 void add_row(const T* row, A weight, int64_t dim, bool first, A* out) {
   if (first) {
@@ -76,7 +76,7 @@ void run(const NegativeSampling& pairs, int64_t begin, int64_t end) {
         scores[t] = dot<T, A>(u, rows[t], dim);
       }
 #pragma omp simd
-      for (int t = 0; t < kBatch; ++t) {  // of a fixed length: in vectors without a remainder
+      for (int t = 0; t < kBatch; ++t) {  // fixed length: vectorises without a remainder
         const ScoreTerm<A> term = score_term<VectorMath>(scores[t], first + t == 0);
         losses[t] = used[t] > A(0) ? term.loss : A(0);
         scores[t] = used[t] > A(0) ? term.slope : A(0);

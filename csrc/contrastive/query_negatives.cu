@@ -1,9 +1,9 @@
-// Own negatives of rows of queries: scores, energy and gradients, a block a row.
+// Per-query negatives: scores, energy and gradients, one block per row.
 //
-// The negatives of a row are read by 16 bytes, and lie in shared memory until their gradients are written: one read,
-// one write. A row too long for that is taken in tiles, which the softmax alone reads twice, for it needs the sum over
-// all of them first. The query lies in shared memory as numbers of the accumulation type, spread so that a group of
-// them at any alignment is read without a conflict of banks. Every sum has a fixed order.
+// The negatives of a row are read by 16 bytes and stay in shared memory until their gradients are written: one read,
+// one write. A row that is too long for that is processed in tiles; only the softmax reads them twice, because it needs
+// the sum over all of them first. The query is stored in shared memory in the accumulation type, padded so that a group
+// at any alignment is read without bank conflicts. Every sum has a fixed order.
 #include <algorithm>
 
 #include "contrastive/query_negatives.h"
@@ -14,9 +14,9 @@
 namespace sslkernels {
 namespace {
 
-template <class T>  // of a block at most, and of a multiprocessor at least: 64 registers a thread, for float64 128
+template <class T>  // threads per block at most, and per multiprocessor at least: 64 registers a thread, float64 128
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
-constexpr int kBatch = 4;  // groups that a thread has in flight
+constexpr int kBatch = 4;  // groups in flight per thread
 
 template <class A>
 struct Dots {
@@ -29,7 +29,7 @@ using Sums = Reduction<NegativeSums<typename Accumulation<T>::type>>;
 template <class T>
 using Scratch = typename Sums<T>::Scratch;
 
-// --- Shared memory: scratch of two reductions, factors and dots of a tile, the query, who takes part, the tile -------
+// Shared memory: scratch of two reductions, factors and dots of a tile, the query, validity flags, the tile.
 
 constexpr SSLKERNELS_HD int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -40,21 +40,19 @@ struct Layout {
   int64_t factors;
   int64_t dots;
   int64_t query;
-  int64_t taken;
-  int64_t held;
+  int64_t valid;
+  int64_t cached;
   int64_t bytes;
 
-  __host__ __device__ __forceinline__ Layout(int tile, int pitch, bool hold, int64_t dim) {
+  __host__ __device__ __forceinline__ Layout(int tile, int pitch, bool cache, int64_t dim) {
     factors = 2 * int64_t(sizeof(Scratch<T>));
     dots = factors + tile * int64_t(sizeof(NegativeFactors<A>));
     query = dots + tile * int64_t(sizeof(Dots<A>));
-    taken = query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A));
-    held = aligned(taken + tile);
-    bytes = held + (hold ? int64_t(tile) * pitch * 16 : 0);
+    valid = query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A));
+    cached = aligned(valid + tile);
+    bytes = cached + (cache ? int64_t(tile) * pitch * 16 : 0);
   }
 };
-
-// --- The row of a block --------------------------------------------------------------------------------------------
 
 // kAligned: all negatives and their gradients start at multiples of 16 bytes.
 template <class T, bool kAligned>
@@ -66,24 +64,24 @@ struct Block {
   const QueryNegativesPlan& plan;
   int64_t i;
   int dim;
-  const T* negatives;   // of the row
-  Scratch<T>* scratch;  // of two reductions
+  const T* negatives;   // negatives of the row
+  Scratch<T>* scratch;  // for two reductions
   NegativeFactors<A>* factors;
   Dots<A>* dots;
   A* query;
-  uint8_t* taken;
-  Words* held;
+  uint8_t* valid;
+  Words* cached;
 
   __device__ __forceinline__ Block(const QueryNegatives& args, const QueryNegativesPlan& plan)
       : args(args), plan(plan), i(blockIdx.x), dim(int(args.dim)) {
-    const Layout<T> layout(plan.tile, plan.pitch, plan.held, args.dim);
+    const Layout<T> layout(plan.tile, plan.pitch, plan.cached, args.dim);
     negatives = static_cast<const T*>(args.negatives) + i * args.count * args.dim;
     scratch = reinterpret_cast<Scratch<T>*>(shared_memory());
     factors = reinterpret_cast<NegativeFactors<A>*>(shared_memory() + layout.factors);
     dots = reinterpret_cast<Dots<A>*>(shared_memory() + layout.dots);
     query = reinterpret_cast<A*>(shared_memory() + layout.query);
-    taken = reinterpret_cast<uint8_t*>(shared_memory() + layout.taken);
-    held = reinterpret_cast<Words*>(shared_memory() + layout.held);
+    valid = reinterpret_cast<uint8_t*>(shared_memory() + layout.valid);
+    cached = reinterpret_cast<Words*>(shared_memory() + layout.cached);
   }
 
   __device__ __forceinline__ int tile_size(int64_t first) const {
@@ -96,14 +94,14 @@ struct Block {
     return kAligned || groups.whole(group);
   }
 
-  // Known before the negatives are read, so that their loads wait for nothing.
+  // Marked before the negatives are read, so that no load waits for a flag.
   __device__ __forceinline__ void mark_tile(int64_t first, int size) const {
     for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
-      taken[t] = is_valid(args, i * args.count + first + t);
+      valid[t] = is_valid(args, i * args.count + first + t);
     }
   }
 
-  // After every kSize numbers one is left out; zeros stand before the first column and after the last.
+  // One number of padding after every kSize; zeros before the first column and after the last.
   __device__ __forceinline__ void load_query() const {
     const T* from = static_cast<const T*>(args.query) + i * args.dim;
     for (int place = int(threadIdx.x); place < dim + 2 * kSize; place += int(blockDim.x)) {
@@ -111,7 +109,7 @@ struct Block {
       query[place + place / kSize] = column >= 0 && column < dim ? A(to_float(from[column])) : A(0);
     }
   }
-  // Its columns from groups.column(group) on.
+  // Columns of the query from groups.column(group) on.
   __device__ __forceinline__ void query_group(const Groups<T>& groups, int group, A (&x)[kSize]) const {
     const int shift = kAligned ? 0 : -groups.first;
     const A* from = query + (group + 1) * (kSize + 1) - shift;
@@ -119,7 +117,7 @@ struct Block {
     for (int k = 0; k < kSize; ++k) x[k] = from[k < shift ? k - 1 : k];
   }
 
-  // A group of a negative as it lies in memory, with what its neighbours have of it.
+  // A group of a negative as it is in memory, including the neighbouring elements at its ends.
   __device__ __forceinline__ Words read(const T* negative, const Groups<T>& groups, int group, bool last) const {
     const T* from = negative + groups.column(group);
     if constexpr (!kAligned) {
@@ -127,7 +125,7 @@ struct Block {
       if (from < all || from + kSize > all + args.rows * args.count * args.dim) {
         A n[kSize];
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? A(to_float(from[k])) : A(0);
+        for (int k = 0; k < kSize; ++k) n[k] = groups.contains(groups.column(group) + k) ? A(to_float(from[k])) : A(0);
         return pack_group<T>(n);
       }
     }
@@ -135,8 +133,8 @@ struct Block {
   }
 };
 
-// The groups that a thread visits: those of a negative, the width of a team apart, then those of the team's next
-// negative. The threads of a warp go together, whether there is something for each of them or not.
+// The groups that a thread visits: first the groups of one negative in steps of the team's width, then of the team's
+// next negative. All threads of a warp step together, whether or not they have a group.
 struct Visit {
   int team;
   int teams;
@@ -164,12 +162,10 @@ struct Visit {
   }
 };
 
-// --- The parts of the work on a tile -------------------------------------------------------------------------------
-
-// Reads the negatives [first, first + size) and takes their dots; `hold` keeps them too, as zeros where they take no
-// part. `last`: they are not read again.
+// Reads the negatives [first, first + size) and computes their dot products; `cache` also stores them, as zeros if they
+// are not valid. `last`: they are not read again.
 template <class T, bool kAligned>
-__device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64_t first, int size, bool hold,
+__device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64_t first, int size, bool cache,
                                           bool last) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
@@ -184,7 +180,7 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
     for (int b = 0; b < kBatch; ++b) {
       const T* negative = block.negatives + (first + ahead.negative) * block.args.dim;
       const Groups<T> groups = block.groups_of(negative);
-      if (ahead.negative < size && ahead.group() < groups.count && block.taken[ahead.negative]) {
+      if (ahead.negative < size && ahead.group() < groups.count && block.valid[ahead.negative]) {
         words[b] = block.read(negative, groups, ahead.group(), last);
       }
       ahead.next();
@@ -199,10 +195,10 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
         unpack_group<T>(words[b], n);
         if (!block.whole(groups, group)) {
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) n[k] = groups.holds(groups.column(group) + k) ? n[k] : A(0);
+          for (int k = 0; k < kSize; ++k) n[k] = groups.contains(groups.column(group) + k) ? n[k] : A(0);
           words[b] = pack_group<T>(n);
         }
-        if (hold) block.held[here.negative * block.plan.pitch + group] = words[b];
+        if (cache) block.cached[here.negative * block.plan.pitch + group] = words[b];
         block.query_group(groups, group, x);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) dot += x[k] * n[k];
@@ -229,7 +225,7 @@ __device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, cons
                                            int size, NegativeSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     A score = -INFINITY;
-    if (block.taken[t]) {
+    if (block.valid[t]) {
       score = score_of(row, block.dots[t].dot, block.dots[t].square).score;
       sums.add(row, score);
     }
@@ -244,7 +240,7 @@ __device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, cons
                                            NegativeSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     NegativeFactors<A> factors{A(0), A(0), A(0)};
-    if (block.taken[t]) {
+    if (block.valid[t]) {
       const NegativeScore<A> score = score_of(row, block.dots[t].dot, block.dots[t].square);
       const A weight = weight_of(row, score.score, value);
       sums.scale += weight * score.similarity;
@@ -267,9 +263,9 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
     if (group >= groups.count) continue;
     const NegativeFactors<A> factors = block.factors[at.negative];
     A value[kSize] = {};
-    if (factors.of_query != A(0)) {  // the query of a negative that takes no part may be NaN
+    if (factors.of_query != A(0)) {  // the query of a negative that is not valid may be NaN
       A n[kSize], x[kSize];
-      unpack_group<T>(block.held[at.negative * block.plan.pitch + group], n);
+      unpack_group<T>(block.cached[at.negative * block.plan.pitch + group], n);
       block.query_group(groups, group, x);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) value[k] = factors.of_query * (x[k] - factors.projection * n[k]);
@@ -281,13 +277,13 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        if (groups.holds(column + k)) from_float(value[k], grad + k);
+        if (groups.contains(column + k)) from_float(value[k], grad + k);
       }
     }
   }
 }
 
-// A thread a column, or two 16-bit ones that lie in a word. The first tile's sums are written, those of others added.
+// One thread per column, or per two 16-bit columns in a word. The first tile stores its sums, later tiles add theirs.
 template <class T, bool kAligned, class A>
 __device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, const QueryRow<A>& row, int64_t first,
                                                int size) {
@@ -295,7 +291,7 @@ __device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, 
   constexpr int kColumns = kAligned && sizeof(T) == 2 ? 2 : 1;
   constexpr int kSums = 4;
   A* grad = static_cast<A*>(block.args.grad_query) + block.i * block.args.dim;
-  const T* held = reinterpret_cast<const T*>(block.held);
+  const T* cached = reinterpret_cast<const T*>(block.cached);
   const uint64_t start = reinterpret_cast<uint64_t>(block.negatives + first * block.args.dim) / sizeof(T);
   for (int column = int(threadIdx.x) * kColumns; column < block.dim; column += int(blockDim.x) * kColumns) {
     A sums[kSums][kColumns] = {};
@@ -304,7 +300,7 @@ __device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, 
       for (int s = 0; s < kSums; ++s) {
         if (t + s >= size) break;
         const int shift = kAligned ? 0 : int((start + uint64_t(t + s) * block.dim) % kSize);
-        const T* at = held + (t + s) * block.plan.pitch * kSize + shift + column;
+        const T* at = cached + (t + s) * block.plan.pitch * kSize + shift + column;
         const A factor = block.factors[t + s].of_negative;
         if constexpr (kColumns == 2) {
           A low, high;
@@ -324,7 +320,7 @@ __device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, 
   }
 }
 
-// Grid: a block a row. Shared memory: Layout.
+// Grid: one block per row. Shared memory: Layout.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     query_negatives_kernel(const __grid_constant__ QueryNegatives args,
@@ -335,10 +331,10 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const bool gradient = args.coefficient != nullptr;
   const bool apart = weights_are_apart(args);
   const bool one_tile = args.count <= plan.tile;
-  block.load_query();  // there at the first barrier
+  block.load_query();  // visible after the first barrier
 
   A value = 0;
-  // The sums over all negatives, then the gradients; both at once where the weights are apart.
+  // One pass for the sums over all negatives, one for the gradients; both in one if weights_are_apart().
   const int passes = apart || gradient ? 2 : 1;
 #pragma unroll 1
   for (int pass = apart ? 1 : 0; pass < passes; ++pass) {
@@ -347,7 +343,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     for (int64_t first = 0; first == 0 || first < args.count; first += plan.tile) {
       const int size = block.tile_size(first);
       if (!second || apart || !one_tile) {
-        load_tile(block, first, size, plan.held && (second || one_tile), second || !gradient || one_tile);
+        load_tile(block, first, size, plan.cached && (second || one_tile), second || !gradient || one_tile);
         __syncthreads();
       }
       if (!second || apart) score_tile(block, row, first, size, sums);
@@ -370,14 +366,12 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   if (threadIdx.x == 0) static_cast<A*>(args.value)[block.i] = value;
 }
 
-// --- Launch --------------------------------------------------------------------------------------------------------
-
 template <class T>
 QueryNegativesPlan plan_for(const QueryNegatives& args, const DeviceLimits& limits) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   if (args.dim > int64_t(1) << 24) {
-    fail("the CUDA kernel of query_negatives takes at most 2^24 columns");
+    fail("the CUDA kernel of own_negatives takes at most 2^24 columns");
   }
   QueryNegativesPlan plan{};
   plan.aligned = args.dim % kSize == 0 && reinterpret_cast<uint64_t>(args.negatives) % 16 == 0 &&
@@ -385,29 +379,29 @@ QueryNegativesPlan plan_for(const QueryNegatives& args, const DeviceLimits& limi
   plan.pitch = int(std::max<int64_t>(ceil_div(plan.aligned ? args.dim : args.dim + kSize - 1, kSize), 1));
   plan.team = 1;
   while (plan.team < kWarpSize && plan.team < plan.pitch) plan.team *= 2;
-  plan.held = args.coefficient != nullptr && (args.grad_query != nullptr || args.grad_negatives != nullptr);
+  plan.cached = args.coefficient != nullptr && (args.grad_query != nullptr || args.grad_negatives != nullptr);
 
-  const int64_t fixed = Layout<T>(0, plan.pitch, plan.held, args.dim).bytes + 16;
+  const int64_t fixed = Layout<T>(0, plan.pitch, plan.cached, args.dim).bytes + 16;
   const int64_t of_negative =
-      sizeof(NegativeFactors<A>) + sizeof(Dots<A>) + 1 + (plan.held ? int64_t(plan.pitch) * 16 : 0);
-  // Several blocks a multiprocessor, so that some of them load while others compute or store; fewer where a row would
-  // be read twice else.
+      sizeof(NegativeFactors<A>) + sizeof(Dots<A>) + 1 + (plan.cached ? int64_t(plan.pitch) * 16 : 0);
+  // Several blocks per multiprocessor, so that some load while others compute or store; fewer if a row would otherwise
+  // be read twice.
   const int blocks = limits.largest_cluster > 1 ? 3 : 2;
   const int64_t wanted =
       std::min(limits.shared_per_block, limits.shared_per_processor / blocks - limits.shared_reserved);
-  const int64_t most = weights_are_apart(args) || !plan.held ? wanted : limits.shared_per_block;
+  const int64_t most = weights_are_apart(args) || !plan.cached ? wanted : limits.shared_per_block;
   const int64_t tile_bytes = fixed + args.count * of_negative <= most ? most : wanted;
   const int64_t fit = std::max<int64_t>((tile_bytes - fixed) / of_negative, 1);
   plan.tile = int(std::clamp<int64_t>(args.count, 1, std::min<int64_t>(fit, 1 << 20)));
-  plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.held, args.dim).bytes;
+  plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.cached, args.dim).bytes;
   if (plan.shared_bytes > limits.shared_per_block) {
-    fail("the CUDA kernel of query_negatives has no place for negatives of %lld columns",
+    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns",
          static_cast<long long>(args.dim));
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);
   const int64_t most_warps = kMostThreads<T> / std::clamp<int64_t>(resident, 1, 4) / kWarpSize;
   const int64_t useful = ceil_div(int64_t(plan.tile) * plan.pitch, kBatch * kWarpSize);
-  // No more warps than take the negatives in as many turns.
+  // No more warps than needed for that number of turns over the negatives.
   const int64_t of_warps = ceil_div(plan.tile, kWarpSize / plan.team);
   const int64_t turns = ceil_div(of_warps, std::clamp<int64_t>(useful, 1, most_warps));
   plan.threads = int(ceil_div(of_warps, turns)) * kWarpSize;

@@ -1,5 +1,6 @@
-// The scores of a query with negatives of its own, merged into its row's energy: arguments, and the arithmetic of one
-// negative, on the CPU and on a GPU. The operator is defined in sslkernels/ops/own_negatives.py.
+// Per-query negatives: the scores of a query with its own negatives, merged into its row's energy. Arguments, and the
+// arithmetic of one negative, for CPU and GPU. The operator is defined in sslkernels/contrastive/query_negatives.py.
+// `stream` is a cudaStream_t.
 #pragma once
 
 #include <cmath>
@@ -12,15 +13,15 @@
 namespace sslkernels {
 
 // Contiguous tensors. A is the accumulation type: double for double negatives, else float. Null: absent, or an output
-// that is not asked for.
+// that is not wanted.
 struct QueryNegatives {
-  Element element;        // of query, negatives and grad_negatives
+  Element element;        // type of query, negatives and grad_negatives
   const void* query;      // (rows, dim)
   const void* negatives;  // (rows, count, dim)
   int64_t rows;
   int64_t count;
   int64_t dim;
-  const uint8_t* mask;             // (rows, count); null: all take part
+  const uint8_t* mask;             // (rows, count); null: all are valid
   const void* query_inverse_norm;  // A (rows); null: nothing is normalised
   const void* logit_scale;         // A (1)
   const void* logit_bias;          // A (1)
@@ -28,12 +29,12 @@ struct QueryNegatives {
   const void* reference;    // A (rows): log-sum-exp of the other candidates, or the threshold of the hinge
   const void* coefficient;  // A (rows); null: no gradients
   const void* smoothing;    // A (rows)
-  bool final;               // the reference of the softmax counts these negatives already
+  bool final;               // the reference of the softmax already includes these negatives
   void* scores;             // A (rows, count)
   void* value;              // A (rows)
   void* grad_query;         // A (rows, dim)
   void* grad_negatives;     // (rows, count, dim)
-  void* grad_scale;         // A (rows), as the next
+  void* grad_scale;         // A (rows), like the next
   void* grad_bias;
 };
 
@@ -48,7 +49,7 @@ SSLKERNELS_HD bool is_valid(const QueryNegatives& args, int64_t negative) {
   return args.mask == nullptr || args.mask[negative] != 0;
 }
 
-// What the negatives of a row have in common.
+// Values that the negatives of a row share.
 template <class A>
 struct QueryRow {
   Energy energy;
@@ -82,11 +83,12 @@ template <class A>
 struct NegativeScore {
   A similarity;
   A score;
-  A inverse_norm;  // of the negative
-  A projection;    // what of the negative is taken from the query in its gradient; 0 where it has no direction
+  A inverse_norm;
+  // multiple of the negative that its gradient subtracts from the query; 0 if its norm is below kSmallest
+  A projection;
 };
 
-// square: the negative's squared norm. NaN in either stays NaN.
+// square: the negative's squared norm. NaN in either argument is propagated.
 template <class A>
 SSLKERNELS_HD NegativeScore<A> score_of(const QueryRow<A>& row, A dot, A square) {
   constexpr A kSmallest = A(1e-12);
@@ -102,11 +104,11 @@ SSLKERNELS_HD NegativeScore<A> score_of(const QueryRow<A>& row, A dot, A square)
   return result;
 }
 
-// The sums of a row over its negatives.
+// Sums over the negatives of a row.
 template <class A>
 struct NegativeSums {
-  A top;     // the softmax's largest score
-  A energy;  // of the softmax, the sum of exp(score - top)
+  A top;     // largest score (softmax)
+  A energy;  // softmax: the sum of exp(score - top)
   A scale;   // gradients
   A bias;
 
@@ -128,13 +130,13 @@ struct NegativeSums {
     }
   }
 
-  // The sums of no softmax have no top, and are added as they are.
+  // Energies other than the softmax have no top and are simply added.
   static SSLKERNELS_HD NegativeSums combine(NegativeSums a, NegativeSums b) {
     const A top = a.top > b.top ? a.top : b.top;
     return {top, a.relative_to(top) + b.relative_to(top), a.scale + b.scale, a.bias + b.bias};
   }
 
-  // The energy, when its top becomes `to`. What has no top is 0 or NaN.
+  // The energy relative to a new top `to`. Without a top it is 0 or NaN.
   SSLKERNELS_HD A relative_to(A to) const {
     return top == to || top == A(-INFINITY) ? energy : energy * std::exp(top - to);
   }
@@ -162,8 +164,8 @@ SSLKERNELS_HD A weight_of(const QueryRow<A>& row, A score, A value) {
   return value == A(-INFINITY) ? A(0) : row.coefficient * std::exp(score - value) - row.smoothing;
 }
 
-// grad_query is scale * query_inverse_norm * sum(of_negative * negative);
-// grad_negative is of_query * (query - projection * negative).
+// grad_query = scale * query_inverse_norm * sum(of_negative * negative) and grad_negative = of_query * (query -
+// projection * negative).
 template <class A>
 struct NegativeFactors {
   A of_negative;
@@ -179,24 +181,24 @@ SSLKERNELS_HD NegativeFactors<A> factors_of(const QueryRow<A>& row, const Negati
 
 }  // namespace
 
-// Of a thread, aligned as a double.
+// Scratch per thread, aligned as double.
 namespace {
 inline int64_t query_negatives_scratch_bytes(const QueryNegatives& args) {
   return (args.dim + 3 * args.count) * int64_t(sizeof(double));
 }
 }  // namespace
 
-// The rows [begin, end).
+// Rows [begin, end).
 SSLKERNELS_CPU_KERNELS(void query_negatives(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch);)
 
 struct DeviceLimits;
 
-// How a block computes its row: the negatives in tiles, each negative by a team of threads.
+// How a block computes its row: in tiles of negatives, with a team of threads per negative.
 struct QueryNegativesPlan {
-  int tile;      // negatives
-  int team;      // threads, a power of two, at most a warp
-  int pitch;     // 16-byte groups of a negative in shared memory, however it is aligned
-  bool held;     // a tile is held in shared memory, for the gradients
+  int tile;      // negatives per tile
+  int team;      // threads per negative: a power of two, at most a warp
+  int pitch;     // 16-byte groups per negative in shared memory, at any alignment
+  bool cached;   // a tile is cached in shared memory for the gradients
   bool aligned;  // every negative and its gradient start at multiples of 16 bytes
   int threads;
   int64_t shared_bytes;

@@ -1,7 +1,7 @@
-// Own negatives of rows of queries: scores, energy and gradients.
+// Per-query negatives: scores, energy and gradients.
 //
-// A row is walked twice, for the scores and for the gradients. The first walk reads its negatives from memory, the
-// second from a cache, and none of them is stored in another type: they are converted in the loops.
+// A row is processed in two passes, for the scores and for the gradients. The first reads its negatives from memory,
+// the second from a cache. Negatives are converted in the loops; no converted copy is materialised.
 #include <cstring>
 
 #include "contrastive/query_negatives.h"
@@ -41,7 +41,7 @@ void add_to_grad_query(const T* negative, int64_t dim, A factor, A* grad_query) 
   for (int64_t d = 0; d < dim; ++d) grad_query[d] += factor * to_float(negative[d]);
 }
 
-// In blocks, for a loop that computes and converts to 16 bits is not vectorised.
+// In blocks, because a loop that both computes and converts to 16 bits is not vectorised.
 template <class T, class A>
 void write_grad_negative(const A* query, const T* negative, int64_t dim, const NegativeFactors<A>& factors, T* grad) {
   constexpr int64_t kBlock = 1024;

@@ -1,5 +1,5 @@
-// The arguments of the kernels over a tile of pair scores: s = logit_scale * u + logit_bias with u the (normalised) dot
-// product of a query (row) and a candidate (column).
+// Sums over the rows and the columns of a tile of pair scores, and their gradient in place: s = logit_scale * u +
+// logit_bias, with u the (normalised) dot product of a query (row) and a candidate (column).
 #pragma once
 
 #include <cstdint>
@@ -10,39 +10,39 @@
 
 namespace sslkernels {
 
-// Two labels that, where they are equal, say something about a pair; null where nothing is.
+// Labels of rows and columns; a pair whose labels are equal is special. Null: no labels.
 struct PairLabels {
   const int32_t* row;
   const int32_t* column;
 };
 
-// A tile of dot products. Vectors hold numbers of the accumulation type.
+// A tile of dot products. Vectors have the accumulation type.
 struct ScoreTile {
   Element element;
   void* products;
   int64_t stride;
   int64_t rows;
   int64_t columns;
-  const void* row_norm;  // inverse norms, or null for both: not normalised
+  const void* row_norm;  // inverse norms; null for both: not normalised
   const void* column_norm;
   const void* scale;  // one number
   const void* bias;   // one number, or null
   Energy energy;
-  PairLabels positive;  // the designated pair: left out, the caller adds it
+  PairLabels positive;  // the positive: left out, because the caller adds it
   PairLabels self;      // left out
-  PairLabels id;        // left out or, where `ids_positive`, a further positive
+  PairLabels id;        // left out or, if `ids_positive`, an extra positive
   bool ids_positive;
 };
 
-// Running sums of the rows, all but `max` in double; those that are null are not computed.
+// Running sums per row, all except `max` in double. Null: not computed.
 struct PairRowSums {
   ScoreTile tile;
   void* max;                    // softmax
-  double* sum;                  // of exp(s - max), of softplus(+-s), or of max(0, s - threshold)
+  double* sum;                  // sum of exp(s - max), softplus(+-s) or max(0, s - threshold)
   double* active;               // hinge: scores above the threshold
-  double* score_sum;            // of s
-  double* positive_sum;         // of s of further positives
-  double* uniformity_sum;       // of exp(4 cosine - 4) = exp(-2 distance^2)
+  double* score_sum;            // sum of s
+  double* positive_sum;         // sum of s over extra positives
+  double* uniformity_sum;       // sum of exp(4 cosine - 4) = exp(-2 distance^2)
   int64_t* num_above_positive;  // scores above `positive_score`
   const void* threshold;        // hinge
   const void* positive_score;   // for `num_above_positive`
@@ -50,7 +50,7 @@ struct PairRowSums {
   const void* cosine_column_norm;
 };
 
-// The same of the columns.
+// The same per column.
 struct PairColumnSums {
   ScoreTile tile;
   void* max;
@@ -61,12 +61,13 @@ struct PairColumnSums {
   const void* threshold;
 };
 
-// What one side (the rows or the columns) adds to the gradient of a score:
-//   softmax: weight * exp(s - reference) - share (further positives) - smoothing, reference = log-sum-exp;
-//   sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for further positives;
-//   hinge:   weight where s > reference, reference = threshold.
+// The contribution of one side (the rows or the columns) to the gradient of a score:
+//
+//     softmax: weight * exp(s - reference) - share (extra positives) - smoothing, reference = log-sum-exp;
+//     sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
+//     hinge:   weight if s > reference, reference = threshold.
 struct PairSide {
-  const void* weight;  // null: this side adds nothing
+  const void* weight;  // null: this side contributes nothing
   const void* reference;
   const void* share;
   const void* smoothing;
@@ -80,7 +81,7 @@ struct PairGradient {
   double* total;  // += sum of the gradient of each row
 };
 
-// Columns of a block of pair_column_sums, which is given blocks [begin_block, end_block).
+// Columns per block of pair_column_sums, which takes blocks [begin_block, end_block).
 constexpr int64_t kPairColumns = 256;
 
 SSLKERNELS_CPU_KERNELS(void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end);

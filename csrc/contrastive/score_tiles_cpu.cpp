@@ -1,8 +1,8 @@
 // Tiles of pair scores: log-sum-exp, softplus and hinge sums of rows and columns, and the gradient in place.
 //
-// A tile is walked in blocks that stay in the first-level cache: the product is loaded, normalised, scaled and masked
-// once, and everything that is asked for is summed from there. Maxima and sums run on, so that a row may be given in
-// several tiles. Nothing is stored but the sums and, by pair_gradient, the gradient in place of the products.
+// A tile is processed in blocks that stay in the L1 cache: a product is loaded, normalised, scaled and masked once, and
+// all requested sums are taken from there. Maxima and sums are running values, so that a row may be split over several
+// tiles. Nothing is materialised except the sums and, in pair_gradient, the gradient in place of the products.
 #include <limits>
 
 #include "contrastive/score_tiles.h"
@@ -13,7 +13,7 @@ namespace SSLKERNELS_ISA {
 namespace {
 
 constexpr int64_t kBlock = 512;
-constexpr int64_t kGroup = 16;  // rows whose common maximum the sums of columns are moved to at a time
+constexpr int64_t kGroup = 16;  // rows per rescaling of the column sums to a new maximum
 
 template <class A>
 constexpr A kLeftOut = -std::numeric_limits<A>::infinity();
@@ -28,8 +28,8 @@ struct Scores {
   A row_norm(int64_t i) const { return static_cast<const A*>(tile.row_norm)[i]; }
   const A* column_norm(int64_t begin) const { return static_cast<const A*>(tile.column_norm) + begin; }
 
-  // u and s of the columns [begin, begin + count) of row i; those left out have s = -inf and u = 0. `same`, where ids
-  // make positives, is 1 for further positives and else 0.
+  // u and s of columns [begin, begin + count) of row i; pairs that are left out have s = -inf and u = 0. If ids mark
+  // positives, `same` is 1 for extra positives, else 0.
   void block(int64_t i, int64_t begin, int64_t count, A* u, A* s, A* same) const {
     load_any(tile.element, row(i), begin, count, u);
     if (tile.row_norm != nullptr) {
@@ -78,7 +78,7 @@ SSLKERNELS_HD A exp_of_minus_magnitude(A s) {
   return exp_nonpositive(s < A(0) ? s : -s);
 }
 
-// softplus(s), and for a further positive softplus(-s).
+// Sum of softplus(s), or of softplus(-s) for extra positives.
 template <class A>
 double block_softplus(const A* s, const A* same, int64_t count) {
   A sum = 0;
@@ -111,7 +111,7 @@ void row_sums(const PairRowSums& sums, int64_t i) {
     scores.block(i, begin, count, u, s, same);
     if (tile.energy == Energy::kSoftmax) {
       const A moved = block_max(s, count, max);
-      const A shift = moved == kLeftOut<A> ? A(0) : moved;  // nothing yet: every exponential is 0
+      const A shift = moved == kLeftOut<A> ? A(0) : moved;  // no score yet: every exponential is 0
       A part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < count; ++j) part += exp_nonpositive(s[j] - shift);
@@ -151,7 +151,7 @@ void row_sums(const PairRowSums& sums, int64_t i) {
 #pragma omp simd reduction(+ : part)
       for (int64_t j = 0; j < count; ++j) {
         const A distance = A(4) * (u[j] * norm * norms[j]) - A(4);
-        const A uniformity = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round above 1
+        const A uniformity = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round to more than 1
         part += s[j] == kLeftOut<A> ? A(0) : uniformity;
       }
       uniformity_sum += part;
@@ -254,7 +254,7 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
   alignas(kLine) A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
   A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
   const A weight = entry<A>(gradient.row.weight, i);
-  // Of a side that adds nothing every exponential is 0, whatever the score.
+  // For a side that contributes nothing, every exponential is 0 whatever the score.
   const A reference =
       gradient.row.weight == nullptr ? std::numeric_limits<A>::infinity() : entry<A>(gradient.row.reference, i);
   const A share = entry<A>(gradient.row.share, i);

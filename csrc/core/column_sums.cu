@@ -1,5 +1,5 @@
-// The sums of the columns of a matrix, in the same order each time: every block sums a block of rows for its columns
-// into a partial result, and a second kernel adds up the partial results of a column. The matrix is read once.
+// Column sums in a fixed order: each block sums a block of rows into a partial result, and a second kernel adds the
+// partial results of a column. The matrix is read once.
 #include <algorithm>
 
 #include "core/column_sums.h"
@@ -11,12 +11,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kRowsAtOnce = 4;  // of a warp, in flight
+constexpr int kRowsAtOnce = 4;  // per warp, in flight
 
 template <class T>
-constexpr int kTile = kWarpSize * Groups<T>::kSize;  // columns of a block
+constexpr int kTile = kWarpSize * Groups<T>::kSize;  // columns per block
 
-// Grid: tiles of columns x blocks of rows. A warp takes every kWarps-th row of its block's.
+// Grid: tiles of columns x blocks of rows. A warp takes every kWarps-th row of its block.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     column_sums_kernel(const __grid_constant__ ColumnSums sums, int tiles, int64_t rows_of_block) {
@@ -57,20 +57,20 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
   }
 
-  A* of_warps = reinterpret_cast<A*>(shared_memory());  // (kWarps, kTile)
+  A* warp_sums = reinterpret_cast<A*>(shared_memory());  // (kWarps, kTile)
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) of_warps[(warp * kSize + k) * kWarpSize + lane] = own[k];
+  for (int k = 0; k < kSize; ++k) warp_sums[(warp * kSize + k) * kWarpSize + lane] = own[k];
   __syncthreads();
   A* partial = static_cast<A*>(sums.partials) + block * sums.columns + first;
   for (int c = int(threadIdx.x); c < kTile<T> && first + c < sums.columns; c += kThreads) {
     A sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += of_warps[(w * kSize + c % kSize) * kWarpSize + c / kSize];
+    for (int w = 0; w < kWarps; ++w) sum += warp_sums[(w * kSize + c % kSize) * kWarpSize + c / kSize];
     partial[c] = sum;
   }
 }
 
-// Grid: a thread a column.
+// Grid: one thread per column.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     column_sums_finish_kernel(const __grid_constant__ ColumnSums sums, int64_t row_blocks) {
@@ -96,7 +96,7 @@ void launch_for(const ColumnSums& sums, void* stream) {
 
 }  // namespace
 
-// Enough blocks to fill the device several times, each with 64 rows at least.
+// Enough blocks to fill the device several times, with at least 64 rows each.
 int64_t column_sums_row_blocks(const ColumnSums& sums) {
   const int64_t tiles = ceil_div(sums.columns, kTile<BFloat16>);
   const int64_t wanted = ceil_div(16 * device_limits().processors, std::max<int64_t>(tiles, 1));

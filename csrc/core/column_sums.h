@@ -1,4 +1,4 @@
-// The sums of the columns of a matrix on a GPU: the gradient of a bias. `stream` is a cudaStream_t.
+// Column sums of a matrix on a GPU: the gradient of a bias. `stream` is a cudaStream_t.
 #pragma once
 
 #include "core/element.h"
@@ -14,7 +14,7 @@ struct ColumnSums {
   int64_t columns;
   void* partials;  // A (column_sums_row_blocks, columns)
   void* total;     // A (columns)
-  bool add;        // to what total holds
+  bool add;        // to the values of `total`
 };
 
 int64_t column_sums_row_blocks(const ColumnSums& sums);

@@ -1,4 +1,4 @@
-// Element types of the kernels and their conversion to and from the accumulation type, in arithmetic that vectorises.
+// Element types of the kernels, and their conversion to and from the accumulation type in arithmetic that vectorises.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Half {
 
 enum class Element { kFloat, kDouble, kBFloat16, kHalf };
 
-// What sums and statistics are computed in.
+// The accumulation type: sums and statistics are computed in it.
 template <class T>
 struct Accumulation {
   using type = float;
@@ -46,7 +46,7 @@ SSLKERNELS_HD To bit_cast(From from) {
 
 SSLKERNELS_HD float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-// Integer arithmetic and one multiplication, exact for subnormals too; infinities and NaN by the select.
+// Integer arithmetic and one multiplication, exact for subnormals too; a select handles infinities and NaN.
 SSLKERNELS_HD float to_float(Half x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
@@ -62,7 +62,7 @@ SSLKERNELS_HD void from_float(float x, BFloat16* out) {
   out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 
-// Round to nearest even: the addition of a large power of two rounds at the bit where half precision ends.
+// Rounds to nearest even: adding a large power of two rounds at the last bit of half precision.
 SSLKERNELS_HD void from_float(float x, Half* out) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -70,7 +70,7 @@ SSLKERNELS_HD void from_float(float x, Half* out) {
   const float absolute = bit_cast<float>(magnitude);
   const uint32_t subnormal = bit_cast<uint32_t>(absolute + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  // A mask, for compilers make a branch of a conditional here, and then no vectors.
+  // A mask, because compilers turn a conditional here into a branch, which does not vectorise.
   const uint32_t is_subnormal = 0u - uint32_t(magnitude < (113u << 23));
   uint32_t half = (subnormal & is_subnormal) | (normal & ~is_subnormal);
   half = half > 0x7c00u ? 0x7c00u : half;

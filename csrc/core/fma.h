@@ -1,5 +1,5 @@
-// A multiplication and an addition, with one rounding where the hardware has it: no contraction by a compiler is
-// needed, which files that fix their results to the bit forbid.
+// a * b + c, with one rounding where the hardware has an FMA. Files that fix their results to the bit forbid
+// contraction by the compiler and call this instead.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,5 @@
-// Operations whose result IEEE 754 fixes to the bit, and which no compiler joins: CUDA's intrinsics are never
-// contracted, and the C++ files that include this are compiled with -ffp-contract=off (exact_kernels in
-// CMakeLists.txt).
+// Operations whose result IEEE 754 fixes to the bit and that no compiler contracts: CUDA intrinsics never are, and the
+// C++ files that include this header are compiled with -ffp-contract=off (exact_kernels in CMakeLists.txt).
 #pragma once
 
 #include <cmath>

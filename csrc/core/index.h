@@ -1,4 +1,4 @@
-// Indices of either width, and whether one is in its range.
+// Indices of either width, and their range check.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace sslkernels {
 namespace {  // one copy for each instruction set of the CPU
 
-// wide: int64, else int32.
+// int64 if `wide`, else int32.
 SSLKERNELS_HD int64_t index_at(const void* indices, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
 }

@@ -1,4 +1,4 @@
-// out = scale * input (+ out): one pass over memory for what torch does in three (convert, multiply, convert).
+// out = scale * input (+ out): one pass over memory, where torch takes three (convert, multiply, convert).
 #include <algorithm>
 
 #include "core/cuda/launch.h"
@@ -9,7 +9,7 @@ namespace sslkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kStep = 8;  // elements of a thread at a time: a group of the smaller elements
+constexpr int kStep = 8;  // elements per thread at a time: one 16-byte group of the smallest elements
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads) scale_add_kernel(const __grid_constant__ ScaleAdd arguments) {

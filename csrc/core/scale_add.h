@@ -1,4 +1,4 @@
-// The arguments of scale_add: out = scale * input (+ out), with conversion between element types.
+// scale_add: out = scale * input (+ out), with conversion between element types.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace sslkernels {
 
-// Contiguous tensors of `count` elements. `input` may be `out` where their elements are the same.
+// Contiguous tensors of `count` elements. `input` may alias `out` if their elements are the same.
 struct ScaleAdd {
   Element input_element;
   Element out_element;
   const void* input;
   void* out;
   int64_t count;
-  const void* scale;  // one number, where the tensors are; null: 1
+  const void* scale;  // one number on the device of the tensors; null: 1
   bool wide_scale;    // double, else float
   bool add;
 };
@@ -30,11 +30,11 @@ SSLKERNELS_HD double scale_of(const ScaleAdd& arguments) {
 
 }  // namespace
 
-// The elements [begin, end) of contiguous tensors.
+// Elements [begin, end).
 SSLKERNELS_CPU_KERNELS(void scale_add(const ScaleAdd& arguments, int64_t begin, int64_t end);)
 
-// Any two of float, bfloat16 and half, or double with itself. In place with scale 1 nothing is read but the scale: what
-// a gradient is multiplied with is mostly 1, and the host does not know it without a synchronisation.
+// Any pair of float, bfloat16 and half, or double with itself. In place with scale 1 the kernel reads only the scale:
+// the factor of a gradient is mostly 1, and the host cannot know it without a synchronisation.
 void launch_scale_add(const ScaleAdd& arguments, void* stream);
 
 }  // namespace sslkernels

@@ -1,5 +1,5 @@
-// out = scale * input (+ out), in blocks that are converted to the accumulation type and back: one pass over memory for
-// what torch does in three (convert, multiply, convert).
+// out = scale * input (+ out), in blocks that are converted to the accumulation type and back: one pass over memory,
+// where torch takes three (convert, multiply, convert).
 #include "core/cpu/element.h"
 #include "core/scale_add.h"
 

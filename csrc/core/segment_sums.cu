@@ -1,7 +1,7 @@
 // The work, entries and ends of rows, is cut into chunks of one size, so that neither a row with many entries nor many
-// rows with none fall to one warp (merge-based SpMV, Merrill and Garland 2016). A chunk writes the rows that lie in it,
-// zeros where they have no entry; what it has of a row that continues is a partial sum, which a second kernel adds up
-// in the order of the chunks. The sums depend on nothing but the entries.
+// empty rows fall to one warp (merge-based SpMV, Merrill and Garland 2016). A chunk writes the rows that are entirely
+// within it, zeros for empty ones. Its share of a row that continues in another chunk is a partial sum; a second kernel
+// adds these in the order of the chunks. The sums depend on the entries alone.
 #include "core/cuda/columns.h"
 #include "core/cuda/launch.h"
 #include "core/segment_sums.h"
@@ -14,15 +14,15 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kChunk = 64;  // entries and ends of rows
 
 template <class Out>
-constexpr int kColumns = Groups<Out>::kSize;  // of a lane
+constexpr int kColumns = Groups<Out>::kSize;  // per lane
 template <class Out>
-constexpr int kTile = kWarpSize * kColumns<Out>;  // of a warp
+constexpr int kTile = kWarpSize * kColumns<Out>;  // per warp
 
-// The work of a chunk: from `entry` of `row` to before `last_entry` of `last_row`; rows - 1 is the last row of all.
+// A chunk covers the work from `entry` of `row` to before `last_entry` of `last_row`; rows - 1 is the last row of all.
 struct Chunk {
   int64_t row, entry, last_row, last_entry;
   bool continued;  // `row` begins in an earlier chunk
-  bool continues;  // `last_row` begins here or earlier, and ends in a later one
+  bool continues;  // `last_row` begins here or earlier and ends in a later chunk
 
   __device__ __forceinline__ Chunk(const WeightedRowSums& sums, int64_t chunk) {
     const int64_t total = sums.starts[sums.rows] + sums.rows;
@@ -38,13 +38,14 @@ struct Chunk {
   __device__ __forceinline__ bool begins_last_row() const { return last_row != row || !continued; }
 };
 
-// Of each chunk: what it has of the row that it continues, and of the row that it begins and others continue.
+// Partial sums per chunk: its share of the row that it continues, and of the row that it begins and later chunks
+// continue.
 template <class A>
 __device__ __forceinline__ A* partial(void* partials, int64_t chunk, bool begun, int64_t dim) {
   return static_cast<A*>(partials) + (2 * chunk + begun) * dim;
 }
 
-// Grid: a warp for each chunk and tile of columns.
+// Grid: one warp per chunk and tile of columns.
 template <class Source, class Out>
 __global__ void __launch_bounds__(kThreads, sizeof(Out) == 8 ? 2 : 4)
     weighted_row_sums_kernel(const __grid_constant__ WeightedRowSums sums, void* partials, int64_t chunks, int tiles) {
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Out) == 8 ? 2 : 4)
   if (chunk.continues) store_columns(sum, partial<A>(partials, at, chunk.begins_last_row(), dim), column, int(dim));
 }
 
-// Grid: a block for each chunk and tile of columns, for the row that begins in the chunk and ends in a later one.
+// Grid: one block per chunk and tile of columns, for the row that begins in the chunk and ends in a later one.
 template <class Out>
 __global__ void __launch_bounds__(kThreads)
     weighted_row_sums_finish_kernel(const __grid_constant__ WeightedRowSums sums, void* partials, int tiles) {
@@ -131,14 +132,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < N; ++k) sum[k] += part[k];
   }
-  A* of_warps = reinterpret_cast<A*>(shared_memory());  // (kWarps, N, kWarpSize)
+  A* warp_sums = reinterpret_cast<A*>(shared_memory());  // (kWarps, N, kWarpSize)
 #pragma unroll
-  for (int k = 0; k < N; ++k) of_warps[(warp * N + k) * kWarpSize + lane] = sum[k];
+  for (int k = 0; k < N; ++k) warp_sums[(warp * N + k) * kWarpSize + lane] = sum[k];
   __syncthreads();
   if (warp != 0) return;
   for (int w = 1; w < kWarps; ++w) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) sum[k] += of_warps[(w * N + k) * kWarpSize + lane];
+    for (int k = 0; k < N; ++k) sum[k] += warp_sums[(w * N + k) * kWarpSize + lane];
   }
   store_columns(sum, static_cast<Out*>(sums.out) + row * dim, column, int(dim));
 }

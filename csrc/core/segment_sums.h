@@ -1,8 +1,9 @@
-// The arguments of weighted_row_sums: rows of `source`, weighted and added up by the row of `out` that they belong to.
+// Segment sums, the gradient of a gather: rows of `source`, weighted and summed by the row of `out` that they belong
+// to.
 //
 //     out[r] = sum over n in [starts[r], starts[r + 1]) of coefficient[e] * source[row(e)],  e = order[n]
 //
-// with row(e) = source_index[e / entries_of_source], or e / entries_of_source itself where there is no index.
+// row(e) is source_index[e / entries_of_source], or e / entries_of_source itself without an index.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,8 @@
 
 namespace sslkernels {
 
-// A stable counting sort: `order` holds the entries by key, those of row r at [starts[r], starts[r + 1]). Entries whose
-// key is out of range are left out, and the end of `order` is then unspecified.
+// A stable counting sort: `order` holds the entries by key, row r at [starts[r], starts[r + 1]). Entries whose key is
+// out of range are left out, and the end of `order` is then unspecified.
 struct SortRows {
   const void* keys;  // (entries)
   bool wide_keys;    // int64, else int32
@@ -26,7 +27,7 @@ struct SortRows {
 
 // All arrays are contiguous; A is the accumulation type of `out`.
 struct WeightedRowSums {
-  Element source_element;  // of `out`, or A
+  Element source_element;  // type of `out`, or A
   Element out_element;
   const int64_t* starts;    // (rows + 1)
   const int64_t* order;     // (entries)
@@ -44,8 +45,8 @@ struct WeightedRowSums {
 
 namespace {  // one copy for each instruction set of the CPU
 
-// The work is the entries in their order, with an end mark after those of each row: rows that are long and rows that
-// are empty are shared out alike. Returns how many rows end before position `at` of it.
+// The work is the entries in their order, with an end mark after each row, so that long rows and empty rows are divided
+// alike. Returns how many rows end before position `at` of the work.
 SSLKERNELS_HD int64_t rows_before(const WeightedRowSums& sums, int64_t at) {
   int64_t low = 0, high = sums.rows;
   while (low < high) {
@@ -62,23 +63,23 @@ SSLKERNELS_HD int64_t rows_before(const WeightedRowSums& sums, int64_t at) {
 SSLKERNELS_HD int64_t source_row(const WeightedRowSums& sums, int64_t entry) {
   const int64_t n = sums.entries_of_source;
   const int64_t i =
-      ((entry | n) >> 32) == 0 ? uint32_t(entry) / uint32_t(n) : entry / n;  // the latter is slow on a GPU
+      ((entry | n) >> 32) == 0 ? uint32_t(entry) / uint32_t(n) : entry / n;  // 64-bit division is slow on a GPU
   if (sums.source_index == nullptr) return i;
   return index_at(sums.source_index, sums.wide_index, i);
 }
 
 }  // namespace
 
-// weighted_row_sums: the rows of `out` that end at the positions [begin, end) of the work, each by one thread: the sums
-// do not depend on how it is split. An entry whose source row is out of range counts as NaN.
+// weighted_row_sums computes the rows of `out` that end at positions [begin, end) of the work. One thread sums each
+// row, so the sums do not depend on how the work is split. An entry whose source row is out of range counts as NaN.
 SSLKERNELS_CPU_KERNELS(void sort_rows(const SortRows& sort);
                        void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end);)
 
-// Elements of the partial sums, which have the type that `out` is accumulated in.
+// Number of partial sums, which have the accumulation type of `out`.
 int64_t row_sums_partials(const WeightedRowSums& sums);
 
-// starts[rows] may be less than `entries`: the entries from there on belong to no row. An entry whose source row is out
-// of range counts as NaN.
+// starts[rows] may be less than `entries`: later entries belong to no row. An entry whose source row is out of range
+// counts as NaN.
 void launch_weighted_row_sums(const WeightedRowSums& sums, void* partials, void* stream);
 
 }  // namespace sslkernels

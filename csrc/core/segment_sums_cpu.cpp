@@ -1,5 +1,5 @@
-// The sums of the entries of each row, in their order, in a block of columns that stays in the first-level cache. A row
-// of the result is written once, also where it has no entry.
+// Sums the entries of each row in their order, in blocks of columns that stay in the L1 cache. Each row of the result
+// is written once, with zeros if it has no entry.
 #include <cmath>
 #include <cstring>
 
@@ -12,15 +12,15 @@ namespace SSLKERNELS_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // columns
-constexpr int64_t kAhead = 16;    // entries whose rows are being read
-constexpr int64_t kRun = 64;      // entries added up in A; the sums of the runs of a row are added up in double
+constexpr int64_t kAhead = 16;    // entries whose rows are in flight
+constexpr int64_t kRun = 64;      // entries that are summed in A; the runs of a row are summed in double
 
 template <class Index>
 void sort_by(const SortRows& sort) {
   const Index* keys = static_cast<const Index*>(sort.keys);
   const int64_t entries = sort.entries, rows = sort.rows;
   int64_t *order = sort.order, *starts = sort.starts;
-  int64_t* next = starts + 1;  // of a row: its count, then where its next entry goes, then where it ends
+  int64_t* next = starts + 1;  // per row: its count, then the slot of its next entry, then its end
   std::memset(starts, 0, size_t(rows + 1) * sizeof(int64_t));
   for (int64_t e = 0; e < entries; ++e) {
     if (in_range(keys[e], rows)) ++next[keys[e]];
@@ -48,7 +48,7 @@ void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
   for (int64_t column = 0; column < sums.dim; column += kBlock) {
     const int64_t count = sums.dim - column < kBlock ? sums.dim - column : kBlock;
 
-    // The sums of the entries [n, stop).
+    // values = sum of the entries [n, stop).
     const auto add_up = [&](int64_t n, int64_t stop) {
       for (bool first = true; n < stop; ++n, first = false) {
         if (n + kAhead < last_entry) {

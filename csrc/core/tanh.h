@@ -1,4 +1,4 @@
-// The hyperbolic tangent near zero, where formulas in exp(2 x) cancel.
+// tanh near zero, where formulas in exp(2 x) cancel.
 #pragma once
 
 #include "core/host_device.h"

@@ -1,7 +1,8 @@
-// The best code of each row of a tile of products. A team, a warp or a block, has some rows, so that what there is of a
-// code is read once for all of them. It reads their products once and keeps of each row the largest s + e with its
-// code, the second largest, and the largest s - e. Where no second code has s + e as large as the largest s - e, the
-// row is done; otherwise the threads that hold such codes read theirs again, and the warp scores them in double.
+// The best code of each row of a tile of products. A team, a warp or a block, has several rows, so that per-code
+// numbers are read once for all of them. It reads their products once and keeps, per row, the largest s + e with its
+// code, the second largest, and the largest s - e. If no second code has s + e as large as the largest s - e, the row
+// is done; otherwise the threads that have such codes read their products again, and the warp rescores the codes in
+// double.
 #include "core/cuda/reduce.h"
 #include "latent/code_vectors_cuda.h"
 #include "latent/vector_quantize.h"
@@ -10,13 +11,13 @@ namespace sslkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 2;                // of a team
-constexpr int64_t kCodesOfWarp = 1024;  // at most, where a team is a warp
-constexpr int kExactColumns = 2;        // of a lane at a time
+constexpr int kRows = 2;                // per team
+constexpr int64_t kCodesOfWarp = 1024;  // at most, if a team is a warp
+constexpr int kExactColumns = 2;        // per lane at a time
 
 struct ExactSums {
   double product;  // or squared distance
-  double square;   // of the code
+  double square;   // squared norm of the code
 
   static __device__ __forceinline__ ExactSums identity() { return {0, 0}; }
   static __device__ __forceinline__ ExactSums combine(ExactSums a, ExactSums b) {
@@ -30,7 +31,7 @@ struct Largest {
   static __device__ __forceinline__ Largest combine(Largest a, Largest b) { return b.value > a.value ? b : a; }
 };
 
-// Of the columns of a lane.
+// Over the columns of a lane.
 __device__ __forceinline__ ExactSums exact_sums(const CodeScores& scores, int64_t row, int64_t code, double power,
                                                 bool distance) {
   const int dim = int(scores.input.dim), lane = int(threadIdx.x) % kWarpSize;
@@ -61,13 +62,13 @@ __device__ __forceinline__ double largest_magnitude(const CodeScores& scores, in
   return Reduction<Largest>::over_warp(largest).value;
 }
 
-// In double, by a warp; returned to each of its lanes.
+// The score in double, by a warp; returned to each of its lanes.
 __device__ __forceinline__ double exact_score(const CodeScores& scores, int64_t row, int64_t code) {
   const bool distance = scores.metric == CodeMetric::kSquaredDistance, cosine = scores.metric == CodeMetric::kCosine;
   ExactSums sums = ExactSums::identity();
   double power = 1;
 #pragma unroll 1
-  for (int turn = 0; turn < 2; ++turn) {  // the second one for a code whose square leaves the numbers
+  for (int turn = 0; turn < 2; ++turn) {  // second pass: rescaled, because the squared norm over- or underflowed
     sums = Reduction<ExactSums>::over_warp(exact_sums(scores, row, code, power, distance));
     if (turn > 0 || !cosine || is_usual(sums.square)) break;
     power = power_of_two_for(largest_magnitude(scores, code));
@@ -76,13 +77,13 @@ __device__ __forceinline__ double exact_score(const CodeScores& scores, int64_t 
   return !cosine || sums.square == 0 ? sums.product : sums.product / std::sqrt(sums.square);
 }
 
-// Of the codes of a thread, or of all.
+// Over the codes of a thread, or over all.
 template <class A>
 struct Leading {
   A upper;       // the largest s + e
   A second;      // the second largest
   A lower;       // the largest s - e
-  int32_t code;  // that of `upper`, in the tile
+  int32_t code;  // code of `upper`, in the tile
 
   static __device__ __forceinline__ Leading identity() { return {A(-INFINITY), A(-INFINITY), A(-INFINITY), 0}; }
   static __device__ __forceinline__ Leading combine(Leading a, Leading b) {
@@ -91,8 +92,8 @@ struct Leading {
     return {first.upper, std::fmax(other, std::fmax(a.second, b.second)), std::fmax(a.lower, b.lower), first.code};
   }
   __device__ __forceinline__ void add(A s, A e, int32_t own) {
-    const A high = std::fmin(s + e, A(INFINITY));  // also where s is NaN, or infinite, for then e is infinite
-    lower = std::fmax(lower, s - e);               // a NaN is not larger
+    const A high = std::fmin(s + e, A(INFINITY));  // also if s is NaN or infinite, because e is infinite then
+    lower = std::fmax(lower, s - e);               // ignores NaN
     second = std::fmax(second, std::fmin(upper, high));
     code = high > upper ? own : code;
     upper = std::fmax(upper, high);
@@ -125,11 +126,11 @@ struct Best {
   }
 };
 
-// What the rows of a team need after their products were read, so that few registers hold it: of each thread.
+// Per-thread values that the rows of a team need after their products were read; kept small to save registers.
 template <class A>
 struct OpenRow {
   A bound;
-  A upper;  // the largest s + e of the thread
+  A upper;  // largest s + e of the thread
 };
 
 // The state of a row before this tile.
@@ -150,7 +151,7 @@ struct Scratch {
   OpenRow<A> rows[kRows][kThreads];
 };
 
-// What the products of a tile are compared by. A chunk is 16 bytes of codes.
+// Compares the products of a tile. A chunk is 16 bytes of codes.
 template <class A>
 struct TileScores {
   static constexpr int kSize = Groups<A>::kSize;
@@ -158,15 +159,15 @@ struct TileScores {
   const Margin<A>& margin;
   int codes;
 
-  // Of the codes of a chunk: s = scale p - offset, e = slope of_row + constant.
-  struct OfCodes {
+  // Per code of a chunk: s = scale p - offset, e = slope of_row + constant.
+  struct CodeTerms {
     A scale[kSize];
     A offset[kSize];
     A slope[kSize];
     A constant[kSize];
   };
-  __device__ __forceinline__ OfCodes of_codes(int chunk) const {
-    OfCodes values;
+  __device__ __forceinline__ CodeTerms of_codes(int chunk) const {
+    CodeTerms values;
     load(scores.code_norm, chunk, values.slope);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
@@ -184,7 +185,7 @@ struct TileScores {
         values.constant[k] *= values.scale[k];
       }
     }
-    if (valid(chunk) < kSize) {  // no score of what is not there is the largest
+    if (valid(chunk) < kSize) {  // padding never has the largest score
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         if (k < valid(chunk)) continue;
@@ -194,19 +195,19 @@ struct TileScores {
     }
     return values;
   }
-  // Codes of a chunk that are there.
+  // Number of valid codes in a chunk.
   __device__ __forceinline__ int valid(int chunk) const { return codes - chunk * kSize; }
 
-  // visit(k, s, e) for the codes of a chunk. of_row: of the margin.
+  // Calls visit(k, s, e) for the codes of a chunk. of_row: Margin::of_row.
   template <class Visit>
-  __device__ __forceinline__ void visit(const OfCodes& values, const A (&products)[kSize], A of_row,
+  __device__ __forceinline__ void visit(const CodeTerms& values, const A (&products)[kSize], A of_row,
                                         Visit visit) const {
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       visit(k, products[k] * values.scale[k] - values.offset[k], of_row * values.slope[k] + values.constant[k]);
     }
   }
-  // From beyond the first level of the cache, where what there is of codes stays.
+  // Bypasses the L1 cache, where the per-code numbers stay.
   __device__ __forceinline__ void load_products(int64_t row, int chunk, A (&products)[kSize]) const {
     unpack_group<A>(load_words(static_cast<const A*>(scores.products) + row * scores.pitch + chunk * kSize), products);
     if (valid(chunk) >= kSize) return;
@@ -220,7 +221,7 @@ struct TileScores {
   }
 };
 
-// The codes of a warp that may be the best of a row, one after the other.
+// Iterates over the codes of a warp that may be the best of a row.
 template <class A>
 struct Candidates {
   static constexpr int kSize = TileScores<A>::kSize;
@@ -228,13 +229,13 @@ struct Candidates {
   int64_t row;
   A of_row;
   A bound;
-  bool held;  // whether the thread has one
+  bool held;  // whether the thread has a candidate
   int step;
   int chunks;
   int start;           // chunk of lane 0
-  int k = kSize;       // in a chunk
-  uint32_t found = 0;  // of the chunk of the thread
-  uint32_t lanes = 0;  // whose code k is left
+  int k = kSize;       // position in a chunk
+  uint32_t found = 0;  // candidates in the thread's chunk
+  uint32_t lanes = 0;  // lanes whose code k is still to visit
 
   __device__ __forceinline__ Candidates(const TileScores<A>& tile, int64_t row, A row_norm, const OpenRow<A>& open,
                                         int first_chunk, int step, int chunks)
@@ -247,7 +248,7 @@ struct Candidates {
         chunks(chunks),
         start(ballot(held) == 0 ? chunks : first_chunk - step) {}
 
-  // -1 after the last.
+  // The next code, or -1 after the last.
   __device__ __forceinline__ int64_t next() {
     while (lanes == 0) {
       if (++k < kSize) {
@@ -276,7 +277,7 @@ struct Candidates {
   }
 };
 
-// Grid: a team of `warps` warps for kRows rows, one or all of a block.
+// Grid: one team of `warps` warps, one or all of a block, per kRows rows.
 template <class A>
 __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
     best_codes_kernel(const __grid_constant__ CodeScores scores, const __grid_constant__ Margin<A> margin, int warps) {
@@ -312,20 +313,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) scratch->rows[r][threadIdx.x].upper = leads.row[r].upper;
-  // Before the reduction, whose barriers order it before what is written.
+  // Read before the reduction, whose barriers order it before the writes.
   Before<A> before[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) before[r] = begun && r < count ? Before<A>(scores, first + r) : Before<A>();
   leads = warps == 1 ? Reduction<Leads>::over_warp(leads) : Reduction<Leads>::over_cluster(leads, &scratch->leading);
 
-  uint32_t open = 0;  // rows whose codes are scored again
+  uint32_t open = 0;  // rows whose codes are rescored
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const Leading<A>& lead = leads.row[r];
     const A bound = std::fmax(before[r].bound, lead.lower);
     const int64_t row = first + r;
     scratch->rows[r][threadIdx.x].bound = bound;
-    if (r >= count || before[r].is_nan || lead.upper < bound) continue;  // it stays
+    if (r >= count || before[r].is_nan || lead.upper < bound) continue;  // unchanged
     const bool nothing = row_norm[r] != row_norm[r];                     // every score is NaN
     const bool alone = !begun && lead.second < bound && lead.upper < A(INFINITY);
     if (!nothing && !alone) {
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
     if ((open >> r & 1) != 0) {
       Candidates<A> candidates(tile, row, row_norm[r], held, warp * kWarpSize, step, chunks);
       if (begun && warp == 0) best = {scores.best[row], scores.index[row]};
-      // The best so far is scored in its turn where it was the only one.
+      // The best so far is rescored now if it was the only candidate then.
       const bool pending = best.score == double(INFINITY);
       int64_t code = pending ? best.code : candidates.next();
       if (pending) best = Best::identity();
@@ -354,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
       }
       if (warps > 1) {
         best = Reduction<Best>::over_cluster(best, &scratch->best);
-        __syncthreads();  // its memory is free
+        __syncthreads();  // the shared memory may be reused
       }
     }
     if (!writes) continue;

@@ -1,4 +1,4 @@
-// The search of the best codes over tiles of rows and codes: the same for every device, which multiplies and compares.
+// The search of the best codes over tiles of rows and codes: one walk for every device, which multiplies and compares.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ struct CodeSearch {
   CodeMetric metric;
   double matmul_rounding;
   const void* center;
-  bool as_given;  // input and codebook, of one type of half precision, are multiplied as they are
+  bool as_given;  // input and codebook, of one half-precision type, are multiplied without conversion
   int64_t tile_rows;
   int64_t tile_codes;
   int64_t* index;
@@ -25,10 +25,10 @@ inline CodeVectors rows_of(const CodeVectors& vectors, int64_t first, int64_t la
   return {vectors.element, data, last - first, vectors.dim};
 }
 
-// Of the rows [begin, end). A Device has `A* buffer(count)`, memory until the end of the search, null for none; the
-// kernels `code_tile` and `best_codes`; `multiply(a, b, products, pitch)` with products (a.rows, b.rows) in A; kGain, a
-// cosine is a gain and not a division of the codes; and kPitch, of which the pitch of the products, and the room that
-// there is for numbers of codes, are multiples.
+// Searches for the rows [begin, end). A Device has `A* buffer(count)`, memory that lives until the end of the search,
+// null for 0; the kernels `code_tile` and `best_codes`; `multiply(a, b, products, pitch)` with products (a.rows,
+// b.rows) in A; kGain, whether a cosine is a gain instead of a division of the codes; and kPitch: the pitch of the
+// products and the capacity of per-code arrays are multiples of it.
 template <class A, class Device>
 void search_in_tiles(const CodeSearch& search, int64_t begin, int64_t end, Device& device) {
   if (begin >= end) return;

@@ -1,4 +1,4 @@
-// Rows of vectors whose element is an argument of the launch: N neighbouring columns at a time, as numbers of type A.
+// Rows of vectors whose element type is a runtime argument: N neighbouring columns at a time, as numbers of type A.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace sslkernels {
 
 constexpr int kVectorThreads = 256;
 
-// Zeros beyond the end of the row.
+// Pads with zeros beyond the end of the row.
 template <int N, class T, class A>
 __device__ __forceinline__ void load_chunk(const T* row, int column, int dim, A (&out)[N]) {
   T elements[N];
@@ -29,7 +29,7 @@ __device__ __forceinline__ void store_chunk(const A (&values)[N], T* row, int co
   store_values(elements, row, column, dim);
 }
 
-// visit(T{}) with the type of the elements. N of the widest type that occurs are 16 bytes: see with_columns.
+// Calls visit(T{}) with the element type. N columns of the widest type in use are 16 bytes: see with_columns.
 template <int N, class Visit>
 __device__ __forceinline__ void with_type(Element element, Visit visit) {
   switch (element) {
@@ -62,11 +62,11 @@ __device__ __forceinline__ void store_vector(const A (&values)[N], Element eleme
   });
 }
 
-// The place of a thread: some lanes of a warp, or all, share a row.
+// A thread's position: some lanes of a warp, or all, share a row.
 template <int N>
 using VectorPlace = TeamPlace<N, false>;
 
-// Over the lanes that share a row, by every thread of the warp.
+// Over the lanes that share a row; called by every thread of the warp.
 template <int N, class A>
 __device__ __forceinline__ A sum_of_row(const VectorPlace<N>& place, A value) {
   return over_lanes(value, place.lanes, [](A a, A b) { return a + b; });
@@ -80,7 +80,7 @@ void with_columns(bool is_double, int64_t widest_bytes, Launch launch_for) {
   return launch_for(float(), std::integral_constant<int, 8>());
 }
 
-// launch of a team a row, at most a warp.
+// Launches one team per row, at most a warp.
 template <class Arguments>
 void launch_over_rows(const char* name, void (*kernel)(Arguments, int), int64_t rows, int64_t dim, int columns,
                       const Arguments& arguments, void* stream) {

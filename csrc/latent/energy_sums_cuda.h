@@ -1,4 +1,4 @@
-// The sums over candidates on a GPU: what free_energy and prediction_energy reduce energies with.
+// Sums over candidates on a GPU, by which free_energy and prediction_energy reduce energies.
 #pragma once
 
 #include "core/cuda/launch.h"
@@ -7,19 +7,18 @@
 
 namespace sslkernels {
 
-// Candidates are numbered by 32 bits, also some steps beyond the last.
+// Candidate numbers are 32-bit, even some steps beyond the last.
 inline void check_count(int64_t count) {
   if (count > int64_t(1) << 30) fail("the CUDA kernels take at most 2^30 candidates");
 }
 
-// Whether groups that start multiples of `pitch` from `start` on are whole words of memory.
+// Whether groups at multiples of `pitch` from `start` are aligned 16-byte words.
 template <class T>
 __device__ __forceinline__ bool are_words(const T* start, int64_t stride, int64_t pitch) {
   return stride == 1 && reinterpret_cast<uint64_t>(start) % 16 == 0 && pitch % Groups<T>::kSize == 0;
 }
 
-// A group of kSize elements `stride` apart, of which the first n are there and the others read as zeros; kLast: they
-// are not read again.
+// A group of kSize elements `stride` apart; elements from n on are padded with zeros. kLast: they are not read again.
 template <bool kLast, class T>
 __device__ __forceinline__ Words read_group(const T* from, int64_t stride, int n, bool words) {
   constexpr int kSize = Groups<T>::kSize;
@@ -58,7 +57,7 @@ struct EnergyMath {
   }
 };
 
-// The lowest of the candidates, of equals the first; NaN is below all.
+// The lowest candidate; ties go to the first, and NaN is the lowest of all.
 template <class A>
 struct LowestEnergy {
   A energy;
@@ -71,7 +70,7 @@ struct LowestEnergy {
   }
 };
 
-// How candidates are reduced: a State, and what is written of it.
+// How candidates are reduced: a State, and the results written from it.
 template <class A>
 struct SoftMinimum {
   using State = EnergySums<EnergyMath, A>;
@@ -83,7 +82,7 @@ struct SoftMinimum {
   __device__ __forceinline__ void add(State& state, const A (&energies)[N], int n, int) const {
     state.add(energies, n, beta);
   }
-  // For states that have seen the same number: it takes one register then.
+  // If all states have seen the same number of candidates, the count takes one register.
   static __device__ __forceinline__ void set_count(State& state, A count) { state.count = count; }
   __device__ __forceinline__ A value(const State& state) const { return state.value(beta); }
   __device__ __forceinline__ A weight(const State& state, A energy, int) const {
@@ -109,7 +108,7 @@ struct HardMinimum {
   __device__ __forceinline__ A weight(const State& state, A, int k) const { return A(k == state.index); }
 };
 
-// Over `team` lanes of a warp that lie together, a power of two; returned to each of them.
+// Over `team` adjacent lanes of a warp, a power of two; returned to each of them.
 template <class Rule>
 __device__ __forceinline__ typename Rule::State combine_lanes(const Rule& rule, typename Rule::State state, int team) {
   for (int lanes = team / 2; lanes > 0; lanes /= 2) state = rule.combine(state, shuffle_xor(state, lanes));

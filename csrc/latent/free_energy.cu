@@ -1,6 +1,6 @@
 // The free energy of K candidates: energies are read once, by 16 bytes along the candidates or along the results,
-// whichever lie side by side. A thread keeps the sums of what it reads; those of a result are combined in a fixed
-// order.
+// whichever are contiguous. A thread keeps the sums of the energies that it reads; the partial sums of a result are
+// combined in a fixed order.
 #include <algorithm>
 
 #include "core/cuda/launch.h"
@@ -12,11 +12,11 @@ namespace sslkernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostThreads = 512;  // of a block whose candidates lie side by side
-constexpr int kBatch = 4;          // groups that a thread has in flight
+constexpr int kMostThreads = 512;  // per block if the candidates are contiguous
+constexpr int kBatch = 4;          // groups in flight per thread
 
 // A block has `width` units by `depth` threads that share the candidates of one, both powers of two. A unit is one
-// result, or a group of them that lie side by side: `units` of an outer index.
+// result, or a group of contiguous results: `units` per outer index.
 struct Plan {
   int width;
   int depth;
@@ -29,11 +29,11 @@ struct Place {
   static constexpr int kResults = kAlongCandidates ? 1 : kSize;
   static constexpr int kCandidates = kAlongCandidates ? kSize : 1;
 
-  int lane;  // of those that share the candidates
-  int unit;  // of the block
+  int lane;  // among the threads that share the candidates
+  int unit;  // in the block
   int64_t outer;
   int64_t inner;
-  int results;  // 0: nothing to do
+  int results;  // 0: no work
 
   __device__ __forceinline__ Place(const FreeEnergy& energies, const Plan& plan) {
     const int t = int(threadIdx.x);
@@ -45,7 +45,7 @@ struct Place {
     const int64_t left = outer < energies.outer ? energies.inner - inner : 0;
     results = int(left < kResults ? left : kResults);
   }
-  // How many elements the group from candidate k on has.
+  // Number of elements in the group from candidate k on.
   __device__ __forceinline__ int elements(int k, int count) const {
     if (results == 0 || k >= count) return 0;
     if constexpr (kAlongCandidates) return count - k < kSize ? count - k : kSize;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void reduce(const FreeEnergy& energies, const Plan& p
   }
 }
 
-// Grid: plan.width units a block.
+// Grid: plan.width units per block.
 template <class T, bool kAlongCandidates>
 __global__ void __launch_bounds__(kAlongCandidates ? kMostThreads : kThreads,
                                   (sizeof(T) == 8 ? 512 : 1024) / (kAlongCandidates ? kMostThreads : kThreads))
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kAlongCandidates ? kMostThreads : kThreads,
   }
 }
 
-// Grid: as forward, by the strides of the gradient.
+// Grid: as in forward, by the strides of the gradient.
 template <class T, bool kAlongCandidates>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     free_energy_bwd_kernel(const __grid_constant__ FreeEnergyGradient gradient, const __grid_constant__ Plan plan) {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   const Here place(energies, plan);
   if (place.results == 0) return;
   const int64_t offset = place.outer * energies.outer_stride + place.inner * energies.inner_stride;
-  const T* from = static_cast<const T*>(energies.energy);  // null: of the minimum
+  const T* from = static_cast<const T*>(energies.energy);  // null for the minimum
   T* to = static_cast<T*>(gradient.grad) + place.outer * gradient.outer_stride + place.inner * gradient.inner_stride;
   const int64_t from_stride = kAlongCandidates ? energies.count_stride : energies.inner_stride;
   const int64_t to_stride = kAlongCandidates ? gradient.count_stride : gradient.inner_stride;
@@ -223,15 +223,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-// --- Launch --------------------------------------------------------------------------------------------------------
-
 int power_of_2(int64_t least, int most) {
   int power = 1;
   while (power < least && power < most) power *= 2;
   return power;
 }
 
-// Candidates are shared by enough threads to fill the device, and by at least so many that they read whole lines.
+// Enough threads share the candidates to fill the device, and at least so many that they read whole cache lines.
 template <class T>
 Plan plan_for(const FreeEnergy& energies, bool along_candidates, int most) {
   constexpr int kSize = Groups<T>::kSize, kLine = 128 / 16;

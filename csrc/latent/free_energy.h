@@ -1,8 +1,8 @@
-// The free energy of K candidates: arguments of its kernels, and the arithmetic of the sums over candidates, which
-// prediction_energy shares.
+// The free energy of K candidates: arguments of its kernels and launchers, and the arithmetic of sums over candidates,
+// which prediction_energy shares. `stream` is a cudaStream_t.
 //
-// With d = E - lowest it is lowest - log(mean(exp(-beta d))) / beta. Near 1 the mean loses the d, so that the sum of
-// (1 - exp(-beta d)) / beta, the deficit, is kept beside it: a mean of the d where beta is small, in units of the
+// With d = E - lowest it is lowest - log(mean(exp(-beta d))) / beta. Near 1 the mean loses the digits of d, so the sum
+// of (1 - exp(-beta d)) / beta, the deficit, is kept beside it: a mean of the d if beta is small, in units of the
 // energy.
 #pragma once
 
@@ -14,8 +14,8 @@
 
 namespace sslkernels {
 
-// Energies (outer, count, inner) of any strides; the other arrays are (outer, inner), contiguous, and A is the
-// accumulation type. Null: not asked for.
+// Energies (outer, count, inner) of any strides; the other arrays are contiguous (outer, inner). A is the accumulation
+// type. Null: not wanted.
 struct FreeEnergy {
   Element element;
   const void* energy;
@@ -28,13 +28,13 @@ struct FreeEnergy {
   bool minimum;  // else soft
   double beta;
   void* value;      // A
-  void* lowest;     // A, of "soft"
-  void* total;      // A, of "soft"
-  int64_t* winner;  // of "min"
+  void* lowest;     // A, for "soft"
+  void* total;      // A, for "soft"
+  int64_t* winner;  // for "min"
 };
 
-// energies.value is read: the derivative with respect to it. Of the minimum the energies are null, for they are not
-// needed, and energies.element is that of the gradient.
+// energies.value is an input: the upstream derivative. For the minimum the energies are null, because they are not
+// needed, and energies.element is the type of the gradient.
 struct FreeEnergyGradient {
   FreeEnergy energies;
   void* grad;  // (outer, count, inner)
@@ -56,7 +56,7 @@ SSLKERNELS_HD Beta<A> beta_of(double beta) {
   return {A(beta), A(1 / beta)};
 }
 
-// (1 - exp(-x)) / x * d for x = beta d in [0, 1/2), where x may have lost d: Taylor's series, within 1.4e-8.
+// (1 - exp(-x)) / x * d for x = beta d in [0, 1/2), where x may have lost digits of d: Taylor series, within 1.4e-8.
 SSLKERNELS_HD float deficit_near_zero(float d, float x, float) {
   float p = -2.4801587e-5f;
   p = p * x + 1.9841270e-4f;
@@ -80,7 +80,7 @@ struct EnergyTerm {
   A deficit;      // (1 - exp(-beta d)) / beta
 };
 
-// d >= 0, or infinite, or NaN. Math has exp(x) of x <= 0, log(x) of x in (0, 1] and log1p(x) of x in (-1/2, 0].
+// d is >= 0, infinite or NaN. Math provides exp(x) for x <= 0, log(x) for x in (0, 1] and log1p(x) for x in (-1/2, 0].
 template <class Math, class A>
 SSLKERNELS_HD EnergyTerm<A> energy_term(A d, const Beta<A>& beta) {
   const A x = beta.value * d;
@@ -89,17 +89,17 @@ SSLKERNELS_HD EnergyTerm<A> energy_term(A d, const Beta<A>& beta) {
   return {e, x < A(0.5) ? near : far};
 }
 
-// Sums over candidates, relative to the lowest of them; `lowest` is never NaN, the sums are where an energy is.
+// Sums over candidates relative to the lowest of them. `lowest` is never NaN; the sums are NaN if an energy is.
 template <class Math, class A>
 struct EnergySums {
   A lowest;
   A count;
-  A total;    // of exponentials
-  A deficit;  // of deficits
+  A total;    // sum of exponentials
+  A deficit;  // sum of deficits
 
   static SSLKERNELS_HD EnergySums identity() { return {A(INFINITY), A(0), A(0), A(0)}; }
 
-  // Relative to `to`, at most the lowest.
+  // The sums relative to `to`, at most the lowest.
   SSLKERNELS_HD EnergySums moved(A to, const Beta<A>& beta) const {
     const EnergyTerm<A> term = energy_term<Math>(lowest == to ? A(0) : lowest - to, beta);
     return {to, count, total * term.exponential, deficit * term.exponential + count * term.deficit};
@@ -111,7 +111,7 @@ struct EnergySums {
     return {to, x.count + y.count, x.total + y.total, x.deficit + y.deficit};
   }
 
-  // The first n of N.
+  // Adds the first n of N energies.
   template <int N>
   SSLKERNELS_HD void add(const A (&energies)[N], int n, const Beta<A>& beta) {
     A to = lowest;
@@ -128,7 +128,8 @@ struct EnergySums {
 
   SSLKERNELS_HD A value(const Beta<A>& beta) const {
     const A mean = deficit / count, u = beta.value * mean;
-    // -log(1 - u) / u, which is 1 at 0, where u may have lost its digits; beyond 1/2 the exponentials keep theirs.
+    // -log(1 - u) / u, which tends to 1 at 0, where u may have lost its digits; beyond 1/2 the exponentials keep
+    // theirs.
     const A inside = u < A(0.5) ? u : A(0);
     const bool tiny = inside * inside < epsilon(A(0));
     const A ratio = tiny ? A(1) + inside / A(2) : -Math::log1p(-inside) / inside;
@@ -137,7 +138,8 @@ struct EnergySums {
   }
 };
 
-// The derivative of the free energy in one energy. NaN where it and the lowest are the same infinity, as of logsumexp.
+// The derivative of the free energy with respect to one energy. NaN if it and the lowest are the same infinity, as for
+// logsumexp.
 template <class Math, class A>
 SSLKERNELS_HD A energy_weight(A energy, A lowest, A total, const Beta<A>& beta) {
   return Math::exp(-(beta.value * (energy - lowest))) / total;
@@ -145,7 +147,7 @@ SSLKERNELS_HD A energy_weight(A energy, A lowest, A total, const Beta<A>& beta) 
 
 }  // namespace
 
-// The results [begin, end) of outer * inner, and the gradient of their energies.
+// Results [begin, end) of outer * inner, and the gradient of their energies.
 SSLKERNELS_CPU_KERNELS(void free_energy_fwd(const FreeEnergy& energies, int64_t begin, int64_t end);
                        void free_energy_bwd(const FreeEnergyGradient& gradient, int64_t begin, int64_t end);)
 

@@ -1,6 +1,6 @@
-// The free energy of K candidates. Results lie side by side in the lanes of a vector where there are few candidates or
-// where neighbouring results are neighbours in memory, else the candidates of one result do. In both cases the energies
-// are read once, in blocks whose lowest is found before their sums.
+// The free energy of K candidates. The lanes of a vector are results if there are few candidates or if neighbouring
+// results are contiguous in memory, else the candidates of one result. Either way the energies are read once, in blocks
+// whose lowest is found before their sums.
 #include <cstring>
 
 #include "core/cpu/element.h"
@@ -11,10 +11,10 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int kLanes = 64;         // results side by side: always all of them, so that none depends on its neighbours
-constexpr int kDepth = 64;         // their candidates at a time
+constexpr int kLanes = 64;         // results per tile: always all lanes, so that no result depends on its neighbours
+constexpr int kDepth = 64;         // candidates of each at a time
 constexpr int kBlock = 1024;       // candidates of one result at a time
-constexpr int kMinimumLanes = 32;  // of a block
+constexpr int kMinimumLanes = 32;  // lanes per block of the minimum
 constexpr int64_t kFew = 32;       // candidates
 
 struct VectorMath {
@@ -39,15 +39,13 @@ bool side_by_side(const FreeEnergy& energies, int64_t inner_stride) {
   return energies.count < kFew || (energies.inner >= kLanes / 4 && inner_stride == 1);
 }
 
-// NaN is below all, of equals the first is the lowest.
+// NaN is the lowest of all; ties go to the first.
 template <class A>
 SSLKERNELS_HD bool is_lower(A energy, A lowest) {
   return (energy < lowest) | ((energy != energy) & (lowest == lowest));
 }
 
-// --- Results side by side ------------------------------------------------------------------------------------------
-
-// The results [first, first + size) of one tile, in memory.
+// Results [first, first + size) of one tile, in memory.
 struct Tile {
   int size;
   bool adjacent;
@@ -64,7 +62,7 @@ struct Tile {
   }
 };
 
-// Zeros in the lanes of no result.
+// Pads lanes without a result with zeros.
 template <class T, class A>
 void load_tile(const Tile& tile, const T* from, int64_t stride, int depth, A (*out)[kLanes]) {
   for (int k = 0; k < depth; ++k) {
@@ -214,15 +212,13 @@ void gradient_tile(const FreeEnergyGradient& gradient, int64_t first, int64_t en
   }
 }
 
-// --- The candidates of one result side by side ---------------------------------------------------------------------
-
 template <class T>
 const T* energies_of(const FreeEnergy& energies, int64_t r) {
   return static_cast<const T*>(energies.energy) + r / energies.inner * energies.outer_stride +
          r % energies.inner * energies.inner_stride;
 }
 
-// `count` energies from `from` on in the accumulation type: where they lie, or in the buffer.
+// `count` energies from `from` on in the accumulation type: the input itself or a copy in the buffer.
 template <class T, class A>
 const A* block_of(const T* from, int64_t stride, int count, A* buffer) {
   if constexpr (sizeof(T) == sizeof(A)) {
@@ -238,7 +234,7 @@ const A* block_of(const T* from, int64_t stride, int count, A* buffer) {
 
 template <class A>
 struct Lowest {
-  A energy;  // NaN left out
+  A energy;  // ignoring NaN
   bool has_nan;
 };
 
@@ -266,7 +262,7 @@ Lowest<A> lowest_of(const A* block, int count) {
   return {lanes[0], nans[0] != 0};
 }
 
-// The first that is the lowest: it is there.
+// First index of the lowest energy, which is known to occur.
 template <class A>
 int place_of(const A* block, int count, const Lowest<A>& lowest) {
   const auto is_it = [&](A energy) __attribute__((always_inline)) {

@@ -1,8 +1,8 @@
-// Gaussian samples and their divergence. A team of lanes of one warp has a row, or a tile of it, and each of its
-// threads the columns that lie in 16 bytes: mean and logvar are read once for all samples, and the noise, four columns
-// a Philox call, is made where it is used. A thread keeps its columns from row to row, so that sums over rows are its
-// own until the block has finished: they wait in shared memory, which costs few registers. Sums over columns go through
-// the team. Neither has an atomic operation, and both have one order.
+// Gaussian samples and their divergence. A team of lanes of one warp has a row, or a tile of it, and each thread the
+// columns of one 16-byte access: mean and logvar are read once for all samples, and the noise, four columns per Philox
+// call, is generated where it is used. A thread keeps its columns from row to row, so that sums over rows are private
+// until the block has finished; they are kept in shared memory, which saves registers. Sums over columns are reduced by
+// the team. Neither uses atomics, and both have a fixed order.
 #include <algorithm>
 
 #include "core/cuda/columns.h"
@@ -13,40 +13,40 @@
 namespace sslkernels {
 namespace {
 
-constexpr int kRowsOfTeam = 4;  // where no sums over rows ask for more
+constexpr int kRowsOfTeam = 4;  // unless sums over rows need more
 
 template <class T>
-constexpr int kQuads = sizeof(T) == 2 ? 2 : 1;  // of a thread: groups of the noise
+constexpr int kQuads = sizeof(T) == 2 ? 2 : 1;  // groups of noise per thread
 template <class T>
 constexpr int kColumns = 4 * kQuads<T>;
-constexpr int kStep = 2;  // columns whose divergence is found at a time
+constexpr int kStep = 2;  // columns whose divergence is computed together
 template <class T>
 constexpr int kTile = kWarpSize * kColumns<T>;
 static_assert(gaussian_columns_per_sum_cuda(Element::kFloat) == kTile<float>, "the binding sizes kl by it");
 static_assert(gaussian_columns_per_sum_cuda(Element::kHalf) == kTile<Half>, "the binding sizes kl by it");
 
 __device__ __forceinline__ float exp_any(float x) { return expf(x); }
-// Its constants would take registers.
+// Out of line, because its constants would take registers of the caller.
 SSLKERNELS_OUTLINED double exp_any(double x) { return exp(x); }
 
-// How the block's threads are laid out.
+// The layout of a block's threads.
 struct Layout {
-  int team;  // lanes of a row: a power of two
+  int team;  // lanes per row: a power of two
   int tiles;
   int rows_of_block;
 };
 
-// Where this thread is.
+// This thread's position.
 struct Place {
-  int lane;  // of the team
-  int team;  // of the block
+  int lane;  // in the team
+  int team;  // in the block
   int teams;
   int column;
-  int columns;  // of a row
+  int columns;  // per row
   int64_t block;
   int64_t tile;
-  int64_t begin;  // the block's first row
-  int rows;       // of the block
+  int64_t begin;  // first row of the block
+  int rows;       // rows of the block
 
   template <class T>
   static __device__ __forceinline__ Place of(const Gaussian& inputs, const Layout& layout, T) {
@@ -63,7 +63,7 @@ struct Place {
     place.rows = rows < layout.rows_of_block ? int(rows) : layout.rows_of_block;
     return place;
   }
-  // visit(row, exists) by every thread of a warp together.
+  // Calls visit(row, exists), all threads of a warp together.
   template <class Visit>
   __device__ __forceinline__ void for_each_row(Visit visit) const {
     for (int step = 0; step < rows; step += teams) {
@@ -93,7 +93,8 @@ struct Slots {
   }
 };
 
-// A row of the inputs, and its columns against their prior: names as in sslkernels/ops/gaussian_operators.py.
+// A row of the inputs, and the divergence terms of its columns from their prior; names as in
+// sslkernels/latent/gaussian.py.
 template <class T>
 struct Row {
   using A = typename Accumulation<T>::type;
@@ -106,8 +107,8 @@ struct Row {
       load_row(inputs.prior_logvar, row, place, prior_logvar);
     }
   }
-  // visit(k, given, scale, t, inverse_scale, expm1, excess) of the columns of a step: given is logvar before it is
-  // clamped.
+  // Calls visit(k, given, scale, t, inverse_scale, expm1, excess) for the columns of a step; `given` is logvar before
+  // clamping.
   template <class Visit>
   __device__ __forceinline__ void for_each(const Gaussian& inputs, int step, Visit visit) const {
     const A low = A(inputs.low), high = A(inputs.high);
@@ -145,14 +146,12 @@ __device__ __forceinline__ A over_team(A value, int team) {
   return value;
 }
 
-// --- Forward -------------------------------------------------------------------------------------------------------
-
-// What a thread keeps in shared memory, for registers are few: exp(logvar / 2) of a row, and sums over rows.
+// Values that a thread keeps in shared memory to save registers: exp(logvar / 2) of a row, and sums over rows.
 enum : int { kScale, kKl, kAverage, kSquares, kForwardKinds };
 constexpr int kStatistics = kForwardKinds - kKl;
 
-// Adds the columns of a step, from `column` of the thread's on: the divergence, the mean of `mean` so far (less that of
-// row 0), and the squared distances from it (Welford 1962). seen: rows, this one included.
+// Adds the columns of a step, from the thread's `column` on: the divergence, the running average of `mean` (minus row 0
+// of it), and the squared deviations (Welford 1962). seen: number of rows, including this one.
 template <class T, class A>
 __device__ __forceinline__ void add_statistics(const Gaussian& inputs, const Place& place, int seen, int column,
                                                const A (&mean)[kStep], const A (&kl)[kStep]) {
@@ -169,7 +168,7 @@ __device__ __forceinline__ void add_statistics(const Gaussian& inputs, const Pla
   }
 }
 
-// Of the teams in their order (Chan, Golub and LeVeque 1983).
+// Combines the teams in their order (Chan, Golub and LeVeque 1983).
 template <class T>
 __device__ __forceinline__ void write_statistics(const GaussianForward& forward, const Place& place, int team) {
   using A = typename Accumulation<T>::type;
@@ -193,8 +192,8 @@ __device__ __forceinline__ void write_statistics(const GaussianForward& forward,
   }
 }
 
-// Keeps the scales of a row and writes its divergence, or adds it to the statistics; returns the sum of this thread's
-// columns.
+// Stores the scales of a row, and writes its divergence or adds it to the statistics; returns the sum over this
+// thread's columns.
 template <class T>
 __device__ __forceinline__ auto divergence_of_row(const GaussianForward& forward, const Place& place, int64_t row,
                                                   int seen, const Row<T>& values) {
@@ -280,10 +279,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   if (forward.statistics != nullptr) write_statistics<T>(forward, place, layout.team);
 }
 
-// --- Backward ------------------------------------------------------------------------------------------------------
-
-// The gradients of a row, and those of a prior (where the rows share it, their sums over the rows so far). They are
-// made in shared memory: registers are few.
+// Gradients of a row and of a prior (if the rows share it, the sums over the rows so far). They are computed in shared
+// memory to save registers.
 enum : int { kMean, kLogvar, kPriorMean, kPriorLogvar, kGradients };
 
 template <class T>
@@ -292,7 +289,7 @@ __device__ __forceinline__ void put(int kind, int column, bool add, typename Acc
   slot = add ? slot + value : value;
 }
 
-// The sums over the rows of a block, of the teams in their order.
+// Sums over the rows of a block, combining the teams in their order.
 template <class T>
 __device__ __forceinline__ void write_sums(int kind, void* to, const Gaussian& inputs, const Place& place, int team) {
   using A = typename Accumulation<T>::type;
@@ -307,7 +304,7 @@ __device__ __forceinline__ void write_sums(int kind, void* to, const Gaussian& i
   }
 }
 
-// kMean: the sum of the gradients of the samples, kLogvar: of those times their noise.
+// kMean gets the sum of the gradients of the samples, kLogvar the sum of their products with the noise.
 template <class T>
 __device__ __forceinline__ void add_samples(const GaussianBackward& backward, const Place& place, int64_t row) {
   using A = typename Accumulation<T>::type;
@@ -333,7 +330,7 @@ __device__ __forceinline__ void add_samples(const GaussianBackward& backward, co
   }
 }
 
-// The gradients of a row, from what add_samples gave.
+// The gradients of a row, from the results of add_samples.
 template <class T, bool kPrior>
 __device__ __forceinline__ void finish_row(const GaussianBackward& backward, const Place& place, int64_t row) {
   using A = typename Accumulation<T>::type;
@@ -342,7 +339,7 @@ __device__ __forceinline__ void finish_row(const GaussianBackward& backward, con
   const bool has_z = backward.grad_z != nullptr && inputs.samples > 0, has_kl = backward.grad_kl != nullptr;
   const A* grad_kl = static_cast<const A*>(backward.grad_kl) + row * (backward.by_row ? 1 : inputs.columns);
   Row<T> values;
-  values.has_prior = kPrior;  // known to the compiler, for registers are few
+  values.has_prior = kPrior;  // a compile-time constant, to save registers
   load_row(inputs.logvar, row, place, values.logvar);
   if (has_kl) load_row(inputs.mean, row, place, values.mean);
   values.load_prior(inputs, row, place);
@@ -385,8 +382,8 @@ __device__ __forceinline__ void write_row(int kind, void* to, int64_t row, const
   packed.store(static_cast<T*>(to) + row * place.columns, place.column, place.columns);
 }
 
-// Grid: blocks of rows x tiles of columns. kPrior: the gradient of the divergence from a prior is there. has_sums: of a
-// prior that all rows share.
+// Grid: blocks of rows x tiles of columns. kPrior: there is a prior and a gradient of the divergence. has_sums: all
+// rows share the prior.
 template <class T, bool kPrior>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     gaussian_bwd_kernel(const __grid_constant__ GaussianBackward backward, const __grid_constant__ Layout layout,
@@ -415,8 +412,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-// --- Launchers -----------------------------------------------------------------------------------------------------
-
 template <class T>
 Layout layout_of(const Gaussian& inputs, bool has_sums) {
   int team = 1;
@@ -425,7 +420,7 @@ Layout layout_of(const Gaussian& inputs, bool has_sums) {
   return {team, int(ceil_div(inputs.columns, kTile<T>)), rows};
 }
 
-// kinds: of a thread's values in shared memory.
+// kinds: number of kinds of a thread's values in shared memory.
 template <class T>
 LaunchShape shape_of(const Gaussian& inputs, const Layout& layout, int kinds) {
   const int64_t values = int64_t(kinds) * kColumns<T> * kThreads;

@@ -1,5 +1,5 @@
-// The arguments of the kernels of gaussian_rsample and gaussian_kl, and the divergence of one element: see
-// sslkernels/ops/gaussian_operators.py, which says what is computed.
+// gaussian_rsample and gaussian_kl: arguments of the kernels and launchers, and the divergence of one element.
+// sslkernels/latent/gaussian.py defines the operators. `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -10,33 +10,33 @@
 
 namespace sslkernels {
 
-constexpr int64_t kGaussianRowsOfBlock = 64;  // that are reduced to one partial sum of a column
+constexpr int64_t kGaussianRowsOfBlock = 64;  // rows that are reduced to one partial sum per column
 
-// Rows begin `stride` elements apart; columns lie behind one another. shared: one row for all, stride 0.
+// Rows begin `stride` elements apart; columns are contiguous. shared: one row for all, with stride 0.
 struct GaussianRows {
   const void* data;
   int64_t stride;
   bool shared;
 };
 
-// What a forward and a backward have in common. A is the accumulation type. Null: absent.
+// Arguments that forward and backward share. A is the accumulation type. Null: absent.
 struct Gaussian {
-  Element element;  // of everything that is not A
+  Element element;  // type of all tensors that are not A
   int64_t rows;
   int64_t columns;
-  int64_t samples;  // 0 where nothing is drawn
+  int64_t samples;  // 0 if nothing is drawn
   GaussianRows mean;
   GaussianRows logvar;
   GaussianRows prior_mean;
   GaussianRows prior_logvar;
-  const int64_t* row_ids;  // (rows), or null: the row is its number
+  const int64_t* row_ids;  // (rows); null: row i has id i
   const int64_t* seed;
   double free_bits;
   double low;
   double high;
 };
 
-// Of sample k: from `offset(row, k, column)` on.
+// Strides of z: element (row, k, column) is at row * row_stride + k * sample_stride + column.
 struct GaussianSamples {
   int64_t row_stride;
   int64_t sample_stride;
@@ -46,22 +46,23 @@ struct GaussianForward {
   Gaussian inputs;
   void* z;
   GaussianSamples z_strides;
-  void* kl;  // A (rows, columns), or where by_row (rows, kl_parts): each part the sum of some columns
+  void* kl;  // A (rows, columns), or if by_row (rows, kl_parts): sums over parts of the columns
   bool by_row;
   int64_t kl_parts;
-  void* statistics;  // A (blocks, 3, columns): of the rows of a block the sum of kl, the mean of `mean` less that of
-                     // row 0, and the sum of the squared distances from that mean
+  // A (blocks, 3, columns), over the rows of a block: the sum of kl, the average of `mean` minus row 0 of it, and the
+  // sum of squared deviations from that average
+  void* statistics;
 };
 
 struct GaussianBackward {
   Gaussian inputs;
   const void* grad_z;
   GaussianSamples z_strides;
-  const void* grad_kl;  // A (rows, columns), or where by_row (rows)
+  const void* grad_kl;  // A (rows, columns), or if by_row (rows)
   bool by_row;
-  void* grad_mean;  // (rows, columns), as the others
+  void* grad_mean;  // (rows, columns), like the others
   void* grad_logvar;
-  void* grad_prior_mean;  // where the rows share the prior: A (blocks, columns), sums over the rows of a block
+  void* grad_prior_mean;  // if the rows share the prior: A (blocks, columns), sums over the rows of a block
   void* grad_prior_logvar;
 };
 
@@ -71,7 +72,7 @@ inline int64_t gaussian_blocks(const Gaussian& inputs) {
   return (inputs.rows + kGaussianRowsOfBlock - 1) / kGaussianRowsOfBlock;
 }
 
-// (exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., to below a rounding.
+// (exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., truncated below one rounding.
 SSLKERNELS_HD float excess_series(float d) {
   float p = 2.50521084e-8f;  // 1/11!
   p = fused(p, d, 2.75573192e-7f);
@@ -108,13 +109,14 @@ SSLKERNELS_HD double excess_series(double d) {
 template <class A>
 SSLKERNELS_HD A clamp(A value, A low, A high) {
   value = value < low ? low : value;
-  return value > high ? high : value;  // NaN stays
+  return value > high ? high : value;  // propagates NaN
 }
 
-// exp(d) - 1 and exp(d) - 1 - d, from e = exp(d). (Of a struct of such results gcc 12 makes no vectors.)
+// exp(d) - 1 and exp(d) - 1 - d, from e = exp(d). (Through pointers, because gcc 12 does not vectorise a loop over
+// structs of such results.)
 template <class A>
 SSLKERNELS_HD void expm1_terms(A d, A e, A* expm1, A* excess) {
-  constexpr A kMost = A(1e30);  // so that infinity is not taken from itself
+  constexpr A kMost = A(1e30);  // avoids infinity - infinity
   const A near = d * d * excess_series(d);
   const A far = e - A(1);
   const bool is_near = (d >= A(-1)) & (d <= A(1));
@@ -130,16 +132,16 @@ SSLKERNELS_HD A divergence(A t, A excess) {
 
 }  // namespace
 
-constexpr int64_t kGaussianChunk = 1024;  // columns of a row that are added up to one number
+constexpr int64_t kGaussianChunk = 1024;  // columns of a row that the CPU kernels sum to one number
 
 namespace {  // one copy for each instruction set: see isa.h
 
-// The work is cut in tasks, blocks of rows of a chunk of columns, that are the same for any number of threads.
+// The work is cut into tasks, blocks of rows of one chunk of columns, that are the same for any number of threads.
 inline int64_t gaussian_chunks(const Gaussian& inputs) {
   return (inputs.columns + kGaussianChunk - 1) / kGaussianChunk;
 }
 
-// Rows of one chunk that are in the cache at a time.
+// Rows of one chunk that fit in the cache together.
 inline int64_t gaussian_rows_of_batch(const Gaussian& inputs) {
   const int64_t columns = inputs.columns < kGaussianChunk ? (inputs.columns + 3) / 4 * 4 : kGaussianChunk;
   return kGaussianChunk / columns;
@@ -162,7 +164,7 @@ inline bool has_sums(const GaussianBackward& backward) {
 
 }  // namespace
 
-// The tasks [begin, end).
+// Tasks [begin, end).
 SSLKERNELS_CPU_KERNELS(void gaussian_fwd(const GaussianForward& forward, int64_t begin, int64_t end);
                        void gaussian_bwd(const GaussianBackward& backward, int64_t begin, int64_t end);)
 

@@ -1,6 +1,6 @@
-// Gaussian samples and their divergence: the rows in batches that stay in the cache, of which mean and logvar are read
-// once, for all samples, and the noise is made where it is used. What is computed of a batch is one loop over its
-// elements, from rows that lie behind one another where they can be read so, and else are copied together.
+// Gaussian samples and their divergence. Rows are processed in batches that stay in the cache: mean and logvar are read
+// once for all samples, and the noise is generated where it is used. Each computation on a batch is one loop over its
+// elements; rows that are not contiguous are first copied contiguous.
 #include <algorithm>
 #include <cstring>
 
@@ -16,8 +16,8 @@ namespace {
 
 static_assert(kGaussianChunk == 4 * kGroups, "a chunk is a block of groups");
 
-// Rows of one chunk of columns: element (i, j) is number i * pitch + j, and those between `count` and `pitch` belong to
-// no column.
+// Rows of one chunk of columns: element (i, j) is number i * pitch + j; the numbers between `count` and `pitch` are
+// padding.
 struct Batch {
   int64_t row;
   int64_t rows;
@@ -26,12 +26,12 @@ struct Batch {
   int64_t pitch;
 
   int64_t size() const { return rows * pitch; }
-  // Whether elements of rows `stride` apart lie where their numbers say.
-  bool together(int64_t stride) const { return count == pitch && (rows == 1 || stride == pitch); }
-  // visit(row, number of its first element, how many) of what lies together in rows `stride` apart.
+  // Whether rows `stride` apart are contiguous in memory, in the order of the element numbers.
+  bool contiguous(int64_t stride) const { return count == pitch && (rows == 1 || stride == pitch); }
+  // Calls visit(row, number of its first element, count) for each contiguous run of rows `stride` apart.
   template <class Visit>
   void for_each_run(int64_t stride, Visit visit) const {
-    if (together(stride)) return visit(row, 0, size());
+    if (contiguous(stride)) return visit(row, 0, size());
     for (int64_t i = 0; i < rows; ++i) visit(row + i, i * pitch, count);
   }
 };
@@ -39,7 +39,7 @@ struct Batch {
 struct Task {
   int64_t begin;  // rows
   int64_t end;
-  int64_t block;  // of the partial sums
+  int64_t block;  // index of the partial sums
   int64_t chunk;
 };
 
@@ -60,7 +60,7 @@ void for_each_batch(const Gaussian& inputs, const Task& task, Visit visit) {
   }
 }
 
-// The normals of a batch, sample by sample.
+// Normal numbers of a batch, sample by sample.
 class Noise {
  public:
   Noise(const Gaussian& inputs, const Batch& batch) : seed_(uint64_t(*inputs.seed)), count_(batch.size() / 4) {
@@ -79,30 +79,30 @@ class Noise {
   alignas(kLine) uint64_t group_[kGroups];
 };
 
-// Asks for them, so that they arrive while something else is computed.
-inline __attribute__((always_inline)) void ask_for(Element element, const void* data, int64_t stride,
-                                                   const Batch& batch) {
+// Prefetches the rows of a batch, so that they arrive during other computation.
+inline __attribute__((always_inline)) void prefetch_rows(Element element, const void* data, int64_t stride,
+                                                         const Batch& batch) {
   const int64_t size = bytes_of(element);
   const char* bytes = static_cast<const char*>(data) + batch.column * size;
   for (int64_t i = 0; i < batch.rows; ++i) prefetch(bytes + (batch.row + i) * stride * size, batch.count * size);
 }
 
-// The rows of one sample, which will be read or written.
-inline __attribute__((always_inline)) void ask_for_sample(const void* data, const GaussianSamples& at, int64_t sample,
-                                                          Element element, const Batch& batch) {
+// Prefetches the rows of one sample, which will be read or written.
+inline __attribute__((always_inline)) void prefetch_sample(const void* data, const GaussianSamples& at, int64_t sample,
+                                                           Element element, const Batch& batch) {
   const char* of_sample = static_cast<const char*>(data) + sample * at.sample_stride * bytes_of(element);
-  ask_for(element, of_sample, at.row_stride, batch);
+  prefetch_rows(element, of_sample, at.row_stride, batch);
 }
 
-// All that is computed is computed in A, float or double, so that it is compiled for two types and not for four.
+// Everything is computed in A, float or double, so that the code is compiled for two types instead of four.
 template <class A>
-constexpr Element kOwn = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
+constexpr Element kComputed = sizeof(A) == 8 ? Element::kDouble : Element::kFloat;
 
-// The elements of a batch: where they lie, or else brought to `buffer`.
+// The elements of a batch: the input itself if its type and stride allow, else a copy in `buffer`.
 template <class A>
 const A* gather(Element element, const void* data, int64_t stride, const Batch& batch, A* buffer) {
   if (data == nullptr) return nullptr;
-  if (element == kOwn<A> && batch.together(stride)) {
+  if (element == kComputed<A> && batch.contiguous(stride)) {
     return static_cast<const A*>(data) + batch.column + batch.row * stride;
   }
   batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
@@ -111,16 +111,16 @@ const A* gather(Element element, const void* data, int64_t stride, const Batch& 
   return buffer;
 }
 
-// Where results are written: at once to where they belong, or to `buffer`, from where scatter brings them.
+// Destination of a batch: the output itself if its type and stride allow, else `buffer`, which scatter() copies out.
 template <class A>
-A* place(Element element, void* data, int64_t stride, const Batch& batch, A* buffer) {
-  if (data == nullptr || element != kOwn<A> || !batch.together(stride)) return buffer;
+A* output_pointer(Element element, void* data, int64_t stride, const Batch& batch, A* buffer) {
+  if (data == nullptr || element != kComputed<A> || !batch.contiguous(stride)) return buffer;
   return static_cast<A*>(data) + batch.column + batch.row * stride;
 }
 
 template <class A>
 void scatter(Element element, const A* values, const Batch& batch, int64_t stride, void* data) {
-  if (data == nullptr || values == place(element, data, stride, batch, static_cast<A*>(nullptr))) return;
+  if (data == nullptr || values == output_pointer(element, data, stride, batch, static_cast<A*>(nullptr))) return;
   batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
     store_any(element, values + at, batch.column + row * stride, count, data);
   });
@@ -135,8 +135,8 @@ struct Inputs {
     const auto rows = [&](const GaussianRows& from, int i) {
       return gather(inputs.element, from.data, from.stride, batch, buffers[i]);
     };
-    ask_for(inputs.element, inputs.mean.data, inputs.mean.stride, batch);
-    ask_for(inputs.element, inputs.logvar.data, inputs.logvar.stride, batch);
+    prefetch_rows(inputs.element, inputs.mean.data, inputs.mean.stride, batch);
+    prefetch_rows(inputs.element, inputs.logvar.data, inputs.logvar.stride, batch);
     mean = rows(inputs.mean, 0);
     logvar = rows(inputs.logvar, 1);
     prior_mean = rows(inputs.prior_mean, 2);
@@ -150,8 +150,8 @@ struct Bounds {
   explicit Bounds(const Gaussian& inputs) : low(A(inputs.low)), high(A(inputs.high)) {}
 };
 
-// visit(j, scale, t, inverse_scale, expm1, excess) of every element: scale is exp(logvar / 2), the others as in
-// gaussian.h. What a visit does not use is not computed.
+// Calls visit(j, scale, t, inverse_scale, expm1, excess) for every element: scale is exp(logvar / 2), the others are as
+// in gaussian.h. The compiler drops values that a visit does not use.
 template <bool kPrior, class A, class Visit>
 void for_each_element(const Inputs<A>& inputs, const Bounds<A>& bounds, int64_t size, Visit visit) {
   const A *mean = inputs.mean, *logvar = inputs.logvar;
@@ -181,8 +181,6 @@ void for_each_element(const Inputs<A>& inputs, const Bounds<A>& bounds, int64_t 
 
 #define SSLKERNELS_VISIT __attribute__((always_inline))
 
-// --- Forward ------------------------------------------------------------------------------------------------------
-
 template <class A>
 void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk, A* __restrict kl) {
   const A free_bits = A(forward.inputs.free_bits);
@@ -190,7 +188,7 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
 #pragma omp simd
     for (int64_t j = 0; j < batch.size(); ++j) kl[j] = kl[j] < free_bits ? free_bits : kl[j];
   }
-  if (!forward.by_row) return scatter(kOwn<A>, kl, batch, forward.inputs.columns, forward.kl);
+  if (!forward.by_row) return scatter(kComputed<A>, kl, batch, forward.inputs.columns, forward.kl);
   for (int64_t i = 0; i < batch.rows; ++i) {
     const A* row = kl + i * batch.pitch;
     A sum = 0;
@@ -200,8 +198,8 @@ void write_kl(const GaussianForward& forward, const Batch& batch, int64_t chunk,
   }
 }
 
-// Sums over the rows of a task, of each column: in double, for a variance is a difference; of the means less those of
-// the first row.
+// Sums of each column over the rows of a task: in double, because a variance is a difference, and relative to the mean
+// of the first row.
 template <class A>
 struct ColumnStatistics {
   alignas(kLine) A first[kGaussianChunk];
@@ -269,7 +267,7 @@ class Forward {
                      [=](int64_t j, A, A t, A, A, A excess) SSLKERNELS_VISIT { kl[j] = divergence(t, excess); });
   }
 
-  // One sample together with the divergence; of several, each from the scales.
+  // A single sample is drawn contiguous with the divergence; several are drawn from the stored scales.
   void draw(const Batch& batch) {
     const int64_t samples = forward_.inputs.samples, size = batch.size();
     const bool wants_kl = forward_.kl != nullptr || forward_.statistics != nullptr;
@@ -278,7 +276,7 @@ class Forward {
     const A* mean = values_.mean;
     A* __restrict kl = kl_, * __restrict scales = scale_;
     const int64_t stride = forward_.z_strides.row_stride;
-    A* __restrict z = place(element, forward_.z, stride, batch, z_);
+    A* __restrict z = output_pointer(element, forward_.z, stride, batch, z_);
     const float* eps = noise_;
     if (samples == 1) {
       noise.draw(0, noise_);
@@ -295,9 +293,9 @@ class Forward {
       return scatter(element, z, batch, stride, forward_.z);
     }
     for (int64_t k = 0; k < samples; ++k) {
-      ask_for_sample(forward_.z, forward_.z_strides, k, element, batch);
+      prefetch_sample(forward_.z, forward_.z_strides, k, element, batch);
       noise.draw(k, noise_);
-      if (k == 0) {  // mean and logvar have arrived by now
+      if (k == 0) {  // the prefetched mean and logvar have arrived by now
         for_each_element(values_, bounds_, size, [=](int64_t j, A scale, A t, A, A, A excess) SSLKERNELS_VISIT {
           scales[j] = scale;
           kl[j] = divergence(t, excess);
@@ -325,16 +323,14 @@ class Forward {
   ColumnStatistics<A> sums_;
 };
 
-// --- Backward -----------------------------------------------------------------------------------------------------
-
-// The gradients of one prior tensor: its rows, or the sums over the rows of a task.
+// Gradients of one prior tensor: its rows, or the sums over the rows of a task.
 template <class A>
 class PriorGradient {
  public:
   PriorGradient(Element element, const GaussianRows& prior, void* out)
       : element_(element), shared_(prior.shared), out_(out) {}
 
-  alignas(kLine) A slopes[kGaussianChunk] = {};  // of a batch
+  alignas(kLine) A slopes[kGaussianChunk] = {};  // slopes of one batch
 
   void add(const Batch& batch, int64_t columns) {
     if (out_ == nullptr) return;
@@ -377,13 +373,13 @@ class Backward {
     for_each_batch(inputs, task, [&](const Batch& batch) {
       values_.read(inputs, batch);
       read_grad_kl(batch);
-      grad_mean_to_ = place(inputs.element, backward_.grad_mean, columns, batch, grad_mean_);
-      grad_logvar_to_ = place(inputs.element, backward_.grad_logvar, columns, batch, grad_logvar_);
+      grad_mean_to_ = output_pointer(inputs.element, backward_.grad_mean, columns, batch, grad_mean_);
+      grad_logvar_to_ = output_pointer(inputs.element, backward_.grad_logvar, columns, batch, grad_logvar_);
       if (backward_.grad_z == nullptr || inputs.samples == 0) {
         finish_elements<false>(batch, nullptr, nullptr);
       } else if (inputs.samples == 1) {
         const int64_t stride = backward_.z_strides.row_stride;
-        ask_for(inputs.element, backward_.grad_z, stride, batch);
+        prefetch_rows(inputs.element, backward_.grad_z, stride, batch);
         if (backward_.grad_logvar != nullptr) Noise(inputs, batch).draw(0, noise_);
         const A* grad = gather(inputs.element, backward_.grad_z, stride, batch, grad_z_);
         finish_elements<true>(batch, grad, grad);
@@ -402,13 +398,13 @@ class Backward {
   }
 
  private:
-  static constexpr int kAtOnce = 4;  // samples
+  static constexpr int kAtOnce = 4;  // samples per pass
 
   void read_grad_kl(const Batch& batch) {
     const A* grad = static_cast<const A*>(backward_.grad_kl);
     if (grad == nullptr) return;
     if (!backward_.by_row) {
-      kl_ = gather(kOwn<A>, grad, backward_.inputs.columns, batch, grad_kl_);
+      kl_ = gather(kComputed<A>, grad, backward_.inputs.columns, batch, grad_kl_);
       return;
     }
     for (int64_t i = 0; i < batch.rows; ++i) {
@@ -417,7 +413,7 @@ class Backward {
     kl_ = grad_kl_;
   }
 
-  // The gradients of the samples added up, and those times their noise.
+  // Sums the gradients of the samples, and their products with the noise.
   void add_samples(const Batch& batch) {
     const int64_t size = batch.size();
     const Noise noise(backward_.inputs, batch);
@@ -428,7 +424,7 @@ class Backward {
     for (; k < backward_.inputs.samples; ++k) add_samples<1>(batch, noise, k);
   }
 
-  // Of the samples [first, first + kCount), so that the sums are read and written once for several.
+  // Adds samples [first, first + kCount), so that the sums are read and written once for several samples.
   template <int kCount>
   void add_samples(const Batch& batch, const Noise& noise, int64_t first) {
     const Element element = backward_.inputs.element;
@@ -436,7 +432,7 @@ class Backward {
     A* __restrict sum = sum_, * __restrict noisy_sum = noisy_sum_;
     const float* eps = noise_;
     for (int k = 0; k < kCount; ++k) {
-      ask_for_sample(backward_.grad_z, backward_.z_strides, first + k, element, batch);
+      prefetch_sample(backward_.grad_z, backward_.z_strides, first + k, element, batch);
       if (backward_.grad_logvar != nullptr) noise.draw(first + k, noise_ + k * kGaussianChunk);
     }
     batch.for_each_run(stride, [&](int64_t row, int64_t at, int64_t count) {
@@ -458,7 +454,8 @@ class Backward {
     });
   }
 
-  // Where kZ: sum of the gradients of the samples, and what times noise_ is the sum of those times their noise.
+  // If kZ: `sum` is the sum of the gradients of the samples, and `noisy` times noise_ the sum of their products with
+  // the noise.
   template <bool kZ>
   void finish_elements(const Batch& batch, const A* sum, const A* noisy) {
     const A low = bounds_.low, high = bounds_.high, free_bits = A(backward_.inputs.free_bits);

@@ -1,4 +1,4 @@
-// Plans of the kernels of Gumbel-softmax, and their choice by element type.
+// Launch plans of the Gumbel-softmax kernels, and the choice by element type.
 #include <algorithm>
 
 #include "latent/gumbel.h"
@@ -7,7 +7,7 @@
 namespace sslkernels {
 namespace {
 
-// Few rows are shared by more blocks, as long as each thread has two chunks.
+// A few rows are shared by more blocks, as long as each thread has two chunks.
 void spread(GumbelPlan& plan, int64_t rows, int64_t chunks, const DeviceLimits& limits) {
   while (2 * plan.cluster <= limits.largest_cluster && rows * plan.cluster < limits.processors &&
          chunks >= int64_t(4) * plan.cluster * plan.threads) {
@@ -33,7 +33,7 @@ void launch_fwd(const GumbelForward& forward, void* stream) {
   const auto kernel = gumbel_rows_fwd_kernel<T>;
   const GumbelPlan plan = plan_of<T, ForwardScratch<T>>(forward.rows, forward.output == GumbelOutput::kSoft,
                                                         device_limits(), knows_clusters(kName, kernel));
-  launch(kName, kernel, shape_of(plan, forward.rows.rows), stream, forward, GumbelTeam{plan.team, plan.held});
+  launch(kName, kernel, shape_of(plan, forward.rows.rows), stream, forward, GumbelTeam{plan.team, plan.cached});
 }
 
 template <class T>
@@ -42,7 +42,7 @@ void launch_bwd(const GumbelBackward& backward, void* stream) {
   const auto kernel = gumbel_rows_bwd_kernel<T>;
   const GumbelPlan plan = plan_of<T, BackwardScratch<T>>(backward.rows, backward.grad != nullptr, device_limits(),
                                                          knows_clusters(kName, kernel));
-  launch(kName, kernel, shape_of(plan, backward.rows.rows), stream, backward, GumbelTeam{plan.team, plan.held});
+  launch(kName, kernel, shape_of(plan, backward.rows.rows), stream, backward, GumbelTeam{plan.team, plan.cached});
 }
 
 template <class T>
@@ -78,35 +78,35 @@ GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_
   GumbelPlan plan{1, kThreads, 1, false, scratch_bytes};
   if (chunks <= kWarpSize) {
     plan.team = power_of_2(chunks);
-    const int64_t each = ceil_div(rows * plan.team, limits.processors);  // few rows go to all multiprocessors
+    const int64_t each = ceil_div(rows * plan.team, limits.processors);  // spreads a few rows over all multiprocessors
     plan.threads = whole_warps(std::clamp<int64_t>(each, 1, kThreads));
-    plan.held = twice;
+    plan.cached = twice;
     if (twice) plan.shared_bytes += plan.threads * chunk_bytes;
     return plan;
   }
   plan.threads = whole_warps(std::min<int64_t>(chunks, kThreads));
-  const auto held_bytes = [&](int cluster) {
+  const auto cached_bytes = [&](int cluster) {
     return scratch_bytes + ceil_div(chunks, int64_t(plan.threads) * cluster) * plan.threads * chunk_bytes;
   };
   if (twice) {
-    // As many threads as the multiprocessor takes, however few blocks its shared memory leaves room for.
-    while (plan.cluster < limits.largest_cluster && held_bytes(plan.cluster) > limits.shared_per_block) {
+    // As many threads as the multiprocessor supports, however few blocks fit in its shared memory.
+    while (plan.cluster < limits.largest_cluster && cached_bytes(plan.cluster) > limits.shared_per_block) {
       plan.cluster *= 2;
     }
-    plan.held = held_bytes(plan.cluster) <= limits.shared_per_block;
-    if (plan.held) {
-      const int64_t blocks = limits.shared_per_processor / (held_bytes(plan.cluster) + limits.shared_reserved);
+    plan.cached = cached_bytes(plan.cluster) <= limits.shared_per_block;
+    if (plan.cached) {
+      const int64_t blocks = limits.shared_per_processor / (cached_bytes(plan.cluster) + limits.shared_reserved);
       plan.threads =
           whole_warps(std::clamp<int64_t>(most_threads / std::max<int64_t>(blocks, 1), plan.threads, most_threads));
-      plan.held = held_bytes(plan.cluster) <= limits.shared_per_block;
+      plan.cached = cached_bytes(plan.cluster) <= limits.shared_per_block;
     }
-    if (!plan.held) {
+    if (!plan.cached) {
       plan.cluster = 1;
       plan.threads = kThreads;
     }
   }
   spread(plan, rows, chunks, limits);
-  if (plan.held) plan.shared_bytes = held_bytes(plan.cluster);
+  if (plan.cached) plan.shared_bytes = cached_bytes(plan.cluster);
   plan.team = plan.threads;
   return plan;
 }

@@ -1,8 +1,8 @@
-// The arguments of the kernels of Gumbel-softmax over rows.
+// Gumbel-softmax over rows: arguments of the kernels and launchers. `stream` is a cudaStream_t.
 //
-// With noise g (none where there is no seed), s = logits + g of a row is reduced to its state: the maximum, the sum of
-// exp((s - maximum) / tau), and the lowest index of the maximum. s is one float32 addition (float64 for float64), so
-// that the index is the same on every backend. A NaN, +inf or a row of -inf makes the sum NaN; NaN is never a maximum.
+// With noise g (none without a seed), s = logits + g of a row is reduced to its state: the maximum, the sum of exp((s -
+// maximum) / tau), and the lowest index of the maximum. s is one float32 addition (float64 for float64 logits), so that
+// the index is the same on every backend. A NaN, +inf or a row of -inf makes the sum NaN; NaN is never a maximum.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace sslkernels {
 
-// In the accumulation type A of the logits, one for each row.
+// One number per row, in the accumulation type A of the logits.
 struct GumbelState {
   void* max;
   void* sum;
@@ -25,11 +25,11 @@ struct GumbelRows {
   int64_t rows;
   int64_t columns;
   const int64_t* seed;     // null: no noise
-  const int64_t* row_ids;  // (rows), or null: first_row + the row is its number for the noise
+  const int64_t* row_ids;  // (rows); null: row i has id first_row + i
   int64_t first_row;
   const double* inverse_tau;  // null: 1
-  GumbelState state;          // of the rows with noise
-  GumbelState softmax_state;  // of the rows without noise and with tau = 1, or null
+  GumbelState state;          // with noise
+  GumbelState softmax_state;  // softmax of the logits: without noise, tau = 1; or null
 };
 
 enum class GumbelOutput { kNone, kSoft, kHard };
@@ -37,25 +37,26 @@ enum class GumbelOutput { kNone, kSoft, kHard };
 struct GumbelForward {
   GumbelRows rows;
   GumbelOutput output;
-  void* y;          // (rows, columns), contiguous, of the logits' type
+  void* y;          // (rows, columns), contiguous, in the type of the logits
   int64_t* index;   // (rows), or null
-  int64_t* argmax;  // index without noise, or null: null together with `plain`
+  int64_t* argmax;  // index without noise; null together with softmax_state
 };
 
-// grad_logits = y * (grad - <grad, y>) / tau, and, where there are `uses`, of the rows that `mask` has, plus
-// p * (uses - <uses, p>) with p = softmax(logits); the i-th row has uses[i % groups].
+// grad_logits = y * (grad - <grad, y>) / tau. With grad_usage, rows that are valid in `mask` also get p * (usage -
+// <usage, p>), p = softmax(logits), with usage = grad_usage[i % groups] for row i.
 struct GumbelBackward {
   GumbelRows rows;
-  const void* grad;  // rows grad_stride apart; null: 0. May be grad_logits itself.
-  bool wide_grad;    // A, else of the logits' type
+  const void* grad;  // rows grad_stride apart; null: 0. May alias grad_logits.
+  bool wide_grad;    // A, else the type of the logits
   int64_t grad_stride;
   const void* grad_usage;  // A (groups, columns), or null
   const uint8_t* mask;     // (rows), or null: all
   int64_t groups;
-  void* grad_logits;  // (rows, columns), contiguous, of the logits' type
+  void* grad_logits;  // (rows, columns), contiguous, in the type of the logits
 };
 
-// partial[c][i % groups] = sum of softmax(logits) of the rows i in chunk c that `mask` has: chunk_rows * groups rows.
+// partial[c][i % groups] = sum of softmax(logits) over the rows i of chunk c that are valid in `mask`; a chunk has
+// chunk_rows * groups rows.
 struct ProbabilitySums {
   GumbelRows rows;
   const uint8_t* mask;
@@ -77,7 +78,7 @@ SSLKERNELS_HD double inverse_tau_of(const GumbelRows& rows) {
 
 }  // namespace
 
-// The rows [begin, end), or the chunks. `scratch` has a number of the accumulation type for each column.
+// Rows [begin, end), or chunks. `scratch` has one number of the accumulation type per column.
 SSLKERNELS_CPU_KERNELS(void gumbel_rows_fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch);
                        void gumbel_rows_bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scratch);
                        void probability_sums(const ProbabilitySums& sums, int64_t begin, int64_t end);)
@@ -85,14 +86,14 @@ SSLKERNELS_CPU_KERNELS(void gumbel_rows_fwd(const GumbelForward& forward, int64_
 struct DeviceLimits;
 
 struct GumbelPlan {
-  int team;     // threads of a row: at most those of a warp, or the block's
-  int threads;  // of a block
-  int cluster;  // blocks of a row, where it has the block
-  bool held;
+  int team;     // threads per row: at most a warp, or all of a block
+  int threads;  // per block
+  int cluster;  // blocks per row if the team is a block
+  bool cached;
   int64_t shared_bytes;
 };
 
-// twice: a second pass needs what the first has made, bytes_each a column, which is held where it fits.
+// twice: a second pass needs the results of the first, bytes_each per column, which are cached if they fit.
 GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_each, bool twice, int most_threads,
                             int64_t scratch_bytes, const DeviceLimits& limits);
 

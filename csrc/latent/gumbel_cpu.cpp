@@ -1,8 +1,9 @@
 // Gumbel-softmax over rows: state, result and gradient.
 //
-// A row goes through a scratch of its own length, which stays in the second-level cache but for very long rows: first
-// s = logits + noise and its maximum, then the exponentials. Noise is made once a pass, block by block, and never
-// stored. Block sums are accumulated in double. Rows of a few columns are taken side by side: gumbel_short.h.
+// A row is computed in a scratch of its own length, which stays in the L2 cache except for very long rows: first s =
+// logits + noise and its maximum, then the exponentials. The noise is generated once per pass, block by block, and
+// never materialised. Block sums are accumulated in double. Rows of a few columns are processed side by side:
+// gumbel_short_cpu.h.
 #include <cstring>
 #include <limits>
 
@@ -22,7 +23,7 @@ A block_max(const A* s, int64_t count) {
   return result;
 }
 
-// The first index of a value that is there.
+// First index of a value that is known to occur.
 template <class A>
 int64_t index_of(const A* s, int64_t count, A value) {
   int32_t found = std::numeric_limits<int32_t>::max();
@@ -47,7 +48,7 @@ struct RowState {
   int64_t index = 0;
 };
 
-// s becomes exp((s - max) / tau), of which it returns the sum.
+// Replaces s by exp((s - max) / tau) and returns the sum.
 template <class A>
 SSLKERNELS_ONCE double exponentials(A* s, int64_t count, A max, A inverse_tau) {
   A sum = 0;
@@ -59,7 +60,7 @@ SSLKERNELS_ONCE double exponentials(A* s, int64_t count, A max, A inverse_tau) {
   return sum;
 }
 
-// fill(begin, count, s) gives a block of the row; its exponentials are left in `row`.
+// fill(begin, count, s) computes a block of the row; its exponentials are left in `row`.
 template <class A, class Fill>
 RowState<A> reduce_row(A* row, int64_t columns, A inverse_tau, Fill fill) {
   RowState<A> state;
@@ -140,7 +141,7 @@ void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch
   }
 }
 
-// y = exp((s - max) / tau) / sum of a block, and its product with `grad`.
+// y = exp((s - max) / tau) / sum for a block, and its dot product with `grad`.
 template <class T, class G, class A>
 SSLKERNELS_ONCE double soft_block(const T* logits, const float* noise, const G* grad, int64_t count, A max,
                                   A inverse_tau, A scale, A* y) {

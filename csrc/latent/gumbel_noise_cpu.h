@@ -1,4 +1,4 @@
-// The noise of rows, made in blocks of the groups that Philox numbers: short rows share one.
+// The noise of rows, generated in blocks of Philox groups; short rows share a block.
 #pragma once
 
 #include <cstring>
@@ -22,7 +22,7 @@ class Noise {
 
   int64_t rows_at_once() const { return kGroups / groups_; }
 
-  // That of `count` columns of row i from `begin` on, a multiple of kBlock.
+  // Noise of `count` columns of row i from `begin` on, a multiple of kBlock.
   const float* block(int64_t i, int64_t begin, int64_t count) {
     if (rows_.seed == nullptr) return values_;
     if (groups_ > kGroups) {
@@ -48,7 +48,7 @@ class Noise {
   const GumbelRows& rows_;
   const int64_t end_;
   const int64_t groups_;
-  int64_t first_ = 0, last_ = 0;  // rows whose noise is there
+  int64_t first_ = 0, last_ = 0;  // rows whose noise is in the buffer
   alignas(kLine) uint64_t numbers_[kGroups];
   alignas(kLine) float values_[kBlock];
 };

@@ -1,9 +1,9 @@
 // Kernels of Gumbel-softmax over rows.
 //
-// A row belongs to a team: some threads of a warp, a block, or the blocks of a cluster. A thread takes chunks of
-// columns that are one access of 16 bytes (float64: two), and makes their noise, four numbers a call of Philox, where
-// it reads them. What a second pass needs is held in shared memory, each thread's own, so that noise is made once; rows
-// that are too long for it make it again. Every reduction has a fixed order.
+// A row belongs to a team: part of a warp, a block, or the blocks of a cluster. A thread takes chunks of columns of one
+// 16-byte access (float64: two) and generates their noise, four numbers per Philox call, where it reads them. Results
+// that a second pass needs are cached in shared memory, private to each thread, so that noise is generated once; rows
+// that are too long for that generate it again. Every reduction has a fixed order.
 #pragma once
 
 #include "core/cuda/columns.h"
@@ -16,13 +16,13 @@ namespace {
 
 template <class T>
 constexpr int kChunk = sizeof(T) == 2 ? 8 : 4;
-template <class T>  // of a block, at most; registers allow as many on a multiprocessor
+template <class T>  // threads per block, at most; registers allow as many per multiprocessor
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
 
-// How rows are shared out, as shape_of_teams.
+// How rows are divided among teams, as in shape_of_teams.
 struct GumbelTeam {
   int team;
-  bool held;
+  bool cached;
 };
 
 template <class T>
@@ -37,8 +37,6 @@ __device__ __forceinline__ typename Accumulation<T>::type soft_exp(typename Accu
 template <class T>
 using Place = TeamPlace<kChunk<T>>;
 
-// --- Rows with noise ------------------------------------------------------------------------------------------------
-
 template <class T>
 struct NoisyRow {
   using A = typename Accumulation<T>::type;
@@ -47,7 +45,7 @@ struct NoisyRow {
   const T* logits;
   int columns;
   const int64_t* seed;
-  uint64_t group;  // of column 0
+  uint64_t group;  // Philox group of column 0
 
   __device__ __forceinline__ NoisyRow(const GumbelRows& rows, const Place<T>& place)
       : logits(static_cast<const T*>(rows.logits) + place.row * rows.logits_stride),
@@ -55,7 +53,7 @@ struct NoisyRow {
         seed(rows.seed),
         group(place.in_range ? row_number(rows, place.row) * uint64_t(groups_of_row(rows.columns)) : 0) {}
 
-  // -inf beyond the end of the row.
+  // Pads with -inf beyond the end of the row.
   __device__ __forceinline__ void load(int column, A (&out)[kSize]) const {
     load_columns(logits, column, columns, out);
 #pragma unroll
@@ -65,7 +63,7 @@ struct NoisyRow {
   __device__ __forceinline__ void add_noise(int column, A (&s)[kSize]) const {
     if (seed == nullptr) return;
     const uint64_t key = uint64_t(*seed);
-    // One group after the other, each in the first places: two calls of Philox at a time take too many registers.
+    // One group after the other, each rotated to the front: two Philox calls at once take too many registers.
 #pragma unroll 1
     for (int at = 0; at < kSize; at += kGroup) {
       float noise[kGroup] = {};
@@ -81,9 +79,9 @@ struct NoisyRow {
   }
 };
 
-// What a thread keeps of its chunks: in planes of 16 bytes, so that the threads of a warp access different banks.
+// A thread's cached chunks, in planes of 16 bytes so that the threads of a warp access different banks.
 template <class A, int N>
-struct Held {
+struct Cached {
   static constexpr int kEach = Groups<A>::kSize;
   static constexpr int kPlanes = N / kEach;
   char* memory;
@@ -110,8 +108,6 @@ struct Held {
     }
   }
 };
-
-// --- State ----------------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Top {
@@ -148,7 +144,7 @@ struct Running {
   __device__ __forceinline__ void add(const A (&s)[N], int column, A inverse_tau) {
     A largest = s[0];
 #pragma unroll
-    for (int k = 1; k < N; ++k) largest = std::fmax(largest, s[k]);  // NaN only where both are
+    for (int k = 1; k < N; ++k) largest = std::fmax(largest, s[k]);  // NaN only if both are
     if (largest > top.max) {
       sum *= soft_exp<T>((top.max - largest) * inverse_tau);
       top.max = largest;
@@ -161,7 +157,7 @@ struct Running {
     for (int k = 0; k < N; ++k) part += soft_exp<T>((s[k] - reference) * inverse_tau);
     sum += part;
   }
-  // Of a row of nothing but -inf it is NaN.
+  // NaN for a row of -inf alone.
   __device__ __forceinline__ A moved(A max, A inverse_tau) const {
     return sum * soft_exp<T>((top.max - max) * inverse_tau);
   }
@@ -175,7 +171,7 @@ __device__ __forceinline__ void put_state(const GumbelState& to, int64_t row, A 
 
 __device__ __forceinline__ int64_t code(int32_t index) { return index == INT32_MAX ? 0 : index; }
 
-// Shared memory of the forward: scratch of the reductions, then what is held.
+// Shared memory of the forward: scratch of the reductions, then the cache.
 template <class T>
 struct ForwardScratch {
   using A = typename Accumulation<T>::type;
@@ -191,7 +187,7 @@ struct BackwardScratch {
 template <class Scratch>
 constexpr int64_t kScratchBytes = (int64_t(sizeof(Scratch)) + 15) / 16 * 16;
 
-// Grid: a team a row. With forward.argmax, also the state of the logits without noise.
+// Grid: one team per row. With forward.argmax, also computes the softmax state of the logits without noise.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     gumbel_rows_fwd_kernel(const __grid_constant__ GumbelForward forward, GumbelTeam team) {
@@ -202,7 +198,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const Place<T> place(forward.rows.rows, int(forward.rows.columns), team.team);
   const NoisyRow<T> row(forward.rows, place);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
-  const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
+  const Cached<A, N> cached{shared_memory() + kScratchBytes<Scratch>};
   const A inverse_tau = A(inverse_tau_of(forward.rows));
   const bool stats = forward.argmax != nullptr;
 
@@ -214,7 +210,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     if (stats) plain.add(s, column, A(1));
     row.add_noise(column, s);
     running.add(s, column, inverse_tau);
-    if (team.held) held.store(turn, s);
+    if (team.cached) cached.store(turn, s);
   }
 
   using Tops = TeamReduction<Top<A>>;
@@ -250,8 +246,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
 #pragma unroll
         for (int k = 0; k < N; ++k) s[k] = column + k == top.index ? A(1) + zero : zero;
       } else {
-        if (team.held) {
-          held.load(turn, s);
+        if (team.cached) {
+          cached.load(turn, s);
         } else {
           row.load(column, s);
           row.add_noise(column, s);
@@ -264,8 +260,6 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   }
   TeamReduction<Sums>::finish(place.lanes);
 }
-
-// --- Gradient -------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Softmax {
@@ -287,7 +281,7 @@ struct Softmax {
   }
 };
 
-// The gradient of y: of the accumulation type where it is a product of the package's own, else of that of the logits.
+// The gradient of y: in the accumulation type if it is a product of the package's own, else in the type of the logits.
 template <class T>
 struct GradRow {
   using A = typename Accumulation<T>::type;
@@ -308,7 +302,7 @@ struct GradRow {
   }
 };
 
-// Grid: a team a row.
+// Grid: one team per row.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     gumbel_rows_bwd_kernel(const __grid_constant__ GumbelBackward backward, GumbelTeam team) {
@@ -320,7 +314,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const NoisyRow<T> row(backward.rows, place);
   const GradRow<T> grads(backward, place.row);
   auto* scratch = reinterpret_cast<Scratch*>(shared_memory());
-  const Held<A, N> held{shared_memory() + kScratchBytes<Scratch>};
+  const Cached<A, N> cached{shared_memory() + kScratchBytes<Scratch>};
   const Softmax<T> soft(backward.rows.state, place, A(inverse_tau_of(backward.rows)));
   const bool has_grad = backward.grad != nullptr;
   const bool used =
@@ -348,7 +342,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     grads.load(chunk * N, row.columns, weight);
 #pragma unroll
     for (int k = 0; k < N; ++k) sums.value[0] += y[k] * weight[k];
-    if (team.held) held.store(turn, y);
+    if (team.cached) cached.store(turn, y);
   }
   sums = TeamReduction<Sums>::run(sums, place.lanes, &scratch->sums);
 
@@ -360,8 +354,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] = 0;
     if (has_grad) {
-      if (team.held) {
-        held.load(turn, y);
+      if (team.cached) {
+        cached.load(turn, y);
       } else {
         row.load(column, y);
         row.add_noise(column, y);
@@ -383,9 +377,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   TeamReduction<Sums>::finish(place.lanes);
 }
 
-// --- Sums of probabilities ------------------------------------------------------------------------------------------
-
-// Grid: `lanes` threads for a tile of columns of a group, in a chunk of rows.
+// Grid: `lanes` threads per tile of columns of a group, in a chunk of rows.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads<T>, 1)
     probability_sums_kernel(const __grid_constant__ ProbabilitySums sums, int lanes, int tiles) {

@@ -1,4 +1,4 @@
-// Gumbel-softmax over rows of a few columns, side by side: a vector holds a column of many rows.
+// Gumbel-softmax over rows of a few columns, side by side: a vector holds one column of many rows.
 #pragma once
 
 #include <limits>
@@ -10,9 +10,9 @@
 namespace sslkernels {
 namespace {  // one copy for each instruction set: see isa.h
 
-constexpr int64_t kShort = 31;  // columns, at most: from two whole vectors of 16 on a row fills them itself
+constexpr int64_t kShort = 31;  // columns, at most: a longer row fills two vectors of 16 by itself
 
-// Of rows of a tile; column j of row r is values[j * count + r].
+// Rows of a tile; column j of row r is values[j * count + r].
 template <class A>
 struct Tile {
   int64_t count;  // rows, at most kGroups
@@ -28,7 +28,8 @@ struct Tile {
       for (int64_t r = 0; r < rows; ++r) visit(r, j, column[r]);
     }
   }
-  // Rows `stride` apart, from number `first` on, and those of the noise `noise_stride` apart, null for none.
+  // Loads rows `stride` apart from row `first` on, and their noise, whose rows are `noise_stride` apart; null: no
+  // noise.
   void load(Element element, const void* rows, int64_t first, int64_t stride, const float* noise,
             int64_t noise_stride) {
     with_elements<A>(element, rows, first * stride,
@@ -52,7 +53,7 @@ struct Tile {
     const int64_t stride = columns;
     for_each([=](int64_t r, int64_t j, A& value) { from_float(value, &rows[r * stride + j]); });
   }
-  // y = exp((s - max) / tau) / sum, of the states of the rows.
+  // y = exp((s - max) / tau) / sum, from the states of the rows.
   SSLKERNELS_ONCE void soften(const A* max, const A* sum, A inverse_tau) {
     alignas(kLine) A scale[kGroups];
 #pragma omp simd
@@ -63,7 +64,7 @@ struct Tile {
   }
 };
 
-// Of the type of the logits, or of the accumulation type: float unless the logits are double.
+// The type of the logits or the accumulation type, which is float unless the logits are double.
 inline Element grad_element(const GumbelBackward& backward) {
   const Element of_logits = backward.rows.element;
   return backward.wide_grad && of_logits != Element::kDouble ? Element::kFloat : of_logits;
@@ -75,7 +76,7 @@ struct TileState {
   alignas(kLine) A sum[kGroups];
   alignas(kLine) int32_t index[kGroups];
 
-  // The values become exp((s - max) / tau).
+  // Replaces the values by exp((s - max) / tau).
   SSLKERNELS_ONCE void reduce(Tile<A>& tile, A inverse_tau) {
     A *largest = max, *total = sum;
     int32_t* where = index;
@@ -103,7 +104,7 @@ struct TileState {
   }
 };
 
-// visit(first, tile, noise) for the tiles of the rows [begin, end).
+// Calls visit(first, tile, noise) for the tiles of rows [begin, end).
 template <class A, class Visit>
 void for_each_tile(const GumbelRows& rows, int64_t begin, int64_t end, Visit visit) {
   Noise noise(rows, end);
@@ -142,7 +143,7 @@ void fwd_short(const GumbelForward& forward, int64_t begin, int64_t end) {
   });
 }
 
-// The gradient of a tile of y with respect to s / tau: y * (weight - <weight, y>); weight(r, j).
+// The gradient of a tile of y with respect to s / tau: y * (weight - <weight, y>), with weight(r, j).
 template <class A, class Weight>
 SSLKERNELS_ONCE void weigh(Tile<A>& y, Weight weight) {
   alignas(kLine) A mean[kGroups] = {};

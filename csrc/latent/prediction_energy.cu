@@ -1,10 +1,10 @@
 // Squared errors of K predictions, their free energy, and its gradients.
 //
-// Forward: a team of lanes adds up one prediction's errors, or a part of them where there are few predictions with many
-// features. A block that has all predictions of a target reduces their energies itself; parts are added up and reduced
-// by a second kernel. Backward: a thread has one group of columns of a target and goes through its predictions, so that
-// the gradient of the target needs no other thread. Predictions are read once, and not at all where the derivative in
-// their energy is 0. Every sum has a fixed order.
+// Forward: a team of lanes sums the errors of one prediction, or a part of them if there are few predictions with many
+// features. A block that has all predictions of a target reduces their energies itself; otherwise a second kernel sums
+// the parts and reduces them. Backward: a thread has one group of columns of a target and loops over its predictions,
+// so that the gradient of the target needs no other thread. Predictions are read once, or not at all if their weight is
+// 0. Every sum has a fixed order.
 #include <algorithm>
 
 #include "core/cuda/launch.h"
@@ -17,12 +17,12 @@ namespace {
 
 constexpr int kThreads = 256;
 template <class T>
-constexpr int kBatch = sizeof(T) == 2 ? 2 : 4;  // groups of predictions that a thread has in flight
-constexpr int kEnergies = 1024;                 // of a block, in shared memory
+constexpr int kBatch = sizeof(T) == 2 ? 2 : 4;  // groups of predictions in flight per thread
+constexpr int kEnergies = 1024;                 // per block, in shared memory
 constexpr int kFinishThreads = 512;
-constexpr int64_t kMostColumns = 1 << 16;  // of a part: few enough for sums of float32
+constexpr int64_t kMostColumns = 1 << 16;  // per part: few enough for sums in float32
 
-// Of the group from `column` on, those of the first `columns`.
+// Number of elements of the group at `column` that are within the first `columns`.
 __device__ __forceinline__ int elements(int64_t column, int64_t columns, int size) {
   return column >= columns ? 0 : int(columns - column < size ? columns - column : size);
 }
@@ -70,7 +70,7 @@ __device__ __forceinline__ typename Accumulation<T>::type squared_error(const T*
   return sum;
 }
 
-// The energies of a target lie in shared memory: a warp reduces them.
+// A warp reduces the energies of a target from shared memory.
 template <class A, class Rule>
 __device__ __forceinline__ void reduce_in_warp(const PredictionEnergy& inputs, const A* energies, int64_t b,
                                                const Rule& rule) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void reduce_in_warp(const PredictionEnergy& inputs, c
   for (int k = lane; k < count; k += kWarpSize) weights[k] = rule.weight(state, energies[k], k);
 }
 
-// Grid: plan.batch_rows targets a block.
+// Grid: plan.batch_rows targets per block.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     prediction_energy_fwd_kernel(const __grid_constant__ PredictionEnergy inputs,
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   const int targets = int(left < plan.batch_rows ? left : plan.batch_rows), count = int(inputs.count);
   const int lane = int(threadIdx.x) % plan.team, teams = kThreads / plan.team;
   const int rows = targets * count;
-  // The threads of a warp go together.
+  // All threads of a warp take the same number of turns.
   for (int start = 0; start < rows; start += teams) {
     const int row = start + int(threadIdx.x) / plan.team;
     const bool there = row < rows;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-// Grid: kThreads / plan.team parts a block, of (batch, plan.parts, count).
+// Grid: kThreads / plan.team parts per block, of (batch, plan.parts, count).
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     prediction_energy_parts_kernel(const __grid_constant__ PredictionEnergy inputs,
@@ -141,7 +141,7 @@ __device__ __forceinline__ void finish_row(const PredictionEnergy& inputs, int64
   using State = typename Rule::State;
   const int64_t b = blockIdx.x;
   const int count = int(inputs.count);
-  A* own = parts + b * number * count;  // the sums replace the first of the parts
+  A* own = parts + b * number * count;  // the sums overwrite the first part
   State state = rule.identity();
   for (int k = int(threadIdx.x); k < count; k += int(blockDim.x)) {
     A energy[1] = {A(0)};
@@ -161,7 +161,7 @@ __device__ __forceinline__ void finish_row(const PredictionEnergy& inputs, int64
   for (int k = int(threadIdx.x); k < count; k += int(blockDim.x)) weights[k] = rule.weight(state, own[k], k);
 }
 
-// Grid: a block a target.
+// Grid: one block per target.
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads, 2)
     prediction_energy_finish_kernel(const __grid_constant__ PredictionEnergy inputs, int64_t number, A* parts) {
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kFinishThreads, 2)
   }
 }
 
-// Grid: plan.parts times as many blocks as give every group of columns of the targets a thread. `parts`: those of the
-// gradient of the target, (plan.parts, batch, dim), or null where there is one.
+// Grid: plan.parts x one thread per group of columns of the targets. `parts`: partial gradients of the target,
+// (plan.parts, batch, dim), or null if there is one part.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     prediction_energy_bwd_kernel(const __grid_constant__ PredictionEnergyGradient gradient,
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
-// Grid: a thread an element of the gradient of the targets.
+// Grid: one thread per element of the gradient of the targets.
 template <class T>
 __global__ void __launch_bounds__(kThreads) prediction_energy_target_kernel(const typename Accumulation<T>::type* parts,
                                                                             int64_t number, int64_t elements, T* grad) {
@@ -247,8 +247,6 @@ __global__ void __launch_bounds__(kThreads) prediction_energy_target_kernel(cons
   for (int64_t part = 0; part < number; ++part) sum += parts[part * elements + at];
   from_float(sum, grad + at);
 }
-
-// --- Launch --------------------------------------------------------------------------------------------------------
 
 int64_t group_size(Element element) { return element == Element::kDouble ? 2 : element == Element::kFloat ? 4 : 8; }
 
@@ -289,8 +287,8 @@ void launch_bwd(const PredictionEnergyGradient& gradient, const PredictionEnergy
 }  // namespace
 
 PredictionEnergyPlan plan_prediction_energy(const PredictionEnergy& inputs) {
-  constexpr int64_t kLine = 64 / 16;  // groups that a team has at least, where a row has as many
-  constexpr int64_t kInTurn = 4;      // groups of a lane
+  constexpr int64_t kLine = 64 / 16;  // minimum groups per team, if a row has as many
+  constexpr int64_t kInTurn = 4;      // groups per lane
   const int64_t size = group_size(inputs.element), groups = std::max<int64_t>(ceil_div(inputs.dim, size), 1);
   const int64_t processors = device_limits().processors;
   PredictionEnergyPlan plan{};
@@ -306,7 +304,7 @@ PredictionEnergyPlan plan_prediction_energy(const PredictionEnergy& inputs) {
   plan.columns = ceil_div(ceil_div(groups, plan.parts), plan.team) * plan.team * size;
   plan.parts = std::max<int64_t>(ceil_div(inputs.dim, plan.columns), 1);
   if (plan.parts > 1 || inputs.count > kEnergies || inputs.batch < processors) return plan;
-  // Four rows a team, while that leaves the device several blocks a processor.
+  // Four rows per team, as long as that leaves several blocks per multiprocessor.
   const int64_t of_block = std::min<int64_t>(4 * (kThreads / plan.team), kEnergies);
   const int64_t targets = std::min(of_block / inputs.count, inputs.batch / (8 * processors));
   plan.batch_rows = int(std::max<int64_t>(targets, 1));
@@ -314,7 +312,7 @@ PredictionEnergyPlan plan_prediction_energy(const PredictionEnergy& inputs) {
 }
 
 PredictionEnergyGradientPlan plan_prediction_energy_bwd(const PredictionEnergyGradient& gradient) {
-  constexpr int64_t kLeast = 16;  // candidates of a part
+  constexpr int64_t kLeast = 16;  // candidates per part
   const PredictionEnergy& inputs = gradient.inputs;
   const int64_t groups = std::max<int64_t>(inputs.batch * ceil_div(inputs.dim, group_size(inputs.element)), 1);
   const int64_t wanted = ceil_div(int64_t(device_limits().processors) * 1024, groups);

@@ -1,5 +1,5 @@
-// Squared errors of K predictions and the gradients of their free energy. The part of a target that a thread works with
-// stays in the nearest cache, in the accumulation type, while the predictions of it are read once.
+// Squared errors of K predictions and the gradients of their free energy. A thread keeps its part of a target in the L1
+// cache, in the accumulation type, and reads the predictions of it once.
 #include <cstring>
 
 #include "core/cpu/element.h"
@@ -10,8 +10,8 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 512;  // features that are added up in the lanes of a vector
-constexpr int kRows = 64;        // rows of the batch whose energies are reduced at a time
+constexpr int64_t kBlock = 512;  // features that are summed in the lanes of a vector
+constexpr int kRows = 64;        // rows of the batch whose energies are reduced together
 
 template <class T, class A>
 const A* load_target(const T* from, int64_t count, A* buffer) {
@@ -25,7 +25,7 @@ const A* load_target(const T* from, int64_t count, A* buffer) {
 
 template <class T, class A>
 A squared_error(const T* prediction, const A* target, int64_t count) {
-  double total = 0;  // of blocks
+  double total = 0;  // over blocks
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = count - begin < kBlock ? count - begin : kBlock;
     const T* p = prediction + begin;
@@ -69,7 +69,7 @@ void add_parts(A* parts, int64_t of_features, int64_t count) {
   }
 }
 
-// The weights are the gradient of the free energy for a derivative of 1.
+// The weights are the gradient of the free energy for an upstream derivative of 1.
 template <class A>
 void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end) {
   const int64_t of_features = feature_parts(inputs), count = inputs.count;
@@ -102,8 +102,8 @@ void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t 
   }
 }
 
-// grad = factor * (prediction - target), also taken from `sum`; null: not asked for. In blocks, for a loop that
-// computes and converts to 16 bits is not vectorised.
+// grad = factor * (prediction - target), also subtracted from `sum`; null: not wanted. In blocks, because a loop that
+// both computes and converts to 16 bits is not vectorised.
 template <class T, class A>
 void differentiate(const T* prediction, const A* target, int64_t count, A factor, T* grad, A* sum) {
   alignas(kLine) A buffer[kBlock];

@@ -1,6 +1,6 @@
-// What surrounds the search of codes: the factors of its products, codes by their index, and the gradient of distances.
-// A team of lanes has a row. The types of elements are arguments, but for what sums are in: there would be sixteen
-// kernels of each.
+// The kernels around the code search: the factors of its products, the gather of codes by index, and the gradient of
+// distances. A team of lanes has a row. Element types are runtime arguments, except the accumulation type: otherwise
+// there would be sixteen kernels of each.
 #include <algorithm>
 #include <type_traits>
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
     const int column = chunk * N;
     A x[N];
     load_vector(tile.source, place.row, column, x);
-    if constexpr (N * sizeof(A) <= 16) {  // else only the norm is asked for
+    if constexpr (N * sizeof(A) <= 16) {  // otherwise only the norm is wanted
       if (tile.center != nullptr) {
         A center[N];
         load_chunk(static_cast<const A*>(tile.center), column, dim, center);

@@ -1,5 +1,5 @@
-// A tile of products is read once: codes are summarised in blocks, each a lane of a group of codes, by their largest
-// score; the codes of a block are looked at again only if its largest score + its largest e reaches L.
+// A tile of products is read once: codes are summarised in blocks, one per lane of a group of codes, by their largest
+// score. The codes of a block are examined again only if its largest score + its largest e reaches L.
 #include <cmath>
 #include <limits>
 
@@ -10,7 +10,7 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kDepth = kCodeGroup / kCodeLanes;  // codes of a block: every kCodeLanes-th of its group
+constexpr int64_t kDepth = kCodeGroup / kCodeLanes;  // codes per block: every kCodeLanes-th of its group
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -66,7 +66,7 @@ double largest_magnitude(const double* c, int64_t dim) {
   return largest;
 }
 
-// <x, c / |c|>, and <x, c> where c is 0.
+// <x, c / |c|>, or <x, c> if c is 0.
 double cosine_score(const double* x, const double* c, int64_t dim) {
   double norm = dot(c, c, dim), product = dot(x, c, dim);
   if (!is_usual(norm)) {
@@ -105,7 +105,7 @@ void tile_rows(const CodeTile& tile, int64_t begin, int64_t end) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < dim; ++j) sum += double(to_float(source[j])) * double(to_float(source[j]));
       double power = 1;
-      if (!is_usual(sum)) {  // of doubles, or of zeros
+      if (!is_usual(sum)) {  // extreme doubles, or zeros
         double largest = 0;
         for (int64_t j = 0; j < dim; ++j) {
           const double element = to_float(source[j]);
@@ -141,7 +141,7 @@ void tile_rows_of(const CodeTile& tile, int64_t begin, int64_t end) {
   return tile.is_double ? tile_rows<T, double>(tile, begin, end) : tile_rows<T, float>(tile, begin, end);
 }
 
-// The largest norm of the codes of each block; infinite where one is NaN.
+// Largest norm among the codes of each block; infinite if one is NaN.
 template <class A>
 void block_norms(const CodeScores& scores, A* block_norm) {
   const A* norm = static_cast<const A*>(scores.code_norm);
@@ -157,7 +157,7 @@ void block_norms(const CodeScores& scores, A* block_norm) {
   }
 }
 
-// The largest score of each block.
+// Largest score of each block.
 template <class A>
 void block_maxima(const CodeScores& scores, const A* products, A* maxima) {
   const A* half_square = static_cast<const A*>(scores.code_half_square);

@@ -1,6 +1,6 @@
-// What a random word becomes: uniform, exponential, Gumbel and normal numbers, the same bits as
-// sslkernels/ops/noise.py, which says what each is (and docs/random_numbers.md, the contract). Without branches, so
-// that loops vectorise.
+// The transforms of a random word to uniform, exponential, Gumbel and normal numbers. They produce the same bits as
+// sslkernels/random/transforms.py, which defines each (docs/random_numbers.md is the contract). Branch-free, so that
+// loops vectorise.
 #pragma once
 
 #include "core/element.h"
@@ -10,8 +10,8 @@ namespace sslkernels {
 
 namespace {  // one copy for each instruction set of the CPU
 
-constexpr uint32_t kHalfRoot = 0xB504F334u;      // words from here on are at least sqrt(1/2) as a uniform number
-constexpr uint32_t kHalfRootBits = 0x3F3504F3u;  // of sqrt(1/2)
+constexpr uint32_t kHalfRoot = 0xB504F334u;      // the smallest word whose uniform number is at least sqrt(1/2)
+constexpr uint32_t kHalfRootBits = 0x3F3504F3u;  // bits of sqrt(1/2)
 constexpr uint32_t kOneBits = 0x3F800000u;
 
 // (word + 1/2) / 2^32.
@@ -33,13 +33,14 @@ SSLKERNELS_HD float log_of(float fraction, float exponent) {
   return exact_fma(exponent, 0.6931471824645996f, log1p_of(fraction));
 }
 
-// In [sqrt(1/2) - 1, sqrt(2) - 1], of the bits of x moved by kOneBits - kHalfRootBits; and the exponent.
+// Fraction in [sqrt(1/2) - 1, sqrt(2) - 1] and exponent of x, from `moved`, the bits of x plus kOneBits -
+// kHalfRootBits.
 SSLKERNELS_HD float fraction_of(uint32_t moved) {
   return exact_add(bit_cast<float>((moved & 0x7FFFFFu) + kHalfRootBits), -1.0f);
 }
 SSLKERNELS_HD float exponent_of(uint32_t moved) { return float(int32_t(moved >> 23) - 127); }
 
-// Of u = (word + 1/2) / 2^32 where not `complement`, and of 1 - u where it is: ln(u) or ln(1 - (1 - u)). Never zero.
+// ln(u) for u = (word + 1/2) / 2^32, or ln(1 - u) if `complement`. Never zero.
 SSLKERNELS_HD float log_of_part(uint32_t word, bool complement) {
   const float near = unit_interval(word);
   const uint32_t moved = bit_cast<uint32_t>(near) + (kOneBits - kHalfRootBits);
@@ -47,8 +48,8 @@ SSLKERNELS_HD float log_of_part(uint32_t word, bool complement) {
   return log_of(complement ? -near : fraction, complement ? 0.0f : exponent);
 }
 
-// The words are complemented by exclusive or: of `~` gcc 12 makes an instruction that waits for an older value of its
-// register, and the loops around these functions take twice the time.
+// Words are complemented by exclusive or: gcc 12 compiles `~` to an instruction that waits for the previous value of
+// its register, which doubles the time of the loops around these functions.
 
 // ln((word + 1/2) / 2^32).
 SSLKERNELS_HD float log_of_word(uint32_t word) {
@@ -56,13 +57,13 @@ SSLKERNELS_HD float log_of_word(uint32_t word) {
   return log_of_part(word ^ (complement ? 0xFFFFFFFFu : 0u), complement);
 }
 
-// -ln of ~word.
+// -ln((~word + 1/2) / 2^32).
 SSLKERNELS_HD float exponential_of_word(uint32_t word) {
   const bool complement = word <= 0xFFFFFFFFu - kHalfRoot;
   return -log_of_part(word ^ (complement ? 0u : 0xFFFFFFFFu), complement);
 }
 
-// -ln(x) of a normal positive x; of 1 it is +0.
+// -ln(x) for normal positive x; +0 for 1.
 SSLKERNELS_HD float negative_log_of(float x) {
   const uint32_t moved = bit_cast<uint32_t>(x) + (kOneBits - kHalfRootBits);
   return exact_add(0.0f, -log_of(fraction_of(moved), exponent_of(moved)));
@@ -74,12 +75,12 @@ SSLKERNELS_HD float flip_sign(float x, uint32_t top_bit) {
   return bit_cast<float>(bit_cast<uint32_t>(x) ^ (top_bit & 0x80000000u));
 }
 
-// Of the point that two normal numbers are.
+// Squared radius of the Box-Muller point (normal0, normal1).
 SSLKERNELS_HD float squared_radius_of_word(uint32_t first) { return exact_multiply(-2.0f, log_of_word(first)); }
 
 SSLKERNELS_HD void normals_of_polar(float squared_radius, uint32_t second, float* normal0, float* normal1) {
   const float radius = exact_sqrt(squared_radius);
-  // The nearest quarter of a turn in the two top bits, and what is left of the angle, times 4.
+  // The two top bits are the nearest quarter turn; the rest is the remaining angle, times 4.
   const uint32_t quarter = second + (1u << 29);
   const float y = exact_fma(float(int32_t(second << 2)), 0x1.921fb6p-32f, 0x1.921fb6p-31f);
   const float square = exact_multiply(y, y);

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011; Random123) and how a row and a column address it.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011; Random123), and how a row and a column address it.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct PhiloxWords {
 
 namespace {  // one copy for each instruction set of the CPU
 
-// Of a product of 64-bit numbers, nvcc 13 keeps an addition of zero to the upper half.
+// In PTX, because nvcc 13 keeps an addition of zero to the upper half of a 64-bit product.
 SSLKERNELS_HD uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint64_t product;
@@ -30,8 +30,8 @@ SSLKERNELS_HD PhiloxWords philox_round(PhiloxWords c, uint32_t k0, uint32_t k1) 
   return {uint32_t(p1 >> 32) ^ c.w1 ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w3 ^ k1, uint32_t(p0)};
 }
 
-// The four words of columns 4 g ... 4 g + 3 where group = row_id * ceil(columns / 4) + g, for sample number `draw`.
-// Written without a loop, so that a loop around it vectorises.
+// The four words of columns 4 g ... 4 g + 3, with group = row_id * ceil(columns / 4) + g, for sample number `draw`.
+// Unrolled by hand so that a loop around it vectorises.
 SSLKERNELS_HD PhiloxWords philox_words(uint64_t seed, uint64_t group, uint64_t draw) {
   const uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   constexpr uint32_t a = 0x9E3779B9u, b = 0xBB67AE85u;

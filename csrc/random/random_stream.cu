@@ -1,12 +1,12 @@
-// Random streams: a thread makes the four numbers of a group, of two in 16 bits, and writes them 16 bytes at a time.
-// Nothing is read but the seed and the ids of rows.
+// Random streams: a thread computes the four numbers of a group (of two groups for 16-bit results) and writes 16 bytes
+// at a time. Only the seed and the row ids are read.
 #include "random/cuda/noise.h"
 #include "random/random_stream.h"
 
 namespace sslkernels {
 namespace {
 
-// Groups of a thread: 16 bytes of results.
+// Groups per thread: 16 bytes of results.
 template <class T>
 constexpr int kGroups = sizeof(T) < 4 ? kEach<T> / kGroup : 1;
 
@@ -26,12 +26,12 @@ __device__ __forceinline__ void draw_group(const RandomStream& numbers, uint64_t
   }
 }
 
-// Grid: a thread kGroups<T> groups.
+// Grid: one thread per kGroups<T> groups.
 template <Stream kStream, class T>
 __global__ void __launch_bounds__(kThreads) random_stream_kernel(const __grid_constant__ RandomStream numbers) {
-  TokenGroup groups[kGroups<T>];
+  ColumnGroup groups[kGroups<T>];
   T out[kGroups<T> * kGroup];
-  int count = 0;  // of columns, where they are all there and behind one another
+  int count = 0;  // columns, if the groups are complete and adjacent
 #pragma unroll
   for (int g = 0; g < kGroups<T>; ++g) {
     groups[g] = group_of_all(numbers, kGroups<T> * thread_of_grid() + g);

@@ -1,4 +1,4 @@
-// Random streams: Philox, and what its words become, in one pass.
+// Random streams: Philox and the transform of its words, in one pass.
 #include <cstring>
 
 #include "core/cpu/element.h"
@@ -9,14 +9,14 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-// fill(group, count, values) makes the numbers of a block of groups, store(values, at, count) puts those of a segment
-// behind the first `at` of the results.
+// fill(group, count, values) computes the numbers of a block of groups; store(values, at, count) writes one segment
+// after the first `at` results.
 template <class Value, class Fill, class Store>
 void fill_groups(const RandomStream& numbers, int64_t begin, int64_t end, Fill fill, Store store) {
   alignas(kLine) uint64_t group[kGroups];
   alignas(kLine) Value values[4 * kGroups];
   Segment segments[kGroups];
-  // Where the groups lie behind one another, and the results are what `fill` makes.
+  // Groups that are adjacent in the output, in the type that `fill` computes, are computed in place.
   const bool in_place = numbers.columns % 4 == 0 && numbers.element == Element::kFloat;
   for (int64_t block = begin; block < end; block += kGroups) {
     const int64_t block_end = end - block < kGroups ? end : block + kGroups;

@@ -1,4 +1,5 @@
-// Plans of the row kernels of cross-entropy, and their choice by element type; here are those of float and double.
+// Launch plans of the cross-entropy kernels, and the choice by element type. The float and double kernels are
+// instantiated here.
 #include <algorithm>
 
 #include "vocabulary/cross_entropy_launch_cuda.h"
@@ -12,11 +13,11 @@ extern template void launch_rows_bwd<Half>(const CrossEntropyRows&, void*);
 
 namespace {
 
-// 16-byte groups of a row, wherever it starts.
+// 16-byte groups of a row at any alignment.
 int64_t groups_of_row(const CrossEntropyRows& rows) { return ceil_div(rows.vocab, 16 / bytes_of(rows.element)) + 1; }
 
 void check_columns(const CrossEntropyRows& rows) {
-  if (rows.vocab > int64_t(1) << 30) {  // columns and their groups are numbered by 32 bits
+  if (rows.vocab > int64_t(1) << 30) {  // column and group numbers are 32-bit
     fail("the CUDA kernels of cross-entropy take at most 2^30 columns");
   }
 }
@@ -26,8 +27,8 @@ int threads_for(int64_t groups, int most = kRowThreads) {
   return int(std::clamp<int64_t>(wanted, kWarpSize, most));
 }
 
-// Of a block that reads a row twice: as many as leave no room for more rows on the device than its L2 cache holds. It
-// has two halves, each of which may hold what the other does, and gradients pass through it too: 3 / 8 of it count.
+// Threads per block of the two-pass kernel, so that all rows in flight fit in L2. The L2 cache has two halves that may
+// each hold a copy of the same line, and gradients pass through it too: 3 / 8 of it count.
 int threads_for_two_reads(const CrossEntropyRows& rows, const DeviceLimits& limits) {
   const int resident = rows.element == Element::kDouble ? kResident<double> : kResident<float>;
   const int64_t row_bytes = rows.vocab * bytes_of(rows.element);
@@ -40,11 +41,11 @@ int threads_for_two_reads(const CrossEntropyRows& rows, const DeviceLimits& limi
 
 RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const DeviceLimits& limits) {
   const int64_t groups = groups_of_row(rows);
-  // RowFeatures::Held: as float where something is computed on the logits, else as they are.
-  const int64_t held_bytes_each = is_transformed(rows) ? int64_t(sizeof(float)) : bytes_of(rows.element);
-  const int64_t group_bytes = 16 / bytes_of(rows.element) * held_bytes_each;
-  const auto held_bytes = [&](int cluster) { return scratch_bytes + ceil_div(groups, cluster) * group_bytes; };
-  // Several blocks a multiprocessor, so that some of them load while others compute or store.
+  // RowFeatures::Cached: float for transformed logits, else the logits as they are.
+  const int64_t cached_bytes_each = is_transformed(rows) ? int64_t(sizeof(float)) : bytes_of(rows.element);
+  const int64_t group_bytes = 16 / bytes_of(rows.element) * cached_bytes_each;
+  const auto cached_bytes = [&](int cluster) { return scratch_bytes + ceil_div(groups, cluster) * group_bytes; };
+  // Several blocks per multiprocessor, so that some load while others compute or store.
   const int blocks = limits.largest_cluster > 1 ? 3 : 2;
   const int64_t wanted =
       std::min(limits.shared_per_block, limits.shared_per_processor / blocks - limits.shared_reserved);
@@ -52,21 +53,21 @@ RowPlan plan_rows_fwd(const CrossEntropyRows& rows, int64_t scratch_bytes, const
   RowPlan plan{false, 1, 1, 0, scratch_bytes};
   if (rows.grad != nullptr && rows.element != Element::kDouble) {
     int cluster = 1;
-    while (cluster < limits.largest_cluster && held_bytes(cluster) > wanted) cluster *= 2;
+    while (cluster < limits.largest_cluster && cached_bytes(cluster) > wanted) cluster *= 2;
     const int64_t allowed = cluster > 1 ? limits.shared_per_block : wanted;
-    if (held_bytes(cluster) <= allowed) {
-      plan.held = true;
+    if (cached_bytes(cluster) <= allowed) {
+      plan.cached = true;
       plan.cluster = cluster;
     }
   }
-  // Few rows are shared by more blocks, as long as each has work for all its threads.
+  // A few rows are shared by more blocks, as long as each has work for all its threads.
   while (2 * plan.cluster <= std::min(limits.largest_cluster, kPortableCluster) &&
          rows.count * plan.cluster < limits.processors &&
          ceil_div(groups, 2 * plan.cluster) >= kBatch<false> * kRowThreads) {
     plan.cluster *= 2;
   }
-  if (plan.held) plan.shared_bytes = held_bytes(plan.cluster);
-  const bool twice = rows.grad != nullptr && !plan.held;
+  if (plan.cached) plan.shared_bytes = cached_bytes(plan.cluster);
+  const bool twice = rows.grad != nullptr && !plan.cached;
   const int most = twice ? threads_for_two_reads(rows, limits) : kRowThreads;
   plan.threads = threads_for(ceil_div(groups, plan.cluster), most);
   return plan;

@@ -1,4 +1,4 @@
-// The arguments of the row kernels of cross-entropy, on the CPU and on a GPU.
+// Cross-entropy of rows of logits: arguments of its kernels and launchers. `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace sslkernels {
 
-// A is the accumulation type: double for double logits, else float. `grad` may be `logits`. Null: absent.
+// A is the accumulation type: double for double logits, else float. `grad` may alias `logits`. Null: absent.
 struct CrossEntropyRows {
-  Element element;  // of logits and grad
+  Element element;  // type of logits and grad
   const void* logits;
   int64_t logits_stride;
   int64_t count;
@@ -21,8 +21,8 @@ struct CrossEntropyRows {
   const void* bias;         // A (vocab)
   const void* weight;       // A (vocab)
   const void* weight_sum;   // A (1); null: vocab
-  const void* coefficient;  // A (count), multiplies the gradient of each row
-  void* loss;               // A (count), as the next three; the backward reads row_max, sum_exp and logprob
+  const void* coefficient;  // A (count): factor of each row's gradient
+  void* loss;               // A (count), like the next three; backward reads row_max, sum_exp and logprob
   void* row_max;
   void* sum_exp;
   void* logprob;
@@ -41,7 +41,7 @@ SSLKERNELS_HD int64_t target_of(const CrossEntropyRows& rows, int64_t i) {
 
 }  // namespace
 
-// The rows [begin, end).
+// Rows [begin, end).
 SSLKERNELS_CPU_KERNELS(void cross_entropy_rows_fwd(const CrossEntropyRows& rows, int64_t begin, int64_t end);
                        void cross_entropy_rows_bwd(const CrossEntropyRows& rows, int64_t begin, int64_t end);)
 
@@ -50,16 +50,16 @@ struct DeviceLimits;
 void launch_cross_entropy_rows_fwd(const CrossEntropyRows& rows, void* stream);
 void launch_cross_entropy_rows_bwd(const CrossEntropyRows& rows, void* stream);
 
-// Whether something is computed on the logits before they are compared.
+// Whether the logits are transformed (bias, scale or softcap) before they are compared.
 inline bool is_transformed(const CrossEntropyRows& rows) {
   return rows.bias != nullptr || rows.options.logit_scale != 1 || rows.options.softcap != 0;
 }
 
-// How a row is shared by blocks, and whether the forward holds it in shared memory for the gradient.
+// How blocks share a row, and whether the forward caches it in shared memory for the gradient.
 struct RowPlan {
-  bool held;
-  int cluster;  // blocks of a row that reduce it together
-  int parts;    // blocks of a row that write its gradient apart from one another
+  bool cached;
+  int cluster;  // blocks that reduce a row together
+  int parts;    // blocks that write the gradient of a row independently
   int threads;
   int64_t shared_bytes;
 };

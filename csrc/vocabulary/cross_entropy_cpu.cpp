@@ -1,8 +1,8 @@
 // Cross-entropy of rows of logits: loss, statistics and gradient.
 //
-// A row is walked in blocks that stay in the first-level cache: one pass for the maximum, one for the sums, one for the
-// gradient. Only the first of them reads the row from memory; the row then sits in the second-level cache. Neither the
-// transformed logits nor the probabilities are ever stored. Block sums are accumulated in double.
+// A row is processed in blocks that stay in the L1 cache: one pass for the maximum, one for the sums, one for the
+// gradient. Only the first pass reads the row from memory; it then stays in the L2 cache. Neither the transformed
+// logits nor the probabilities are ever materialised. Block sums are accumulated in double.
 #include <limits>
 
 #include "core/cpu/vector_math.h"
@@ -28,7 +28,7 @@ struct Row {
 
   bool plain() const { return bias == nullptr && scale == A(1) && softcap == A(0); }
 
-  // z of the columns [begin, begin + count), in `buffer` or, where nothing has to be computed, where they are.
+  // z of columns [begin, begin + count): in `buffer`, or the logits themselves if there is no transform.
   const A* block(int64_t begin, int64_t count, A* buffer) const {
     if constexpr (sizeof(T) == sizeof(A)) {
       if (plain()) return logits + begin;
@@ -65,7 +65,7 @@ A block_max(const A* z, int64_t count) {
   return result;
 }
 
-// The first index of a value that is there.
+// First index of a value that is known to occur.
 template <class A>
 int64_t index_of(const A* z, A value) {
   int64_t j = 0;
@@ -140,7 +140,7 @@ void write_gradient(const CrossEntropyRows& rows, int64_t i, const Row<T>& row, 
              : A(0);
     A* out = grad_buffer;
     if constexpr (sizeof(T) == sizeof(A)) {
-      if (row.softcap == A(0)) out = grad + begin;  // each element is read before it is written
+      if (row.softcap == A(0)) out = grad + begin;  // in-place is safe: each element is read before it is written
     }
     if (weighted) {
       const A* w = weight + begin;
@@ -168,7 +168,7 @@ void fill_gradient(const CrossEntropyRows& rows, int64_t i, float value) {
   for (int64_t j = 0; j < rows.vocab; ++j) grad[j] = element;
 }
 
-// Rows that are ignored (value 0) or whose target is out of range (value NaN); true if row i is one of them.
+// Writes the results of a row that is ignored (0) or whose target is out of range (NaN); true if row i is one of these.
 template <class T>
 bool excluded_row(const CrossEntropyRows& rows, int64_t i, bool forward) {
   using A = typename Accumulation<T>::type;

@@ -1,4 +1,4 @@
-// The kernels of cross_entropy_rows.h for half: in a file of their own, so that they compile side by side.
+// The kernels of cross_entropy_rows_cuda.h for half, in a separate file so that they compile in parallel.
 #include "vocabulary/cross_entropy_launch_cuda.h"
 
 namespace sslkernels {

@@ -1,4 +1,4 @@
-// How the kernels of cross_entropy_rows.h are launched, for one element type.
+// Launches the kernels of cross_entropy_rows_cuda.h for one element type.
 #pragma once
 
 #include "core/cuda/launch.h"
@@ -7,7 +7,7 @@
 
 namespace sslkernels {
 
-// Calls `run` with the least features that the rows need; float64 has one kernel for all.
+// Calls `run` with the fewest features that the rows need; float64 has one kernel for all.
 template <class T, bool kSums, class Run>
 void with_features(const CrossEntropyRows& rows, Run run) {
   if constexpr (sizeof(T) == 8) {
@@ -39,7 +39,7 @@ void launch_rows_fwd(const CrossEntropyRows& rows, void* stream) {
         limits.largest_cluster = kPortableCluster;
         plan = plan_rows_fwd(rows, scratch, limits);
       }
-      if (plan.held) return launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape(), stream, rows);
+      if (plan.cached) return launch(kName, cross_entropy_rows_fwd_kernel<T, F, true>, shape(), stream, rows);
     }
     launch(kName, cross_entropy_rows_fwd_kernel<T, F, false>, shape(), stream, rows);
   };

@@ -1,10 +1,10 @@
 // Kernels of the cross-entropy of rows of logits: loss, statistics and gradient.
 //
-// A row belongs to a block, or to the blocks of a cluster that share its columns. One pass over it keeps, per thread,
-// a running maximum and sums relative to it. For the gradient a row is either held in shared memory, as the
-// transformed logits in the accumulation type (one read, one write, no second transform), or read again: so few rows at
-// a time that the L2 cache holds them, and from the end, which is what it holds longest. Nothing of the size of the
-// logits is stored but the gradient. Every reduction has a fixed order.
+// A row belongs to a block, or to the blocks of a cluster that share its columns. One pass over it keeps, per thread, a
+// running maximum and sums relative to it. For the gradient a row is either cached in shared memory, as the transformed
+// logits in the accumulation type (one read, one write, no second transform), or read again: with so few rows in flight
+// that they fit in the L2 cache, and from the end, which L2 keeps longest. Nothing of the size of the logits is
+// materialised except the gradient. Every reduction has a fixed order.
 #pragma once
 
 #include <type_traits>
@@ -16,32 +16,33 @@
 
 namespace sslkernels {
 
-constexpr int kRowThreads = 256;  // of a block, at most, but for rows that are read twice
-template <class T>  // threads on a multiprocessor that registers must allow: 64 of them a thread, for float64 128
+constexpr int kRowThreads = 256;  // per block, at most; rows that are read twice may take more
+template <class T>  // resident threads per multiprocessor that registers must allow: 64 registers a thread, float64 128
 constexpr int kResident = sizeof(T) == 8 ? 512 : 1024;
-template <bool kHeld>  // groups that a thread has in flight
-constexpr int kBatch = kHeld ? 4 : 2;
+template <bool kCached>  // groups in flight per thread
+constexpr int kBatch = kCached ? 4 : 2;
 
 template <class T, class S>
 struct HeldRow;
 
-// What a kernel can do; without a feature there is no trace of it. What of kTransform is wanted is known once a group.
+// Compile-time features of a kernel; an absent feature costs nothing. Which part of kTransform is active is decided
+// once per group.
 template <bool kTransform_, bool kSums_>
 struct RowFeatures {
   static constexpr bool kTransform = kTransform_;  // logit_scale, bias and softcap
   static constexpr bool kSums = kSums_;            // statistics and label smoothing
 
-  template <class T>  // what a row is held as
-  using Held = HeldRow<T, std::conditional_t<kTransform, typename Accumulation<T>::type, T>>;
+  template <class T>  // type in which a row is cached
+  using Cached = HeldRow<T, std::conditional_t<kTransform, typename Accumulation<T>::type, T>>;
 };
 
-// NaN only where both are.
+// NaN only if both are.
 template <class A>
 __device__ __forceinline__ A larger(A a, A b) {
   return std::fmax(a, b);
 }
 
-// e^x. In float32 as exact as the library's; below that the error is far under the rounding of the logits.
+// e^x. As exact as the library in float32; for 16-bit logits the error is far below their rounding.
 template <class T, class A>
 __device__ __forceinline__ A row_exp(A x) {
   if constexpr (sizeof(T) == 2) {
@@ -51,7 +52,7 @@ __device__ __forceinline__ A row_exp(A x) {
   }
 }
 
-// tanh x, with an error relative to x also where x is small.
+// tanh x, with a small relative error also for small x.
 template <class T, class A>
 __device__ __forceinline__ A row_tanh(A x) {
   if constexpr (sizeof(T) == 2) {
@@ -62,13 +63,11 @@ __device__ __forceinline__ A row_tanh(A x) {
   }
 }
 
-// --- The sums of a row ---------------------------------------------------------------------------------------------
-
 template <class T, bool kSums>
 struct RowPartial {
   using A = typename Accumulation<T>::type;
   A maximum;
-  A others;  // sum over the columns that are not the target of exp(z - maximum), here and in the next line
+  A others;  // sum of exp(z - maximum) over the columns other than the target, as in the next line
   A expected;
   A gaps;  // sum of weight * (anchor - z)
   int32_t argmax;
@@ -76,7 +75,7 @@ struct RowPartial {
 
   static __device__ __forceinline__ RowPartial identity() { return {A(-INFINITY), A(0), A(0), A(0), INT32_MAX, 0}; }
 
-  // Of the sums, when their maximum becomes `to`. What has become 0 stays so, however far below it is.
+  // Rescales the sums to a new maximum `to`. A sum that has underflowed to 0 stays 0 however far below it is.
   __device__ __forceinline__ void rescale(A to) {
     if (maximum == A(-INFINITY)) return;
     const A factor = row_exp<T>(maximum - to);
@@ -109,8 +108,6 @@ struct RowPartial<T, false> {
     return {top, a.others + b.others};
   }
 };
-
-// --- A row ---------------------------------------------------------------------------------------------------------
 
 template <class T, class F>
 struct Row {
@@ -146,7 +143,7 @@ struct Row {
     return value;
   }
 
-  // Those of a group that was loaded whole.
+  // Transformed logits of a complete group.
   __device__ __forceinline__ void transform(const Words& words, int column, A (&z)[kSize]) const {
     unpack_group<T>(words, z);
     if constexpr (F::kTransform) {
@@ -166,21 +163,21 @@ struct Row {
     }
   }
 
-  // Those of the columns that a group shares with `groups`, -inf in place of the others.
+  // Transformed logits of the columns that a group shares with `groups`, -inf for the others.
   __device__ __forceinline__ void gather(const Groups<T>& groups, int column, A (&z)[kSize]) const {
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) z[k] = groups.holds(column + k) ? this->z(column + k) : A(-INFINITY);
+    for (int k = 0; k < kSize; ++k) z[k] = groups.contains(column + k) ? this->z(column + k) : A(-INFINITY);
   }
 };
 
-// The transformed logits of a block's part of a row, in shared memory: as S, the accumulation type or, where they are
-// the logits themselves, that of the logits. A group of 16-bit logits as float takes 32 bytes: its halves lie in two
-// planes, so that the threads of a warp access different banks.
+// The transformed logits of a block's part of a row, cached in shared memory as S: the accumulation type, or the type
+// of the logits if there is no transform. A group of 16-bit logits as float takes 32 bytes: its halves are stored in
+// two planes, so that the threads of a warp access different banks.
 template <class T, class S>
 struct HeldRow {
   using A = typename Accumulation<T>::type;
-  static constexpr int kSize = Groups<T>::kSize;  // elements of a group
-  static constexpr int kEach = Groups<S>::kSize;  // of them in a plane
+  static constexpr int kSize = Groups<T>::kSize;  // elements per group
+  static constexpr int kEach = Groups<S>::kSize;  // elements per plane
   S* values;
   int groups;
 
@@ -221,9 +218,7 @@ __device__ __forceinline__ A weight_of(const A* weight, int column) {
   return weight == nullptr ? A(1) : weight[column];
 }
 
-// --- First pass: the sums ------------------------------------------------------------------------------------------
-
-// Adds a group to the sums; z is not kept.
+// Adds a group to the sums; z is clobbered.
 template <class T, class F>
 __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const Row<T, F>& row, const Groups<T>& part,
                                            int column, bool whole, typename Accumulation<T>::type anchor,
@@ -250,7 +245,7 @@ __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const R
       } else {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          const A w = part.holds(column + k) ? weight_of(row.weight, column + k) : A(0);
+          const A w = part.contains(column + k) ? weight_of(row.weight, column + k) : A(0);
           sums.gaps += w > A(0) ? w * (anchor - z[k]) : A(0);
         }
       }
@@ -261,7 +256,7 @@ __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const R
     for (int k = 0; k < kSize; ++k) z[k] = column + k == row.target ? A(-INFINITY) : z[k];
   }
   const A reference = sums.maximum == A(-INFINITY) ? A(0) : sums.maximum;
-  A others = 0, expected = 0;  // of the group first: the sums of a thread have fewer, shorter terms
+  A others = 0, expected = 0;  // summed per group first, so that the sums of a thread have fewer terms
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
     const A shifted = z[k] - reference;
@@ -273,14 +268,14 @@ __device__ __forceinline__ void accumulate(const CrossEntropyRows& rows, const R
   if constexpr (F::kSums) sums.expected += expected;
 }
 
-template <class T, class F, bool kHeld>
+template <class T, class F, bool kCached>
 __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRows& rows, const Row<T, F>& row,
                                                             const Groups<T>& part,
-                                                            const typename F::template Held<T>& held,
+                                                            const typename F::template Cached<T>& cached,
                                                             typename Accumulation<T>::type anchor) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
-  constexpr int kAhead = kBatch<kHeld>;
+  constexpr int kAhead = kBatch<kCached>;
   RowPartial<T, F::kSums> sums = RowPartial<T, F::kSums>::identity();
   const int threads = int(blockDim.x);
   for (int g = int(threadIdx.x); g < part.count; g += kAhead * threads) {
@@ -290,7 +285,7 @@ __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRo
       const int group = g + b * threads;
       if (group < part.count && part.whole(group)) {
         const T* at = row.logits + part.column(group);
-        words[b] = kHeld ? load_words_last(at) : load_words(at);
+        words[b] = kCached ? load_words_last(at) : load_words(at);
       }
     }
 #pragma unroll
@@ -305,32 +300,30 @@ __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRo
       } else {
         row.gather(part, column, z);
       }
-      if constexpr (kHeld) held.store(group, z);
+      if constexpr (kCached) cached.store(group, z);
       accumulate<T, F>(rows, row, part, column, whole, anchor, z, sums);
     }
   }
   return sums;
 }
 
-// --- Second pass: the gradient -------------------------------------------------------------------------------------
-
-template <class T, class F, bool kHeld>
+template <class T, class F, bool kCached>
 __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t i, const Row<T, F>& row,
-                                           const Groups<T>& part, const typename F::template Held<T>& held,
+                                           const Groups<T>& part, const typename F::template Cached<T>& cached,
                                            typename Accumulation<T>::type row_max,
                                            const RowGradient<typename Accumulation<T>::type>& gradient) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   T* grad = static_cast<T*>(rows.grad) + i * rows.grad_stride;
-  // The gradient's own groups: where its rows lie otherwise than those of the logits, z is collected one by one.
+  // Groups of the gradient: if its rows are aligned differently from the logits, z is gathered element by element.
   const Groups<T> out(grad, part.begin, part.end);
   const bool alike = out.first == part.first;
   const bool weighted = row.weight != nullptr && gradient.smooth != A(0);
   const int threads = int(blockDim.x);
-  constexpr int kHere = kHeld ? 1 : kBatch<kHeld>;
+  constexpr int kHere = kCached ? 1 : kBatch<kCached>;
   for (int g = out.count - 1 - int(threadIdx.x); g >= 0; g -= kHere * threads) {
     Words words[kHere];
-    if constexpr (!kHeld) {
+    if constexpr (!kCached) {
 #pragma unroll
       for (int b = 0; b < kHere; ++b) {
         const int group = g - b * threads;
@@ -343,12 +336,12 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
       if (group < 0) break;
       const int column = out.column(group);
       A z[kSize];
-      if (kHeld && alike) {
-        held.load(group, z);
-      } else if (kHeld) {
+      if (kCached && alike) {
+        cached.load(group, z);
+      } else if (kCached) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          z[k] = out.holds(column + k) ? held.element(column + k - part.first) : A(0);
+          z[k] = out.contains(column + k) ? cached.element(column + k - part.first) : A(0);
         }
       } else if (alike && out.whole(group)) {
         row.transform(words[b], column, z);
@@ -361,7 +354,7 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
       if (weighted) {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          const A w = out.holds(column + k) ? row.weight[column + k] : A(0);
+          const A w = out.contains(column + k) ? row.weight[column + k] : A(0);
           value[k] = gradient.exp_scale * value[k] - gradient.smooth * w;
         }
       } else {
@@ -390,7 +383,7 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
       } else {
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          if (out.holds(column + k)) from_float(value[k], grad + column + k);
+          if (out.contains(column + k)) from_float(value[k], grad + column + k);
         }
       }
     }
@@ -414,15 +407,13 @@ __device__ __forceinline__ void fill_part(const CrossEntropyRows& rows, int64_t 
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        if (out.holds(out.column(g) + k)) from_float(value, grad + out.column(g) + k);
+        if (out.contains(out.column(g) + k)) from_float(value, grad + out.column(g) + k);
       }
     }
   }
 }
 
-// --- Kernels -------------------------------------------------------------------------------------------------------
-
-// Rows that are ignored (value 0) or whose target is out of range (value NaN); true if row i is one of them.
+// Writes the results of a row that is ignored (0) or whose target is out of range (NaN); true if row i is one of these.
 template <class T>
 __device__ __forceinline__ bool excluded_row(const CrossEntropyRows& rows, int64_t i, const Groups<T>& part,
                                              bool forward, bool first_block) {
@@ -453,9 +444,9 @@ __device__ __forceinline__ RowGradient<typename Accumulation<T>::type> gradient_
                          weight_of(row.weight, row.target), weight_sum<A>(rows), rows.vocab, rows.options);
 }
 
-// Grid: a cluster a row. Shared memory: a Reduction's scratch, then the held part of the row.
-template <class T, class F, bool kHeld>
-__global__ void __launch_bounds__(kHeld ? kRowThreads : kResident<T>, kHeld ? kResident<T> / kRowThreads : 1)
+// Grid: one cluster per row. Shared memory: a Reduction's scratch, then the cached part of the row.
+template <class T, class F, bool kCached>
+__global__ void __launch_bounds__(kCached ? kRowThreads : kResident<T>, kCached ? kResident<T> / kRowThreads : 1)
     cross_entropy_rows_fwd_kernel(const __grid_constant__ CrossEntropyRows rows) {
   using A = typename Accumulation<T>::type;
   using Sums = Reduction<RowPartial<T, F::kSums>>;
@@ -466,14 +457,14 @@ __global__ void __launch_bounds__(kHeld ? kRowThreads : kResident<T>, kHeld ? kR
   if (excluded_row<T>(rows, i, part, true, first_block)) return;
 
   auto* scratch = reinterpret_cast<typename Sums::Scratch*>(shared_memory());
-  using Held = typename F::template Held<T>;
-  const Held held{reinterpret_cast<decltype(Held::values)>(shared_memory() + (sizeof(*scratch) + 15) / 16 * 16),
-                  part.count};
-  // Read before the reduction, after which the gradient may overwrite it.
+  using Cached = typename F::template Cached<T>;
+  const Cached cached{reinterpret_cast<decltype(Cached::values)>(shared_memory() + (sizeof(*scratch) + 15) / 16 * 16),
+                      part.count};
+  // Read before the reduction: afterwards the gradient may overwrite it.
   const A target_z = row.z(row.target);
   const A anchor = target_z > A(-INFINITY) ? target_z : A(0);
   const RowPartial<T, F::kSums> partial =
-      Sums::over_cluster(sum_part<T, F, kHeld>(rows, row, part, held, anchor), scratch);
+      Sums::over_cluster(sum_part<T, F, kCached>(rows, row, part, cached, anchor), scratch);
 
   RowSums<A> sums{partial.maximum, target_z, partial.others, A(0), A(0)};
   if constexpr (F::kSums) {
@@ -495,13 +486,13 @@ __global__ void __launch_bounds__(kHeld ? kRowThreads : kResident<T>, kHeld ? kR
     }
   }
   if (rows.grad != nullptr) {
-    write_part<T, F, kHeld>(rows, i, row, part, held, partial.maximum,
-                            gradient_of_row(rows, i, row, partial.maximum, result.sum_exp, result.logprob));
+    write_part<T, F, kCached>(rows, i, row, part, cached, partial.maximum,
+                              gradient_of_row(rows, i, row, partial.maximum, result.sum_exp, result.logprob));
   }
   Sums::finish();
 }
 
-// Grid: `parts` blocks a row.
+// Grid: `parts` blocks per row.
 template <class T, class F>
 __global__ void __launch_bounds__(kRowThreads, kResident<T> / kRowThreads)
     cross_entropy_rows_bwd_kernel(const __grid_constant__ CrossEntropyRows rows, int parts) {

@@ -1,8 +1,8 @@
-// The masking of tokens: one pass, which reads the ids and writes the new ids and the labels. No draw reaches memory.
+// Masking of tokens in one pass, which reads the ids and writes the new ids and the labels. No draw is materialised.
 //
-// A thread has a group of four columns: one call of Philox a draw. For independent tokens, the groups of all rows are
-// numbered through. Chained units (words, spans) take a block a row: a group maps the state of the
-// token before it to that of its last token, and a scan over the maps tells each group the state that it starts from.
+// A thread has a group of four columns: one Philox call per draw. For independent tokens, groups are numbered through
+// all rows. For chained units (words, spans) a block takes a row: a group maps the state of the token before it to that
+// of its last token, and a scan over these maps gives each group its initial state.
 #include "core/cuda/scan.h"
 #include "random/cuda/noise.h"
 #include "vocabulary/mask_tokens.h"
@@ -10,13 +10,11 @@
 namespace sslkernels {
 namespace {
 
-constexpr int kBlocks = 5;  // on a multiprocessor, that registers must allow: 48 of them a thread
-
-// --- What a draw decides -------------------------------------------------------------------------------------------
+constexpr int kBlocks = 5;  // resident blocks per multiprocessor that registers must allow: 48 registers a thread
 
 struct MaskTokensParameters {
   MaskTokens tokens;
-  int64_t ranges[2 * kInlineRanges];  // kInline: in place of tokens.rule.ranges
+  int64_t ranges[2 * kInlineRanges];  // if kInline, replaces tokens.rule.ranges
 };
 
 template <bool kInline>
@@ -26,12 +24,12 @@ __device__ __forceinline__ MaskRule rule_of(const MaskTokensParameters& paramete
   return rule;
 }
 
-// Bit k: token k of a group may be chosen, as far as its id and the special mask say.
+// Bit k: token k of a group is eligible by its id and the special mask.
 template <int N, class Id>
 __device__ __forceinline__ uint32_t eligible_tokens(const MaskTokens& tokens, const MaskRule& rule, int64_t offset,
                                                     int count, const Id (&ids)[N]) {
   uint32_t eligible = (1u << count) - 1;
-#pragma unroll 1  // lists are short, registers few
+#pragma unroll 1  // lists are short, and unrolling would cost registers
   for (int64_t r = 0; r < rule.range_count; ++r) {
     const uint64_t start = uint64_t(rule.ranges[2 * r]), size = uint64_t(rule.ranges[2 * r + 1]) - start;
 #pragma unroll
@@ -49,7 +47,7 @@ __device__ __forceinline__ uint32_t eligible_tokens(const MaskTokens& tokens, co
 // Writes the new ids and the labels of a group; bit k of `chosen`: token k is chosen.
 template <class Id>
 __device__ __forceinline__ void write_group(const MaskTokens& tokens, const MaskRule& rule, uint64_t seed,
-                                            const TokenGroup& group, uint32_t chosen, Id (&ids)[kGroup]) {
+                                            const ColumnGroup& group, uint32_t chosen, Id (&ids)[kGroup]) {
   Id labels[kGroup];
 #pragma unroll
   for (int k = 0; k < kGroup; ++k) labels[k] = chosen >> k & 1 ? ids[k] : Id(rule.ignore_index);
@@ -76,9 +74,7 @@ __device__ __forceinline__ void write_group(const MaskTokens& tokens, const Mask
   store_group(ids, group.count, static_cast<Id*>(tokens.output_ids) + group.offset);
 }
 
-// --- Chains --------------------------------------------------------------------------------------------------------
-
-// A map of the states {0, 1}: bit s is its value at s.
+// A map of the states {0, 1}: bit s is the image of s.
 struct StateMap {
   uint32_t values;
 
@@ -89,7 +85,7 @@ struct StateMap {
   }
 };
 
-// The word ids of a group, negative without.
+// Word ids of a group, negative if there are none.
 template <int N>
 __device__ __forceinline__ void load_word_ids(const MaskTokens& tokens, int64_t offset, int count, int64_t (&out)[N]) {
   if (tokens.word_ids == nullptr) {
@@ -105,11 +101,11 @@ __device__ __forceinline__ void load_word_ids(const MaskTokens& tokens, int64_t 
   }
 }
 
-// N tokens as far as their chain needs them.
+// The state of N tokens that their chain depends on.
 template <int N>
 struct ChainTokens {
   int64_t word_ids[N];
-  uint32_t eligible;  // bit k: token k may be chosen
+  uint32_t eligible;  // bit k: token k is eligible
 };
 
 template <int N, class Id>
@@ -125,15 +121,13 @@ __device__ __forceinline__ ChainTokens<N> chain_tokens(const MaskTokens& tokens,
   return chain;
 }
 
-// --- Kernels -------------------------------------------------------------------------------------------------------
-
-// Grid: a thread a group.
+// Grid: one thread per group.
 template <class Id, bool kInline>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     mask_tokens_kernel(const __grid_constant__ MaskTokensParameters parameters) {
   const MaskTokens& tokens = parameters.tokens;
   const MaskRule rule = rule_of<kInline>(parameters);
-  const TokenGroup group = group_of_all(tokens, thread_of_grid());
+  const ColumnGroup group = group_of_all(tokens, thread_of_grid());
   Id ids[kGroup];
   load_group(static_cast<const Id*>(tokens.input_ids) + group.offset, group.count, ids);
   const uint64_t seed = uint64_t(*tokens.seed);
@@ -145,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   write_group(tokens, rule, seed, group, chosen, ids);
 }
 
-// Grid: a block a row. Shared memory: two scratches of the scan.
+// Grid: one block per row. Shared memory: two scratches of the scan.
 template <class Id, bool kInline>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     mask_tokens_chain_kernel(const __grid_constant__ MaskTokensParameters parameters) {
@@ -155,11 +149,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const uint64_t seed = uint64_t(*tokens.seed);
   const int64_t groups = groups_of_row(tokens.columns);
   auto* scratch = reinterpret_cast<Scan<StateMap>::Scratch*>(shared_memory());
-  uint32_t state = 0;  // of the last token of the step before
+  uint32_t state = 0;  // state of the last token of the previous step
   int step = 0;
   for (int64_t first = 0; first < groups; first += int64_t(blockDim.x), ++step) {
     const int64_t index = first + int64_t(threadIdx.x);
-    const TokenGroup group = group_of_row(tokens, int64_t(blockIdx.x), index);
+    const ColumnGroup group = group_of_row(tokens, int64_t(blockIdx.x), index);
     Id ids[kGroup], id_before[1];
     const int before_count = index > 0 && group.count > 0;
     load_group(input + group.offset, group.count, ids);
@@ -205,15 +199,13 @@ __global__ void store_ranges_kernel(const __grid_constant__ RangesParameters par
   if (int(threadIdx.x) < 2 * count) to[threadIdx.x] = parameters.ranges[threadIdx.x];
 }
 
-// --- Launchers -----------------------------------------------------------------------------------------------------
-
-// A block a row, in steps of equal size.
+// One block per row, in steps of equal size.
 LaunchShape shape_of_rows(int64_t rows, int64_t columns) {
   const int64_t groups = groups_of_row(columns), steps = ceil_div(groups, kThreads);
   return {rows, whole_warps(ceil_div(groups, steps)), 2 * sizeof(Scan<StateMap>::Scratch), 1};
 }
 
-// `from` on the host, `to` on the device: kInlineRanges a launch.
+// From host memory to device memory, kInlineRanges per launch.
 void store_ranges(const int64_t* from, int64_t count, int64_t* to, void* stream) {
   for (int64_t first = 0; first < count; first += kInlineRanges) {
     const int part = int(std::min<int64_t>(count - first, kInlineRanges));

@@ -1,4 +1,4 @@
-// The arguments of the masking kernels, and what a draw decides.
+// Masking of tokens: arguments of the kernels, and the choice of a random id. `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@ namespace sslkernels {
 
 // Thresholds are probabilities times 2^32, compared with 32-bit words.
 struct MaskRule {
-  uint64_t select;     // a unit is chosen, at a start
+  uint64_t select;     // a unit is chosen at the start of a row
   uint64_t stay;       // ... after a chosen unit
-  uint64_t enter;      // ... after another
+  uint64_t enter;      // ... after one that is not chosen
   uint64_t to_mask;    // the action is mask_id
   uint64_t to_random;  // ... or a random id, if not mask_id
   int64_t mask_id;
-  int64_t allowed;  // how many ids a random id may take
+  int64_t allowed;  // number of ids that a random id may take
   int64_t ignore_index;
-  const int64_t* ranges;  // special ids: range_count pairs (start, end), sorted, disjoint, none on both sides of 0
+  const int64_t* ranges;  // special ids: range_count pairs (start, end), sorted, disjoint, none across 0
   int64_t range_count;
 };
 
@@ -35,13 +35,13 @@ struct MaskTokens {
   int64_t columns;
   void* output_ids;
   void* labels;
-  bool chained;  // units follow one another (words, spans): a row is walked from left to right
+  bool chained;  // units depend on their predecessor (words, spans): a row is processed from left to right
   MaskRule rule;
 };
 
 namespace {  // one copy for each instruction set of the CPU
 
-// Uniform over the ids of the vocabulary that are not special: steps over the special ones below the result.
+// Uniform over the ids of the vocabulary that are not special: skips the special ids below the result.
 SSLKERNELS_HD int64_t random_id(const MaskRule& rule, uint32_t word) {
   int64_t id = int64_t((uint64_t(word) * uint64_t(rule.allowed)) >> 32);
   for (int64_t r = 0; r < rule.range_count; ++r) {
@@ -53,16 +53,16 @@ SSLKERNELS_HD int64_t random_id(const MaskRule& rule, uint32_t word) {
 
 }  // namespace
 
-// mask_tokens: the groups of four columns [begin, end) of all rows; mask_tokens_chained: whole rows.
+// mask_tokens: groups of four columns [begin, end), numbered through all rows; mask_tokens_chained: whole rows.
 SSLKERNELS_CPU_KERNELS(void mask_tokens(const MaskTokens& tokens, int64_t begin, int64_t end);
                        void mask_tokens_chained(const MaskTokens& tokens, int64_t begin, int64_t end);)
 
-// Ranges of special ids that travel as a kernel parameter.
+// Ranges of special ids that fit in the kernel parameters.
 constexpr int kInlineRanges = 64;
 
-// tokens.rule.ranges is memory of the host, read before this returns. Where there are more than kInlineRanges,
-// `device_ranges` is memory of the device for as many: it is filled from kernel parameters, so that nothing is copied
-// from the host by then, nor waited for, and a captured graph holds the list.
+// tokens.rule.ranges is host memory, read before this returns. If there are more than kInlineRanges, `device_ranges` is
+// device memory for as many: it is filled from kernel parameters, so that no copy from host memory is pending on
+// return, nothing waits, and a captured graph holds the list.
 void launch_mask_tokens(const MaskTokens& tokens, int64_t* device_ranges, void* stream);
 
 }  // namespace sslkernels

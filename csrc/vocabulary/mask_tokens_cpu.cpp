@@ -1,8 +1,8 @@
-// The masking of tokens: one pass, which reads the ids and writes the new ids and the labels.
+// Masking of tokens in one pass, which reads the ids and writes the new ids and the labels.
 //
-// Groups of four columns are taken in blocks, across rows, so that Philox vectorises over groups also where rows are
-// short. Draws 1 and 2 are made for the chosen tokens alone, which are first collected in lists. A list is appended to
-// without a branch: every token is written at its end, and the end moves only where the token belongs to it.
+// Groups of four columns are processed in blocks across rows, so that Philox vectorises over groups even if rows are
+// short. Draws 1 and 2 are made only for the chosen tokens, which are first collected in lists. Appending to a list is
+// branch-free: every token is written at its end, and the end moves only if the token belongs to the list.
 #include <cstring>
 
 #include "random/cpu/philox.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kTokens = 4 * kGroups;
 
-// The word of each listed token, by its group and its column modulo 4.
+// The random word of each listed token, by its group and its column modulo 4.
 void words_of_tokens(uint64_t seed, const uint64_t* group, const int32_t* token, uint64_t draw, int64_t count,
                      uint32_t* words) {
   constexpr int64_t kStep = 64;
@@ -32,7 +32,7 @@ template <class Id>
 struct Chosen {
   int64_t count;
   alignas(kLine) int32_t token[kTokens + 1];
-  int64_t offset[kTokens + 1];  // into the tensors
+  int64_t offset[kTokens + 1];  // offsets in the tensors
   alignas(kLine) Id id[kTokens + 1];
 };
 
@@ -49,7 +49,7 @@ void copy_segment(const MaskTokens& tokens, int64_t offset, int64_t count) {
   }
 }
 
-// Labels of the chosen tokens, and their replacement by draws 1 and 2.
+// Writes the labels of the chosen tokens and replaces them by draws 1 and 2.
 template <class Id>
 void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* block_group, const Chosen<Id>& chosen) {
   if (chosen.count <= 0) return;
@@ -65,7 +65,7 @@ void replace_chosen(const MaskTokens& tokens, uint64_t seed, const uint64_t* blo
 #pragma omp simd
   for (int64_t i = 0; i < chosen.count; ++i) new_id[i] = words[i] < rule.to_mask ? mask_id : chosen.id[i];
 
-  alignas(kLine) int32_t random[kTokens + 1];  // indices into the list of the chosen
+  alignas(kLine) int32_t random[kTokens + 1];  // indices into the list of chosen tokens
   alignas(kLine) int32_t random_token[kTokens] = {};
   int64_t random_count = 0;
   for (int64_t i = 0; i < chosen.count; ++i) {
@@ -92,7 +92,7 @@ void exclude_special(const MaskRule& rule, const Id* ids, int64_t count, uint8_t
   }
 }
 
-// Keeps those that may be chosen of the tokens whose draw is low enough.
+// Keeps the eligible tokens whose draw is below the threshold.
 template <class Id>
 void keep_eligible(const MaskTokens& tokens, Chosen<Id>& chosen) {
   alignas(kLine) uint8_t eligible[kTokens];
@@ -144,7 +144,7 @@ void mask_groups(const MaskTokens& tokens, int64_t begin, int64_t end) {
   }
 }
 
-// What a row carries from one token to the next.
+// State that a row carries from one token to the next.
 struct Chain {
   bool state;
   bool eligible;
@@ -158,7 +158,7 @@ void eligible_tokens(const MaskTokens& tokens, int64_t offset, int64_t count, ui
   exclude_special(tokens.rule, static_cast<const Id*>(tokens.input_ids) + offset, count, eligible);
 }
 
-// One segment of a row: appends its chosen tokens and returns what the row carries on.
+// Processes one segment of a row: appends its chosen tokens and returns the state to carry on.
 template <class Id, class Word>
 Chain walk_segment(const MaskTokens& tokens, const Segment& segment, const uint32_t* words, const uint8_t* eligible,
                    Chain chain, Chosen<Id>& chosen) {

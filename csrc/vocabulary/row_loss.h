@@ -1,7 +1,7 @@
-// The cross-entropy of one row once its sums are known, and the numbers its gradient is made of.
+// The cross-entropy of one row from its sums, and the coefficients of its gradient.
 //
-// The sums leave the target out, so that a confident row keeps its loss: nll = log1p(others / target_exp). The formulas
-// are those of sslkernels/ops/rows.py. A is the accumulation type, float or double.
+// The sums exclude the target, so that a confident row keeps its loss: nll = log1p(others / target_exp). The formulas
+// are the same as in sslkernels/vocabulary/softmax_rows.py. A is the accumulation type, float or double.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ struct RowOptions {
   double logit_scale;
 };
 
-// Of one row with z = the transformed logits and m = max(z).
+// Sums of one row, with z = the transformed logits and m = max(z).
 template <class A>
 struct RowSums {
   A row_max;
@@ -44,7 +44,7 @@ SSLKERNELS_HD A row_entropy(const RowSums<A>& sums, A target_exp, A sum_exp) {
   return std::log(sum_exp) - (sums.expected + target_part) / sum_exp;
 }
 
-// weight_sum: the sum of the class weights (the vocabulary's size without weights).
+// weight_sum: sum of the class weights (the vocabulary size without weights).
 template <class A>
 SSLKERNELS_HD RowResult<A> finish_row(const RowSums<A>& sums, A target_weight, A weight_sum, int64_t vocab,
                                       const RowOptions& options) {
@@ -67,7 +67,8 @@ SSLKERNELS_HD RowResult<A> finish_row(const RowSums<A>& sums, A target_weight, A
   return result;
 }
 
-// grad_j = exp_scale * exp(z_j - row_max) - smooth * w_j, except at the target: grad_target (all times dz/dl).
+// grad_j = exp_scale * exp(z_j - row_max) - smooth * w_j for j != target, and grad_target at the target; all times
+// dz/dl.
 template <class A>
 struct RowGradient {
   A exp_scale;

@@ -1,10 +1,10 @@
-// Gumbel-max over a tile of logits: the column with the largest sum of logit and noise is a draw from their softmax.
+// Gumbel-max over a tile of logits: the column with the largest logit + noise is a draw from their softmax.
 //
-// A row belongs to a team, whose threads take groups of four columns: 16 bytes of products, one call of Philox. The
-// products are read once, and nothing is written but numbers of a row. A word is made a Gumbel number, half of the
-// work, only where it may win: with u its uniform number, z + Gumbel(u) > best needs u < exp(z - best), and that
-// exponential is, but for a factor, the one that the sum takes. A warp agrees on its best after each word that passed,
-// and begins with the best of the tiles before, so that few do.
+// A row belongs to a team, whose threads take groups of four columns: 16 bytes of products, one Philox call. The
+// products are read once, and only per-row results are written. A word is turned into a Gumbel number, half of the
+// work, only if it may win: with u its uniform number, z + Gumbel(u) > best needs u < exp(z - best), and that
+// exponential is, up to a factor, the one in the sum. A warp agrees on its best after each word that passes, and starts
+// from the best of the previous tiles, so that few words pass.
 #include <algorithm>
 #include <type_traits>
 
@@ -16,14 +16,14 @@
 namespace sslkernels {
 namespace {
 
-constexpr int kGroupsOfThread = 8;  // beside which the reduction is a small part
-constexpr int kLeastGroups = 4;     // of a thread, where few rows are to keep the device busy
-constexpr int kResident = 1024;     // threads that a multiprocessor needs to be busy
-constexpr int kNone = INT32_MAX;    // column of no choice
-template <class A>  // blocks on a multiprocessor that registers must allow: 64 of them a thread, for float64 128
+constexpr int kGroupsOfThread = 8;  // enough to make the reduction a small part
+constexpr int kLeastGroups = 4;     // per thread, if there are few rows to keep the device busy
+constexpr int kResident = 1024;     // threads that keep a multiprocessor busy
+constexpr int kNone = INT32_MAX;    // column if there is no choice
+template <class A>  // resident blocks per multiprocessor that registers must allow: 64 registers a thread, float64 128
 constexpr int kBlocks = (sizeof(A) == 8 ? 512 : 1024) / kThreads;
 
-// e^x. In float32 its error, 2 ulp and that of the product, is largest relative to the sum for x = -1: 3e-7.
+// e^x. In float32 its error, 2 ulp plus the rounding of the product, is largest relative to the sum for x = -1: 3e-7.
 template <class A>
 __device__ __forceinline__ A exponential(A x) {
   if constexpr (sizeof(A) == 8) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ A exponential(A x) {
   }
 }
 
-// A sum of exponentials relative to `from`, relative to `to`. That of nothing but -inf stays 0.
+// Moves a sum of exponentials from the reference `from` to `to`. An empty sum, whose reference is -inf, stays 0.
 template <class A>
 __device__ __forceinline__ A moved(A sum, A from, A to) {
   return from == to ? sum : sum * exponential(from - to);
@@ -58,11 +58,11 @@ struct Drawn {
 // A thread's groups of the columns of a row in this tile, one after the other.
 template <class A>
 struct TileRow {
-  const A* products;  // of the group
-  const A* bias;      // of the tile, or null
+  const A* products;  // at the current group
+  const A* bias;      // for the tile, or null
   A scale;
-  int column;  // of the group, in the tile
-  int left;    // columns from there to the end, negative beyond it and where there is no such row
+  int column;  // first column of the group, in the tile
+  int left;    // columns from there to the end; negative beyond the end or if the row is out of range
   uint64_t seed;
   uint64_t group;  // for Philox
 
@@ -85,7 +85,7 @@ struct TileRow {
     group += groups;
   }
 
-  // -inf beyond the end of the row.
+  // Pads with -inf beyond the end of the row.
   __device__ __forceinline__ void logits(A (&z)[kGroup]) const {
     if (left >= kGroup) {
       load_elements(products, z);
@@ -108,24 +108,25 @@ struct TileRow {
   }
 };
 
-// 1 + the uniform number of a word, from below.
+// 1 + a lower bound of the uniform number of a word.
 __device__ __forceinline__ float from_below(uint32_t word) { return bit_cast<float>(0x3F800000u | word >> 9); }
 
-// Whether a word may win, where `part` is exp(logit - anchor) and `reach` at least exp(anchor - best). It is so where
-// one of them is no number. 2^-22 is more than the rounding here.
+// Whether a word may win, with `part` = exp(logit - anchor) and `reach` at least exp(anchor - best). Conservatively
+// true if either input is NaN. 2^-22 exceeds the rounding error here.
 __device__ __forceinline__ bool may_win(uint32_t word, float part, float reach) {
   return !(from_below(word) >= exact_fma(part, reach, 1.0f + 0x1p-22f));
 }
 
-// At least exp(anchor - best), by a thousandth: more than what the approximations of exponentials and noise are wrong
-// by. Some logit is the anchor, and whatever its noise its sum is above anchor - 3.2: no lower sum can win.
+// An upper bound of exp(anchor - best), larger by a thousandth: more than the errors of the approximate exponentials
+// and noise. The anchor is one of the logits, and whatever its noise its sum exceeds anchor - 3.2, so no lower sum can
+// win.
 template <class A>
 __device__ __forceinline__ float reach_of(A anchor, A best) {
   constexpr float kMost = 24.6f;  // exp(3.2)
   return 1.001f * std::fmin(float(exponential(anchor - best)), kMost);
 }
 
-// Grid: a team a row. A number of the state is read by threads of its row, and written by one of them at the end.
+// Grid: one team per row. The threads of a row read its state, and one of them writes it at the end.
 template <class A>
 __global__ void __launch_bounds__(kThreads, kBlocks<A>)
     sample_rows_kernel(const __grid_constant__ SampleRows sample, A scale, int team) {
@@ -140,13 +141,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
 
   const A begun_max = begun ? *row_max : A(-INFINITY);
   Drawn<A> own{begun_max, A(0), A(-INFINITY), kNone};
-  A logit = A(-INFINITY), bar = begun ? *best : A(-INFINITY);  // bar: what a sum must exceed
+  A logit = A(-INFINITY), bar = begun ? *best : A(-INFINITY);  // bar: the sum to exceed
   const int groups = int(groups_of_row(sample.columns)), lanes = place.lanes == 0 ? kWarpSize : place.lanes;
-  // As often for each thread of a warp.
+  // All threads of a warp take the same number of turns.
   for (int turn = 0; turn < groups; turn += place.step, row.advance(place.step)) {
     A z[kGroup], part[kGroup];
     row.logits(z);
-    const A top = std::fmax(std::fmax(z[0], z[1]), std::fmax(z[2], z[3]));  // NaN only where all are
+    const A top = std::fmax(std::fmax(z[0], z[1]), std::fmax(z[2], z[3]));  // NaN only if all are
     if (top > own.max) {
       own.sum = moved(own.sum, own.max, top);
       own.max = top;
@@ -218,7 +219,7 @@ SamplePlan plan_sample_rows(int64_t rows, int64_t columns, const DeviceLimits& l
   const int64_t wanted = std::max(ceil_div(groups, kGroupsOfThread), busy);
   if (wanted <= kWarpSize) {
     const int team = power_of_2(wanted);
-    const int64_t each = ceil_div(rows * team, limits.processors);  // few rows go to all multiprocessors
+    const int64_t each = ceil_div(rows * team, limits.processors);  // spreads a few rows over all multiprocessors
     return {team, whole_warps(std::clamp<int64_t>(each, 1, kThreads)), 1};
   }
   SamplePlan plan{0, whole_warps(std::min<int64_t>(wanted, kThreads)), 1};

@@ -1,4 +1,4 @@
-// The arguments of the choice of a column by Gumbel noise, from a tile of logits.
+// Gumbel-max over tiles of logits: arguments of the kernels and launchers. `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace sslkernels {
 
-// Logits are (product + bias) * scale of the columns [first_column, first_column + columns) of rows of `vocab` columns;
-// first_column is a multiple of 4. The state of a row goes from tile to tile in the order of the columns, in the
-// accumulation type: the largest logit, the sum of exponentials relative to it, the largest sum of logit and noise, its
-// logit and its column. The first tile begins it; the last one turns the logit into its log-probability.
+// Logits are (product + bias) * scale for columns [first_column, first_column + columns) of rows of `vocab` columns;
+// first_column is a multiple of 4. The state of a row is carried from tile to tile in column order, in the accumulation
+// type: the largest logit, the sum of exponentials relative to it, the largest logit + noise, its logit and its column.
+// The first tile initialises it; the last one turns the logit into its log-probability.
 struct SampleRows {
   Element element;
   const void* products;
@@ -33,7 +33,7 @@ struct SampleRows {
 
 namespace {  // one copy for each instruction set of the CPU
 
-constexpr float kLargestGumbel = 22.88f;  // of the word 0, rounded up
+constexpr float kLargestGumbel = 22.88f;  // Gumbel number of the word 0, rounded up
 
 SSLKERNELS_HD bool is_first_tile(const SampleRows& sample) { return sample.first_column == 0; }
 SSLKERNELS_HD bool is_last_tile(const SampleRows& sample) {
@@ -42,15 +42,15 @@ SSLKERNELS_HD bool is_last_tile(const SampleRows& sample) {
 
 }  // namespace
 
-// The rows [begin, end) of a tile.
+// Rows [begin, end) of a tile.
 SSLKERNELS_CPU_KERNELS(void sample_rows(const SampleRows& sample, int64_t begin, int64_t end);)
 
 struct DeviceLimits;
 
 struct SamplePlan {
-  int team;     // threads of a row: at most those of a warp, or the block's
-  int threads;  // of a block
-  int cluster;  // blocks of a row, where it has the block
+  int team;     // threads per row: at most a warp, or all of a block
+  int threads;  // per block
+  int cluster;  // blocks per row if the team is a block
 };
 
 SamplePlan plan_sample_rows(int64_t rows, int64_t columns, const DeviceLimits& limits);

@@ -1,7 +1,7 @@
-// Gumbel-max over a tile of logits: the column with the largest sum of logit and noise is a draw from their softmax.
+// Gumbel-max over a tile of logits: the column with the largest logit + noise is a draw from their softmax.
 //
-// A row goes by blocks of 1024 columns, in which the logits, then their noise, then the comparison are loops that
-// vectorise. The noise of a block is made only where it could win: it is at most kLargestGumbel.
+// A row is processed in blocks of 1024 columns; the logits, then their noise, then the comparison are loops that
+// vectorise. The noise of a block is computed only if it could win: it is at most kLargestGumbel.
 #include <limits>
 
 #include "core/cpu/vector_math.h"
@@ -12,9 +12,9 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-constexpr int64_t kColumns = 4 * kGroups;  // of a block
+constexpr int64_t kColumns = 4 * kGroups;  // per block
 
-// The largest value; NaN never is.
+// The largest value, ignoring NaN.
 template <class A>
 A largest_of(const A* values, int64_t count) {
   A largest = -std::numeric_limits<A>::infinity();
@@ -63,7 +63,7 @@ void sample_row(const SampleRows& sample, int64_t row) {
     const A block_max = largest_of(logits, count);
     const A new_max = block_max > row_max ? block_max : row_max;
     const A moved = row_max == new_max ? A(1) : A(exp_nonpositive(row_max - new_max));
-    const A anchor = new_max == -std::numeric_limits<A>::infinity() ? A(0) : new_max;  // -inf - -inf is no number
+    const A anchor = new_max == -std::numeric_limits<A>::infinity() ? A(0) : new_max;  // -inf - -inf is NaN
     sum_exp = sum_exp * moved + sum_of_exponentials(logits, anchor, count);
     row_max = new_max;
     if (!(block_max + A(kLargestGumbel) > best)) continue;

@@ -1,4 +1,4 @@
-// The calls of the kernels of vector_quantize.
+// Calls of the vector_quantize kernels.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,7 @@ inline double element_at(const sslkernels::CodeVectors& vectors, int64_t at) {
   }
 }
 
-// Searches with products that are wrong by `error` of the norms of their factors, one way or the other.
+// A Device whose products are wrong by up to `error` times the norms of their factors, with random sign.
 struct CodeSearchOnHost {
   static constexpr bool kGain = true;
   static constexpr int64_t kPitch = 4;

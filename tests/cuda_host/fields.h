@@ -35,5 +35,5 @@ void read_fields(const Call& call, const std::string& names, T&... fields) {
 
 }  // namespace cuda_host
 
-// Reads the fields `...` of the struct that the caller derives from.
+// Reads the listed fields; for use in a struct that derives from the argument struct.
 #define FIELDS(call, ...) ::cuda_host::read_fields(call, #__VA_ARGS__, __VA_ARGS__)

@@ -1,7 +1,7 @@
 // Runs the CUDA launchers on the host: main CALLS RESULTS.
 //
-// An operation is one line of kOperations. What it is launched with is a struct that derives from the launcher's
-// argument struct and lists its fields; a call names them alike (fields.h).
+// An operation is one line of kOperations. Its arguments are a struct that derives from the launcher's argument struct
+// and lists its fields, which a call gives under the same names (fields.h).
 #include <algorithm>
 #include <iterator>
 
@@ -234,7 +234,7 @@ void prediction_energy_bwd(const Call& call) {
   launch_prediction_energy_bwd(gradient, plan, parts.data(), nullptr);
 }
 
-// Tile after tile, as the caller does it.
+// Tile after tile, as in linear_sample.
 void sample_rows(const Call& call) {
   SampleRowsCall sample(call);
   const char* products = static_cast<const char*>(sample.products);
@@ -262,7 +262,7 @@ void plan_rows(const Call& call) {
   rows.options.logit_scale = 1;
   rows.grad = call.integer("gradient") != 0 ? call.array("plan") : nullptr;
   const auto plan = plan_rows_fwd(rows, kScratch, device_limits());
-  write_plan(call, {plan.held, plan.cluster, plan.threads, plan.shared_bytes});
+  write_plan(call, {plan.cached, plan.cluster, plan.threads, plan.shared_bytes});
 }
 
 void plan_gumbel_rows(const Call& call) {
@@ -270,7 +270,7 @@ void plan_gumbel_rows(const Call& call) {
   const auto plan = sslkernels::plan_gumbel_rows(
       call.integer("rows"), call.integer("columns"), int(call.integer("chunk")), int(call.integer("bytes_each")),
       call.integer("twice") != 0, int(call.integer("most_threads")), kScratch, device_limits());
-  write_plan(call, {plan.team, plan.threads, plan.cluster, plan.held, plan.shared_bytes});
+  write_plan(call, {plan.team, plan.threads, plan.cluster, plan.cached, plan.shared_bytes});
 }
 
 void plan_sample_rows(const Call& call) {
@@ -283,7 +283,7 @@ void plan_query_negatives(const Call& call) {
   args.coefficient = args.grad_query = args.grad_negatives =
       call.integer("gradient") != 0 ? call.array("plan") : nullptr;
   const auto plan = sslkernels::plan_query_negatives(args, device_limits());
-  write_plan(call, {plan.tile, plan.team, plan.pitch, plan.held, plan.threads, plan.shared_bytes});
+  write_plan(call, {plan.tile, plan.team, plan.pitch, plan.cached, plan.threads, plan.shared_bytes});
 }
 
 const std::map<std::string, void (*)(const Call&)> kOperations = {
@@ -349,7 +349,7 @@ int main(int count, char** arguments) {
     } catch (const std::exception& caught) {
       error = caught.what();
     }
-    std::vector<int64_t> launched;  // as distances from main, for a symbol table to name
+    std::vector<int64_t> launched;  // offsets from main, which run.py looks up in the symbol table
     for (const void* kernel : cuda_host::launched) {
       launched.push_back(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&main));
     }

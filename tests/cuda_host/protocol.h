@@ -1,4 +1,4 @@
-// Calls read from a file, and what they give written to another: the other end is tests/cuda_host/run.py.
+// Reads calls from a file and writes their results to another; tests/cuda_host/run.py is the other end.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@
 
 namespace cuda_host {
 
-// Memory of exactly the size asked for, aligned as a GPU's allocator does, so that a sanitizer sees one byte too many.
+// Memory of exactly the requested size, aligned as by a GPU's allocator, so that a sanitizer detects an access one byte
+// beyond it.
 class Array {
  public:
   Array() = default;
@@ -40,13 +41,13 @@ struct Call {
   std::string name;
   std::map<std::string, int64_t> ints;
   std::map<std::string, double> reals;
-  std::vector<std::string> order;  // of the arrays
+  std::vector<std::string> order;  // names of the arrays
   std::map<std::string, Array> arrays;
 
   int64_t integer(const std::string& key) const { return ints.at(key); }
   double real(const std::string& key) const { return reals.at(key); }
   template <class T = void>
-  T* array(const std::string& key) const {  // null where there is none
+  T* array(const std::string& key) const {  // null if the call has none
     const auto found = arrays.find(key);
     if (found == arrays.end()) return nullptr;
     return reinterpret_cast<T*>(found->second.as<char>() + found->second.offset);

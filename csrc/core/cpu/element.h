@@ -1,4 +1,4 @@
-// Blocks of elements, loaded and stored with their conversion. Only loops that vectorise.
+// Loads and stores blocks of elements with conversion. Only loops that vectorise.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 namespace sslkernels {
 namespace {  // one copy for each instruction set: see isa.h
 
-// A function over whole blocks that is not compiled into each of its callers.
+// For functions over whole blocks: one out-of-line copy instead of one in each caller.
 #define SSLKERNELS_ONCE __attribute__((noinline))
 
 template <class T, class A>
@@ -23,8 +23,8 @@ inline void store(const A* in, int64_t count, T* out) {
   for (int64_t j = 0; j < count; ++j) from_float(in[j], &out[j]);
 }
 
-// run(pointer) to the elements from `begin` on of a row that is computed in A, whatever it is stored as: for code that
-// is compiled once for all types that share A, but for the loops that read or write them.
+// Calls run(pointer) with the elements from `begin` on of a row that is computed in A, whatever it is stored as. Code
+// around it is compiled once for all types that share A; only the loops that read or write are compiled per type.
 template <class T, class Void>
 inline auto* as(Void* row) {
   return static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(row);

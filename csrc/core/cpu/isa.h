@@ -1,20 +1,22 @@
-// Chooses, once a process, among the copies of the CPU kernels that were compiled for different instruction sets.
+// Chooses, once per process, among the copies of the CPU kernels that were compiled for different instruction sets.
 //
-// The kernel files (csrc/cpu/<op>.cpp) are compiled once for each set, inside the namespace SSLKERNELS_ISA. They
-// include no torch header and keep every function of theirs in that namespace or in an anonymous one, so that no code
-// compiled for a newer set can be linked into the path of an older one.
+// The kernel files (csrc/*/*_cpu.cpp) are compiled once per instruction set, inside the namespace SSLKERNELS_ISA. They
+// include no torch header and keep all their functions in that namespace or in an anonymous one. Otherwise the linker
+// could merge an inline function compiled for a newer set into the path of an older one.
 #pragma once
 
 #include <cstdint>
 
 namespace sslkernels {
 
-// Bytes of a cache line, on which the buffers of vectors begin: a vector that lies across two takes twice the time.
+// Bytes of a cache line. Buffers of vectors are aligned to it: a vector access that straddles two lines takes twice the
+// time.
 constexpr int64_t kLine = 64;
 
 enum class Isa { isa_default, isa_avx2, isa_avx512 };
 
-// The best one that this processor has; the environment variable SSLKERNELS_CPU_ISA (default, avx2, avx512) lowers it.
+// The best instruction set of this processor; the environment variable SSLKERNELS_CPU_ISA (default, avx2, avx512)
+// lowers it.
 Isa current_isa();
 const char* isa_name(Isa isa);
 

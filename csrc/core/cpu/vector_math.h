@@ -1,5 +1,4 @@
-// exp, log, log1p and tanh that the compiler vectorises: no branches, no tables, no calls. Within 2 ulp over their
-// domains.
+// exp, log, log1p and tanh that the compiler vectorises: no branches, tables or calls. Within 2 ulp over their domains.
 #pragma once
 
 #include <cmath>
@@ -36,7 +35,7 @@ inline double exp_nonpositive(double x) { return std::exp(x); }
 // exp(x) of any x; 0 below 2^-125.
 SSLKERNELS_HD float vector_exp(float x) {
   constexpr float kRound = 12582912.0f;
-  float inside = x > 89.0f ? 89.0f : x;              // whose exponential is infinite; NaN stays
+  float inside = x > 89.0f ? 89.0f : x;              // exp(89) is infinite; NaN stays
   inside = inside < -87.3365f ? -87.3365f : inside;  // 0
   const float shifted = fused(inside, 1.44269504088896341f, kRound);
   const float n = shifted - kRound;
@@ -48,7 +47,7 @@ SSLKERNELS_HD float vector_exp(float x) {
   p = fused(p, r, 1.6666665459e-1f);
   p = fused(p, r, 5.0000001201e-1f);
   p = fused(p, r * r, r) + 1.0f;
-  // 2 p times 2^(n - 1), whose exponent is one of a float also where n is 128.
+  // 2 p times 2^(n - 1): that exponent is representable even for n = 128.
   return (p + p) * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + (126u << 23));
 }
 

@@ -1,4 +1,4 @@
-// N neighbouring columns of a row whose length need be no multiple of N, by 16 bytes where they lie so.
+// Access to N neighbouring columns of a row whose length need not be a multiple of N, by 16 bytes if they are aligned.
 #pragma once
 
 #include "core/cuda/launch.h"
@@ -6,12 +6,12 @@
 
 namespace sslkernels {
 
-// Columns are numbered by 32 bits, also one tile beyond the last.
+// Columns are 32-bit, even one tile beyond the last.
 inline void check_dim(int64_t dim) {
   if (dim > int64_t(1) << 30) fail("the CUDA kernels take rows of at most 2^30 columns");
 }
 
-// Zeros beyond the end of the row.
+// Pads with zeros beyond the end of the row.
 template <int N, class T, class A>
 __device__ __forceinline__ void load_columns(const T* row, int column, int dim, A (&out)[N]) {
   if (column + N <= dim) {

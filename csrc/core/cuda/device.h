@@ -1,5 +1,5 @@
-// What the kernels use of the GPU: the only file that knows it runs on one. Compiled for the host, where each CUDA
-// thread is a std::thread, its twin in tests/cuda_host takes its place.
+// The device primitives that the kernels use; no other file assumes that it runs on a GPU. For the host build, where
+// each CUDA thread is a std::thread, tests/cuda_host/device_host.h takes its place.
 #pragma once
 
 #if !defined(__CUDACC__)
@@ -12,17 +12,15 @@
 
 #include "core/element.h"
 
-// A function with registers of its own.
+// An out-of-line function, which has its own register allocation.
 #define SSLKERNELS_OUTLINED __device__ __noinline__
 
 namespace sslkernels {
 
-// --- The threads of a warp -----------------------------------------------------------------------------------------
-
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Moves a value of any trivially copyable type word by word. Every thread of the warp takes part.
+// Moves a value of any trivially copyable type word by word. All threads of the warp must call it.
 template <class T, class Move>
 __device__ __forceinline__ T move_words(T value, Move move) {
   static_assert(sizeof(T) % sizeof(uint32_t) == 0, "move_words: whole words");
@@ -51,11 +49,9 @@ __device__ __forceinline__ T shuffle_up(T value, int lanes) {
   return move_words(value, [=](uint32_t word) { return __shfl_up_sync(kFullWarp, word, lanes); });
 }
 
-// The lanes whose value is true, a bit each.
+// One bit per lane whose value is true.
 __device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(kFullWarp, value); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
-
-// --- The blocks of a cluster (one block where there are no clusters) -----------------------------------------------
 
 // The dynamic shared memory of the block, aligned to 16 bytes.
 __device__ __forceinline__ char* shared_memory() {
@@ -75,13 +71,13 @@ __device__ __forceinline__ int cluster_size() {
   return int(size);
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-// Without the order of memory: for reads whose values have been used.
+// Without memory ordering: for reads whose values have been used already.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// Where the block of that rank has what this one has at `pointer` in its shared memory.
+// The address in the shared memory of block `rank` that corresponds to `pointer` in this block's.
 template <class T>
 __device__ __forceinline__ const T* cluster_shared(const T* pointer, int rank) {
   uint64_t there;
@@ -100,8 +96,6 @@ __device__ __forceinline__ const T* cluster_shared(const T* pointer, int) {
 }
 #endif
 
-// --- Memory: 16 bytes at a time ------------------------------------------------------------------------------------
-
 struct alignas(16) Words {
   uint32_t at[4];
 };
@@ -110,22 +104,22 @@ __device__ __forceinline__ Words load_words(const void* pointer) {
   const uint4 v = __ldcg(static_cast<const uint4*>(pointer));
   return {v.x, v.y, v.z, v.w};
 }
-// Of memory that is not read again.
+// For memory that is not read again.
 __device__ __forceinline__ Words load_words_last(const void* pointer) {
   const uint4 v = __ldcs(static_cast<const uint4*>(pointer));
   return {v.x, v.y, v.z, v.w};
 }
-// Of memory that other blocks read too.
+// For memory that other blocks read too.
 __device__ __forceinline__ Words load_words_cached(const void* pointer) {
   const uint4 v = __ldca(static_cast<const uint4*>(pointer));
   return {v.x, v.y, v.z, v.w};
 }
-// To memory that is not read again soon.
+// For memory that is not read again soon.
 __device__ __forceinline__ void store_words(void* pointer, Words words) {
   __stcs(static_cast<uint4*>(pointer), make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]));
 }
 
-// --- Two 16-bit elements in a word: written out, for the headers of CUDA that offer it take half a second a file ---
+// Pairs of 16-bit elements in a word. Written in PTX, because CUDA's own headers cost half a second per file.
 
 __device__ __forceinline__ void unpack(uint32_t word, BFloat16, float& low, float& high) {
   low = __uint_as_float(word << 16);
@@ -147,15 +141,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high, Half) {
   return word;
 }
 
-// --- Approximations of the special function unit -------------------------------------------------------------------
-
-// 2^x within 2 ulp; 0 where the result would be subnormal.
+// 2^x by the special function unit, within 2 ulp; 0 where the result would be subnormal.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-// 1 / x within 1 ulp; 0 for infinity.
+// 1 / x by the special function unit, within 1 ulp; 0 for infinity.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -29,7 +29,7 @@ void fail(const char* format, ...) {
 
 void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, and not by whoever looks next
+  cudaGetLastError();  // clears the error, so that the next check does not report it again
   fail("%s failed: %s", what, cudaGetErrorString(error));
 }
 
@@ -48,7 +48,7 @@ DeviceLimits device_limits() {
 
 LaunchConfig::LaunchConfig(const char* name, const void* kernel, const LaunchShape& shape, void* stream) {
   if (shape.blocks > INT32_MAX) fail("%s would need more than 2^31 - 1 blocks", name);
-  if (shape.shared_bytes > 48 * 1024) {  // the most there is: threads that launch at a time set the same
+  if (shape.shared_bytes > 48 * 1024) {  // the maximum, so that concurrent launches set the same value
     const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
   }

@@ -1,4 +1,4 @@
-// Launches with an error check that names the kernel, and the facts of the device that launchers plan with.
+// Kernel launches with an error check that names the kernel, and the device limits that launchers plan with.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace sslkernels {
 
-// Throws std::runtime_error("sslkernels: " + what is formatted, as printf does). Here and below, what a launcher calls
-// once is out of line: every .cu file is compiled for each architecture, and its headers are read as often.
+// Throws std::runtime_error("sslkernels: " + the printf-formatted message). Functions that a launcher calls once are
+// out of line, here and below: every .cu file compiles its headers once per architecture.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void check_cuda(cudaError_t error, const char* what);
@@ -19,14 +19,14 @@ struct DeviceLimits {
   int processors;            // streaming multiprocessors
   int64_t shared_per_block;  // bytes of shared memory
   int64_t shared_per_processor;
-  int64_t shared_reserved;  // of each block, by the system
+  int64_t shared_reserved;  // per block, by the system
   int64_t cache;            // bytes of the L2 cache
   int largest_cluster;      // 1: no clusters
 };
 
-DeviceLimits device_limits();  // of the current device
+DeviceLimits device_limits();  // for the current device
 
-constexpr int kPortableCluster = 8;  // what every device with clusters can run
+constexpr int kPortableCluster = 8;  // cluster size that every device with clusters supports
 
 struct LaunchShape {
   int64_t blocks;
@@ -35,7 +35,7 @@ struct LaunchShape {
   int cluster;  // blocks of a cluster; divides `blocks`
 };
 
-// A launch as the runtime wants it.
+// A launch in the form of the CUDA runtime.
 struct LaunchConfig {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
@@ -44,14 +44,14 @@ struct LaunchConfig {
   LaunchConfig(const LaunchConfig&) = delete;
 };
 
-// Whether the code of the kernel that runs here knows of clusters: that compiled from PTX of an older chip does not.
+// Whether the compiled kernel supports clusters: code from PTX of an older architecture does not.
 bool knows_clusters(const char* name, const void* kernel);
 template <class... Parameters>
 bool knows_clusters(const char* name, void (*kernel)(Parameters...)) {
   return knows_clusters(name, reinterpret_cast<const void*>(kernel));
 }
 
-// Whether the device has a place for one cluster of this shape.
+// Whether one cluster of this shape fits on the device.
 template <class... Parameters>
 bool can_launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape) {
   const LaunchConfig launch(name, reinterpret_cast<const void*>(kernel), shape, nullptr);

@@ -1,4 +1,4 @@
-// Columns of a thread as they lie in memory, and work on a part of them at a time, where registers are few.
+// Columns of one thread, kept packed as in memory and unpacked a part at a time to save registers.
 #pragma once
 
 #include <cstring>
@@ -7,15 +7,16 @@
 
 namespace sslkernels {
 
-// visit(i) of `count` parts in turn, whose work shares its registers: i is not known to the compiler, which would work
-// on all of them at once.
+// Calls visit(i) for `count` parts in turn so that they share registers: the loop is not unrolled, else the compiler
+// would work on all parts at once.
 template <class Visit>
 __device__ __forceinline__ void for_each_part(int count, Visit visit) {
 #pragma unroll 1
   for (int i = 0; i < count; ++i) visit(i);
 }
 
-// Part number `part` of N elements, W of them.
+// Part `part` of N elements, W per part. Written with selects, because indexing by a runtime value would put the array
+// in local memory.
 template <class A, int N, int W>
 __device__ __forceinline__ void get_part(const A (&from)[N], int part, A (&to)[W]) {
   static_assert(N % W == 0, "get_part: whole parts");
@@ -34,14 +35,14 @@ __device__ __forceinline__ void set_part(const A (&from)[W], int part, A (&to)[N
   for (int k = 0; k < N; ++k) to[k] = N == W || k / W == part ? from[k % W] : to[k];
 }
 
-// N neighbouring columns of a row, zeros beyond its end: of half precision in half the registers that floats take.
+// N neighbouring columns of a row, padded with zeros beyond its end. Half precision takes half the registers of floats.
 template <class T, int N>
 struct PackedColumns {
   static constexpr int kWords = N * int(sizeof(T)) / int(sizeof(Words));
   static constexpr int kEach = int(sizeof(Words) / sizeof(T));
   Words words[kWords] = {};
 
-  // Of columns that are not read again.
+  // For columns that are not read again.
   __device__ __forceinline__ void load(const T* row, int column, int columns) {
     const T* from = row + column;
     if (column + N <= columns && reinterpret_cast<uint64_t>(from) % sizeof(Words) == 0) {
@@ -68,7 +69,7 @@ struct PackedColumns {
       }
     }
   }
-  // W columns, as get_part and set_part.
+  // W columns, as in get_part and set_part.
   template <class A, int W>
   __device__ __forceinline__ void get(int part, A (&out)[W]) const {
     if constexpr (sizeof(T) == 2) {
@@ -109,7 +110,7 @@ struct PackedColumns {
   }
 };
 
-// W neighbouring numbers of a row at once where they lie so, zeros beyond its end.
+// W neighbouring numbers of a row in one access if they are aligned, padded with zeros beyond its end.
 template <class A, int W>
 struct alignas(W * sizeof(A)) Together {
   A at[W];

@@ -1,4 +1,4 @@
-// Reductions over the threads of a warp, a block and a cluster, in the same order each time.
+// Reductions over the threads of a warp, a block and a cluster, in a fixed order.
 #pragma once
 
 #include "core/cuda/device.h"
@@ -15,7 +15,7 @@ struct Reduction {
     Value of_block;
   };
 
-  // Lane 0's order of combination, returned to every lane.
+  // Combined in the order of lane 0 and returned to every lane.
   static __device__ __forceinline__ Value over_warp(Value value) {
     for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
       value = Value::combine(value, shuffle_xor(value, lanes));
@@ -23,8 +23,8 @@ struct Reduction {
     return shuffle(value, 0);
   }
 
-  // Over all threads of the cluster, returned to each of them. One call a kernel, by every thread, which calls
-  // finish() before it ends: until then other blocks read this one's shared memory.
+  // Over all threads of the cluster, returned to each. One call per kernel, by every thread, which must call finish()
+  // before it exits: until then other blocks read this block's shared memory.
   static __device__ __forceinline__ Value over_cluster(Value value, Scratch* scratch) {
     const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
     const int warps = int(blockDim.x) / kWarpSize, blocks = cluster_size();

@@ -1,19 +1,20 @@
-// A scan over the threads of a block, in their order.
+// An exclusive scan over the threads of a block, in their order.
 #pragma once
 
 #include "core/cuda/reduce.h"
 
 namespace sslkernels {
 
-// A Value as of a Reduction; `combine` is associative and need not commute.
+// Value as for Reduction; `combine` must be associative and need not commute.
 template <class Value>
 struct Scan {
   struct Scratch {
     Value of_warp[kMaxWarps];
   };
 
-  // What the threads before this one hold, combined; `total`: what all hold. Called by every thread of the block. The
-  // scratch is read until the thread's next barrier: calls that follow one another take two scratches in turn.
+  // Returns the combination of the values of all earlier threads; `total` gets the combination of all. Called by every
+  // thread of the block. The scratch is read until the next barrier, so consecutive calls must alternate between two
+  // scratches.
   static __device__ __forceinline__ Value exclusive_over_block(Value value, Scratch* scratch, Value& total) {
     const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
     const int warps = int(blockDim.x) / kWarpSize;

@@ -1,4 +1,4 @@
-// Rows that belong to a team: some threads of a warp, a block, or the blocks of a cluster.
+// Rows that belong to a team: part of a warp, a block, or the blocks of a cluster.
 #pragma once
 
 #include "core/cuda/launch.h"
@@ -13,21 +13,22 @@ inline int power_of_2(int64_t value) {
   return power;
 }
 
-// `team` threads a row, of a warp, or all of a block and of the blocks of its cluster.
+// `team` threads per row: lanes of a warp, or all threads of a block and of the blocks of its cluster.
 inline LaunchShape shape_of_teams(int64_t rows, int team, int threads, int cluster, int64_t shared_bytes) {
   if (team > kWarpSize) return {rows * cluster, threads, shared_bytes, cluster};
   return {ceil_div(rows, threads / team), threads, shared_bytes, 1};
 }
 
-// The place of a thread: its chunks of kChunk columns are lane, lane + step, ... kWide: a team may be more than a warp.
+// A thread's position: it has the chunks lane, lane + step, ... of kChunk columns each. kWide: a team may be larger
+// than a warp.
 template <int kChunk, bool kWide = true>
 struct TeamPlace {
   int64_t row;
   bool in_range;
   int lane;
   int step;
-  int chunks;  // of the row; 0 where it is out of range
-  int lanes;   // of a warp that share a row; 0: the row has the block
+  int chunks;  // chunks of the row; 0 if the row is out of range
+  int lanes;   // lanes of a warp that share a row; 0: the whole block does
 
   __device__ __forceinline__ TeamPlace(int64_t rows, int columns, int team) {
     lanes = !kWide || team <= kWarpSize ? team : 0;
@@ -46,14 +47,14 @@ struct TeamPlace {
   __device__ __forceinline__ bool first() const { return in_range && lane == 0; }
 };
 
-// combine(value, that of another) over the lanes of a warp that share a row, a power of 2 of them; by the whole warp.
+// Butterfly reduction over the lanes of a warp that share a row, a power of 2 of them; called by the whole warp.
 template <class Value, class Combine>
 __device__ __forceinline__ Value over_lanes(Value value, int lanes, Combine combine) {
   for (int away = lanes / 2; away > 0; away /= 2) value = combine(value, shuffle_xor(value, away));
   return value;
 }
 
-// Reductions over the team of a row.
+// Reductions over the team of one row.
 template <class Value>
 struct TeamReduction {
   using Blocks = Reduction<Value>;

@@ -1,13 +1,13 @@
-// A row of a tensor as the 16-byte groups in which it lies in memory, and groups of elements as numbers.
+// A row of a tensor as aligned 16-byte words, and their conversion to numbers.
 #pragma once
 
 #include "core/cuda/device.h"
 
 namespace sslkernels {
 
-// The columns [begin, end) of a row that starts at `row`. Group g holds the columns from column(g) on; the first and
-// the last group may hold fewer than kSize of them: rows that start anywhere are accessed by whole aligned groups but
-// at their ends. Columns are 32-bit, offsets of rows are not.
+// Columns [begin, end) of a row that starts at `row`, in groups of one 16-byte word. Group g begins at column(g); the
+// first and the last group may be partial: a row with any alignment is accessed by whole aligned words except at its
+// ends. Columns are 32-bit, row offsets are 64-bit.
 template <class T>
 struct Groups {
   static constexpr int kSize = 16 / int(sizeof(T));
@@ -25,10 +25,10 @@ struct Groups {
   __device__ __forceinline__ bool whole(int group) const {
     return column(group) >= begin && column(group) + kSize <= end;
   }
-  __device__ __forceinline__ bool holds(int column) const { return column >= begin && column < end; }
+  __device__ __forceinline__ bool contains(int column) const { return column >= begin && column < end; }
 };
 
-// The share of part `rank` of `size`: split between groups.
+// The share of part `rank` of `size`, split between groups.
 template <class T>
 __device__ __forceinline__ Groups<T> part_of_row(const T* row, int columns, int rank, int size) {
   const Groups<T> all(row, 0, columns);
@@ -69,7 +69,7 @@ __device__ __forceinline__ Words pack_group(const A (&values)[Groups<T>::kSize])
   return words;
 }
 
-// N elements from `from` on, by 16 bytes where they lie so.
+// N elements from `from` on, by 16 bytes if aligned.
 template <int N, class T, class A>
 __device__ __forceinline__ void load_elements(const T* from, A (&out)[N]) {
   constexpr int kSize = Groups<T>::kSize;

@@ -1,6 +1,6 @@
-// The random numbers of groups of four columns, at most kGroups at once, in loops that vectorise. What takes long is
-// two loops: a processor looks some 130 vector operations ahead, and two or three iterations of 55, each a chain, do
-// not keep it busy (Box-Muller takes 8 % less time with vectors of 512 bits, 22 % less with 256).
+// Random numbers of groups of four columns, at most kGroups at once, in loops that vectorise. The normal numbers take
+// two loops: a processor looks some 130 vector operations ahead, which two or three iterations of 55 serially dependent
+// operations do not fill (Box-Muller takes 8 % less time with 512-bit vectors, 22 % less with 256-bit ones).
 #pragma once
 
 #include "core/cpu/element.h"
@@ -12,7 +12,7 @@
 namespace sslkernels {
 namespace {  // one copy for each instruction set: see isa.h
 
-// out[4 i ... 4 i + 3] are the normals of group[i].
+// out[4 i ... 4 i + 3] = normal numbers of group[i].
 SSLKERNELS_ONCE inline void normals_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
                                               float* __restrict out) {
   alignas(kLine) uint32_t first[2 * kGroups], second[2 * kGroups];
@@ -24,7 +24,7 @@ SSLKERNELS_ONCE inline void normals_of_groups(uint64_t seed, const uint64_t* gro
   for (int64_t j = 0; j < 2 * count; ++j) normals_of_polar(squared_radius[j], second[j], &out[2 * j], &out[2 * j + 1]);
 }
 
-// out[4 i ... 4 i + 3] are convert(word) of the words of group[i].
+// out[4 i ... 4 i + 3] = convert(word) for the words of group[i].
 template <class Convert>
 SSLKERNELS_ONCE inline void values_of_groups(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count,
                                              Convert convert, float* __restrict out) {

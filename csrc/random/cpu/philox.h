@@ -1,5 +1,6 @@
-// Philox of several groups at once, in 64-bit lanes: the multiplication reads the low half of a lane and fills it, so
-// that no half has to be moved or cleared between rounds. (A compiler makes twice the instructions of the plain loop.)
+// Philox of several groups at once, in 64-bit lanes: the multiplication reads the low half of a lane and fills the
+// whole lane, so no half has to be moved or cleared between rounds. (A compiler emits twice the instructions for the
+// plain loop.)
 #pragma once
 
 #include <cstdint>
@@ -7,9 +8,9 @@
 
 #include "random/philox.h"
 
-// words_of_groups: words[4 i ... 4 i + 3] are those of group[i]. pairs_of_groups: first[2 i] and first[2 i + 1] are its
-// words 0 and 2, second has the words behind them. Whole vectors are written: the outputs have room for `count` rounded
-// up to a multiple of 8.
+// words_of_groups: words[4 i ... 4 i + 3] are the words of group[i]. pairs_of_groups: first[2 i] and first[2 i + 1] are
+// words 0 and 2 of group[i], second[2 i] and second[2 i + 1] words 1 and 3. Whole vectors are written: the outputs need
+// room for `count` rounded up to a multiple of 8.
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -20,17 +21,17 @@ namespace {  // one copy for each instruction set: see isa.h
 
 #if defined(__AVX512F__)
 
-// The maskz forms with a full mask are the plain ones, whose headers make gcc 12 warn of an uninitialised value.
+// The maskz forms with a full mask equal the plain ones, whose headers make gcc 12 warn of an uninitialised value.
 struct Lanes {
   using Vector = __m512i;
   static constexpr int64_t kCount = 8;
-  static constexpr int kAtOnce = 4;  // whose state is in registers
+  static constexpr int kAtOnce = 4;  // vectors whose state fits in registers
   static Vector fill(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
   static Vector load(const uint64_t* in) { return _mm512_loadu_si512(in); }
   static Vector multiply(Vector a, Vector b) { return _mm512_maskz_mul_epu32(0xff, a, b); }
   static Vector high(Vector a) { return _mm512_maskz_srli_epi64(0xff, a, 32); }
   static Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
-  // The low half of each lane of a, above it that of b.
+  // In each lane: low half of a, then low half of b above it.
   static Vector join(Vector a, Vector b) { return _mm512_mask_shuffle_epi32(a, 0xaaaa, b, _MM_PERM_ENUM(0xa0)); }
   static void store(Vector a, uint32_t* out) { _mm512_storeu_si512(out, a); }
   // a0 b0 a1 b1 ...
@@ -68,12 +69,12 @@ struct Lanes {
 
 #if defined(SSLKERNELS_LANES)
 
-// Where the words of the groups of one call lie: w0 ... w3 in the low halves of the lanes.
+// The words w0 ... w3 of the groups of one call, in the low halves of the lanes.
 struct LaneWords {
   Lanes::Vector w0, w1, w2, w3;
 };
 
-// Of the ten rounds, as an operation reads them from memory.
+// Keys of the ten rounds, laid out as memory operands.
 struct RoundKeys {
   uint64_t k0[10], k1[10];
   explicit RoundKeys(uint64_t seed) {
@@ -81,12 +82,12 @@ struct RoundKeys {
       k0[round] = uint32_t(seed) + round * 0x9E3779B9u;
       k1[round] = uint32_t(seed >> 32) + round * 0xBB67AE85u;
     }
-    __asm__("" : "+m"(k0), "+m"(k1));  // else gcc 12 computes them anew for every vector
+    __asm__("" : "+m"(k0), "+m"(k1));  // otherwise gcc 12 recomputes them for every vector
   }
 };
 
-// store(words, i) of the groups [i, i + kCount) of each of kVectors vectors. A round waits for the one before it: of
-// several vectors at once none waits.
+// Calls store(words, i) with the groups [i, i + kCount) of each of kVectors vectors. Rounds are serially dependent;
+// interleaving kVectors independent states hides the latency.
 template <int kVectors, class Store>
 inline void philox_lanes(const RoundKeys& keys, const uint64_t* group, uint64_t draw, int64_t i, Store store) {
   const Lanes::Vector factor0 = Lanes::fill(0xD2511F53u), factor1 = Lanes::fill(0xCD9E8D57u);
@@ -108,7 +109,7 @@ inline void philox_lanes(const RoundKeys& keys, const uint64_t* group, uint64_t 
   for (int v = 0; v < kVectors; ++v) store(c[v], i + v * Lanes::kCount);
 }
 
-// store(words, i) of the groups [i, i + kCount); the last call has groups of number 0 behind the last one.
+// Calls store(words, i) with the groups [i, i + kCount); the last call is padded with groups of number 0.
 template <class Store>
 inline void for_each_lanes(uint64_t seed, const uint64_t* group, uint64_t draw, int64_t count, Store store) {
   const RoundKeys keys(seed);

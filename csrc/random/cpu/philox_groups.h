@@ -1,5 +1,5 @@
-// The groups of four columns that Philox numbers, in blocks that go across rows, so that it vectorises over groups also
-// where rows are short.
+// Blocks of Philox groups (four columns each) across rows, so that Philox vectorises over groups even if rows are
+// short.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 namespace sslkernels {
 namespace {  // one copy for each instruction set: see isa.h
 
-constexpr int64_t kGroups = 256;  // of a block
+constexpr int64_t kGroups = 256;  // per block
 
-// A part of one row in a block: `count` columns from `column` (a multiple of 4), whose draws begin at word 4 * at.
+// The part of one row in a block: `count` columns from `column` (a multiple of 4), whose draws begin at word 4 * at.
 struct Segment {
   int64_t row;
   int64_t column;
@@ -17,7 +17,7 @@ struct Segment {
   int64_t at;
 };
 
-// Visits the segments of the groups [begin, end), at most kGroups, and fills their numbers for Philox.
+// Visits the segments of groups [begin, end), at most kGroups, and fills in their Philox numbers.
 template <class Visit>
 void for_each_segment(int64_t begin, int64_t end, int64_t columns, const int64_t* row_ids, uint64_t* group,
                       Visit visit) {

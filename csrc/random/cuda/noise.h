@@ -1,5 +1,5 @@
-// Groups of four columns, which one thread has: where they lie, their numbers for Philox, and accesses by 16 bytes
-// where the memory allows it.
+// Groups of four columns, one per thread: their address, their Philox number, and access by 16 bytes if the memory is
+// aligned.
 #pragma once
 
 #include <algorithm>
@@ -14,20 +14,20 @@ namespace sslkernels {
 namespace {
 
 constexpr int kGroup = 4;      // columns of a group
-constexpr int kThreads = 256;  // of a block, at most
+constexpr int kThreads = 256;  // per block, at most
 template <class T>
-constexpr int kEach = int(sizeof(Words) / sizeof(T));  // elements of an access of 16 bytes
+constexpr int kEach = int(sizeof(Words) / sizeof(T));  // elements per 16-byte access
 
-struct TokenGroup {
-  int64_t offset;   // of its first column, into the tensors
-  int count;        // of its columns: kGroup but at the end of a row, 0 beyond
+struct ColumnGroup {
+  int64_t offset;   // offset of its first column in the tensors
+  int count;        // columns: kGroup, fewer at the end of a row, 0 beyond
   uint64_t number;  // for Philox
 };
 
 SSLKERNELS_HD int64_t groups_of_row(int64_t columns) { return (columns + kGroup - 1) / kGroup; }
 
 template <class Arguments>
-__device__ __forceinline__ TokenGroup group_of_row(const Arguments& arguments, int64_t row, int64_t group) {
+__device__ __forceinline__ ColumnGroup group_of_row(const Arguments& arguments, int64_t row, int64_t group) {
   const int64_t columns = arguments.columns, left = columns - kGroup * group;
   const int64_t row_id = arguments.row_ids == nullptr ? row : arguments.row_ids[row];
   return {row * columns + kGroup * group,
@@ -37,9 +37,9 @@ __device__ __forceinline__ TokenGroup group_of_row(const Arguments& arguments, i
           uint64_t(row_id) * uint64_t(groups_of_row(columns)) + uint64_t(group)};
 }
 
-// One of the groups of all rows, numbered through.
+// Group `index` of all rows, numbered through.
 template <class Arguments>
-__device__ __forceinline__ TokenGroup group_of_all(const Arguments& arguments, int64_t index) {
+__device__ __forceinline__ ColumnGroup group_of_all(const Arguments& arguments, int64_t index) {
   const int64_t groups = groups_of_row(arguments.columns);
   if (index >= arguments.rows * groups) return {0, 0, 0};
   if (arguments.columns % kGroup == 0 && arguments.row_ids == nullptr) return {kGroup * index, kGroup, uint64_t(index)};
@@ -60,13 +60,13 @@ __device__ __forceinline__ void draw_words(uint64_t seed, uint64_t group, uint64
   out[3] = words.w3;
 }
 
-// Whether N elements lie so that they can be accessed by 16 bytes.
+// Whether N elements at `pointer` can be accessed by 16 bytes.
 template <int N, class T>
 __device__ __forceinline__ bool in_words(const T* pointer) {
   return N * sizeof(T) % sizeof(Words) == 0 && reinterpret_cast<uint64_t>(pointer) % sizeof(Words) == 0;
 }
 
-// The first `count` of N elements, and 0 in place of the others.
+// Loads the first `count` of N elements and pads with zeros.
 template <int N, class T>
 __device__ __forceinline__ void load_group(const T* from, int count, T (&out)[N]) {
   if (count == N && in_words<N>(from)) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void store_group(const T (&values)[N], int count, T* 
   }
 }
 
-// The four numbers of a group; kBits are no floats.
+// The four numbers of a group, for every stream except kBits.
 template <Stream kStream>
 __device__ __forceinline__ void draw_values(uint64_t seed, uint64_t group, uint64_t draw, float (&out)[kGroup]) {
   uint32_t words[kGroup];
@@ -118,7 +118,7 @@ __device__ __forceinline__ void draw_values(uint64_t seed, uint64_t group, uint6
 
 inline int whole_warps(int64_t threads) { return int(ceil_div(threads, kWarpSize) * kWarpSize); }
 
-// A thread `each` groups of all rows.
+// One thread per `each` groups of all rows.
 inline LaunchShape shape_of_groups(int64_t rows, int64_t columns, int each = 1) {
   const int64_t wanted = ceil_div(rows * groups_of_row(columns), each);
   const int threads = whole_warps(std::clamp<int64_t>(wanted, 1, kThreads));
