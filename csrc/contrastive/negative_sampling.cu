@@ -137,16 +137,7 @@ void launch_for(const NegativeSampling& pairs, void* stream) {
 
 void launch_negative_sampling_fwd(const NegativeSampling& pairs, void* stream) {
   check_dim(pairs.dim);
-  switch (pairs.element) {
-    case Element::kFloat:
-      return launch_for<float>(pairs, stream);
-    case Element::kDouble:
-      return launch_for<double>(pairs, stream);
-    case Element::kBFloat16:
-      return launch_for<BFloat16>(pairs, stream);
-    case Element::kHalf:
-      return launch_for<Half>(pairs, stream);
-  }
+  with_element(pairs.element, [&](auto zero) { launch_for<decltype(zero)>(pairs, stream); });
 }
 
 }  // namespace sslkernels

@@ -99,16 +99,7 @@ void run_for(const NegativeSampling& pairs, int64_t begin, int64_t end) {
 }  // namespace
 
 void negative_sampling_fwd(const NegativeSampling& pairs, int64_t begin, int64_t end) {
-  switch (pairs.element) {
-    case Element::kFloat:
-      return run_for<float>(pairs, begin, end);
-    case Element::kDouble:
-      return run_for<double>(pairs, begin, end);
-    case Element::kBFloat16:
-      return run_for<BFloat16>(pairs, begin, end);
-    case Element::kHalf:
-      return run_for<Half>(pairs, begin, end);
-  }
+  with_element(pairs.element, [&](auto zero) { run_for<decltype(zero)>(pairs, begin, end); });
 }
 
 }  // namespace SSLKERNELS_ISA

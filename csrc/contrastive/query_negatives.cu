@@ -435,16 +435,7 @@ QueryNegativesPlan plan_query_negatives(const QueryNegatives& args, const Device
 }
 
 void launch_query_negatives(const QueryNegatives& args, void* stream) {
-  switch (args.element) {
-    case Element::kFloat:
-      return launch_for<float>(args, stream);
-    case Element::kDouble:
-      return launch_for<double>(args, stream);
-    case Element::kBFloat16:
-      return launch_for<BFloat16>(args, stream);
-    case Element::kHalf:
-      return launch_for<Half>(args, stream);
-  }
+  with_element(args.element, [&](auto zero) { launch_for<decltype(zero)>(args, stream); });
 }
 
 }  // namespace sslkernels

@@ -117,16 +117,7 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
 }  // namespace
 
 void query_negatives(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) {
-  switch (args.element) {
-    case Element::kFloat:
-      return run<float>(args, begin, end, scratch);
-    case Element::kDouble:
-      return run<double>(args, begin, end, scratch);
-    case Element::kBFloat16:
-      return run<BFloat16>(args, begin, end, scratch);
-    case Element::kHalf:
-      return run<Half>(args, begin, end, scratch);
-  }
+  with_element(args.element, [&](auto zero) { run<decltype(zero)>(args, begin, end, scratch); });
 }
 
 }  // namespace SSLKERNELS_ISA

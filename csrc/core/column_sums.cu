@@ -104,16 +104,7 @@ int64_t column_sums_row_blocks(const ColumnSums& sums) {
 }
 
 void launch_column_sums(const ColumnSums& sums, void* stream) {
-  switch (sums.element) {
-    case Element::kFloat:
-      return launch_for<float>(sums, stream);
-    case Element::kDouble:
-      return launch_for<double>(sums, stream);
-    case Element::kBFloat16:
-      return launch_for<BFloat16>(sums, stream);
-    case Element::kHalf:
-      return launch_for<Half>(sums, stream);
-  }
+  with_element(sums.element, [&](auto zero) { launch_for<decltype(zero)>(sums, stream); });
 }
 
 }  // namespace sslkernels

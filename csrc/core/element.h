@@ -36,6 +36,21 @@ constexpr Element accumulation_element(Element element) {
   return element == Element::kDouble ? Element::kDouble : Element::kFloat;
 }
 
+// Calls run(T{}) with the type T of `element`.
+template <class Run>
+inline void with_element(Element element, Run run) {
+  switch (element) {
+    case Element::kFloat:
+      return run(float{});
+    case Element::kDouble:
+      return run(double{});
+    case Element::kBFloat16:
+      return run(BFloat16{});
+    case Element::kHalf:
+      return run(Half{});
+  }
+}
+
 template <class To, class From>
 SSLKERNELS_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");

@@ -11,30 +11,12 @@ constexpr int64_t kBlock = 2048;
 
 template <class A>
 void load_any(Element element, const void* data, int64_t begin, int64_t count, A* buffer) {
-  switch (element) {
-    case Element::kFloat:
-      return load(static_cast<const float*>(data) + begin, count, buffer);
-    case Element::kDouble:
-      return load(static_cast<const double*>(data) + begin, count, buffer);
-    case Element::kBFloat16:
-      return load(static_cast<const BFloat16*>(data) + begin, count, buffer);
-    case Element::kHalf:
-      return load(static_cast<const Half*>(data) + begin, count, buffer);
-  }
+  with_element(element, [&](auto zero) { load(static_cast<const decltype(zero)*>(data) + begin, count, buffer); });
 }
 
 template <class A>
 void store_any(Element element, const A* buffer, int64_t begin, int64_t count, void* data) {
-  switch (element) {
-    case Element::kFloat:
-      return store(buffer, count, static_cast<float*>(data) + begin);
-    case Element::kDouble:
-      return store(buffer, count, static_cast<double*>(data) + begin);
-    case Element::kBFloat16:
-      return store(buffer, count, static_cast<BFloat16*>(data) + begin);
-    case Element::kHalf:
-      return store(buffer, count, static_cast<Half*>(data) + begin);
-  }
+  with_element(element, [&](auto zero) { store(buffer, count, static_cast<decltype(zero)*>(data) + begin); });
 }
 
 template <class A>

@@ -171,16 +171,7 @@ int64_t row_sums_partials(const WeightedRowSums& sums) { return 2 * chunks_of(su
 
 void launch_weighted_row_sums(const WeightedRowSums& sums, void* partials, void* stream) {
   check_dim(sums.dim);
-  switch (sums.out_element) {
-    case Element::kFloat:
-      return launch_for<float>(sums, partials, stream);
-    case Element::kDouble:
-      return launch_for<double>(sums, partials, stream);
-    case Element::kBFloat16:
-      return launch_for<BFloat16>(sums, partials, stream);
-    case Element::kHalf:
-      return launch_for<Half>(sums, partials, stream);
-  }
+  with_element(sums.out_element, [&](auto zero) { launch_for<decltype(zero)>(sums, partials, stream); });
 }
 
 }  // namespace sslkernels

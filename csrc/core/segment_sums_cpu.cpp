@@ -103,16 +103,7 @@ void run_for(const WeightedRowSums& sums, int64_t begin, int64_t end) {
 void sort_rows(const SortRows& sort) { return sort.wide_keys ? sort_by<int64_t>(sort) : sort_by<int32_t>(sort); }
 
 void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end) {
-  switch (sums.out_element) {
-    case Element::kFloat:
-      return run_for<float>(sums, begin, end);
-    case Element::kDouble:
-      return run_for<double>(sums, begin, end);
-    case Element::kBFloat16:
-      return run_for<BFloat16>(sums, begin, end);
-    case Element::kHalf:
-      return run_for<Half>(sums, begin, end);
-  }
+  with_element(sums.out_element, [&](auto zero) { run_for<decltype(zero)>(sums, begin, end); });
 }
 
 }  // namespace SSLKERNELS_ISA

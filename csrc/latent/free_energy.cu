@@ -280,29 +280,11 @@ void launch_bwd(const FreeEnergyGradient& gradient, void* stream) {
 }  // namespace
 
 void launch_free_energy_fwd(const FreeEnergy& energies, void* stream) {
-  switch (energies.element) {
-    case Element::kFloat:
-      return launch_fwd<float>(energies, stream);
-    case Element::kDouble:
-      return launch_fwd<double>(energies, stream);
-    case Element::kBFloat16:
-      return launch_fwd<BFloat16>(energies, stream);
-    case Element::kHalf:
-      return launch_fwd<Half>(energies, stream);
-  }
+  with_element(energies.element, [&](auto zero) { launch_fwd<decltype(zero)>(energies, stream); });
 }
 
 void launch_free_energy_bwd(const FreeEnergyGradient& gradient, void* stream) {
-  switch (gradient.energies.element) {
-    case Element::kFloat:
-      return launch_bwd<float>(gradient, stream);
-    case Element::kDouble:
-      return launch_bwd<double>(gradient, stream);
-    case Element::kBFloat16:
-      return launch_bwd<BFloat16>(gradient, stream);
-    case Element::kHalf:
-      return launch_bwd<Half>(gradient, stream);
-  }
+  with_element(gradient.energies.element, [&](auto zero) { launch_bwd<decltype(zero)>(gradient, stream); });
 }
 
 }  // namespace sslkernels

@@ -382,29 +382,11 @@ void run_gradient(const FreeEnergyGradient& gradient, int64_t begin, int64_t end
 }  // namespace
 
 void free_energy_fwd(const FreeEnergy& energies, int64_t begin, int64_t end) {
-  switch (energies.element) {
-    case Element::kFloat:
-      return run<float>(energies, begin, end);
-    case Element::kDouble:
-      return run<double>(energies, begin, end);
-    case Element::kBFloat16:
-      return run<BFloat16>(energies, begin, end);
-    case Element::kHalf:
-      return run<Half>(energies, begin, end);
-  }
+  with_element(energies.element, [&](auto zero) { run<decltype(zero)>(energies, begin, end); });
 }
 
 void free_energy_bwd(const FreeEnergyGradient& gradient, int64_t begin, int64_t end) {
-  switch (gradient.energies.element) {
-    case Element::kFloat:
-      return run_gradient<float>(gradient, begin, end);
-    case Element::kDouble:
-      return run_gradient<double>(gradient, begin, end);
-    case Element::kBFloat16:
-      return run_gradient<BFloat16>(gradient, begin, end);
-    case Element::kHalf:
-      return run_gradient<Half>(gradient, begin, end);
-  }
+  with_element(gradient.energies.element, [&](auto zero) { run_gradient<decltype(zero)>(gradient, begin, end); });
 }
 
 }  // namespace SSLKERNELS_ISA

@@ -451,30 +451,12 @@ void launch_bwd(const GaussianBackward& backward, void* stream) {
 
 void launch_gaussian_fwd(const GaussianForward& forward, void* stream) {
   check_dim(forward.inputs.columns);
-  switch (forward.inputs.element) {
-    case Element::kFloat:
-      return launch_fwd<float>(forward, stream);
-    case Element::kDouble:
-      return launch_fwd<double>(forward, stream);
-    case Element::kBFloat16:
-      return launch_fwd<BFloat16>(forward, stream);
-    case Element::kHalf:
-      return launch_fwd<Half>(forward, stream);
-  }
+  with_element(forward.inputs.element, [&](auto zero) { launch_fwd<decltype(zero)>(forward, stream); });
 }
 
 void launch_gaussian_bwd(const GaussianBackward& backward, void* stream) {
   check_dim(backward.inputs.columns);
-  switch (backward.inputs.element) {
-    case Element::kFloat:
-      return launch_bwd<float>(backward, stream);
-    case Element::kDouble:
-      return launch_bwd<double>(backward, stream);
-    case Element::kBFloat16:
-      return launch_bwd<BFloat16>(backward, stream);
-    case Element::kHalf:
-      return launch_bwd<Half>(backward, stream);
-  }
+  with_element(backward.inputs.element, [&](auto zero) { launch_bwd<decltype(zero)>(backward, stream); });
 }
 
 }  // namespace sslkernels

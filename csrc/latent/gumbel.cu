@@ -8,7 +8,7 @@ namespace sslkernels {
 namespace {
 
 // A few rows are shared by more blocks, as long as each thread has two chunks.
-void spread(GumbelPlan& plan, int64_t rows, int64_t chunks, const DeviceLimits& limits) {
+void share_rows(GumbelPlan& plan, int64_t rows, int64_t chunks, const DeviceLimits& limits) {
   while (2 * plan.cluster <= limits.largest_cluster && rows * plan.cluster < limits.processors &&
          chunks >= int64_t(4) * plan.cluster * plan.threads) {
     plan.cluster *= 2;
@@ -56,18 +56,6 @@ void launch_sums(const ProbabilitySums& sums, void* stream) {
          sums, lanes, tiles);
 }
 
-#define SSLKERNELS_BY_ELEMENT(element, function, ...) \
-  switch (element) {                                  \
-    case Element::kFloat:                             \
-      return function<float>(__VA_ARGS__);            \
-    case Element::kDouble:                            \
-      return function<double>(__VA_ARGS__);           \
-    case Element::kBFloat16:                          \
-      return function<BFloat16>(__VA_ARGS__);         \
-    case Element::kHalf:                              \
-      return function<Half>(__VA_ARGS__);             \
-  }
-
 }  // namespace
 
 GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_each, bool twice, int most_threads,
@@ -105,22 +93,22 @@ GumbelPlan plan_gumbel_rows(int64_t rows, int64_t columns, int chunk, int bytes_
       plan.threads = kThreads;
     }
   }
-  spread(plan, rows, chunks, limits);
+  share_rows(plan, rows, chunks, limits);
   if (plan.cached) plan.shared_bytes = cached_bytes(plan.cluster);
   plan.team = plan.threads;
   return plan;
 }
 
 void launch_gumbel_rows_fwd(const GumbelForward& forward, void* stream) {
-  SSLKERNELS_BY_ELEMENT(forward.rows.element, launch_fwd, forward, stream)
+  with_element(forward.rows.element, [&](auto zero) { launch_fwd<decltype(zero)>(forward, stream); });
 }
 
 void launch_gumbel_rows_bwd(const GumbelBackward& backward, void* stream) {
-  SSLKERNELS_BY_ELEMENT(backward.rows.element, launch_bwd, backward, stream)
+  with_element(backward.rows.element, [&](auto zero) { launch_bwd<decltype(zero)>(backward, stream); });
 }
 
 void launch_probability_sums(const ProbabilitySums& sums, void* stream) {
-  SSLKERNELS_BY_ELEMENT(sums.rows.element, launch_sums, sums, stream)
+  with_element(sums.rows.element, [&](auto zero) { launch_sums<decltype(zero)>(sums, stream); });
 }
 
 }  // namespace sslkernels

@@ -120,9 +120,9 @@ void fwd(const GumbelForward& forward, int64_t begin, int64_t end, void* scratch
       load_any(rows.element, row_of(rows, i), from, count, s);
     };
     if (forward.argmax != nullptr) {
-      const RowState<A> plain = reduce_row(row, rows.columns, A(1), load_logits);
-      put_state(rows.softmax_state, i, plain);
-      forward.argmax[i] = plain.index;
+      const RowState<A> softmax = reduce_row(row, rows.columns, A(1), load_logits);
+      put_state(rows.softmax_state, i, softmax);
+      forward.argmax[i] = softmax.index;
     }
     const auto load_noisy = [&](int64_t from, int64_t count, A* s) {
       const float* of_block = noise.block(i, from, count);
@@ -190,12 +190,12 @@ void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scrat
       }
     }
     const bool used = backward.grad_usage != nullptr && (backward.mask == nullptr || backward.mask[i] != 0);
-    const A* uses = used ? static_cast<const A*>(backward.grad_usage) + i % backward.groups * rows.columns : nullptr;
-    const A plain_max = used ? static_cast<const A*>(rows.softmax_state.max)[i] : A(0);
-    const A plain_scale = used ? 1 / static_cast<const A*>(rows.softmax_state.sum)[i] : A(0);
+    const A* usage = used ? static_cast<const A*>(backward.grad_usage) + i % backward.groups * rows.columns : nullptr;
+    const A softmax_max = used ? static_cast<const A*>(rows.softmax_state.max)[i] : A(0);
+    const A softmax_scale = used ? 1 / static_cast<const A*>(rows.softmax_state.sum)[i] : A(0);
     const auto use_block = [&](int64_t from, int64_t count) {
       return with_elements<A>(rows.element, row_of(rows, i), from, [&](const auto* logits) {
-        return soft_block(logits, none, uses + from, count, plain_max, A(1), plain_scale, values);
+        return soft_block(logits, none, usage + from, count, softmax_max, A(1), softmax_scale, values);
       });
     };
     for (int64_t from = 0; used && from < rows.columns; from += kBlock) {
@@ -207,7 +207,7 @@ void bwd(const GumbelBackward& backward, int64_t begin, int64_t end, void* scrat
         use_block(from, count);
         const A mean = A(use);
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) values[j] *= uses[from + j] - mean;
+        for (int64_t j = 0; j < count; ++j) values[j] *= usage[from + j] - mean;
       } else {
         std::memset(values, 0, size_t(count) * sizeof(A));
       }

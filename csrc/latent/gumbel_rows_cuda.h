@@ -177,7 +177,7 @@ struct ForwardScratch {
   using A = typename Accumulation<T>::type;
   using Sums = Totals<A, 2>;
   typename Reduction<Top<A>>::Scratch top;
-  typename Reduction<Top<A>>::Scratch plain_top;
+  typename Reduction<Top<A>>::Scratch softmax_top;
   typename Reduction<Sums>::Scratch sums;
 };
 template <class T>
@@ -202,12 +202,12 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const A inverse_tau = A(inverse_tau_of(forward.rows));
   const bool stats = forward.argmax != nullptr;
 
-  Running<T> running, plain;
+  Running<T> running, softmax;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
     const int column = chunk * N;
     A s[N];
     row.load(column, s);
-    if (stats) plain.add(s, column, A(1));
+    if (stats) softmax.add(s, column, A(1));
     row.add_noise(column, s);
     running.add(s, column, inverse_tau);
     if (team.cached) cached.store(turn, s);
@@ -216,14 +216,14 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   using Tops = TeamReduction<Top<A>>;
   const Top<A> top = Tops::run(running.top, place.lanes, &scratch->top);
   Tops::finish(place.lanes);
-  Top<A> plain_top = top;
+  Top<A> softmax_top = top;
   if (stats) {
-    plain_top = Tops::run(plain.top, place.lanes, &scratch->plain_top);
+    softmax_top = Tops::run(softmax.top, place.lanes, &scratch->softmax_top);
     Tops::finish(place.lanes);
   }
   Sums sums = Sums::identity();
   sums.value[0] = running.moved(top.max, inverse_tau);
-  if (stats) sums.value[1] = plain.moved(plain_top.max, A(1));
+  if (stats) sums.value[1] = softmax.moved(softmax_top.max, A(1));
   sums = TeamReduction<Sums>::run(sums, place.lanes, &scratch->sums);
 
   const A sum = sums.value[0];
@@ -231,8 +231,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     put_state(forward.rows.state, place.row, top.max, sum);
     if (forward.index != nullptr) forward.index[place.row] = code(top.index);
     if (stats) {
-      put_state(forward.rows.softmax_state, place.row, plain_top.max, sums.value[1]);
-      forward.argmax[place.row] = code(plain_top.index);
+      put_state(forward.rows.softmax_state, place.row, softmax_top.max, sums.value[1]);
+      forward.argmax[place.row] = code(softmax_top.index);
     }
   }
   if (forward.output != GumbelOutput::kNone) {
@@ -319,17 +319,17 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const bool has_grad = backward.grad != nullptr;
   const bool used =
       backward.grad_usage != nullptr && place.in_range && (backward.mask == nullptr || backward.mask[place.row] != 0);
-  const A* uses = nullptr;
-  if (used) uses = static_cast<const A*>(backward.grad_usage) + place.row % backward.groups * backward.rows.columns;
+  const A* usage = nullptr;
+  if (used) usage = static_cast<const A*>(backward.grad_usage) + place.row % backward.groups * backward.rows.columns;
 
   Sums sums = Sums::identity();
   if (used) {
-    const Softmax<T> plain(backward.rows.softmax_state, place, A(1));
+    const Softmax<T> softmax(backward.rows.softmax_state, place, A(1));
     for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
       A p[N], weight[N];
       row.load(chunk * N, p);
-      plain.apply(p);
-      load_columns(uses, chunk * N, row.columns, weight);
+      softmax.apply(p);
+      load_columns(usage, chunk * N, row.columns, weight);
 #pragma unroll
       for (int k = 0; k < N; ++k) sums.value[1] += p[k] * weight[k];
     }
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   }
   sums = TeamReduction<Sums>::run(sums, place.lanes, &scratch->sums);
 
-  const Softmax<T> plain(backward.rows.softmax_state, place, A(1));
+  const Softmax<T> softmax(backward.rows.softmax_state, place, A(1));
   T* out = static_cast<T*>(backward.grad_logits) + place.row * backward.rows.columns;
   for (int chunk = place.lane, turn = 0; chunk < place.chunks; chunk += place.step, ++turn) {
     const int column = chunk * N;
@@ -367,8 +367,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     }
     if (used) {
       row.load(column, y);
-      plain.apply(y);
-      load_columns(uses, column, row.columns, weight);
+      softmax.apply(y);
+      load_columns(usage, column, row.columns, weight);
 #pragma unroll
       for (int k = 0; k < N; ++k) value[k] += y[k] * (weight[k] - sums.value[1]);
     }

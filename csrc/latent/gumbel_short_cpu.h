@@ -155,7 +155,7 @@ template <class A>
 void bwd_short(const GumbelBackward& backward, int64_t begin, int64_t end) {
   const GumbelRows& rows = backward.rows;
   const A inverse_tau = A(inverse_tau_of(rows));
-  Tile<A> plain;
+  Tile<A> softmax;
   for_each_tile<A>(rows, begin, end, [&](int64_t first, Tile<A>& tile, const float* noise) {
     if (backward.grad != nullptr) {
       const int64_t stride = backward.grad_stride;
@@ -170,17 +170,17 @@ void bwd_short(const GumbelBackward& backward, int64_t begin, int64_t end) {
       tile.for_each([](int64_t, int64_t, A& value) { value = 0; });
     }
     if (backward.grad_usage != nullptr) {
-      const A* uses = static_cast<const A*>(backward.grad_usage);
+      const A* usage = static_cast<const A*>(backward.grad_usage);
       int64_t at[kGroups];
       for (int64_t r = 0; r < tile.count; ++r) at[r] = (first + r) % backward.groups * rows.columns;
-      plain.count = tile.count;
-      plain.columns = tile.columns;
-      plain.load(rows.element, rows.logits, first, rows.logits_stride, nullptr, 0);
-      plain.soften(static_cast<const A*>(rows.softmax_state.max) + first,
-                   static_cast<const A*>(rows.softmax_state.sum) + first, A(1));
-      weigh(plain, [=, &at](int64_t r, int64_t j) { return uses[at[r] + j]; });
+      softmax.count = tile.count;
+      softmax.columns = tile.columns;
+      softmax.load(rows.element, rows.logits, first, rows.logits_stride, nullptr, 0);
+      softmax.soften(static_cast<const A*>(rows.softmax_state.max) + first,
+                     static_cast<const A*>(rows.softmax_state.sum) + first, A(1));
+      weigh(softmax, [=, &at](int64_t r, int64_t j) { return usage[at[r] + j]; });
       const uint8_t* mask = backward.mask == nullptr ? nullptr : backward.mask + first;
-      const A* added = plain.values;
+      const A* added = softmax.values;
       const int64_t count = tile.count;
       tile.for_each([=](int64_t r, int64_t j, A& value) {
         value += mask == nullptr || mask[r] != 0 ? added[j * count + r] : A(0);

@@ -326,31 +326,14 @@ PredictionEnergyGradientPlan plan_prediction_energy_bwd(const PredictionEnergyGr
 void launch_prediction_energy_fwd(const PredictionEnergy& inputs, const PredictionEnergyPlan& plan, void* workspace,
                                   void* stream) {
   check_count(inputs.count);
-  switch (inputs.element) {
-    case Element::kFloat:
-      return launch_fwd<float>(inputs, plan, workspace, stream);
-    case Element::kDouble:
-      return launch_fwd<double>(inputs, plan, workspace, stream);
-    case Element::kBFloat16:
-      return launch_fwd<BFloat16>(inputs, plan, workspace, stream);
-    case Element::kHalf:
-      return launch_fwd<Half>(inputs, plan, workspace, stream);
-  }
+  with_element(inputs.element, [&](auto zero) { launch_fwd<decltype(zero)>(inputs, plan, workspace, stream); });
 }
 
 void launch_prediction_energy_bwd(const PredictionEnergyGradient& gradient, const PredictionEnergyGradientPlan& plan,
                                   void* workspace, void* stream) {
   check_count(gradient.inputs.count);
-  switch (gradient.inputs.element) {
-    case Element::kFloat:
-      return launch_bwd<float>(gradient, plan, workspace, stream);
-    case Element::kDouble:
-      return launch_bwd<double>(gradient, plan, workspace, stream);
-    case Element::kBFloat16:
-      return launch_bwd<BFloat16>(gradient, plan, workspace, stream);
-    case Element::kHalf:
-      return launch_bwd<Half>(gradient, plan, workspace, stream);
-  }
+  with_element(gradient.inputs.element,
+               [&](auto zero) { launch_bwd<decltype(zero)>(gradient, plan, workspace, stream); });
 }
 
 }  // namespace sslkernels

@@ -157,16 +157,7 @@ void run_gradient(const PredictionEnergyGradient& gradient, int64_t begin, int64
 }  // namespace
 
 void prediction_energy_parts(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end) {
-  switch (inputs.element) {
-    case Element::kFloat:
-      return fill_parts<float>(inputs, parts, begin, end);
-    case Element::kDouble:
-      return fill_parts<double>(inputs, parts, begin, end);
-    case Element::kBFloat16:
-      return fill_parts<BFloat16>(inputs, parts, begin, end);
-    case Element::kHalf:
-      return fill_parts<Half>(inputs, parts, begin, end);
-  }
+  with_element(inputs.element, [&](auto zero) { fill_parts<decltype(zero)>(inputs, parts, begin, end); });
 }
 
 void prediction_energy_finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t end) {
@@ -175,16 +166,7 @@ void prediction_energy_finish(const PredictionEnergy& inputs, void* parts, int64
 }
 
 void prediction_energy_bwd(const PredictionEnergyGradient& gradient, int64_t begin, int64_t end) {
-  switch (gradient.inputs.element) {
-    case Element::kFloat:
-      return run_gradient<float>(gradient, begin, end);
-    case Element::kDouble:
-      return run_gradient<double>(gradient, begin, end);
-    case Element::kBFloat16:
-      return run_gradient<BFloat16>(gradient, begin, end);
-    case Element::kHalf:
-      return run_gradient<Half>(gradient, begin, end);
-  }
+  with_element(gradient.inputs.element, [&](auto zero) { run_gradient<decltype(zero)>(gradient, begin, end); });
 }
 
 }  // namespace SSLKERNELS_ISA

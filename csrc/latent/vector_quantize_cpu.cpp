@@ -21,29 +21,11 @@ void load_row(const CodeVectors& vectors, int64_t row, double* out) {
 }
 
 void load_row(const CodeVectors& vectors, int64_t row, double* out) {
-  switch (vectors.element) {
-    case Element::kFloat:
-      return load_row<float>(vectors, row, out);
-    case Element::kDouble:
-      return load_row<double>(vectors, row, out);
-    case Element::kBFloat16:
-      return load_row<BFloat16>(vectors, row, out);
-    case Element::kHalf:
-      return load_row<Half>(vectors, row, out);
-  }
+  with_element(vectors.element, [&](auto zero) { load_row<decltype(zero)>(vectors, row, out); });
 }
 
 void store_row(const double* row, int64_t count, Element element, void* out, int64_t at) {
-  switch (element) {
-    case Element::kFloat:
-      return store(row, count, static_cast<float*>(out) + at);
-    case Element::kDouble:
-      return store(row, count, static_cast<double*>(out) + at);
-    case Element::kBFloat16:
-      return store(row, count, static_cast<BFloat16*>(out) + at);
-    case Element::kHalf:
-      return store(row, count, static_cast<Half*>(out) + at);
-  }
+  with_element(element, [&](auto zero) { store(row, count, static_cast<decltype(zero)*>(out) + at); });
 }
 
 double squared_distance(const double* x, const double* c, int64_t dim) {
@@ -247,16 +229,7 @@ void best_codes_of(const CodeScores& scores, const void* block_norm, int64_t beg
 }  // namespace
 
 void code_tile(const CodeTile& tile, int64_t begin, int64_t end) {
-  switch (tile.source.element) {
-    case Element::kFloat:
-      return tile_rows_of<float>(tile, begin, end);
-    case Element::kDouble:
-      return tile_rows_of<double>(tile, begin, end);
-    case Element::kBFloat16:
-      return tile_rows_of<BFloat16>(tile, begin, end);
-    case Element::kHalf:
-      return tile_rows_of<Half>(tile, begin, end);
-  }
+  with_element(tile.source.element, [&](auto zero) { tile_rows_of<decltype(zero)>(tile, begin, end); });
 }
 
 void code_block_norms(const CodeScores& scores, void* block_norm) {

@@ -57,16 +57,7 @@ void launch_one(const RandomStream& numbers, void* stream) {
 
 template <Stream kStream>
 void launch_values(const RandomStream& numbers, void* stream) {
-  switch (numbers.element) {
-    case Element::kFloat:
-      return launch_one<kStream, float>(numbers, stream);
-    case Element::kDouble:
-      return launch_one<kStream, double>(numbers, stream);
-    case Element::kBFloat16:
-      return launch_one<kStream, BFloat16>(numbers, stream);
-    case Element::kHalf:
-      return launch_one<kStream, Half>(numbers, stream);
-  }
+  with_element(numbers.element, [&](auto zero) { launch_one<kStream, decltype(zero)>(numbers, stream); });
 }
 
 }  // namespace

@@ -50,17 +50,7 @@ void fill_values(Stream stream, uint64_t seed, uint64_t draw, const uint64_t* gr
 }
 
 void store_values(const float* values, Element element, int64_t at, int64_t count, void* out) {
-  switch (element) {
-    case Element::kFloat:
-      std::memcpy(static_cast<float*>(out) + at, values, size_t(count) * sizeof(float));
-      return;
-    case Element::kDouble:
-      return store(values, count, static_cast<double*>(out) + at);
-    case Element::kBFloat16:
-      return store(values, count, static_cast<BFloat16*>(out) + at);
-    case Element::kHalf:
-      return store(values, count, static_cast<Half*>(out) + at);
-  }
+  with_element(element, [&](auto zero) { store(values, count, static_cast<decltype(zero)*>(out) + at); });
 }
 
 }  // namespace

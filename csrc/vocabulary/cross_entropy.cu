@@ -82,30 +82,12 @@ RowPlan plan_rows_bwd(const CrossEntropyRows& rows) {
 
 void launch_cross_entropy_rows_fwd(const CrossEntropyRows& rows, void* stream) {
   check_columns(rows);
-  switch (rows.element) {
-    case Element::kFloat:
-      return launch_rows_fwd<float>(rows, stream);
-    case Element::kDouble:
-      return launch_rows_fwd<double>(rows, stream);
-    case Element::kBFloat16:
-      return launch_rows_fwd<BFloat16>(rows, stream);
-    case Element::kHalf:
-      return launch_rows_fwd<Half>(rows, stream);
-  }
+  with_element(rows.element, [&](auto zero) { launch_rows_fwd<decltype(zero)>(rows, stream); });
 }
 
 void launch_cross_entropy_rows_bwd(const CrossEntropyRows& rows, void* stream) {
   check_columns(rows);
-  switch (rows.element) {
-    case Element::kFloat:
-      return launch_rows_bwd<float>(rows, stream);
-    case Element::kDouble:
-      return launch_rows_bwd<double>(rows, stream);
-    case Element::kBFloat16:
-      return launch_rows_bwd<BFloat16>(rows, stream);
-    case Element::kHalf:
-      return launch_rows_bwd<Half>(rows, stream);
-  }
+  with_element(rows.element, [&](auto zero) { launch_rows_bwd<decltype(zero)>(rows, stream); });
 }
 
 }  // namespace sslkernels

@@ -26,12 +26,12 @@ struct Row {
   A scale;
   A softcap;
 
-  bool plain() const { return bias == nullptr && scale == A(1) && softcap == A(0); }
+  bool is_identity() const { return bias == nullptr && scale == A(1) && softcap == A(0); }
 
   // z of columns [begin, begin + count): in `buffer`, or the logits themselves if there is no transform.
   const A* block(int64_t begin, int64_t count, A* buffer) const {
     if constexpr (sizeof(T) == sizeof(A)) {
-      if (plain()) return logits + begin;
+      if (is_identity()) return logits + begin;
     }
     return block_copy(begin, count, buffer);
   }
@@ -250,27 +250,17 @@ void bwd_row(const CrossEntropyRows& rows, int64_t i) {
 
 }  // namespace
 
-#define SSLKERNELS_FOR_ROWS(function)     \
-  for (int64_t i = begin; i < end; ++i) { \
-    switch (rows.element) {               \
-      case Element::kFloat:               \
-        function<float>(rows, i);         \
-        break;                            \
-      case Element::kDouble:              \
-        function<double>(rows, i);        \
-        break;                            \
-      case Element::kBFloat16:            \
-        function<BFloat16>(rows, i);      \
-        break;                            \
-      case Element::kHalf:                \
-        function<Half>(rows, i);          \
-        break;                            \
-    }                                     \
+void cross_entropy_rows_fwd(const CrossEntropyRows& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    with_element(rows.element, [&](auto zero) { fwd_row<decltype(zero)>(rows, i); });
   }
+}
 
-void cross_entropy_rows_fwd(const CrossEntropyRows& rows, int64_t begin, int64_t end) { SSLKERNELS_FOR_ROWS(fwd_row) }
-
-void cross_entropy_rows_bwd(const CrossEntropyRows& rows, int64_t begin, int64_t end) { SSLKERNELS_FOR_ROWS(bwd_row) }
+void cross_entropy_rows_bwd(const CrossEntropyRows& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    with_element(rows.element, [&](auto zero) { bwd_row<decltype(zero)>(rows, i); });
+  }
+}
 
 }  // namespace SSLKERNELS_ISA
 }  // namespace sslkernels

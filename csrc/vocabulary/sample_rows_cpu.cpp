@@ -90,20 +90,7 @@ void sample_row(const SampleRows& sample, int64_t row) {
 
 void sample_rows(const SampleRows& sample, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    switch (sample.element) {
-      case Element::kFloat:
-        sample_row<float>(sample, row);
-        break;
-      case Element::kDouble:
-        sample_row<double>(sample, row);
-        break;
-      case Element::kBFloat16:
-        sample_row<BFloat16>(sample, row);
-        break;
-      case Element::kHalf:
-        sample_row<Half>(sample, row);
-        break;
-    }
+    with_element(sample.element, [&](auto zero) { sample_row<decltype(zero)>(sample, row); });
   }
 }
 
