@@ -1,8 +1,8 @@
-"""Builds the optional extension with CMake and Ninja. Imports no torch: CMake finds it through the interpreter.
+"""Builds the optional extension with CMake and Ninja. Does not import torch: CMake finds it through the interpreter.
 
 SSLKERNELS_BUILD_EXT: 1 = a failed build of the extension is fatal, 0 = do not build it, unset = build it if possible.
-SSLKERNELS_CUDA: 1 = CUDA kernels required, 0 = none, unset = where nvcc is.
-TORCH_CUDA_ARCH_LIST: as for torch, "8.0 9.0+PTX". MAX_JOBS: parallel compilations. CMAKE_ARGS: passed on.
+SSLKERNELS_CUDA: 1 = CUDA kernels required, 0 = none, unset = if there is nvcc.
+TORCH_CUDA_ARCH_LIST: as in torch, "8.0 9.0+PTX". MAX_JOBS: parallel compilations. CMAKE_ARGS: passed on.
 """
 
 from __future__ import annotations

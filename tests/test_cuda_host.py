@@ -1,7 +1,7 @@
 """The CUDA kernels of cross-entropy, run on the host under sanitizers: every kernel, dtype and regime against float64.
 
 A regime is chosen by the device that the launcher believes to be on: its shared memory and its clusters decide whether
-a row is held by one block, held by a cluster, or read twice.
+a row is cached by one block, cached by a cluster, or read twice.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SCRATCH = 33 * 48  # bytes of a block's reduction, at most
 # What the launcher is told of the device, and the kernel that this leads to for VOCAB columns.
 VOCAB = 1003
 REGIMES = {
-    "block": ({}, {"held": True}),
-    "cluster": ({"shared_per_block": SCRATCH + 1100, "shared_per_processor": 3 * (SCRATCH + 2124)}, {"held": True}),
-    "two_reads": ({"major": 8, "shared_per_processor": 4096}, {"held": False}),
+    "block": ({}, {"cached": True}),
+    "cluster": ({"shared_per_block": SCRATCH + 1100, "shared_per_processor": 3 * (SCRATCH + 2124)}, {"cached": True}),
+    "two_reads": ({"major": 8, "shared_per_processor": 4096}, {"cached": False}),
 }
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,7 +53,7 @@ KERNEL_FEATURES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows lie: elements before the first, elements a row takes beyond the vocabulary; for the gradient too."""
+    """Memory layout of logits and gradient: elements before the first row, and padding elements per row."""
 
     offset: int = 0
     pitch: int = 0
@@ -79,7 +79,7 @@ class Case:
     rows: int = 4
     vocab: int = VOCAB
     gradient: bool = True
-    backward: bool = False  # the backward kernel instead of the forward's
+    backward: bool = False  # the backward kernel instead of the forward kernel
     device: dict[str, int] = field(default_factory=dict)
     scale: float = 2.0
     special: str = ""
@@ -119,8 +119,8 @@ def cases() -> list[Case]:
     for dtype, regime in itertools.product(DTYPES, REGIMES):
         for features in ("plain", "stats", "everything"):
             found.append(Case(dtype, features, regime, rows=12, vocab=131, special="extreme"))
-    # So long for this device that only a cluster of 16 holds a row; there may be a place for 8 blocks at most.
-    # Code that was compiled from PTX of an older chip knows no clusters at all.
+    # On this device only a cluster of 16 can cache a row; if only 8 blocks fit, it is read twice.
+    # Code compiled from PTX of an older architecture does not support clusters.
     for place, regime in ((16, "cluster"), (8, "two_reads")):
         device = {**REGIMES["cluster"][0], "major": 9, "largest_cluster": place}
         found.append(Case(torch.float32, "stats", regime, rows=2, vocab=4003, device=device, special=f"place_{place}"))
@@ -142,7 +142,7 @@ def options_of(case: Case) -> RowOptions:
 
 
 def inputs_of(case: Case) -> tuple[Tensor, ...]:
-    """As row_oracle.make; rows 0 and 1 of three or more are out of range and ignored."""
+    """As row_oracle.make; if there are three or more rows, rows 0 and 1 are out of range and ignored."""
     index = torch.int32 if case.rows % 2 else torch.int64
     logits, target, bias, weight, coefficient = make(
         "cpu", case.rows, case.vocab, case.dtype, scale=case.scale, index_dtype=index
@@ -161,7 +161,7 @@ def inputs_of(case: Case) -> tuple[Tensor, ...]:
         logits[8, target[8]] = 40
         logits[9] = 0.5  # ties
         logits[10] -= 1000
-        logits[11, :100] = torch.finfo(case.dtype).min  # how masks are often written
+        logits[11, :100] = torch.finfo(case.dtype).min  # a common way to mask
     chosen = FEATURES[case.features]
     if case.dtype == torch.float64:
         bias, weight, coefficient = bias.double(), weight.double(), coefficient.double()
@@ -169,7 +169,7 @@ def inputs_of(case: Case) -> tuple[Tensor, ...]:
 
 
 def storage(values: Tensor, offset: int, pitch: int) -> tuple[Tensor, Tensor]:
-    """Memory that starts `offset` elements before the rows and ends with the last one; and the rows in it."""
+    """Memory that starts `offset` elements before the rows and ends with the last one, and a view of the rows."""
     rows, columns = values.shape
     stride = columns + pitch
     memory = torch.full((offset + max((rows - 1) * stride + columns, 0) * (rows > 0),), 7.0, dtype=values.dtype)
@@ -201,14 +201,14 @@ def call_of(case: Case) -> run.Call:
             arrays["grad"], _ = storage(torch.full_like(logits, 7), layout.grad_offset, layout.grad_pitch)
     ints = {
         "element": run.ELEMENTS[case.dtype], "in_place": in_place, "count": case.rows, "vocab": case.vocab,
-        "logits_offset": layout.offset, "logits_stride": case.vocab + layout.pitch,
-        "grad_offset": layout.grad_offset, "grad_stride": case.vocab + layout.grad_pitch,
+        "logits_stride": case.vocab + layout.pitch, "grad_stride": case.vocab + layout.grad_pitch,
         "wide_target": target.dtype == torch.int64, "ignore_index": options.ignore_index,
         **REGIMES[case.regime][0], **case.device,
     }  # fmt: skip
     reals = {name: getattr(options, name) for name in ("label_smoothing", "z_loss", "softcap", "logit_scale")}
     name = "cross_entropy_rows_bwd" if case.backward else "cross_entropy_rows_fwd"
-    return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None})
+    offsets = {"logits": layout.offset, "grad": layout.grad_offset}
+    return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None}, offsets)
 
 
 results = run.results_fixture(lambda: {name: call_of(case) for name, case in CASES.items()})
@@ -229,7 +229,7 @@ def test_against_float64(name, results):
             got, want = (tuple(part[1:] for part in outputs) for outputs in (got, want))
             want = RowOutputs(*want)
         if case.special == "extreme" and stats:
-            got[4][4:7] = want.prediction[4:7]  # rows of NaN have no largest logit
+            got[4][4:7] = want.prediction[4:7]  # the prediction of a NaN row is unspecified
         assert_outputs(got, want, tolerance_of(case.dtype), stats=stats)
     if case.gradient:
         assert_gradient(written_gradient(case, result), want_grad, coefficient)
@@ -247,7 +247,7 @@ def written_gradient(case: Case, result: run.Result) -> Tensor:
 
 
 def assert_untouched(case: Case, result: run.Result) -> None:
-    """What lies between the rows is as it was, and so are the logits where the gradient is elsewhere."""
+    """Padding between the rows is unchanged, and so are the logits unless the gradient is written in place."""
     before = call_of(case).arrays
     layout = LAYOUTS[case.layout]
     for key, offset, pitch in (
@@ -264,7 +264,7 @@ def assert_untouched(case: Case, result: run.Result) -> None:
         assert bool(same[outside].all()), key
 
 
-def test_every_kernel_runs_in_the_regime_meant_for_it(results, request):
+def test_every_kernel_runs_in_its_regime(results, request):
     launched = {name for result in results.values() for name in result.launched}
     program = run.build(request.node.callspec.params["results"])
     compiled = {name for name in run.kernels(program).values() if name.startswith("cross_entropy")}
@@ -275,8 +275,8 @@ def test_every_kernel_runs_in_the_regime_meant_for_it(results, request):
         if case.dtype == torch.float64 or case.backward or case.rows == 0 or not case.gradient:
             continue
         flags = ", ".join(str(flag).lower() for flag in KERNEL_FEATURES[case.features])
-        held = str(REGIMES[case.regime][1]["held"]).lower()
-        expected = f"cross_entropy_rows_fwd_kernel<{types[case.dtype]}, RowFeatures<{flags}>, {held}>"
+        cached = str(REGIMES[case.regime][1]["cached"]).lower()
+        expected = f"cross_entropy_rows_fwd_kernel<{types[case.dtype]}, RowFeatures<{flags}>, {cached}>"
         if case.vocab == VOCAB or case.special.startswith("place"):
             assert results[name].launched == [expected]
 
@@ -332,7 +332,7 @@ H100 = {
 
 
 @pytest.mark.parametrize(
-    ("device", "vocab", "rows", "kind", "held", "cluster", "threads"),
+    ("device", "vocab", "rows", "kind", "cached", "cluster", "threads"),
     [
         (H100, 1000, 4096, "plain", True, 1, 64),
         (H100, 18000, 4096, "plain", True, 1, 256),
@@ -340,31 +340,31 @@ H100 = {
         (H100, 50265, 8192, "plain", True, 2, 256),
         (H100, 128256, 8192, "plain", True, 4, 256),
         (H100, 256000, 8192, "plain", True, 8, 256),
-        (H100, 1800000, 8192, "plain", True, 16, 256),  # a block has all the shared memory there is
+        (H100, 1800000, 8192, "plain", True, 16, 256),  # a block uses all of the shared memory
         (H100, 2000003, 8192, "plain", False, 1, 1024),
         (H100, 30522, 16384, "capped", True, 2, 256),
         (H100, 128256, 8192, "capped", True, 8, 256),
         (H100, 256000, 8192, "capped", True, 16, 256),
         (H100, 128256, 8192, "loss", False, 1, 256),
-        (H100, 128256, 16, "loss", False, 8, 256),  # few rows: more blocks for each
+        (H100, 128256, 16, "loss", False, 8, 256),  # few rows: more blocks per row
         (A100, 18000, 4096, "capped", True, 1, 256),
         (A100, 30522, 4096, "plain", True, 1, 256),
         (A100, 50265, 4096, "plain", False, 1, 1024),
         (A100, 128256, 4096, "plain", False, 1, 1024),
     ],
 )
-def test_plans_on_real_devices(device, vocab, rows, kind, held, cluster, threads, tmp_path):
-    """Of bfloat16 rows. A held part leaves room for several blocks where there are clusters enough; rows that are read
-    twice fit half of the L2 cache as far as one row a multiprocessor does."""
+def test_plans_on_real_devices(device, vocab, rows, kind, cached, cluster, threads, tmp_path):
+    """bfloat16 rows. A cached part leaves room for several blocks if clusters are large enough; rows that are read
+    twice fit in half of the L2 cache, unless one row per multiprocessor is already too much."""
     ints = {"element": 2, "count": rows, "vocab": vocab, "gradient": kind != "loss", **device}
     reals = {"softcap": 30.0 if kind == "capped" else 0.0}
     call = run.Call("plan_rows", ints, reals, {"plan": torch.zeros(4, dtype=torch.int64)})
     (result,) = run.run(run.build("address"), [call], tmp_path)
-    assert result.arrays["plan"].tolist()[:3] == [held, cluster, threads]
+    assert result.arrays["plan"].tolist()[:3] == [cached, cluster, threads]
     shared = int(result.arrays["plan"][3])
     assert shared <= device["shared_per_block"]
-    if held and vocab <= 512000:
+    if cached and vocab <= 512000:
         assert (2 if device is A100 else 3) * (shared + 1024) <= device["shared_per_processor"]
-    if kind != "loss" and not held and vocab <= 60000:
+    if kind != "loss" and not cached and vocab <= 60000:
         at_once = 1024 // threads * device["processors"]
         assert at_once * vocab * 2 <= device["cache"] / 2

@@ -32,10 +32,9 @@ def scale_add_call(
         arrays["scale"] = torch.tensor([scale], dtype=torch.float64 if wide else torch.float32)
     ints = {
         "input_element": ELEMENTS[source], "out_element": ELEMENTS[out], "count": count, "add": add,
-        "wide_scale": wide, "in_place": in_place, "input_offset": offset * source.itemsize,
-        "out_offset": offset * out.itemsize, "processors": 1,
+        "wide_scale": wide, "in_place": in_place, "processors": 1,
     }  # fmt: skip
-    return Call("scale_add", ints, {}, arrays)
+    return Call("scale_add", ints, {}, arrays, {"input": offset, "out": offset})
 
 
 def column_sums_call(
@@ -44,10 +43,10 @@ def column_sums_call(
     values = values_of(offset + max((rows - 1) * stride + columns, 0) * (rows > 0), dtype, 2)
     total = values_of(columns, torch.float64 if dtype == torch.float64 else torch.float32, 3)
     ints = {
-        "element": ELEMENTS[dtype], "values_offset": offset * dtype.itemsize, "stride": stride, "rows": rows,
-        "columns": columns, "add": add, "processors": processors,
+        "element": ELEMENTS[dtype], "stride": stride, "rows": rows, "columns": columns, "add": add,
+        "processors": processors,
     }  # fmt: skip
-    return Call("column_sums", ints, {}, {"values": values, "total": total})
+    return Call("column_sums", ints, {}, {"values": values, "total": total}, {"values": offset})
 
 
 SCALE_ADD = {
@@ -107,7 +106,7 @@ def test_column_sums(name, results):
     before = call.arrays["total"].double() * options["add"]
     want = before + values.double().sum(0)
     eps = torch.finfo(call.arrays["total"].dtype).eps
-    # One rounding for each of the sums that a value goes through: rows of a warp, warps, blocks of rows.
+    # One rounding per level of summation: rows of a warp, warps, blocks of rows.
     bound = (rows / 8 + 16) * eps * (before.abs() + values.double().abs().sum(0))
     assert bool(((result.arrays["total"].double() - want).abs() <= bound).all())
 
@@ -120,7 +119,7 @@ def test_every_kernel_runs(results, request):
     assert {name for result in results.values() for name in result.launched} == compiled
 
 
-def test_what_is_not_there_is_an_error(tmp_path):
+def test_unsupported_types_are_an_error(tmp_path):
     calls = [
         scale_add_call(torch.float64, torch.float32, 4, add=False, scale=1.0),
         scale_add_call(torch.float32, torch.float64, 4, add=False, scale=1.0),
@@ -129,6 +128,6 @@ def test_what_is_not_there_is_an_error(tmp_path):
         assert "float64" in result.error
 
 
-def test_in_place_with_scale_one_leaves_memory_alone(results):
+def test_in_place_with_scale_one_writes_nothing(results):
     call, result = CALLS["scale_add-in_place_one"], results["scale_add-in_place_one"]
     assert torch.equal(call.arrays["out"], result.arrays["out"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from sslkernels.core.dtypes import accumulation_dtype
 
 pytestmark = run.required
-ONE = {"processors": 1}  # few threads fill the device: candidates and features are not split
+ONE = {"processors": 1}  # a small device: candidates and features are not split
 MANY = {"processors": 64}
 
 
@@ -25,14 +25,14 @@ def short(dtype: torch.dtype) -> str:
 
 
 def roundings(dtype: torch.dtype) -> float:
-    """Relative to the norm: of sums in the accumulation dtype, and of the result."""
+    """Relative to the norm: rounding of sums in the accumulation dtype, and of the result."""
     return 16 * torch.finfo(accumulation_dtype(dtype)).eps + torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
 class Energies:
-    """Energies (outer, count, inner), which lie in memory in the order of `order` and `pad` elements beyond each row of
-    it; offset: elements before the first. backward: the gradient kernel, else forward."""
+    """Energies (outer, count, inner), stored in the dimension order `order` with `pad` padding elements per row;
+    offset: elements before the first. backward: the gradient kernel, else forward."""
 
     dtype: torch.dtype = torch.float32
     shape: tuple[int, int, int] = (5, 9, 1)
@@ -61,7 +61,7 @@ class Energies:
     def energies(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         memory, strides = self.layout()
         view = memory.as_strided(self.shape, strides, self.offset)
-        if self.special:  # a row each: all infinite, one finite, NaN, a tie
+        if self.special:  # one row each: all infinite, one finite, NaN, a tie
             view[0] = torch.inf
             view[1, 1:] = torch.inf
             view[2, 3] = torch.nan
@@ -69,7 +69,7 @@ class Energies:
         return memory, view, strides
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, derivative with respect to it, gradient."""
+        """Value, upstream derivative, gradient."""
         _, view, _ = self.energies()
         leaf = view.double().clone().requires_grad_()
         value = oracle.free_energy(leaf, beta=self.beta, dim=1, mode="min" if self.minimum else "soft")
@@ -83,7 +83,7 @@ class Energies:
         outer, count, inner = self.shape
         acc = accumulation_dtype(self.dtype)
         ints = {
-            "element": ELEMENTS[self.dtype], "offset": self.offset, "outer": outer, "count": count, "inner": inner,
+            "element": ELEMENTS[self.dtype], "outer": outer, "count": count, "inner": inner,
             "outer_stride": strides[0], "count_stride": strides[1], "inner_stride": strides[2],
             "minimum": self.minimum, **self.device,
         }  # fmt: skip
@@ -93,7 +93,7 @@ class Energies:
         }
         if not self.backward:
             arrays = {"energy": memory, "value": torch.full((outer, inner), 7.0, dtype=acc), **results}
-            return Call("free_energy_fwd", ints, {"beta": self.beta}, arrays)
+            return Call("free_energy_fwd", ints, {"beta": self.beta}, arrays, {"energy": self.offset})
         wide = view.to(acc)
         arrays = {"grad_value": self.truth()[1], "grad": torch.full_like(memory, 7.0)[self.offset :]}
         if self.minimum:
@@ -104,12 +104,12 @@ class Energies:
             arrays |= {"energy": memory, "lowest": lowest, "total": total}
         for name, stride in zip(("outer", "count", "inner"), strides, strict=True):
             ints[f"grad_{name}_stride"] = stride
-        return Call("free_energy_bwd", ints, {"beta": self.beta}, arrays)
+        return Call("free_energy_bwd", ints, {"beta": self.beta}, arrays, {"energy": self.offset})
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """transposed: the predictions lie as (count, batch, dim); pad: elements beyond each of their rows."""
+    """transposed: the predictions are stored as (count, batch, dim); pad: padding elements per row."""
 
     dtype: torch.dtype = torch.float32
     shape: tuple[int, int, int] = (5, 3, 32)
@@ -131,7 +131,7 @@ class Predictions:
         memory = torch.randn(*lead, dim + self.pad, generator=g).to(self.dtype)
         view = memory[..., :dim].transpose(0, 1) if self.transposed else memory[..., :dim]
         target = torch.randn(1 if self.one_target else batch, dim, generator=g).to(self.dtype)
-        if self.special:  # a row each: one infinite, all infinite, NaN, a tie
+        if self.special:  # one row each: one infinite, all infinite, NaN, a tie
             view[0, 1, 0] = torch.inf
             view[1, :, 1] = -torch.inf
             view[2, 2, 0] = torch.nan
@@ -139,7 +139,7 @@ class Predictions:
         return memory, view, target
 
     def truth(self) -> tuple[Tensor, ...]:
-        """Value, weights, derivative with respect to the value, gradients."""
+        """Value, weights, upstream derivative, gradients."""
         _, view, target = self.inputs()
         leaves = [view.double().clone().requires_grad_(), target.double().expand(view[:, 0].shape).clone()]
         leaves[1].requires_grad_()
@@ -271,7 +271,7 @@ def test_free_energy(name, results):
         _, strides = case.layout()
         got = result.arrays["grad"]
         view = got.as_strided(case.shape, strides, 0)
-        # The exponent of a spread of 1e4 has the roundings of its energies.
+        # With a spread of 1e4 the exponent has the rounding errors of the energies.
         assert oracle.error(view, grad) <= roundings(case.dtype) * (1 + case.beta * case.spread)
         outside = torch.ones_like(got, dtype=torch.bool)
         outside.as_strided(case.shape, strides, 0).fill_(False)
@@ -292,7 +292,7 @@ def test_free_energy(name, results):
 
 
 def exact_free_energy(energy: Tensor, beta: float) -> Tensor:
-    """In float64, also where beta is small: from the deviations d from the mean, whose terms of first order cancel."""
+    """In float64, accurate for small beta: from the deviations d from the mean, whose first-order terms cancel."""
     mean = energy.mean(1, keepdim=True)
     x = beta * (energy - mean)
     small = torch.where(x.abs() < 1e-4, x * x / 2, torch.exp(-x) - 1 + x).mean(1)
@@ -309,7 +309,7 @@ def test_prediction_energy(name, results):
     if not case.backward:
         assert oracle.error(result.arrays["value"], value) <= roundings(accumulation_dtype(case.dtype))
         if "weights" in result.arrays:
-            # A weight has the relative error of its energy's absolute one.
+            # The relative error of a weight is the absolute error of its energy.
             limit = roundings(accumulation_dtype(case.dtype)) * (1 + case.beta * 4 * case.shape[2])
             assert oracle.error(result.arrays["weights"], weights) <= limit
             assert torch.equal(result.arrays["weights"] == 0, weights == 0)

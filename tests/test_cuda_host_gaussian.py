@@ -28,10 +28,14 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def offsets_of(inputs: Inputs) -> dict[str, int]:
+    return {name: tensor.storage_offset() for name, tensor in zip(NAMES, inputs, strict=False) if tensor is not None}
+
+
 @dataclass(frozen=True)
 class Latent:
-    """One forward and one backward. prior: "full", "shared" or "mixed"; halves: mean and logvar are those of one
-    tensor; offset: elements before their first."""
+    """One forward and one backward. prior: "full", "shared" or "mixed"; halves: mean and logvar are the
+    halves of one tensor; offset: elements before them."""
 
     dtype: torch.dtype = torch.float32
     rows: int = 5
@@ -83,14 +87,14 @@ class Latent:
         ints |= {"samples": max(self.samples, 0), "by_row": self.kl == ROWS}
         outer, inner = self.columns, max(self.samples, 1) * self.columns
         strides = (outer, self.rows * outer) if self.first else (inner, outer)
-        ints |= dict(zip(("z_row_stride", "z_sample_stride"), strides, strict=True))
+        ints |= dict(zip(("row_stride", "sample_stride"), strides, strict=True))
         arrays = {}
         for name, tensor in zip(NAMES, inputs, strict=False):
             if tensor is not None:
-                # The whole memory that the rows lie in, so that a byte beyond it is one too many.
+                # The whole storage of the rows, so that an access one byte beyond it is detected.
                 arrays[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
                 shared = name.startswith("prior") and tensor.shape[0] == 1
-                ints |= {f"{name}_offset": tensor.storage_offset(), f"{name}_stride": tensor.stride(0)}
+                ints[f"{name}_stride"] = tensor.stride(0)
                 ints[f"{name}_shared"] = shared
         if inputs.row_ids is not None:
             arrays["row_ids"] = inputs.row_ids
@@ -111,7 +115,7 @@ class Latent:
         if self.statistics:
             blocks = operators._row_blocks(self.rows)
             arrays["statistics"] = torch.full((blocks, 3, self.columns), 7.0, dtype=acc)
-        return Call("gaussian_fwd", ints, reals, arrays)
+        return Call("gaussian_fwd", ints, reals, arrays, offsets_of(inputs))
 
     def backward(self) -> Call:
         inputs, grad_z, grad_kl = self.tensors()
@@ -129,7 +133,7 @@ class Latent:
                 rows = operators._row_blocks(self.rows) if shared else self.rows
                 dtype = accumulation_dtype(self.dtype) if shared else self.dtype
                 arrays[f"grad_{name}"] = torch.full((rows, self.columns), 7.0, dtype=dtype)
-        return Call("gaussian_bwd", ints, reals, arrays)
+        return Call("gaussian_bwd", ints, reals, arrays, offsets_of(inputs))
 
     def expected(self) -> tuple[operators.Outputs, dict[str, Tensor]]:
         """In float64, by autograd of the definition, with the noise of the reference."""
@@ -200,7 +204,7 @@ results = run.results_fixture(calls)
 
 
 def roundings(dtype: torch.dtype) -> float:
-    """Relative to the norm: of the terms and sums in the accumulation dtype, and of the result."""
+    """Relative to the norm: rounding of terms and sums in the accumulation dtype, and of the result."""
     return 16 * torch.finfo(accumulation_dtype(dtype)).eps + torch.finfo(dtype).eps
 
 

@@ -1,6 +1,6 @@
 """The CUDA kernels of Gumbel-softmax, run on the host under sanitizers, against float64.
 
-What the launcher is told of the device decides whether a row is held, made twice, or shared by a cluster.
+The device limits that the launcher gets decide whether a row is cached, computed twice, or shared by a cluster.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ pytestmark = run.required
 
 DTYPES = tuple(run.ELEMENTS)
 SEED = -(2**40) + 3
-SMALL = {"shared_per_block": 4096, "shared_per_processor": 8192}  # room for no long row
+SMALL = {"shared_per_block": 4096, "shared_per_processor": 8192}  # too small for long rows
 DEVICES = {"": {}, "twice": {**SMALL, "ptx": 80}, "cluster": SMALL, "spread": {"processors": 64}, "old": {"major": 8}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """offset: elements before the logits; pad: elements between their rows; bad: rows of NaN, +inf, -inf; grad: that of
-    y, "none", "narrow" (the dtype of the logits), "wide" or "in_place"; uses: groups, 0 for none."""
+    """offset: elements before the logits; pad: elements between their rows; bad: rows of NaN, +inf, -inf; grad: the
+    gradient of y, "none", "narrow" (the dtype of the logits), "wide" or "in_place"; usage: groups of
+    grad_usage, 0 for none."""
 
     dtype: torch.dtype
     rows: int
@@ -44,7 +45,7 @@ class Case:
     output: int = NONE
     stats: bool = False
     grad: str = "narrow"
-    uses: int = 0
+    usage: int = 0
     mask: bool = False
 
     @property
@@ -87,9 +88,10 @@ class Case:
             "seed": torch.tensor([SEED]) if self.noise else None,
             **arrays,
         }
-        sizes = {"rows": self.rows, "columns": self.columns, "logits_offset": self.offset, "logits_stride": stride}
+        sizes = {"rows": self.rows, "columns": self.columns, "logits_stride": stride}
         sizes |= {"first_row": self.first_row, "element": run.ELEMENTS[self.dtype], **ints, **DEVICES[self.device]}
-        return run.Call(name, sizes, {}, {k: a for k, a in arrays.items() if a is not None})
+        arrays = {k: a for k, a in arrays.items() if a is not None}
+        return run.Call(name, sizes, {}, arrays, {"logits": self.offset})
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full(shape, 7, dtype=dtype or self.acc)
@@ -101,12 +103,12 @@ def forward_call(case: Case) -> run.Call:
     if case.output != NONE:
         arrays["y"] = case.empty(rows, case.columns, dtype=case.dtype)
     if case.stats:
-        arrays |= {"plain_max": case.empty(rows), "plain_sum": case.empty(rows)}
-        arrays["best"] = case.empty(rows, dtype=torch.int64)
+        arrays |= {"softmax_max": case.empty(rows), "softmax_sum": case.empty(rows)}
+        arrays["argmax"] = case.empty(rows, dtype=torch.int64)
     return case.call("gumbel_rows_fwd", {"output": case.output}, arrays)
 
 
-def plain_state(case: Case) -> tuple[Tensor, Tensor]:
+def softmax_state(case: Case) -> tuple[Tensor, Tensor]:
     truth = gumbel_oracle.reduced(case.logits().to(case.acc), 1.0)
     return truth.max, truth.sum.to(case.acc)
 
@@ -117,19 +119,20 @@ def grad_of(case: Case) -> Tensor | None:
     return case.draw(case.rows, case.columns, dtype=case.dtype if case.grad == "narrow" else case.acc)
 
 
-def uses_of(case: Case) -> Tensor | None:
-    return case.draw(case.uses, case.columns, dtype=case.acc) if case.uses else None
+def grad_usage_of(case: Case) -> Tensor | None:
+    return case.draw(case.usage, case.columns, dtype=case.acc) if case.usage else None
 
 
 def backward_call(case: Case) -> run.Call:
     truth, grad, out = gumbel_oracle.reduced(case.s(), case.tau), grad_of(case), case.empty(case.rows, case.columns)
     in_place = case.grad == "in_place"
     out = grad if in_place else out.to(case.dtype)
-    plain_max, plain_sum = plain_state(case) if case.uses else (None, None)
+    softmax_max, softmax_sum = softmax_state(case) if case.usage else (None, None)
     state = (truth.max, truth.sum.to(case.acc)) if grad is not None else (None, None)
-    arrays = {"max": state[0], "sum": state[1], "plain_max": plain_max, "plain_sum": plain_sum, "grad_logits": out}
-    arrays |= {"uses": uses_of(case), "mask": case.masked(), "grad": None if in_place else grad}
-    ints = {"in_place": in_place, "groups": max(case.uses, 1), "grad_stride": 0 if grad is None else case.columns}
+    arrays = {"max": state[0], "sum": state[1], "softmax_max": softmax_max, "softmax_sum": softmax_sum}
+    arrays |= {"grad_usage": grad_usage_of(case), "mask": case.masked()}
+    arrays |= {"grad": None if in_place else grad, "grad_logits": out}
+    ints = {"in_place": in_place, "groups": max(case.usage, 1), "grad_stride": 0 if grad is None else case.columns}
     ints["wide_grad"] = grad is not None and grad.dtype != case.dtype
     return case.call("gumbel_rows_bwd", ints, arrays)
 
@@ -140,10 +143,10 @@ class Sums:
     chunk_rows: int = field(default=2)
 
     def call(self) -> run.Call:
-        groups = self.case.uses
+        groups = self.case.usage
         chunks = -(-self.case.rows // (self.chunk_rows * groups))
-        plain_max, plain_sum = plain_state(self.case)
-        arrays = {"plain_max": plain_max, "plain_sum": plain_sum, "mask": self.case.masked()}
+        softmax_max, softmax_sum = softmax_state(self.case)
+        arrays = {"softmax_max": softmax_max, "softmax_sum": softmax_sum, "mask": self.case.masked()}
         arrays["partial"] = self.case.empty(chunks, groups, self.case.columns)
         ints = {"groups": groups, "chunk_rows": self.chunk_rows, "chunks": chunks}
         return self.case.call("probability_sums", ints, arrays)
@@ -170,21 +173,21 @@ def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
         output, stats = next(kinds)
         case = dataclasses.replace(base, output=output, stats=stats)
         forward[label(case)] = case
-        grad, uses = next(grads)
+        grad, usage = next(grads)
         if grad == "in_place" and dtype in (torch.bfloat16, torch.float16):
             grad = "narrow"
-        if rows % max(uses, 1):
-            uses = 1
-        case = dataclasses.replace(base, grad=grad, uses=uses, mask=uses > 0 and rows > 3)
+        if rows % max(usage, 1):
+            usage = 1
+        case = dataclasses.replace(base, grad=grad, usage=usage, mask=usage > 0 and rows > 3)
         backward[label(case)] = case
     for dtype, device in itertools.product(DTYPES, DEVICES):
-        # Long rows under every plan, with what the second pass needs.
+        # Long rows under every plan, with results for a second pass.
         base = Case(dtype, 3, 1100, 0.5, device, bad=device == "")
         if dtype in (torch.float32, torch.bfloat16):
             forward[label(base) + "-long"] = dataclasses.replace(base, output=SOFT)
-            backward[label(base) + "-long"] = dataclasses.replace(base, grad="wide", uses=3)
+            backward[label(base) + "-long"] = dataclasses.replace(base, grad="wide", usage=3)
         case = dataclasses.replace(
-            base, rows=2 * (3 + len(device)), columns=[1, 6, 40, 300, 1500][len(sums) % 5], uses=2
+            base, rows=2 * (3 + len(device)), columns=[1, 6, 40, 300, 1500][len(sums) % 5], usage=2
         )
         sums[label(case)] = Sums(dataclasses.replace(case, bad=False, mask=len(sums) % 2 == 0))
     empty = Case(torch.float32, 0, 5, output=HARD)
@@ -202,7 +205,7 @@ def label(case: Case) -> str:
 FORWARD, BACKWARD, SUMS = cases()
 LIMITS = {"processors": 132}
 PLANS = {
-    # rows, columns, bytes of a number, twice -> team, threads, cluster, held
+    # rows, columns, bytes each, twice -> team, threads, cluster, cached
     (4096, 2, 4, False): (1, 32, 1, False),
     (1 << 20, 2, 4, True): (1, 256, 1, True),
     (4096, 128, 4, True): (32, 256, 1, True),
@@ -259,9 +262,9 @@ def test_forward(name, results):
     close(got["sum"], truth.sum, case.acc)
     if case.stats:
         plain = gumbel_oracle.reduced(case.logits().to(case.acc), 1.0)
-        assert torch.equal(got["plain_max"], plain.max)
-        assert torch.equal(got["best"], plain.index)
-        close(got["plain_sum"], plain.sum, case.acc)
+        assert torch.equal(got["softmax_max"], plain.max)
+        assert torch.equal(got["argmax"], plain.index)
+        close(got["softmax_sum"], plain.sum, case.acc)
     if case.output == SOFT:
         close(got["y"], truth.y, case.dtype)
     if case.output == HARD:
@@ -274,7 +277,7 @@ def test_backward(name, results):
     assert result.error == ""
     if case.rows == 0:
         return
-    true = gumbel_oracle.gradient(case.logits(), case.s(), case.tau, grad_of(case), uses_of(case), case.masked())
+    true = gumbel_oracle.gradient(case.logits(), case.s(), case.tau, grad_of(case), grad_usage_of(case), case.masked())
     close(result.arrays["grad_logits"], true, case.dtype, 4 / case.tau + 4)
 
 
@@ -285,15 +288,15 @@ def test_probability_sums(name, results):
     p = gumbel_oracle.reduced(case.logits().to(case.acc), 1.0).y
     if case.mask:
         p = p.masked_fill(~case.masked()[:, None], 0)
-    close(result.arrays["partial"].double().sum(0), p.view(-1, case.uses, case.columns).sum(0), case.acc)
+    close(result.arrays["partial"].double().sum(0), p.view(-1, case.usage, case.columns).sum(0), case.acc)
 
 
 @pytest.mark.parametrize("sizes", PLANS)
 def test_plan(sizes, results):
-    team, threads, cluster, held, shared = results[f"plan-{sizes}"].arrays["plan"].tolist()
-    assert (team, threads, cluster, bool(held)) == PLANS[sizes]
+    team, threads, cluster, cached, shared = results[f"plan-{sizes}"].arrays["plan"].tolist()
+    assert (team, threads, cluster, bool(cached)) == PLANS[sizes]
     _, columns, each, _ = sizes
-    if held:
+    if cached:
         assert shared >= 1024 + (columns if team > 32 else columns * threads // team) * each / cluster
     assert shared <= 232448
 

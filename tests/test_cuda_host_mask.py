@@ -1,4 +1,4 @@
-"""The CUDA kernels of mask_tokens, run on the host under sanitizers: the reference, bit for bit."""
+"""The CUDA kernels of mask_tokens, run on the host under sanitizers: bit-identical to the reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sslkernels.vocabulary.mask_tokens import mask_rule
 
 pytestmark = run.required
 
-INLINE_RANGES = 64  # kInlineRanges in csrc/cuda/mask_tokens.h
+INLINE_RANGES = 64  # kInlineRanges in csrc/vocabulary/mask_tokens.h
 VOCAB, MASK, SPECIAL = 60, 4, (0, 1, 2, 10, 11, 59, 70, -1)
 LONG_VOCAB = 1000
 LONG_SPECIAL = {  # number of ranges -> special ids; 0 and 1 are two ranges, and a range touches each end of a launch
@@ -70,9 +70,9 @@ class Mask:
             words = torch.randint(0, 3, (rows, columns), generator=g).cumsum(1) // 4
             words[torch.rand(rows, columns, generator=g) < 0.1] = -1
             options["word_ids"] = words.to(self.word_dtype)
-        elif self.words == "one":  # a word a row, which some ineligible tokens interrupt
+        elif self.words == "one":  # one word per row, interrupted by some ineligible tokens
             options["word_ids"] = torch.zeros(rows, columns, dtype=self.word_dtype)
-        elif self.words == "wide":  # words that differ beyond 32 bits alone
+        elif self.words == "wide":  # word ids that differ only beyond 32 bits
             words = torch.randint(0, 2, (rows, columns), generator=g) << 32
             options["word_ids"] = words + 5
         return ids, options
@@ -101,13 +101,15 @@ class Mask:
         if self.row_ids:
             arrays["row_ids"] = options["row_ids"]
         ints = rule._asdict() | {
-            "rows": self.rows, "columns": self.columns, "offset": self.offset, "output_offset": self.output_offset,
-            "wide_ids": ids.dtype == torch.int64, "wide_words": self.word_dtype == torch.int64,
+            "rows": self.rows, "columns": self.columns, "wide_ids": ids.dtype == torch.int64,
+            "wide_words": self.word_dtype == torch.int64,
             "chained": words is not None or self.mean_span is not None,
             "ignore_index": options.get("ignore_index", -100), "range_count": len(rule.ranges) // 2,
         }  # fmt: skip
         del ints["ranges"]
-        return run.Call("mask_tokens", ints, {}, arrays)
+        offsets = dict.fromkeys(("input_ids", "special_mask", "word_ids"), self.offset)
+        offsets |= dict.fromkeys(("output_ids", "labels"), self.output_offset)
+        return run.Call("mask_tokens", ints, {}, arrays, offsets)
 
     def expected(self) -> dict[str, Tensor]:
         ids, options = self.inputs()
@@ -151,7 +153,7 @@ def cases() -> dict[str, Mask]:
         name = f"one_word-{mean_span}"
         found[name] = Mask(3, 1025, words="one", mean_span=mean_span)
     found["wide_words"] = Mask(2, 130, words="wide")
-    found["many_steps"] = Mask(2, 2100, words="runs", mean_span=40.0)  # three of a row
+    found["many_steps"] = Mask(2, 2100, words="runs", mean_span=40.0)  # three steps per row
     found["one_span"] = Mask(1, 2100, mean_span=1e6, options={"probability": 0.5})
     return found
 
@@ -163,7 +165,7 @@ results = run.results_fixture(lambda: {name: case.call() for name, case in CASES
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_reference(name, results):
+def test_equals_the_reference(name, results):
     result, expected = results[name], CASES[name].expected()
     assert result.error == ""
     assert result.arrays.keys() == expected.keys()

@@ -17,7 +17,7 @@ from sslkernels.core import segment_sum
 from sslkernels.core.dtypes import accumulation_dtype
 
 pytestmark = run.required
-CHUNK = 64  # kChunk in csrc/cuda/segment_sum.cu
+CHUNK = 64  # kChunk in csrc/core/segment_sums.cu
 
 
 def short(dtype: torch.dtype) -> str:
@@ -25,7 +25,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def roundings(dtype: torch.dtype) -> float:
-    """Relative to the norm: of sums over a few dozen terms in the accumulation dtype, and of the result."""
+    """Relative to the norm: rounding of sums over a few dozen terms in the accumulation dtype, and of the result."""
     return 8 * torch.finfo(accumulation_dtype(dtype)).eps + torch.finfo(dtype).eps
 
 
@@ -73,7 +73,7 @@ class Pairs:
         return Call("negative_sampling_fwd", ints, {}, arrays)
 
     def expected(self) -> dict[str, Tensor]:
-        """In float64, by autograd; NaN in the pairs with an index out of range."""
+        """In float64, by autograd; NaN for pairs with an index out of range."""
         t = {
             name: value.double() if value.is_floating_point() else value.long() for name, value in self.inputs().items()
         }
@@ -97,7 +97,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Sums:
-    """One call of weighted_row_sums. kind: how the entries are spread over the rows."""
+    """One call of weighted_row_sums. kind: the distribution of the entries over the rows."""
 
     dtype: torch.dtype = torch.float32
     kind: str = "uniform"

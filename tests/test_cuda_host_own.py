@@ -1,6 +1,6 @@
 """own_negatives on CUDA, run on the host under sanitizers, against autograd in float64.
 
-What the launcher is told of the device's shared memory decides whether a row is held whole or taken in tiles.
+The shared memory that the launcher is told of decides whether a row is cached whole or processed in tiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class HostCase:
-    """tile: negatives that there is shared memory for, 0 for all; offsets: elements before the tensors' first ones."""
+    """tile: negatives that fit in shared memory, 0 for all; offsets: elements before the first of each tensor."""
 
     case: OwnCase
     tile: int = 0
@@ -57,18 +57,18 @@ CASES = {str(case): case for case in host_cases()}
 
 
 def shared_bytes(host: HostCase) -> int:
-    """Of a block with `tile` negatives: csrc/cuda/own_negatives.cu, Layout."""
+    """Per block with `tile` negatives: Layout in csrc/contrastive/query_negatives.cu."""
     case = host.case
     _, _, dim = case.shape
     size, acc = 16 // case.dtype.itemsize, 8 if case.dtype == torch.float64 else 4
     aligned = not any(part % size for part in (dim, *host.offsets[1:]))
     groups = -(-(dim if aligned else dim + size - 1) // size)
-    held = case.gradient and (case.query or case.negatives)
+    cached = case.gradient and (case.query or case.negatives)
     fixed = 2 * 33 * 4 * acc + (dim // size + 3) * (size + 1) * acc
-    return fixed + 32 + host.tile * (5 * acc + 1 + held * 16 * groups)
+    return fixed + 32 + host.tile * (5 * acc + 1 + cached * 16 * groups)
 
 
-def call_of(host: HostCase, name: str = "own_negatives") -> run.Call:
+def call_of(host: HostCase, name: str = "query_negatives") -> run.Call:
     case = host.case
     inputs = make(case)
 
@@ -88,12 +88,12 @@ def call_of(host: HostCase, name: str = "own_negatives") -> run.Call:
     ints = {
         "element": run.ELEMENTS[case.dtype], "rows": rows, "count": count, "dim": dim, "energy": case.energy,
         "final": inputs.final, "gradient": case.gradient,
-        **dict(zip(("query_offset", "negatives_offset", "grad_offset"), host.offsets, strict=True)),
     }  # fmt: skip
     if host.tile:
         ints["shared_per_block"] = shared_bytes(host)
         ints["shared_per_processor"] = 3 * (ints["shared_per_block"] + 1024)
-    return run.Call(name, ints, {}, arrays)
+    offsets = dict(zip(("query", "negatives", "grad_negatives"), host.offsets, strict=True))
+    return run.Call(name, ints, {}, arrays, offsets)
 
 
 results = run.results_fixture(lambda: {name: call_of(host) for name, host in CASES.items()})
@@ -116,7 +116,7 @@ def test_against_float64(name, results):
 
 def test_every_kernel_runs(results, request):
     names = run.kernels(run.build(request.node.callspec.params["results"])).values()
-    compiled = {name for name in names if name.startswith("own_negatives")}
+    compiled = {name for name in names if name.startswith("query_negatives")}
     assert len(compiled) == 7
     assert {name for result in results.values() for name in result.launched} == compiled
 
@@ -128,10 +128,10 @@ def planned(call: run.Call, folder) -> list[int]:
     return result.arrays["plan"].tolist()
 
 
-def test_tiles_are_as_told(tmp_path):
-    """Shared memory for so many negatives is what the tests of tiles rely on."""
+def test_shared_memory_decides_the_tile(tmp_path):
+    """The tests of tiles rely on shared_bytes()."""
     for host in [host for host in CASES.values() if host.case.query and 0 < host.tile < host.case.shape[1]][::5]:
-        assert planned(call_of(host, "plan_own_negatives"), tmp_path)[0] == host.tile
+        assert planned(call_of(host, "plan_query_negatives"), tmp_path)[0] == host.tile
 
 
 def test_a_negative_that_is_too_long_is_an_error(tmp_path):
@@ -152,7 +152,7 @@ H100 = {"processors": 132, "shared_per_block": 232448, "shared_per_processor": 2
         (H100, 32, 1024, True, 32, 256, 3),
         (H100, 8, 512, True, 32, 128, 4),
         (H100, 5, 128, True, 16, 32, 4),
-        (H100, 64, 1024, True, 32, 1024, 1),  # a block has more than a third of the shared memory: one read
+        (H100, 64, 1024, True, 32, 1024, 1),  # a block uses more than a third of the shared memory: one read
         (H100, 256, 768, False, 32, 320, 3),
         (H100, 512, 32, True, 4, 256, 4),
         (A100, 32, 1024, True, 32, 512, 2),
@@ -160,17 +160,17 @@ H100 = {"processors": 132, "shared_per_block": 232448, "shared_per_processor": 2
     ],
 )
 def test_plans_on_real_devices(device, count, dim, whole, team, threads, blocks, tmp_path):
-    """Of bfloat16 rows with gradients."""
+    """bfloat16 rows with gradients."""
     call = run.Call(
-        "plan_own_negatives",
+        "plan_query_negatives",
         {
             "element": 2, "rows": 4096, "count": count, "dim": dim, "energy": SOFTMAX, "final": 0, "gradient": 1,
-            "query_offset": 0, "negatives_offset": 0, "grad_offset": 0, **device,
+            **device,
         },
     )  # fmt: skip
     call.arrays = {}
-    tile, planned_team, pitch, held, planned_threads, shared = planned(call, tmp_path)
-    assert held
+    tile, planned_team, pitch, cached, planned_threads, shared = planned(call, tmp_path)
+    assert cached
     assert (tile == count) == whole
     assert (planned_team, pitch, planned_threads) == (team, dim // 8, threads)
     assert blocks * (shared + 1024) <= device["shared_per_processor"]

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the random streams, run on the host under sanitizers: the reference, bit for bit."""
+"""The CUDA kernels of the random streams, run on the host under sanitizers: bit-identical to the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslkernels.random.streams import STREAMS, stream_values
 
 pytestmark = run.required
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as csrc/common/element.h numbers them
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of Element in csrc/core/element.h
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Numbers:
             arrays["row_ids"] = torch.tensor(self.row_ids)
         ints = {name: getattr(self, name) for name in ("rows", "columns", "sample")}
         ints |= {"stream": STREAMS.index(self.stream), "element": DTYPES.index(self.dtype)}
-        return run.Call("random_stream", ints | {"output_offset": self.output_offset * dtype.itemsize}, {}, arrays)
+        return run.Call("random_stream", ints, {}, arrays, {"out": self.output_offset})
 
     def expected(self) -> dict[str, Tensor]:
         row_ids = None if self.row_ids is None else torch.tensor(self.row_ids)
@@ -80,7 +80,7 @@ results = run.results_fixture(lambda: {name: case.call() for name, case in CASES
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_reference(name, results):
+def test_equals_the_reference(name, results):
     result, expected = results[name], CASES[name].expected()
     assert result.error == ""
     assert result.arrays.keys() == expected.keys()

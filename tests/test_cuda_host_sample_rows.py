@@ -1,7 +1,7 @@
-"""The CUDA kernel of linear_sample, run on the host under sanitizers: the draws of the reference to the bit, tile after
-tile, and log-probabilities against float64.
+"""The CUDA kernel of linear_sample, run on the host under sanitizers: the same draws as the reference, tile after tile,
+and log-probabilities against float64.
 
-What the launcher is told of the device decides how many threads share a row.
+The device limits that the launcher gets decide how many threads share a row.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sslkernels.random import transforms
 
 pytestmark = run.required
 
-DTYPES = (torch.float32, torch.float64)  # of products on a GPU
+DTYPES = (torch.float32, torch.float64)  # dtypes of products on a GPU
 SEED = -(2**40) + 3
 DEVICES = {"": {}, "spread": {"processors": 64}, "old": {"processors": 64, "major": 8}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """tile: columns of a tile; offset: elements before the products; pad: elements between their rows; kind: of logits,
-    "normal", "masked" (many -inf), "bad" (rows of NaN, +inf, -inf), "equal" (sums that are equal to the bit), "far"."""
+    """tile: columns per tile; offset: elements before the products; pad: elements between their rows; kind: of logits,
+    "normal", "masked" (many -inf), "bad" (rows of NaN, +inf, -inf), "equal" (bit-equal sums), "far"."""
 
     dtype: torch.dtype
     rows: int
@@ -53,7 +53,7 @@ class Case:
             values[2] = -torch.inf
             values[3, ::2] = -torch.inf
             values[4] = torch.nan
-        if self.kind == "equal":  # no noise is as large as half of what separates numbers from here on
+        if self.kind == "equal":  # noise is below half the spacing of numbers from here on
             first = torch.randint(self.vocab, (self.rows, 1), generator=g)
             values = torch.where(torch.arange(self.vocab) >= first, 2.0**60, values)
         if self.kind == "far":
@@ -68,7 +68,7 @@ class Case:
         return torch.arange(self.rows) * 2**33 - 5
 
     def logits(self) -> Tensor:
-        """As the reference rounds them."""
+        """With the rounding of the reference."""
         products, bias = self.products(), self.column_bias()
         return (products if bias is None else products + bias) * (1 / self.temperature)
 
@@ -81,10 +81,11 @@ class Case:
         }
         arrays = {"products": stored, "bias": self.column_bias(), "row_ids": self.ids(), "seed": torch.tensor([SEED])}
         arrays |= {**state, "index": torch.full((self.rows,), 7)}
-        sizes = {"rows": self.rows, "vocab": self.vocab, "tile": self.tile, "offset": self.offset, "stride": stride}
+        sizes = {"rows": self.rows, "vocab": self.vocab, "tile": self.tile, "stride": stride}
         sizes |= {"element": run.ELEMENTS[self.dtype], **DEVICES[self.device]}
         reals = {"scale": 1 / self.temperature}
-        return run.Call("sample_rows", sizes, reals, {k: a for k, a in arrays.items() if a is not None})
+        arrays = {k: a for k, a in arrays.items() if a is not None}
+        return run.Call("sample_rows", sizes, reals, arrays, {"products": self.offset})
 
 
 # Teams of a part of a warp, of a warp, of some of them, and of several blocks.
@@ -108,12 +109,12 @@ def cases() -> dict[str, Case]:
     for dtype, (rows, vocab) in itertools.product(DTYPES, SIZES):
         (offset, pad), kind, tile = next(layouts), next(kinds), next(tiles)
         kind = "normal" if kind == "bad" and rows < 5 else kind
-        tile = max(tile, 1024) if vocab > 1000 else tile  # each launch takes its time here
+        tile = max(tile, 1024) if vocab > 1000 else tile  # launches are slow here
         temperature = 1.0 if kind in ("equal", "bad") else next(temperatures)
         found.append(Case(dtype, rows, vocab, tile, next(devices), offset, pad, len(found) % 2 == 1, temperature, kind))
     for kind, tile in itertools.product(["masked", "bad", "equal", "far"], [1 << 20, 128]):
         found.append(Case(torch.float32, 6, 330, tile, "spread", kind=kind))
-    # Few classes of many rows: often the largest logit gets a small number, and another wins below it.
+    # Few classes, many rows: the largest logit often draws a small number, and a lower one wins.
     found += [Case(dtype, rows, 3 * (rows > 0) + 2, temperature=2.0) for dtype in DTYPES for rows in (0, 300)]
     return {label(case): case for case in found}
 
@@ -149,7 +150,7 @@ results = run.results_fixture(calls)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_draws_what_the_reference_draws(name, results):
+def test_equals_the_reference(name, results):
     case, result = CASES[name], results[name]
     assert result.error == ""
     got, z = result.arrays, case.logits()
@@ -166,7 +167,7 @@ def test_draws_what_the_reference_draws(name, results):
     exact = z.double().log_softmax(1).gather(1, index[:, None])[:, 0]
     exact[got["best"] == -torch.inf] = torch.nan
     eps = torch.finfo(case.dtype).eps
-    # Relative to the maximum, so that a large common part of the logits does not count.
+    # Relative to the maximum, so that a large common offset of the logits does not count.
     allowed = 8 * eps * (1 + (known.amax(1) - z.gather(1, index[:, None])[:, 0]).abs().nan_to_num(0, 0, 0))
     error = (got["logprob"].double() - exact).abs()
     assert torch.equal(got["logprob"].isnan(), exact.isnan())
@@ -190,9 +191,9 @@ def test_every_kernel_runs(results, request):
     assert {name for name in launched if name.startswith("sample_rows")} == compiled
 
 
-def test_a_word_that_wins_is_made_a_gumbel_number():
-    """The kernel makes it only of words whose uniform number, cut to 23 bits, is below 1.001 exp(logit - best): of all
-    words a Gumbel number is less than half of that thousandth above what such a number allows."""
+def test_a_winning_word_always_gets_its_gumbel_number():
+    """The kernel computes the Gumbel number only of words whose uniform number, truncated to 23 bits, is below
+    1.001 exp(logit - best). A Gumbel number exceeds that bound by less than half of the thousandth."""
     ends = torch.arange(1 << 16), torch.arange(2**32 - (1 << 16), 2**32)
     words = torch.cat([*ends, torch.arange(0, 2**32, 40009)])
     number = (words // 512).double() / 2**23

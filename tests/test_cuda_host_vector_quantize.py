@@ -1,5 +1,5 @@
-"""The CUDA kernels of vector_quantize, run on the host under sanitizers: the search over tiles, with products as wrong
-as they may be, against brute force in float64."""
+"""The CUDA kernels of vector_quantize, run on the host under sanitizers: the search over tiles, with products that
+have the largest admissible error, against brute force in float64."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.latent import nearest_code
 from sslkernels.latent.nearest_code import COSINE, METRICS
 
-pytestmark = [run.required, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of NumPy, in the oracle
+pytestmark = [run.required, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # from NumPy, in the oracle
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-OF_WARP = 1024  # kCodesOfWarp in csrc/cuda/best_codes.cu: with more codes in a tile a block has a row
+OF_WARP = 1024  # kCodesOfWarp in csrc/latent/best_codes.cu: with more codes in a tile a team is a block
 
 
 def short(dtype: torch.dtype) -> str:
@@ -29,8 +29,8 @@ def short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Search:
-    """One search. kind: what is special about rows and codes; as_given: half precision is multiplied as it is; tf32:
-    the products are those of operands that were cut."""
+    """One search. kind: what is special about rows and codes; as_given: half precision is multiplied as given; tf32:
+    operands are truncated before the products."""
 
     metric: int = 0
     dtype: torch.dtype = F32
@@ -109,13 +109,13 @@ class Search:
 
 @dataclass(frozen=True)
 class Gather:
-    """One call of gather_codes, and one of code_difference. nothing: rows without a code."""
+    """One call of gather_codes and one of code_difference. nothing: rows without a code."""
 
     dtype: torch.dtype = F32
     code_dtype: torch.dtype = F32
     dim: int = 64
     rows: int = 37
-    wide: bool = False  # the difference in the dtype of the sums
+    wide: bool = False  # the difference is in the accumulation dtype
     nothing: bool = False
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +152,7 @@ class Gather:
 
 
 def search_cases() -> dict[str, Search]:
-    """A launch is hundreds of threads: few rows, and few tiles where these are not what is tested."""
+    """A launch takes hundreds of threads: few rows, and few tiles unless tiles are tested."""
     found = []
     for dtype, metric in itertools.product(DTYPES, range(3)):
         tiles = 17 if metric == 0 and dtype in (F32, BF16) else 4096
@@ -166,7 +166,7 @@ def search_cases() -> dict[str, Search]:
     for i, kind in enumerate(("grid", "ulp", "nan", "nan_rows", "nan_codes", "inf")):
         found.append(Search(i % 3, kind=kind, rows=5, codes=26, tile_codes=15))
     found.append(Search(rows=7, dim=5, kind="twins", tile_rows=4, tile_codes=14))
-    for kind in ("twins", "nan_rows", "random"):  # a block has a row
+    for kind in ("twins", "nan_rows", "random"):  # a team is a block
         found.append(Search(kind=kind, rows=4, codes=2 * OF_WARP + 77, dim=5, tile_codes=OF_WARP + 43))
     found.append(Search(1, BF16, kind="twins", rows=3, codes=OF_WARP + 6, dim=8, as_given=True))
     found.append(Search(2, F64, kind="grid", rows=2, codes=OF_WARP + 6, dim=3))
@@ -219,9 +219,9 @@ def test_search(name, results):
     x, c = case.inputs()
     metric, index = METRICS[case.metric], result.arrays["index"]
     scores = torch.from_numpy(code_oracle.scores(x, c, metric))
-    unscaled = case.products() == F64 and case.kind.startswith("scale")  # squares that float64 does not hold
+    unscaled = case.products() == F64 and case.kind.startswith("scale")  # squares beyond float64
     expected = code_oracle.indices(x, case.inputs()[1] / float(case.kind[5:]) if unscaled else c, metric)
-    # Of equals the lowest; which of those that float64 cannot tell apart, nobody knows.
+    # Ties go to the lowest index; the order of codes that float64 cannot separate is unspecified.
     exact = case.kind in ("grid", "twins", "one")
     assert torch.equal(index, expected) or (not exact and code_oracle.tied(x, c, index, metric))
     if not unscaled:

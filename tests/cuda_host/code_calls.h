@@ -1,11 +1,12 @@
-// The calls of the kernels of vector_quantize.
+// Calls of the vector_quantize kernels.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "../../csrc/common/code_search.h"
-#include "../../csrc/cuda/vector_quantize.h"
+#include "fields.h"
+#include "latent/code_search.h"
+#include "latent/vector_quantize.h"
 #include "protocol.h"
 
 namespace cuda_host {
@@ -29,7 +30,7 @@ inline double element_at(const sslkernels::CodeVectors& vectors, int64_t at) {
   }
 }
 
-// Searches with products that are wrong by `error` of the norms of their factors, one way or the other.
+// A Device whose products are wrong by up to `error` times the norms of their factors, with random sign.
 struct CodeSearchOnHost {
   static constexpr bool kGain = true;
   static constexpr int64_t kPitch = 4;
@@ -65,38 +66,38 @@ struct CodeSearchOnHost {
   }
 };
 
+struct CodeSearchCall : sslkernels::CodeSearch {
+  explicit CodeSearchCall(const Call& call) : CodeSearch{} {
+    input = vectors_of(call, "input");
+    codebook = vectors_of(call, "codebook");
+    FIELDS(call, metric, matmul_rounding, center, as_given, tile_rows, tile_codes, index, score);
+  }
+};
+
+struct CodeGatherCall : sslkernels::CodeGather {
+  explicit CodeGatherCall(const Call& call) : CodeGather{} {
+    input = vectors_of(call, "input");
+    codebook = vectors_of(call, "codebook");
+    FIELDS(call, index, score, values, distance, is_double);
+  }
+};
+
+struct CodeDifferenceCall : sslkernels::CodeDifference {
+  explicit CodeDifferenceCall(const Call& call) : CodeDifference{} {
+    input = vectors_of(call, "input");
+    codebook = vectors_of(call, "codebook");
+    FIELDS(call, index, coefficient, out_element, out, is_double);
+  }
+};
+
 inline void search_codes(const Call& call) {
-  const sslkernels::CodeSearch search{vectors_of(call, "input"),
-                                      vectors_of(call, "codebook"),
-                                      static_cast<sslkernels::CodeMetric>(call.integer("metric")),
-                                      call.real("matmul_rounding"),
-                                      call.array("center"),
-                                      call.integer("as_given") != 0,
-                                      call.integer("tile_rows"),
-                                      call.integer("tile_codes"),
-                                      call.array<int64_t>("index"),
-                                      call.array<double>("score")};
+  const CodeSearchCall search(call);
   CodeSearchOnHost host{call.real("error"), {}};
   if (call.integer("is_double") != 0) {
     sslkernels::search_in_tiles<double>(search, 0, search.input.rows, host);
   } else {
     sslkernels::search_in_tiles<float>(search, 0, search.input.rows, host);
   }
-}
-
-inline void gather_codes(const Call& call) {
-  sslkernels::launch_gather_codes(
-      {vectors_of(call, "input"), vectors_of(call, "codebook"), call.array<int64_t>("index"),
-       call.array<double>("score"), call.array("values"), call.array("distance"), call.integer("is_double") != 0},
-      nullptr);
-}
-
-inline void code_difference(const Call& call) {
-  sslkernels::launch_code_difference(
-      {vectors_of(call, "input"), vectors_of(call, "codebook"), call.array<int64_t>("index"), call.array("coefficient"),
-       static_cast<sslkernels::Element>(call.integer("out_element")), call.array("out"),
-       call.integer("is_double") != 0},
-      nullptr);
 }
 
 }  // namespace cuda_host

@@ -1,5 +1,6 @@
-// The twin of csrc/cuda/device.h on a host: every CUDA thread is a std::thread, so that the sanitizers of the host
-// compiler check the kernels. Two clusters run at a time and share no barrier: blocks that touch the same memory race.
+// Replaces csrc/core/cuda/device.h on a host: every CUDA thread is a std::thread, so that the sanitizers of the host
+// compiler check the kernels. Two clusters run at a time and share no barrier, so blocks that touch the same memory
+// race.
 #pragma once
 
 #include <linux/futex.h>
@@ -16,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/common/element.h"
+#include "core/element.h"
 
 #define __global__
 #define __device__
@@ -32,8 +33,6 @@ struct dim3 {
 };
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- The machine ---------------------------------------------------------------------------------------------------
-
 namespace cuda_host {
 
 struct Device {
@@ -43,14 +42,15 @@ struct Device {
   int shared_reserved = 1024;
   int cache = 50 << 20;
   int major = 9;
-  int largest_cluster = 16;  // that there is a place for
-  int ptx = 90;              // that the code was compiled from
+  int largest_cluster = 16;  // largest cluster that fits on the device
+  int ptx = 90;              // PTX version that the code was compiled from
 };
 inline Device device;
-inline std::vector<const void*> launched;  // kernels, in order
+inline std::vector<const void*> launched;  // launched kernels, in order
 
-// std::barrier waits through counters that all barriers of the process share, which orders threads that no barrier
-// orders: ThreadSanitizer then misses races. Here an arrival is ordered before the departures of the same phase alone.
+// std::barrier synchronises through counters that all barriers of the process share, which orders threads that no
+// barrier orders, so ThreadSanitizer would miss races. Here an arrival happens before the departures of the same phase
+// only.
 class Barrier {
  public:
   using Phase = uint32_t;
@@ -80,7 +80,7 @@ class Barrier {
 };
 
 constexpr int kWarp = 32;
-constexpr int kSlot = 128;  // bytes that a shuffle moves at most
+constexpr int kSlot = 128;  // bytes that a shuffle moves, at most
 
 struct Warp {
   Barrier barrier{kWarp};
@@ -106,7 +106,7 @@ struct Block {
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   Barrier barrier;
-  Barrier between;  // of one cluster of blocks and the next that these threads run
+  Barrier between;  // between one cluster of blocks and the next that these threads run
 
   Cluster(int size, int threads, size_t bytes) : barrier(size * threads), between(size * threads) {
     for (int b = 0; b < size; ++b) blocks.push_back(std::make_unique<Block>(threads, bytes));
@@ -156,7 +156,7 @@ void run(unsigned grid, int threads, size_t shared_bytes, int cluster_size, Call
             blockIdx = dim3(c * cluster_size + rank);
             call();
             block->barrier.arrive_and_wait();
-            // A block that has ended gives its shared memory away, whoever of its cluster still reads it.
+            // A block that has exited releases its shared memory, even if another block of its cluster still reads it.
             if (thread == 0) std::memset(block->shared.get(), 0xff, shared_bytes);
             cluster->between.arrive_and_wait();
           }
@@ -171,8 +171,7 @@ void run(unsigned grid, int threads, size_t shared_bytes, int cluster_size, Call
 
 inline void __syncthreads() { cuda_host::self->block->barrier.arrive_and_wait(); }
 
-// --- The runtime ---------------------------------------------------------------------------------------------------
-
+// The CUDA runtime, as far as launch.cu uses it.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr {
@@ -265,8 +264,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cuda_host::run(config->gridDim.x, threads, config->dynamicSmemBytes, cluster, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
-
-// --- What device.h offers ------------------------------------------------------------------------------------------
 
 namespace sslkernels {
 

@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/launch.h"
+#include "core/cuda/launch.h"
 #include "planted.h"
 
 namespace {
@@ -15,7 +15,7 @@ enum Mistake : int64_t {
   kNoLastBarrier
 };
 
-// Each thread writes what its neighbour reads; then its sum with the neighbouring block's.
+// Each thread writes a number that its neighbour reads, then adds the neighbouring block's number.
 __global__ void planted_kernel(int64_t mistake, int32_t* out) {
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   auto* values = reinterpret_cast<int32_t*>(shared_memory());

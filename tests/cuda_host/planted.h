@@ -2,5 +2,5 @@
 
 #include "protocol.h"
 
-// Kernels with one mistake each, which the sanitizers must find; `mistake` in the call: 0 for none.
+// A kernel with one planted mistake, chosen by `mistake` in the call (0: none), which the sanitizers must find.
 void launch_planted(const cuda_host::Call& call);

@@ -1,4 +1,4 @@
-// Calls read from a file, and what they give written to another: the other end is tests/cuda_host/run.py.
+// Reads calls from a file and writes their results to another; tests/cuda_host/run.py is the other end.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +11,22 @@
 
 namespace cuda_host {
 
-// Memory of exactly the size asked for, aligned as a GPU's allocator does, so that a sanitizer sees one byte too many.
+// Memory of exactly the requested size, aligned as by a GPU's allocator, so that a sanitizer detects an access one byte
+// beyond it.
 class Array {
  public:
   Array() = default;
   explicit Array(size_t bytes) : bytes_(bytes), data_(::operator new(bytes, std::align_val_t(256))) {}
-  Array(Array&& other) noexcept : bytes_(other.bytes_), data_(other.data_) { other.data_ = nullptr; }
+  Array(Array&& other) noexcept : offset(other.offset), bytes_(other.bytes_), data_(other.data_) {
+    other.data_ = nullptr;
+  }
   Array(const Array&) = delete;
   ~Array() {
     if (data_ != nullptr) ::operator delete(data_, std::align_val_t(256));
   }
   size_t bytes() const { return bytes_; }
   void* data() const { return data_; }
+  size_t offset = 0;  // bytes before the first element that the launcher is given
   template <class T>
   T* as() const {
     return static_cast<T*>(data_);
@@ -37,15 +41,16 @@ struct Call {
   std::string name;
   std::map<std::string, int64_t> ints;
   std::map<std::string, double> reals;
-  std::vector<std::string> order;  // of the arrays
+  std::vector<std::string> order;  // names of the arrays
   std::map<std::string, Array> arrays;
 
   int64_t integer(const std::string& key) const { return ints.at(key); }
   double real(const std::string& key) const { return reals.at(key); }
   template <class T = void>
-  T* array(const std::string& key) const {  // null where there is none
+  T* array(const std::string& key) const {  // null if the call has none
     const auto found = arrays.find(key);
-    return found == arrays.end() ? nullptr : static_cast<T*>(found->second.data());
+    if (found == arrays.end()) return nullptr;
+    return reinterpret_cast<T*>(found->second.as<char>() + found->second.offset);
   }
 };
 
@@ -99,6 +104,7 @@ inline Call read_call(File& file) {
   for (auto left = file.value<uint32_t>(); left > 0; --left) {
     const std::string key = file.text();
     Array array(file.value<uint64_t>());
+    array.offset = file.value<uint64_t>();
     file.read(array.data(), array.bytes());
     call.order.push_back(key);
     call.arrays.emplace(key, std::move(array));

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the host under a sanitizer, and runs launchers there. The other end is protocol.h."""
+"""Builds the CUDA kernels for the host under a sanitizer and runs their launchers; protocol.h is the other end."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -51,17 +52,19 @@ ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16
 
 @dataclass
 class Call:
-    """One launch. Arrays are passed as they lie in memory and come back as the launch left them."""
+    """One launch. Arrays are passed as they are in memory and come back as the launch left them; the launcher gets a
+    pointer `offsets[name]` elements after the start of the array, 0 by default."""
 
     name: str
     ints: Mapping[str, int] = field(default_factory=dict)
     reals: Mapping[str, float] = field(default_factory=dict)
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """error: what the launcher threw, else empty; launched: the kernels, in order; arrays: as in the call."""
+    """error: message of the exception, else empty; launched: kernels, in order; arrays: as in the call."""
 
     error: str
     launched: list[str]
@@ -69,7 +72,7 @@ class Result:
 
 
 def missing() -> str | None:
-    """Why the host run is not possible here, if it is not."""
+    """Why the host run is impossible here; None if it is possible."""
     if shutil.which(COMPILER) is None:
         return f"no C++ compiler ({COMPILER})"
     probe = "#include <linux/futex.h>\nint main() { return FUTEX_WAIT_PRIVATE == 0; }"
@@ -79,7 +82,7 @@ def missing() -> str | None:
         done = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             return f"{COMPILER} has no ThreadSanitizer, or this is not Linux"
-        # That of older compilers does not start where the kernel spreads addresses widely.
+        # Older TSan runtimes abort under high-entropy ASLR.
         done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else f"ThreadSanitizer does not run here: {done.stderr.strip()[:200]}"
 
@@ -101,10 +104,10 @@ def results_fixture(calls: Callable[[], dict[str, Call]]) -> Any:
 
 
 def build(sanitizer: str) -> Path:
-    """The program, built anew where a source has changed."""
-    sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
-    headers = sorted([*ROOT.glob("csrc/c*/*.h"), *HERE.glob("*.h")])
-    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{HERE}"]
+    """The program, rebuilt if a source has changed."""
+    sources = sorted([*CSRC.rglob("*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
+    headers = sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])
+    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{CSRC}", f"-I{HERE}"]
     state = hashlib.sha256(repr([COMPILER, flags]).encode())
     for path in (*sources, *headers):
         state.update(path.read_bytes())
@@ -118,7 +121,7 @@ def build(sanitizer: str) -> Path:
         return target
 
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in other processes want the same program
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes need the same program
         if not program.exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(compiled, sources))
@@ -135,7 +138,7 @@ def _run(command: list[str]) -> None:
 
 
 def run(program: Path, calls: Sequence[Call], folder: Path, timeout: float = 600) -> list[Result]:
-    """RuntimeError with the sanitizer's report where it found something."""
+    """Raises RuntimeError with the sanitizer's report if it found something."""
     paths = folder / "calls", folder / "results"
     paths[0].write_bytes(struct.pack("<I", len(calls)) + b"".join(map(_packed, calls)))
     done = subprocess.run(
@@ -155,7 +158,7 @@ def run(program: Path, calls: Sequence[Call], folder: Path, timeout: float = 600
 
 
 def kernels(program: Path) -> dict[int, str]:
-    """The kernels that were compiled into the program: distance from main -> name with template arguments."""
+    """The kernels of the program: offset from main -> name with template arguments."""
     symbols = subprocess.run(["nm", "-C", str(program)], capture_output=True, text=True, check=True).stdout
     found, main = {}, 0
     for line in symbols.splitlines():
@@ -177,7 +180,8 @@ def _packed(call: Call) -> bytes:
     parts.append(struct.pack("<I", len(call.arrays)))
     for key, tensor in call.arrays.items():
         data = _bytes(tensor)
-        parts.append(_text(key) + struct.pack("<Q", len(data)) + data)
+        offset = call.offsets.get(key, 0) * tensor.itemsize
+        parts.append(_text(key) + struct.pack("<QQ", len(data), offset) + data)
     return b"".join(parts)
 
 

@@ -1,0 +1,87 @@
+// The operators of joint embeddings: schemas, CPU and CUDA bindings.
+#include "core/cpu/bind.h"
+
+#include "contrastive/negative_sampling_bind.h"
+#include "contrastive/query_negatives_bind.h"
+#include "contrastive/score_tiles_bind.h"
+
+#if defined(SSLKERNELS_WITH_CUDA)
+#include "core/cuda/bind.h"
+#endif
+
+namespace sslkernels {
+namespace {
+
+void run_query_negatives(const QueryNegatives& args) {
+  advise_output(args.grad_negatives, args.rows * args.count * args.dim, args.element);
+  parallel(args.rows, row_grain(args.count * args.dim), SSLKERNELS_CURRENT_ISA(query_negatives), args,
+           query_negatives_scratch_bytes(args));
+}
+
+void run_pair_row_sums(const PairRowSums& sums) {
+  parallel(sums.tile.rows, row_grain(sums.tile.columns), SSLKERNELS_CURRENT_ISA(pair_row_sums), sums);
+}
+
+void run_pair_column_sums(const PairColumnSums& sums) {
+  const int64_t blocks = (sums.tile.columns + kPairColumns - 1) / kPairColumns;
+  parallel(blocks, row_grain(sums.tile.rows * kPairColumns), SSLKERNELS_CURRENT_ISA(pair_column_sums), sums);
+}
+
+void run_pair_gradient(const PairGradient& gradient) {
+  parallel(gradient.tile.rows, row_grain(gradient.tile.columns), SSLKERNELS_CURRENT_ISA(pair_gradient), gradient);
+}
+
+void run_negative_sampling_fwd(const NegativeSampling& pairs) {
+  advise_output(pairs.direction, pairs.count * pairs.dim, accumulation_element(pairs.element));
+  const int64_t grain = row_grain((pairs.negative_count + 1) * pairs.dim);
+  parallel(pairs.count, grain, SSLKERNELS_CURRENT_ISA(negative_sampling_fwd), pairs);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
+  m.def(
+      "own_negatives(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
+      "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
+      "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
+      "Tensor(f!) grad_bias) -> ()");
+  m.def(
+      "pair_row_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor? positive_score, Tensor? "
+      "cosine_row_norm, Tensor? cosine_column_norm, Tensor(a!)? max, Tensor(b!) sum, Tensor(c!)? active, "
+      "Tensor(d!)? score_sum, Tensor(e!)? positive_sum, Tensor(f!)? uniformity_sum, "
+      "Tensor(g!)? num_above_positive) -> ()");
+  m.def(
+      "pair_column_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor(a!)? max, Tensor(b!) sum, "
+      "Tensor(c!)? active, Tensor(d!)? score_sum, Tensor(e!)? positive_sum) -> ()");
+  m.def(
+      "pair_gradient(Tensor(a!) products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? row_weight, Tensor? row_reference, Tensor? "
+      "row_share, Tensor? row_smoothing, Tensor? column_weight, Tensor? column_reference, Tensor? column_share, "
+      "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total) -> ()");
+  m.def(
+      "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
+      "Tensor context_weight, Tensor(a!) loss, Tensor(b!)? slopes, Tensor(c!)? direction, bool exclude_positive) -> "
+      "()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
+  bind_cpu<parse_query_negatives, run_query_negatives>(m, "own_negatives");
+  bind_cpu<parse_pair_row_sums, run_pair_row_sums>(m, "pair_row_sums");
+  bind_cpu<parse_pair_column_sums, run_pair_column_sums>(m, "pair_column_sums");
+  bind_cpu<parse_pair_gradient, run_pair_gradient>(m, "pair_gradient");
+  bind_cpu<parse_negative_sampling_fwd, run_negative_sampling_fwd>(m, "negative_sampling_fwd");
+}
+
+#if defined(SSLKERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
+  bind_cuda<parse_query_negatives, launch_query_negatives>(m, "own_negatives");
+  bind_cuda<parse_negative_sampling_fwd, launch_negative_sampling_fwd>(m, "negative_sampling_fwd");
+}
+#endif
+
+}  // namespace sslkernels

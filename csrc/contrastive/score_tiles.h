@@ -1,0 +1,91 @@
+// Sums over the rows and the columns of a tile of pair scores, and their gradient in place: s = logit_scale * u +
+// logit_bias, with u the (normalised) dot product of a query (row) and a candidate (column).
+#pragma once
+
+#include <cstdint>
+
+#include "contrastive/energy.h"
+#include "core/cpu/isa.h"
+#include "core/element.h"
+
+namespace sslkernels {
+
+// Labels of rows and columns; a pair whose labels are equal is special. Null: no labels.
+struct PairLabels {
+  const int32_t* row;
+  const int32_t* column;
+};
+
+// A tile of dot products. Vectors have the accumulation type.
+struct ScoreTile {
+  Element element;
+  void* products;
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+  const void* row_norm;  // inverse norms; null for both: not normalised
+  const void* column_norm;
+  const void* scale;  // one number
+  const void* bias;   // one number, or null
+  Energy energy;
+  PairLabels positive;  // the positive: left out, because the caller adds it
+  PairLabels self;      // left out
+  PairLabels id;        // left out or, if `ids_positive`, an extra positive
+  bool ids_positive;
+};
+
+// Running sums per row, all except `max` in double. Null: not computed.
+struct PairRowSums {
+  ScoreTile tile;
+  void* max;                    // softmax
+  double* sum;                  // sum of exp(s - max), softplus(+-s) or max(0, s - threshold)
+  double* active;               // hinge: scores above the threshold
+  double* score_sum;            // sum of s
+  double* positive_sum;         // sum of s over extra positives
+  double* uniformity_sum;       // sum of exp(4 cosine - 4) = exp(-2 distance^2)
+  int64_t* num_above_positive;  // scores above `positive_score`
+  const void* threshold;        // hinge
+  const void* positive_score;   // for `num_above_positive`
+  const void* cosine_row_norm;  // inverse norms, for `uniformity_sum`
+  const void* cosine_column_norm;
+};
+
+// The same per column.
+struct PairColumnSums {
+  ScoreTile tile;
+  void* max;
+  double* sum;
+  double* active;
+  double* score_sum;
+  double* positive_sum;
+  const void* threshold;
+};
+
+// The contribution of one side (the rows or the columns) to the gradient of a score:
+//
+//     softmax: weight * exp(s - reference) - share (extra positives) - smoothing, reference = log-sum-exp;
+//     sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
+//     hinge:   weight if s > reference, reference = threshold.
+struct PairSide {
+  const void* weight;  // null: this side contributes nothing
+  const void* reference;
+  const void* share;
+  const void* smoothing;
+};
+
+struct PairGradient {
+  ScoreTile tile;
+  PairSide row;
+  PairSide column;
+  double* dot;    // += sum of gradient * u of each row
+  double* total;  // += sum of the gradient of each row
+};
+
+// Columns per block of pair_column_sums, which takes blocks [begin_block, end_block).
+constexpr int64_t kPairColumns = 256;
+
+SSLKERNELS_CPU_KERNELS(void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end);
+                       void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
+                       void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end);)
+
+}  // namespace sslkernels

@@ -1,0 +1,357 @@
+// Tiles of pair scores: log-sum-exp, softplus and hinge sums of rows and columns, and the gradient in place.
+//
+// A tile is processed in blocks that stay in the L1 cache: a product is loaded, normalised, scaled and masked once, and
+// all requested sums are taken from there. Maxima and sums are running values, so that a row may be split over several
+// tiles. Nothing is materialised except the sums and, in pair_gradient, the gradient in place of the products.
+#include <limits>
+
+#include "contrastive/score_tiles.h"
+#include "core/cpu/vector_math.h"
+
+namespace sslkernels {
+namespace SSLKERNELS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 512;
+constexpr int64_t kGroup = 16;  // rows per rescaling of the column sums to a new maximum
+
+template <class A>
+constexpr A kLeftOut = -std::numeric_limits<A>::infinity();
+
+inline int64_t at_most(int64_t left, int64_t block) { return left < block ? left : block; }
+
+template <class A>
+struct Scores {
+  const ScoreTile& tile;
+
+  void* row(int64_t i) const { return static_cast<char*>(tile.products) + i * tile.stride * bytes_of(tile.element); }
+  A row_norm(int64_t i) const { return static_cast<const A*>(tile.row_norm)[i]; }
+  const A* column_norm(int64_t begin) const { return static_cast<const A*>(tile.column_norm) + begin; }
+
+  // u and s of columns [begin, begin + count) of row i; pairs that are left out have s = -inf and u = 0. If ids mark
+  // positives, `same` is 1 for extra positives, else 0.
+  void block(int64_t i, int64_t begin, int64_t count, A* u, A* s, A* same) const {
+    load_any(tile.element, row(i), begin, count, u);
+    if (tile.row_norm != nullptr) {
+      const A norm = row_norm(i);
+      const A* norms = column_norm(begin);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) u[j] *= norm * norms[j];
+    }
+    const A scale = *static_cast<const A*>(tile.scale);
+    const A bias = tile.bias == nullptr ? A(0) : *static_cast<const A*>(tile.bias);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) s[j] = scale * u[j] + bias;
+    leave_out(tile.positive, i, begin, count, u, s);
+    leave_out(tile.self, i, begin, count, u, s);
+    if (tile.id.row == nullptr) return;
+    if (!tile.ids_positive) return leave_out(tile.id, i, begin, count, u, s);
+    const int32_t label = tile.id.row[i];
+    const int32_t* labels = tile.id.column + begin;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) same[j] = labels[j] == label && s[j] != kLeftOut<A> ? A(1) : A(0);
+  }
+
+  static void leave_out(const PairLabels& pair, int64_t i, int64_t begin, int64_t count, A* u, A* s) {
+    if (pair.row == nullptr) return;
+    const int32_t label = pair.row[i];
+    const int32_t* labels = pair.column + begin;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const bool out = labels[j] == label;
+      u[j] = out ? A(0) : u[j];
+      s[j] = out ? kLeftOut<A> : s[j];
+    }
+  }
+};
+
+template <class A>
+A block_max(const A* s, int64_t count, A result) {
+#pragma omp simd reduction(max : result)
+  for (int64_t j = 0; j < count; ++j) result = s[j] > result ? s[j] : result;
+  return result;
+}
+
+// exp(-|s|) of a score that may be NaN or infinite.
+template <class A>
+SSLKERNELS_HD A exp_of_minus_magnitude(A s) {
+  return exp_nonpositive(s < A(0) ? s : -s);
+}
+
+// Sum of softplus(s), or of softplus(-s) for extra positives.
+template <class A>
+double block_softplus(const A* s, const A* same, int64_t count) {
+  A sum = 0;
+  if (same == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += (s[j] > A(0) ? s[j] : A(0)) + log1p_unit(exp_of_minus_magnitude(s[j]));
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) {
+      const A cost = same[j] > A(0) ? -s[j] : s[j];
+      sum += (cost > A(0) ? cost : A(0)) + log1p_unit(exp_of_minus_magnitude(cost));
+    }
+  }
+  return sum;
+}
+
+template <class A>
+void row_sums(const PairRowSums& sums, int64_t i) {
+  const ScoreTile& tile = sums.tile;
+  const Scores<A> scores{tile};
+  alignas(kLine) A u[kBlock], s[kBlock], same_buffer[kBlock];
+  A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
+  A max = tile.energy == Energy::kSoftmax ? static_cast<A*>(sums.max)[i] : A(0);
+  const A threshold = tile.energy == Energy::kHinge ? static_cast<const A*>(sums.threshold)[i] : A(0);
+  const A positive_score = sums.num_above_positive == nullptr ? A(0) : static_cast<const A*>(sums.positive_score)[i];
+  double sum = sums.sum[i], active = 0, score_sum = 0, positive_sum = 0, uniformity_sum = 0;
+  int64_t num_above_positive = 0;
+  for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
+    const int64_t count = at_most(tile.columns - begin, kBlock);
+    scores.block(i, begin, count, u, s, same);
+    if (tile.energy == Energy::kSoftmax) {
+      const A moved = block_max(s, count, max);
+      const A shift = moved == kLeftOut<A> ? A(0) : moved;  // no score yet: every exponential is 0
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) part += exp_nonpositive(s[j] - shift);
+      if (moved > max) sum *= max == kLeftOut<A> ? A(0) : exp_nonpositive(max - moved);
+      max = moved;
+      sum += part;
+    } else if (tile.energy == Energy::kSigmoid) {
+      sum += block_softplus(s, same, count);
+    } else {
+      A part = 0, above = 0;
+#pragma omp simd reduction(+ : part, above)
+      for (int64_t j = 0; j < count; ++j) {
+        const A over = s[j] - threshold;
+        part += over > A(0) || over != over ? over : A(0);
+        above += over > A(0) ? A(1) : A(0);
+      }
+      sum += part;
+      active += above;
+    }
+    if (sums.score_sum != nullptr) {
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) part += s[j] == kLeftOut<A> ? A(0) : s[j];
+      score_sum += part;
+    }
+    if (sums.positive_sum != nullptr && same != nullptr) {
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) part += same[j] > A(0) ? s[j] : A(0);
+      positive_sum += part;
+    }
+    if (sums.uniformity_sum != nullptr) {
+      const A norm = static_cast<const A*>(sums.cosine_row_norm)[i];
+      const A* norms = static_cast<const A*>(sums.cosine_column_norm) + begin;
+      load_any(tile.element, scores.row(i), begin, count, u);
+      A part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t j = 0; j < count; ++j) {
+        const A distance = A(4) * (u[j] * norm * norms[j]) - A(4);
+        const A uniformity = exp_nonpositive(distance > A(0) ? A(0) : distance);  // a cosine may round to more than 1
+        part += s[j] == kLeftOut<A> ? A(0) : uniformity;
+      }
+      uniformity_sum += part;
+    }
+    if (sums.num_above_positive != nullptr) {
+      int32_t part = 0;
+      if (same == nullptr) {
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score ? 1 : 0;
+      } else {
+#pragma omp simd reduction(+ : part)
+        for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score && same[j] == A(0) ? 1 : 0;
+      }
+      num_above_positive += part;
+    }
+  }
+  if (tile.energy == Energy::kSoftmax) static_cast<A*>(sums.max)[i] = max;
+  sums.sum[i] = sum;
+  if (sums.active != nullptr) sums.active[i] += active;
+  if (sums.score_sum != nullptr) sums.score_sum[i] += score_sum;
+  if (sums.positive_sum != nullptr) sums.positive_sum[i] += positive_sum;
+  if (sums.uniformity_sum != nullptr) sums.uniformity_sum[i] += uniformity_sum;
+  if (sums.num_above_positive != nullptr) sums.num_above_positive[i] += num_above_positive;
+}
+
+// The sums of at most kPairColumns columns.
+template <class A>
+void column_sums(const PairColumnSums& sums, int64_t begin) {
+  const ScoreTile& tile = sums.tile;
+  const Scores<A> scores{tile};
+  const int64_t count = at_most(tile.columns - begin, kPairColumns);
+  alignas(kLine) A u[kPairColumns], s[kGroup][kPairColumns], same_buffer[kPairColumns], moved[kPairColumns],
+      part[kPairColumns];
+  A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
+  A* max = sums.max == nullptr ? nullptr : static_cast<A*>(sums.max) + begin;
+  const A* threshold = sums.threshold == nullptr ? nullptr : static_cast<const A*>(sums.threshold) + begin;
+  double* sum = sums.sum + begin;
+  for (int64_t first = 0; first < tile.rows; first += kGroup) {
+    const int64_t group = at_most(tile.rows - first, kGroup);
+    for (int64_t r = 0; r < group; ++r) {
+      scores.block(first + r, begin, count, u, s[r], same);
+      if (sums.score_sum != nullptr) {
+        double* score_sum = sums.score_sum + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) score_sum[j] += s[r][j] == kLeftOut<A> ? A(0) : s[r][j];
+      }
+      if (sums.positive_sum != nullptr && same != nullptr) {
+        double* positive_sum = sums.positive_sum + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) positive_sum[j] += same[j] > A(0) ? s[r][j] : A(0);
+      }
+      if (threshold != nullptr) {
+        double* active = sums.active + begin;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A over = s[r][j] - threshold[j];
+          sum[j] += over > A(0) || over != over ? over : A(0);
+          active[j] += over > A(0) ? A(1) : A(0);
+        }
+      }
+    }
+    if (max == nullptr) continue;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) moved[j] = max[j];
+    for (int64_t r = 0; r < group; ++r) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) moved[j] = s[r][j] > moved[j] ? s[r][j] : moved[j];
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const A decay = moved[j] > max[j] ? exp_nonpositive(max[j] - moved[j]) : A(1);
+      sum[j] *= decay;
+      max[j] = moved[j];
+      moved[j] = moved[j] == kLeftOut<A> ? A(0) : moved[j];
+      part[j] = 0;
+    }
+    for (int64_t r = 0; r < group; ++r) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) part[j] += exp_nonpositive(s[r][j] - moved[j]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) sum[j] += part[j];
+  }
+}
+
+template <class A>
+A entry(const void* values, int64_t i) {
+  return values == nullptr ? A(0) : static_cast<const A*>(values)[i];
+}
+
+template <class A>
+const A* offset(const void* values, int64_t begin) {
+  return values == nullptr ? nullptr : static_cast<const A*>(values) + begin;
+}
+
+template <class A>
+void gradient_row(const PairGradient& gradient, int64_t i) {
+  const ScoreTile& tile = gradient.tile;
+  const Scores<A> scores{tile};
+  alignas(kLine) A u[kBlock], s[kBlock], g[kBlock], same_buffer[kBlock];
+  A* same = tile.id.row != nullptr && tile.ids_positive ? same_buffer : nullptr;
+  const A weight = entry<A>(gradient.row.weight, i);
+  // For a side that contributes nothing, every exponential is 0 whatever the score.
+  const A reference =
+      gradient.row.weight == nullptr ? std::numeric_limits<A>::infinity() : entry<A>(gradient.row.reference, i);
+  const A share = entry<A>(gradient.row.share, i);
+  const A smoothing = entry<A>(gradient.row.smoothing, i);
+  double dot = 0, total = 0;
+  for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
+    const int64_t count = at_most(tile.columns - begin, kBlock);
+    scores.block(i, begin, count, u, s, same);
+    const A* weights = offset<A>(gradient.column.weight, begin);
+    const A* references = offset<A>(gradient.column.reference, begin);
+    if (tile.energy == Energy::kSoftmax) {
+      if (weights == nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) g[j] = weight * exp_nonpositive(s[j] - reference);
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          g[j] = weight * exp_nonpositive(s[j] - reference) + weights[j] * exp_nonpositive(s[j] - references[j]);
+        }
+      }
+      const A* shares = offset<A>(gradient.column.share, begin);
+      if (same != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) g[j] -= same[j] * (share + (shares == nullptr ? A(0) : shares[j]));
+      }
+      const A* smoothings = offset<A>(gradient.column.smoothing, begin);
+      if (gradient.row.smoothing != nullptr || smoothings != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A smooth = smoothing + (smoothings == nullptr ? A(0) : smoothings[j]);
+          g[j] -= s[j] == kLeftOut<A> ? A(0) : smooth;
+        }
+      }
+    } else if (tile.energy == Energy::kSigmoid) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const A e = exp_of_minus_magnitude(s[j]);
+        g[j] = weight * (s[j] > A(0) ? A(1) : e) / (A(1) + e);
+      }
+      if (same != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A e = exp_of_minus_magnitude(s[j]);
+          const A positive = -weight * (s[j] > A(0) ? e : A(1)) / (A(1) + e);
+          g[j] = same[j] > A(0) ? positive : g[j];
+        }
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        const A over = s[j] - reference;
+        g[j] = over > A(0) ? weight : over != over ? over : A(0);
+      }
+      if (weights != nullptr) {
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A over = s[j] - references[j];
+          g[j] += over > A(0) ? weights[j] : over != over ? over : A(0);
+        }
+      }
+    }
+    A block_dot = 0, block_total = 0;
+#pragma omp simd reduction(+ : block_dot, block_total)
+    for (int64_t j = 0; j < count; ++j) {
+      block_dot += g[j] * u[j];
+      block_total += g[j];
+    }
+    dot += block_dot;
+    total += block_total;
+    if (tile.row_norm != nullptr) {
+      const A norm = scores.row_norm(i);
+      const A* norms = scores.column_norm(begin);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) g[j] *= norm * norms[j];
+    }
+    store_any(tile.element, g, begin, count, scores.row(i));
+  }
+  gradient.dot[i] += dot;
+  gradient.total[i] += total;
+}
+
+}  // namespace
+
+void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end) {
+  const auto run = sums.tile.element == Element::kDouble ? row_sums<double> : row_sums<float>;
+  for (int64_t i = begin; i < end; ++i) run(sums, i);
+}
+
+void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block) {
+  const auto run = sums.tile.element == Element::kDouble ? column_sums<double> : column_sums<float>;
+  for (int64_t b = begin_block; b < end_block; ++b) run(sums, b * kPairColumns);
+}
+
+void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end) {
+  const auto run = gradient.tile.element == Element::kDouble ? gradient_row<double> : gradient_row<float>;
+  for (int64_t i = begin; i < end; ++i) run(gradient, i);
+}
+
+}  // namespace SSLKERNELS_ISA
+}  // namespace sslkernels

@@ -1,9 +1,0 @@
-// The kernels of cross_entropy_rows.h for half: in a file of their own, so that they compile side by side.
-#include "cross_entropy_launch.h"
-
-namespace sslkernels {
-
-template void launch_rows_fwd<Half>(const CrossEntropyRows&, void*);
-template void launch_rows_bwd<Half>(const CrossEntropyRows&, void*);
-
-}  // namespace sslkernels

@@ -1,0 +1,91 @@
+// The operators of masked prediction: schemas, CPU and CUDA bindings.
+#include "core/cpu/bind.h"
+
+#include "vocabulary/cross_entropy_bind.h"
+#include "vocabulary/mask_tokens_bind.h"
+#include "vocabulary/sample_rows_bind.h"
+
+#if defined(SSLKERNELS_WITH_CUDA)
+#include "core/cuda/bind.h"
+#endif
+
+namespace sslkernels {
+namespace {
+
+void run_cross_entropy_rows_fwd(const CrossEntropyRows& rows) {
+  parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(cross_entropy_rows_fwd), rows);
+}
+
+void run_cross_entropy_rows_bwd(const CrossEntropyRows& rows) {
+  if (rows.grad != rows.logits) advise_output(rows.grad, rows.count * rows.vocab, rows.element);
+  parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(cross_entropy_rows_bwd), rows);
+}
+
+void run_sample_rows(const SampleRows& sample) {
+  parallel(sample.rows, row_grain(sample.columns), SSLKERNELS_CURRENT_ISA(sample_rows), sample);
+}
+
+void run_mask_tokens(const MaskTokens& tokens) {
+  if (tokens.columns == 0) return;
+  const size_t bytes = size_t(tokens.rows * tokens.columns * (tokens.wide_ids ? 8 : 4));
+  advise_huge_pages(tokens.output_ids, bytes);
+  advise_huge_pages(tokens.labels, bytes);
+  if (tokens.chained) {
+    parallel(tokens.rows, row_grain(tokens.columns), SSLKERNELS_CURRENT_ISA(mask_tokens_chained), tokens);
+  } else {
+    const int64_t groups = tokens.rows * ((tokens.columns + 3) / 4);
+    parallel(groups, kGrain / 4, SSLKERNELS_CURRENT_ISA(mask_tokens), tokens);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
+  m.def(
+      "cross_entropy_rows_fwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
+      "Tensor? coefficient, Tensor(a!) loss, Tensor(b!) row_max, Tensor(c!) sum_exp, Tensor(d!) logprob, "
+      "Tensor(e!) prediction, Tensor(f!) entropy, Tensor(g!)? grad, int ignore_index, float label_smoothing, "
+      "float z_loss, float softcap, float logit_scale, bool stats) -> ()");
+  m.def(
+      "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
+      "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+  m.def(
+      "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
+      "float scale, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) index) -> "
+      "()");
+  m.def(
+      "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
+      "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
+      "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
+  bind_cpu<parse_cross_entropy_rows_fwd, run_cross_entropy_rows_fwd>(m, "cross_entropy_rows_fwd");
+  bind_cpu<parse_cross_entropy_rows_bwd, run_cross_entropy_rows_bwd>(m, "cross_entropy_rows_bwd");
+  bind_cpu<parse_sample_rows, run_sample_rows>(m, "sample_rows");
+  bind_cpu<parse_mask_tokens, run_mask_tokens>(m, "mask_tokens");
+}
+
+#if defined(SSLKERNELS_WITH_CUDA)
+namespace {
+
+void allocate_and_launch_mask_tokens(const MaskTokens& tokens, const Tensor& like, void* stream) {
+  OptionalTensor device_ranges;
+  if (tokens.rule.range_count > kInlineRanges) {
+    device_ranges = workspace(like, 2 * tokens.rule.range_count, ScalarType::Long);
+  }
+  launch_mask_tokens(tokens, device_ranges ? device_ranges->mutable_data_ptr<int64_t>() : nullptr, stream);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
+  bind_cuda<parse_cross_entropy_rows_fwd, launch_cross_entropy_rows_fwd>(m, "cross_entropy_rows_fwd");
+  bind_cuda<parse_cross_entropy_rows_bwd, launch_cross_entropy_rows_bwd>(m, "cross_entropy_rows_bwd");
+  bind_cuda<parse_sample_rows, launch_sample_rows>(m, "sample_rows");
+  bind_cuda<parse_mask_tokens, allocate_and_launch_mask_tokens>(m, "mask_tokens");
+}
+#endif
+
+}  // namespace sslkernels
