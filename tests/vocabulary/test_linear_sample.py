@@ -360,7 +360,7 @@ def test_opcheck(backend, device):
     x, w, bias = inputs(device, 5, 13, 4)
     ids, seed = torch.arange(5, device=device), torch.tensor(1, device=device)
     arguments = (x, w, bias, seed, ids, torch.float32, 0.5)
-    torch.library.opcheck(torch.ops.sslkernels.linear_sample.default, arguments)
+    torch.library.opcheck(module.linear_sample_fwd.raw, arguments)
 
 
 @pytest.mark.parametrize(

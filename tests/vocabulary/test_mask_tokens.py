@@ -9,7 +9,7 @@ import torch
 from philox_oracle import chi_square_limit, word
 
 import sslkernels as sk
-from sslkernels.vocabulary.mask_tokens import mask_tokens_op, special_ranges
+from sslkernels.vocabulary.mask_tokens import mask_tokens_fwd, special_ranges
 
 OP = "mask_tokens"
 IGNORE = -100
@@ -466,8 +466,8 @@ def test_opcheck(backend, device):
     data = {k: v.to(device) for k, v in example(3, 10).items()}
     seed = torch.tensor(3, device=device)
     arguments = (data["input_ids"], seed, None, data["word_ids"], None, [0, 1], MASK, VOCAB, 0.3, 0.8, 0.1, 2.0, -100)
-    torch.library.opcheck(torch.ops.sslkernels.mask_tokens.default, arguments)
-    assert [t.shape for t in mask_tokens_op(*arguments)] == [(3, 10)] * 2
+    torch.library.opcheck(mask_tokens_fwd.raw, arguments)
+    assert [t.shape for t in mask_tokens_fwd.raw(*arguments)] == [(3, 10)] * 2
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
