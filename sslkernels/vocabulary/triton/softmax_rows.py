@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits: launchers of the kernels in `softmax_row_kernels`."""
+"""Cross-entropy of rows of logits: the launchers of the kernels in `softmax_row_kernels`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,21 +25,21 @@ OPTIONS = ("HAS_BIAS", "HAS_WEIGHT", "HAS_SOFTCAP", "SMOOTHING")
 
 
 def config(vocab: int, dtype: torch.dtype, *, plain: bool, write_grad: bool) -> Config:
-    """The tile of a row in the forward, and whether the forward holds the row in one.
+    """The tile of the forward, and whether it keeps a whole row in one tile.
 
-    plain: no option and no statistics, which leaves a thread registers for more logits. Holding a row saves nothing
-    but the second read, for the gradient.
+    plain: no option and no statistics, which leaves a thread registers for more logits. Keeping the row saves only the
+    second read, for the gradient.
     """
     size = max(64, next_power_of_2(vocab))
     if dtype == torch.float64:
-        held, tile, warps = 512, 512, 8
+        whole_row, tile, warps = 512, 512, 8
     elif plain:
-        held, tile, warps = 4096, 8192, 16
+        whole_row, tile, warps = 4096, 8192, 16
         if write_grad:
-            held = 16384 if dtype == torch.float32 else 32768
+            whole_row = 16384 if dtype == torch.float32 else 32768
     else:
-        held, tile, warps = 4096, 2048, 8
-    if size <= held:
+        whole_row, tile, warps = 4096, 2048, 8
+    if size <= whole_row:
         per_warp = 64 if dtype == torch.float64 else 512
         return Config({"ONE_TILE": True, "BLOCK": size}, {"num_warps": min(max(size // per_warp, 1), 32)})
     return Config({"ONE_TILE": False, "BLOCK": tile}, {"num_warps": warps})
@@ -62,9 +62,8 @@ def cross_entropy_rows_fwd(
     options: Any,
     stats: bool,
 ) -> None:
-    """Fills `outputs`, the record `RowOutputs`, from logits (N, V). `grad` (N, V), where given, gets the gradient with
-    respect to l times coefficient (N,), and may be `logits`. Last strides are 1; `options` is the record `RowOptions`.
-    """
+    """Fills the record `RowOutputs` from logits (N, V) and the record `RowOptions`. `grad` (N, V), if given, receives the
+    gradient with respect to l times coefficient (N,), and may be `logits`. Last strides are 1."""
     count, vocab = logits.shape
     if count == 0:
         return
@@ -96,8 +95,8 @@ def cross_entropy_rows_bwd(
     grad: Tensor,
     options: Any,
 ) -> None:
-    """Writes the gradient with respect to l times coefficient (N,) to `grad` (N, V), which may be `logits`; `state` is
-    the record `RowState`."""
+    """Writes the gradient with respect to l times coefficient (N,) to `grad` (N, V), which may be `logits`, from the
+    record `RowState`."""
     count, vocab = logits.shape
     if count == 0:
         return
@@ -131,7 +130,7 @@ def _sizes(logits, grad, coefficient):
 
 
 def _scalars(options: Any) -> tuple[Any, ...]:
-    """The options as the kernels take them: a Python int would be specialised where a float is meant."""
+    """The options as arguments of the kernels: Triton would specialise a Python int that is passed for a float."""
     return tuple(value if name == "ignore_index" else float(value) for name, value in options._asdict().items())
 
 
