@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Options(nn.Module):
-    """Stores keyword options. Tensors become buffers (parameters stay parameters), so that they move with the module."""
+    """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

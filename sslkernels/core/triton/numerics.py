@@ -21,8 +21,8 @@ def exp_flushed(x):
 
 @triton.jit
 def exp_any(x):
-    """exp(x) of any x: float32 within 2 ulp, 0 below 2^-125 (`tl.exp` loses as many bits as the integer part of x / ln 2
-    has); float64 as `tl.exp`."""
+    """exp(x) of any x: float32 within 2 ulp and 0 below 2^-125; float64 is `tl.exp`. In float32 `tl.exp` loses as many
+    bits as the integer part of x / ln 2 has."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     inside = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # keeps NaN; beyond these exp(x) is inf or 0

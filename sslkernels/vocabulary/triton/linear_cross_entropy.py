@@ -34,7 +34,7 @@ REDUCE_ROWS = 128
 
 @triton.jit
 def _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of the block, mask of those in range, their row in the input (0 if unused), targets, and mask of used rows."""
+    """Rows of the block, mask of rows in range, their row in the input (0 if unused), targets, mask of used rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
     source = rows.to(tl.int64)

@@ -126,6 +126,29 @@ def log_probability(target_z, row_max, others):
 
 
 @triton.jit
+def _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC: tl.constexpr):
+    """The options in the accumulation dtype."""
+    return (
+        tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC),
+        tl.full((), softcap, ACC), tl.full((), logit_scale, ACC),
+    )  # fmt: skip
+
+
+@triton.jit
+def _class_weights(
+    weight, weight_sum, y, vocab, ACC: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr
+):  # fmt: skip
+    """The weight of the target's class, and the sum of all class weights."""
+    target_weight = tl.full((), 1.0, ACC)
+    all_weights = vocab.to(ACC)
+    if HAS_WEIGHT:
+        target_weight = tl.load(weight + y).to(ACC)
+        if SMOOTHING:
+            all_weights = tl.load(weight_sum)
+    return target_weight, all_weights
+
+
+@triton.jit
 def _gradient_factors(
     target_z, target_weight, weight_sum, row_max, sum_exp, log_sum, logprob, coefficient,
     vocab, label_smoothing, z_loss,
@@ -204,10 +227,7 @@ def cross_entropy_rows_fwd_kernel(
             _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing = tl.full((), label_smoothing, ACC)
-    z_loss = tl.full((), z_loss, ACC)
-    softcap = tl.full((), softcap, ACC)
-    logit_scale = tl.full((), logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
@@ -251,12 +271,7 @@ def cross_entropy_rows_fwd_kernel(
     )
     sum_exp, log_sum, logprob = log_probability(target_z, row_max, tl.sum(others, 0) + tl.sum(edge_e, 0))
 
-    target_weight = tl.full((), 1.0, ACC)
-    all_weights = vocab.to(ACC)
-    if HAS_WEIGHT:
-        target_weight = tl.load(weight + y).to(ACC)
-        if SMOOTHING:
-            all_weights = tl.load(weight_sum)
+    target_weight, all_weights = _class_weights(weight, weight_sum, y, vocab, ACC, HAS_WEIGHT, SMOOTHING)
     row_loss = -(1.0 - label_smoothing) * target_weight * logprob
     if SMOOTHING:
         to_lse = all_weights * (log_sum + (row_max - smooth_anchor)) - (tl.sum(smooth, 0) + tl.sum(edge_smooth, 0))
@@ -287,8 +302,8 @@ def cross_entropy_rows_fwd_kernel(
             tl.where(wrong, float("nan"), factor), vocab, label_smoothing, z_loss,
         )  # fmt: skip
         _write(
-            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, anchor, exp_factor, weight_factor, at_target,
-            weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
+            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, anchor,
+            exp_factor, weight_factor, at_target, weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
         )  # fmt: skip
         if ONE_TILE:
             at, mask = _tile(0, length, BLOCK, VECTOR)
@@ -327,10 +342,7 @@ def cross_entropy_rows_bwd_kernel(
         _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing = tl.full((), label_smoothing, ACC)
-    z_loss = tl.full((), z_loss, ACC)
-    softcap = tl.full((), softcap, ACC)
-    logit_scale = tl.full((), logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
@@ -338,12 +350,7 @@ def cross_entropy_rows_bwd_kernel(
 
     row_max = tl.load(row_max_in + row)
     sum_exp = tl.load(sum_exp_in + row)
-    target_weight = tl.full((), 1.0, ACC)
-    all_weights = vocab.to(ACC)
-    if HAS_WEIGHT:
-        target_weight = tl.load(weight + y).to(ACC)
-        if SMOOTHING:
-            all_weights = tl.load(weight_sum)
+    target_weight, all_weights = _class_weights(weight, weight_sum, y, vocab, ACC, HAS_WEIGHT, SMOOTHING)
     factor = tl.load(coefficient + row * coefficient_stride).to(ACC)
     exp_factor, weight_factor, at_target = _gradient_factors(
         target_z, target_weight, all_weights, row_max, sum_exp, tl.log(sum_exp), tl.load(logprob_in + row),

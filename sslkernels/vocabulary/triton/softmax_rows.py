@@ -62,8 +62,8 @@ def cross_entropy_rows_fwd(
     options: Any,
     stats: bool,
 ) -> None:
-    """Fills the record `RowOutputs` from logits (N, V) and the record `RowOptions`. `grad` (N, V), if given, receives the
-    gradient with respect to l times coefficient (N,), and may be `logits`. Last strides are 1."""
+    """Fills the record `RowOutputs` from logits (N, V) and the record `RowOptions`. `grad` (N, V), if given, receives
+    the gradient with respect to l times coefficient (N,), and may be `logits`. Last strides are 1."""
     count, vocab = logits.shape
     if count == 0:
         return
