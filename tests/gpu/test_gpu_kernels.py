@@ -1,5 +1,5 @@
-"""Single kernels on a GPU, on memory that the host wrote and with no kernel of torch between: what compute-sanitizer's
-racecheck and initcheck can judge, for torch's own kernels read uninitialised memory and race by design."""
+"""Single kernels on a GPU, on memory that the host wrote and without kernels of torch in between, for racecheck and
+initcheck of compute-sanitizer: torch's own kernels read uninitialised memory and race by design."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory():
-    """Not filled by a kernel of torch."""
+    """No kernel of torch fills uninitialised memory."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -49,7 +49,7 @@ class Rows:
 
 def kernels(backend: str):
     if backend not in ("cuda", "triton"):
-        pytest.skip("no kernel of its own on a GPU")
+        pytest.skip("has no GPU kernel")
     return NativeRows() if backend == "cuda" else TritonRows()
 
 
@@ -96,7 +96,7 @@ def test_own_negatives(backend, dtype, shape, normalise):
 
 
 def assert_equal_to_reference(op, arguments, dtype):
-    """Results of the raw operator on host tensors, sent to the device, and of its reference; returns the latter."""
+    """Compares a raw operator on the device with its reference on the host, and returns the reference's results."""
     with sk.use_backend("reference"):
         expected = op(*arguments)
     got = op(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
@@ -164,9 +164,9 @@ def test_statistics_of_gumbel_quantize(backend, dtype, shape):
 @pytest.mark.parametrize("shape", [(5, 1), (300, 17), (33, 1030), (3, 40_007)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sample_rows(backend, dtype, shape):
-    """Against the host's, in one tile and in several; the state is not initialised."""
+    """Against the CPU kernel, in one tile and in several, with an uninitialised state."""
     if backend != "cuda":
-        pytest.skip("a kernel of the extension alone")
+        pytest.skip("only the extension has this kernel")
     rows, vocab = shape
     g = torch.Generator().manual_seed(0)
     products, bias = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (shape, (vocab,)))

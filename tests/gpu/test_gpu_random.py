@@ -1,4 +1,4 @@
-"""Random numbers on a GPU: the bits of the host, CUDA graphs, more than 2^31 elements."""
+"""Random numbers on a GPU: equal bits on host and device, CUDA graphs, more than 2^31 elements."""
 
 from __future__ import annotations
 
