@@ -9,6 +9,7 @@ import pytest
 import torch
 from own_oracle import OwnCase, asked_for, assert_results
 from own_oracle import make as make_own
+from raw_operators import assert_equal_to_reference
 from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
 from torch import Tensor
 
@@ -93,18 +94,6 @@ def test_own_negatives(backend, dtype, shape, normalise):
     kernels(backend)
     inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
     assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments("cuda"))))
-
-
-def assert_equal_to_reference(op, arguments, dtype):
-    """Compares a raw operator on the device with its reference on the host, and returns the reference's results."""
-    with sk.use_backend("reference"):
-        expected = op(*arguments)
-    got = op(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
-    expected, got = ((x,) if isinstance(x, Tensor) else x for x in (expected, got))
-    for a, b in zip(got, expected, strict=True):
-        limit = 4 * torch.finfo(dtype).eps if b.dtype == dtype else 1e-5
-        torch.testing.assert_close(a.cpu(), b, rtol=limit, atol=limit)
-    return expected
 
 
 @pytest.mark.parametrize("minimum", [False, True])
