@@ -24,7 +24,7 @@ def on_gpu(value: Any) -> Any:
     """The argument of a raw operator, a value or a record, with its tensors on the GPU."""
     if isinstance(value, Tensor):
         return value.cuda()
-    return type(value)(*map(on_gpu, value)) if isinstance(value, tuple) else value
+    return type(value)(*map(on_gpu, value)) if hasattr(value, "_fields") else value
 
 
 def assert_equal_to_reference(op: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> Any:

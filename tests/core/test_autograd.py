@@ -142,7 +142,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(backend, mode, reduction, device):
     if backend == "triton":
-        pytest.skip("the numerical Jacobian runs the interpreter hundreds of times; test_backends covers its gradients")
+        pytest.skip("the numerical Jacobian runs the interpreter hundreds of times; its cases cover the gradients")
     tensors, target = problem(device, rows=5, vocab=6, dim=3)
 
     def function(*leaves):

@@ -21,8 +21,8 @@ from sslkernels.core.triton.launch import (
     capability,
     next_power_of_2,
     on_device_of,
+    pointers_aligned,
     processors,
-    signature,
 )
 from sslkernels.core.triton.numerics import shifted_moment
 from sslkernels.core.triton.products import tile_products
@@ -313,26 +313,22 @@ def aot_signatures() -> Iterator[AotEntry]:
 
 
 def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
-    absent = {
-        **{"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "row_index": "HAS_INDEX", "weight_sum": "SMOOTHING"},
-        **{f"{part}_{way}": "STATS" for part in ("moment", "best", "best_col") for way in ("in", "out")},
-        **{f"{part}_{way}": "SMOOTHING" for part in ("smooth", "weights") for way in ("in", "out")},
-    }
+    """An entry of either kernel: its arguments select among the types of both."""
     types = dict.fromkeys(kernel.arg_names, "*fp32")
-    types |= {"input": f"*{DTYPE_NAMES[dtype]}", "linear_weight": f"*{DTYPE_NAMES[dtype]}"}
-    types |= {
-        "target": "*i64",
-        "row_index": "*i64",
-        "prediction": "*i64",
-        "best_col_in": "*i32",
-        "best_col_out": "*i32",
-    }
-    integers = ("count", "vocab", "tiles_per_split", "splits", "input_stride", "weight_stride", "ignore_index")
-    types |= dict.fromkeys(integers, "i32")
+    types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
+    types |= dict.fromkeys(("target", "row_index", "prediction"), "*i64")
+    types |= dict.fromkeys(("best_col_in", "best_col_out"), "*i32")
+    types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
     types |= dict.fromkeys(("softcap", "logit_scale", "label_smoothing", "z_loss"), "fp32")
-    none = {arg: None for arg, flag in absent.items() if arg in kernel.arg_names and not constexprs.get(flag, True)}
-    constexprs = {**constexprs, **none}
-    types = {arg: types[arg] for arg in kernel.arg_names if arg not in constexprs}
-    even = ("input_stride", "weight_stride") if constexprs.get("DIM", 1) % 16 == 0 else ()
-    aligned = tuple(arg for arg in types if types[arg].startswith("*") or arg in even)
-    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, options, aligned)
+    flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "row_index": "HAS_INDEX", "weight_sum": "SMOOTHING"}
+    flags |= {f"{part}_{way}": "STATS" for part in ("moment", "best", "best_col") for way in ("in", "out")}
+    flags |= {f"{part}_{way}": "SMOOTHING" for part in ("smooth", "weights") for way in ("in", "out")}
+    absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
+    return strides_aligned(pointers_aligned(name, kernel, types, {**constexprs, **absent}, options))
+
+
+def strides_aligned(entry: AotEntry) -> AotEntry:
+    """The entry for contiguous operands: their strides are multiples of 16 if DIM is."""
+    if entry.constexprs.get("DIM", 1) % 16:
+        return entry
+    return entry._replace(aligned=(*entry.aligned, "input_stride", "weight_stride"))

@@ -18,13 +18,13 @@ from sslkernels.core.triton.launch import (
     Config,
     capability,
     next_power_of_2,
+    pointers_aligned,
     processors,
-    signature,
 )
 from sslkernels.core.triton.products import tile_products
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
-from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
+from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab, strides_aligned
 
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
 
@@ -145,9 +145,5 @@ def aot_signatures() -> Iterator[AotEntry]:
             types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
             types |= dict.fromkeys(("seed_ptr", "row_ids"), "*i64") | {"column_out": "*i32", "scale": "fp32"}
             types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
-            types = {arg: kind for arg, kind in types.items() if arg not in constexprs}
-            even = ("input_stride", "weight_stride") if dim % 16 == 0 else ()
-            aligned = tuple(arg for arg in types if types[arg].startswith("*") or arg in even)
-            ordered = signature(linear_sample_kernel, types, constexprs)
-            entry = AotEntry(name, linear_sample_kernel, ordered, constexprs, chosen.options, aligned)
-            yield entry._replace(architectures=(10 * generation[0],))
+            entry = pointers_aligned(name, linear_sample_kernel, types, constexprs, chosen.options)
+            yield strides_aligned(entry)._replace(architectures=(10 * generation[0],))

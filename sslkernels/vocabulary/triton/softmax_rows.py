@@ -14,7 +14,7 @@ from sslkernels.core.triton.launch import (
     accumulation_dtype,
     next_power_of_2,
     on_device_of,
-    signature,
+    pointers_aligned,
 )
 from sslkernels.vocabulary.triton.softmax_row_kernels import (
     cross_entropy_rows_bwd_kernel,
@@ -178,20 +178,15 @@ def aot_signatures() -> Iterator[AotEntry]:
 
 
 def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
-    acc = DTYPE_NAMES[accumulation_dtype(dtype)]
-    forward = kernel is cross_entropy_rows_fwd_kernel
-    states = ("row_max_out", "sum_exp_out", "logprob_out") if forward else ("row_max_in", "sum_exp_in", "logprob_in")
-    types = {name: f"*{DTYPE_NAMES[dtype]}" for name in ("logits", "grad")}
-    types |= {name: f"*{acc}" for name in ("bias", "weight", "weight_sum", "coefficient", *states)}
-    types |= {"target": "*i64", "vocab": "i32", "logits_stride": "i32", "grad_stride": "i32"}
-    types |= {"coefficient_stride": "i32", "ignore_index": "i32"}
+    """An entry of either kernel: its arguments select among the types of both."""
+    acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+    types = dict.fromkeys(kernel.arg_names, acc)
+    types |= dict.fromkeys(("logits", "grad"), f"*{DTYPE_NAMES[dtype]}") | dict.fromkeys(
+        ("target", "prediction"), "*i64"
+    )
+    types |= dict.fromkeys(("vocab", "logits_stride", "grad_stride", "coefficient_stride", "ignore_index"), "i32")
     types |= dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp64")
-    absent = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING", "grad": "WRITE_GRAD"}
-    if forward:
-        types |= {"loss": f"*{acc}", "entropy": f"*{acc}", "prediction": "*i64"}
-        absent["coefficient"] = "WRITE_GRAD"
-    none = {argument: None for argument, flag in absent.items() if not constexprs.get(flag, True)}
-    types = {argument: kind for argument, kind in types.items() if argument not in none}
-    constexprs = {**constexprs, **none}
-    aligned = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
-    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, options, aligned)
+    flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING"}
+    flags |= dict.fromkeys(("grad", "coefficient"), "WRITE_GRAD")
+    absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
+    return pointers_aligned(name, kernel, types, {**constexprs, **absent}, options)
