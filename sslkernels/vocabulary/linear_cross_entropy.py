@@ -271,26 +271,13 @@ def _check(
     mode: str,
     logit_scale: float,
 ) -> None:
-    checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
-    checks.dims(NAME, "input", input, 1, "(..., D)")
-    checks.tensor(NAME, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
-    checks.dims(NAME, "linear_weight", linear_weight, 2, "(V, D)", high=2)
-    checks.shape(NAME, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
-    if linear_weight.shape[0] == 0:
-        checks.fail(ValueError, NAME, "linear_weight", "have at least one row", tuple(linear_weight.shape))
+    check_projection(NAME, input, linear_weight, linear_bias)
     checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
     checks.shape(NAME, "target", target, input.shape[:-1], "that of input without its last dimension")
-    checks.tensor(NAME, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
     checks.tensor(NAME, "token_weight", token_weight, checks.FLOAT_DTYPES, optional=True)
     checks.shape(NAME, "token_weight", token_weight, target.shape, "that of target")
-    for argument, value in (
-        ("linear_weight", linear_weight),
-        ("target", target),
-        ("linear_bias", linear_bias),
-        ("token_weight", token_weight),
-    ):
-        checks.same_device(NAME, argument, value, "input", input.device)
+    checks.same_device(NAME, "target", target, "input", input.device)
+    checks.same_device(NAME, "token_weight", token_weight, "input", input.device)
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
     checks.number(NAME, "logit_scale", logit_scale)
     if num_items is None:
@@ -303,3 +290,17 @@ def _check(
         checks.same_device(NAME, "num_items", num_items, "input", input.device)
     else:
         checks.number(NAME, "num_items", num_items, low=0)
+
+
+def check_projection(function: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    checks.tensor(function, "input", input, checks.FLOAT_DTYPES)
+    checks.dims(function, "input", input, 1, "(..., D)")
+    checks.tensor(function, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
+    checks.dims(function, "linear_weight", linear_weight, 2, "(V, D)", high=2)
+    checks.shape(function, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
+    if linear_weight.shape[0] == 0:
+        checks.fail(ValueError, function, "linear_weight", "have at least one row", tuple(linear_weight.shape))
+    checks.tensor(function, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(function, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
+    checks.same_device(function, "linear_weight", linear_weight, "input", input.device)
+    checks.same_device(function, "linear_bias", linear_bias, "input", input.device)

@@ -16,7 +16,7 @@ from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contigu
 from sslkernels.core.operator import operator
 from sslkernels.random.seeds import seed_tensor
 from sslkernels.random.streams import stream_values
-from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
+from sslkernels.vocabulary.linear_cross_entropy import check_projection, linear_cross_entropy
 
 NAME = "linear_sample"
 # Bytes of a tile of products, which should stay in the cache.
@@ -197,7 +197,11 @@ def linear_sample(
     >>> hidden, embedding = torch.randn(4, 16), torch.randn(1000, 16)
     >>> index, logprob = sk.linear_sample(hidden, embedding, temperature=0.7, seed=0)
     """
-    _check(input, linear_weight, linear_bias, temperature, row_ids)
+    check_projection(NAME, input, linear_weight, linear_bias)
+    checks.number(NAME, "temperature", temperature, low=LEAST_TEMPERATURE)
+    checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
+    checks.shape(NAME, "row_ids", row_ids, input.shape[:-1], "that of input without its last dimension")
+    checks.same_device(NAME, "row_ids", row_ids, "input", input.device)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
     temperature = float(temperature)
     shape = input.shape[:-1]
@@ -224,26 +228,3 @@ def linear_sample(
     else:
         logprob = _NoGradient.run(logprob, *leaves)
     return LinearSample(index.reshape(shape), logprob.reshape(shape))
-
-
-def _check(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    temperature: float,
-    row_ids: Tensor | None,
-) -> None:
-    checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
-    checks.dims(NAME, "input", input, 1, "(..., D)")
-    checks.tensor(NAME, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
-    checks.dims(NAME, "linear_weight", linear_weight, 2, "(V, D)", high=2)
-    checks.shape(NAME, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
-    if linear_weight.shape[0] == 0:
-        checks.fail(ValueError, NAME, "linear_weight", "have at least one row", tuple(linear_weight.shape))
-    checks.tensor(NAME, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
-    checks.number(NAME, "temperature", temperature, low=LEAST_TEMPERATURE)
-    checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(NAME, "row_ids", row_ids, input.shape[:-1], "that of input without its last dimension")
-    for argument, value in (("linear_weight", linear_weight), ("linear_bias", linear_bias), ("row_ids", row_ids)):
-        checks.same_device(NAME, argument, value, "input", input.device)
