@@ -61,9 +61,19 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _fwd(rows: Rows, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool):
+def _fwd(
+    rows: Rows,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    coefficient: Tensor | None,
+    options: RowOptions,
+    stats: bool,
+) -> tuple[RowOutputs, Tensor]:
     check_target_range(NAME, target, logits.shape[1], options.ignore_index)
-    return rows.forward(logits, target, None, weight, options, stats=stats)
+    grad = None if coefficient is None else _empty_gradient(logits)
+    outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
+    return outputs, logits.new_empty(0) if grad is None else grad
 
 
 def _bwd(
@@ -80,26 +90,18 @@ def _bwd(
     return grad
 
 
-def _grad(
-    rows: Rows,
+@operator(NAME, _implementations(_fwd), native_ops=NativeRows.OPS)
+def cross_entropy_fwd(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    coefficient: Tensor,
+    coefficient: Tensor | None,
     options: RowOptions,
     stats: bool,
 ) -> tuple[RowOutputs, Tensor]:
-    check_target_range(NAME, target, logits.shape[1], options.ignore_index)
-    grad = _empty_gradient(logits)
-    outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
-    return outputs, grad
-
-
-@operator(NAME, _implementations(_fwd), native_ops=NativeRows.OPS)
-def cross_entropy_fwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool
-) -> RowOutputs:
-    return empty_outputs(logits, logits.shape[0], stats)
+    """The outputs and, given a coefficient, the gradient of sum(coefficient * loss), in one pass over the logits."""
+    grad = logits.new_empty(0) if coefficient is None else _empty_gradient(logits)
+    return empty_outputs(logits, logits.shape[0], stats), grad
 
 
 @operator(NAME, _implementations(_bwd), native_ops=NativeRows.OPS)
@@ -109,14 +111,6 @@ def cross_entropy_bwd(
     return _empty_gradient(logits)
 
 
-@operator(NAME, _implementations(_grad), native_ops=NativeRows.OPS)
-def cross_entropy_grad(
-    logits: Tensor, target: Tensor, weight: Tensor | None, coefficient: Tensor, options: RowOptions, stats: bool
-) -> tuple[RowOutputs, Tensor]:
-    """The outputs and the gradient of sum(coefficient * loss), in one pass over the logits."""
-    return empty_outputs(logits, logits.shape[0], stats), _empty_gradient(logits)
-
-
 class _CrossEntropy(Function):
     """Per-row losses and statistics; saves the logits and three numbers per row."""
 
@@ -124,7 +118,8 @@ class _CrossEntropy(Function):
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool) -> RowOutputs:
-        return cross_entropy_fwd(logits, target, weight, options, stats)
+        rows, _ = cross_entropy_fwd(logits, target, weight, None, options, stats)
+        return rows
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -169,7 +164,7 @@ class _ReducedCrossEntropy(Function):
         coefficient = torch.ones_like(target, dtype=accumulation_dtype(logits.dtype))
         if divisor is not None:
             coefficient = coefficient / divisor
-        rows, grad = cross_entropy_grad(logits, target, weight, coefficient, options, stats)
+        rows, grad = cross_entropy_fwd(logits, target, weight, coefficient, options, stats)
         loss = rows.loss.sum()
         return loss if divisor is None else loss / divisor, rows, grad
 
@@ -206,7 +201,7 @@ def _keeps_gradient(logits: Tensor, reduction: str) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and reduction != "none"
         and logits.dtype in (torch.float32, torch.bfloat16)
-        and cross_entropy_grad.choose(logits.device) in KEEPING_BACKENDS
+        and cross_entropy_fwd.choose(logits.device) in KEEPING_BACKENDS
     )
 
 
