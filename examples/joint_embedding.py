@@ -1,10 +1,11 @@
-"""Joint embedding from start to end: two encoders learn which views belong together, and do not collapse.
+"""Joint embedding end to end: two encoders learn which views belong together, and do not collapse.
 
     python examples/joint_embedding.py [--steps 300]
 
-Both views come from the data: a hidden point, seen through two random projections with noise. The loss is that of CLIP
-with a learned temperature; the N x N scores never exist. Its statistics say from the same pass how often the pair wins
-(top-1), how far pairs are apart (alignment, smaller is better) and how far the rest is (uniformity, 0 is collapse).
+Both views come from the data: a hidden point, seen through two random projections with noise. The loss is CLIP's with a
+learned temperature; the N x N scores are never materialised. In the same pass its statistics measure how often the
+matching pair wins (top-1), the distance of pairs (alignment, smaller is better) and of the rest (uniformity, 0 is
+collapse).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""A predictor with a latent variable: one input, several futures that are all right.
+"""A predictor with a latent variable: one input, several equally valid futures.
 
     python examples/latent_prediction.py [--steps 400]
 
-The data: a point is turned by one of four angles, and nothing of the input says by which. A predictor without a latent
-gives the mean of the futures, which is none of them. Here z is drawn K times from a Gaussian given the input, and the
-energy of a pair is the error of the best prediction, so that the K predictions spread over the futures. What z may say
-is limited: it never sees the future, the minimum over K picks at most log K nats, and its divergence to a standard
-normal is paid for. Neither the noise nor the K differences are kept for backward.
+The data: a point is rotated by one of four angles, and the input does not tell which. A predictor without a latent
+variable predicts the mean of the futures, which is none of them. Here z is drawn K times from a Gaussian given the
+input, and the energy of a pair is the error of the best prediction, so that the K predictions spread over the futures.
+The information in z is limited: it never sees the future, the minimum over K selects at most log K nats, and its
+divergence from a standard normal is penalised. Neither the noise nor the K differences are saved for backward.
 
-Printed are the energy with the best z of K and with one z alone (1 is that of the mean of the futures), the part of the
-futures that some prediction comes close to, and the divergence of z in nats.
+Prints the energy with the best of K z and with a single z (predicting the mean of the futures gives 1), the fraction of
+the futures that some prediction comes close to, and the divergence of z in nats.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Predictor(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions (B, K, POINT), and the divergence of z."""
+        """Predictions (B, K, POINT) and the divergence of z."""
         hidden = self.encoder(x)
         z, kl = self.latent(*self.to_latent(hidden).chunk(2, -1))
         return self.decoder(torch.cat([hidden.unsqueeze(1).expand(-1, SAMPLES, -1), z], -1)), kl

@@ -1,9 +1,9 @@
-"""Masked-token prediction from start to end: a small BERT learns to fill in the hidden letters of a text.
+"""Masked-token prediction end to end: a small BERT learns to fill in the hidden letters of a text.
 
     python examples/masked_lm.py [--steps 500]
 
-The labels come from the data (`mask_tokens`), the loss never holds the logits (`linear_cross_entropy`, with the tied
-embedding and a bias), and its statistics give the accuracy from the same pass.
+The labels come from the data (`mask_tokens`), the loss never materialises the logits (`linear_cross_entropy`, with the
+tied embedding and a bias), and its statistics give the accuracy in the same pass.
 """
 
 from __future__ import annotations

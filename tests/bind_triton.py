@@ -1,25 +1,33 @@
-"""Calls the Triton launchers as on a GPU up to the launch itself, and prints the kernels that they compiled as JSON.
+"""Runs Triton code as on a GPU up to the launch itself, and prints the names of the compiled kernels as JSON.
 
-The interpreter never specialises arguments; this does: strides of 1, absent tensors, integers of either width. A
-program of its own, for the same reason as `benchmarks.triton_resources`.
+Unlike the interpreter this specialises arguments: strides of 1, absent tensors, integers of 32 or 64 bits. The calls
+are functions `triton_calls(size, every)` of the test modules, which are discovered: `size` is a dimension to use, and
+`every` selects all optional arguments and int32 indices rather than no option and int64. Tensors are on the CPU, the
+backend is "triton", and results stay uninitialised.
+
+It is a separate program because kernels cannot be compiled in a process that has TRITON_INTERPRET set.
 """
 
+import importlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+import sslkernels as sk
 from sslkernels.contrastive.score_tiles import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
 from sslkernels.contrastive.triton import tile_sums
 from sslkernels.contrastive.triton.query_negatives import own_negatives
 from sslkernels.contrastive.triton.tile_gradients import add_gradients
 from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
 from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
-from sslkernels.core.triton.scale import scale_
+from sslkernels.core import backends
 from sslkernels.core.triton.segment_sum import weighted_row_sums
 from sslkernels.latent.triton.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
@@ -27,21 +35,14 @@ from sslkernels.latent.triton.gumbel_rows import TritonGumbelRows
 from sslkernels.latent.triton.nearest_code import best_codes
 from sslkernels.latent.triton.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
-from sslkernels.random.triton.streams import random_stream
-from sslkernels.vocabulary.softmax_rows import RowOptions, TritonRows, empty_outputs
-from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
-from sslkernels.vocabulary.triton.linear_sample import linear_sample
-from sslkernels.vocabulary.triton.mask_tokens import mask_tokens
-
-PLAIN = RowOptions(-100, 0.0, 0.0, 0.0)
-EVERY = RowOptions(1, 0.1, 1e-3, 30.0, 0.7)
-
 
 FIXED_SHIFT_FROM = 2  # pairs
+TESTS = Path(__file__).parent
+SIZES = (1, 16, 1003)  # Triton specialises integers that are 1 and integers that are divisible by 16
 
 
 class NoDevice:
-    """What the compiler asks of a driver."""
+    """The part of a driver that the compiler uses."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -67,55 +68,15 @@ def record_instead_of_launching() -> list[str]:
     return compiled
 
 
-def bind_rows(vocab: int, options: RowOptions, index_dtype: torch.dtype) -> None:
-    every = options is EVERY
-    logits = torch.zeros(2, vocab, dtype=torch.bfloat16)
-    target = torch.zeros(2, dtype=index_dtype)
-    bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
-    coefficient = torch.ones(()).expand(2)
-    outputs = TritonRows().forward(logits, target, bias, weight, options, stats=every)
-    TritonRows().forward(logits, target, bias, weight, options, stats=every, coefficient=coefficient, grad=logits)
-    TritonRows().backward(logits, target, bias, weight, options, outputs.state, coefficient, logits)
-
-
-def bind_stream(vocab: int, dim: int, options: RowOptions, index_dtype: torch.dtype) -> None:
-    every = options is EVERY
-    input, linear_weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
-    target = torch.zeros(2, dtype=index_dtype)
-    bias, weight = (torch.zeros(vocab), torch.ones(vocab)) if every else (None, None)
-    row_index = torch.zeros(2, dtype=index_dtype) if every else None
-    outputs = empty_outputs(input, 2 if row_index is None else row_index.shape[0], every)
-    stream_forward(input, linear_weight, target, bias, weight, outputs, options, every, row_index=row_index)
-
-
-def bind_sample(vocab: int, dim: int, every: bool) -> None:
-    x, weight = torch.zeros(2, dim, dtype=torch.float16), torch.zeros(vocab, dim, dtype=torch.float16)
-    bias, ids = torch.zeros(vocab) if every else None, torch.arange(2)
-    linear_sample(x, weight, bias, torch.zeros((), dtype=torch.int64), ids, torch.float16, 0.7)
-
-
-def bind_codes(codes: int, dim: int, every: bool) -> None:
-    """Of one dtype and of two, each metric."""
-    x, codebook = torch.zeros(3, dim, dtype=torch.float16), torch.zeros(codes, dim, dtype=torch.float16)
+def bind_codes(size: int, every: bool) -> None:
+    """Equal and different dtypes, each metric."""
+    x, codebook = (torch.zeros(n, size, dtype=torch.float16) for n in (3, size))
     codebook = codebook.float() if every else codebook
     index, score, distance = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64), torch.zeros(3)
     for metric in range(3):
         best_codes(x, codebook, metric, index, score)
     gather_codes(x, codebook, index, score, x.clone(), distance)
     code_difference(distance, x, codebook, index, x.float() if every else x.clone())
-
-
-def bind_random(columns: int, id_dtype: torch.dtype, every: bool) -> None:
-    seed = torch.zeros((), dtype=torch.int64)
-    ids = torch.zeros(2, columns, dtype=id_dtype)
-    special = torch.zeros(2, columns, dtype=torch.bool) if every else None
-    words = torch.zeros(2, columns, dtype=id_dtype) if every else None
-    row_ids = torch.zeros(2, dtype=torch.int64) if every else None
-    random_stream("normal", seed, row_ids, 2, columns, 2**40 if every else 0, torch.bfloat16)
-    thresholds = (2**32, 2**31, 5, 2**32, 2**32)
-    for chained in (False, True):
-        args = (ids, seed, special, words if chained else None, row_ids, ids, ids, *thresholds)
-        mask_tokens(*args, 3, 100, (0, 4, 7, 8), -100, chained=chained)
 
 
 def bind_own(size: int, every: bool) -> None:
@@ -142,7 +103,8 @@ def bind_gaussian(columns: int, every: bool) -> None:
     gaussian_bwd(*inputs, z, mean.float(), False, mean, mean, *prior_grads)
 
 
-def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> None:
+def bind_negative_sampling(dim: int, every: bool) -> None:
+    index_dtype = torch.int32 if every else torch.int64
     pairs, negatives = 2, dim if every else 1
     index, table = torch.zeros(pairs, dtype=index_dtype), torch.zeros(3, dim, dtype=torch.float16)
     drawn = torch.zeros(pairs, negatives, dtype=index_dtype)
@@ -156,7 +118,7 @@ def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> N
 
 
 def bind_gumbel(columns: int, every: bool) -> None:
-    """One row a program and several, with and without what may be absent."""
+    """One row per program and several, with and without optional tensors."""
     dtype = torch.float64 if every else torch.bfloat16
     acc = torch.float64 if every else torch.float32
     kernels = TritonGumbelRows()
@@ -178,7 +140,7 @@ def bind_gumbel(columns: int, every: bool) -> None:
 
 
 def bind_energies(size: int, every: bool) -> None:
-    """One dimension of `size`: the candidates, the results, the features."""
+    """`size` is the number of candidates, of results, or of features."""
     dtype = torch.float64 if every else torch.bfloat16
     acc = torch.float64 if every else torch.float32
     for shape in ((3, size, 1), (1, 3, size), (size, 2, 3)):
@@ -197,8 +159,13 @@ def bind_energies(size: int, every: bool) -> None:
         prediction_energy_bwd(value, prediction, target, weights, None, target)
 
 
-def bind_pairs(columns: int, dim: int, every: bool) -> None:
-    """Small D in float16, large D in bfloat16, with and without what may be absent."""
+def bind_pairs(columns: int, every: bool) -> None:
+    for dim in (64, 400):
+        bind_pairs_of(columns, dim, every)
+
+
+def bind_pairs_of(columns: int, dim: int, every: bool) -> None:
+    """Small D in float16, large D in bfloat16, with and without optional tensors."""
     features = [torch.zeros(n, dim, dtype=torch.float16 if dim <= 256 else torch.bfloat16) for n in (2, columns)]
     norms = [torch.ones(n) if every else None for n in (2, columns)]
     labels = Labels(*(torch.zeros(n, dtype=torch.int32) if every else None for _ in range(3) for n in (2, columns)))
@@ -226,21 +193,24 @@ def bind_pairs(columns: int, dim: int, every: bool) -> None:
         add_weighted_sums(tile._replace(ids_positive=False), frozen, gradients[0], torch.zeros(2))
 
 
+# Calls whose test module has no `triton_calls` yet.
+CALLS = (bind_codes, bind_own, bind_gaussian, bind_negative_sampling, bind_gumbel, bind_energies, bind_pairs)
+
+
+def discovered_calls() -> Iterator[Callable[[int, bool], None]]:
+    for path in sorted(TESTS.rglob("test_*.py")):
+        if "\ndef triton_calls(" in path.read_text():
+            sys.path.insert(0, str(path.parent))
+            yield importlib.import_module(path.stem).triton_calls
+
+
 if __name__ == "__main__":
+    sys.path.append(str(TESTS / "oracles"))
     compiled = record_instead_of_launching()
-    for options, index_dtype in ((PLAIN, torch.int64), (EVERY, torch.int32)):
-        for size in (1, 16, 1003):
-            bind_rows(size, options, index_dtype)
-            bind_stream(size, size, options, index_dtype)
-            bind_random(size, index_dtype, options is EVERY)
-            bind_sample(size, size, options is EVERY)
-            bind_codes(size, size, options is EVERY)
-            bind_gaussian(size, options is EVERY)
-            bind_negative_sampling(size, index_dtype, options is EVERY)
-            bind_pairs(size, 64, options is EVERY)
-            bind_pairs(size, 400, options is EVERY)
-            scale_(torch.ones(size), torch.ones(()))
-            bind_own(size, options is EVERY)
-            bind_energies(size, options is EVERY)
-            bind_gumbel(size, options is EVERY)
+    backends._why_not_triton = lambda device: None
+    with sk.use_backend("triton"):
+        for call in (*discovered_calls(), *CALLS):
+            for every in (False, True):
+                for size in SIZES:
+                    call(size, every)
     json.dump(sorted(set(compiled)), sys.stdout)

@@ -1,4 +1,4 @@
-"""Fixtures. Without a GPU the Triton kernels run by the interpreter, chosen before triton is imported."""
+"""Fixtures. Without a GPU, Triton's interpreter runs the kernels; it must be selected before triton is imported."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# Of these the interpreter takes most of the time, and float32 on the other backends shows the same: `make test-slow`.
+# The interpreter spends most of its time on these; float32 on other backends covers the same code: `make test-slow`.
 SLOW = (
-    ("test_backends.py", "negative_sampling", "triton", ("bfloat16", "float16", "float64")),
-    ("test_backends.py", "_energy-", "triton", ("bfloat16", "float16", "float64")),
+    ("test_word2vec_cases.py", "eager", "triton", ("bfloat16", "float16", "float64")),
+    ("test_energy_cases.py", "eager", "triton", ("bfloat16", "float16", "float64")),
     ("test_gumbel.py", "test_values_and_gradients", "triton", ("dtype1", "dtype2", "dtype3")),
     ("test_gumbel.py", "test_a_row_longer_than_a_tile", "triton", ("dtype1", "dtype2", "dtype3")),
     ("test_gumbel.py", "test_compile_equals_eager", "", ("triton", "reference")),
@@ -70,7 +70,7 @@ def device() -> str:
 
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Runs the test on every backend of the op family under test that can run here."""
+    """Runs the test on every backend that can run the module's `OP` here."""
     op = getattr(request.module, "OP", None)
     if request.param not in sk.available_backends(op, DEVICE):
         pytest.skip(f"{request.param}: {backends.why_not(op or 'cross_entropy', request.param, torch.device(DEVICE))}")
@@ -80,7 +80,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory_and_fixed_seed():
-    """Uninitialised memory is NaN (torch fills it so under deterministic algorithms), and the seed is fixed."""
+    """Fills uninitialised memory with NaN, which torch does under deterministic algorithms, and fixes the seed."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -89,5 +89,5 @@ def _poisoned_memory_and_fixed_seed():
 
 @pytest.fixture
 def as_users_run(_poisoned_memory_and_fixed_seed):
-    """Without deterministic algorithms, in which torch's own scatter and index_copy copy from the host."""
+    """Without deterministic algorithms, under which torch's scatter and index_copy copy from the host."""
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""What a step on a GPU must not do, synchronise with the host, and what it must bear, being captured in a graph."""
+"""Checks that a step does not synchronise with the host, and captures steps in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """RuntimeError where the body waits for the GPU."""
+    """Raises RuntimeError if the body waits for the GPU."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -23,7 +23,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 def captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of `step`, which has run before and must not synchronise, and the results that each replay fills."""
+    """A graph of `step`, which must not synchronise, and the results that each replay overwrites."""
     with no_synchronisation():
         step()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, which computes two things of bfloat16 unlike any device.
+"""Repairs of Triton's interpreter, which handles bfloat16 unlike any device in two places.
 
 Stores truncate float32 to bfloat16 where hardware rounds to nearest even, and `tl.dot` multiplies the bit patterns.
 """

@@ -1,4 +1,4 @@
-"""The losses of other packages, each imported without the rest of its package and what that needs."""
+"""Losses of other packages, each imported without the rest of its package and its dependencies."""
 
 import importlib
 import importlib.util
@@ -13,10 +13,10 @@ import torch
 def import_alone(
     module: str, stand_ins: dict[str, dict[str, object]] | None = None, *, whole_package: bool = False
 ) -> types.ModuleType:
-    """The module, its packages being folders whose `__init__` does not run unless `whole_package`.
+    """Imports a module; the `__init__` of its packages does not run unless `whole_package`.
 
-    stand_ins: modules, imported for what the loss does not use, and their attributes. Skips the test where the package
-    is not installed. What was imported on the way is forgotten again.
+    stand_ins: attributes of the modules to replace because the loss does not use them. Skips the test if the package is
+    not installed. Removes all modules imported on the way from `sys.modules`.
     """
     root = module.split(".")[0]
     found = importlib.util.find_spec(root)

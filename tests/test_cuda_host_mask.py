@@ -12,7 +12,7 @@ from cuda_host import run
 from torch import Tensor
 
 import sslkernels as sk
-from sslkernels.vocabulary.mask_tokens import mask_rule
+from sslkernels.vocabulary.mask_tokens import MaskOptions, mask_rule
 
 pytestmark = run.required
 
@@ -80,10 +80,10 @@ class Mask:
     def call(self) -> run.Call:
         ids, options = self.inputs()
         replace = options["replace"]
-        rule = mask_rule(
+        rule = mask_rule(MaskOptions(
             options["special_ids"], options["mask_id"], options["vocab_size"], options["probability"], *replace,
-            options["mean_span"] or 0.0,
-        )  # fmt: skip
+            options["mean_span"] or 0.0, options.get("ignore_index", -100),
+        ))  # fmt: skip
         words = options.get("word_ids")
         arrays: dict[str, Tensor] = {
             "input_ids": stored(ids, self.offset),
@@ -104,7 +104,7 @@ class Mask:
             "rows": self.rows, "columns": self.columns, "wide_ids": ids.dtype == torch.int64,
             "wide_words": self.word_dtype == torch.int64,
             "chained": words is not None or self.mean_span is not None,
-            "ignore_index": options.get("ignore_index", -100), "range_count": len(rule.ranges) // 2,
+            "range_count": len(rule.ranges) // 2,
         }  # fmt: skip
         del ints["ranges"]
         offsets = dict.fromkeys(("input_ids", "special_mask", "word_ids"), self.offset)

@@ -21,14 +21,14 @@ def fail(kind: type[Exception], function: str, argument: str, must: str, got: ob
 
 
 def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtype], *, optional: bool = False) -> None:
-    """`value` is a plain strided tensor of one of `dtypes` (or None where `optional`)."""
+    """`value` is a plain strided tensor of one of `dtypes`, or None if `optional`."""
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
         fail(
             TypeError, function, argument, "be a torch.Tensor" + (" or None" if optional else ""), type(value).__name__
         )
-    plain = type(value) in (Tensor, torch.nn.Parameter)  # all that a compiled graph looks at
+    plain = type(value) in (Tensor, torch.nn.Parameter)  # torch.compile traces no further than this
     if not plain and type(value).__module__.startswith("torch.distributed"):
         must = "be a plain tensor (pass the local shard, or gather it with full_tensor())"
         fail(TypeError, function, argument, must, type(value).__name__)
@@ -41,7 +41,7 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
 
 
 def shape(function: str, argument: str, value: Tensor | None, expected: Sequence[int], meaning: str) -> None:
-    """`value` (if given) has the shape `expected`; `meaning` says what that is, as in "(vocab,)"."""
+    """`value` (if given) has the shape `expected`; `meaning` is its name in the message, as in "(vocab,)"."""
     if value is not None and value.shape != tuple(expected):
         fail(ValueError, function, argument, f"have shape {meaning} = {tuple(expected)}", tuple(value.shape))
 
@@ -58,7 +58,7 @@ def same_device(function: str, argument: str, value: Tensor | None, other: str, 
 
 
 def autocast(device: torch.device) -> bool:
-    """Whether autocast is on for tensors on `device`; the device "meta" has none."""
+    """Whether autocast is enabled for tensors on `device`; the device "meta" has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -76,7 +76,7 @@ def number(
     high: float = float("inf"),
     low_open: bool = False,
 ) -> None:
-    """`value` is a real number in [low, high], or (low, high] where `low_open`."""
+    """`value` is a real number in [low, high], or in (low, high] if `low_open`."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         fail(TypeError, function, argument, "be a number", type(value).__name__)
     if not (low <= value <= high) or (low_open and value == low):

@@ -1,4 +1,4 @@
-"""What the modules that hold options have in common."""
+"""Base class of the modules that hold options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Options(nn.Module):
-    """Keeps keyword options; those that are tensors become buffers, or stay parameters, and so move with the module."""
+    """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Loads the compiled extension `sslkernels._C` if it was built, and says what it holds.
+"""Loads the compiled extension `sslkernels._C` if it was built, and reports which kernels it has.
 
-Importing `_C` registers the operators of the namespace `sslkernels_native`; no tensor crosses the module itself.
+Importing `_C` registers the operators of the namespace `sslkernels_native`; no tensors pass through the module itself.
 """
 
 from __future__ import annotations

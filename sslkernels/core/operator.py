@@ -29,7 +29,15 @@ from sslkernels.core.backends import Implementations
 Mutated = Annotated[Tensor, "mutated"]  # the annotation of a tensor that an operator writes into
 
 _library = torch.library.Library("sslkernels", "DEF")
-_SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", torch.dtype: "ScalarType", str: "str"}
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+    tuple[int, ...]: "int[]",  # the dispatcher turns it into a list
+}
 
 
 def operator(

@@ -14,7 +14,7 @@ def _round_products(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011) on 32-bit words held in int64 tensors, which broadcast."""
+    """Philox4x32-10 (Salmon et al. 2011). Words of 32 bits are stored in int64 tensors, which broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -26,7 +26,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def random_words(seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int) -> Tensor:
-    """The stream as int64 `(rows, columns)` with values in [0, 2**32): the definition (docs/random_numbers.md)."""
+    """The words of the stream, int64 `(rows, columns)` in [0, 2**32), as docs/random_numbers.md defines them."""
     if row_ids is None:
         row_ids = torch.arange(rows, device=seed.device)
     groups = (columns + 3) // 4

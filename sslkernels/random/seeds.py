@@ -16,12 +16,12 @@ _INT64_MAX = 2**63 - 1
 
 
 def wrap_int64(value: int) -> int:
-    """The int64 with the low 64 bits of `value`."""
+    """The int64 with the same low 64 bits as `value`."""
     return value - 2**64 if value > _INT64_MAX else value
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward pass, in which activation checkpointing computes a forward again."""
+    """Whether this thread runs a backward pass, where activation checkpointing recomputes forwards."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -35,13 +35,13 @@ def seed_tensor(
 ) -> Tensor:
     """The seed as a 0-d int64 tensor on `device`, without a host-device synchronisation.
 
-    function: the public function, for messages; seed: an int in [-2**63, 2**64), of which the 64 bits count, or a 0-d
-    int64 tensor on `device`, which is returned as it is; generator: draws the seed where `seed` is None, and is torch's
-    default generator of the device where it is None too. Both given: `ValueError`. `RuntimeError` where the noise of
-    backward would be another than that of forward: a generator of one's own in a forward that activation checkpointing
-    computes again, or a seed drawn in a graph in which torch.compile may compute anything again.
+    function: the public function, for messages; seed: an int in [-2**63, 2**64), taken modulo 2**64, or a 0-d int64
+    tensor on `device`, which is returned unchanged; generator: draws the seed if `seed` is None; default: torch's
+    default generator of the device. Both given: `ValueError`. Raises `RuntimeError` if backward could see other noise
+    than forward: a custom generator in a forward that activation checkpointing recomputes, or a seed drawn in a graph
+    whose operations torch.compile may recompute.
 
-    The kernels read the seed from memory when they run, so that a captured CUDA graph draws a new one on each replay.
+    Kernels read the seed from memory when they run, so that a captured CUDA graph draws a new one on each replay.
     """
     if seed is not None and generator is not None:
         checks.fail(ValueError, function, "generator", "be None where seed is given", "both")

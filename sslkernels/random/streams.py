@@ -1,23 +1,28 @@
-"""The random streams, addressed by seed, row, column and sample: docs/random_numbers.md is the contract."""
+"""The random streams, addressed by seed, row, column and sample: docs/random_numbers.md is the contract.
+
+All five public functions are one mechanism, `_draw`: they differ in the function of `transforms` that the words of
+`random_bits` go through.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import Operator, operator
 from sslkernels.random import transforms
 from sslkernels.random.philox import random_words
 from sslkernels.random.seeds import seed_tensor, wrap_int64
 
-STREAMS = ("bits", "uniform", "exponential", "gumbel", "normal")  # in the order of csrc/common/random_stream.h
+STREAMS = ("bits", "uniform", "exponential", "gumbel", "normal")  # in the order of the native operator's codes
 
-_AT_ONCE = 1 << 16  # words of the reference, which then stay in a cache
+_WORDS_PER_BLOCK = 1 << 16  # words of the reference at a time, which then stay in the cache
 
 
 def _bits(words: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ def stream_values(
     if row_ids is None:
         row_ids = torch.arange(rows, device=seed.device)
     padded = (columns + 3) // 4 * 4
-    step = max(_AT_ONCE // max(padded, 1), 1)
+    step = max(_WORDS_PER_BLOCK // max(padded, 1), 1)
     for first in range(0, rows, step):
         part = row_ids[first : first + step]
         words = random_words(seed, part, len(part), padded, sample)
@@ -49,39 +54,44 @@ def stream_values(
     return out
 
 
-def _native(
-    stream: str, seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int, dtype: torch.dtype
-) -> Tensor:
-    out = seed.new_empty((rows, columns), dtype=dtype)
+def _fill_native(stream: str, seed: Tensor, row_ids: Tensor | None, sample: int, out: Tensor) -> None:
     torch.ops.sslkernels_native.random_stream(seed, row_ids, sample, STREAMS.index(stream), out)
-    return out
 
 
-def _triton(*arguments) -> Tensor:
+def _fill_triton(stream: str, seed: Tensor, row_ids: Tensor | None, sample: int, out: Tensor) -> None:
     from sslkernels.random.triton.streams import random_stream
 
-    return random_stream(*arguments)
+    random_stream(stream, seed, row_ids, sample, out)
 
 
-def _stream_op(stream: str) -> Op:
-    native = functools.partial(_native, stream)
-    return Op(
-        f"random_{stream}",
-        f"random_{stream}(Tensor seed, Tensor? row_ids, SymInt rows, SymInt columns, int sample, ScalarType dtype)"
-        " -> Tensor",
-        fake=lambda seed, row_ids, rows, columns, sample, dtype: seed.new_empty((rows, columns), dtype=dtype),
-        implementations={
-            "reference": functools.partial(stream_values, stream),
-            "cpu": native,
-            "triton": functools.partial(_triton, stream),
-            "cuda": native,
-        },
-        native_ops=("random_stream",),
-        prefer=PREFERENCE,
-    )
+def _stream_operator(stream: str) -> Operator:
+    def allocate(
+        seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int, dtype: torch.dtype
+    ) -> Tensor:
+        return seed.new_empty((rows, columns), dtype=dtype)
+
+    def filled_by(fill: Callable[..., None]) -> Callable[..., Tensor]:
+        def values(
+            seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int, dtype: torch.dtype
+        ) -> Tensor:
+            out = allocate(seed, row_ids, rows, columns, sample, dtype)
+            fill(stream, seed, row_ids, sample, out)
+            return out
+
+        return values
+
+    allocate.__name__ = f"random_{stream}"
+    native = filled_by(_fill_native)
+    implementations: dict[str, Callable[..., Any]] = {
+        "reference": functools.partial(stream_values, stream),
+        "cpu": native,
+        "cuda": native,
+        "triton": filled_by(_fill_triton),
+    }
+    return operator(allocate.__name__, implementations, native_ops=("random_stream",))(allocate)
 
 
-_OPS = {stream: _stream_op(stream) for stream in STREAMS}
+_OPERATORS = {stream: _stream_operator(stream) for stream in STREAMS}
 
 
 def random_bits(
@@ -92,19 +102,19 @@ def random_bits(
     sample: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Independent uniform 32-bit words that depend on seed, row, column and sample alone.
+    """Independent uniform 32-bit words that depend only on seed, row, column and sample.
 
     The last dimension of `shape`, of size D, is the column; all before it, flattened, the row. Word (row, column) is
     word `column % 4` of Philox4x32-10 with the 64-bit seed as key and the 64-bit numbers `sample` and
     `group = row_id * ceil(D / 4) + column // 4` as counter (low word first): the same on every backend and device,
-    whatever the batch is split into. No state is kept and no other tensor of this size is made.
+    however the batch is split. No state is kept and no other tensor of this size is allocated.
 
     Args:
         shape: shape of the result, one dimension or more.
-        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device, which is never read by the host.
+        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device, which the host never reads.
         row_ids: int64 of shape `shape[:-1]`: the number of each row, in place of its flattened index.
         sample: index of the sample, an int in [0, 2**64): samples of one seed are independent.
-        device: default that of `row_ids` or of `seed` where they are tensors, else torch's default device.
+        device: default: the device of `row_ids` or of `seed` if they are tensors, else torch's default device.
 
     Returns:
         int32 tensor of shape `shape`; all 2**32 bit patterns are equally likely.
@@ -120,7 +130,7 @@ def random_bits(
     >>> torch.equal(words[1:], second)
     True
     """
-    return _stream("bits", shape, seed, row_ids, sample, torch.int32, device)
+    return _draw("bits", shape, seed, row_ids, sample, torch.int32, device)
 
 
 def random_normal(
@@ -132,17 +142,21 @@ def random_normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Independent standard normal numbers that depend on seed, row, column and sample alone.
+    """Independent standard normal numbers that depend only on seed, row, column and sample.
 
-    Box and Muller's transform of the words of `random_bits` at the same places: words 0 and 1 of a group of four
-    columns give columns 0 and 1, words 2 and 3 the others. It is made of additions, multiplications, fused
-    multiply-adds, square roots and integers alone, so that every backend and device gives the same bits. The largest
-    magnitude is 6.76; below 6.5 the tails are those of the normal distribution. The float32 number is rounded once to
+    Box and Muller's transform of the words of `random_bits` at the same rows and columns: words 0 and 1 of a group of
+    four columns give columns 0 and 1, words 2 and 3 the other two. It uses only additions, multiplications, fused
+    multiply-adds, square roots and integer arithmetic, so that every backend and device gives the same bits. The
+    largest magnitude is 6.76; up to 6.5 the tails follow the normal distribution. The float32 number is rounded once to
     `dtype`.
 
     Args:
-        shape, seed, row_ids, sample, device: as for `random_bits`.
+        shape: shape of the result, one dimension or more.
+        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device, which the host never reads.
+        row_ids: int64 of shape `shape[:-1]`: the number of each row, in place of its flattened index.
+        sample: index of the sample, an int in [0, 2**64): samples of one seed are independent.
         dtype: float32, bfloat16, float16 or float64 (which holds the float32 number).
+        device: default: the device of `row_ids` or of `seed` if they are tensors, else torch's default device.
 
     Returns:
         Tensor of shape `shape` and of `dtype`.
@@ -157,7 +171,7 @@ def random_normal(
     >>> torch.equal(first[1:], sk.random_normal((1, 8), seed=0, row_ids=torch.tensor([1])))
     True
     """
-    return _stream("normal", shape, seed, row_ids, sample, dtype, device)
+    return _draw("normal", shape, seed, row_ids, sample, dtype, device)
 
 
 def random_uniform(
@@ -169,14 +183,18 @@ def random_uniform(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Independent uniform numbers in (0, 1] that depend on seed, row, column and sample alone.
+    """Independent uniform numbers in (0, 1] that depend only on seed, row, column and sample.
 
-    `(word + 1/2) / 2**32` of the (unsigned) word of `random_bits` at the same place: never 0 in float32, and
-    1 for the 128 largest words. The float32 number is rounded once to `dtype`.
+    `(word + 1/2) / 2**32` of the (unsigned) word of `random_bits` at the same row and column: never 0 in
+    float32, and 1 for the 128 largest words. The float32 number is rounded once to `dtype`.
 
     Args:
-        shape, seed, row_ids, sample, device: as for `random_bits`.
+        shape: shape of the result, one dimension or more.
+        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device, which the host never reads.
+        row_ids: int64 of shape `shape[:-1]`: the number of each row, in place of its flattened index.
+        sample: index of the sample, an int in [0, 2**64): samples of one seed are independent.
         dtype: float32, bfloat16, float16 or float64 (which holds the float32 number).
+        device: default: the device of `row_ids` or of `seed` if they are tensors, else torch's default device.
 
     Returns:
         Tensor of shape `shape` and of `dtype`.
@@ -188,7 +206,7 @@ def random_uniform(
     >>> bool((sk.random_uniform((2, 8), seed=0) <= 1).all())
     True
     """
-    return _stream("uniform", shape, seed, row_ids, sample, dtype, device)
+    return _draw("uniform", shape, seed, row_ids, sample, dtype, device)
 
 
 def random_exponential(
@@ -200,14 +218,18 @@ def random_exponential(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Independent exponential numbers of mean 1 that depend on seed, row, column and sample alone.
+    """Independent exponential numbers of mean 1 that depend only on seed, row, column and sample.
 
-    `-ln(1 - u)` with `u = (word + 1/2) / 2**32` of the word of `random_bits` at the same place: between 2**-33 and
-    22.9, with the full resolution of the words towards 0. The float32 number is rounded once to `dtype`.
+    `-ln(1 - u)` with `u = (word + 1/2) / 2**32` of the word of `random_bits` at the same row and column: between 2**-33
+    and 22.9, with the full resolution of the words towards 0. The float32 number is rounded once to `dtype`.
 
     Args:
-        shape, seed, row_ids, sample, device: as for `random_bits`.
+        shape: shape of the result, one dimension or more.
+        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device, which the host never reads.
+        row_ids: int64 of shape `shape[:-1]`: the number of each row, in place of its flattened index.
+        sample: index of the sample, an int in [0, 2**64): samples of one seed are independent.
         dtype: float32, bfloat16, float16 or float64 (which holds the float32 number).
+        device: default: the device of `row_ids` or of `seed` if they are tensors, else torch's default device.
 
     Returns:
         Tensor of shape `shape` and of `dtype`.
@@ -219,7 +241,7 @@ def random_exponential(
     >>> bool((sk.random_exponential((2, 8), seed=0) > 0).all())
     True
     """
-    return _stream("exponential", shape, seed, row_ids, sample, dtype, device)
+    return _draw("exponential", shape, seed, row_ids, sample, dtype, device)
 
 
 def random_gumbel(
@@ -231,15 +253,19 @@ def random_gumbel(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Independent standard Gumbel numbers that depend on seed, row, column and sample alone.
+    """Independent standard Gumbel numbers that depend only on seed, row, column and sample.
 
-    `-ln(-ln(1 - u))` with `u = (word + 1/2) / 2**32` of the word of `random_bits` at the same place: between -3.2 and
-    22.9. The upper tail, which decides who wins, comes from the words near 0 and has their full resolution: a candidate
-    20 nats behind wins at its rate to 0.1 %. The float32 number is rounded once to `dtype`.
+    `-ln(-ln(1 - u))` with `u = (word + 1/2) / 2**32` of the word of `random_bits` at the same row and column: between
+    -3.2 and 22.9. The upper tail, which decides which candidate wins, comes from the words near 0 and has their full
+    resolution: a candidate 20 nats behind wins at its rate to 0.1 %. The float32 number is rounded once to `dtype`.
 
     Args:
-        shape, seed, row_ids, sample, device: as for `random_bits`.
+        shape: shape of the result, one dimension or more.
+        seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device, which the host never reads.
+        row_ids: int64 of shape `shape[:-1]`: the number of each row, in place of its flattened index.
+        sample: index of the sample, an int in [0, 2**64): samples of one seed are independent.
         dtype: float32, bfloat16, float16 or float64 (which holds the float32 number).
+        device: default: the device of `row_ids` or of `seed` if they are tensors, else torch's default device.
 
     Returns:
         Tensor of shape `shape` and of `dtype`.
@@ -251,10 +277,10 @@ def random_gumbel(
     >>> logits = torch.zeros(2, 8)
     >>> index = (logits + sk.random_gumbel((2, 8), seed=0)).argmax(-1)  # drawn from softmax(logits)
     """
-    return _stream("gumbel", shape, seed, row_ids, sample, dtype, device)
+    return _draw("gumbel", shape, seed, row_ids, sample, dtype, device)
 
 
-def _stream(
+def _draw(
     stream: str,
     shape: Sequence[int],
     seed: int | Tensor,
@@ -283,7 +309,7 @@ def _stream(
     rows = math.prod(size[:-1])
     flat_ids = None if row_ids is None else row_ids.reshape(rows).contiguous()
     seed = seed_tensor(name, seed, None, where)
-    return _OPS[stream](seed, flat_ids, rows, size[-1], wrap_int64(sample), dtype).reshape(size)
+    return _OPERATORS[stream](seed, flat_ids, rows, size[-1], wrap_int64(sample), dtype).reshape(size)
 
 
 def _sizes(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
-"""What a random word becomes, in plain torch: uniform, exponential, Gumbel and normal numbers.
+"""Transforms of random words in plain torch: uniform, exponential, Gumbel and normal numbers.
 
-By integers, and by operations whose result IEEE 754 fixes to the bit: addition, multiplication, fused multiply-add,
-square root, conversion of integers.
+They use integers and the operations whose result IEEE 754 defines to the bit: addition, multiplication, fused
+multiply-add, square root, conversion of integers.
 
-`csrc/common/noise.h` and `sslkernels/random/triton/transforms.py` compute the same bits; docs/random_numbers.md is the
+`noise.h` in csrc and `sslkernels/random/triton/transforms.py` compute the same bits; docs/random_numbers.md is the
 contract. Words are int64 tensors with values in [0, 2**32).
 """
 
@@ -36,20 +36,20 @@ COSINE = (
 
 LN2 = 0.6931471824645996  # float32
 ANGLE = 3.65729529994141e-10  # pi/4 / 2^31 as float32
-HALF_ROOT = 0xB504F334  # words from here on are at least sqrt(1/2) as a uniform number
-_HALF_ROOT_BITS = 0x3F3504F3  # of sqrt(1/2) as float32
+HALF_ROOT = 0xB504F334  # the smallest word whose uniform number is at least sqrt(1/2)
+_HALF_ROOT_BITS = 0x3F3504F3  # sqrt(1/2) as float32
 _ONE_BITS = 0x3F800000
 _MASK = 0xFFFFFFFF
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a * b + c of float32, rounded once. Constants must be exact in float32."""
-    product = a.double() * b  # exact, and c is
+    product = a.double() * b  # exact in float64, like c
     c = torch.as_tensor(c, dtype=torch.float64, device=a.device)
     total = product + c
-    # Rounded to odd, the sum in float64 rounds to float32 as the exact one does.
-    moved = total - product
-    error = (product - (total - moved)) + (c - moved)
+    # Rounding the float64 sum to odd first avoids double rounding.
+    added = total - product
+    error = (product - (total - added)) + (c - added)
     bits = total.view(torch.int64)
     away = torch.where((error > 0) == (total > 0), 1, -1)
     odd = torch.where((error != 0) & (bits & 1 == 0), bits + away, bits)
@@ -91,7 +91,7 @@ def log(x: Tensor) -> Tensor:
 
 
 def sine_cosine(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Of (z + 2) * (pi/4) / 2^31, z an int64 tensor with values in [-2^31, 2^31)."""
+    """Sine and cosine of (z + 2) * (pi/4) / 2^31, for int64 z in [-2^31, 2^31)."""
     y = fma(z.float(), ANGLE, 2 * ANGLE)
     square = y * y
     sine = fma(y * square, _polynomial(SINE, square), y)
@@ -105,12 +105,12 @@ def uniform(word: Tensor) -> Tensor:
 
 
 def exponential(word: Tensor) -> Tensor:
-    """-ln(1 - u) of u = (word + 1/2) / 2^32: in [2^-33, 22.9], float32."""
+    """-ln(1 - u) with u = (word + 1/2) / 2^32: in [2^-33, 22.9], float32."""
     return negative_log(word ^ _MASK)
 
 
 def gumbel(word: Tensor) -> Tensor:
-    """-ln(-ln(1 - u)) of u = (word + 1/2) / 2^32: in [-3.2, 22.9], float32."""
+    """-ln(-ln(1 - u)) with u = (word + 1/2) / 2^32: in [-3.2, 22.9], float32."""
     return -log(exponential(word))
 
 
@@ -118,11 +118,11 @@ def normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Box and Muller (1958): r cos(a) and r sin(a) with r = sqrt(-2 ln((first + 1/2) / 2^32)) and
     a = 2 pi (second + 1/2) / 2^32, float32."""
     length = negative_log(first)
-    radius = (length + length).double().sqrt().float()  # torch's float32 square root may be an ulp off on a CPU
-    # The nearest quarter of a turn, and what is left of the angle, times 4, as a signed 32-bit integer.
+    radius = (length + length).double().sqrt().float()  # torch's float32 square root may be off by an ulp on a CPU
+    # The nearest quarter turn, and the rest of the angle, times 4, as a signed 32-bit integer.
     quarter = (second + (1 << 29) & _MASK) >> 30
-    left = ((second << 2 & _MASK) ^ 0x80000000) - 0x80000000
-    sine, cosine = sine_cosine(left)
+    rest = ((second << 2 & _MASK) ^ 0x80000000) - 0x80000000
+    sine, cosine = sine_cosine(rest)
     swapped = quarter & 1 == 1
     x, y = torch.where(swapped, sine, cosine), torch.where(swapped, cosine, sine)
     x = torch.where((quarter == 1) | (quarter == 2), -x, x)
@@ -131,6 +131,6 @@ def normal_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal(words: Tensor) -> Tensor:
-    """Normals of words `(..., 4 n)`: each even word and the odd one behind it give two, in their places."""
+    """Normals of words `(..., 4 n)`: words 2k and 2k + 1 give numbers 2k and 2k + 1."""
     pairs = words.reshape(*words.shape[:-1], words.shape[-1] // 2, 2)
     return torch.stack(normal_pair(pairs[..., 0], pairs[..., 1]), -1).reshape(words.shape)

@@ -1,13 +1,13 @@
 """Linear cross-entropy in chunks of rows: the plan of every backend but the reference.
 
-Rows that are ignored are left out first (`selection`). Then, chunk by chunk: logits = input @ linear_weight.T into a
-buffer that is reused, one pass of the backend's row kernel that turns it into losses and, in place, the gradient of the
-logits, and the matmuls of the gradients. The buffer's row pitch is a multiple of 64 elements, so that a vocabulary of
-any size has aligned rows. The weight's gradient accumulates over chunks in float32; where one chunk holds all rows, a
-matmul writes it.
+Ignored rows are dropped first (`selection`). Then, chunk by chunk: logits = input @ linear_weight.T into a reused
+buffer, one pass of the backend's row kernel that reduces them to losses and overwrites them with their gradient, and
+the matmuls of the gradients. The row pitch of the buffer is a multiple of 64 elements, so that rows are aligned for any
+vocabulary size. The gradient of the weight accumulates over chunks in float32; if one chunk holds all rows, a matmul
+writes it directly.
 
-In float16 the gradient of the logits is held divided by the largest coefficient of a row, which is returned: a loss
-divided by a large batch would vanish in its subnormals.
+In float16 the gradient of the logits is divided by the largest row coefficient, which is returned: the gradient of a
+mean over a large batch would vanish in the subnormals.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, Row
 
 # Bytes of the logits buffer, unless the caller bounds them.
 WORKSPACE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
-# Rows of the vocabulary whose weight gradient a CPU computes at a time in half precision: the product stays in the
-# cache until it is added, and oneDNN's matmul is faster on them than on a whole vocabulary.
+# Rows of the weight's gradient that a CPU computes at a time in half precision: the product stays in the cache until it
+# is added, and oneDNN's matmul is faster on a block than on a whole vocabulary.
 VOCAB_BLOCK = 8192
 
 
@@ -37,7 +37,7 @@ def forward(
     wanted: Wanted,
     stats: bool,
 ) -> tuple[RowOutputs, Gradients]:
-    """Losses and state of each row, and the gradients of sum(coefficient * loss) that are wanted."""
+    """Loss and state of each row, and the wanted gradients of sum(coefficient * loss)."""
     input, linear_weight, bias, target, weight = operands
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
@@ -49,7 +49,7 @@ def forward(
             return outputs, gradients
     chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
     if coefficient is not None:
-        coefficient = chunks.take_coefficient(coefficient, plan)
+        coefficient = chunks.coefficient_of_slots(coefficient, plan)
     parts: list[RowOutputs] = []
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
@@ -58,7 +58,7 @@ def forward(
         if grad is not None:
             chunks.accumulate(grad, x, chunk.start or 0)
     chunks.finish()
-    return chunks.spread(parts, stats), gradients
+    return chunks.outputs(parts, stats), gradients
 
 
 def backward(
@@ -70,13 +70,13 @@ def backward(
     plan: PlanOptions,
     wanted: Wanted,
 ) -> Gradients:
-    """The gradients of sum(grad_loss * loss), from the logits computed again."""
+    """The gradients of sum(grad_loss * loss), from recomputed logits."""
     _, _, bias, _, weight = operands
     gradients = empty_gradients(operands, wanted)
     chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
-    coefficient = chunks.take_coefficient(grad_loss, plan)
-    take = chunks.selection.take
-    state = RowState(*(take(values, empty) for values, empty in zip(state, IGNORED_ROW.state, strict=True)))
+    coefficient = chunks.coefficient_of_slots(grad_loss, plan)
+    to_slots = chunks.selection.to_slots
+    state = RowState(*(to_slots(values, empty) for values, empty in zip(state, IGNORED_ROW.state, strict=True)))
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
         part = RowState(*(values[chunk] for values in state))
@@ -87,7 +87,7 @@ def backward(
 
 
 class _Chunks:
-    """Walks over the selected rows in chunks and gathers their gradients."""
+    """Iterates over the selected rows in chunks and accumulates their gradients."""
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ class _Chunks:
         self.wanted = wanted
         self.gradients = gradients
         self.selection = Selection(target, options.ignore_index, plan.capacity)
-        # Zero in an empty slot: its row's gradient is 0, which times a NaN would be NaN in the weight's.
-        self.input = self.selection.take(input, 0).to(self.dtype)
-        self.target = self.selection.take(target.long(), options.ignore_index)
+        # Zero in an empty slot: its logits have gradient 0, and 0 times a NaN would reach the weight's gradient.
+        self.input = self.selection.to_slots(input, 0).to(self.dtype)
+        self.target = self.selection.to_slots(target.long(), options.ignore_index)
         self.weight = linear_weight.to(self.dtype)
         self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]
@@ -126,9 +126,9 @@ class _Chunks:
             self.grad_input = self.input.new_empty((round_up(self.count, ROW_MULTIPLE), input.shape[1]))
         self.first = True
 
-    def take_coefficient(self, coefficient: Tensor, plan: PlanOptions) -> Tensor:
+    def coefficient_of_slots(self, coefficient: Tensor, plan: PlanOptions) -> Tensor:
         """The coefficients of the selected rows, divided by the scale that the gradients are given."""
-        coefficient = self.selection.take(coefficient, 0)
+        coefficient = self.selection.to_slots(coefficient, 0)
         coefficient, scale = normalise(coefficient, self.gradients.input.dtype, plan.compute_dtype)
         self.gradients.scale.copy_(scale)
         return coefficient
@@ -146,7 +146,7 @@ class _Chunks:
         if workspace_bytes is None:
             workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
             if device.type == "cpu" and self.wanted.linear_weight and self.dtype.itemsize == 2:
-                # As large as the accumulator of the weight's gradient, which is read and written once for each chunk.
+                # The size of the accumulator of the weight's gradient, which every chunk reads and writes once.
                 workspace_bytes = max(workspace_bytes, 4 * self.weight.numel())
         fit = workspace_bytes // (round_up(self.vocab, PITCH) * self.dtype.itemsize)
         fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
@@ -159,9 +159,10 @@ class _Chunks:
         return torch.mm(x, self.weight.t(), out=out)
 
     def accumulate(self, grad_logits: Tensor, x: Tensor, begin: int) -> None:
-        """Adds the part of every gradient that is wanted of the chunk whose first row is `begin`."""
+        """Adds the contribution of the chunk whose first row is `begin` to every wanted gradient."""
         if self.wanted.input:
-            # On a CPU with rows that nobody reads, where there is room; on a GPU without: they are not initialised.
+            # CPU: pad to ROW_MULTIPLE with scratch rows whose results are discarded. GPU: no padding, the scratch rows
+            # are uninitialised.
             rows = len(x) if x.is_cuda else round_up(len(x), ROW_MULTIPLE)
             out = self.grad_input[begin : begin + rows]
             torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
@@ -172,8 +173,8 @@ class _Chunks:
         self.first = False
 
     def _add_product(self, total: Tensor, grads: Tensor, x: Tensor) -> None:
-        """total = (0 if first else total) + grads @ x. In half precision the total is of that dtype for the one chunk
-        of all rows, else float32."""
+        """total = (0 if first else total) + grads @ x. In half precision the total is float32, unless one chunk holds
+        all rows."""
         half = grads.dtype.itemsize == 2
         if total.is_cuda or not half:
             out_dtype = {} if total.dtype == grads.dtype else {"out_dtype": total.dtype}
@@ -190,7 +191,7 @@ class _Chunks:
                 self.kernels.add(block, product, self.first)
 
     def finish(self) -> None:
-        """Applies logit_scale and puts the rows back in their places."""
+        """Applies logit_scale, converts to the dtypes of the gradients, and scatters the rows of the input gradient."""
         gradients, scale = self.gradients, self.options.logit_scale
         if self.first:
             for gradient in (self.grad_weight, gradients.linear_bias):
@@ -204,15 +205,15 @@ class _Chunks:
         if scale != 1.0:
             self.grad_input.mul_(scale)
         if self.grad_input is not gradients.input:
-            self.selection.spread(self.grad_input[: self.count], 0, gradients.input)
+            self.selection.to_rows(self.grad_input[: self.count], 0, gradients.input)
 
-    def spread(self, parts: list[RowOutputs], stats: bool) -> RowOutputs:
-        """The outputs of all rows; those of ignored rows as the row kernels give them."""
+    def outputs(self, parts: list[RowOutputs], stats: bool) -> RowOutputs:
+        """The outputs of all rows; ignored rows get what the row kernels write for them."""
         if len(parts) == 1 and self.selection.all_rows:
             return parts[0]
         slots = RowOutputs(*map(torch.cat, zip(*parts, strict=True))) if parts else empty_outputs(self.input, 0, stats)
         result = empty_outputs(self.input, self.selection.rows, stats)
         for values, ignored, out in zip(slots, IGNORED_ROW, result, strict=True):
             if out.numel():
-                self.selection.spread(values, ignored, out)
+                self.selection.to_rows(values, ignored, out)
         return result

@@ -28,16 +28,16 @@ from sslkernels.vocabulary.softmax_rows import (
 )
 
 NAME = "cross_entropy"
-# Backends whose forward kernel writes the gradient in the same pass: to keep it saves a read of the logits.
+# Backends whose forward kernel emits the gradient in the same pass: keeping it saves a second read of the logits.
 KEEPING_BACKENDS = ("cuda",)
 
 
 class CrossEntropyStats(NamedTuple):
     """Per-row statistics of the logits, detached, of the shape of the target.
 
-    lse: log-sum-exp; logprob: log-probability of the target; prediction: the lowest index of the largest logit (int64);
-    correct: prediction equals target (bool); entropy: of the softmax, in nats. Rows whose target is `ignore_index` are
-    not computed: they hold 0, prediction -1, correct False. Where a row holds a NaN, its prediction is some index.
+    lse: log-sum-exp; logprob: log-probability of the target; prediction: index of the largest logit, ties going to the
+    lowest (int64); correct: prediction equals target (bool); entropy: entropy of the softmax, in nats. Ignored rows are
+    not computed: they hold 0, prediction -1, correct False. The prediction of a row with a NaN is arbitrary.
     """
 
     lse: Tensor
@@ -61,10 +61,19 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _fwd(rows: Rows, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool):
-    outputs = rows.forward(logits, target, None, weight, options, stats=stats)
+def _fwd(
+    rows: Rows,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    coefficient: Tensor | None,
+    options: RowOptions,
+    stats: bool,
+) -> tuple[RowOutputs, Tensor]:
+    grad = None if coefficient is None else _empty_gradient(logits)
+    outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
     check_target_range(NAME, outputs.loss, target, logits.shape[1], options.ignore_index)
-    return outputs
+    return outputs, logits.new_empty(0) if grad is None else grad
 
 
 def _bwd(
@@ -81,26 +90,18 @@ def _bwd(
     return grad
 
 
-def _grad(
-    rows: Rows,
+@operator(NAME, _implementations(_fwd), native_ops=NativeRows.OPS)
+def cross_entropy_fwd(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    coefficient: Tensor,
+    coefficient: Tensor | None,
     options: RowOptions,
     stats: bool,
 ) -> tuple[RowOutputs, Tensor]:
-    grad = _empty_gradient(logits)
-    outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
-    check_target_range(NAME, outputs.loss, target, logits.shape[1], options.ignore_index)
-    return outputs, grad
-
-
-@operator(NAME, _implementations(_fwd), native_ops=NativeRows.OPS)
-def cross_entropy_fwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool
-) -> RowOutputs:
-    return empty_outputs(logits, logits.shape[0], stats)
+    """The outputs and, given a coefficient, the gradient of sum(coefficient * loss), in one pass over the logits."""
+    grad = logits.new_empty(0) if coefficient is None else _empty_gradient(logits)
+    return empty_outputs(logits, logits.shape[0], stats), grad
 
 
 @operator(NAME, _implementations(_bwd), native_ops=NativeRows.OPS)
@@ -110,22 +111,15 @@ def cross_entropy_bwd(
     return _empty_gradient(logits)
 
 
-@operator(NAME, _implementations(_grad), native_ops=NativeRows.OPS)
-def cross_entropy_grad(
-    logits: Tensor, target: Tensor, weight: Tensor | None, coefficient: Tensor, options: RowOptions, stats: bool
-) -> tuple[RowOutputs, Tensor]:
-    """The outputs, and the gradient of sum(coefficient * loss), from one pass over the logits."""
-    return empty_outputs(logits, logits.shape[0], stats), _empty_gradient(logits)
-
-
 class _RowLosses(Function):
-    """Per-row losses and statistics; saves the logits and three numbers a row."""
+    """Per-row losses and statistics; saves the logits and three numbers per row."""
 
     differentiable = 1
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, stats: bool) -> RowOutputs:
-        return cross_entropy_fwd(logits, target, weight, options, stats)
+        rows, _ = cross_entropy_fwd(logits, target, weight, None, options, stats)
+        return rows
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -162,7 +156,7 @@ class _ReducedLoss(Function):
         options: RowOptions,
         stats: bool,
     ) -> tuple[Tensor, RowOutputs]:
-        rows = cross_entropy_fwd(logits, target, weight, options, stats)
+        rows, _ = cross_entropy_fwd(logits, target, weight, None, options, stats)
         loss = rows.loss.sum()
         return loss if divisor is None else loss / divisor, rows
 
@@ -184,9 +178,9 @@ class _ReducedLoss(Function):
 class _KeptLoss(Function):
     """`_ReducedLoss` whose gradient is computed in the same pass over the logits and kept.
 
-    The logits are read once and the gradient is written once, where a pass for the loss and another for the gradient
-    read them twice. They need not live until backward: `anchor`, an empty tensor that depends on them, stands for them
-    where the gradient is differentiated again, which raises.
+    This reads the logits once, where separate passes for loss and gradient read them twice. The logits need not live
+    until backward: `anchor`, an empty tensor that depends on them, takes their place in the graph, so that double
+    backward raises.
     """
 
     differentiable = 1
@@ -204,7 +198,7 @@ class _KeptLoss(Function):
         coefficient = torch.ones_like(target, dtype=accumulation_dtype(logits.dtype))
         if divisor is not None:
             coefficient = coefficient / divisor
-        rows, grad = cross_entropy_grad(logits, target, weight, coefficient, options, stats)
+        rows, grad = cross_entropy_fwd(logits, target, weight, coefficient, options, stats)
         loss = rows.loss.sum()
         return loss if divisor is None else loss / divisor, rows, grad
 
@@ -228,10 +222,10 @@ def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, anchor: 
 
 
 def _keeps_gradient(logits: Tensor) -> bool:
-    """Whether backward follows at once, as far as can be seen, and the kernel makes the gradient in the same pass.
+    """Whether backward is likely to follow, and the kernel computes the gradient in the same pass.
 
-    Not in float16, where the gradient of a mean over many rows is only exact with grad_output multiplied in; nor where
-    saved tensors are hooked, as by activation checkpointing, whose first forward would make it for nothing.
+    Not in float16, where the gradient of a mean over many rows underflows until grad_output is multiplied in; nor while
+    saved tensors are hooked, as by activation checkpointing, whose first forward would compute it in vain.
     """
     return (
         not torch.compiler.is_compiling()
@@ -240,7 +234,7 @@ def _keeps_gradient(logits: Tensor) -> bool:
         and logits.requires_grad
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and logits.dtype in (torch.float32, torch.bfloat16)
-        and cross_entropy_grad.choose(logits.device) in KEEPING_BACKENDS
+        and cross_entropy_fwd.choose(logits.device) in KEEPING_BACKENDS
     )
 
 
@@ -258,20 +252,20 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy between logits and targets; a drop-in for `torch.nn.functional.cross_entropy`.
 
-    No log-probabilities are kept: backward regenerates the gradient from the logits and three numbers a row. On the
-    cuda backend the loss of reduction "mean" or "sum" of float32 or bfloat16 logits has its gradient computed in the
-    same pass, which reads the logits once; it is kept, in their dtype, until backward.
+    Log-probabilities are never materialised: backward recomputes the gradient from the logits and three numbers per
+    row. On the cuda backend, with reduction "mean" or "sum" and float32 or bfloat16 logits, the same pass also computes
+    the gradient, so that the logits are read once; it is kept, in their dtype, until backward.
 
     Args:
-        input: logits `(N, V)` or `(V,)`; `(N, V, d1, ...)` as in torch; or `(..., V)` with a target `(...)`, where
-            torch's reading of the shapes does not fit. float32, bfloat16, float16 or float64.
+        input: logits `(N, V)` or `(V,)`; `(N, V, d1, ...)` as in torch; or `(..., V)` with a target `(...)`, if the
+            shapes do not fit torch's convention. float32, bfloat16, float16 or float64.
         target: class indices `(N,)`, `()`, `(N, d1, ...)` or `(...)`, int64 or int32; or class probabilities of the
-            shape of `input`, which take torch's own path.
+            shape of `input`, which torch's own cross-entropy handles.
         weight: weight of each class `(V,)`.
-        ignore_index: a target that adds nothing to the loss, the gradient or the divisor.
-        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN where there are none), "sum",
-            or "none", of the shape of the target.
-        label_smoothing: in [0, 1]; the part of the target spread over all classes.
+        ignore_index: rows with this target do not contribute to the loss, the gradient or the divisor.
+        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN without valid rows), "sum",
+            or "none", which returns the shape of the target.
+        label_smoothing: in [0, 1]; the fraction of the target probability that is distributed over all classes.
         z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5).
         softcap: replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024).
         return_stats: also return `CrossEntropyStats`, from the same pass.
@@ -281,7 +275,7 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A target out of range raises
-            `ValueError` on the CPU; on a GPU, where checking would synchronise, the loss of its row is NaN.
+            `ValueError` on the CPU; on a GPU, where the check would synchronise, the loss of its row is NaN.
 
     >>> import sslkernels as sk
     >>> logits = torch.randn(4, 1000, requires_grad=True)
@@ -346,7 +340,7 @@ def check_options(
     z_loss: float,
     softcap: float | None,
 ) -> None:
-    """Checks what `cross_entropy` and `linear_cross_entropy` have in common."""
+    """Checks the arguments that `cross_entropy` and `linear_cross_entropy` share."""
     checks.tensor(function, "weight", weight, checks.FLOAT_DTYPES, optional=True)
     checks.shape(function, "weight", weight, (vocab,), "(V,)")
     checks.same_device(function, "weight", weight, "input", device)
@@ -380,7 +374,7 @@ def row_stats(target: Tensor, rows: RowOutputs, ignore_index: int, shape: torch.
 def _with_probabilities(
     input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, reduction: str
 ) -> Tensor:
-    """Class probabilities: torch's own cross-entropy in the accumulation dtype."""
+    """Class probabilities as target: torch's own cross-entropy in the accumulation dtype."""
     acc = accumulation_dtype(input.dtype)
     logits = input.to(acc)
     if options.softcap > 0:
@@ -398,5 +392,5 @@ def _with_probabilities(
         loss = loss + options.z_loss * logits.logsumexp(class_dim).square()
     if reduction == "none":
         return loss
-    # torch divides the mean by the number of rows here, whatever the class weights are.
+    # Here torch divides the mean by the number of rows, regardless of class weights.
     return loss.sum() if reduction == "sum" else loss.sum() / loss.numel()

@@ -18,7 +18,7 @@ from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState
 
 
 class _RowLosses(Function):
-    """Per-row losses and statistics, "compact": backward computes the logits again (four matmuls in all)."""
+    """Per-row losses and statistics, "compact": backward recomputes the logits (four matmuls in all)."""
 
     differentiable = 1
 
@@ -59,7 +59,7 @@ def _row_gradients(
 
 
 class _Leaves(NamedTuple):
-    """The tensors of a reduced loss that may want a gradient."""
+    """The tensors of a reduced loss that may require a gradient."""
 
     input: Tensor
     linear_weight: Tensor
@@ -70,8 +70,8 @@ class _Leaves(NamedTuple):
 class _ReducedLoss(Function):
     """sum(token_weight * loss) / divisor, "fast": its gradients are computed with it and kept (three matmuls in all).
 
-    Backward multiplies them by grad_output. A gradient that backward needs and forward was not asked for is an error,
-    never a zero.
+    Backward multiplies them by grad_output. A gradient that backward needs but forward was not asked for raises an
+    error; it is never silently zero.
     """
 
     differentiable = 1
@@ -154,12 +154,12 @@ def linear_cross_entropy(
     workspace_bytes: int | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, which never exist as a whole.
+    """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, never materialised as a whole.
 
-    A superset of `torch.nn.functional.linear_cross_entropy`. Rows whose target is `ignore_index` are left out before
-    the matmuls; the others go through in chunks whose logits fit a buffer of `workspace_bytes`. Beyond the gradients
-    and the valid rows of input and of its gradient, this buffer is all the memory, and in half precision, where the
-    rows need more than one chunk, the weight's gradient in float32, which the chunks add up in.
+    A superset of `torch.nn.functional.linear_cross_entropy`. Rows whose target is `ignore_index` are dropped before
+    the matmuls; the others are processed in chunks whose logits fit a buffer of `workspace_bytes`. Beyond the gradients
+    and the valid rows of input and of its gradient, this buffer is all the memory; in half precision, with more than
+    one chunk, there is also a float32 accumulator for the gradient of the weight.
 
     Args:
         input: hidden states `(..., D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its
@@ -169,31 +169,34 @@ def linear_cross_entropy(
         target: class indices `(...)`, int64 or int32.
         linear_bias: `(V,)`, any float dtype.
         weight: weight of each class `(V,)`.
-        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN where there are none) or by
-            `num_items`; "sum"; or "none", of the shape of the target.
-        ignore_index, label_smoothing, z_loss: as in `cross_entropy`.
-        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)`.
+        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN without valid rows) or by
+            `num_items`; "sum"; or "none", which returns the shape of the target.
+        ignore_index: rows with this target do not contribute to the loss, the gradients or the divisor.
+        label_smoothing: in [0, 1]; the fraction of the target probability that is distributed over all classes.
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5).
+        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024).
         logit_scale: multiplies the product before the bias is added.
         token_weight: `(...)`, multiplies the loss of each row; not part of the divisor of "mean". Differentiable.
-        num_items: int or 0-d tensor, the divisor of "mean" instead (as for gradient accumulation).
-        mode: "fast": three matmuls, the gradients are computed in forward and kept until backward; "compact": four, no
-            buffer of the size of a gradient before backward; "auto": fast where a gradient is wanted. With
-            `reduction="none"` the weights of the rows are not known in forward, and every mode runs the compact plan.
-        process_group, vocab_start: a weight sharded over ranks; not implemented yet.
-        capacity: the most rows that may be valid (target other than `ignore_index`) in a call. With it nothing
-            synchronises and no shape depends on the targets: that many rows, or all where they are fewer, go through
-            the matmuls, valid or not.
-        workspace_bytes: the most bytes of the buffer of logits, which holds 16 rows at least. Default: 512 MiB on CUDA;
-            on a CPU 80 MiB or, for a weight's gradient in half precision, the bytes of the weight in float32 where that
-            is more.
+        num_items: int or 0-d tensor, overrides the divisor of "mean" (for gradient accumulation).
+        mode: "fast": three matmuls, the gradients are computed in forward and kept until backward; "compact": four
+            matmuls, no buffer of the size of a gradient before backward; "auto": fast if a gradient is wanted. With
+            `reduction="none"` forward does not know the weights of the rows, and every mode runs the compact plan.
+        process_group: ranks that the weight is sharded over; not implemented yet, must be None.
+        vocab_start: first class of this rank's shard of the weight; not implemented yet, must be 0.
+        capacity: upper bound of the number of valid rows (target other than `ignore_index`) in a call. With it nothing
+            synchronises and no shape depends on the targets: `capacity` rows, or all if there are fewer, go through the
+            matmuls, valid or not.
+        workspace_bytes: upper bound of the bytes of the logits buffer, which holds at least 16 rows. Default: 512 MiB
+            on CUDA; on a CPU 80 MiB or, if the gradient of the weight is computed in half precision, the bytes of the
+            weight in float32, whichever is more.
         return_stats: also return `CrossEntropyStats`, from the same pass.
 
     Returns:
         The loss, float32 (float64 for float64 input); with `return_stats` the pair (loss, statistics).
 
     Synchronisation: on CUDA without a `capacity` the number of valid rows is read once in forward, and in compact mode
-    once in backward. With a `capacity` nothing is read. While a CUDA graph is captured the capacity is N unless given:
-    ignored rows are computed along.
+    once in backward. With a `capacity` nothing is read. While a CUDA graph is captured the capacity defaults to N, and
+    ignored rows are computed too.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A target out of range raises
@@ -269,26 +272,13 @@ def _check(
     mode: str,
     logit_scale: float,
 ) -> None:
-    checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
-    checks.dims(NAME, "input", input, 1, "(..., D)")
-    checks.tensor(NAME, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
-    checks.dims(NAME, "linear_weight", linear_weight, 2, "(V, D)", high=2)
-    checks.shape(NAME, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
-    if linear_weight.shape[0] == 0:
-        checks.fail(ValueError, NAME, "linear_weight", "have at least one row", tuple(linear_weight.shape))
+    check_projection(NAME, input, linear_weight, linear_bias)
     checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
     checks.shape(NAME, "target", target, input.shape[:-1], "that of input without its last dimension")
-    checks.tensor(NAME, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
     checks.tensor(NAME, "token_weight", token_weight, checks.FLOAT_DTYPES, optional=True)
     checks.shape(NAME, "token_weight", token_weight, target.shape, "that of target")
-    for argument, value in (
-        ("linear_weight", linear_weight),
-        ("target", target),
-        ("linear_bias", linear_bias),
-        ("token_weight", token_weight),
-    ):
-        checks.same_device(NAME, argument, value, "input", input.device)
+    checks.same_device(NAME, "target", target, "input", input.device)
+    checks.same_device(NAME, "token_weight", token_weight, "input", input.device)
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
     checks.number(NAME, "logit_scale", logit_scale)
     if num_items is None:
@@ -301,3 +291,17 @@ def _check(
         checks.same_device(NAME, "num_items", num_items, "input", input.device)
     else:
         checks.number(NAME, "num_items", num_items, low=0)
+
+
+def check_projection(function: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    checks.tensor(function, "input", input, checks.FLOAT_DTYPES)
+    checks.dims(function, "input", input, 1, "(..., D)")
+    checks.tensor(function, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
+    checks.dims(function, "linear_weight", linear_weight, 2, "(V, D)", high=2)
+    checks.shape(function, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
+    if linear_weight.shape[0] == 0:
+        checks.fail(ValueError, function, "linear_weight", "have at least one row", tuple(linear_weight.shape))
+    checks.tensor(function, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(function, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
+    checks.same_device(function, "linear_weight", linear_weight, "input", input.device)
+    checks.same_device(function, "linear_bias", linear_bias, "input", input.device)

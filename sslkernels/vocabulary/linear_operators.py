@@ -1,4 +1,4 @@
-"""The raw operators of `linear_cross_entropy`: what they take and give, and the plan of each backend."""
+"""The raw operators of `linear_cross_entropy`, and the plan that each backend runs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def linear_cross_entropy_fwd(
     wanted: Wanted,
     stats: bool,
 ) -> tuple[RowOutputs, Gradients]:
-    """Losses and state of each row, and the gradients of sum(coefficient * loss) that are wanted."""
+    """Loss and state of each row, and the wanted gradients of sum(coefficient * loss)."""
     return empty_outputs(operands.input, operands.input.shape[0], stats), empty_gradients(operands, wanted)
 
 
@@ -80,5 +80,5 @@ def linear_cross_entropy_fwd(
 def linear_cross_entropy_bwd(
     grad_loss: Tensor, operands: Operands, state: RowState, options: RowOptions, plan: PlanOptions, wanted: Wanted
 ) -> Gradients:
-    """The gradients of sum(grad_loss * loss), from the logits computed again."""
+    """The gradients of sum(grad_loss * loss), from recomputed logits."""
     return empty_gradients(operands, wanted)

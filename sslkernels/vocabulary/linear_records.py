@@ -1,4 +1,4 @@
-"""What the raw operators of `linear_cross_entropy` take and give, beside the records of `softmax_rows`."""
+"""Records of the raw operators of `linear_cross_entropy`; those of single rows are in `softmax_rows`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Operands(NamedTuple):
 
 class PlanOptions(NamedTuple):
     """How the logits are computed. capacity, workspace_bytes: the caller's bounds of the number of valid rows and of
-    the bytes of the logits buffer, None where there is none."""
+    the bytes of the logits buffer, None for unbounded."""
 
     compute_dtype: torch.dtype
     capacity: int | None
@@ -32,7 +32,7 @@ class PlanOptions(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients to compute."""
 
     input: bool
     linear_weight: bool
@@ -40,9 +40,9 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the input (N, D) and the weight (V, D) in their dtypes (but a float16 weight's in float32: without
-    `scale` it may exceed float16), of the bias (V,) in the accumulation dtype; empty if not wanted. The true gradients
-    are these times `scale` (0-d)."""
+    """Gradients of the input (N, D) and the weight (V, D) in their dtypes (for a float16 weight in float32, because
+    without `scale` it may exceed float16), of the bias (V,) in the accumulation dtype; empty if not wanted. The true
+    gradients are these times `scale` (0-d)."""
 
     input: Tensor
     linear_weight: Tensor

@@ -44,8 +44,8 @@ def backward(
 
 
 def _rounded(operands: Operands, options: RowOptions, plan: PlanOptions) -> tuple[Tensor, Tensor]:
-    """Input and weight rounded to the dtype of the matmuls, then converted to the accumulation dtype; the input is 0 in
-    ignored rows, where it may be anything."""
+    """Input and weight rounded to the dtype of the matmuls, then converted to the accumulation dtype. Ignored rows of
+    the input, which may hold anything, become 0."""
     acc = accumulation_dtype(operands.input.dtype)
     input = operands.input.masked_fill((operands.target == options.ignore_index).unsqueeze(1), 0)
     return input.to(plan.compute_dtype).to(acc), operands.linear_weight.to(plan.compute_dtype).to(acc)

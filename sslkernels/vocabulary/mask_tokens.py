@@ -1,4 +1,4 @@
-"""Masked-token prediction: the labels and the corrupted input, made from the data (BERT, Devlin et al. 2018)."""
+"""Masked-token prediction: labels and corrupted input from the data (BERT, Devlin et al. 2018)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import operator
 from sslkernels.random.philox import random_words
 from sslkernels.random.seeds import seed_tensor
 
+NAME = "mask_tokens"
 _MAX_VOCAB = 2**31 - 1  # so that word * vocab_size stays below 2**63
 
 
@@ -24,13 +25,40 @@ class MaskedTokens(NamedTuple):
     labels: Tensor
 
 
+class MaskInputs(NamedTuple):
+    """The tensors of `mask_tokens`, `(rows, T)`, with a 0-d seed and row_ids `(rows,)`, contiguous."""
+
+    input_ids: Tensor
+    seed: Tensor
+    special_mask: Tensor | None
+    word_ids: Tensor | None
+    row_ids: Tensor | None
+
+
+class MaskOptions(NamedTuple):
+    """The options of `mask_tokens`; mean_span 0: units are chosen independently.
+
+    The special ids stay on the host: kernels take them as constants or parameters, which needs neither a copy to the
+    device nor a synchronisation, also while a CUDA graph is captured.
+    """
+
+    special_ids: tuple[int, ...]
+    mask_id: int
+    vocab_size: int
+    probability: float
+    replace_mask: float
+    replace_random: float
+    mean_span: float
+    ignore_index: int
+
+
 class MaskRule(NamedTuple):
     """The options in integers. A draw is a 32-bit word; `word < threshold` has probability `threshold / 2**32`.
 
     select, stay, enter: thresholds of the state "chosen" of a unit: at a start, after a chosen unit, after another;
     to_mask, to_random: the action is mask_id below the first, a random id below the second, else keep;
     allowed: how many ids a random id may take; ranges: the special ids as `(start, end, start, end, ...)`, sorted,
-    disjoint, none on both sides of 0.
+    disjoint, none of them on both sides of 0.
     """
 
     select: int
@@ -40,6 +68,7 @@ class MaskRule(NamedTuple):
     to_random: int
     mask_id: int
     allowed: int
+    ignore_index: int
     ranges: tuple[int, ...]
 
 
@@ -56,22 +85,16 @@ def special_ranges(special_ids: tuple[int, ...], mask_id: int, vocab_size: int) 
     return tuple(ranges), vocab_size - sum(0 <= i < vocab_size for i in ids)
 
 
-def mask_rule(
-    special_ids: Sequence[int],
-    mask_id: int,
-    vocab_size: int,
-    probability: float,
-    replace_mask: float,
-    replace_random: float,
-    mean_span: float,
-) -> MaskRule:
-    select = stay = enter = _threshold(probability)
-    if mean_span > 0:
-        stay = _threshold(1 - 1 / mean_span)
-        enter = _threshold(span_start_probability(probability, mean_span))
-    ranges, allowed = special_ranges(tuple(special_ids), mask_id, vocab_size)
-    to_mask, to_random = _threshold(replace_mask), _threshold(replace_mask + replace_random)
-    return MaskRule(select, stay, enter, to_mask, to_random, mask_id, allowed, ranges)
+def mask_rule(options: MaskOptions) -> MaskRule:
+    select = stay = enter = _threshold(options.probability)
+    if options.mean_span > 0:
+        stay = _threshold(1 - 1 / options.mean_span)
+        enter = _threshold(span_start_probability(options.probability, options.mean_span))
+    to_mask = _threshold(options.replace_mask)
+    to_random = _threshold(options.replace_mask + options.replace_random)
+    mask_id, ignore_index = options.mask_id, options.ignore_index
+    ranges, allowed = special_ranges(tuple(options.special_ids), mask_id, options.vocab_size)
+    return MaskRule(select, stay, enter, to_mask, to_random, mask_id, allowed, ignore_index, ranges)
 
 
 def _threshold(probability: float) -> int:
@@ -79,29 +102,16 @@ def _threshold(probability: float) -> int:
 
 
 def span_start_probability(probability: float, mean_span: float) -> float:
-    """Probability that a span starts after an unchosen unit, for which the chain stays at `probability`."""
+    """Probability that a span starts after an unchosen unit, with which the chain stays at `probability`."""
     if probability == 0:
         return 0.0
     return float("inf") if probability == 1 else probability / (mean_span * (1 - probability))
 
 
-def _reference(
-    input_ids: Tensor,
-    seed: Tensor,
-    special_mask: Tensor | None,
-    word_ids: Tensor | None,
-    row_ids: Tensor | None,
-    special_ids: Sequence[int],
-    mask_id: int,
-    vocab_size: int,
-    probability: float,
-    replace_mask: float,
-    replace_random: float,
-    mean_span: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    rule = mask_rule(special_ids, mask_id, vocab_size, probability, replace_mask, replace_random, mean_span)
+def _reference(inputs: MaskInputs, options: MaskOptions) -> MaskedTokens:
+    rule = mask_rule(options)
     ranges = list(zip(rule.ranges[::2], rule.ranges[1::2], strict=True))
+    input_ids, seed, special_mask, word_ids, row_ids = inputs
     rows, columns = input_ids.shape
 
     eligible = torch.ones_like(input_ids, dtype=torch.bool)
@@ -113,10 +123,10 @@ def _reference(
         eligible &= word_ids >= 0
 
     word = random_words(seed, row_ids, rows, columns, 0)
-    if word_ids is None and mean_span == 0:
-        chosen = eligible & (word < rule.select)
-    else:
+    if _chains_units(inputs, options):
         chosen = eligible & _chain(word, eligible, word_ids, rule)
+    else:
+        chosen = eligible & (word < rule.select)
 
     action = random_words(seed, row_ids, rows, columns, 1)
     random_id = (random_words(seed, row_ids, rows, columns, 2) * rule.allowed) >> 32
@@ -125,12 +135,18 @@ def _reference(
             random_id = torch.where(random_id >= start, random_id + (end - start), random_id)
 
     replaced = torch.where(action < rule.to_random, random_id.to(input_ids.dtype), input_ids)
-    replaced = torch.where(action < rule.to_mask, mask_id, replaced)
-    return torch.where(chosen, replaced, input_ids), torch.where(chosen, input_ids, ignore_index)
+    replaced = torch.where(action < rule.to_mask, rule.mask_id, replaced)
+    labels = torch.where(chosen, input_ids, rule.ignore_index)
+    return MaskedTokens(torch.where(chosen, replaced, input_ids), labels)
+
+
+def _chains_units(inputs: MaskInputs, options: MaskOptions) -> bool:
+    """Whether the choice of a token depends on the token before it."""
+    return inputs.word_ids is not None or options.mean_span > 0
 
 
 def _chain(word: Tensor, eligible: Tensor, word_ids: Tensor | None, rule: MaskRule) -> Tensor:
-    """The state of every token: `if_unchosen` and `if_chosen` are its map from the state of the token before.
+    """The state of every token: `if_unchosen` and `if_chosen` map the state of the token before to it.
 
     Maps compose associatively, so doubling the distance they reach gives all states in log2(T) steps.
     """
@@ -151,63 +167,41 @@ def _chain(word: Tensor, eligible: Tensor, word_ids: Tensor | None, rule: MaskRu
         if_unchosen = torch.cat([if_unchosen[:, :distance], new_u], dim=1)
         if_chosen = torch.cat([if_chosen[:, :distance], new_c], dim=1)
         distance *= 2
-    return if_unchosen  # the first map of a row is constant, hence all of them are now
+    return if_unchosen  # the first map of a row is constant, so all composed maps are
 
 
-def _fused(
-    fill: Callable[..., None],
-    input_ids: Tensor,
-    seed: Tensor,
-    special_mask: Tensor | None,
-    word_ids: Tensor | None,
-    row_ids: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """options: the arguments of `mask_rule`, and ignore_index."""
-    *rule_options, ignore_index = options
-    rule = mask_rule(*rule_options)
-    chained = word_ids is not None or rule_options[-1] > 0
-    output_ids, labels = _empty_outputs(input_ids)
-    fill((input_ids, seed, special_mask, word_ids, row_ids), (output_ids, labels), rule, ignore_index, chained)
-    return output_ids, labels
+def _filled_by(fill: Callable[..., None], inputs: MaskInputs, options: MaskOptions) -> MaskedTokens:
+    outputs = _empty_outputs(inputs)
+    fill(inputs, outputs, mask_rule(options), _chains_units(inputs, options))
+    return outputs
 
 
-def _fill_native(
-    inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
-) -> None:
-    ranges = torch.tensor(rule.ranges, dtype=torch.int64, device="cpu")  # on every device the host reads them
-    torch.ops.sslkernels_native.mask_tokens(*inputs, ranges, *outputs, *rule[:-1], ignore_index, chained)
+def _fill_native(inputs: MaskInputs, outputs: MaskedTokens, rule: MaskRule, chained: bool) -> None:
+    ranges = torch.tensor(rule.ranges, dtype=torch.int64, device="cpu")  # the host reads them for every device
+    *scalars, _ = rule
+    torch.ops.sslkernels_native.mask_tokens(*inputs, ranges, *outputs, *scalars, chained)
 
 
-def _fill_triton(
-    inputs: tuple[Any, ...], outputs: tuple[Any, ...], rule: MaskRule, ignore_index: int, chained: bool
-) -> None:
+def _fill_triton(inputs: MaskInputs, outputs: MaskedTokens, rule: MaskRule, chained: bool) -> None:
     from sslkernels.vocabulary.triton.mask_tokens import mask_tokens
 
-    mask_tokens(*inputs, *outputs, *rule, ignore_index, chained=chained)
+    mask_tokens(inputs, outputs, rule, chained)
 
 
-def _empty_outputs(input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(input_ids), torch.empty_like(input_ids)
+def _empty_outputs(inputs: MaskInputs) -> MaskedTokens:
+    return MaskedTokens(torch.empty_like(inputs.input_ids), torch.empty_like(inputs.input_ids))
 
 
-# The special ids are host ints: kernels take them as constants or parameters, so that neither a copy to the device nor
-# a synchronisation is needed, also while a CUDA graph is captured.
-mask_tokens_op = Op(
-    "mask_tokens",
-    "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
-    "int[] special_ids, int mask_id, int vocab_size, float probability, float replace_mask, float replace_random, "
-    "float mean_span, int ignore_index) -> (Tensor, Tensor)",
-    fake=lambda input_ids, *rest: _empty_outputs(input_ids),
-    implementations={
-        "reference": _reference,
-        "cpu": partial(_fused, _fill_native),
-        "triton": partial(_fused, _fill_triton),
-        "cuda": partial(_fused, _fill_native),
-    },
-    native_ops=("mask_tokens",),
-    prefer=PREFERENCE,
+_NATIVE = partial(_filled_by, _fill_native)
+
+
+@operator(
+    NAME,
+    {"reference": _reference, "cpu": _NATIVE, "cuda": _NATIVE, "triton": partial(_filled_by, _fill_triton)},
+    native_ops=(NAME,),
 )
+def mask_tokens_fwd(inputs: MaskInputs, options: MaskOptions) -> MaskedTokens:
+    return _empty_outputs(inputs)
 
 
 def mask_tokens(
@@ -237,40 +231,40 @@ def mask_tokens(
       equal non-negative word ids is one unit, decided by the draw of its first token.
     - Without `mean_span` every unit is chosen with `probability`, independently.
     - With `mean_span` L the units of a row form a two-state Markov chain: after a chosen unit the next one is chosen
-      with probability 1 - 1/L, after another with `probability / (L (1 - probability))`. It starts anew, with
-      `probability`, at the start of a row and after an ineligible token, unless that token belongs to the same word.
-      Hence every unit is chosen with `probability`, and spans that nothing cuts have geometric length with mean L.
+      with probability 1 - 1/L, after an unchosen one with `probability / (L (1 - probability))`. The chain restarts,
+      with `probability`, at the start of a row and after an ineligible token, unless that token belongs to the same
+      word. Hence every unit is chosen with `probability`, and uninterrupted spans have geometric length with mean L.
       (L = 1 / (1 - probability) is the independent choice; L = 1 never chooses two neighbours.)
     - A chosen token becomes `mask_id` with probability `replace[0]`, a uniform id of the vocabulary that is neither
       special nor `mask_id` with `replace[1]` (which may be the token itself), and stays as it is otherwise; each token
-      of a word or span by its own draw.
+      of a word or span has its own draw.
 
-    Time and memory are O(tokens); beyond the two results nothing of the size of the input is made by the fused
-    backends. A choice that chains units (`word_ids`, `mean_span`) runs the rows in parallel, each from left to right.
+    Time and memory are O(tokens); beyond the two results the fused backends allocate nothing of the size of the input.
+    A choice that chains units (`word_ids`, `mean_span`) runs the rows in parallel, each from left to right.
 
     Args:
         input_ids: token ids `(..., T)`, int64 or int32; never modified. Ids outside [0, vocab_size) are ordinary ids.
         mask_id: id of the mask token, in [0, vocab_size).
         vocab_size: number of ids, at most 2**31 - 1.
-        probability: that an eligible token is chosen.
-        replace: parts of the chosen tokens that become `mask_id` and a random id; the rest stays.
+        probability: probability that an eligible token is chosen.
+        replace: fractions of the chosen tokens that become `mask_id` and a random id; the rest stay.
         special_ids: ids that are never chosen and never drawn: ints, or a 1-d int tensor on the CPU. Under
             `torch.compile` pass ints.
-        special_mask: bool `(..., T)`; True is never chosen.
+        special_mask: bool `(..., T)`; tokens where it is True are never chosen.
         word_ids: int64 or int32 `(..., T)`, the word of each token; negative: belongs to no word and is never chosen.
         mean_span: mean length of a span, in units, 1 or more; at least `probability / (1 - probability)`.
         ignore_index: label of the tokens that were not chosen.
         row_ids: int64 `(...)`, the number of each row for the random stream, in place of its flattened index: with a
-            number that belongs to the example, its labels do not depend on the batch it is in. They do depend on T,
-            the row length after padding.
+            number per example, the labels of an example do not depend on its batch. They do depend on T, the row length
+            after padding.
         seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device of `input_ids`.
-        generator: draws the seed where `seed` is None; torch's default generator of the device if it is None too.
+        generator: draws the seed if `seed` is None; default: torch's default generator of the device.
 
     Returns:
         `MaskedTokens(input_ids, labels)`, both of the shape and dtype of `input_ids`, contiguous.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range; also where
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range; also if
             `replace[1] > 0` but all ids are special.
 
     Source: Devlin, Chang, Lee and Toutanova, "BERT", 2018, section 3.1; spans after Joshi et al., "SpanBERT", 2020.
@@ -281,59 +275,59 @@ def mask_tokens(
     >>> bool(((masked.labels == -100) | (masked.labels == ids)).all())
     True
     """
-    name = "mask_tokens"
-    checks.tensor(name, "input_ids", input_ids, checks.INDEX_DTYPES)
-    checks.dims(name, "input_ids", input_ids, 1, "(..., T)")
-    checks.tensor(name, "special_mask", special_mask, (torch.bool,), optional=True)
-    checks.tensor(name, "word_ids", word_ids, checks.INDEX_DTYPES, optional=True)
-    checks.tensor(name, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(name, "special_mask", special_mask, input_ids.shape, "that of input_ids")
-    checks.shape(name, "word_ids", word_ids, input_ids.shape, "that of input_ids")
-    checks.shape(name, "row_ids", row_ids, input_ids.shape[:-1], "input_ids.shape[:-1]")
+    checks.tensor(NAME, "input_ids", input_ids, checks.INDEX_DTYPES)
+    checks.dims(NAME, "input_ids", input_ids, 1, "(..., T)")
+    checks.tensor(NAME, "special_mask", special_mask, (torch.bool,), optional=True)
+    checks.tensor(NAME, "word_ids", word_ids, checks.INDEX_DTYPES, optional=True)
+    checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
+    checks.shape(NAME, "special_mask", special_mask, input_ids.shape, "that of input_ids")
+    checks.shape(NAME, "word_ids", word_ids, input_ids.shape, "that of input_ids")
+    checks.shape(NAME, "row_ids", row_ids, input_ids.shape[:-1], "input_ids.shape[:-1]")
     for argument, value in (("special_mask", special_mask), ("word_ids", word_ids), ("row_ids", row_ids)):
-        checks.same_device(name, argument, value, "input_ids", input_ids.device)
-    ids = _special_ids(name, special_ids)
-    _check_options(name, input_ids.dtype, ids, mask_id, vocab_size, probability, replace, mean_span, ignore_index)
+        checks.same_device(NAME, argument, value, "input_ids", input_ids.device)
+    ids = _special_ids(special_ids)
+    _check_options(input_ids.dtype, ids, mask_id, vocab_size, probability, replace, mean_span, ignore_index)
 
+    replace_mask, replace_random = map(float, replace)
+    span = 0.0 if mean_span is None else float(mean_span)
+    options = MaskOptions(
+        ids, mask_id, vocab_size, float(probability), replace_mask, replace_random, span, ignore_index
+    )
     columns = input_ids.shape[-1]
     rows = input_ids.shape[:-1].numel()
-    output_ids, labels = mask_tokens_op(
-        input_ids.reshape(rows, columns).contiguous(),
-        seed_tensor(name, seed, generator, input_ids.device),
-        None if special_mask is None else special_mask.reshape(rows, columns).contiguous(),
-        None if word_ids is None else word_ids.reshape(rows, columns).contiguous(),
-        None if row_ids is None else row_ids.reshape(rows).contiguous(),
-        ids,
-        mask_id,
-        vocab_size,
-        float(probability),
-        float(replace[0]),
-        float(replace[1]),
-        0.0 if mean_span is None else float(mean_span),
-        ignore_index,
+
+    def as_rows(tensor: Tensor | None, *shape: int) -> Any:
+        return None if tensor is None else tensor.reshape(shape).contiguous()
+
+    inputs = MaskInputs(
+        as_rows(input_ids, rows, columns),
+        seed_tensor(NAME, seed, generator, input_ids.device),
+        as_rows(special_mask, rows, columns),
+        as_rows(word_ids, rows, columns),
+        as_rows(row_ids, rows),
     )
-    return MaskedTokens(output_ids.reshape(input_ids.shape), labels.reshape(input_ids.shape))
+    masked = mask_tokens_fwd(inputs, options)
+    return MaskedTokens(*(result.reshape(input_ids.shape) for result in masked))
 
 
-def _special_ids(name: str, special_ids: Sequence[int] | Tensor) -> list[int]:
+def _special_ids(special_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
     if isinstance(special_ids, Tensor):
-        checks.tensor(name, "special_ids", special_ids, checks.INDEX_DTYPES)
-        checks.dims(name, "special_ids", special_ids, 1, "(number of special ids,)", high=1)
+        checks.tensor(NAME, "special_ids", special_ids, checks.INDEX_DTYPES)
+        checks.dims(NAME, "special_ids", special_ids, 1, "(number of special ids,)", high=1)
         if special_ids.device.type != "cpu":
             must = "be ints or a tensor on the CPU (reading it from a GPU would synchronise)"
-            checks.fail(ValueError, name, "special_ids", must, special_ids.device)
-        return special_ids.tolist()
+            checks.fail(ValueError, NAME, "special_ids", must, special_ids.device)
+        return tuple(special_ids.tolist())
     if not isinstance(special_ids, Sequence) or isinstance(special_ids, str):
-        checks.fail(TypeError, name, "special_ids", "be a sequence of ints", type(special_ids).__name__)
+        checks.fail(TypeError, NAME, "special_ids", "be a sequence of ints", type(special_ids).__name__)
     for i in special_ids:
-        checks.integer(name, "special_ids", i)
-    return list(special_ids)
+        checks.integer(NAME, "special_ids", i)
+    return tuple(special_ids)
 
 
 def _check_options(
-    name: str,
     dtype: torch.dtype,
-    special_ids: list[int],
+    special_ids: tuple[int, ...],
     mask_id: int,
     vocab_size: int,
     probability: float,
@@ -341,27 +335,27 @@ def _check_options(
     mean_span: float | None,
     ignore_index: int,
 ) -> None:
-    checks.integer(name, "vocab_size", vocab_size, low=1)
+    checks.integer(NAME, "vocab_size", vocab_size, low=1)
     if vocab_size > _MAX_VOCAB:
-        checks.fail(ValueError, name, "vocab_size", f"be at most {_MAX_VOCAB}", vocab_size)
-    checks.integer(name, "mask_id", mask_id, low=0)
+        checks.fail(ValueError, NAME, "vocab_size", f"be at most {_MAX_VOCAB}", vocab_size)
+    checks.integer(NAME, "mask_id", mask_id, low=0)
     if mask_id >= vocab_size:
-        checks.fail(ValueError, name, "mask_id", f"be less than vocab_size = {vocab_size}", mask_id)
-    checks.integer(name, "ignore_index", ignore_index)
+        checks.fail(ValueError, NAME, "mask_id", f"be less than vocab_size = {vocab_size}", mask_id)
+    checks.integer(NAME, "ignore_index", ignore_index)
     if not torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
-        checks.fail(ValueError, name, "ignore_index", f"fit in {dtype}, the dtype of labels", ignore_index)
-    checks.number(name, "probability", probability, low=0.0, high=1.0)
+        checks.fail(ValueError, NAME, "ignore_index", f"fit in {dtype}, the dtype of labels", ignore_index)
+    checks.number(NAME, "probability", probability, low=0.0, high=1.0)
     if not isinstance(replace, (tuple, list)) or len(replace) != 2:
-        checks.fail(TypeError, name, "replace", "be two numbers, the parts replaced by mask_id and at random", replace)
+        checks.fail(TypeError, NAME, "replace", "be two numbers, the parts replaced by mask_id and at random", replace)
     for part in replace:
-        checks.number(name, "replace", part, low=0.0, high=1.0)
+        checks.number(NAME, "replace", part, low=0.0, high=1.0)
     if replace[0] + replace[1] > 1:
-        checks.fail(ValueError, name, "replace", "have a sum of at most 1", tuple(replace))
+        checks.fail(ValueError, NAME, "replace", "have a sum of at most 1", tuple(replace))
     if replace[1] > 0 and len({i for i in (*special_ids, mask_id) if 0 <= i < vocab_size}) == vocab_size:
         must = "be 0 where all ids of the vocabulary are special"
-        checks.fail(ValueError, name, "replace[1]", must, replace[1])
+        checks.fail(ValueError, NAME, "replace[1]", must, replace[1])
     if mean_span is not None:
-        checks.number(name, "mean_span", mean_span, low=1.0)
+        checks.number(NAME, "mean_span", mean_span, low=1.0)
         if span_start_probability(probability, mean_span) > 1:
             must = f"be at least probability / (1 - probability) with probability = {probability:g}"
-            checks.fail(ValueError, name, "mean_span", must, mean_span)
+            checks.fail(ValueError, NAME, "mean_span", must, mean_span)

@@ -1,4 +1,4 @@
-"""Modules of masked prediction: the masking of tokens, and the cross-entropy of what was masked."""
+"""Modules of masked prediction: masking of tokens, and cross-entropy of the masked ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
 
 class CrossEntropyLoss(Options):
     """Module of `cross_entropy`; a drop-in for `torch.nn.CrossEntropyLoss`.
+
+    Args:
+        weight: weight of each class `(V,)`; becomes a buffer.
+        ignore_index: rows with this target do not contribute.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: fraction of the target probability that is distributed over all classes.
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row.
+        softcap: replaces the logits by `softcap * tanh(logits / softcap)`.
+        return_stats: also return `CrossEntropyStats`.
 
     >>> import sslkernels as sk
     >>> sk.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).shape
@@ -49,6 +58,21 @@ class CrossEntropyLoss(Options):
 
 class LinearCrossEntropyLoss(Options):
     """Module of `linear_cross_entropy`; the projection is an argument of forward, so that it can be tied.
+
+    Args:
+        weight: weight of each class `(V,)`; becomes a buffer.
+        reduction: "mean", "sum" or "none".
+        ignore_index: rows with this target do not contribute.
+        label_smoothing: fraction of the target probability that is distributed over all classes.
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row.
+        softcap: replaces the logits by `softcap * tanh(logits / softcap)`.
+        logit_scale: multiplies the product before the bias is added.
+        mode: "auto", "fast" or "compact".
+        process_group: not implemented yet, must be None.
+        vocab_start: not implemented yet, must be 0.
+        capacity: upper bound of the number of valid rows.
+        workspace_bytes: upper bound of the bytes of the logits buffer.
+        return_stats: also return `CrossEntropyStats`.
 
     >>> import sslkernels as sk
     >>> embedding = torch.nn.Embedding(1000, 16)
@@ -111,7 +135,16 @@ class LinearCrossEntropyLoss(Options):
 
 
 class TokenMasker(Options):
-    """Module of `mask_tokens`: the masking of a data collator, on the device where the ids are.
+    """Module of `mask_tokens`: the masking step of a data collator, on the device of the ids.
+
+    Args:
+        mask_id: id of the mask token.
+        vocab_size: number of ids.
+        probability: probability that an eligible token is chosen.
+        replace: fractions of the chosen tokens that become `mask_id` and a random id; the rest stay.
+        special_ids: ids that are never chosen and never drawn.
+        mean_span: mean length of a span, in units; None: units are chosen independently.
+        ignore_index: label of the tokens that were not chosen.
 
     >>> import sslkernels as sk
     >>> masker = sk.nn.TokenMasker(mask_id=103, vocab_size=30522, special_ids=(0, 101, 102))

@@ -1,8 +1,8 @@
-"""Which rows of a batch are computed: those that are not ignored, moved into consecutive slots.
+"""Gathers the valid rows of a batch (target not ignored) into consecutive slots, and scatters results back.
 
-The number of slots is either that of the valid rows, which must be counted first, or a capacity that the caller gives:
-an upper bound, with which no shape depends on the data and nothing synchronises. More valid rows than the capacity are
-an error on a CPU; elsewhere every result is NaN.
+The number of slots is either the number of valid rows, which must be counted first, or an upper bound that the caller
+gives, the capacity, with which no shape depends on the data and nothing synchronises. More valid rows than the capacity
+are an error on a CPU; elsewhere every result is NaN.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from sslkernels.core import checks
 from sslkernels.vocabulary.softmax_rows import RowOutputs
 
-# What a row kernel gives for an ignored row.
+# The outputs of a row kernel for an ignored row.
 IGNORED_ROW = RowOutputs(0, 0, 1, 0, -1, 0)
 
 
 class Selection:
-    """The valid rows of `target` (N,), in order, in `slots` slots; with a capacity, slots that are left over are empty.
+    """The valid rows of `target` (N,), in order, in `slots` slots; with a capacity, surplus slots are empty.
 
-    Without a capacity the valid rows are counted, which on CUDA is a synchronisation. While a CUDA graph is captured
-    that is impossible, and the capacity is N.
+    Without a capacity the valid rows are counted, which synchronises on CUDA. That is impossible while a CUDA graph is
+    captured: the capacity is then N.
     """
 
     def __init__(self, target: Tensor, ignore_index: int, capacity: int | None) -> None:
@@ -48,28 +48,28 @@ class Selection:
         later sets the results to NaN."""
         return (self.valid.cumsum(0) - 1).clamp(0, max(self.slots - 1, 0))
 
-    def take(self, values: Tensor, empty: float) -> Tensor:
-        """values (N, ...) in the slots; the empty ones hold `empty`. `values` itself where all rows are valid."""
+    def to_slots(self, values: Tensor, empty: float) -> Tensor:
+        """Gathers the valid rows of values (N, ...); empty slots hold `empty`. All rows valid: `values` itself."""
         if self.all_rows:
             return values
-        taken = values.index_select(0, self.index)
-        return taken if self.empty is None else taken.masked_fill_(_beside(self.empty, values), empty)
+        slots = values.index_select(0, self.index)
+        return slots if self.empty is None else slots.masked_fill_(_broadcast(self.empty, values), empty)
 
-    def spread(self, values: Tensor, ignored: float, out: Tensor) -> None:
-        """Writes values (slots, ...) to the rows of out (N, ...) that they belong to, and `ignored` to the others."""
+    def to_rows(self, values: Tensor, ignored: float, out: Tensor) -> None:
+        """Scatters values (slots, ...) to the valid rows of out (N, ...), and fills the others with `ignored`."""
         if self.all_rows:
             out.copy_(values)
         elif self.slots == 0:
             out.fill_(ignored)
         else:
             torch.index_select(values.to(out.dtype), 0, self.slot, out=out)
-            out.masked_fill_(_beside(~self.valid, out), ignored)
+            out.masked_fill_(_broadcast(~self.valid, out), ignored)
 
 
 def check_capacity(function: str, target: Tensor, ignore_index: int, capacity: int | None) -> None:
-    """Raises `ValueError` where a CPU target has more valid rows than `capacity`.
+    """Raises `ValueError` if a CPU target has more valid rows than `capacity`.
 
-    On a GPU this would be a synchronisation: there `void_overflow` makes the results NaN.
+    On a GPU the check would synchronise: there `void_overflow` makes the results NaN.
     """
     if capacity is None or target.device.type != "cpu":
         return
@@ -81,8 +81,8 @@ def check_capacity(function: str, target: Tensor, ignore_index: int, capacity: i
 def void_overflow(
     target: Tensor, ignore_index: int, capacity: int | None, scale: Tensor, outputs: RowOutputs | None = None
 ) -> None:
-    """Makes the scale of the gradients and every output NaN (a prediction -1) where more rows than `capacity` are
-    valid."""
+    """If more rows than `capacity` are valid, makes the scale of the gradients and every output NaN (predictions
+    -1)."""
     if capacity is None:
         return
     overflows = (target != ignore_index).sum() > capacity
@@ -90,6 +90,6 @@ def void_overflow(
         values.masked_fill_(overflows, float("nan") if values.is_floating_point() else IGNORED_ROW.prediction)
 
 
-def _beside(mask: Tensor, values: Tensor) -> Tensor:
-    """A mask of rows, of as many dimensions as `values`."""
+def _broadcast(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask of rows with trailing dimensions of size 1, to broadcast over `values`."""
     return mask.view(-1, *(1,) * (values.dim() - 1))

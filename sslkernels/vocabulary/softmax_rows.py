@@ -1,17 +1,18 @@
-"""The cross-entropy of rows of logits: the mechanism that `cross_entropy` and `linear_cross_entropy` share.
+"""Cross-entropy of rows of logits: the mechanism that `cross_entropy` and `linear_cross_entropy` share.
 
-A backend is a `Rows`: a `forward` that reduces each row to its loss and state (and can write the gradient in place of
-the logits in the same pass), and a `backward` that writes the gradient from the logits and that state.
+A backend is a `Rows`: `forward` reduces each row to its loss and state (and can overwrite the logits with their
+gradient in the same pass), and `backward` writes the gradient from the logits and the state.
 
 For a row with raw logits `raw`, target y, class weights w and V classes:
 
-    l = logit_scale * raw + bias             z = softcap * tanh(l / softcap), or l where there is no softcap
+    l = logit_scale * raw + bias             z = softcap * tanh(l / softcap), or l without a softcap
     lse = logsumexp(z)                       nll = lse - z_y
     loss = (1 - s) * w_y * nll + (s / V) * sum_j w_j * (lse - z_j) + z_loss * lse**2
 
-with s = label_smoothing. The gradient is with respect to l (the caller applies logit_scale to what it multiplies). Rows
-whose target is `ignore_index` have loss 0, statistics 0, prediction -1 and gradient 0; a target out of range gives NaN.
-Sums leave the target out and add it last, so that a confident row keeps its loss, log1p(sum_{j != y} exp(z_j - z_y)).
+with s = label_smoothing. The gradient is with respect to l; the caller applies logit_scale to the products that it
+computes from it. Rows whose target is `ignore_index` have loss 0, statistics 0, prediction -1 and gradient 0; a target
+out of range gives NaN. Sums leave the target out and add it last, so that a confident row keeps its loss,
+log1p(sum_{j != y} exp(z_j - z_y)).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class RowOptions(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """What a backward needs of each row, in the accumulation dtype: the largest logit, the sum of exp(z - row_max), and
-    the log-probability of the target."""
+    """Per row, saved for backward in the accumulation dtype: the largest logit, the sum of exp(z - row_max), and the
+    log-probability of the target."""
 
     row_max: Tensor
     sum_exp: Tensor
@@ -46,8 +47,8 @@ class RowState(NamedTuple):
 
 
 class RowOutputs(NamedTuple):
-    """Per row, in the accumulation dtype: the loss, the fields of `RowState`, and with statistics (else empty) the
-    prediction (int64) and the entropy."""
+    """Per row, in the accumulation dtype: the loss, the fields of `RowState`, and the prediction (int64) and the
+    entropy, which are empty without statistics."""
 
     loss: Tensor
     row_max: Tensor
@@ -86,7 +87,8 @@ def check_target_range(function: str, loss: Tensor, target: Tensor, vocab: int, 
 
 
 class Rows:
-    """One backend's row kernels. `coefficient` (rows,) multiplies a row's gradient; `grad` may be `logits` itself."""
+    """The row kernels of a backend. `coefficient` (rows,) multiplies the gradient of each row; `grad` may be `logits`
+    itself."""
 
     def forward(
         self,
@@ -126,11 +128,11 @@ class Rows:
         *,
         stats: bool,
     ) -> RowOutputs | None:
-        """The outputs for the logits of a projection without a gradient, in one kernel; None where there is none."""
+        """The outputs for the logits of a projection, in one kernel without gradients; None if the backend has none."""
         return None
 
     def add(self, total: Tensor, part: Tensor, first: bool) -> None:
-        """total = (0 if first else total) + part, of different dtypes."""
+        """total = (0 if first else total) + part; their dtypes differ."""
         total.copy_(part) if first else total.add_(part)
 
     def add_column_sums(self, grad_logits: Tensor, total: Tensor, first: bool) -> None:
@@ -189,7 +191,7 @@ class ReferenceRows(Rows):
         probability = (z - state.row_max.unsqueeze(1)).exp() / state.sum_exp.unsqueeze(1)
         smoothing = options.label_smoothing
         weights = z.new_ones(vocab) if weight is None else weight.to(z.dtype)
-        # The loss weighs three terms in the probabilities: the target's, the smoothing's and the z-loss's.
+        # Three terms of the loss contribute to the gradient: target, label smoothing and z-loss.
         target_weight = (1 - smoothing) * weights[index]
         lse = state.row_max + state.sum_exp.log()
         other_weight = smoothing / vocab * weights.sum() + 2 * options.z_loss * lse
@@ -206,7 +208,7 @@ class ReferenceRows(Rows):
 
 
 def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor | None]:
-    """z, and dz/dl where there is a softcap."""
+    """z, and dz/dl if there is a softcap."""
     z = logits.to(accumulation_dtype(logits.dtype))
     if options.logit_scale != 1.0:
         z = z * options.logit_scale
@@ -219,7 +221,7 @@ def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tupl
 
 
 def _split_target(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are ignored, which are out of range, and an index that is safe to gather with."""
+    """Masks of ignored and of out-of-range rows, and an index that is safe to gather with."""
     target = target.long()
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= vocab)) & ~ignored
@@ -227,7 +229,7 @@ def _split_target(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor
 
 
 class NativeRows(Rows):
-    """The compiled extension: the dispatch key of the tensors picks its CPU or its CUDA kernels."""
+    """The compiled extension: the dispatch key of the tensors selects its CPU or CUDA kernels."""
 
     OPS = ("cross_entropy_rows_fwd", "cross_entropy_rows_bwd", "scale_add")
 
@@ -274,7 +276,7 @@ class TritonRows(Rows):
 
         if input.dtype == torch.float64:
             return None
-        # Valid rows first: blocks of ignored rows end at once, and the number of valid rows need not be known here.
+        # Valid rows first: blocks of ignored rows return at once, and the host need not know the number of valid rows.
         order = torch.argsort((target == options.ignore_index).to(torch.int8), stable=True)
         index = torch.where(target[order] == options.ignore_index, -1, order)
         outputs = empty_outputs(input, target.shape[0], stats)
@@ -285,7 +287,7 @@ class TritonRows(Rows):
 def _prepared(
     logits: Tensor, bias: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """bias, class weights and the sum of the latter in the accumulation dtype."""
+    """Bias, class weights and sum of the class weights, in the accumulation dtype."""
     acc = accumulation_dtype(logits.dtype)
     bias = None if bias is None else bias.to(acc).contiguous()
     if weight is None:

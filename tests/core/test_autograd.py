@@ -1,4 +1,4 @@
-"""What autograd may ask for: subsets of inputs, any grad_output, retained graphs, higher orders, accumulation."""
+"""Requests of autograd: subsets of inputs, any grad_output, retained graphs, double backward, accumulation."""
 
 from __future__ import annotations
 
@@ -59,16 +59,18 @@ def test_nothing_requires_grad(backend, device):
     torch.testing.assert_close(loss, call(tensors, target).detach())
 
 
-def test_only_what_is_asked_for_is_computed(monkeypatch, device):
-    asked = []
+def test_only_wanted_gradients_are_computed(monkeypatch, device):
+    requests = []
     original = chunked_linear.empty_gradients
     monkeypatch.setattr(
-        chunked_linear, "empty_gradients", lambda operands, wanted: asked.append(wanted) or original(operands, wanted)
+        chunked_linear,
+        "empty_gradients",
+        lambda operands, wanted: requests.append(wanted) or original(operands, wanted),
     )
     tensors, target = problem(device, dtype=torch.float32, requires_grad=("input",))
     with sk.use_backend("cpu" if "cpu" in sk.available_backends(OP, device) else "triton"):
         call(tensors, target).backward()
-    assert asked == [(True, False, False)]
+    assert requests == [(True, False, False)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,7 +129,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
     for a, b, c in zip(expanded, dense, strided, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
-    # The loss squared: grad_output is the loss itself.
+    # For the squared loss, grad_output is the loss itself.
     loss = call(tensors, target, mode=mode)
     squared = torch.autograd.grad(loss.square(), leaves)
     truth = oracle.linear_cross_entropy(**tensors, target=target)
@@ -140,7 +142,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(backend, mode, reduction, device):
     if backend == "triton":
-        pytest.skip("the numerical Jacobian runs the interpreter hundreds of times; test_backends covers its gradients")
+        pytest.skip("the numerical Jacobian runs the interpreter hundreds of times; its cases cover the gradients")
     tensors, target = problem(device, rows=5, vocab=6, dim=3)
 
     def function(*leaves):
@@ -165,8 +167,8 @@ def test_double_backward_raises(backend, mode, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_double_backward_raises_beside_terms_that_have_one(mode, device):
-    """A gradient penalty that lost its path would be silently wrong."""
+def test_double_backward_raises_among_differentiable_terms(mode, device):
+    """A gradient penalty whose path is cut would be silently wrong."""
     tensors, target = problem(device)
     x, w = tensors["input"], tensors["linear_weight"]
     (grad,) = torch.autograd.grad(sk.linear_cross_entropy(x, w, target, mode=mode), x, create_graph=True)
@@ -224,7 +226,7 @@ def test_zero_rows(backend, reduction, device):
 
 
 def test_tied_weight_gets_both_gradients(backend, device):
-    """The embedding that made the input is also the projection."""
+    """The embedding that produces the input is also the projection."""
     embedding = torch.randn(31, 7, dtype=torch.float64, device=device, requires_grad=True)
     ids = torch.randint(0, 31, (13,), device=device)
     target = torch.randint(0, 31, (13,), device=device)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from sslkernels.core.scale import scale_gradient, scale_gradient_
-from sslkernels.vocabulary.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_grad
+from sslkernels.vocabulary.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from sslkernels.vocabulary.linear_records import Operands, PlanOptions, Wanted
 from sslkernels.vocabulary.softmax_rows import RowOptions
@@ -160,14 +160,15 @@ def raw_calls(tensors):
     logits = (x @ w.t()).contiguous()
     class_weight = torch.rand(31, device=x.device)
     options = RowOptions(-100, 0.1, 1e-3, 5.0, 1.5)
-    state = cross_entropy_fwd(logits, target, class_weight, options, True).state
+    outputs, _ = cross_entropy_fwd(logits, target, class_weight, None, options, True)
+    state = outputs.state
     scale = state.row_max.sum()
     grad = torch.randn(13, device=x.device)
     operands = Operands(x, w, b, target, class_weight)
     plan = PlanOptions(torch.float32, 12, 4096)
     wanted = Wanted(True, True, True)
     return {
-        "cross_entropy_fwd": (cross_entropy_fwd, (logits, target, class_weight, options, True)),
+        "cross_entropy_fwd": (cross_entropy_fwd, (logits, target, class_weight, None, options, True)),
         "cross_entropy_bwd": (cross_entropy_bwd, (grad, logits, target, class_weight, state, options)),
         "linear_cross_entropy_fwd": (
             linear_cross_entropy_fwd,
@@ -177,7 +178,7 @@ def raw_calls(tensors):
             linear_cross_entropy_bwd,
             (grad, operands, state, options, plan, wanted),
         ),
-        "cross_entropy_grad": (cross_entropy_grad, (logits, target, class_weight, grad, options, True)),
+        "cross_entropy_fwd with a gradient": (cross_entropy_fwd, (logits, target, class_weight, grad, options, True)),
         "scale_gradient": (scale_gradient, (w, scale, torch.bfloat16)),
         "scale_gradient_": (scale_gradient_, (w.clone(), scale)),
     }
@@ -190,7 +191,7 @@ def raw_calls(tensors):
         "cross_entropy_bwd",
         "linear_cross_entropy_fwd",
         "linear_cross_entropy_bwd",
-        "cross_entropy_grad",
+        "cross_entropy_fwd with a gradient",
         "scale_gradient",
         "scale_gradient_",
     ],

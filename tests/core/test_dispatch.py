@@ -1,4 +1,4 @@
-"""The choice of a backend, and what an import loads."""
+"""The choice of a backend, and the modules that an import loads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_import_loads_torch_alone():
 
 
 def test_the_compiled_extension_runs_here():
-    """Where a compiler built it, it must load; CI sets the variable that makes its absence a failure."""
+    """If a compiler built it, it must load; CI sets the variable that turns its absence into a failure."""
     if native.extension is None and os.environ.get("SSLKERNELS_BUILD_EXT") != "1":
         pytest.skip(str(native.load_error))
     assert native.extension is not None, native.load_error
@@ -74,7 +74,7 @@ def test_an_explicit_backend_that_cannot_run_raises_and_says_why():
 
 
 def test_without_the_extension_the_reference_runs(tmp_path):
-    """What a machine without a compiler has: the Python files alone."""
+    """A machine without a compiler has only the Python files."""
     (tmp_path / "sslkernels").symlink_to(PACKAGE)
     code = (
         "import sys; sys.modules['sslkernels._C'] = None\n"
@@ -91,9 +91,9 @@ def test_without_the_extension_the_reference_runs(tmp_path):
 
 
 def test_shapes_without_data():
-    """On the device "meta", which autocast does not know."""
+    """On the device "meta", which has no autocast; other ops: `shapes_without_data` of their cases."""
     x = torch.empty(3, 5, device="meta", requires_grad=True)
-    table, target = torch.empty(7, 5, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    table = torch.empty(7, 5, device="meta")
     results = [
         sk.gaussian_rsample(x, x, 2)[0],
         sk.gaussian_kl(x, x),
@@ -101,9 +101,6 @@ def test_shapes_without_data():
         sk.gumbel_quantize(x, table[:5]).values,
         sk.linear_sample(x, table).logprob,
         sk.vector_quantize(x, table).commitment,
-        sk.free_energy(x),
-        sk.prediction_energy(x[:, None], x),
-        sk.linear_cross_entropy(x, table, target),
         sk.contrastive_energy(x, x),
     ]
     for result in results:
@@ -120,7 +117,7 @@ def test_report_names_every_op_and_reason():
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_compiled_instruction_set_gives_the_same_losses(isa):
-    """The environment variable lowers what the processor offers; the results agree to rounding."""
+    """An environment variable restricts the instruction set; the results agree to rounding."""
     if native.extension is None:
         pytest.skip("no compiled extension")
     code = (
@@ -151,7 +148,7 @@ def test_every_compiled_instruction_set_gives_the_same_losses(isa):
         (["80", "90", "100"], ["100"], (7, 5), False),
         (["90a"], [], (9, 0), True),
         (["90a"], [], (10, 0), False),
-        (["100a"], [], (10, 3), False),  # machine code of one architecture alone
+        (["100a"], [], (10, 3), False),  # machine code for exactly one architecture
         (["90"], [], (8, 0), False),
         (["90"], [], (10, 0), False),
         (["80"], ["80"], (9, 0), True),

@@ -1,4 +1,4 @@
-"""Bad input: the error names the function, the argument, what it must be and what it was."""
+"""Bad input: the error names the function, the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_linear_cross_entropy(change, kind, message):
         sk.linear_cross_entropy(**{"input": X, "linear_weight": W, "target": Y, **change})
 
 
-def test_distributed_tensors_are_refused_with_a_way_out():
+def test_distributed_tensors_are_refused_with_advice():
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
@@ -108,7 +108,7 @@ def test_distributed_tensors_are_refused_with_a_way_out():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_and_choices_that_are_no_strings_are_refused():
+def test_nested_tensors_and_non_string_choices_are_refused():
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     calls = [
         (
@@ -141,7 +141,7 @@ def test_options_are_keyword_only():
 
 
 @pytest.mark.gpu
-def test_target_out_of_range_on_a_gpu_is_nan_in_its_row_alone():
+def test_target_out_of_range_on_a_gpu_is_nan_only_in_its_row():
     target = torch.tensor([0, 1, 5, -100], device="cuda")
     for name in sk.available_backends("cross_entropy", "cuda"):
         with sk.use_backend(name):

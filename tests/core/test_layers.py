@@ -1,4 +1,4 @@
-"""Who may import whom: families stand on `core` and `random`, and Triton kernels on Triton kernels."""
+"""Import rules: families import `core` and `random`, and Triton kernels import only Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sslkernels as sk
 PACKAGE = Path(sk.__file__).parent
 FAMILIES = ("vocabulary", "contrastive", "latent")
 ROOMS = ("core", "random", *FAMILIES)
-# What a file in a room, or a public face at the top of the package, may import of the package.
+# The parts of the package that a file of a folder, or a module at the top of the package, may import.
 ALLOWED = {
     "core": {"core"},
     "random": {"core", "random"},

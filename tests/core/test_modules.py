@@ -1,4 +1,4 @@
-"""What every module of `sslkernels.nn` has in common."""
+"""Properties of every module of `sslkernels.nn`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def test_a_module_survives_pickling(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_pickles_that_name_the_public_path_load(name):
-    """As those of a version in which `sslkernels.nn` was one file."""
+    """`sslkernels.nn.Name` is the pickled path of a version in which `sslkernels.nn` was one file."""
     buffer = io.BytesIO(b"csslkernels.nn\n" + name.encode() + b"\n.")
     assert pickle.load(buffer) is getattr(sk.nn, name)

@@ -20,7 +20,7 @@ CASES = {triton_resources.label(e, a): (e, a) for e in triton_resources.entries(
 
 
 def run_program(*program: str) -> Any:
-    """What a program prints, in a process where kernels are compiled and not interpreted."""
+    """The JSON output of a program, run in a process where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
@@ -45,7 +45,7 @@ def test_resources(case, results):
 
 @pytest.mark.parametrize("case", [case for case, (entry, _) in CASES.items() if "VECTOR" in entry.constexprs])
 def test_rows_are_read_and_written_in_vectors(case, results):
-    """Also rows that start at no multiple of 16 bytes, as those of an odd vocabulary."""
+    """Also rows that are not aligned to 16 bytes, like those of an odd vocabulary."""
     entry, _ = CASES[case]
     assert results[case]["vector_loads"] > 0
     if entry.constexprs.get("WRITE_GRAD", True):

@@ -1,4 +1,4 @@
-"""What only a GPU shows: real sizes, streams, graphs, synchronisations and memory."""
+"""Tests that need a GPU: real sizes, streams, graphs, synchronisation and memory."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_real_vocabularies(backend, mode, vocab):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_more_elements_than_an_int32_counts(backend, reduction):
-    """ "sum" makes the gradient with the loss where the backend can, "none" from a state of its own."""
+def test_more_than_2_31_elements(backend, reduction):
+    """With "sum" the backend may compute the gradient in forward; with "none" backward recomputes it from the state."""
     if backend == "reference":
         pytest.skip("the reference holds the logits several times")
     rows, vocab = 66000, 32768
@@ -66,7 +66,7 @@ def test_more_elements_than_an_int32_counts(backend, reduction):
 @pytest.mark.parametrize("vocab", [30522, 50265, 128256, 250002, 256000, 1000003])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_real_logits(backend, reduction, vocab, dtype):
-    """Rows held by a block, by a cluster of up to 16, and rows that no cluster holds; plain and with every option."""
+    """Rows that fit a block, a cluster of up to 16 blocks, or neither; without and with every option."""
     if backend == "reference":
         pytest.skip("the reference is what this would be compared with")
     rows = 37
@@ -97,8 +97,8 @@ def test_real_logits(backend, reduction, vocab, dtype):
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("vocab", [1, 77, 1003, 40007])
-def test_rows_that_start_anywhere(backend, vocab, dtype):
-    """Rows of a view, whose gradient's rows lie otherwise than they do."""
+def test_unaligned_rows(backend, vocab, dtype):
+    """Rows of a view, whose gradient has other strides."""
     memory = torch.randn(5, vocab + 3, device="cuda").to(dtype)
     target = torch.randint(0, vocab, (5,), device="cuda")
     target[1] = -100
@@ -168,12 +168,12 @@ def test_cuda_graph_capture_and_replay(backend, mode):
 
 
 @pytest.mark.usefixtures("as_users_run")
-def test_no_synchronisation_but_the_documented_one(backend):
-    """cross_entropy has none; linear_cross_entropy without a capacity reads the number of valid rows."""
+def test_only_the_documented_synchronisation(backend):
+    """cross_entropy never synchronises; linear_cross_entropy without a capacity reads the number of valid rows."""
     logits = torch.randn(33, 1003, device="cuda", requires_grad=True)
     target = torch.randint(0, 1003, (33,), device="cuda")
     ids = torch.randint(0, 1003, (4, 33), device="cuda")
-    sk.cross_entropy(logits, target).backward()  # compiles
+    sk.cross_entropy(logits, target).backward()  # warm-up: compiles
     with no_synchronisation():
         loss, _ = sk.cross_entropy(logits, target, label_smoothing=0.1, return_stats=True)
         loss.backward()
@@ -204,7 +204,7 @@ def test_no_synchronisation_with_a_capacity(backend, mode, reduction):
         with torch.no_grad():
             sk.linear_cross_entropy(x, w, target, **options)
 
-    step()  # compiles
+    step()  # warm-up: compiles
     with no_synchronisation():
         step()
     assert all(leaf.grad.isfinite().all() for leaf in (x, w, b, tokens))
@@ -214,7 +214,7 @@ def test_no_synchronisation_with_a_capacity(backend, mode, reduction):
 @pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 def test_a_captured_graph_follows_its_targets(backend, mode, capacity):
-    """How many rows are valid, and which, may differ at each replay; what ignored rows hold reaches no gradient."""
+    """The valid rows and their number may change between replays; values of ignored rows reach no gradient."""
     x, w, b, target = problem(129, 64, 1003)
 
     def step(capacity):
@@ -316,7 +316,7 @@ def test_masking_is_the_same_on_every_device(backend):
 
 
 @pytest.mark.parametrize("mean_span", [None, 3.0])
-def test_masking_of_more_tokens_than_an_int32_counts(backend, mean_span):
+def test_masking_of_more_than_2_31_tokens(backend, mean_span):
     if backend == "reference":
         pytest.skip("the reference holds its draws as int64")
     rows, columns = 33000, 65535
@@ -334,14 +334,14 @@ def test_masking_of_more_tokens_than_an_int32_counts(backend, mean_span):
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("count", [4, 70])
 def test_masking_in_a_cuda_graph_draws_anew_on_each_replay(backend, count):
-    """count: special ids, each a range of its own; the list outlives the call that captured it."""
+    """count: number of special ids, each a separate range; the graph must keep their list alive."""
     if backend == "reference":
         pytest.skip("the reference copies constants to the device")
     ids = torch.randint(0, 1003, (8, 129), device="cuda")
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     options = {"mask_id": 1, "vocab_size": 1003, "mean_span": 2.0}
     special = list(range(3, 3 + 3 * count, 3))
-    sk.mask_tokens(ids, **options, special_ids=special, seed=seed)  # compiles
+    sk.mask_tokens(ids, **options, special_ids=special, seed=seed)  # warm-up: compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = sk.mask_tokens(ids, **options, special_ids=special, seed=seed)
@@ -355,7 +355,7 @@ def test_masking_in_a_cuda_graph_draws_anew_on_each_replay(backend, count):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_the_logits_never_exist(backend, train):
+def test_the_logits_are_never_materialised(backend, train):
     if backend == "reference":
         pytest.skip("the reference holds the logits")
     x, w, b, target = problem(16384, 128, 128256, ignored=0.0)  # 4.2 GB of logits

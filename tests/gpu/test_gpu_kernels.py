@@ -1,5 +1,5 @@
-"""Single kernels on a GPU, on memory that the host wrote and with no kernel of torch between: what compute-sanitizer's
-racecheck and initcheck can judge, for torch's own kernels read uninitialised memory and race by design."""
+"""Single kernels on a GPU, on memory that the host wrote and without kernels of torch in between, for racecheck and
+initcheck of compute-sanitizer: torch's own kernels read uninitialised memory and race by design."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pytest
 import torch
 from own_oracle import OwnCase, asked_for, assert_results
 from own_oracle import make as make_own
+from raw_operators import assert_equal_to_reference
 from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
 from torch import Tensor
 
 import sslkernels as sk
 from sslkernels.contrastive.query_negatives import own_negatives
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.scale import scale_gradient_
 from sslkernels.latent.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.latent.gumbel_quantize import gumbel_quantize_bwd, gumbel_quantize_fwd
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
@@ -30,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory():
-    """Not filled by a kernel of torch."""
+    """No kernel of torch fills uninitialised memory."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -48,7 +50,7 @@ class Rows:
 
 def kernels(backend: str):
     if backend not in ("cuda", "triton"):
-        pytest.skip("no kernel of its own on a GPU")
+        pytest.skip("has no GPU kernel")
     return NativeRows() if backend == "cuda" else TritonRows()
 
 
@@ -64,10 +66,10 @@ def test_rows(backend, dtype, vocab, every):
     grad = torch.empty_like(r.logits)
     inputs = (r.logits, r.target, r.bias, r.weight, options)
     got = rows.forward(*inputs, stats=every, coefficient=r.coefficient, grad=grad)
-    assert_outputs(tuple(part.cpu() for part in got), want, 32 * torch.finfo(torch.float32).eps, stats=every)
+    assert_outputs((part.cpu() for part in got), want, 32 * torch.finfo(torch.float32).eps, stats=every)
     assert_gradient(grad.cpu(), want_grad, coefficient, 32 * torch.finfo(torch.float32).eps)
     again = torch.empty_like(grad)
-    rows.backward(*inputs, got, r.coefficient, again)
+    rows.backward(*inputs, got.state, r.coefficient, again)
     assert_gradient(again.cpu(), want_grad, coefficient, 32 * torch.finfo(torch.float32).eps)
 
 
@@ -81,7 +83,7 @@ def test_column_sums_and_scaling(backend, dtype):
         rows.add_column_sums(there, total, True)
         torch.testing.assert_close(total.cpu(), values.float().sum(0), rtol=1e-4, atol=1e-4)
     scale = torch.tensor(0.5).cuda()
-    rows.scale_(there, scale)
+    scale_gradient_(there, scale)
     assert torch.equal(there.cpu(), values * 0.5)
 
 
@@ -92,18 +94,6 @@ def test_own_negatives(backend, dtype, shape, normalise):
     kernels(backend)
     inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
     assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments("cuda"))))
-
-
-def assert_equal_to_reference(op, arguments, dtype):
-    """Results of the raw operator on host tensors, sent to the device, and of its reference; returns the latter."""
-    with sk.use_backend("reference"):
-        expected = op(*arguments)
-    got = op(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
-    expected, got = ((x,) if isinstance(x, Tensor) else x for x in (expected, got))
-    for a, b in zip(got, expected, strict=True):
-        limit = 4 * torch.finfo(dtype).eps if b.dtype == dtype else 1e-5
-        torch.testing.assert_close(a.cpu(), b, rtol=limit, atol=limit)
-    return expected
 
 
 @pytest.mark.parametrize("minimum", [False, True])
@@ -163,9 +153,9 @@ def test_statistics_of_gumbel_quantize(backend, dtype, shape):
 @pytest.mark.parametrize("shape", [(5, 1), (300, 17), (33, 1030), (3, 40_007)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sample_rows(backend, dtype, shape):
-    """Against the host's, in one tile and in several; the state is not initialised."""
+    """Against the CPU kernel, in one tile and in several, with an uninitialised state."""
     if backend != "cuda":
-        pytest.skip("a kernel of the extension alone")
+        pytest.skip("only the extension has this kernel")
     rows, vocab = shape
     g = torch.Generator().manual_seed(0)
     products, bias = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in (shape, (vocab,)))

@@ -28,7 +28,7 @@ def inputs(rows: int, vocab: int, dim: int, dtype: torch.dtype) -> tuple[Tensor,
     "shape", [(1, 128256, 256), (300, 5003, 770), (64, 4096, 64), (1500, 50_257, 32), (7, 3, 8)], ids=str
 )
 def test_draws_the_winner(backend, dtype, shape):
-    """Products in float32 in every dtype."""
+    """Products are float32 for every dtype."""
     x, w, bias = inputs(*shape, dtype)
     index, logprob = sk.linear_sample(x, w, linear_bias=bias, temperature=0.7, seed=5)
     logits = (x.double() @ w.double().t() + bias) / 0.7
@@ -41,7 +41,7 @@ def test_draws_the_winner(backend, dtype, shape):
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
 def test_the_draws_of_the_host(backend, spread):
-    """Bit for bit where the products are exact."""
+    """Bit for bit if the products are exact."""
     rows, vocab = 3000, 9001
     w = torch.zeros(vocab, 16, dtype=torch.bfloat16)
     w[:, 0] = spread * torch.randn(vocab, generator=torch.Generator().manual_seed(0))
@@ -63,12 +63,12 @@ def test_tiles_of_any_size_give_the_same(monkeypatch, dtype):
         monkeypatch.setitem(module.WORKSPACE_BYTES, "cuda", 1)
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 16)
         got = sk.linear_sample(x, w, linear_bias=bias, seed=1)
-    same = got.index == expected.index  # another matmul may round otherwise
+    same = got.index == expected.index  # another matmul may round differently
     assert same.sum() >= 36
     torch.testing.assert_close(got.logprob[same], expected.logprob[same])
 
 
-def test_nothing_synchronises_and_a_graph_draws_anew(backend):
+def test_no_synchronisation_and_new_draws_on_each_replay(backend):
     if backend == "reference":
         pytest.skip("it is not held to it")
     x, w = torch.zeros(64, 16, device="cuda"), torch.zeros(300_000, 16, device="cuda")
@@ -81,7 +81,7 @@ def test_nothing_synchronises_and_a_graph_draws_anew(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_logits(backend, dtype):
-    """Of 4096 rows of 128256 classes they would be 2.1 GB in float32."""
+    """Logits of 4096 rows and 128256 classes would be 2.1 GB in float32."""
     if backend == "reference":
         pytest.skip("it holds them")
     x, w, _ = inputs(4096, 128_256, 64, dtype)

@@ -1,4 +1,4 @@
-"""Random numbers on a GPU: the bits of the host, CUDA graphs, more than 2^31 elements."""
+"""Random numbers on a GPU: equal bits on host and device, CUDA graphs, more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_graph_draws_a_new_seed_on_each_replay(backend):
 
 def test_more_than_2_to_the_31_elements(backend):
     if backend == "reference":
-        pytest.skip("its memory is that of float64 words")
+        pytest.skip("the reference would need float64 memory for every word")
     rows, columns = (1 << 21) + 3, 1024
     if torch.cuda.mem_get_info()[0] < 3 * rows * columns:
         pytest.skip("needs 7 GB")

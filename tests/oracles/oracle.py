@@ -1,6 +1,6 @@
-"""The losses written independently of the package: formulas in plain torch, differentiable, in any dtype.
+"""The losses as formulas in plain torch, independent of the package: differentiable, in any dtype.
 
-In float64 they are the truth; in the dtype under test they are what eager torch would do.
+In float64 they are the truth; in the dtype under test they are eager torch.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def prediction_energy(
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Relative to the norm of the truth; infinite where the non-finite values differ."""
+    """Error relative to the norm of the truth; infinite if the non-finite values differ."""
     value, truth = value.detach().double(), truth.detach().double()
     finite = truth.isfinite()
     if not torch.equal(finite, value.isfinite()) or not torch.equal(

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in Python integers, and the address of a word: what every backend must give, bit for bit."""
+"""Philox4x32-10 and the address of a word in Python integers, which every backend must match bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rows for the cross-entropy tests, their reference in float64, and how far from it a result may be."""
+"""Inputs for the cross-entropy row tests, the float64 reference, and the tolerances of results."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 
 def make(device, count, vocab, dtype=torch.float32, *, seed=0, scale=2.0, pitch=None, index_dtype=torch.int64):
-    """Logits, targets (one ignored where there are three or more), bias, class weights, coefficients."""
+    """Logits, targets (one ignored if there are at least three), bias, class weights, coefficients."""
     generator = torch.Generator().manual_seed(seed)
     storage = torch.randn(count, pitch or vocab, generator=generator, dtype=torch.float64) * scale
     logits = storage.to(device, dtype)[:, :vocab]
@@ -26,7 +28,7 @@ def make(device, count, vocab, dtype=torch.float32, *, seed=0, scale=2.0, pitch=
 
 
 def oracle(logits, target, bias, weight, options, coefficient=None, stats=True):
-    """The reference in float64 and its gradient."""
+    """Outputs and gradient of the reference in float64."""
     wide = [None if t is None else t.double() for t in (bias, weight)]
     grad = None if coefficient is None else torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     outputs = ReferenceRows().forward(
@@ -46,27 +48,28 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str, scale: T
     assert bool((error <= bound).all()), f"{what}: {float((error / bound).max()):.3g} times the tolerance"
 
 
-def assert_outputs(got, want: RowOutputs, tolerance: float, *, stats: bool) -> None:
-    """lse is compared in place of row_max and sum_exp; the terms of a loss are of the size of its largest |z|."""
+def assert_outputs(got: Iterable[Tensor], want: RowOutputs, tolerance: float, *, stats: bool) -> None:
+    """Compares lse instead of row_max and sum_exp; the terms of a loss are as large as its largest |z|."""
+    got = RowOutputs(*got)
     scale = 1.0 + want.row_max.abs()
-    assert_near(got[1] + got[2].log(), want.row_max + want.sum_exp.log(), tolerance, "lse")
-    assert_near(got[3], want.logprob, tolerance, "logprob")
-    assert_near(got[0], want.loss, tolerance, "loss", scale)
+    assert_near(got.row_max + got.sum_exp.log(), want.row_max + want.sum_exp.log(), tolerance, "lse")
+    assert_near(got.logprob, want.logprob, tolerance, "logprob")
+    assert_near(got.loss, want.loss, tolerance, "loss", scale)
     if stats:
-        assert got[4].dtype == torch.int64
-        assert torch.equal(got[4].cpu(), want.prediction.cpu())
-        assert_near(got[5], want.entropy, tolerance, "entropy", scale)
+        assert got.prediction.dtype == torch.int64
+        assert torch.equal(got.prediction.cpu(), want.prediction.cpu())
+        assert_near(got.entropy, want.entropy, tolerance, "entropy", scale)
     else:
-        assert got[4].numel() == got[5].numel() == 0
+        assert got.prediction.numel() == got.entropy.numel() == 0
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Of results: the accumulation dtype's rounding, some ulp for exp, log and sums in blocks."""
+    """Rounding of the accumulation dtype: a few ulp for exp, log and blocked sums."""
     return 1e-13 if dtype == torch.float64 else 16 * EPS32
 
 
 def assert_gradient(got: Tensor, want: Tensor, coefficient: Tensor, tolerance: float | None = None) -> None:
-    """To the accumulation's error relative to the row's coefficient, and half an ulp of rounding."""
+    """Error bound: the accumulation's, relative to the row's coefficient, plus half an ulp of rounding."""
     accumulation = tolerance_of(got.dtype) if tolerance is None else tolerance
     info = torch.finfo(got.dtype)
     rounding = 0 if got.dtype in (torch.float32, torch.float64) else 0.5 * info.eps

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from sslkernels.random.seeds import seed_tensor
+from sslkernels.random.streams import _OPERATORS
 
 OP = "random_bits"
 
@@ -17,7 +18,7 @@ SEEDS = [0, 12345, 2**32 + 7, 2**63 + 5, -1, -(2**40)]
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_known_answers(backend, device, counter, key, words):
-    assert philox(counter, key) == words  # the oracle of these tests
+    assert philox(counter, key) == words  # checks the oracle of these tests
     row_ids = torch.tensor([as_int64(*counter[2:])], device=device)
     sample = counter[0] | counter[1] << 32
     got = sk.random_bits((1, 4), as_int64(*key), row_ids=row_ids, sample=sample)
@@ -27,7 +28,7 @@ def test_known_answers(backend, device, counter, key, words):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("columns", [1, 2, 5, 64])
-def test_every_word_has_its_address(backend, device, seed, columns):
+def test_words_are_addressed_by_seed_row_column_and_sample(backend, device, seed, columns):
     row_ids = [3, 0, 2**33 + 1, -5, 2**63 - 1]
     sample = 2**35 + 2
     got = sk.random_bits((5, columns), seed, row_ids=torch.tensor(row_ids, device=device), sample=sample)
@@ -53,7 +54,7 @@ def test_row_ids_of_any_layout(backend, device):
             assert torch.equal(got[i, j], sk.random_bits((1, 9), 1, row_ids=row_ids[i, j : j + 1])[0])
 
 
-def test_seed_as_int_as_unsigned_and_as_tensor(backend, device):
+def test_signed_unsigned_and_tensor_seeds(backend, device):
     by_int = sk.random_bits((3, 5), -3, device=device)
     assert torch.equal(by_int, sk.random_bits((3, 5), 2**64 - 3, device=device))
     assert torch.equal(by_int, sk.random_bits((3, 5), torch.tensor(-3, device=device)))
@@ -61,7 +62,7 @@ def test_seed_as_int_as_unsigned_and_as_tensor(backend, device):
 
 
 def test_bits_are_uniform_and_samples_independent(device):
-    """Each bit and each top byte over 2**18 words; chi-square limits with a false alarm in 1000 for a random seed."""
+    """Single bits and bytes over 2**18 words; a random seed would fail each chi-square limit once in 1000."""
     words = sk.random_bits((512, 512), 2024, device=device).flatten().long() % 2**32
     other = sk.random_bits((512, 512), 2024, sample=1, device=device).flatten().long() % 2**32
     n = words.numel()
@@ -84,7 +85,7 @@ def test_compile(device):
 
 
 def test_compile_without_a_tensor():
-    """The device is then torch's default one."""
+    """The result is then on torch's default device."""
     compiled = torch.compile(lambda n: sk.random_normal((n, 5), -3), fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (4, 7):
         assert torch.equal(compiled(rows), sk.random_normal((rows, 5), -3))
@@ -94,8 +95,8 @@ def test_compile_without_a_tensor():
 
 def test_opcheck(backend, device):
     seed = torch.tensor(3, device=device)
-    torch.library.opcheck(torch.ops.sslkernels.random_bits.default, (seed, None, 3, 6, 1, torch.int32))
-    torch.library.opcheck(torch.ops.sslkernels.random_normal.default, (seed, None, 3, 6, 1, torch.bfloat16))
+    torch.library.opcheck(_OPERATORS["bits"].raw, (seed, None, 3, 6, 1, torch.int32))
+    torch.library.opcheck(_OPERATORS["normal"].raw, (seed, None, 3, 6, 1, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_seed_tensor(device):
     torch.manual_seed(1)
     assert draws(None) == default
 
-    with pytest.raises(ValueError, match=r"^f: seed must have shape \(\) = \(\); got \(2,\)"):  # one for all rows
+    with pytest.raises(ValueError, match=r"^f: seed must have shape \(\) = \(\); got \(2,\)"):  # one seed for all rows
         seed_tensor("f", torch.zeros(2, dtype=torch.int64, device=device), None, where)
     with pytest.raises(ValueError, match=r"^f: generator must be None where seed is given; got both"):
         seed_tensor("f", 1, generator, where)
@@ -157,8 +158,8 @@ def test_seed_tensor(device):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_generator_of_ones_own_is_refused_in_a_recomputed_forward(use_reentrant, device):
-    """Activation checkpointing does not restore it: the gradient would be that of other noise."""
+def test_a_custom_generator_is_refused_in_a_recomputed_forward(use_reentrant, device):
+    """Activation checkpointing does not restore its state: the gradient would belong to other noise."""
     table, default = torch.randn(6, 6, device=device), torch.default_generator
     calls = [
         lambda x, g: sk.gaussian_rsample(x, x, generator=g).z,
@@ -173,3 +174,8 @@ def test_a_generator_of_ones_own_is_refused_in_a_recomputed_forward(use_reentran
             loss.backward()
         if device == "cpu":
             checkpoint(call, x, default, use_reentrant=use_reentrant).sum().backward()
+
+
+def triton_calls(size: int, every: bool) -> None:
+    row_ids = torch.zeros(2, dtype=torch.int64) if every else None
+    sk.random_normal((2, size), 0, row_ids=row_ids, sample=2**40 if every else 0, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
-"""What the words become: the bits of the definition on every backend, how exact they are, and how they are distributed.
+"""Transforms of random words: equal bits on every backend, accuracy, and distribution.
 
-Seeds are fixed, so that a failure is a change of the code. Where a limit is statistical, its comment or name says how
+Seeds are fixed, so that a failure is a change of the code. If a limit is statistical, its comment or name says how
 often it would fail for a random seed.
 """
 
@@ -25,7 +25,7 @@ OP = "random_normal"
 STREAMS = ("uniform", "exponential", "gumbel", "normal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ONES = 2**32 - 1
-# Ends, powers of two, where the logarithm takes the complement, and where words stop being exact in float32.
+# The ends, powers of two, and the words around which the logarithm switches to the complement.
 SPECIAL = sorted(
     {w for k in range(33) for w in (2**k - 1, 2**k, 2**k + 1, ONES - 2**k) if 0 <= w <= ONES}
     | {transforms.HALF_ROOT + d for d in (-129, -128, -1, 0, 1, 128)}
@@ -40,7 +40,7 @@ def stream(name: str, shape, seed, **options) -> Tensor:
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 2, 5), (130, 2), (1, 1301), (9, 64), (0, 4), (3, 0), (0,)])
-def test_is_the_definition_to_the_bit(backend, device, name, dtype, shape):
+def test_bits_equal_the_definition(backend, device, name, dtype, shape):
     got = stream(name, shape, -(2**40), sample=2**35 + 2, dtype=dtype, device=device)
     assert got.dtype == dtype
     assert got.shape == shape
@@ -52,8 +52,8 @@ def test_is_the_definition_to_the_bit(backend, device, name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_rows_have_their_numbers_wherever_they_are(backend, device, name):
-    """In any batch, in any order, in any part, with row ids of 64 bits; and the samples are those of any K."""
+def test_a_row_depends_only_on_its_id(backend, device, name):
+    """In any batch, order or split, and with 64-bit row ids."""
     ids = torch.tensor([3, 0, 2**33 + 1, -5, 2**63 - 1, 17], device=device)
     whole = stream(name, (6, 13), 5, row_ids=ids, sample=1)
     order = torch.tensor([4, 1, 0, 5], device=device)
@@ -67,7 +67,7 @@ def test_rows_have_their_numbers_wherever_they_are(backend, device, name):
 
 
 def test_the_address_does_not_wrap(backend, device):
-    """Groups beyond 2^32, as those of a tensor of more than 2^34 elements."""
+    """Group numbers beyond 2^32, like in a tensor of more than 2^34 elements."""
     columns = 4096
     row = 2**32 * 4 // columns
     far = torch.tensor([row + 3], device=device)
@@ -79,13 +79,13 @@ def test_the_address_does_not_wrap(backend, device):
 
 
 def _negative_log(word: Tensor) -> Tensor:
-    """-ln((word + 1/2) / 2^32) in float64, exact towards both ends."""
+    """-ln((word + 1/2) / 2^32) in float64, accurate towards both ends."""
     w = word.double()
     return torch.where(w < 2.0**31, -((w + 0.5) / 2**32).log(), -torch.log1p(-(ONES - w + 0.5) / 2**32))
 
 
-def test_exact_at_the_ends_and_in_between():
-    """The largest errors that `benchmarks.random_numbers.derive` finds over all words, here over some of them."""
+def test_accuracy():
+    """The largest errors that `benchmarks.random_numbers.derive` finds over all words, checked on a sample."""
     g = torch.Generator().manual_seed(1)
     words = torch.cat([torch.tensor(SPECIAL), torch.randint(0, 2**32, (200_000,), generator=g)])
     other = torch.cat([torch.tensor(SPECIAL[::-1]), torch.randint(0, 2**32, (200_000,), generator=g)])
@@ -111,12 +111,12 @@ def test_ranges():
 
 
 def test_fma_rounds_once():
-    """Against the exact sum of rationals, also where float64 would round twice."""
+    """Against exact rational arithmetic, also for sums that float64 would round twice."""
     from fractions import Fraction
 
     g = torch.Generator().manual_seed(3)
     a, b, c = (torch.randn(300, generator=g) * 2.0 ** torch.randint(-30, 30, (300,), generator=g) for _ in range(3))
-    a[:3], b[:3] = 1 + 2.0**-12, 1 + 2.0**-12  # exact product 1 + 2^-11 + 2^-24: half an ulp beyond a float32
+    a[:3], b[:3] = 1 + 2.0**-12, 1 + 2.0**-12  # exact product 1 + 2^-11 + 2^-24: half an ulp above a float32
     c[:3] = torch.tensor([2.0**-60, -(2.0**-60), 0.0])
     for x, y, z, got in zip(a.tolist(), b.tolist(), c.tolist(), transforms.fma(a, b, c).tolist(), strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)
@@ -137,8 +137,8 @@ def _counts(values: Tensor, edges: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1])
-def test_normals_have_the_moments_and_the_shape_of_the_normal_distribution(device, seed):
-    """2^20 draws; each z-score beyond 5 would be met once in 1.7 million seeds, the chi-square limit once in 1000."""
+def test_normals_have_the_moments_and_histogram_of_the_normal_distribution(device, seed):
+    """2^20 draws; a random seed would fail a z-score limit once in 1.7 million, the chi-square limit once in 1000."""
     z = sk.random_normal((1024, 1024), seed, device=device).double()
     n = z.numel()
     for value, mean, variance in (
@@ -153,7 +153,7 @@ def test_normals_have_the_moments_and_the_shape_of_the_normal_distribution(devic
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams_have_their_distribution(device, name):
-    """256 bins of equal probability over 2^20 draws: a false alarm once in 1000 seeds."""
+    """256 bins of equal probability, 2^20 draws; a random seed would fail once in 1000."""
     values = stream(name, (2048, 512), 77, device=device).double()
     p = {
         "uniform": lambda v: v,
@@ -166,9 +166,9 @@ def test_streams_have_their_distribution(device, name):
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(255)
 
 
-def test_what_lies_beside_another_is_independent_of_it(device):
-    """Correlations of columns, rows, samples and neighbouring seeds, of values and of squares; |z| > 5 would be met
-    once in 1.7 million. The 64 x 64 table of a pair: a false alarm once in 1000."""
+def test_neighbours_are_independent(device):
+    """Correlations of values and squares between neighbouring columns, rows, samples and seeds: |z| > 5 once in 1.7
+    million. The 64 x 64 contingency table of a pair: a random seed would fail once in 1000."""
     z = sk.random_normal((512, 512), 3, device=device).double()
     others = {
         "the other of a pair": (z[:, 0::2], z[:, 1::2]),
@@ -189,7 +189,7 @@ def test_what_lies_beside_another_is_independent_of_it(device):
 
 
 def test_no_group_of_words_occurs_twice(device):
-    """128-bit groups of neighbouring seeds, rows and samples: equal ones would be streams that run into one another."""
+    """128-bit groups of neighbouring seeds, rows and samples: a repetition would mean that streams overlap."""
     words = [
         sk.random_bits((64, 256), seed, sample=sample, device=device).reshape(-1, 4)
         for seed in (0, 1, 2, 2**32, 2**32 + 1, -1)
@@ -200,7 +200,7 @@ def test_no_group_of_words_occurs_twice(device):
     assert len(torch.unique(joined, dim=0)) == len(joined)
 
 
-def test_compiles_and_keeps_its_bits(device):
+def test_compiled_bits_equal_eager(device):
     def f(seed, row_ids):
         return [stream(name, (row_ids.shape[0], 10), seed, row_ids=row_ids) + 0 for name in STREAMS]
 
@@ -250,8 +250,8 @@ print(native.extension.build_info()["cpu_isa"])
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2"])
-def test_every_compiled_instruction_set_makes_the_same_bits(isa):
-    """The best one is what the other tests run."""
+def test_every_compiled_instruction_set_gives_the_same_bits(isa):
+    """The other tests run only the best one."""
     if native.extension is None:
         pytest.skip("no compiled extension")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"SSLKERNELS_CPU_ISA": isa}

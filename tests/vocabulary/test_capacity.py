@@ -1,4 +1,4 @@
-"""The limits of linear_cross_entropy: a capacity for the valid rows, a bound of the workspace, the rows of a chunk."""
+"""Limits of linear_cross_entropy: capacity of valid rows, bytes of the workspace, rows per chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, VALID = 23, 9
 
 
 def problem(device, dtype=torch.float64, requires_grad=NAMES):
-    """VALID of ROWS rows are valid, the first and the last not."""
+    """VALID of ROWS rows are valid; the first and the last row are ignored."""
     g = torch.Generator().manual_seed(1)
     shapes = {"input": (ROWS, 7), "linear_weight": (31, 7), "linear_bias": (31,), "token_weight": (ROWS,)}
     tensors = {n: torch.randn(s, generator=g, dtype=torch.float64).to(device, dtype) for n, s in shapes.items()}
@@ -32,7 +32,7 @@ def problem(device, dtype=torch.float64, requires_grad=NAMES):
 
 
 def run(tensors, target, **options):
-    """Loss, statistics and, for a grad_output other than 1, the gradients."""
+    """Loss, statistics, and gradients for a grad_output other than 1."""
     loss, stats = sk.linear_cross_entropy(**tensors, target=target, return_stats=True, **options)
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     grad_output = torch.linspace(-1, 2, max(loss.numel(), 1), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
@@ -90,7 +90,7 @@ def test_frozen_inputs(backend, mode, device):
     torch.testing.assert_close(loss, full[0].detach())
 
 
-def test_int32_targets_beside_an_ignore_index_of_64_bits(backend, device):
+def test_int32_targets_with_a_64_bit_ignore_index(backend, device):
     tensors, target = problem(device)
     target = target.clamp_min(0).to(torch.int32)
     got, expected = (run(tensors, target, ignore_index=2**40, capacity=capacity)[0] for capacity in (ROWS, None))
@@ -142,8 +142,8 @@ def test_more_valid_rows_than_the_capacity_raise_on_a_cpu(backend, mode, device)
 @pytest.mark.parametrize("capacity", [0, 1, VALID - 1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mode", MODES)
-def test_where_it_cannot_raise_everything_is_nan(backend, mode, reduction, capacity, device, monkeypatch):
-    """A GPU, on which the check would synchronise: rows that were left out must not pass as computed."""
+def test_an_overflow_that_cannot_raise_is_nan(backend, mode, reduction, capacity, device, monkeypatch):
+    """On a GPU the check would synchronise; results of an overflow must not look valid."""
     monkeypatch.setattr(linear_operators, "check_capacity", lambda *_: None)
     tensors, target = problem(device, torch.float32)
     loss, stats = sk.linear_cross_entropy(
@@ -194,7 +194,7 @@ def test_functional_transforms(mode, device):
         torch.testing.assert_close(one, other)
 
 
-def test_the_module_hands_the_limits_on(device):
+def test_the_module_passes_the_limits(device):
     tensors, target = problem(device)
     module = sk.nn.LinearCrossEntropyLoss(capacity=VALID, workspace_bytes=4096)
     assert "capacity=9, workspace_bytes=4096" in repr(module)
@@ -207,7 +207,7 @@ def test_the_module_hands_the_limits_on(device):
 
 @pytest.fixture
 def buffers(monkeypatch):
-    """The logits buffers of the calls, and the number of chunks that went through each."""
+    """The logits buffers of the calls, and the number of chunks that used each."""
     seen = []
     original = chunked_linear._Chunks.logits
 
@@ -223,9 +223,9 @@ def buffers(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_workspace_is_a_bound(backend, dtype, device, buffers):
-    """Also where the weight's gradient accumulates in float32, which makes the default of a CPU larger."""
+    """Also if the weight's gradient accumulates in float32, which raises the default on a CPU."""
     if backend == "reference":
-        pytest.skip("the reference holds the logits")
+        pytest.skip("the reference materialises the logits")
     x = torch.randn(200, 6, device=device).to(dtype).requires_grad_()
     w = torch.randn(1001, 6, device=device).to(dtype).requires_grad_()
     target = torch.randint(0, 1001, (200,), device=device)
@@ -239,7 +239,7 @@ def test_the_workspace_is_a_bound(backend, dtype, device, buffers):
     assert chunks == 1
 
 
-def test_the_default_workspace_of_a_cpu_is_no_less_than_its_accumulator(device, buffers, monkeypatch):
+def test_the_default_cpu_workspace_is_at_least_the_accumulator(device, buffers, monkeypatch):
     if device != "cpu" or "cpu" not in sk.available_backends(OP, device):
         pytest.skip("a CPU's default")
     monkeypatch.setitem(chunked_linear.WORKSPACE_BYTES, "cpu", 1)

@@ -1,4 +1,4 @@
-"""cross_entropy beside torch's, and the regimes in which eager torch or other fused losses go wrong."""
+"""cross_entropy against torch's, and regimes in which eager torch or other fused losses fail."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_class_probabilities(shape, reduction, device):
     torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (got, want)))
 
 
-def test_class_last_where_torch_has_no_reading_of_the_shapes(backend, device):
+def test_class_dimension_last(backend, device):
     logits, target = torch.randn(2, 3, 7, device=device), torch.randint(0, 7, (2, 3), device=device)
     got, stats = sk.cross_entropy(logits, target, reduction="none", return_stats=True)
     want = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").reshape(2, 3)
@@ -65,12 +65,12 @@ def test_one_hot_probabilities_equal_indices(backend, device):
 
 
 def linear(logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Arguments of linear_cross_entropy that give these logits: the identity projects them."""
+    """Arguments of linear_cross_entropy that give these logits: the projection is the identity."""
     return {"input": logits, "linear_weight": torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)}
 
 
 def both(logits, target, **options):
-    """Losses by row and their gradient, from logits and through a projection in both modes."""
+    """Per-row losses and their gradient, from logits and through a projection in both modes."""
     results = []
     for function, leaf in (
         (lambda x: sk.cross_entropy(x, target, reduction="none", **options), logits),
@@ -91,7 +91,7 @@ def test_confident_target_keeps_loss_and_gradient(backend, lead, device):
     target = torch.randint(0, 301, (4,), device=device)
     logits[torch.arange(4), target] = logits.amax(1) + lead
     leaf = logits.double().requires_grad_()
-    # float64's own log-softmax loses the loss here as well: sum the terms.
+    # Here even a float64 log-softmax loses the loss: sum the terms.
     others = (leaf - leaf.gather(1, target[:, None])).exp().scatter(1, target[:, None], 0).sum(1)
     truth = torch.log1p(others)
     (true_grad,) = torch.autograd.grad(truth.sum(), leaf)
@@ -106,7 +106,7 @@ def test_confident_target_keeps_loss_and_gradient(backend, lead, device):
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_a_common_offset_of_the_logits_changes_nothing(backend, offset, device):
-    # Logits on a grid that float32 keeps beside the offset.
+    # Logits on a grid that float32 represents exactly after adding the offset.
     logits = (torch.randn(5, 77, device=device) * 64).round() / 64
     target = torch.randint(0, 77, (5,), device=device)
     for near, far in zip(both(logits, target), both(logits + offset, target), strict=True):
@@ -132,7 +132,7 @@ def test_minus_infinity_is_probability_zero(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_masked_by_the_lowest_number(backend, dtype, device):
-    """What comes before a larger logit is far below it, and its moment with it."""
+    """Running sums before a larger logit underflow, and their moment with them."""
     logits = torch.randn(5, 10001, device=device).to(dtype)
     logits[:, :6000] = torch.finfo(dtype).min
     target = torch.arange(7000, 7005, device=device)
@@ -150,7 +150,7 @@ def test_logits_masked_by_the_lowest_number(backend, dtype, device):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_rows_stay_alone(backend, value, device):
+def test_non_finite_rows_do_not_affect_others(backend, value, device):
     logits = torch.randn(5, 33, device=device)
     logits[2, 7] = value
     target = torch.randint(8, 33, (5,), device=device)
@@ -169,7 +169,7 @@ def test_non_finite_rows_stay_alone(backend, value, device):
 
 
 def test_zero_softmax_mass_at_the_target(backend, device):
-    """The target 200 nats below the maximum: the loss is their distance, the gradient -1 there."""
+    """The target is 200 nats below the maximum: the loss is the distance, the gradient at the target -1."""
     logits = torch.zeros(2, 9, device=device)
     logits[:, 3] = 200.0
     target = torch.tensor([0, 3], device=device)
@@ -223,7 +223,7 @@ def test_statistics_are_of_the_capped_and_scaled_logits(backend, device):
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_half_precision_gradients_at_a_large_batch(backend, scale, device):
-    """1/N and the loss scale stay out of the half-precision tile: nothing vanishes, nothing overflows."""
+    """1/N and the loss scale are not applied to the half-precision tile: it neither under- nor overflows."""
     rows, vocab, dim = (65536, 40, 8) if backend != "triton" or device == "cuda" else (512, 40, 8)
     x = torch.randn(rows, dim, device=device).half().requires_grad_()
     w = torch.randn(vocab, dim, device=device).half().requires_grad_()
@@ -235,7 +235,7 @@ def test_half_precision_gradients_at_a_large_batch(backend, scale, device):
         assert oracle.error(grads[1], truth[1]) < 2e-3
         if scale > 1:
             assert oracle.error(grads[0], truth[0]) < 2e-3
-        else:  # the output itself is subnormal: right to its spacing, 2**-24
+        else:  # the output itself is subnormal: accurate to its spacing, 2**-24
             assert ((grads[0].double() - truth[0]).abs() <= 2**-24 + 2**-9 * truth[0].abs()).all()
 
 
@@ -265,12 +265,12 @@ def test_rows_are_independent_of_the_batch_and_of_the_chunks(backend, device):
         return [loss, *torch.autograd.grad(loss, (x, w)), *stats]
 
     for mode in ("fast", "compact"):
-        for got, want in zip(run(mode=mode, workspace_bytes=1), run(mode=mode), strict=True):  # 16 rows a chunk
+        for got, want in zip(run(mode=mode, workspace_bytes=1), run(mode=mode), strict=True):  # 16 rows per chunk
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_weight_gradient_accumulates_in_float32(backend, device):
-    """Over many chunks a bfloat16 sum would lose the small parts."""
+    """A bfloat16 sum over many chunks would lose small terms."""
     rows = 512 if backend == "triton" and device == "cpu" else 4096
     x = torch.randn(rows, 8, device=device).bfloat16()
     w = torch.randn(50, 8, device=device).bfloat16().requires_grad_()
@@ -312,7 +312,7 @@ def test_inputs_are_never_modified(backend, device):
         assert tensor._version == 0
 
 
-def test_more_elements_than_an_int32_counts(device):
+def test_more_than_2_31_elements(device):
     """Rows beyond 2**31 elements: offsets are 64-bit. The zero pages of the logits are never allocated."""
     if device == "cuda" or "cpu" not in sk.available_backends(OP, device):
         pytest.skip("tests/gpu/test_gpu.py has it for a GPU")
@@ -328,7 +328,7 @@ def test_more_elements_than_an_int32_counts(device):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_the_logits_never_exist(train, device):
+def test_the_logits_are_never_materialised(train, device):
     """Peak memory of training and evaluation stays far below the N x V logits (512 MiB here)."""
     if device == "cuda" or "cpu" not in sk.available_backends("linear_cross_entropy", device):
         pytest.skip("tests/gpu/test_gpu.py has it for a GPU")

@@ -1,4 +1,4 @@
-"""cross_entropy with its gradient computed in forward and kept, and the scaling of kept gradients, on every backend."""
+"""cross_entropy that computes its gradient in forward and keeps it, and the scaling of kept gradients, per backend."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ def _every_backend_keeps_the_gradient(monkeypatch):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """The gradients that forwards have computed."""
+    """The gradients computed in forward so far."""
     grads = []
-    compute = module.cross_entropy_grad
+    run = module._ReducedCrossEntropy.run
 
-    class Recorder:
-        choose = staticmethod(compute.choose)
+    def recording(*args):
+        loss, outputs, grad = run(*args)
+        grads.append(grad)
+        return loss, outputs, grad
 
-        def __call__(self, *args):
-            results = compute(*args)
-            grads.append(results[-1])
-            return results
-
-    monkeypatch.setattr(module, "cross_entropy_grad", Recorder())
+    monkeypatch.setattr(module._ReducedCrossEntropy, "run", recording)
     return grads
 
 
@@ -64,7 +61,7 @@ def test_error_is_at_most_that_of_eager(backend, dtype, reduction, options, devi
     assert loss.dtype == torch.float32
     assert grad.dtype == dtype
     assert oracle.error(loss, truth) <= oracle.error(eager, truth) + 4 * torch.finfo(torch.float32).eps
-    # A rounding when the gradient is kept, and one when it is multiplied.
+    # One rounding when the gradient is stored, and one when it is scaled.
     assert oracle.error(grad, true_grad) <= oracle.error(eager_grad, true_grad) + torch.finfo(dtype).eps
     assert stats.lse.shape == target.shape
     assert not stats.lse.requires_grad
@@ -84,7 +81,7 @@ def test_a_retained_graph_keeps_its_gradient(backend, scale, device, kept):
     grad_output = torch.tensor(scale, device=device)
     (first,) = torch.autograd.grad(loss, logits, grad_output, retain_graph=True)
     first_copy = first.clone()
-    first.mul_(7)  # a user's own tensor
+    first.mul_(7)  # the user owns the returned tensor
     (second,) = torch.autograd.grad(loss, logits, grad_output, retain_graph=True)
     (third,) = torch.autograd.grad(loss, logits, 2 * grad_output)
     assert torch.equal(first_copy, before * scale)
@@ -116,8 +113,8 @@ def test_double_backward_raises(backend, device):
         torch.autograd.grad(grad.square().sum() + logits.square().sum(), logits)
 
 
-def test_the_logits_need_not_live_until_backward(backend, device):
-    """Only an empty tensor stands for them in the graph."""
+def test_the_graph_does_not_save_the_logits(backend, device):
+    """It saves an empty anchor instead."""
     logits, target = problem(device)
     leaf = torch.ones((), device=device, requires_grad=True)
     product = logits.detach() * leaf
@@ -161,7 +158,7 @@ def test_other_layouts(backend, shape, device):
 @pytest.mark.parametrize(
     "what", ["float16", "float64", "none", "no_grad", "frozen", "compiled", "checkpoint"],
 )  # fmt: skip
-def test_where_nothing_is_kept(backend, what, device, kept):
+def test_cases_without_a_kept_gradient(backend, what, device, kept):
     dtype = {"float16": torch.float16, "float64": torch.float64}.get(what, torch.float32)
     logits, target = problem(device, dtype)
     if what == "frozen":
@@ -201,3 +198,7 @@ def test_scaling(backend, count, dtype, device):
     assert torch.equal(same, values)
     scale_gradient_(same, scale)
     assert torch.equal(same, scale_gradient(values, scale, dtype))
+
+
+def triton_calls(size: int, every: bool) -> None:
+    scale_gradient_(torch.ones(size), torch.ones(()))

@@ -32,10 +32,10 @@ def exact_logits(x: Tensor, w: Tensor, bias: Tensor | None, temperature: float) 
 
 
 def assert_drawn(drawn, logits: Tensor, seed, dtype, backend, row_ids=None) -> None:
-    """The winner, but for a sum as large as it up to the rounding of products and sums; and its log-probability."""
+    """Index: the winner, or a class whose sum is as large up to rounding. Log-probability: accurate to rounding."""
     noise = sk.random_gumbel(logits.shape, seed, row_ids=row_ids, device=logits.device).double()
     perturbed = logits + noise
-    rounded = dtype == torch.bfloat16 and backend == "cpu"  # products in bfloat16, as eager torch's
+    rounded = dtype == torch.bfloat16 and backend == "cpu"  # products in bfloat16, like eager torch
     eps = torch.finfo(dtype if rounded or dtype == torch.float64 else torch.float32).eps
     margin = 64 * eps * (1 + logits.abs().amax(1))
     if dtype == torch.float64:
@@ -81,7 +81,7 @@ def test_tiles_of_a_gpu_fill_whole_waves(processors, rows, vocab):
     assert of_tile > 0.82 * math.ceil(of_tile)
 
 
-def test_a_row_is_drawn_alike_wherever_it_is(backend, device):
+def test_a_draw_depends_only_on_its_row(backend, device):
     x, w, _ = inputs(device, 12, 257, 9)
     whole = sk.linear_sample(x.reshape(3, 4, 9), w, seed=5)
     assert whole.index.shape == (3, 4)
@@ -104,7 +104,7 @@ def test_layouts(backend, device):
 
 @pytest.mark.parametrize("vocab", [2, 17, 320])
 def test_frequencies_are_the_softmax(backend, device, vocab):
-    """Chi-square over classes that are expected 5 times or more: a false alarm once in 1000 seeds."""
+    """Chi-square over classes expected at least 5 times; a random seed would fail once in 1000."""
     rows = 1000 if backend == "triton" else 10_000
     logits = 1.5 * torch.randn(vocab, generator=torch.Generator().manual_seed(vocab))
     x, w = torch.ones(rows, 1, device=device), logits[:, None].to(device)
@@ -143,7 +143,7 @@ def assert_tail(device, rows, vocab, gap, low, high):
     torch.testing.assert_close(drawn.logprob, expected.float(), rtol=0, atol=2e-6)
 
 
-def test_masked_classes_and_rows_of_no_numbers(backend, device):
+def test_masked_classes_and_rows_with_nan(backend, device):
     x, w, bias = inputs(device, 50, 30, 4)
     bias[::2] = -math.inf
     drawn = sk.linear_sample(x, w, linear_bias=bias, seed=0)
@@ -163,7 +163,7 @@ def test_masked_classes_and_rows_of_no_numbers(backend, device):
     assert (nothing.index == 0).all()
 
 
-def test_equal_classes_take_the_lowest_and_large_offsets_do_not_matter(backend, device):
+def test_ties_large_offsets_and_extreme_temperatures(backend, device):
     x, w, bias = inputs(device, 40, 21, 4)
     far = sk.linear_sample(x, w, linear_bias=bias.double().add(1000).float() - bias, seed=0)
     assert far.logprob.isfinite().all()
@@ -197,8 +197,8 @@ def test_gradient_of_the_log_probability(backend, device, frozen):
 
 
 @pytest.mark.parametrize(("dtype", "bias_dtype"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
-def test_a_bias_is_divided_by_the_temperature_in_the_dtype_of_the_sum(backend, device, dtype, bias_dtype):
-    """In its own it would be rounded, and the log-probability be another where a gradient is wanted."""
+def test_the_bias_is_divided_by_the_temperature_in_the_accumulation_dtype(backend, device, dtype, bias_dtype):
+    """Division in the dtype of the bias would round, and change the log-probability if a gradient is wanted."""
     x, w, bias = inputs(device, 6, 9, 4, dtype)
     bias = (8 * bias).to(bias_dtype).requires_grad_()
     index, logprob = sk.linear_sample(x, w, linear_bias=bias, temperature=0.7, seed=3)
@@ -216,7 +216,7 @@ def test_no_features(backend, device):
 
 @pytest.mark.parametrize("at", range(3))
 def test_forward_mode_raises(device, at):
-    """A tangent of 0 would be a wrong one."""
+    """A tangent of 0 would be wrong."""
     tensors = inputs(device, 5, 7, 3)
 
     def logprob(leaf):
@@ -242,7 +242,7 @@ def test_policy_gradient_is_unbiased(device):
 
 
 def test_row_numbers_do_not_wrap(backend, device):
-    """Numbers of rows whose groups are beyond 2^32."""
+    """Row numbers whose groups exceed 2^32."""
     x, w, _ = inputs(device, 5, 33, 3)
     ids = torch.tensor([2**33 + 1, 1, 2**62 + 5, 2**31, -1], device=device)
     drawn = sk.linear_sample(x, w, row_ids=ids, seed=7)
@@ -283,14 +283,14 @@ def test_compile(device, dynamic):
 
 
 def test_compile_where_no_gradient_is_wanted(device):
-    """Also of one tensor as both arguments."""
+    """Also with the same tensor as both arguments."""
     x = inputs(device, 5, 7, 3)[0]
     compiled = torch.compile(lambda x: sk.linear_sample(x, x, seed=0), fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(x), sk.linear_sample(x, x, seed=0), strict=True))
 
 
 def test_export(device):
-    """A head that samples within the exported model, for any number of rows."""
+    """A head that samples inside the exported model, for any number of rows."""
 
     class Head(torch.nn.Module):
         def __init__(self):
@@ -309,7 +309,7 @@ def test_export(device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a weight of 64 MiB on the CPU")
 def test_more_than_2_24_classes():
-    """torch.multinomial takes no more on a GPU, and a float32 index would name no odd one behind them."""
+    """The limit of torch.multinomial on a GPU, beyond which a float32 index would skip odd classes."""
     classes = 2**24 + 5
     weight = torch.full((classes, 1), -30.0)
     weight[classes - 2] = 30.0
@@ -339,7 +339,7 @@ def test_checkpoint_draws_the_same(device):
         seen.append(index)
         return logprob.sum()
 
-    with set_checkpoint_early_stop(False):  # so that the whole of `step` runs again
+    with set_checkpoint_early_stop(False):  # so that all of `step` is recomputed
         checkpoint(step, x, use_reentrant=False).backward()
         checkpoint(step, x, 5, use_reentrant=False, preserve_rng_state=False).backward()
     assert torch.equal(seen[0], seen[1])
@@ -360,7 +360,7 @@ def test_opcheck(backend, device):
     x, w, bias = inputs(device, 5, 13, 4)
     ids, seed = torch.arange(5, device=device), torch.tensor(1, device=device)
     arguments = (x, w, bias, seed, ids, torch.float32, 0.5)
-    torch.library.opcheck(torch.ops.sslkernels.linear_sample.default, arguments)
+    torch.library.opcheck(module.linear_sample_fwd.raw, arguments)
 
 
 @pytest.mark.parametrize(
@@ -386,3 +386,8 @@ def test_errors(change, error, message):
     arguments = {"input": torch.randn(3, 4), "linear_weight": torch.randn(5, 4)} | change
     with pytest.raises(error, match=f"^linear_sample: {message}"):
         sk.linear_sample(arguments.pop("input"), arguments.pop("linear_weight"), **arguments)
+
+
+def triton_calls(size: int, every: bool) -> None:
+    x, w, bias = inputs("cpu", 2, size, size, torch.float16)
+    sk.linear_sample(x, w, linear_bias=bias if every else None, temperature=0.7, seed=0)

@@ -9,7 +9,7 @@ import torch
 from philox_oracle import chi_square_limit, word
 
 import sslkernels as sk
-from sslkernels.vocabulary.mask_tokens import mask_tokens_op, special_ranges
+from sslkernels.vocabulary.mask_tokens import mask_tokens_fwd, special_ranges
 
 OP = "mask_tokens"
 IGNORE = -100
@@ -31,7 +31,7 @@ def oracle(
     ignore_index=IGNORE,
     row_ids=None,
 ):
-    """One row after the other, one token after the other, in Python integers."""
+    """Sequential over rows and tokens, in Python integers."""
     special = {*special_ids, mask_id}
     allowed = [i for i in range(vocab_size) if i not in special]
     rows, columns = input_ids.shape
@@ -92,7 +92,7 @@ SHAPES = [(1, 1), (3, 4), (2, 7), (2, 130), (1, 1029)]
 @pytest.mark.parametrize("masked", [False, True], ids=["", "special_mask"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_backend_is_the_oracle(backend, device, shape, mode, masked, dtype):
+def test_every_backend_equals_the_oracle(backend, device, shape, mode, masked, dtype):
     data = example(*shape, dtype)
     arguments = {"mask_id": MASK, "vocab_size": VOCAB, "special_ids": SPECIAL, "seed": -(2**33) - 5}
     arguments |= {"probability": 0.4, "replace": (0.5, 0.3)} | MODES[mode]
@@ -113,8 +113,8 @@ def test_every_backend_is_the_oracle(backend, device, shape, mode, masked, dtype
 
 @pytest.mark.parametrize("mode", MODES)
 def test_many_short_rows(backend, device, mode):
-    """More rows than a block of a kernel takes, each shorter than a group of four."""
-    rows = 6 if backend == "triton" and mode != "plain" else 700  # there each row is a program
+    """More rows than a block of a kernel covers, each shorter than a group of four."""
+    rows = 6 if backend == "triton" and mode != "plain" else 700  # one program per row in the interpreter
     data = example(rows, 3)
     arguments = {"mask_id": MASK, "vocab_size": VOCAB, "special_ids": SPECIAL, "seed": 3, "probability": 0.4}
     arguments |= MODES[mode]
@@ -137,9 +137,6 @@ def test_nothing_to_mask(backend, device, shape, mode):
         options["word_ids"] = ids
     got = sk.mask_tokens(ids, mask_id=4, vocab_size=9, seed=0, **options)
     assert got.input_ids.shape == got.labels.shape == shape
-
-
-# --- What the draws depend on -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -212,7 +209,7 @@ def test_seed_and_generator(device):
     assert torch.equal(labels(), first)
 
 
-# --- Distributions: fixed seeds; each chi-square limit is passed with probability 0.999 for a random seed ------------
+# Distributions, with fixed seeds: a random seed would fail each chi-square limit once in 1000.
 
 
 def big(device, rows=512, columns=1024):
@@ -220,7 +217,7 @@ def big(device, rows=512, columns=1024):
 
 
 def check_actions(ids, masked, replace):
-    """The parts of the rule, and that a random id is uniform over the ids that are not special."""
+    """The fractions of the actions, and that random ids are uniform over the ids that are not special."""
     chosen = masked.labels != IGNORE
     before, after = masked.labels[chosen], masked.input_ids[chosen]
     assert torch.equal(masked.input_ids[~chosen], ids[~chosen])
@@ -228,7 +225,7 @@ def check_actions(ids, masked, replace):
     special = {*SPECIAL, MASK}
     allowed = [i for i in range(VOCAB) if i not in special]
     n = before.numel()
-    # A random id may be the token itself, which then looks as if it were kept.
+    # A random id may equal the token, which then counts as kept.
     same = replace[1] / len(allowed) + 1 - replace[0] - replace[1]
     parts = torch.tensor([replace[0], replace[1] * (1 - 1 / len(allowed)), same], dtype=torch.float64)
     is_mask, is_same = after == MASK, after == before
@@ -238,14 +235,14 @@ def check_actions(ids, masked, replace):
     assert float(((counts - n * parts) ** 2 / (n * parts)).sum()) < chi_square_limit(len(parts) - 1)
     drawn = torch.bincount(after[~is_mask & ~is_same], minlength=VOCAB).double().cpu()
     assert drawn[list(i for i in special if 0 <= i < VOCAB)].sum() == 0
-    # Every id is drawn in place of all others: uniform but for how often it is itself the token.
+    # Uniform over the ids, except that a draw equal to the token is not visible.
     tokens = torch.bincount(before, minlength=VOCAB).double().cpu()
     expected = replace[1] / len(allowed) * (n - tokens[allowed])
     assert float(((drawn[allowed] - expected) ** 2 / expected).sum()) < chi_square_limit(len(allowed))
 
 
 @pytest.mark.parametrize("replace", [(0.8, 0.1), (0.0, 0.9), (0.3, 0.3)])
-def test_parts_of_the_rule(device, replace):
+def test_fractions_of_the_actions(device, replace):
     ids = big(device)
     options = {"mask_id": MASK, "vocab_size": VOCAB, "special_ids": SPECIAL}
     masked = sk.mask_tokens(ids, replace=replace, seed=11, **options)
@@ -257,8 +254,8 @@ def test_parts_of_the_rule(device, replace):
     check_actions(ids, masked, replace)
 
 
-def test_whole_words_keep_the_rule(device):
-    """transformers' whole-word masking replaces every chosen token by the mask and needs a (B, T, T) tensor."""
+def test_actions_with_whole_words(device):
+    """transformers' whole-word masking replaces every chosen token by the mask, and needs a (B, T, T) tensor."""
     ids = big(device)
     word_ids = torch.arange(ids.shape[1], device=device).mul(2).div(5, rounding_mode="floor").expand_as(ids)
     masked = sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, special_ids=SPECIAL, word_ids=word_ids, seed=12)
@@ -272,11 +269,11 @@ def test_long_rows_take_linear_memory(device):
     word_ids = torch.arange(columns, device=device)[None] // 3
     masked = sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, word_ids=word_ids, mean_span=3.0, seed=0)
     rate = float((masked.labels != IGNORE).double().mean())
-    assert abs(rate - 0.15) < 0.02  # over 8 standard deviations of 43691 words in spans of 3
+    assert abs(rate - 0.15) < 0.02  # more than 8 standard deviations for 43691 words in spans of 3
 
 
 def test_words_are_chosen_as_a_whole(device):
-    """Words of 1 to 5 tokens, told apart by their ids alone, some touching, some with tokens that are not eligible."""
+    """Words of 1 to 5 tokens, distinguished only by their ids, some adjacent, some with ineligible tokens."""
     g = torch.Generator().manual_seed(0)
     rows, columns = 64, 2048
     begins = torch.rand(rows, columns, generator=g) < 0.4
@@ -317,7 +314,7 @@ def test_spans_are_geometric_and_keep_the_rate(device, probability, mean_span):
     chosen = masked.labels != IGNORE
     assert not (ids == MASK).logical_and(chosen).any()
 
-    ids = torch.where(ids == MASK, 5, ids)  # nothing cuts a span
+    ids = torch.where(ids == MASK, 5, ids)  # so that no ineligible token interrupts a span
     chosen = (
         sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, probability=probability, mean_span=mean_span, seed=21)
         .labels.ne(IGNORE)
@@ -326,10 +323,10 @@ def test_spans_are_geometric_and_keep_the_rate(device, probability, mean_span):
     correlation = 1 - 1 / mean_span - probability / (mean_span * (1 - probability))
     variance = probability * (1 - probability) / (rows * columns) * (1 + correlation) / (1 - correlation)
     assert (chosen.double().mean() - probability) ** 2 / variance < chi_square_limit(1)
-    first = chosen[:, 0].double().mean()  # the chain starts as it goes on
+    first = chosen[:, 0].double().mean()  # the chain starts in its stationary distribution
     assert (first - probability) ** 2 / (probability * (1 - probability) / rows) < chi_square_limit(1)
 
-    # Lengths of the spans that begin far enough from the end of a row to end in it.
+    # Lengths of the spans that begin far enough from the end of the row.
     reach = columns - math.ceil(20 * mean_span)
     starts = chosen[:, 1:reach] & ~chosen[:, : reach - 1]
     row, column = starts.nonzero().unbind(1)
@@ -354,18 +351,17 @@ def test_spans_of_words_are_counted_in_words(device):
     assert torch.equal(chosen.any(2), chosen.all(2))
     words = chosen[..., 0]
     spans = int(words[:, 0].sum() + (words[:, 1:] & ~words[:, :-1]).sum())
-    assert abs(float(words.sum()) / spans - 4.0) < 0.1  # 9600 spans: over 2.8 standard deviations, and those cut
+    assert (
+        abs(float(words.sum()) / spans - 4.0) < 0.1
+    )  # 9600 spans: more than 2.8 standard deviations, and truncated spans
     assert abs(float(words.double().mean()) - 0.15) < 0.0068  # 8 standard deviations
 
 
-def test_mean_span_of_independent_tokens_is_the_plain_choice(device):
+def test_the_mean_span_of_independent_tokens_gives_the_independent_choice(device):
     ids = big(device, 8, 300)
     plain = sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, probability=0.5, seed=1)
     spans = sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, probability=0.5, mean_span=2.0, seed=1)
     assert torch.equal(plain.labels, spans.labels)
-
-
-# --- Edges of the options -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -428,9 +424,6 @@ def test_special_ranges(special_ids, ranges, allowed):
     assert special_ranges(special_ids, 4, 10) == (ranges, allowed)
 
 
-# --- torch ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, device, dynamic):
     def f(ids, word_ids, seed, span):
@@ -466,11 +459,9 @@ def test_opcheck(backend, device):
     data = {k: v.to(device) for k, v in example(3, 10).items()}
     seed = torch.tensor(3, device=device)
     arguments = (data["input_ids"], seed, None, data["word_ids"], None, [0, 1], MASK, VOCAB, 0.3, 0.8, 0.1, 2.0, -100)
-    torch.library.opcheck(torch.ops.sslkernels.mask_tokens.default, arguments)
-    assert [t.shape for t in mask_tokens_op(*arguments)] == [(3, 10)] * 2
+    torch.library.opcheck(mask_tokens_fwd.raw, arguments)
+    assert [t.shape for t in mask_tokens_fwd.raw(*arguments)] == [(3, 10)] * 2
 
-
-# --- Errors ----------------------------------------------------------------------------------------------------------
 
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 
@@ -533,3 +524,12 @@ def test_all_ids_special_is_fine_without_random_ids(backend, device):
     ids = torch.full((2, 5), 30, device=device)
     got = sk.mask_tokens(ids, mask_id=4, vocab_size=10, special_ids=range(10), probability=1, replace=(0.5, 0), seed=0)
     assert (got.labels == 30).all()
+
+
+def triton_calls(size: int, every: bool) -> None:
+    ids_dtype = torch.int32 if every else torch.int64
+    data = example(2, size, ids_dtype)
+    ids, word_ids = data.pop("input_ids"), data.pop("word_ids").to(ids_dtype)
+    optional = data if every else {}
+    for units in ({}, {"mean_span": 2.0}, {"word_ids": word_ids}):
+        sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, special_ids=SPECIAL, seed=0, **optional, **units)

@@ -1,4 +1,4 @@
-"""Linear cross-entropy streamed by Triton, without logits, against the reference in float64."""
+"""Triton's streaming linear cross-entropy, which materialises no logits, against the reference in float64."""
 
 import itertools
 
@@ -27,8 +27,8 @@ def linear_case(device, count, vocab, dim, dtype=torch.float32):
 
 
 @pytest.fixture(params=["one", "many"])
-def tiles_of_a_split(request, monkeypatch):
-    """Few rows on many processors make a split of every tile; on one, they make splits of several tiles."""
+def tiles_per_split(request, monkeypatch):
+    """Few rows on many multiprocessors: one tile per split. On one multiprocessor: several tiles per split."""
     if request.param == "many":
         monkeypatch.setattr(stream_launcher, "processors", lambda tensor: 1)
 
@@ -50,7 +50,7 @@ def check_linear(input, linear_weight, target, bias, weight, options, *, stats=T
 @pytest.mark.parametrize(
     ("count", "vocab", "dim"), [(1, 1, 1), (3, 7, 16), (33, 129, 50), (150, 300, 64), (5, 2003, 8)]
 )
-def test_stream_shapes(device, dtype, count, vocab, dim, tiles_of_a_split):
+def test_stream_shapes(device, dtype, count, vocab, dim, tiles_per_split):
     case = linear_case(device, count, vocab, dim, dtype)
     check_linear(*case, EVERY)
     check_linear(*case[:3], None, None, PLAIN, stats=False)
@@ -73,8 +73,8 @@ def test_stream_options(device, options, with_weight):
         check_linear(input, linear_weight, target, bias_or_none, weight if with_weight else None, options)
 
 
-def test_stream_special_rows(device, tiles_of_a_split):
-    """Ignored, out of range, NaN, a masked class, a masked target, a whole tile masked, no rows."""
+def test_stream_special_rows(device, tiles_per_split):
+    """Ignored and out-of-range targets, NaN, masked classes, a masked target, a fully masked tile, no rows."""
     input, linear_weight, target, bias, weight = linear_case(device, 20, 301, 24)
     target[3], target[4], target[5], target[6] = 301, -1, 2**40, 250
     input[7] = float("nan")
@@ -98,7 +98,7 @@ def test_stream_confident_target(device):
         bias.zero_()[target[row]] = 30.0
         want, _ = oracle(input.double() @ linear_weight.double().T, target, bias, None, PLAIN)
         got = stream(input, linear_weight, target, bias, None, PLAIN, stats=False)
-        assert_near(got[0][row], want.loss[row], 1e-5, "loss", 0.0)
+        assert_near(got.loss[row], want.loss[row], 1e-5, "loss", 0.0)
 
 
 def test_stream_row_index(device):
@@ -138,3 +138,12 @@ def test_splits_cover_the_vocabulary():
 def test_real_stream(device, dtype, count, vocab, dim, options):
     input, linear_weight, target, bias, weight = linear_case(device, count, vocab, dim, dtype)
     check_linear(input, linear_weight, target, bias, weight, options, stats=False)
+
+
+def triton_calls(size: int, every: bool) -> None:
+    input, linear_weight, target, bias, weight = linear_case("cpu", 2, size, size, torch.float16)
+    if every:
+        target = target.int()
+        stream(input, linear_weight, target, bias, weight, EVERY, stats=True, row_index=torch.arange(2).int())
+    else:
+        stream(input, linear_weight, target, None, None, PLAIN, stats=False)

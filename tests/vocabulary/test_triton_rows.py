@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def check(logits, target, bias, weight, options, coefficient, *, stats=True, gradient_tolerance=None):
-    """Forward alone, forward with gradient apart and in place, and backward."""
+    """Forward alone, forward with the gradient out of place and in place, and backward."""
     want, want_grad = oracle(logits, target, bias, weight, options, coefficient, stats)
     tolerance = tolerance_of(logits.dtype)
     call = (target, bias, weight, options)
@@ -46,7 +46,7 @@ def check(logits, target, bias, weight, options, coefficient, *, stats=True, gra
     )
     assert_gradient(grad, want_grad, coefficient, gradient_tolerance)
     grad.fill_(7.0)
-    rows.backward(logits, *call, alone, coefficient, grad)
+    rows.backward(logits, *call, alone.state, coefficient, grad)
     assert_gradient(grad, want_grad, coefficient, gradient_tolerance)
     assert torch.equal(logits.nan_to_num(5.0), before.nan_to_num(5.0)), "the logits changed"
 
@@ -55,7 +55,7 @@ def check(logits, target, bias, weight, options, coefficient, *, stats=True, gra
     rows.forward(in_place, *call, stats=stats, coefficient=coefficient, grad=in_place)
     assert_gradient(in_place, want_grad, coefficient, gradient_tolerance)
     in_place.copy_(logits)
-    rows.backward(in_place, *call, alone, coefficient, in_place)
+    rows.backward(in_place, *call, alone.state, coefficient, in_place)
     assert_gradient(in_place, want_grad, coefficient, gradient_tolerance)
 
 
@@ -106,7 +106,7 @@ def test_dtypes_of_bias_and_weight(device, bias_dtype, weight_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("vocab", "pitch"), [(100, 128), (101, 128), (101, 107), (9001, 9024)])
 def test_pitch(device, dtype, vocab, pitch):
-    """Rows further apart than they are wide: what lies between is left alone."""
+    """A row pitch larger than the width: the padding between rows is not written."""
     logits, target, *_, coefficient = make(device, 4, vocab, dtype, pitch=pitch)
     check(logits, target, None, None, PLAIN, coefficient, stats=False)
     gap = logits.as_strided((4, pitch), (pitch, 1))[:-1, vocab:]
@@ -116,7 +116,7 @@ def test_pitch(device, dtype, vocab, pitch):
 
 
 @pytest.mark.parametrize("offset", [1, 3])
-def test_logits_that_start_at_no_multiple_of_16_bytes(device, offset):
+def test_unaligned_logits(device, offset):
     storage, target, *_, coefficient = make(device, 4, 104, torch.bfloat16)
     logits = storage.reshape(-1)[offset:].as_strided((3, 101), (101, 1))
     check(logits, target[:3], None, None, PLAIN, coefficient[:3])
@@ -138,7 +138,7 @@ def test_one_row(device):
 
 
 def test_all_ignored(device):
-    """Rows of NaN that are ignored are never read: everything is zero."""
+    """Ignored rows are never read: all outputs are zero although the logits are NaN."""
     logits, target, bias, weight, coefficient = make(device, 3, 131)
     target.fill_(-100)
     logits.fill_(float("nan"))
@@ -157,20 +157,21 @@ def test_target_out_of_range(device, wrong, options):
     target[2] = wrong
     check(logits, target, bias, weight, options, coefficient)
     outputs = TritonRows().forward(logits, target, bias, weight, options, stats=False)
-    assert outputs[0].isnan().tolist() == outputs[3].isnan().tolist() == [False, False, True, False]
+    assert outputs.loss.isnan().tolist() == outputs.logprob.isnan().tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("options", [PLAIN, PLAIN._replace(label_smoothing=0.1)], ids=["plain", "smoothing"])
 def test_large_common_offset(device, options):
-    """A shift by 8192, which float32 logits of few bits take without rounding, changes nothing but the lse."""
+    """Adding 8192, exact for these float32 logits of few bits, changes only the lse."""
     logits, target, _, weight, coefficient = make(device, 4, 515)
     logits = (logits * 64).round() / 64
     near, far = torch.empty_like(logits), torch.empty_like(logits)
     call = (target, None, weight, options)
     want = TritonRows().forward(logits, *call, stats=True, coefficient=coefficient, grad=near)
     got = TritonRows().forward(logits + 8192, *call, stats=True, coefficient=coefficient, grad=far)
-    for i in (0, 2, 3, 4, 5):
-        assert_near(got[i], want[i], 4 * EPS32, RowOutputs._fields[i])
+    for name in RowOutputs._fields:
+        if name != "row_max":
+            assert_near(getattr(got, name), getattr(want, name), 4 * EPS32, name)
     assert_gradient(far, near.double(), coefficient, 4 * EPS32)
     check(logits + 1e4, *call, coefficient, gradient_tolerance=tolerance_of(torch.float32))
 
@@ -178,7 +179,7 @@ def test_large_common_offset(device, options):
 @pytest.mark.parametrize("vocab", [2, 33, 5000])
 @pytest.mark.parametrize("lead", [5.0, 17.0, 30.0, 60.0])
 def test_confident_target(device, vocab, lead):
-    """The loss keeps its digits where 1 - p is far below the rounding of p."""
+    """The loss keeps its digits if 1 - p is far below the rounding of p."""
     logits, target, *_, coefficient = make(device, 3, vocab, scale=0.25)
     target[1] = 1
     logits.scatter_(1, target.unsqueeze(1), lead)
@@ -196,7 +197,7 @@ def test_confident_target(device, vocab, lead):
         )
         if not write:
             TritonRows().backward(logits, target, None, None, PLAIN, outputs.state, coefficient, grad)
-        assert_near(outputs[0], want.loss, 1e-5, "loss", 0.0)
+        assert_near(outputs.loss, want.loss, 1e-5, "loss", 0.0)
         assert_near(grad, want_grad, 1e-5, "gradient", 0.0)
 
 
@@ -207,7 +208,7 @@ def test_confident_target(device, vocab, lead):
     ids=["plain", "smoothing", "softcap"],
 )
 def test_minus_infinity(device, vocab, options):
-    """Masked classes; a masked target; a row whose first tile is masked."""
+    """Masked classes, a masked target, and a row whose first tile is masked."""
     logits, target, _, weight, coefficient = make(device, 5, vocab)
     target.copy_(torch.tensor([vocab - 1, 3, vocab - 1, 2, 1]))
     logits[0, ::3] = float("-inf")
@@ -223,24 +224,24 @@ def test_minus_infinity(device, vocab, options):
 @pytest.mark.parametrize("vocab", [40, 4500])
 @pytest.mark.parametrize("at", [0, 5, 39])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_rows_stay_apart(device, vocab, at, value):
+def test_non_finite_rows_do_not_affect_others(device, vocab, at, value):
     logits, target, bias, weight, coefficient = make(device, 4, vocab)
     logits[2, at] = value
     target[2] = 5
     options = EVERY._replace(softcap=0.0)
     check(logits, target, bias, weight, options, coefficient)
     outputs = TritonRows().forward(logits, target, bias, weight, options, stats=True)
-    assert outputs[0].isnan().tolist() == [False, False, True, False]
+    assert outputs.loss.isnan().tolist() == [False, False, True, False]
 
 
-def test_prediction_is_the_lowest_of_equals(device):
+def test_ties_of_the_prediction_go_to_the_lowest_index(device):
     for vocab in (33, 9001):
         logits, target, *_ = make(device, 4, vocab)
         logits[0] = 0.0
         logits[2, 7::3] = 9.0
         logits[3, -2:] = 9.0
         outputs = TritonRows().forward(logits, target, None, None, PLAIN, stats=True)
-        assert outputs[4].tolist() == [0, -1, 7, vocab - 2]
+        assert outputs.prediction.tolist() == [0, -1, 7, vocab - 2]
 
 
 def test_bitwise_repeatable(device):
@@ -310,5 +311,18 @@ def test_more_than_2_to_the_31_elements(device):
     coefficient = torch.ones(count, device=device)
     want, want_grad = oracle(logits[-2:], target[-2:], None, None, PLAIN, coefficient[-2:])
     got = TritonRows().forward(logits, target, None, None, PLAIN, stats=True, coefficient=coefficient, grad=logits)
-    assert_outputs(tuple(o[-2:] for o in got), want, tolerance_of(torch.float32), stats=True)
+    assert_outputs((o[-2:] for o in got), want, tolerance_of(torch.float32), stats=True)
     assert_gradient(logits[-2:], want_grad, coefficient[-2:])
+
+
+def triton_calls(size: int, every: bool) -> None:
+    options = EVERY if every else PLAIN
+    logits, target, bias, weight, _ = make(
+        "cpu", 2, size, torch.bfloat16, index_dtype=torch.int32 if every else torch.int64
+    )
+    bias, weight = (bias, weight) if every else (None, None)
+    coefficient = torch.ones(()).expand(2)
+    rows = TritonRows()
+    outputs = rows.forward(logits, target, bias, weight, options, stats=every)
+    rows.forward(logits, target, bias, weight, options, stats=every, coefficient=coefficient, grad=logits)
+    rows.backward(logits, target, bias, weight, options, outputs.state, coefficient, logits)

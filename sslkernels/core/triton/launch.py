@@ -1,4 +1,4 @@
-"""What the launchers share: devices, dtypes, and the entries that ahead-of-time compilation reads."""
+"""Shared by the launchers: devices, dtypes, and the entries for ahead-of-time compilation."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ DEFAULT_PROCESSORS = 132
 
 
 class Config(NamedTuple):
-    """constexpr arguments of a kernel and the options it is launched with."""
+    """The constexpr arguments of a kernel and its launch options."""
 
     constexprs: dict[str, Any]
     options: dict[str, int]
 
 
 class AotEntry(NamedTuple):
-    """One specialisation of a kernel: what `triton.compile` needs to build it where there is no GPU.
+    """One specialisation of a kernel, for `triton.compile` without a GPU.
 
-    signature: argument name -> Triton type, of the arguments that are not constexpr, in order; aligned: the names of
-    those that a launcher would find divisible by 16; architectures: those whose configuration this is.
+    signature: name -> Triton type of the arguments that are not constexpr, in order; aligned: names of the arguments
+    that a launcher would find divisible by 16; architectures: the architectures that use this configuration.
     """
 
     name: str
@@ -41,7 +41,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Triton launches on the current device, which may differ from the device of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -56,7 +56,7 @@ def processors(tensor: Tensor) -> int:
 
 
 def signature(kernel: Any, types: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:
-    """Orders `types` as the kernel's arguments, and raises where one is missing or unknown."""
+    """`types` in the order of the kernel's arguments; raises if one is missing or unknown."""
     names = [name for name in kernel.arg_names if name not in constexprs]
     unknown = (set(types) | set(constexprs)) - set(kernel.arg_names)
     if unknown or set(names) - set(types):
@@ -67,7 +67,7 @@ def signature(kernel: Any, types: dict[str, str], constexprs: dict[str, Any]) ->
 def pointers_aligned(
     name: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], options: dict[str, int]
 ) -> AotEntry:
-    """An entry whose tensors start at multiples of 16 bytes, from types and constants of several kernels."""
+    """An entry whose tensors start at multiples of 16 bytes. Types and constants that the kernel lacks are dropped."""
     own = {n: value for n, value in constexprs.items() if n in kernel.arg_names}
     kinds = {n: kind for n, kind in types.items() if n in kernel.arg_names and n not in own}
     aligned = tuple(n for n, kind in kinds.items() if kind.startswith("*"))

@@ -1,5 +1,5 @@
-"""Elementary functions, accurate to a few ulp, from `exp` and `log` alone: device libraries that hold them cannot run
-under Triton's interpreter."""
+"""Elementary functions, accurate to a few ulp, built from `exp` and `log`: Triton's interpreter cannot call the device
+libraries that provide them."""
 
 import triton
 import triton.language as tl
@@ -15,17 +15,17 @@ def log1p(x):
 
 @triton.jit
 def exp_flushed(x):
-    """exp(x) of float32, 0 where it would be subnormal: half the instructions of `tl.exp`."""
+    """exp(x) of float32, flushed to 0 instead of a subnormal: half the instructions of `tl.exp`."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def exp_any(x):
-    """exp(x) of any x: float32 within 2 ulp, where `tl.exp` loses as many as x / ln 2 has bits before its point, and 0
-    below 2^-125; float64 as `tl.exp`."""
+    """exp(x) of any x: float32 within 2 ulp and 0 below 2^-125; float64 is `tl.exp`. In float32 `tl.exp` loses as many
+    bits as the integer part of x / ln 2 has."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    inside = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # NaN stays; its exp is infinite, and 0
+    inside = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # keeps NaN; beyond these exp(x) is inf or 0
     n = tl.floor(tl.fma(inside, 1.4426950408889634, 0.5))
     f = tl.fma(inside, 1.925963033500885e-08, tl.fma(inside, 1.4426950216293335, -n))
     return tl.exp2(f) * 2.0 * tl.exp2(n - 1.0)
@@ -33,7 +33,7 @@ def exp_any(x):
 
 @triton.jit
 def _excess_series(d):
-    """(exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., to below a rounding."""
+    """(exp(d) - 1 - d) / d^2 for |d| <= 1: 1/2! + d/3! + d^2/4! + ..., truncated below a rounding."""
     if d.dtype == tl.float64:
         p = 8.22063524662433e-18 * d + 1.5619206968586225e-16
         p = p * d + 2.8114572543455206e-15
@@ -61,7 +61,7 @@ def expm1_terms(d, e):
     """exp(d) - 1 and exp(d) - 1 - d, from e = exp(d)."""
     near = d * d * _excess_series(d)
     is_near = tl.abs(d) <= 1.0
-    finite = tl.where(d > 1e30, 1e30, d)  # so that infinity is not taken from itself
+    finite = tl.where(d > 1e30, 1e30, d)  # avoids inf - inf
     return tl.where(is_near, d + near, e - 1.0), tl.where(is_near, near, e - 1.0 - finite)
 
 
@@ -76,7 +76,7 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, without the cancellation near zero of formulas in exp(2 x)."""
+    """Hyperbolic tangent, without the cancellation of formulas in exp(2 x) near zero."""
     magnitude = tl.abs(x)
     if x.dtype == tl.float64:
         e = expm1(-2.0 * magnitude)
@@ -93,10 +93,10 @@ def tanh(x):
 
 
 @triton.jit
-def moved_moment(moment, others, moved, decay):
-    """sum(e * (z - m)) of terms that add up to `others`, once m has moved by -`moved` and the terms were multiplied by
-    decay = exp(moved). What has become 0 stays so, however far below it is."""
-    return tl.where(decay > 0.0, decay * (moment + others * moved), decay * others)
+def shifted_moment(moment, others, shift, decay):
+    """moment = sum(e * (z - m)) with others = sum(e), after m changes to m - shift and e to e * decay, with
+    decay = exp(shift). Terms that underflow to 0 stay 0, also for shift = -inf."""
+    return tl.where(decay > 0.0, decay * (moment + others * shift), decay * others)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ from sslkernels.core.triton.launch import Config
 
 @triton.jit
 def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """a (M, DIM) times b (DIM, N) from pointers to their first BLOCK_D columns and rows, `depth` being arange(BLOCK_D).
+    """a (M, DIM) times b (DIM, N), from pointers to their first BLOCK_D columns and rows; `depth` is arange(BLOCK_D).
 
-    Both are contiguous along DIM. Never in TF32.
+    Both are contiguous along DIM. Never uses TF32.
     """
     products = tl.zeros((a_at.shape[0], b_at.shape[1]), tl.float32)
     for start in range(0, DIM, BLOCK_D):
@@ -26,7 +26,7 @@ def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def feature_offsets(lane, inside, DIM: tl.constexpr):
-    """Element offsets of the rows `lane` of a block; rows that are not `inside` read the first row instead."""
+    """Element offsets of the rows `lane` of a block; rows outside the mask `inside` read the first row instead."""
     if inside is not None:
         lane = tl.where(inside, lane, 0)
     return lane * DIM

@@ -1,4 +1,4 @@
-"""A tensor multiplied in place by a number that lies on the device; where it is 1, nothing else is read."""
+"""Multiplies a tensor in place by a scalar on the device; if it is 1, the tensor is not even read."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def scale_kernel(values_ptr, scale_ptr, count, BLOCK: tl.constexpr):
 
 
 def scale_(values: Tensor, scale: Tensor) -> None:
-    """values *= scale (0-d, in the accumulation dtype of values or wider); values are contiguous."""
+    """values *= scale, 0-d and at least as wide as the accumulation dtype of values; values are contiguous."""
     count = values.numel()
     if count == 0:
         return

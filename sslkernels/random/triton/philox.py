@@ -1,4 +1,4 @@
-"""Random words in Triton: Philox4x32-10 of Random123, and how rows and columns address it."""
+"""Random words in Triton: Philox4x32-10 of Random123, and its addressing by rows and columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def group_words(seed, group, draw):
-    """Words 0 ... 3 (uint32) of each group: four of shape (BLOCK,) from group (BLOCK,), int64."""
+    """Words 0 ... 3 (uint32) of each group: four tensors of shape (BLOCK,) from int64 groups (BLOCK,)."""
     c0 = tl.full(group.shape, 0, tl.uint32) + (draw & 0xFFFFFFFF).to(tl.uint32)
     c1 = tl.full(group.shape, 0, tl.uint32) + ((draw >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c2 = (group & 0xFFFFFFFF).to(tl.uint32)
@@ -16,7 +16,7 @@ def group_words(seed, group, draw):
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     for _ in tl.static_range(10):
-        # One 64-bit product has both halves; `tl.philox` multiplies twice.
+        # One 64-bit product gives both halves; `tl.philox` multiplies twice.
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -30,22 +30,22 @@ def group_words(seed, group, draw):
 
 @triton.jit
 def in_columns(v0, v1, v2, v3):
-    """What belongs to columns 0 ... 3 of each group, column by column: shape (4 * BLOCK,)."""
+    """Interleaves values of columns 0 ... 3 of each group, in the order of the columns: shape (4 * BLOCK,)."""
     values = tl.join(tl.join(v0, v2), tl.join(v1, v3))
     return tl.reshape(values, (4 * v0.shape[0],))
 
 
 @triton.jit
 def philox_words(seed, group, draw):
-    """The four words (uint32) of each group, column by column: shape (4 * BLOCK,) from group (BLOCK,), int64."""
+    """The words (uint32) of the groups in the order of the columns: shape (4 * BLOCK,) from int64 groups (BLOCK,)."""
     w0, w1, w2, w3 = group_words(seed, group, draw)
     return in_columns(w0, w1, w2, w3)
 
 
 @triton.jit
 def token_groups(first, rows, groups, BLOCK: tl.constexpr):
-    """Row and group-in-row of the groups first ... first + BLOCK - 1 of all rows, int64, and which are in range."""
-    # One 64-bit division a program; those of the lanes are 32-bit unless `groups` is not.
+    """Row and group in the row (int64) of the groups first ... first + BLOCK - 1 of all rows, and their range mask."""
+    # One 64-bit division per program; the lanes divide in 32 bits if `groups` has 32.
     row = first // groups
     local = (first - row * groups).to(groups.dtype) + tl.arange(0, BLOCK)
     row = row + (local // groups).to(tl.int64)

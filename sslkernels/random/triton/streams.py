@@ -1,11 +1,10 @@
-"""Random streams in Triton: one program makes BLOCK groups of four numbers, wherever rows begin."""
+"""Random streams in Triton: a program computes BLOCK groups of four numbers, which may span several rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,7 +51,7 @@ def random_stream_kernel(
             values = values.to(tl.int32, bitcast=True)
 
     values = values.to(out_ptr.dtype.element_ty)
-    if WHOLE_GROUPS:  # rows of whole groups lie behind one another as the groups do
+    if WHOLE_GROUPS:  # rows of whole groups are contiguous, in the order of the groups
         at = tl.arange(0, 4 * BLOCK)
         tl.store(out_ptr + 4 * first + at, values, mask=at // 4 < rows.to(tl.int64) * groups - first)
     else:
@@ -62,19 +61,16 @@ def random_stream_kernel(
         tl.store(out_ptr + offset, values, mask=valid)
 
 
-def random_stream(
-    stream: str, seed: Tensor, row_ids: Tensor | None, rows: int, columns: int, sample: int, dtype: torch.dtype
-) -> Tensor:
-    out = torch.empty(rows, columns, dtype=dtype, device=seed.device)
+def random_stream(stream: str, seed: Tensor, row_ids: Tensor | None, sample: int, out: Tensor) -> None:
+    """Fills `out` (rows, columns), contiguous."""
+    rows, columns = out.shape
     if out.numel() == 0:
-        return out
+        return
     groups = (columns + 3) // 4
-    grid = (triton.cdiv(rows * groups, BLOCK),)
-    random_stream_kernel[grid](
+    random_stream_kernel[(triton.cdiv(rows * groups, BLOCK),)](
         seed, row_ids, out, rows, columns, groups, sample,
         STREAM=stream, HAS_ROW_IDS=row_ids is not None, WHOLE_GROUPS=columns % 4 == 0, BLOCK=BLOCK,
     )  # fmt: skip
-    return out
 
 
 def aot_signatures() -> Iterator[AotEntry]:

@@ -1,7 +1,7 @@
-"""What a random word becomes, in Triton: the bits of `sslkernels/random/transforms.py`, which defines each function.
+"""Transforms of random words in Triton, bit for bit those of `sslkernels/random/transforms.py`.
 
-A kernel that keeps these bits needs no option: no addition here takes a product that is not rounded, and `tl.fma` is
-asked for where one rounding is meant.
+Kernels need no compiler option to keep these bits: no product feeds an addition that the compiler could contract, and
+`tl.fma` marks every place with a single rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sslkernels.random.triton.philox import group_words, in_columns
 
 _HALF_ROOT = tl.constexpr(0xB504F334)
 _HALF_ROOT_BITS = tl.constexpr(0x3F3504F3)
-_MOVE = tl.constexpr(0x3F800000 - 0x3F3504F3)
+_EXPONENT_OFFSET = tl.constexpr(0x3F800000 - 0x3F3504F3)
 _ALL = tl.constexpr(0xFFFFFFFF)
 _TOP = tl.constexpr(0x80000000)
 
@@ -40,9 +40,9 @@ def _negative_log(fraction, exponent):
 
 @triton.jit
 def _fraction_and_exponent(x):
-    moved = x.to(tl.uint32, bitcast=True) + _MOVE
-    fraction = ((moved & 0x7FFFFF) + _HALF_ROOT_BITS).to(tl.float32, bitcast=True) - 1.0
-    return fraction, ((moved >> 23).to(tl.int32) - 127).to(tl.float32)
+    bits = x.to(tl.uint32, bitcast=True) + _EXPONENT_OFFSET
+    fraction = ((bits & 0x7FFFFF) + _HALF_ROOT_BITS).to(tl.float32, bitcast=True) - 1.0
+    return fraction, ((bits >> 23).to(tl.int32) - 127).to(tl.float32)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def normal_pair(first, second):
 
 @triton.jit
 def normals(seed, group, draw):
-    """The four normals of each group, column by column: shape (4 * BLOCK,) from group (BLOCK,), int64."""
+    """The normals of the groups in the order of the columns: shape (4 * BLOCK,) from int64 groups (BLOCK,)."""
     w0, w1, w2, w3 = group_words(seed, group, draw)
     n0, n1 = normal_pair(w0, w1)
     n2, n3 = normal_pair(w2, w3)
@@ -98,8 +98,8 @@ def normals(seed, group, draw):
 
 
 def _round_once() -> None:
-    """Triton's interpreter computes `tl.fma` as a product and a sum, each rounded; hardware rounds once."""
-    import numpy as np  # which the interpreter computes with
+    """Patches Triton's interpreter, which computes `tl.fma` with two roundings, to round once like hardware."""
+    import numpy as np  # the interpreter computes with NumPy
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     original = InterpreterBuilder.create_fma
@@ -111,9 +111,9 @@ def _round_once() -> None:
             product = x.data.astype(np.float64) * y.data  # exact
             addend = z.data.astype(np.float64)
             total = product + addend
-            # Rounded to odd, the sum in float64 rounds to float32 as the exact one does.
-            moved = total - product
-            error = (product - (total - moved)) + (addend - moved)
+            # Rounding the float64 sum to odd first avoids double rounding.
+            added = total - product
+            error = (product - (total - added)) + (addend - added)
             bits = total.view(np.int64)
             inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
             odd = np.where(inexact, bits + np.where((error > 0) == (total > 0), 1, -1), bits)

@@ -1,8 +1,9 @@
-"""Linear cross-entropy without gradients: logits are made tile by tile and reduced at once, and never exist together.
+"""Linear cross-entropy without gradients: logits are computed tile by tile, reduced at once, and never materialised.
 
 The vocabulary is cut into splits. A program of the first kernel takes a block of rows and a split, multiplies tile by
-tile and keeps, for each row, what the second kernel needs to add up the splits, in their order: the maximum, sums
-relative to it without the target, the best column. The one program that meets a row's target stores its logit.
+tile and keeps per row the maximum, the sums relative to it without the target, and the best column; the second kernel
+combines these partial results in the order of the splits. The program whose split contains the target of a row stores
+its logit.
 """
 
 from collections.abc import Iterator
@@ -20,10 +21,10 @@ from sslkernels.core.triton.launch import (
     capability,
     next_power_of_2,
     on_device_of,
+    pointers_aligned,
     processors,
-    signature,
 )
-from sslkernels.core.triton.numerics import moved_moment
+from sslkernels.core.triton.numerics import shifted_moment
 from sslkernels.core.triton.products import tile_products
 from sslkernels.vocabulary.triton.softmax_row_kernels import log_probability, ranked, transformed
 
@@ -33,7 +34,7 @@ REDUCE_ROWS = 128
 
 @triton.jit
 def _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of a block, which exist, their row in the input (0 where none is needed), and their targets."""
+    """Rows of the block, mask of rows in range, their row in the input (0 if unused), targets, mask of used rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
     source = rows.to(tl.int64)
@@ -85,7 +86,7 @@ def linear_cross_entropy_stream_kernel(
         at_target = cols[None, :] == y[:, None]
         target_z += tl.sum(tl.where(at_target, z, 0.0), 1)
         if STATS:
-            # A NaN ranks as the largest, like for torch.argmax; the first of equals is kept.
+            # A NaN ranks as the largest, like in torch.argmax; ties go to the lowest index.
             rank = tl.where(inside[None, :], ranked(z), float("-inf"))
             tile_best = tl.max(rank, 1)
             equal = inside[None, :] & (rank == tile_best[:, None])
@@ -96,18 +97,18 @@ def linear_cross_entropy_stream_kernel(
 
         new_max = tl.maximum(row_max, tl.max(z, 1))
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
-        moved = tl.where(row_max == float("-inf"), 0.0, row_max - anchor)
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max - anchor)
         decay = tl.exp(row_max - anchor)
         shifted = z - anchor[:, None]
         e = tl.where(at_target, 0.0, tl.exp(shifted))
         if STATS:
-            moment = moved_moment(moment, others, moved, decay)
+            moment = shifted_moment(moment, others, shift, decay)
             moment += tl.sum(tl.where(e > 0.0, e * shifted, 0.0), 1)
         if SMOOTHING:
             w = inside.to(tl.float32)
             if HAS_WEIGHT:
                 w = tl.load(weight + cols, inside, other=0.0).to(tl.float32)
-            smooth += weights * moved + tl.sum(tl.where(w[None, :] > 0.0, w[None, :] * shifted, 0.0), 1)
+            smooth += weights * shift + tl.sum(tl.where(w[None, :] > 0.0, w[None, :] * shifted, 0.0), 1)
             weights += tl.sum(w, 0)
         others = others * decay + tl.sum(e, 1)
         row_max = new_max
@@ -122,13 +123,13 @@ def linear_cross_entropy_stream_kernel(
     if SMOOTHING:
         tl.store(smooth_out + at, smooth, valid)
         tl.store(weights_out + at, tl.zeros((BLOCK_M,), tl.float32) + weights, valid)
-    owned = (y >= first * BLOCK_V) & (y < last * BLOCK_V)
-    tl.store(target_z_out + rows, target_z, valid & owned)
+    target_in_split = (y >= first * BLOCK_V) & (y < last * BLOCK_V)
+    tl.store(target_z_out + rows, target_z, valid & target_in_split)
 
 
 @triton.jit
 def _relative(values, largest):
-    """values - largest; 0 where the value is -inf, of a split without a finite logit."""
+    """values - largest, and 0 for a value of -inf: a split without a finite logit."""
     return tl.where(values == float("-inf"), 0.0, values - largest)
 
 
@@ -164,14 +165,14 @@ def linear_cross_entropy_reduce_kernel(
         at = split * count.to(tl.int64) + rows
         split_max = tl.load(row_max_in + at, used, other=0.0)
         split_others = tl.load(others_in + at, used, other=0.0)
-        moved = _relative(split_max, row_max)
+        shift = _relative(split_max, row_max)
         decay = tl.exp(split_max - tl.where(row_max == float("-inf"), 0.0, row_max))
         others += split_others * decay
         if STATS:
-            moment += moved_moment(tl.load(moment_in + at, used, other=0.0), split_others, moved, decay)
+            moment += shifted_moment(tl.load(moment_in + at, used, other=0.0), split_others, shift, decay)
         if SMOOTHING:
             split_weights = tl.load(weights_in + at, used, other=0.0)
-            smooth += tl.load(smooth_in + at, used, other=0.0) + split_weights * moved
+            smooth += tl.load(smooth_in + at, used, other=0.0) + split_weights * shift
 
     target_z = tl.load(target_z_in + rows, used, other=0.0)
     sum_exp, log_sum, logprob = log_probability(target_z, row_max, others)
@@ -194,13 +195,13 @@ def linear_cross_entropy_reduce_kernel(
     tl.store(logprob_out + rows, tl.where(used, tl.where(wrong, float("nan"), logprob), 0.0), valid)
     if STATS:
         shifted = target_z - row_max
-        of_target = tl.where(tl.exp(shifted) > 0.0, tl.exp(shifted) * shifted, 0.0)
-        tl.store(entropy + rows, tl.where(used, log_sum - (moment + of_target) / sum_exp, 0.0), valid)
+        target_term = tl.where(tl.exp(shifted) > 0.0, tl.exp(shifted) * shifted, 0.0)
+        tl.store(entropy + rows, tl.where(used, log_sum - (moment + target_term) / sum_exp, 0.0), valid)
         tl.store(prediction + rows, tl.where(used, best_col, -1), valid)
 
 
 def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int], *, plain: bool) -> Config:
-    """Tiles of the matmul; options and statistics (not plain) need registers of their own beside the logits."""
+    """Tiles of the matmul. plain: no options and no statistics, which need registers beside the logits."""
     rows = min(max(16, next_power_of_2(count)), 128)
     if dtype == torch.float32:
         tiles = {"BLOCK_M": min(rows, 64), "BLOCK_V": 64, "BLOCK_D": 32}
@@ -212,7 +213,7 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
 
 
 def split_vocab(count: int, vocab: int, chosen: Config, processors: int) -> tuple[int, int]:
-    """(splits, tiles a split): about two programs a processor, each with one tile or more, none with zero."""
+    """(splits, tiles per split): about two programs per multiprocessor, each with at least one tile."""
     blocks = -(-count // chosen.constexprs["BLOCK_M"])
     tiles = -(-vocab // chosen.constexprs["BLOCK_V"])
     per_split = -(-tiles // min(max(1, -(-2 * processors // blocks)), tiles))
@@ -230,12 +231,12 @@ def stream_forward(
     stats: bool,
     row_index: Tensor | None = None,
 ) -> None:
-    """Fills `outputs`, the record `RowOutputs`, from the logits input (N, D) @ linear_weight (V, D)^T.
+    """Fills the record `RowOutputs` from the logits input (N, D) @ linear_weight (V, D)^T and the record `RowOptions`.
 
-    `target` (N,); `options` is the record `RowOptions`. With `row_index` (M,) the outputs have M rows: those rows of
-    input and target, where a negative index stands for an ignored row. Input and linear_weight are both float32,
-    bfloat16 or float16, with last stride 1; float64 raises `TypeError`. Logits are never rounded to the dtype of the
-    input. Workspace: 8 to 28 bytes for each row and split of the vocabulary.
+    `target` (N,). With `row_index` (M,) the outputs have M rows, of these rows of input and target; a negative index is
+    an ignored row. Input and linear_weight are both float32, bfloat16 or float16, with last stride 1; float64 raises
+    `TypeError`. Logits are never rounded to the dtype of the input. Workspace: 8 to 28 bytes per row and split of the
+    vocabulary.
     """
     if input.dtype not in (torch.float32, torch.bfloat16, torch.float16) or linear_weight.dtype != input.dtype:
         raise TypeError(f"stream_forward: dtypes {input.dtype} and {linear_weight.dtype} are not one of the three")
@@ -312,26 +313,22 @@ def aot_signatures() -> Iterator[AotEntry]:
 
 
 def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
-    absent = {
-        **{"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "row_index": "HAS_INDEX", "weight_sum": "SMOOTHING"},
-        **{f"{part}_{way}": "STATS" for part in ("moment", "best", "best_col") for way in ("in", "out")},
-        **{f"{part}_{way}": "SMOOTHING" for part in ("smooth", "weights") for way in ("in", "out")},
-    }
+    """An entry of either kernel: its arguments select among the types of both."""
     types = dict.fromkeys(kernel.arg_names, "*fp32")
-    types |= {"input": f"*{DTYPE_NAMES[dtype]}", "linear_weight": f"*{DTYPE_NAMES[dtype]}"}
-    types |= {
-        "target": "*i64",
-        "row_index": "*i64",
-        "prediction": "*i64",
-        "best_col_in": "*i32",
-        "best_col_out": "*i32",
-    }
-    integers = ("count", "vocab", "tiles_per_split", "splits", "input_stride", "weight_stride", "ignore_index")
-    types |= dict.fromkeys(integers, "i32")
+    types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
+    types |= dict.fromkeys(("target", "row_index", "prediction"), "*i64")
+    types |= dict.fromkeys(("best_col_in", "best_col_out"), "*i32")
+    types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
     types |= dict.fromkeys(("softcap", "logit_scale", "label_smoothing", "z_loss"), "fp32")
-    none = {arg: None for arg, flag in absent.items() if arg in kernel.arg_names and not constexprs.get(flag, True)}
-    constexprs = {**constexprs, **none}
-    types = {arg: types[arg] for arg in kernel.arg_names if arg not in constexprs}
-    even = ("input_stride", "weight_stride") if constexprs.get("DIM", 1) % 16 == 0 else ()
-    aligned = tuple(arg for arg in types if types[arg].startswith("*") or arg in even)
-    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, options, aligned)
+    flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "row_index": "HAS_INDEX", "weight_sum": "SMOOTHING"}
+    flags |= {f"{part}_{way}": "STATS" for part in ("moment", "best", "best_col") for way in ("in", "out")}
+    flags |= {f"{part}_{way}": "SMOOTHING" for part in ("smooth", "weights") for way in ("in", "out")}
+    absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
+    return strides_aligned(pointers_aligned(name, kernel, types, {**constexprs, **absent}, options))
+
+
+def strides_aligned(entry: AotEntry) -> AotEntry:
+    """The entry for contiguous operands: their strides are multiples of 16 if DIM is."""
+    if entry.constexprs.get("DIM", 1) % 16:
+        return entry
+    return entry._replace(aligned=(*entry.aligned, "input_stride", "weight_stride"))

@@ -1,16 +1,16 @@
-"""Gumbel-max over a linear projection: logits are made tile by tile, get their noise, and are reduced at once.
+"""Gumbel-max over a linear projection: logits are computed tile by tile, perturbed by noise, and reduced at once.
 
-The classes are cut into splits. A program has a block of rows and a split, and keeps for each row the largest logit,
-the sum of exponentials relative to it, and the largest sum of logit and noise with its logit and class. The splits, few
-numbers a row, are then joined in their order.
+The classes are cut into splits. A program takes a block of rows and a split, and keeps per row the largest logit, the
+sum of exponentials relative to it, and the largest sum of logit and noise with its logit and class. These few numbers
+per row and split are then combined in the order of the splits.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sslkernels.core.triton.launch import (
     DTYPE_NAMES,
@@ -18,20 +18,20 @@ from sslkernels.core.triton.launch import (
     Config,
     capability,
     next_power_of_2,
+    pointers_aligned,
     processors,
-    signature,
 )
 from sslkernels.core.triton.products import tile_products
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
-from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
+from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab, strides_aligned
 
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
 
 
 @triton.jit
 def _noise_of_tile(seed, row_id, groups, first_group, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Gumbel numbers (BLOCK_M, BLOCK_V) of the columns from 4 * first_group on."""
+    """Gumbel numbers (BLOCK_M, BLOCK_V); the first column is 4 * first_group."""
     number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_V // 4))[None, :]
     w0, w1, w2, w3 = group_words(seed, number, tl.full((), 0, tl.int64))
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -95,7 +95,7 @@ def linear_sample_kernel(
 
 
 def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The noise needs registers of its own beside the products."""
+    """Smaller tiles than a plain matmul: the noise needs registers beside the products."""
     rows = min(max(16, next_power_of_2(count)), 64)
     if dtype == torch.float32:
         return Config({"BLOCK_M": rows, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 3})
@@ -103,35 +103,29 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
     return Config({"BLOCK_M": rows, "BLOCK_V": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
 
 
-def linear_sample(
-    input: Tensor,
-    linear_weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    row_ids: Tensor,
-    compute_dtype: torch.dtype,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """(index, logprob) of rows input (N, D) with linear_weight (V, D); compute_dtype is not float64."""
-    x, weight = input.to(compute_dtype), linear_weight.to(compute_dtype)
+def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
+    """Fills the record `LinearSample` from the records `SampleInputs` and `SampleOptions`, whose compute_dtype is not
+    float64."""
+    x, weight = inputs.input.to(options.compute_dtype), inputs.linear_weight.to(options.compute_dtype)
     count, (vocab, dim) = x.shape[0], weight.shape
     if count == 0:
-        return torch.empty_like(row_ids), x.new_empty(0, dtype=torch.float32)
-    chosen = config(count, dim, compute_dtype, capability(x))
+        return
+    chosen = config(count, dim, x.dtype, capability(x))
     splits, tiles_per_split = split_vocab(count, vocab, chosen, processors(x))
     row_max, sum_exp, best, logit = (x.new_empty(splits, count, dtype=torch.float32) for _ in range(4))
     column = x.new_empty(splits, count, dtype=torch.int32)
     linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits)](
-        *(x, weight, bias, seed, row_ids, row_max, sum_exp, best, logit, column),
-        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0), 1 / temperature),
+        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, row_max, sum_exp, best, logit, column),
+        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0), 1 / options.temperature),
         DIM=dim,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=inputs.linear_bias is not None,
         **chosen.constexprs,
         **chosen.options,
     )
-    winner = best.argmax(0, keepdim=True)  # the first of equal splits
+    winner = best.argmax(0, keepdim=True)  # ties go to the first split
     lse = (row_max + sum_exp.log()).logsumexp(0)
-    return column.gather(0, winner)[0].long(), logit.gather(0, winner)[0] - lse
+    outputs.index.copy_(column.gather(0, winner)[0])
+    torch.sub(logit.gather(0, winner)[0], lse, out=outputs.logprob)
 
 
 def aot_signatures() -> Iterator[AotEntry]:
@@ -151,9 +145,5 @@ def aot_signatures() -> Iterator[AotEntry]:
             types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
             types |= dict.fromkeys(("seed_ptr", "row_ids"), "*i64") | {"column_out": "*i32", "scale": "fp32"}
             types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
-            types = {arg: kind for arg, kind in types.items() if arg not in constexprs}
-            even = ("input_stride", "weight_stride") if dim % 16 == 0 else ()
-            aligned = tuple(arg for arg in types if types[arg].startswith("*") or arg in even)
-            ordered = signature(linear_sample_kernel, types, constexprs)
-            entry = AotEntry(name, linear_sample_kernel, ordered, constexprs, chosen.options, aligned)
-            yield entry._replace(architectures=(10 * generation[0],))
+            entry = pointers_aligned(name, linear_sample_kernel, types, constexprs, chosen.options)
+            yield strides_aligned(entry)._replace(architectures=(10 * generation[0],))

@@ -1,7 +1,8 @@
-"""Masking of tokens in Triton: ids are read once, the new ids and the labels written once; no draw reaches memory.
+"""Masking of tokens in Triton: ids are read once, the new ids and the labels are written once, and the draws stay in
+registers.
 
-Independent tokens: a flat grid over groups of four tokens. Chained units (words, spans): one program a row, which scans
-the maps of the state block by block, since maps of {0, 1} to itself compose associatively.
+Independent tokens: a flat grid over groups of four tokens. Chained units (words, spans): one program per row, which
+scans the maps of the state block by block, since maps of {0, 1} to itself compose associatively.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sslkernels.core.triton.launch import AotEntry, pointers_aligned
 from sslkernels.random.triton.philox import philox_words, token_groups
 
-BLOCK = 128  # groups of four tokens a program (or a step of a row) takes
+BLOCK = 128  # groups of four tokens per program, or per step of a row
 
 _SCALARS = ["select", "stay", "enter", "to_mask", "to_random", "mask_id", "allowed", "ignore_index", "groups"]
 
@@ -33,7 +33,7 @@ def _eligible(
     HAS_WORDS: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """The ids (int64), the word ids (-1 without) and whether the tokens may be chosen; none where not valid."""
+    """The ids (int64), the word ids (-1 without HAS_WORDS) and whether the tokens may be chosen: never if not valid."""
     ids = tl.load(ids_ptr + offset, mask=valid, other=0).to(tl.int64)
     eligible = valid
     for i in tl.static_range(len(RANGES) // 2):
@@ -103,7 +103,7 @@ def mask_tokens_kernel(
 
 @triton.jit
 def _compose(first, second):
-    """The map `second after first`; bit s of a map is its value at state s."""
+    """The composed map s -> second(first(s)); bit s of a map is its value at state s."""
     return ((second >> (first & 1)) & 1) | (((second >> ((first >> 1) & 1)) & 1) << 1)
 
 
@@ -138,7 +138,7 @@ def mask_tokens_chain_kernel(
         row_id = tl.load(row_ids_ptr + row)
     seed = tl.load(seed_ptr)
     lane = tl.arange(0, 4 * BLOCK)
-    state = tl.full((), 0, tl.int32)  # of the last token of the step before
+    state = tl.full((), 0, tl.int32)  # state of the last token of the previous step
     for start in range(0, groups, BLOCK):
         group = row_id * groups + start + tl.arange(0, BLOCK)
         column = 4 * (tl.full((), 0, tl.int64) + start) + lane
@@ -172,44 +172,30 @@ def mask_tokens_chain_kernel(
         tl.store(labels_ptr + offset, labels.to(labels_ptr.dtype.element_ty), mask=valid)
 
 
-def mask_tokens(
-    input_ids: Tensor,
-    seed: Tensor,
-    special_mask: Tensor | None,
-    word_ids: Tensor | None,
-    row_ids: Tensor | None,
-    output_ids: Tensor,
-    labels: Tensor,
-    select: int,
-    stay: int,
-    enter: int,
-    to_mask: int,
-    to_random: int,
-    mask_id: int,
-    allowed: int,
-    ranges: tuple[int, ...],
-    ignore_index: int,
-    *,
-    chained: bool,
-) -> None:
-    """Fills `output_ids` and `labels`. The ranges of special ids are compiled into the kernel: they are few, and those
-    of a tokenizer do not change."""
+def mask_tokens(inputs: Any, outputs: Any, rule: Any, chained: bool) -> None:
+    """Fills the record `MaskedTokens` from the records `MaskInputs` and `MaskRule`. chained: whether the choice of a
+    token depends on the token before it.
+
+    The ranges of special ids are compiled into the kernel: they are few, and fixed for a tokenizer.
+    """
+    input_ids = inputs.input_ids
     rows, columns = input_ids.shape
     if input_ids.numel() == 0:
         return
     groups = (columns + 3) // 4
-    special = None if special_mask is None else special_mask.view(torch.uint8)
-    flags = {"HAS_SPECIAL_MASK": special is not None, "HAS_ROW_IDS": row_ids is not None}
-    tail = (to_mask, to_random, mask_id, allowed, ignore_index)
+    special = None if inputs.special_mask is None else inputs.special_mask.view(torch.uint8)
+    flags = {"HAS_SPECIAL_MASK": special is not None, "HAS_ROW_IDS": inputs.row_ids is not None}
+    actions = (rule.to_mask, rule.to_random, rule.mask_id, rule.allowed, rule.ignore_index)
     if chained:
         mask_tokens_chain_kernel[(rows,)](
-            input_ids, seed, special, word_ids, row_ids, output_ids, labels, columns, groups, select, stay, enter,
-            *tail, **flags, HAS_WORDS=word_ids is not None, RANGES=ranges, BLOCK=BLOCK,
+            input_ids, inputs.seed, special, inputs.word_ids, inputs.row_ids, outputs.input_ids, outputs.labels,
+            columns, groups, rule.select, rule.stay, rule.enter, *actions,
+            **flags, HAS_WORDS=inputs.word_ids is not None, RANGES=rule.ranges, BLOCK=BLOCK,
         )  # fmt: skip
     else:
         mask_tokens_kernel[(triton.cdiv(rows * groups, BLOCK),)](
-            input_ids, seed, special, row_ids, output_ids, labels, rows, columns, groups, select,
-            *tail, **flags, RANGES=ranges, BLOCK=BLOCK,
+            input_ids, inputs.seed, special, inputs.row_ids, outputs.input_ids, outputs.labels,
+            rows, columns, groups, rule.select, *actions, **flags, RANGES=rule.ranges, BLOCK=BLOCK,
         )  # fmt: skip
 
 

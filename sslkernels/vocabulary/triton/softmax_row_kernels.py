@@ -1,23 +1,23 @@
-"""Kernels of the cross-entropy of rows of logits: one program a row, the gradient in place of the logits if asked for.
+"""Kernels of the cross-entropy of rows of logits: one program per row, optionally with the gradient, also in place.
 
 A row is read as its 16-byte aligned groups (the body, tile by tile) and the fewer than two groups at its ends (the
-edge, a tile of its own): rows of any width are read and written with full vectors, and nothing outside them is touched.
-The first loop keeps a running maximum and sums relative to it, in lanes that are only added up after it; the second
-reads the row again, from its end because that is what the cache still holds, and writes the gradient. A row that fits
-one tile stays in registers and is read once. Nothing of the size of the logits is kept but the gradient.
+edge, a separate tile): rows of any width are read and written with full vectors, and nothing outside them is touched.
+The first loop keeps a running maximum and per-lane sums relative to it, which are reduced once at the end. The second
+loop reads the row again, backwards because the cache still holds the end, and writes the gradient. A row that fits one
+tile stays in registers and is read once. Apart from the gradient, nothing of the size of the logits is materialised.
 """
 
 import triton
 import triton.language as tl
 
-from sslkernels.core.triton.numerics import expm1, log1p, moved_moment, tanh
+from sslkernels.core.triton.numerics import expm1, log1p, shifted_moment, tanh
 
 NOT_SPECIALIZED = ["vocab", "coefficient_stride", "ignore_index"]
 
 
 @triton.jit
 def transformed(raw, bias, cols, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of raw logits in the accumulation dtype; -inf where the mask is off."""
+    """z of raw logits in the accumulation dtype; -inf outside the mask."""
     z = raw * logit_scale
     if HAS_BIAS:
         z += tl.load(bias + cols, mask, other=0.0).to(z.dtype)
@@ -34,8 +34,8 @@ def _load_z(logits, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS: tl.con
 
 @triton.jit
 def _split_row(offset, vocab, VECTOR: tl.constexpr, ROWS_ALIGNED: tl.constexpr):
-    """Where the body of the row at `offset` starts, in the tensor and in the row, and its length."""
-    # Written so that the compiler sees multiples of VECTOR.
+    """Start of the body of the row at `offset`, in the tensor and in the row, and its length."""
+    # Written so that the compiler can prove divisibility by VECTOR.
     if ROWS_ALIGNED:
         body = offset // VECTOR * VECTOR
         head = 0
@@ -47,7 +47,7 @@ def _split_row(offset, vocab, VECTOR: tl.constexpr, ROWS_ALIGNED: tl.constexpr):
 
 @triton.jit
 def _edge(head, length, vocab, VECTOR: tl.constexpr):
-    """Columns outside the body of the row, and which lanes hold one."""
+    """Columns outside the body of the row, and the mask of lanes that hold one."""
     lane = tl.arange(0, 2 * VECTOR)
     tail = head + length + lane - VECTOR
     return tl.where(lane < VECTOR, lane, tail), tl.where(lane < VECTOR, lane < head, tail < vocab)
@@ -55,7 +55,7 @@ def _edge(head, length, vocab, VECTOR: tl.constexpr):
 
 @triton.jit
 def _tile(start, length, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Positions in the body, and which are inside; the same for a whole group, so that accesses stay vectors."""
+    """Positions in the body and their mask, which is uniform per group, so that accesses stay vectorised."""
     lane = tl.arange(0, BLOCK)
     return start + lane, lane // VECTOR * VECTOR < length - start
 
@@ -65,7 +65,7 @@ def _sums(
     z, cols, mask, anchor, y, smooth_anchor, weight,
     STATS: tl.constexpr, SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Per lane: exp(z - anchor) and that times z - anchor, 0 at the target; and weight * (z - smooth_anchor)."""
+    """Per lane: e = exp(z - anchor) and e * (z - anchor), both 0 at the target, and weight * (z - smooth_anchor)."""
     e = tl.where(cols == y, 0.0, tl.exp(z - anchor))
     moment = e
     smooth = e
@@ -81,7 +81,7 @@ def _sums(
 
 @triton.jit
 def ranked(z):
-    """NaN is the largest, as for torch.argmax."""
+    """NaN ranks as the largest, like in torch.argmax."""
     return tl.where(z != z, float("inf"), z)
 
 
@@ -90,14 +90,14 @@ def _accumulate(
     z, cols, mask, y, smooth_anchor, weight, row_max, others, moment, smooth, best, best_col,
     STATS: tl.constexpr, SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the running maximum of the row and to its sums, which stay one a lane."""
+    """Updates the running maximum of the row and the per-lane sums with a tile."""
     new_max = tl.maximum(row_max, tl.max(z, 0))
     anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
     decay = tl.exp(row_max - anchor)
     e, m, s = _sums(z, cols, mask, anchor, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT)
     if STATS:
-        moved = tl.where(row_max == float("-inf"), 0.0, row_max - anchor)
-        moment = moved_moment(moment, others, moved, decay) + m
+        shift = tl.where(row_max == float("-inf"), 0.0, row_max - anchor)
+        moment = shifted_moment(moment, others, shift, decay) + m
         better = mask & ((ranked(z) > best) | (best_col < 0))
         best = tl.where(better, ranked(z), best)
         best_col = tl.where(better, cols, best_col)
@@ -114,8 +114,8 @@ def _lowest(values, cols, valid, largest):
 
 @triton.jit
 def log_probability(target_z, row_max, others):
-    """(exp summed with the target's, its log, log-probability of the target), from the sum of the others relative to
-    row_max. A target above the sum of all others has a log-probability near 0: it is computed as such."""
+    """(sum of exp including the target, its log, log-probability of the target), from the sum of the other classes
+    relative to row_max. A target that outweighs all others has a log-probability near 0, which log1p keeps exact."""
     target_shifted = target_z - row_max
     target_exp = tl.exp(target_shifted)
     sum_exp = others + target_exp
@@ -126,11 +126,34 @@ def log_probability(target_z, row_max, others):
 
 
 @triton.jit
+def _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC: tl.constexpr):
+    """The options in the accumulation dtype."""
+    return (
+        tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC),
+        tl.full((), softcap, ACC), tl.full((), logit_scale, ACC),
+    )  # fmt: skip
+
+
+@triton.jit
+def _class_weights(
+    weight, weight_sum, y, vocab, ACC: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr
+):  # fmt: skip
+    """The weight of the target's class, and the sum of all class weights."""
+    target_weight = tl.full((), 1.0, ACC)
+    all_weights = vocab.to(ACC)
+    if HAS_WEIGHT:
+        target_weight = tl.load(weight + y).to(ACC)
+        if SMOOTHING:
+            all_weights = tl.load(weight_sum)
+    return target_weight, all_weights
+
+
+@triton.jit
 def _gradient_factors(
     target_z, target_weight, weight_sum, row_max, sum_exp, log_sum, logprob, coefficient,
     vocab, label_smoothing, z_loss,
 ):  # fmt: skip
-    """A row's gradient is factors[0] * exp(z - row_max) - factors[1] * weight, and factors[2] at the target."""
+    """(a, b, c): the gradient of the row is a * exp(z - row_max) - b * weight, and c at the target."""
     other_weight = label_smoothing / vocab * weight_sum + 2.0 * z_loss * (row_max + log_sum)
     positive = (1.0 - label_smoothing) * target_weight
     probability = tl.exp(target_z - row_max) / sum_exp
@@ -141,15 +164,15 @@ def _gradient_factors(
 
 @triton.jit
 def _write(
-    grad, at, z, cols, mask, y, row_max, of_exp, of_weight, at_target, weight, softcap,
+    grad, at, z, cols, mask, y, row_max, exp_factor, weight_factor, at_target, weight, softcap,
     HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    g = of_exp * tl.exp(z - row_max)
+    g = exp_factor * tl.exp(z - row_max)
     if SMOOTHING:
         if HAS_WEIGHT:
-            g -= of_weight * tl.load(weight + cols, mask, other=0.0).to(z.dtype)
+            g -= weight_factor * tl.load(weight + cols, mask, other=0.0).to(z.dtype)
         else:
-            g -= of_weight
+            g -= weight_factor
     g = tl.where(cols == y, at_target, g)
     if HAS_SOFTCAP:
         t = z / softcap
@@ -204,15 +227,12 @@ def cross_entropy_rows_fwd_kernel(
             _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing = tl.full((), label_smoothing, ACC)
-    z_loss = tl.full((), z_loss, ACC)
-    softcap = tl.full((), softcap, ACC)
-    logit_scale = tl.full((), logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
     target_z = _load_z(row_logits, y, bias, y, y >= 0, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    # Sums of z are kept relative to the target's: a large offset common to the logits costs them no digits.
+    # Sums of z are relative to z of the target: an offset common to all logits then costs no digits.
     smooth_anchor = tl.where(tl.abs(target_z) < float("inf"), target_z, 0.0)
 
     edge_cols, edge_mask = _edge(head, length, vocab, VECTOR)
@@ -244,19 +264,14 @@ def cross_entropy_rows_fwd_kernel(
                 STATS, SMOOTHING, HAS_WEIGHT,
             )  # fmt: skip
 
-    # As in _accumulate, so that the compiler finds the exponentials of a held row already there.
+    # The same expression as in _accumulate, so that the compiler reuses the exponentials of a row in one tile.
     anchor = tl.where(row_max == float("-inf"), 0.0, row_max)
     edge_e, edge_moment, edge_smooth = _sums(
         edge_z, edge_cols, edge_mask, anchor, y, smooth_anchor, weight, STATS, SMOOTHING, HAS_WEIGHT
     )
     sum_exp, log_sum, logprob = log_probability(target_z, row_max, tl.sum(others, 0) + tl.sum(edge_e, 0))
 
-    target_weight = tl.full((), 1.0, ACC)
-    all_weights = vocab.to(ACC)
-    if HAS_WEIGHT:
-        target_weight = tl.load(weight + y).to(ACC)
-        if SMOOTHING:
-            all_weights = tl.load(weight_sum)
+    target_weight, all_weights = _class_weights(weight, weight_sum, y, vocab, ACC, HAS_WEIGHT, SMOOTHING)
     row_loss = -(1.0 - label_smoothing) * target_weight * logprob
     if SMOOTHING:
         to_lse = all_weights * (log_sum + (row_max - smooth_anchor)) - (tl.sum(smooth, 0) + tl.sum(edge_smooth, 0))
@@ -270,8 +285,8 @@ def cross_entropy_rows_fwd_kernel(
     tl.store(logprob_out + row, tl.where(wrong, float("nan"), logprob))
     if STATS:
         shifted = target_z - row_max
-        of_target = tl.where(tl.exp(shifted) > 0.0, tl.exp(shifted) * shifted, 0.0)
-        expected = (tl.sum(moment, 0) + tl.sum(edge_moment, 0) + of_target) / sum_exp
+        target_term = tl.where(tl.exp(shifted) > 0.0, tl.exp(shifted) * shifted, 0.0)
+        expected = (tl.sum(moment, 0) + tl.sum(edge_moment, 0) + target_term) / sum_exp
         tl.store(entropy + row, log_sum - expected)
         edge_best = ranked(edge_z)
         largest = tl.maximum(tl.max(best, 0), tl.max(edge_best, 0))
@@ -282,18 +297,18 @@ def cross_entropy_rows_fwd_kernel(
 
     if WRITE_GRAD:
         factor = tl.load(coefficient + row * coefficient_stride).to(ACC)
-        of_exp, of_weight, at_target = _gradient_factors(
+        exp_factor, weight_factor, at_target = _gradient_factors(
             target_z, target_weight, all_weights, row_max, sum_exp, log_sum, logprob,
             tl.where(wrong, float("nan"), factor), vocab, label_smoothing, z_loss,
         )  # fmt: skip
         _write(
-            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, anchor, of_exp, of_weight, at_target,
-            weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
+            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, anchor,
+            exp_factor, weight_factor, at_target, weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
         )  # fmt: skip
         if ONE_TILE:
             at, mask = _tile(0, length, BLOCK, VECTOR)
             _write(
-                grad_body, at, z, head + at, mask, y, anchor, of_exp, of_weight, at_target,
+                grad_body, at, z, head + at, mask, y, anchor, exp_factor, weight_factor, at_target,
                 weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
             )  # fmt: skip
         else:
@@ -301,9 +316,9 @@ def cross_entropy_rows_fwd_kernel(
             for tile in range(0, tiles):
                 at, mask = _tile((tiles - 1 - tile) * BLOCK, length, BLOCK, VECTOR)
                 cols = head + at
-                again = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                tile_z = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
                 _write(
-                    grad_body, at, again, cols, mask, y, anchor, of_exp, of_weight, at_target,
+                    grad_body, at, tile_z, cols, mask, y, anchor, exp_factor, weight_factor, at_target,
                     weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
                 )  # fmt: skip
 
@@ -327,10 +342,7 @@ def cross_entropy_rows_bwd_kernel(
         _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing = tl.full((), label_smoothing, ACC)
-    z_loss = tl.full((), z_loss, ACC)
-    softcap = tl.full((), softcap, ACC)
-    logit_scale = tl.full((), logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
@@ -338,14 +350,9 @@ def cross_entropy_rows_bwd_kernel(
 
     row_max = tl.load(row_max_in + row)
     sum_exp = tl.load(sum_exp_in + row)
-    target_weight = tl.full((), 1.0, ACC)
-    all_weights = vocab.to(ACC)
-    if HAS_WEIGHT:
-        target_weight = tl.load(weight + y).to(ACC)
-        if SMOOTHING:
-            all_weights = tl.load(weight_sum)
+    target_weight, all_weights = _class_weights(weight, weight_sum, y, vocab, ACC, HAS_WEIGHT, SMOOTHING)
     factor = tl.load(coefficient + row * coefficient_stride).to(ACC)
-    of_exp, of_weight, at_target = _gradient_factors(
+    exp_factor, weight_factor, at_target = _gradient_factors(
         target_z, target_weight, all_weights, row_max, sum_exp, tl.log(sum_exp), tl.load(logprob_in + row),
         tl.where(wrong, float("nan"), factor), vocab, label_smoothing, z_loss,
     )  # fmt: skip
@@ -354,7 +361,7 @@ def cross_entropy_rows_bwd_kernel(
         row_logits, edge_cols, bias, edge_cols, edge_mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
     )  # fmt: skip
     _write(
-        grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, row_max, of_exp, of_weight, at_target,
+        grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, row_max, exp_factor, weight_factor, at_target,
         weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
     )  # fmt: skip
     for start in range(0, length, BLOCK):
@@ -362,6 +369,6 @@ def cross_entropy_rows_bwd_kernel(
         cols = head + at
         z = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         _write(
-            grad_body, at, z, cols, mask, y, row_max, of_exp, of_weight, at_target,
+            grad_body, at, z, cols, mask, y, row_max, exp_factor, weight_factor, at_target,
             weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits: launchers of the kernels in `softmax_row_kernels`."""
+"""Cross-entropy of rows of logits: the launchers of the kernels in `softmax_row_kernels`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from sslkernels.core.triton.launch import (
     accumulation_dtype,
     next_power_of_2,
     on_device_of,
-    signature,
+    pointers_aligned,
 )
 from sslkernels.vocabulary.triton.softmax_row_kernels import (
     cross_entropy_rows_bwd_kernel,
@@ -25,21 +25,21 @@ OPTIONS = ("HAS_BIAS", "HAS_WEIGHT", "HAS_SOFTCAP", "SMOOTHING")
 
 
 def config(vocab: int, dtype: torch.dtype, *, plain: bool, write_grad: bool) -> Config:
-    """The tile of a row in the forward, and whether the forward holds the row in one.
+    """The tile of the forward, and whether it keeps a whole row in one tile.
 
-    plain: no option and no statistics, which leaves a thread registers for more logits. Holding a row saves nothing
-    but the second read, for the gradient.
+    plain: no option and no statistics, which leaves a thread registers for more logits. Keeping the row saves only the
+    second read, for the gradient.
     """
     size = max(64, next_power_of_2(vocab))
     if dtype == torch.float64:
-        held, tile, warps = 512, 512, 8
+        whole_row, tile, warps = 512, 512, 8
     elif plain:
-        held, tile, warps = 4096, 8192, 16
+        whole_row, tile, warps = 4096, 8192, 16
         if write_grad:
-            held = 16384 if dtype == torch.float32 else 32768
+            whole_row = 16384 if dtype == torch.float32 else 32768
     else:
-        held, tile, warps = 4096, 2048, 8
-    if size <= held:
+        whole_row, tile, warps = 4096, 2048, 8
+    if size <= whole_row:
         per_warp = 64 if dtype == torch.float64 else 512
         return Config({"ONE_TILE": True, "BLOCK": size}, {"num_warps": min(max(size // per_warp, 1), 32)})
     return Config({"ONE_TILE": False, "BLOCK": tile}, {"num_warps": warps})
@@ -62,9 +62,8 @@ def cross_entropy_rows_fwd(
     options: Any,
     stats: bool,
 ) -> None:
-    """Fills `outputs`, the record `RowOutputs`, from logits (N, V). `grad` (N, V), where given, gets the gradient with
-    respect to l times coefficient (N,), and may be `logits`. Last strides are 1; `options` is the record `RowOptions`.
-    """
+    """Fills the record `RowOutputs` from logits (N, V) and the record `RowOptions`. `grad` (N, V), if given, receives
+    the gradient with respect to l times coefficient (N,), and may be `logits`. Last strides are 1."""
     count, vocab = logits.shape
     if count == 0:
         return
@@ -96,8 +95,8 @@ def cross_entropy_rows_bwd(
     grad: Tensor,
     options: Any,
 ) -> None:
-    """Writes the gradient with respect to l times coefficient (N,) to `grad` (N, V), which may be `logits`; `state` is
-    the record `RowState`."""
+    """Writes the gradient with respect to l times coefficient (N,) to `grad` (N, V), which may be `logits`, from the
+    record `RowState`."""
     count, vocab = logits.shape
     if count == 0:
         return
@@ -131,7 +130,7 @@ def _sizes(logits, grad, coefficient):
 
 
 def _scalars(options: Any) -> tuple[Any, ...]:
-    """The options as the kernels take them: a Python int would be specialised where a float is meant."""
+    """The options as arguments of the kernels: Triton would specialise a Python int that is passed for a float."""
     return tuple(value if name == "ignore_index" else float(value) for name, value in options._asdict().items())
 
 
@@ -179,20 +178,15 @@ def aot_signatures() -> Iterator[AotEntry]:
 
 
 def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
-    acc = DTYPE_NAMES[accumulation_dtype(dtype)]
-    forward = kernel is cross_entropy_rows_fwd_kernel
-    states = ("row_max_out", "sum_exp_out", "logprob_out") if forward else ("row_max_in", "sum_exp_in", "logprob_in")
-    types = {name: f"*{DTYPE_NAMES[dtype]}" for name in ("logits", "grad")}
-    types |= {name: f"*{acc}" for name in ("bias", "weight", "weight_sum", "coefficient", *states)}
-    types |= {"target": "*i64", "vocab": "i32", "logits_stride": "i32", "grad_stride": "i32"}
-    types |= {"coefficient_stride": "i32", "ignore_index": "i32"}
+    """An entry of either kernel: its arguments select among the types of both."""
+    acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
+    types = dict.fromkeys(kernel.arg_names, acc)
+    types |= dict.fromkeys(("logits", "grad"), f"*{DTYPE_NAMES[dtype]}") | dict.fromkeys(
+        ("target", "prediction"), "*i64"
+    )
+    types |= dict.fromkeys(("vocab", "logits_stride", "grad_stride", "coefficient_stride", "ignore_index"), "i32")
     types |= dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp64")
-    absent = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING", "grad": "WRITE_GRAD"}
-    if forward:
-        types |= {"loss": f"*{acc}", "entropy": f"*{acc}", "prediction": "*i64"}
-        absent["coefficient"] = "WRITE_GRAD"
-    none = {argument: None for argument, flag in absent.items() if not constexprs.get(flag, True)}
-    types = {argument: kind for argument, kind in types.items() if argument not in none}
-    constexprs = {**constexprs, **none}
-    aligned = tuple(argument for argument, kind in types.items() if kind.startswith("*"))
-    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, options, aligned)
+    flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING"}
+    flags |= dict.fromkeys(("grad", "coefficient"), "WRITE_GRAD")
+    absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
+    return pointers_aligned(name, kernel, types, {**constexprs, **absent}, options)
