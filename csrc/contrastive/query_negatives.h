@@ -179,13 +179,11 @@ SSLKERNELS_HD NegativeFactors<A> factors_of(const QueryRow<A>& row, const Negati
   return {of_negative, row.scale * row.query_inverse_norm * of_negative, score.projection};
 }
 
-}  // namespace
-
 // Scratch per thread, aligned as double.
-namespace {
 inline int64_t query_negatives_scratch_bytes(const QueryNegatives& args) {
   return (args.dim + 3 * args.count) * int64_t(sizeof(double));
 }
+
 }  // namespace
 
 // Rows [begin, end).

@@ -38,12 +38,16 @@ struct PredictionEnergyGradient {
 constexpr int64_t kFeaturePart = 4096;  // features of a row that are summed together
 constexpr int64_t kCandidatePart = 64;  // predictions of a row per unit of work
 
+namespace {  // one copy for each instruction set of the CPU
+
 inline int64_t feature_parts(const PredictionEnergy& inputs) {
   return std::max<int64_t>((inputs.dim + kFeaturePart - 1) / kFeaturePart, 1);
 }
 inline int64_t candidate_parts(const PredictionEnergy& inputs) {
   return (inputs.count + kCandidatePart - 1) / kCandidatePart;
 }
+
+}  // namespace
 
 // parts: A (batch, feature parts, count). Units [begin, end) are of (batch, feature parts, candidate parts) to fill the
 // parts, of the batch to reduce them, and of (batch, feature parts) in backward.

@@ -169,12 +169,12 @@ SSLKERNELS_HD bool ranks_before(double score, int64_t index, double best, int64_
   return score != score || score > best || (score == best && earlier);
 }
 
-}  // namespace
-
 constexpr int64_t kCodeGroup = 1024;  // codes that are summarised together, in kCodeLanes blocks
 constexpr int64_t kCodeLanes = 32;    // blocks per group
 
 inline int64_t code_blocks(int64_t codes) { return (codes + kCodeGroup - 1) / kCodeGroup * kCodeLanes; }
+
+}  // namespace
 
 SSLKERNELS_CPU_KERNELS(void code_tile(const CodeTile& tile, int64_t begin, int64_t end);
                        void code_block_norms(const CodeScores& scores, void* block_norm);
