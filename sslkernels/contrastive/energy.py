@@ -268,9 +268,7 @@ def _over_ranks(
     return column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss, statistics
 
 
-def _positive_index(
-    tensors: PairTensors, given: EnergyOptions, function: str, keys: int, start: int
-) -> Tensor | None:
+def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, keys: int, start: int) -> Tensor | None:
     """The positive of each row (int64) among the keys of all ranks; None for row i in a single process.
 
     keys: how many keys this rank has; start: the index of its first one; tensors.key_ids: of all ranks.
