@@ -129,7 +129,7 @@ class GradientOutputs(NamedTuple):
 
 
 class PairKernels:
-    """The kernels of one backend. This class: products by torch's matmul, sums and gradients by kernels that read them."""
+    """The kernels of one backend. Here products come from torch's matmul, and other kernels read them."""
 
     def row_block(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
         """(rows of a row block, whether its tiles need memory for their products); gradient: whether `add_gradients`
