@@ -102,14 +102,7 @@ def cases() -> list[dict]:
         (None, "some"), ("ignore", "positive"), (False, True),
     ):  # fmt: skip
         case = {**DEFAULTS, "energy": energy, "direction": direction, "positive": positive, "ids": ids}
-        case = {
-            **case,
-            "same_id": same_id,
-            "exclude_self": exclude,
-            "shape": "square",
-            "negatives": "masked",
-            "bank": 3,
-        }
+        case |= {"same_id": same_id, "exclude_self": exclude, "shape": "square", "negatives": "masked", "bank": 3}
         case["label_smoothing"] = 0.2 if energy == "softmax" else 0.0
         if allowed(case) and (ids is not None or same_id == "ignore"):
             found["-".join(map(str, (energy, direction, positive, ids, same_id, exclude)))] = case

@@ -239,8 +239,8 @@ def float16_case(rows, dtype, energy):
 
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_float16_gradients_of_a_large_batch(energy):
-    """With a loss scale, as in float16 training, the gradients equal those of float32 to float16's precision. N = 16384:
-    1 / N times a probability underflows in float16, so 1 / N must not enter the half-precision tile."""
+    """With a loss scale, as in float16 training, the gradients equal those of float32 to float16's precision. With
+    N = 16384, 1 / N times a probability underflows in float16: 1 / N must not enter the half-precision tile."""
     loss_scale = 2.0**16
     results = {}
     for dtype in (torch.float16, torch.float32):

@@ -276,9 +276,9 @@ def bounds(inputs: Inputs, want: dict[str, Tensor]) -> dict[str, Tensor]:
         value_error = score_error.sum(1) + negatives_rounding * terms.sum(1)
     weight_error = weight_error + tiny
 
-    direction = (r.unsqueeze(1) * x).unsqueeze(1) + (size * rho).unsqueeze(2) * n * (
-        inputs.query_inverse_norm is not None
-    )
+    direction = (r.unsqueeze(1) * x).unsqueeze(1)
+    if inputs.query_inverse_norm is not None:
+        direction = direction + (size * rho).unsqueeze(2) * n
     whole = scale.abs() * rho
     with_weight = (whole * (weight_error + 2 * columns_rounding * weight)).unsqueeze(2)
     grad_negatives = with_weight * direction + (whole * weight * similarity_error * rho).unsqueeze(2) * n
