@@ -29,7 +29,7 @@ from sslkernels.core.scale import scaled
 
 
 class CallConfig(NamedTuple):
-    """What a call is given besides tensors and the energy's options. function: the name of the public function."""
+    """The other arguments of a call, besides tensors and options. function: the name of the public function."""
 
     function: str
     reduction: str = "mean"

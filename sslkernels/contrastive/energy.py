@@ -50,7 +50,7 @@ class EnergyOptions(NamedTuple):
 class ContrastiveStats(NamedTuple):
     """Statistics of a contrastive energy, detached; they say whether the features collapse.
 
-    Per query (N,), over its candidates (where the loss is that of columns, the keys alone): lse, log-sum-exp of the
+    Per query (N,), over its candidates (for the column direction the keys alone): lse, log-sum-exp of the
     scores; positive, the score of the positive (with extra positives the mean over all of them); rank (int64), how many
     candidates that are no positives score higher than the positive, by more than the rounding of a score; top1: rank is
     0. A query without a positive has positive 0, rank -1, top1 False. Scalars, of the normalised features (Wang and
@@ -91,7 +91,7 @@ def contrastive_energy(
     process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against those of negatives.
+    """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against negatives.
 
     The scores s = logit_scale * <x, y> + logit_bias of all queries and keys are never materialised as a whole: they go
     through a buffer, a block of rows at a time. With s_p the score of a query's positive and sums over its candidates
@@ -131,8 +131,8 @@ def contrastive_energy(
         reduction: "mean", over the queries that have a positive (in "sigmoid" over all); "sum"; "none": `(N,)`. A query
             without any positive has loss 0. With `direction="column"` row i is the loss of its key's column.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
-            each query, and the queries of all of each key. The loss is that of the local rows; gradients averaged over
-            the ranks, as DistributedDataParallel does, are those of the mean of the ranks' losses. Each rank has
+            each query, and the queries of all ranks of each key. The loss is that of the local rows; gradients averaged
+            over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each rank has
             its own `bank`. How many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
@@ -310,7 +310,7 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor) -> T
 
 
 def _compute_dtype(function: str, tensors: PairTensors) -> torch.dtype:
-    """The dtype of the matmuls: autocast's, else that of the features."""
+    """The dtype of the matmuls: autocast's, else the dtype of the features."""
     query = tensors.query
     others = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
     dtypes = [query.dtype, *(tensor.dtype for tensor in others.values() if tensor is not None)]

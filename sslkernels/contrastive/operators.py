@@ -1,4 +1,4 @@
-"""The raw operators of the contrastive energies: what they take and give, and the kernels of each backend."""
+"""The raw operators of the contrastive energies: their signatures, and the kernels of each backend."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NORM_EPS = 1e-12
 
 
 class PairSetup:
-    """What is known of a contrastive loss before the first tile.
+    """The parts of a contrastive loss that are known before the first tile.
 
     query, key, bank: features in the dtype of the matmuls; query_norm, key_norm, bank_norm: their inverse norms where
     they are normalised; mutual: key is query; negatives: the per-query negatives, as they are. positive_u, score: u and

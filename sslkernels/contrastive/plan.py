@@ -27,7 +27,7 @@ normalised copy of the features is materialised.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,8 @@ from sslkernels.contrastive.statistics import Statistics, running_sums
 # Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal.
 MUTUAL_ROW_BLOCKS = 16
 TILE_ROWS = 128
+
+Record = TypeVar("Record", RowSums, ColumnSums, SideGrad)
 
 
 def forward(
@@ -127,7 +129,7 @@ class _Candidates(NamedTuple):
 
 class _TileSpec(NamedTuple):
     """A tile of a row block: which columns of the candidates, and what is summed over it. twice: the tile is on the
-    diagonal and holds each pair of its rows in both orders."""
+    diagonal and contains each pair of its rows in both orders."""
 
     candidates: _Candidates
     rows: slice
@@ -226,7 +228,7 @@ class _Plan:
     def _add_weighted(self, rows: slice, tiles: list[tuple[_TileSpec, Tile]]) -> None:
         """Sums and gradient of rows whose candidates are frozen: the gradient is a sum of candidates weighted by
         probabilities, which are known up to one factor per row."""
-        setup, sums = self.setup, self._rows_of_sums(rows)
+        setup, sums = self.setup, _sliced(self.row_sums, rows)
         weighted = setup.query.new_zeros(setup.query[rows].shape, dtype=setup.acc)
         weighted_u = torch.zeros_like(setup.score[rows])
         for _, tile in tiles:
@@ -278,9 +280,6 @@ class _Plan:
         self.kernels.begin(tile)
         return tile
 
-    def _rows_of_sums(self, rows: slice) -> RowSums:
-        return RowSums(*_sliced(self.row_sums, rows))
-
     def _add_sums(self, spec: _TileSpec, tile: Tile) -> None:
         setup, statistics, rows, columns = self.setup, self.statistics, spec.rows, spec.columns
         thresholds = Thresholds(
@@ -294,11 +293,11 @@ class _Plan:
             norms = (query_norm[rows], key_norm[columns])
 
         def row_sums(sums: RowSums) -> RowSums:
-            part = RowSums(*_sliced(sums, rows))
+            part = _sliced(sums, rows)
             return part if norms is not None else part._replace(uniformity_sum=None)
 
         by_row = row_sums(self.row_sums) if spec.rows_summed and not self.fused else None
-        by_column = ColumnSums(*_sliced(self.column_sums, columns)) if spec.columns_summed else None
+        by_column = _sliced(self.column_sums, columns) if spec.columns_summed else None
         if by_row is not None or by_column is not None:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
         if statistics is not None and not statistics.shares_sums and not spec.candidates.pairs:
@@ -307,16 +306,16 @@ class _Plan:
 
     def _add_gradient(self, spec: _TileSpec, tile: Tile) -> None:
         grads, candidates, rows, columns = self.grads, spec.candidates, spec.rows, spec.columns
-        row = SideGrad(*_sliced(self.row, rows)) if candidates.rows else SideGrad()
-        column = SideGrad(*_sliced(self.column, columns)) if candidates.columns else SideGrad()
+        row = _sliced(self.row, rows) if candidates.rows else SideGrad()
+        column = _sliced(self.column, columns) if candidates.columns else SideGrad()
         if self.setup.mutual:
-            column = SideGrad(*_sliced(self.row, columns))
+            column = _sliced(self.row, columns)
         outputs = GradientOutputs(
             dot=torch.zeros_like(grads.dot[rows]) if spec.twice else grads.dot[rows],
             total=grads.total[rows],
             queries=None if grads.query is None else grads.query[rows],
             candidates=None if candidates.gradient is None or spec.twice else candidates.gradient[columns],
-            row_sums=self._rows_of_sums(rows) if self.fused else None,
+            row_sums=_sliced(self.row_sums, rows) if self.fused else None,
         )
         self.kernels.add_gradients(tile, row, column, outputs)
         if spec.twice:
@@ -327,7 +326,7 @@ class _Plan:
         setup, options = self.setup, self.setup.options
         if not options.rows:
             return
-        sums = self._rows_of_sums(rows)
+        sums = _sliced(self.row_sums, rows)
         score, counted = setup.score[rows], setup.positives.counted[rows]
         if options.energy == SOFTMAX:
             others = log_sum(sums).to(setup.acc)
@@ -402,7 +401,7 @@ class _Plan:
             wide = score.double().masked_fill(~positives.has, 0)
 
             def without_own_pair(values: Tensor | None) -> Tensor | None:
-                """Sums over the column of each row: without its own pair, with those of other rows."""
+                """Sums over the column of each row, without its own pair but with the positives of other rows."""
                 return None if values is None else positives.gather(positives.scatter_add(wide, values.clone())) - score
 
             others_sums = sums._replace(
@@ -436,7 +435,7 @@ class _Plan:
         # In a row without a positive every exponential is 0.
         reference = torch.logaddexp(others, score).masked_fill(~setup.positives.counted[rows], float("inf"))
         self.row.reference[rows] = reference
-        self.grads.positive_score[rows] += softmax_slope(setup, SideGrad(*_sliced(self.row, rows)), others, score)
+        self.grads.positive_score[rows] += softmax_slope(setup, _sliced(self.row, rows), others, score)
 
     def _finish_column_side(self) -> None:
         """The same for columns, where a key may be the positive of several rows."""
@@ -456,5 +455,6 @@ class _Plan:
         self.grads.positive_score += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
 
 
-def _sliced(record: tuple[Tensor | None, ...], at: slice) -> tuple[Tensor | None, ...]:
-    return tuple(None if v is None else v[at] for v in record)
+def _sliced(record: Record, at: slice) -> Record:
+    """A record of views of its tensors."""
+    return type(record)(*(None if v is None else v[at] for v in record))

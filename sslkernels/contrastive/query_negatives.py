@@ -53,8 +53,8 @@ class RowMerge(NamedTuple):
 
 
 class NegativeOutputs(NamedTuple):
-    """scores (N, K), value (N,), and the gradients, those of logit_scale and logit_bias per row; an output that is not
-    wanted has no elements, except value, which is always wanted."""
+    """scores (N, K), value (N,), and the gradients (of logit_scale and logit_bias: one per row). Outputs that are not
+    wanted have no elements; value is always wanted."""
 
     scores: Mutated
     value: Mutated

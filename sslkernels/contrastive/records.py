@@ -1,4 +1,4 @@
-"""What the raw operators of the contrastive energies take and give."""
+"""Records that the raw operators of the contrastive energies take and return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from sslkernels.core.dtypes import accumulation_dtype
 class PairInputs(NamedTuple):
     """Features and numbers of a contrastive energy, shaped as in `contrastive_energy`.
 
-    key: None stands for the queries, whose positives must then be mutual: j is the positive of i where i is that of j.
+    key: None stands for the queries, whose positives must then be mutual: if j is
+    the positive of i, i is the positive of j.
     positive (N,) int64: the row of each query's key, `NO_POSITIVE` or `INVALID_POSITIVE`; None: row i. self_index (N,)
     int64: the key that is the query itself and so no candidate. logit_scale, logit_bias: one element each; the raw
     operators take them as (1,) in the accumulation dtype.
@@ -60,8 +61,8 @@ class PairWanted(NamedTuple):
 
 
 class PairState(NamedTuple):
-    """What the backward of a softmax needs, empty for other energies: the log-sum-exp of each row without its positive,
-    of each key's column, and of each row's column without its own pair."""
+    """Saved for the backward of a softmax, empty for other energies: the log-sum-exp of each row without its positive, of
+    each key's column, and of each row's column without its own pair."""
 
     row_others: Tensor
     column_lse: Tensor
@@ -82,8 +83,8 @@ class PairStatistics(NamedTuple):
 class PairGradients(NamedTuple):
     """Gradients divided by `scale` (0-d), empty where not wanted.
 
-    Each has the dtype of its tensor, but those of a float16 query, key or bank are float32, and those of logit_scale
-    and logit_bias are (1,) in the accumulation dtype.
+    Each has the dtype of its tensor, with two exceptions: the gradients of a float16 query, key or bank are float32,
+    and the gradients of logit_scale and logit_bias are (1,) in the accumulation dtype.
     """
 
     query: Tensor

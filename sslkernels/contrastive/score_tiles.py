@@ -1,6 +1,6 @@
 """Tiles of pair scores: the mechanism of every contrastive energy.
 
-A tile holds the dot products of some queries (rows) with some candidates (columns). With u = product * row_norm *
+A tile is the dot products of some queries (rows) with some candidates (columns). With u = product * row_norm *
 column_norm, the score is s = logit_scale * u + logit_bias. A backend is a `PairKernels`: sums over the rows, sums over
 the columns, and the gradient in place of the products. Sums are running sums, so that a row may occur in several tiles.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows
 
-# Bytes of the buffer that holds the products of a row block.
+# Bytes of the buffer for the products of a row block.
 WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 SOFTMAX, SIGMOID, HINGE = 0, 1, 2
@@ -77,7 +77,7 @@ class ColumnSums(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Running sums per row: those of `ColumnSums`, and two statistics. uniformity_sum: of exp(4 cosine - 4), which is
+    """Running sums per row: the fields of `ColumnSums`, and two statistics. uniformity_sum: of exp(4 cosine - 4), which is
     exp(-2 distance^2) of the normalised features; num_above_positive (int64): how many s > positive_score that are no
     extra positives."""
 
@@ -95,7 +95,7 @@ class RowSums(NamedTuple):
 
 
 class SideGrad(NamedTuple):
-    """What the rows, or the columns, add to the gradient of a score; weight None: nothing.
+    """The part of the rows, or of the columns, in the gradient of a score; weight None: no part.
 
     softmax: weight * exp(s - reference) - share (extra positives) - smoothing, where reference is the log-sum-exp;
     sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
@@ -109,7 +109,7 @@ class SideGrad(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """What scores are compared with: row and column for hinge; positive_score (rows) for `num_above_positive`."""
+    """Scores are compared with these: row and column for hinge; positive_score (rows) for `num_above_positive`."""
 
     row: Tensor | None
     column: Tensor | None
@@ -117,9 +117,12 @@ class Thresholds(NamedTuple):
 
 
 class GradientOutputs(NamedTuple):
-    """What `add_gradients` adds to: per row the sum of gradient * u and the sum of the gradient, float64; the gradients
-    of queries and candidates before logit_scale, in the accumulation dtype, None where not wanted; where `fuses_sums`,
-    the sums of the rows."""
+    """Accumulators of `add_gradients`.
+
+    dot, total: per row the sum of gradient * u and the sum of the gradient, float64. queries, candidates: their
+    gradients before logit_scale, in the accumulation dtype, None where not wanted. row_sums: the sums of the rows, if
+    `fuses_sums`.
+    """
 
     dot: Tensor
     total: Tensor

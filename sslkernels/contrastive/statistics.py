@@ -13,7 +13,7 @@ from sslkernels.contrastive.softmax_loss import log_sum
 
 
 def running_sums(setup: PairSetup, count: int, softmax: bool) -> ColumnSums:
-    """The sums of `count` rows or columns before the first tile; softmax False: those of the loss's own energy."""
+    """The sums of `count` rows or columns before the first tile; softmax False: the sums of a sigmoid or hinge."""
     query, options = setup.query, setup.options
 
     def zeros(needed: bool = True) -> Tensor | None:

@@ -30,7 +30,7 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
 
 
 class Ranks:
-    """How many rows each rank has; those of this rank are [start, stop) of all."""
+    """How many rows each rank has; this rank has the rows [start, stop) of all."""
 
     def __init__(self, group: Any, rank: int, counts: list[int]) -> None:
         self.group = group

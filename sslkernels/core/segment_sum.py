@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(sorted keys, order, starts): the entries by key, those of row r at [starts[r], starts[r + 1]). Entries to ignore
+    """(sorted keys, order, starts): the entries by key, where row r has [starts[r], starts[r + 1]). Entries to ignore
     come last, with the key `rows`. Nothing synchronises."""
     narrow = rows < 2**31 - 1  # half the passes of a radix sort
     keys = (keys if narrow else keys.long()).masked_fill((keys < 0) | (keys >= rows), rows)

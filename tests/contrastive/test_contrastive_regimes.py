@@ -225,7 +225,7 @@ def test_nan_stays_in_its_row_or_columns(backend, energy, direction):
     rows = sk.contrastive_energy(x, y, energy=energy, direction=direction, reduction="none")
     if direction == "row" or energy == "sigmoid":
         assert rows.isnan().tolist() == [False, False, False, True, False]
-    else:  # every column holds the row
+    else:  # every column contains the row
         assert rows.isnan().all()
 
 

@@ -168,7 +168,7 @@ def test_sums_of_one_side(device, energy, sides):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
 def test_sums_of_half_precision(device, small_supertiles, fixed_shift, dtype, normalize):
-    """Products are exact and accumulate in float32: the tolerance is that of float32."""
+    """Products are exact and accumulate in float32: the tolerance is float32's."""
     tile = make_tile(device, 100, 200, 64, dtype, SOFTMAX, normalize=normalize, scale=20.0)
     check_sums(tile, statistics=True)
 

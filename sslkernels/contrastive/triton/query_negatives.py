@@ -110,7 +110,7 @@ def _log_add_exp(a, b):
 
 @triton.jit
 def _energy(score, valid, threshold, ENERGY: tl.constexpr):
-    """What scores add to a sigmoid or hinge energy."""
+    """The sum of the scores' terms in a sigmoid or hinge energy."""
     if ENERGY == 1:
         term = tl.where(score < 0.0, 0.0, score) + log1p(tl.exp(-tl.abs(score)))
     else:

@@ -1,4 +1,4 @@
-"""What the kernels of tiles of pair scores share: products, scores, their masks, and block sizes.
+"""Shared by the kernels of tiles of pair scores: products, scores, their masks, and block sizes.
 
 Queries (rows, D) and candidates (columns, D) are row-major. A block of scores is s = (product * column_norm) *
 (logit_scale * row_norm) + logit_bias in float32. The formulas are symmetric in rows and columns, so that the

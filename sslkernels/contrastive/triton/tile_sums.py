@@ -100,8 +100,8 @@ def row_block(count: int, columns: int, workspace: int) -> int:
 
 
 class _Launch(NamedTuple):
-    """What launches of `pair_sums_kernel` for a tile share. inputs: its tensors up to `positive_score` and the cosine
-    norms."""
+    """The arguments that all launches for a tile share. inputs: the first parameters of `pair_sums_kernel`, up to the
+    cosine norms."""
 
     tile: Any
     inputs: tuple[Tensor | None, ...]
