@@ -61,8 +61,8 @@ class PairWanted(NamedTuple):
 
 
 class PairState(NamedTuple):
-    """Saved for the backward of a softmax, empty for other energies: the log-sum-exp of each row without its positive, of
-    each key's column, and of each row's column without its own pair."""
+    """Saved for the backward of a softmax, empty for other energies: the log-sum-exp of each row without its positive,
+    of each key's column, and of each row's column without its own pair."""
 
     row_others: Tensor
     column_lse: Tensor

@@ -77,9 +77,11 @@ class ColumnSums(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Running sums per row: the fields of `ColumnSums`, and two statistics. uniformity_sum: of exp(4 cosine - 4), which is
-    exp(-2 distance^2) of the normalised features; num_above_positive (int64): how many s > positive_score that are no
-    extra positives."""
+    """Running sums per row: the fields of `ColumnSums`, and two statistics.
+
+    uniformity_sum: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features. num_above_positive
+    (int64): how many s > positive_score, extra positives not counted.
+    """
 
     max: Tensor | None
     sum: Tensor
