@@ -206,6 +206,11 @@ def _run(launch: _Launch, sides: tuple[_Side, _Side]) -> None:
 
 
 def aot_signatures() -> Iterator[AotEntry]:
+    yield from _sums_entries()
+    yield from _merge_entries()
+
+
+def _sums_entries() -> Iterator[AotEntry]:
     softmax, hinge = ("max", "sum"), ("sum", "active")
     every_softmax, statistics = (*softmax, "score_sum", "positive_sum"), ("uniformity_sum", "num_above_positive")
     for name, dtype, dim, energy, fixed, rows, columns, options in (
@@ -222,7 +227,7 @@ def aot_signatures() -> Iterator[AotEntry]:
         ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, False, softmax, softmax, ("norm",)),
         ("rerun", torch.float16, 768, ENERGY_SOFTMAX, False, softmax, softmax, ("norm", "flag")),
         ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias")),
-        ("id", torch.float16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias", "id")),
+        ("extra", torch.float16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias", "id")),
         ("plain", torch.bfloat16, 768, ENERGY_HINGE, False, hinge, hinge, ("norm",)),
         ("plain", torch.float32, 19, ENERGY_HINGE, False, hinge, hinge, ()),
     ):  # fmt: skip
@@ -250,6 +255,9 @@ def aot_signatures() -> Iterator[AotEntry]:
             label = f"pair-sums-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}{'-fixed' * fixed}"
             entry = pointers_aligned(label, pair_sums_kernel, types, constexprs, chosen.options)
             yield entry._replace(architectures=(10 * generation[0],))
+
+
+def _merge_entries() -> Iterator[AotEntry]:
     types = dict.fromkeys(pair_merge_kernel.arg_names, "*fp32")
     types |= {f"running_{name}": "*fp64" for name in _Sums._fields if name != "max"}
     types |= {"running_num_above_positive": "*i64", "incomplete": "*i8", "flag": "*i32", "least": "fp32"}
@@ -257,7 +265,7 @@ def aot_signatures() -> Iterator[AotEntry]:
     for name, present, none, fixed in (
         ("every", _Sums._fields, ("incomplete", "flag"), False),
         ("fixed", _Sums._fields, ("part_max",), True),
-        ("rerun", softmax, ("flag",), False),
+        ("rerun", ("max", "sum"), ("flag",), False),
         ("plain", ("sum",), ("incomplete", "flag"), False),
     ):
         lacking = [f"{way}_{field}" for way in ("running", "part") for field in _Sums._fields if field not in present]
