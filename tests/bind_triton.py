@@ -21,12 +21,24 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import sslkernels as sk
-from sslkernels.contrastive.score_tiles import SIGMOID, SOFTMAX, ColumnSums, Labels, RowSums, Side, Thresholds, Tile
+from sslkernels.contrastive.query_negatives import NegativeInputs, NegativeOutputs, RowMerge
+from sslkernels.contrastive.score_tiles import (
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    GradientOutputs,
+    Labels,
+    RowSums,
+    SideGrad,
+    Thresholds,
+    Tile,
+)
 from sslkernels.contrastive.triton import tile_sums
-from sslkernels.contrastive.triton.query_negatives import own_negatives
+from sslkernels.contrastive.triton.query_negatives import query_negatives
 from sslkernels.contrastive.triton.tile_gradients import add_gradients
 from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
 from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
+from sslkernels.contrastive.word2vec import Indices, Outputs, Tables
 from sslkernels.core import backends
 from sslkernels.core.triton.segment_sum import weighted_row_sums
 from sslkernels.latent.triton.free_energy import free_energy_bwd, free_energy_fwd
@@ -84,11 +96,14 @@ def bind_own(size: int, every: bool) -> None:
     query, negatives = torch.zeros(rows, dim, dtype=torch.bfloat16), torch.zeros(rows, count, dim, dtype=torch.bfloat16)
     one, values = torch.ones(1), torch.zeros(rows)
     mask = torch.ones(rows, count, dtype=torch.bool) if every else None
-    outputs = (torch.zeros(rows, count), values, query.float(), torch.zeros_like(negatives), values, values)
-    empty = torch.zeros(0)
-    some = (values, one, one, 0, values, values, values) if every else (None, one, None, 1, None, None, None)
-    outputs = outputs if every else (empty, values, *[empty] * 4)
-    own_negatives(query, negatives, mask, *some, False, outputs)
+    if every:
+        inputs = NegativeInputs(query, negatives, mask, values, one, one)
+        merge = RowMerge(SOFTMAX, values, values, values, False)
+        wide = (torch.zeros(rows, count), values, query.float(), torch.zeros_like(negatives), values, values)
+        return query_negatives(inputs, merge, NegativeOutputs(*wide))
+    inputs = NegativeInputs(query, negatives, mask, None, one, None)
+    outputs = NegativeOutputs(*[torch.zeros(0)] * 6)._replace(value=values)
+    query_negatives(inputs, RowMerge(SIGMOID, None, None, None, False), outputs)
 
 
 def bind_gaussian(columns: int, every: bool) -> None:
@@ -108,8 +123,9 @@ def bind_negative_sampling(dim: int, every: bool) -> None:
     pairs, negatives = 2, dim if every else 1
     index, table = torch.zeros(pairs, dtype=index_dtype), torch.zeros(3, dim, dtype=torch.float16)
     drawn = torch.zeros(pairs, negatives, dtype=index_dtype)
-    slopes, direction = (torch.zeros(pairs, 1 + negatives), torch.zeros(pairs, dim)) if every else (None, None)
-    negative_sampling_fwd(index, index, drawn, table, table, torch.zeros(pairs), slopes, direction, every)
+    shapes = ((pairs, 1 + negatives), (pairs, dim)) if every else (0, 0)
+    outputs = Outputs(torch.zeros(pairs), *(torch.zeros(shape) for shape in shapes))
+    negative_sampling_fwd(Tables(table, table), Indices(index, index, drawn), every, outputs)
     keys, order = torch.zeros(2 * pairs, dtype=torch.int32), torch.arange(2 * pairs)
     source, source_index = (table, index) if every else (torch.zeros(2 * pairs, dim), None)
     starts = torch.zeros(4, dtype=torch.int64)
@@ -181,13 +197,15 @@ def bind_pairs_of(columns: int, dim: int, every: bool) -> None:
     tile_sums.add_sums(tile, rows, sums, thresholds, norms if every else None)
     tile_sums.add_sums(tile, rows, None, thresholds, norms if every else None)
     tile_sums.add_sums(tile._replace(energy=SIGMOID), RowSums(None, zeros[0], *[None] * 5), None, thresholds, None)
-    sides = [Side(*[torch.zeros(n)] * (4 if every else 2)) for n in (2, columns)]
+    sides = [SideGrad(*[torch.zeros(n)] * (4 if every else 2)) for n in (2, columns)]
     gradients = [torch.zeros(n, dim) for n in (2, columns)]
-    add_gradients(tile, *sides, zeros[0], zeros[0].clone(), *gradients)
-    add_gradients(tile, sides[0], Side(), zeros[0], zeros[0].clone(), None, None)
-    sigmoid, weight = tile._replace(energy=SIGMOID), Side(torch.zeros(2))
+    totals = (zeros[0], zeros[0].clone())
+    add_gradients(tile, *sides, GradientOutputs(*totals, *gradients))
+    add_gradients(tile, sides[0], SideGrad(), GradientOutputs(*totals, None, None))
+    sigmoid, weight = tile._replace(energy=SIGMOID), SideGrad(torch.zeros(2))
+    cost = RowSums(None, zeros[0].clone(), *[None] * 5)
     for grad_queries in (gradients[0], None):
-        add_gradients(sigmoid, weight, Side(), zeros[0], zeros[0].clone(), grad_queries, None, zeros[0].clone())
+        add_gradients(sigmoid, weight, SideGrad(), GradientOutputs(*totals, grad_queries, None, cost))
     if dim <= 256:
         frozen = RowSums(torch.zeros(2), zeros[0], *[None] * 5)
         add_weighted_sums(tile._replace(ids_positive=False), frozen, gradients[0], torch.zeros(2))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.autograd import Call, pair_loss
+from sslkernels.contrastive.autograd import CallConfig, pair_loss
 from sslkernels.contrastive.positives import INVALID_POSITIVE, NO_POSITIVE, next_of_same_id
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatistics, empty_statistics
 from sslkernels.contrastive.score_tiles import ENERGIES, HINGE, SIGMOID, SOFTMAX
@@ -18,16 +18,45 @@ from sslkernels.core.ranks import over_ranks
 NAME = "contrastive_energy"
 
 
+class PairTensors(NamedTuple):
+    """The tensor arguments of `contrastive_energy`. key None: the queries, whose positives must then be mutual."""
+
+    query: Tensor
+    key: Tensor | None
+    positive: Tensor | None = None
+    negatives: Tensor | None = None
+    negatives_mask: Tensor | None = None
+    bank: Tensor | None = None
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    row_weight: Tensor | None = None
+
+
+class EnergyOptions(NamedTuple):
+    """The options of `contrastive_energy`. in_batch False: the keys of other queries are no candidates."""
+
+    energy: str = "softmax"
+    direction: str = "row"
+    logit_scale: float | Tensor = 1.0
+    logit_bias: float | Tensor | None = None
+    normalize: bool = False
+    same_id: str = "ignore"
+    exclude_self: bool = False
+    label_smoothing: float = 0.0
+    margin: float | None = None
+    in_batch: bool = True
+
+
 class ContrastiveStats(NamedTuple):
     """Statistics of a contrastive energy, detached; they say whether the features collapse.
 
-    Per query (N,), over its candidates (where the loss is that of columns, the keys alone): lse, log-sum-exp of the
-    scores; positive, the score of the designated pair (with further positives the mean over all positives); rank
-    (int64), how many candidates that are no positives beat the designated pair, by more than the rounding of a score;
-    top1: rank is 0. A query without a positive has positive
-    0, rank -1, top1 False. Scalars, of the normalised features (Wang and Isola 2020): alignment, the mean squared
-    distance of designated pairs; uniformity, log mean exp(-2 squared distance) over the other pairs of a query and a
-    key that are candidates, 0 where all features have become the same.
+    Per query (N,), over its candidates (for the column direction the keys alone): lse, log-sum-exp of the
+    scores; positive, the score of the positive (with extra positives the mean over all of them); rank (int64), how many
+    candidates that are no positives score higher than the positive, by more than the rounding of a score; top1: rank is
+    0. A query without a positive has positive 0, rank -1, top1 False. Scalars, of the normalised features (Wang and
+    Isola 2020): alignment, the mean squared distance of a query and its positive; uniformity, log mean
+    exp(-2 squared distance) over the other pairs of a query and a key that is its candidate, 0 where all features have
+    become the same.
     """
 
     lse: Tensor
@@ -62,15 +91,15 @@ def contrastive_energy(
     process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against those of negatives.
+    """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against negatives.
 
-    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys never exist as a whole: strips of them go
-    through a buffer. With s_p the score of a query's designated key and sums over its candidates (the keys that are not
-    left out, its own negatives, the bank):
+    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys are never materialised as a whole: they go
+    through a buffer, a block of rows at a time. With s_p the score of a query's positive and sums over its candidates
+    (the keys that are not left out, its per-query negatives, the bank):
 
-        "softmax": -s_p + logsumexp(s), or with further positives P, which hold the designated one, -mean_P(s) +
-        logsumexp(s)     (InfoNCE, van den Oord et al. 2018; SupCon's L_out, Khosla et al. 2020)
-        "sigmoid": softplus(-s_p) + sum softplus(s), with softplus(-s) for further positives (SigLIP, Zhai et al. 2023)
+        "softmax": -s_p + logsumexp(s), or with extra positives -mean_P(s) + logsumexp(s) over all positives P
+        (InfoNCE, van den Oord et al. 2018; SupCon's L_out, Khosla et al. 2020)
+        "sigmoid": softplus(-s_p) + sum softplus(s), with softplus(-s) for extra positives (SigLIP, Zhai et al. 2023)
         "hinge": sum max(0, margin + s - s_p), over candidates that are no positives
 
     Args:
@@ -80,17 +109,19 @@ def contrastive_energy(
         positive: `(N,)` int64 or int32, the row of each query's key. Default: row i, which needs M >= N.
         energy: "softmax", "sigmoid" or "hinge".
         direction: "row", over the candidates of each query; "column", over the queries of each query's key;
-            "symmetric", half of each. The sigmoid energy is the same in all. Own negatives and bank take part in the
-            row direction.
-        logit_scale, logit_bias: numbers, or tensors of one element, which get exact gradients. The scale is 1 /
-            temperature, not its logarithm.
+            "symmetric", half of each. The sigmoid energy is the same in all. `negatives` and `bank` count in the row
+            direction only.
+        logit_scale: a number, or a tensor of one element, which gets its exact gradient; 1 / temperature, not its
+            logarithm.
+        logit_bias: a number, or a tensor of one element, which gets its exact gradient.
         normalize: divide every feature by max(norm, 1e-12); no normalised copy is made.
-        negatives: `(N, K, D)`, negatives of each query alone.
-        negatives_mask: `(N, K)` bool, True where a negative is used. What is masked may hold anything.
+        negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
+        negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
         bank: `(B, D)`, negatives that all queries share. A queue that may hold positives belongs behind the rows of key
             instead, with ids.
-        query_ids, key_ids: `(N,)` and `(M,)` integers. A query and a key of one id that are not the designated pair are
-            left out or, with `same_id="positive"`, are further positives (in "hinge": are no negatives).
+        query_ids: `(N,)` integers. A key with the id of a query, other than its positive, is left out or, with
+            `same_id="positive"`, is an extra positive (in "hinge": is no negative).
+        key_ids: `(M,)` integers. Default: `query_ids`, where key is query.
         same_id: "ignore" or "positive".
         exclude_self: query is key, and the pairs (i, i) are left out. With `same_id="positive"` the positives are then
             by default all others of the id.
@@ -100,15 +131,15 @@ def contrastive_energy(
         reduction: "mean", over the queries that have a positive (in "sigmoid" over all); "sum"; "none": `(N,)`. A query
             without any positive has loss 0. With `direction="column"` row i is the loss of its key's column.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
-            each query, and the queries of all of each key. The loss is that of the local rows; gradients averaged over
-            the ranks, as DistributedDataParallel does, are those of the mean of the ranks' losses. `bank` is that of
-            each rank. How many rows the ranks have is read on the host.
+            each query, and the queries of all ranks of each key. The loss is that of the local rows; gradients averaged
+            over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
+            rank has its own `bank`. How many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Returns:
         The loss, float32 (float64 for float64 features); with `return_stats` the pair (loss, statistics).
 
-    "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the products again.
+    "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the scores again.
     On a CPU a softmax over columns takes four matmuls, over rows alone and the other energies three, and two where the
     candidates are frozen. The Triton kernels take more of them where a matrix of probabilities would cost more than to
     compute scores again.
@@ -123,98 +154,56 @@ def contrastive_energy(
     >>> sk.contrastive_energy(image, text, direction="symmetric", logit_scale=scale, normalize=True).backward()
     """
     checks.tensor(NAME, "key", key, checks.FLOAT_DTYPES)
-    return pair_energy(
-        NAME, query, key, positive=positive, energy=energy, direction=direction, logit_scale=logit_scale,
-        logit_bias=logit_bias, normalize=normalize, negatives=negatives, negatives_mask=negatives_mask, bank=bank,
-        query_ids=query_ids, key_ids=key_ids, same_id=same_id, exclude_self=exclude_self,
-        label_smoothing=label_smoothing, margin=margin, row_weight=row_weight, reduction=reduction,
-        process_group=process_group, return_stats=return_stats,
-    )  # fmt: skip
+    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight)
+    options = EnergyOptions(
+        energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin
+    )
+    return pair_energy(tensors, options, CallConfig(NAME, reduction, process_group, return_stats))
 
 
 def pair_energy(
-    function: str,
-    query: Tensor,
-    key: Tensor | None,
-    *,
-    positive: Tensor | None = None,
-    energy: str = "softmax",
-    direction: str = "row",
-    logit_scale: float | Tensor = 1.0,
-    logit_bias: float | Tensor | None = None,
-    normalize: bool = False,
-    negatives: Tensor | None = None,
-    negatives_mask: Tensor | None = None,
-    bank: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    same_id: str = "ignore",
-    exclude_self: bool = False,
-    label_smoothing: float = 0.0,
-    margin: float | None = None,
-    row_weight: Tensor | None = None,
-    reduction: str = "mean",
-    process_group: Any = None,
-    return_stats: bool = False,
-    in_batch: bool = True,
+    tensors: PairTensors, given: EnergyOptions, call: CallConfig
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    """`contrastive_energy` under the name of the public `function` that calls it. key None: the queries, where
-    `positive` is known to be mutual. in_batch False: the keys of other queries are no candidates."""
-    if key is query and query_ids is not None and key_ids is None:
-        key_ids = query_ids
-    checks.choice(function, "energy", energy, ENERGIES)
-    checks.choice(function, "direction", direction, ("row", "column", "symmetric"))
-    checks.choice(function, "same_id", same_id, ("ignore", "positive"))
-    checks.choice(function, "reduction", reduction, ("none", "mean", "sum"))
-    checks.boolean(function, "normalize", normalize)
-    checks.boolean(function, "exclude_self", exclude_self)
-    _check_tensors(
-        function, query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight, exclude_self
-    )
-    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
-        must = "be a torch.distributed.ProcessGroup or None"
-        checks.fail(TypeError, function, "process_group", must, type(process_group).__name__)
-    if same_id == "positive" and query_ids is None:
-        checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
-    checks.number(function, "label_smoothing", label_smoothing, low=0.0, high=1.0)
-    kind = ENERGIES.index(energy)
-    if label_smoothing > 0 and kind != SOFTMAX:
-        checks.fail(ValueError, function, "label_smoothing", 'be 0 unless energy is "softmax"', label_smoothing)
-    if margin is not None:
-        checks.number(function, "margin", margin)
-        if kind != HINGE:
-            checks.fail(ValueError, function, "margin", 'be None unless energy is "hinge"', margin)
-    acc = accumulation_dtype(query.dtype)
-    scale = _scalar(function, "logit_scale", logit_scale, query, acc)
-    bias = None if logit_bias is None else _scalar(function, "logit_bias", logit_bias, query, acc)
-    compute_dtype = _compute_dtype(function, query, key, bank, negatives)
+    """`contrastive_energy` under the name of the public function that calls it."""
+    if tensors.key is tensors.query and tensors.query_ids is not None and tensors.key_ids is None:
+        tensors = tensors._replace(key_ids=tensors.query_ids)
+    _check_choices(given, call)
+    _check_tensors(call.function, tensors, given.exclude_self)
+    _check_numbers(tensors, given, call)
+    query = tensors.query
+    scale = _scalar(call.function, "logit_scale", given.logit_scale, query)
+    bias = None if given.logit_bias is None else _scalar(call.function, "logit_bias", given.logit_bias, query)
+    compute_dtype = _compute_dtype(call.function, tensors)
 
-    further = same_id == "positive" and query_ids is not None
-    if exclude_self and positive is None and not further:
+    kind = ENERGIES.index(given.energy)
+    ids_positive = given.same_id == "positive"
+    if given.exclude_self and tensors.positive is None and not ids_positive:
         must = 'be given with exclude_self (unless same_id="positive" makes positives)'
-        checks.fail(ValueError, function, "positive", must, None)
+        checks.fail(ValueError, call.function, "positive", must, None)
     options = PairOptions(
         kind,
-        rows=direction != "column" or kind == SIGMOID,
-        columns=direction != "row" and kind != SIGMOID,
-        in_batch=in_batch,
-        ids_positive=further and kind != HINGE,
-        normalize=normalize,
-        label_smoothing=float(label_smoothing),
-        margin=0.2 if margin is None else float(margin),
+        rows=given.direction != "column" or kind == SIGMOID,
+        columns=given.direction != "row" and kind != SIGMOID,
+        in_batch=given.in_batch,
+        ids_positive=ids_positive and kind != HINGE,
+        normalize=given.normalize,
+        label_smoothing=float(given.label_smoothing),
+        margin=0.2 if given.margin is None else float(given.margin),
+        compute_dtype=compute_dtype,
     )
-    call = Call(function, compute_dtype, options, return_stats)
-    pairs = (query, key, positive, query_ids, key_ids, exclude_self, further)
-    rest = (bank, negatives, negatives_mask, scale, bias)
-    if process_group is None:
-        loss, statistics = pair_loss(_inputs(function, *pairs, *rest), call, row_weight, reduction)
+    if call.process_group is None:
+        keys = (query if tensors.key is None else tensors.key).shape[0]
+        positive = _positive_index(tensors, given, call.function, keys, 0)
+        self_index = torch.arange(query.shape[0], device=query.device) if given.exclude_self else None
+        inputs = _inputs(tensors, positive, self_index, scale, bias)
+        loss, statistics = pair_loss(inputs, options, tensors.row_weight, call)
     else:
         if torch.compiler.is_compiling():  # collectives, and row counts that the host reads
             torch._dynamo.graph_break()
-        loss, statistics = _over_ranks(process_group, pairs, rest, call, row_weight, reduction)
-    if not return_stats:
+        loss, statistics = _over_ranks(tensors, given, call, options, scale, bias)
+    if not call.return_stats:
         return loss
-    rank = statistics.beaten
+    rank = statistics.num_above_positive
     stats = ContrastiveStats(
         statistics.lse, statistics.positive, rank, rank == 0, statistics.alignment, statistics.uniformity
     )
@@ -222,92 +211,78 @@ def pair_energy(
 
 
 def _inputs(
-    function: str,
-    query: Tensor,
-    key: Tensor | None,
-    positive: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    exclude_self: bool,
-    further: bool,
-    bank: Tensor | None,
-    negatives: Tensor | None,
-    negatives_mask: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
+    tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    """Of a single process. further: ids make positives."""
-    keys = (query if key is None else key).shape[0]
-    index = _resolved(function, positive, query, keys, 0, key_ids if further else None, exclude_self)
-    itself = torch.arange(query.shape[0], device=query.device) if exclude_self else None
-    return PairInputs(query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias)
+    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, _ = tensors
+    return PairInputs(
+        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, scale, bias
+    )
 
 
 def _over_ranks(
-    group: Any, pairs: tuple, rest: tuple, call: Call, row_weight: Tensor | None, reduction: str
+    tensors: PairTensors,
+    given: EnergyOptions,
+    call: CallConfig,
+    options: PairOptions,
+    scale: Tensor,
+    bias: Tensor | None,
 ) -> tuple[Tensor, PairStatistics]:
-    """The keys of all ranks are candidates of this rank's queries. The column direction is that of rows, with the keys
-    of this rank's pairs against the queries of all ranks."""
-    query, key, positive, query_ids, key_ids, exclude_self, further = pairs
-    bank, negatives, negatives_mask, scale, bias = rest
-    options = call.options
-    if positive is not None and key is not None and options.columns:
+    """The loss of this rank's queries against the keys of all ranks.
+
+    The column direction is a row direction: the keys of this rank's pairs against the queries of all ranks.
+    """
+    query = tensors.query
+    if tensors.positive is not None and tensors.key is not None and options.columns:
         checks.fail(ValueError, call.function, "positive", "be None with a process_group over columns", "a tensor")
-    local_key = query if key is None else key
-    query_ranks, key_ranks = over_ranks(group, query, local_key)
+    local_key = query if tensors.key is None else tensors.key
+    query_ranks, key_ranks = over_ranks(call.process_group, query, local_key)
     key = key_ranks.gather(local_key)
-    key_ids = None if key_ids is None else key_ranks.gather(key_ids)
+    key_ids = None if tensors.key_ids is None else key_ranks.gather(tensors.key_ids)
+    tensors = tensors._replace(key=key, key_ids=key_ids)
     rows, start = query.shape[0], key_ranks.start
-    ids = key_ids if further else None
-    index = _resolved(call.function, positive, query, local_key.shape[0], start, ids, exclude_self)
-    own = torch.arange(start, start + rows, device=query.device)
-    index = own if index is None else index
-    itself = own if exclude_self else None
-    inputs = PairInputs(query, key, bank, negatives, negatives_mask, index, itself, query_ids, key_ids, scale, bias)
+    index = _positive_index(tensors, given, call.function, local_key.shape[0], start)
+    local_rows = torch.arange(start, start + rows, device=query.device)
+    index = local_rows if index is None else index
+    inputs = _inputs(tensors, index, local_rows if given.exclude_self else None, scale, bias)
     if not options.columns:
-        return pair_loss(inputs, call, row_weight, reduction)
-    by_row = call._replace(options=options._replace(rows=True, columns=False))
+        return pair_loss(inputs, options, tensors.row_weight, call)
+    by_row = options._replace(rows=True, columns=False)
+    keys_alone = {"bank": None, "negatives": None, "negatives_mask": None}
     row_loss, statistics = None, empty_statistics(query, False)
     if options.rows:
-        row_loss, statistics = pair_loss(inputs, by_row, row_weight, reduction)
-    elif call.stats:
+        row_loss, statistics = pair_loss(inputs, by_row, tensors.row_weight, call)
+    elif call.return_stats:
         with torch.no_grad():
-            alone = inputs._replace(bank=None, negatives=None, negatives_mask=None)
-            _, statistics = pair_loss(alone, by_row, row_weight, reduction)
+            _, statistics = pair_loss(inputs._replace(**keys_alone), by_row, tensors.row_weight, call)
     at = index.clamp(min=0)
-    turned = inputs._replace(
+    transposed = inputs._replace(
         query=key[at],
         key=query_ranks.gather(query),
-        bank=None,
-        negatives=None,
-        negatives_mask=None,
         positive=torch.where(index < 0, index, torch.arange(rows, device=index.device) + query_ranks.start),
-        self_index=at if exclude_self else None,
+        self_index=at if given.exclude_self else None,
         query_ids=None if key_ids is None else key_ids[at],
-        key_ids=None if query_ids is None else query_ranks.gather(query_ids),
+        key_ids=None if tensors.query_ids is None else query_ranks.gather(tensors.query_ids),
+        **keys_alone,
     )
-    column_loss, _ = pair_loss(turned, by_row._replace(stats=False), row_weight, reduction)
+    column_loss, _ = pair_loss(transposed, by_row, tensors.row_weight, call._replace(return_stats=False))
     return column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss, statistics
 
 
-def _resolved(
-    function: str,
-    positive: Tensor | None,
-    query: Tensor,
-    keys: int,
-    start: int,
-    ids: Tensor | None,
-    exclude_self: bool,
-) -> Tensor | None:
-    """The designated key of each row (int64) among those of all ranks, None for row i of a single one. keys, start: how
-    many keys are this rank's and where they begin; ids: of all keys, where they make positives."""
+def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, keys: int, start: int) -> Tensor | None:
+    """The positive of each row (int64) among the keys of all ranks; None for row i in a single process.
+
+    keys: how many keys this rank has; start: the index of its first one; tensors.key_ids: of all ranks.
+    """
+    query, positive, exclude_self = tensors.query, tensors.positive, given.exclude_self
     count = query.shape[0]
-    following = None
+    next_key = None
     if exclude_self:
-        following = NO_POSITIVE if ids is None else next_of_same_id(ids)[start : start + count]
+        next_key = NO_POSITIVE
+        if given.same_id == "positive":
+            next_key = next_of_same_id(tensors.key_ids)[start : start + count]
     if positive is None:
         if exclude_self:
-            return following
+            return next_key
         if keys < count:
             must = f"be given where key has fewer rows ({keys}) than query ({count})"
             checks.fail(ValueError, function, "positive", must, None)
@@ -320,10 +295,10 @@ def _resolved(
     if exclude_self:
         itself = index == torch.arange(count, device=index.device)
     index = torch.where(wrong, INVALID_POSITIVE, index + start)
-    return torch.where(itself, following, index) if exclude_self else index
+    return torch.where(itself, next_key, index) if exclude_self else index
 
 
-def _scalar(function: str, name: str, value: float | Tensor, query: Tensor, acc: torch.dtype) -> Tensor:
+def _scalar(function: str, name: str, value: float | Tensor, query: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         checks.tensor(function, name, value, checks.FLOAT_DTYPES)
         if value.numel() != 1:
@@ -331,41 +306,58 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor, acc:
         checks.same_device(function, name, value, "query", query.device)
         return value
     checks.number(function, name, value)
-    return torch.full((), float(value), dtype=acc, device=query.device)
+    return torch.full((), float(value), dtype=accumulation_dtype(query.dtype), device=query.device)
 
 
-def _compute_dtype(function: str, query: Tensor, *others: Tensor | None) -> torch.dtype:
-    """The dtype of the matmuls: autocast's, else that of the tensors."""
-    dtypes = [query.dtype, *(t.dtype for t in others if t is not None)]
+def _compute_dtype(function: str, tensors: PairTensors) -> torch.dtype:
+    """The dtype of the matmuls: autocast's, else the dtype of the features."""
+    query = tensors.query
+    others = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
+    dtypes = [query.dtype, *(tensor.dtype for tensor in others.values() if tensor is not None)]
     if checks.autocast(query.device) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(query.device.type)
-    for name, tensor in zip(("key", "bank", "negatives"), others, strict=True):
+    for name, tensor in others.items():
         if tensor is not None and tensor.dtype != query.dtype:
             must = f"have the dtype of query, {query.dtype}, outside autocast"
             checks.fail(TypeError, function, name, must, tensor.dtype)
     return query.dtype
 
 
-def _check_tensors(
-    function: str,
-    query: Tensor,
-    key: Tensor | None,
-    positive: Tensor | None,
-    negatives: Tensor | None,
-    negatives_mask: Tensor | None,
-    bank: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    row_weight: Tensor | None,
-    exclude_self: bool,
-) -> None:
+def _check_choices(given: EnergyOptions, call: CallConfig) -> None:
+    function = call.function
+    checks.choice(function, "energy", given.energy, ENERGIES)
+    checks.choice(function, "direction", given.direction, ("row", "column", "symmetric"))
+    checks.choice(function, "same_id", given.same_id, ("ignore", "positive"))
+    checks.choice(function, "reduction", call.reduction, ("none", "mean", "sum"))
+    checks.boolean(function, "normalize", given.normalize)
+    checks.boolean(function, "exclude_self", given.exclude_self)
+
+
+def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig) -> None:
+    function, group, margin = call.function, call.process_group, given.margin
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        must = "be a torch.distributed.ProcessGroup or None"
+        checks.fail(TypeError, function, "process_group", must, type(group).__name__)
+    if given.same_id == "positive" and tensors.query_ids is None:
+        checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
+    checks.number(function, "label_smoothing", given.label_smoothing, low=0.0, high=1.0)
+    if given.label_smoothing > 0 and given.energy != ENERGIES[SOFTMAX]:
+        checks.fail(ValueError, function, "label_smoothing", 'be 0 unless energy is "softmax"', given.label_smoothing)
+    if margin is not None:
+        checks.number(function, "margin", margin)
+        if given.energy != ENERGIES[HINGE]:
+            checks.fail(ValueError, function, "margin", 'be None unless energy is "hinge"', margin)
+
+
+def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> None:
+    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight = tensors
     checks.tensor(function, "query", query, checks.FLOAT_DTYPES)
     checks.dims(function, "query", query, 2, "(N, D)", high=2)
     count, dim = query.shape
-    for name, value, dims, meaning in (("key", key, 2, "(M, D)"), ("bank", bank, 2, "(B, D)")):
-        checks.tensor(function, name, value, checks.FLOAT_DTYPES, optional=name == "bank" or value is None)
+    for name, value, meaning in (("key", key, "(M, D)"), ("bank", bank, "(B, D)")):
+        checks.tensor(function, name, value, checks.FLOAT_DTYPES, optional=True)
         if value is not None:
-            checks.dims(function, name, value, dims, meaning, high=dims)
+            checks.dims(function, name, value, 2, meaning, high=2)
             checks.shape(function, name, value, (value.shape[0], dim), meaning)
     checks.tensor(function, "negatives", negatives, checks.FLOAT_DTYPES, optional=True)
     if negatives is not None:
@@ -374,9 +366,8 @@ def _check_tensors(
     checks.tensor(function, "negatives_mask", negatives_mask, (torch.bool,), optional=True)
     if negatives_mask is not None:
         if negatives is None:
-            checks.fail(
-                ValueError, function, "negatives_mask", "be None without negatives", tuple(negatives_mask.shape)
-            )
+            shape = tuple(negatives_mask.shape)
+            checks.fail(ValueError, function, "negatives_mask", "be None without negatives", shape)
         checks.shape(function, "negatives_mask", negatives_mask, negatives.shape[:2], "(N, K)")
     keys = count if key is None else key.shape[0]
     for name, value, size, meaning in (("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)")):
@@ -391,8 +382,5 @@ def _check_tensors(
     checks.shape(function, "row_weight", row_weight, (count,), "(N,)")
     if exclude_self and keys != count:
         checks.fail(ValueError, function, "key", "be the queries with exclude_self", f"{keys} rows for {count} queries")
-    for name, value in (
-        ("key", key), ("bank", bank), ("negatives", negatives), ("negatives_mask", negatives_mask),
-        ("positive", positive), ("query_ids", query_ids), ("key_ids", key_ids), ("row_weight", row_weight),
-    ):  # fmt: skip
+    for name, value in tensors._asdict().items():
         checks.same_device(function, name, value, "query", query.device)

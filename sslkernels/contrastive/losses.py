@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.energy import pair_energy
+from sslkernels.contrastive.autograd import CallConfig
+from sslkernels.contrastive.energy import EnergyOptions, PairTensors, pair_energy
 from sslkernels.core import checks
 
 
@@ -22,16 +23,17 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE of normalised features (van den Oord et al. 2018), as the package info-nce-pytorch computes it.
 
-    The scores of queries with keys never exist as a whole, nor do normalised copies of the features.
+    Neither the scores of all queries and keys nor normalised copies of the features are ever materialised.
 
     Args:
         query: `(N, D)`; float32, bfloat16, float16 or float64, as all features.
         positive_key: `(N, D)`, the key of each query.
         negative_keys: None: the keys of the other queries; `(M, D)`: negatives that all queries share; `(N, K, D)`:
-            negatives of each query alone. With negatives given the keys of other queries are none.
+            negatives of each query, which no other query sees. With negatives given, the keys of other queries are no
+            negatives.
         temperature: divides the scores; a number, or a tensor of one element, which gets its gradient.
         reduction: "mean", "sum" or "none".
-        negative_mode: "unpaired" for shared negatives, "paired" for those of each query.
+        negative_mode: "unpaired" for negatives that all queries share, "paired" for per-query ones.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype, shape or range.
 
@@ -52,25 +54,25 @@ def info_nce(
         expected = (count, negative_keys.shape[1], width) if paired else (negative_keys.shape[0], width)
         checks.shape(name, "negative_keys", negative_keys, expected, shape)
         _check_like(name, "negative_keys", negative_keys, "query", query)
+    negatives, bank = (negative_keys, None) if paired else (None, negative_keys)
     return pair_energy(
-        name,
-        query,
-        positive_key,
-        logit_scale=_inverse(name, temperature),
-        normalize=True,
-        negatives=negative_keys if paired else None,
-        bank=None if paired else negative_keys,
-        in_batch=negative_keys is None,
-        reduction=reduction,
+        PairTensors(query, positive_key, negatives=negatives, bank=bank),
+        EnergyOptions(logit_scale=_inverse(name, temperature), normalize=True, in_batch=negative_keys is None),
+        CallConfig(name, reduction),
     )
 
 
 def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, process_group: Any = None) -> Tensor:
     """NT-Xent of SimCLR (Chen et al. 2020): each of the 2 N views against its other view and all the rest.
 
-    z0, z1: `(N, D)` views, normalised here; float32, bfloat16, float16 or float64. Mean over the 2 N views. The scores
-    are symmetric: half of them are computed, a strip at a time, and each serves two rows. `temperature`: a number, or a
-    tensor of one element, which gets its gradient. `process_group`: as in `contrastive_energy`.
+    Mean over the 2 N views. The scores are symmetric: half of them are computed, a block of rows at a time, and each
+    serves two rows.
+
+    Args:
+        z0: `(N, D)`, the first view of each sample, normalised here; float32, bfloat16, float16 or float64.
+        z1: `(N, D)`, the second view of each sample, normalised here.
+        temperature: divides the scores; a number, or a tensor of one element, which gets its gradient.
+        process_group: as in `contrastive_energy`.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
 
@@ -83,14 +85,9 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, proces
     count = z0.shape[0]
     partner = torch.arange(2 * count, device=z0.device).roll(count)
     return pair_energy(
-        name,
-        torch.cat([z0, z1]),
-        None,
-        positive=partner,
-        exclude_self=True,
-        logit_scale=_inverse(name, temperature),
-        normalize=True,
-        process_group=process_group,
+        PairTensors(torch.cat([z0, z1]), None, positive=partner),
+        EnergyOptions(exclude_self=True, logit_scale=_inverse(name, temperature), normalize=True),
+        CallConfig(name, process_group=process_group),
     )
 
 
@@ -104,9 +101,15 @@ def clip_loss(
 ) -> Tensor:
     """The loss of CLIP (Radford et al. 2021) on features that the caller normalised, as open_clip's `ClipLoss`.
 
-    Half the cross-entropy of each image over all texts, half that of each text over all images; the score matrix never
-    exists. image_features, text_features: `(N, D)`. logit_scale, logit_bias: numbers or tensors of one element, with
-    exact gradients (that of the bias is 0). The scale is not clamped. `process_group`: as in `contrastive_energy`.
+    Half the cross-entropy of each image over all texts plus half the cross-entropy of each text over all images; the
+    score matrix is never materialised.
+
+    Args:
+        image_features: `(N, D)`; float32, bfloat16, float16 or float64.
+        text_features: `(N, D)`, row i belongs to row i of `image_features`.
+        logit_scale: 1 / temperature, not clamped; a number, or a tensor of one element, which gets its exact gradient.
+        logit_bias: a number, or a tensor of one element, whose gradient is 0.
+        process_group: as in `contrastive_energy`.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
 
@@ -117,13 +120,9 @@ def clip_loss(
     name = "clip_loss"
     _check_pair(name, "image_features", image_features, "text_features", text_features)
     return pair_energy(
-        name,
-        image_features,
-        text_features,
-        direction="symmetric",
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        process_group=process_group,
+        PairTensors(image_features, text_features),
+        EnergyOptions(direction="symmetric", logit_scale=logit_scale, logit_bias=logit_bias),
+        CallConfig(name, process_group=process_group),
     )
 
 
@@ -137,8 +136,16 @@ def siglip_loss(
 ) -> Tensor:
     """The loss of SigLIP (Zhai et al. 2023) on features that the caller normalised, as open_clip's `SigLipLoss`.
 
-    The sum over all pairs of softplus(-+ score), over N; the score matrix never exists, three matmuls in all. Arguments
-    and errors as those of `clip_loss`; scale and bias get exact gradients.
+    The sum over all pairs of softplus(-+ score), over N, in three matmuls; the score matrix is never materialised.
+
+    Args:
+        image_features: `(N, D)`; float32, bfloat16, float16 or float64.
+        text_features: `(N, D)`, row i belongs to row i of `image_features`.
+        logit_scale: 1 / temperature; a number, or a tensor of one element, which gets its exact gradient.
+        logit_bias: a number, or a tensor of one element, which gets its exact gradient.
+        process_group: as in `contrastive_energy`.
+
+    Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
 
     >>> import sslkernels as sk
     >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
@@ -147,13 +154,9 @@ def siglip_loss(
     name = "siglip_loss"
     _check_pair(name, "image_features", image_features, "text_features", text_features)
     return pair_energy(
-        name,
-        image_features,
-        text_features,
-        energy="sigmoid",
-        logit_scale=logit_scale,
-        logit_bias=logit_bias,
-        process_group=process_group,
+        PairTensors(image_features, text_features),
+        EnergyOptions(energy="sigmoid", logit_scale=logit_scale, logit_bias=logit_bias),
+        CallConfig(name, process_group=process_group),
     )
 
 
@@ -167,7 +170,7 @@ def _check_pair(function: str, first_name: str, first: Tensor, second_name: str,
 
 
 def _check_like(function: str, name: str, value: Tensor, of: str, reference: Tensor) -> None:
-    """Device, and outside autocast dtype, of another argument."""
+    """`value` has the device of another argument and, outside autocast, its dtype."""
     checks.same_device(function, name, value, of, reference.device)
     if value.dtype != reference.dtype and not checks.autocast(reference.device):
         must = f"have the dtype of {of}, {reference.dtype}, outside autocast"

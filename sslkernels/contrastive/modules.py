@@ -1,4 +1,4 @@
-"""Modules of joint embeddings: contrastive energies, and those that hold the temperature."""
+"""Modules of the contrastive losses, with and without a learned temperature."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sslkernels.core.modules import Options
 
 
 class ContrastiveLoss(Options):
-    """Module of `contrastive_energy`; what differs from batch to batch is an argument of forward.
+    """Module of `contrastive_energy`; the tensors of a batch are arguments of forward.
 
     >>> import sslkernels as sk
     >>> loss = sk.nn.ContrastiveLoss(direction="symmetric", logit_scale=20.0, normalize=True)
@@ -111,8 +111,8 @@ class NTXentLoss(Options):
 
 
 class _ScaledLoss(nn.Module):
-    """Holds the logarithm of the scale, and a bias. In training the former is clamped in place before it is used, as
-    CLIP does after each step: its gradient never vanishes at the limit."""
+    """Has the logarithm of the scale, and a bias, as parameters. In training log_scale is clamped in place before use,
+    as CLIP does after each step, so that its gradient does not vanish at the limit."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class _ScaledLoss(nn.Module):
 
 
 class ClipLoss(_ScaledLoss):
-    """Module of `clip_loss` that holds the temperature: scale = exp(log_scale), at most `max_logit_scale`.
+    """Module of `clip_loss` with a temperature: scale = exp(log_scale), at most `max_logit_scale`.
 
     normalize: divide the features by their norms; False for features that are normalised already.
 
@@ -175,7 +175,7 @@ class ClipLoss(_ScaledLoss):
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor | None = None
     ) -> Tensor:
-        """logit_scale: instead of the one that the module holds."""
+        """logit_scale: replaces the module's."""
         scale = self.logit_scale() if logit_scale is None else logit_scale
         if self.normalize:
             return contrastive_energy(
@@ -190,7 +190,7 @@ class ClipLoss(_ScaledLoss):
 
 
 class SigLipLoss(_ScaledLoss):
-    """Module of `siglip_loss` that holds temperature and bias; scale = exp(log_scale), at most `max_logit_scale`.
+    """Module of `siglip_loss` with temperature and bias: scale = exp(log_scale), at most `max_logit_scale`.
 
     >>> import sslkernels as sk
     >>> loss = sk.nn.SigLipLoss(normalize=True)
@@ -216,7 +216,7 @@ class SigLipLoss(_ScaledLoss):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
     ) -> Tensor:
-        """logit_scale, logit_bias: instead of those that the module holds."""
+        """logit_scale, logit_bias: replace the module's."""
         scale = self.logit_scale() if logit_scale is None else logit_scale
         bias = self.logit_bias if logit_bias is None else logit_bias
         if self.normalize:

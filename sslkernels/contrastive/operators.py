@@ -1,17 +1,21 @@
-"""The raw operators of the contrastive energies: schemas, shapes, and the kernels of each backend."""
+"""The raw operators of the contrastive energies: their signatures, and the kernels of each backend."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from sslkernels.contrastive import plan
 from sslkernels.contrastive.positives import INVALID_POSITIVE
 from sslkernels.contrastive.records import (
+    PairGradients,
     PairInputs,
     PairOptions,
     PairState,
+    PairStatistics,
     PairWanted,
     empty_gradients,
     empty_state,
@@ -19,91 +23,70 @@ from sslkernels.contrastive.records import (
 )
 from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import operator
 
-_INPUTS = len(PairInputs._fields)
-_OPTIONS = len(PairOptions._fields)
-_WANTED = len(PairWanted._fields)
+Results = tuple[Tensor, PairState, PairStatistics, PairGradients]
+# Without shared candidates there are no tiles, and only `query_negatives` runs, which has a kernel for every backend.
+WITH_TILES = {"reference": ReferencePairs(), "cpu": NativePairs(), "triton": TritonPairs()}
+WITHOUT_TILES = dict.fromkeys(("reference", "cpu", "triton", "cuda"), PairKernels())
 
 
-def _fwd(kernels: PairKernels, *args):
-    inputs, rest = PairInputs(*args[:_INPUTS]), args[_INPUTS:]
-    coefficient, compute_dtype, *flags, stats = rest
-    options, wanted = PairOptions(*flags[:_OPTIONS]), PairWanted(*flags[_OPTIONS:])
+def _fwd(
+    kernels: PairKernels,
+    inputs: PairInputs,
+    coefficient: Tensor | None,
+    options: PairOptions,
+    wanted: PairWanted,
+    stats: bool,
+) -> Results:
     positive = inputs.positive
     if positive is not None and positive.device.type == "cpu" and bool((positive == INVALID_POSITIVE).any()):
-        # Seen here by a compiled graph and by vmap; the public function has looked before and knows the index.
+        # The public function names the index, but cannot read it in a compiled graph or under vmap.
         keys = inputs.query.shape[0] if inputs.key is None else inputs.key.shape[0]
         raise ValueError(f"contrastive_energy: positive must be in [0, {keys}); got an index out of range")
-    loss, *groups = plan.forward(kernels, inputs, options, coefficient, compute_dtype, wanted, stats)
-    return (loss, *(tensor for group in groups for tensor in group))
+    return plan.forward(kernels, inputs, coefficient, options, wanted, stats)
 
 
-def _fwd_fake(*args):
-    inputs, rest = PairInputs(*args[:_INPUTS]), args[_INPUTS:]
-    coefficient, _, *flags, stats = rest
-    options, wanted = PairOptions(*flags[:_OPTIONS]), PairWanted(*flags[_OPTIONS:])
-    if coefficient is None:
-        wanted = PairWanted(*[False] * _WANTED)
+def _empty_results(
+    inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
+) -> Results:
     query = inputs.query
     loss = query.new_empty(query.shape[0], dtype=accumulation_dtype(query.dtype))
-    groups = empty_state(inputs, options), empty_statistics(query, stats), empty_gradients(inputs, wanted)
-    return (loss, *(tensor for group in groups for tensor in group))
+    gradients = empty_gradients(inputs, PairWanted() if coefficient is None else wanted)
+    return loss, empty_state(inputs, options), empty_statistics(query, stats), gradients
 
 
-def _bwd(kernels: PairKernels, grad_loss: Tensor, *args):
-    inputs, rest = PairInputs(*args[:_INPUTS]), args[_INPUTS:]
-    state, (compute_dtype, *flags) = PairState(*rest[:3]), rest[3:]
-    options, wanted = PairOptions(*flags[:_OPTIONS]), PairWanted(*flags[_OPTIONS:])
-    return tuple(plan.backward(kernels, inputs, options, grad_loss, state, compute_dtype, wanted))
+def _implementations(function: Callable[..., Any], kernels: dict[str, PairKernels]) -> dict[str, Callable[..., Any]]:
+    return {backend: partial(function, k) for backend, k in kernels.items()}
 
 
-def _bwd_fake(grad_loss, *args):
-    return tuple(empty_gradients(PairInputs(*args[:_INPUTS]), PairWanted(*args[-_WANTED:])))
+@operator("contrastive_energy", _implementations(_fwd, WITH_TILES), native_ops=NativePairs.OPS)
+def contrastive_fwd(
+    inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
+) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
+    """Losses (N,), state and statistics, and the gradients of sum(coefficient * loss) that are wanted."""
+    return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
-_TENSORS = (
-    "Tensor query, Tensor? key, Tensor? bank, Tensor? negatives, Tensor? negatives_mask, Tensor? positive, "
-    "Tensor? self_index, Tensor? query_ids, Tensor? key_ids, Tensor logit_scale, Tensor? logit_bias"
-)
-_FLAGS = (
-    "ScalarType compute_dtype, int energy, bool rows, bool columns, bool in_batch, "
-    "bool ids_positive, bool normalize, float label_smoothing, float margin, bool want_query, bool want_key, "
-    "bool want_bank, bool want_negatives, bool want_logit_scale, bool want_logit_bias"
-)
+@operator("contrastive_energy", _implementations(plan.backward, WITH_TILES), native_ops=NativePairs.OPS)
+def contrastive_bwd(
+    grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
+) -> PairGradients:
+    """The gradients of sum(grad_loss * loss), from scores computed again."""
+    return empty_gradients(inputs, wanted)
 
 
-def _pair(public: str, prefix: str, kernels: dict[str, PairKernels], native_ops: tuple[str, ...]) -> tuple[Op, Op]:
-    fwd = Op(
-        public,
-        f"{prefix}_fwd({_TENSORS}, Tensor? coefficient, {_FLAGS}, bool stats) -> ({', '.join(['Tensor'] * 16)})",
-        fake=_fwd_fake,
-        implementations={name: partial(_fwd, k) for name, k in kernels.items()},
-        native_ops=native_ops,
-        prefer=PREFERENCE,
-    )
-    bwd = Op(
-        public,
-        f"{prefix}_bwd(Tensor grad_loss, {_TENSORS}, Tensor row_others, Tensor column_lse, Tensor column_others, "
-        f"{_FLAGS}) -> ({', '.join(['Tensor'] * 7)})",
-        fake=_bwd_fake,
-        implementations={name: partial(_bwd, k) for name, k in kernels.items()},
-        native_ops=native_ops,
-        prefer=PREFERENCE,
-    )
-    return fwd, bwd
+@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=("own_negatives",))
+def per_query_contrastive_fwd(
+    inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
+) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
+    """`contrastive_fwd` where each query has only negatives of its own."""
+    return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
-contrastive_fwd, contrastive_bwd = _pair(
-    "contrastive_energy",
-    "contrastive",
-    {"reference": ReferencePairs(), "cpu": NativePairs(), "triton": TritonPairs()},
-    NativePairs.OPS,
-)
-# Without shared candidates there is no tile: the plan around `own_negatives`, which has a kernel of every backend.
-own_contrastive_fwd, own_contrastive_bwd = _pair(
-    "info_nce",
-    "own_contrastive",
-    {name: PairKernels() for name in ("reference", "cpu", "triton", "cuda")},
-    ("own_negatives",),
-)
+@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=("own_negatives",))
+def per_query_contrastive_bwd(
+    grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
+) -> PairGradients:
+    """`contrastive_bwd` where each query has only negatives of its own."""
+    return empty_gradients(inputs, wanted)

@@ -1,40 +1,41 @@
 """The contrastive energies over tiles of pair scores: the plan of every backend.
 
-Queries are taken in strips of rows. A strip's products with every shared candidate (the keys, the bank) fit a buffer
-that is reused; nothing of the size queries x keys lives. For sigmoid and hinge, and for a softmax over rows, one strip
-gives sums and then, from the same products, the gradient: three matmuls in all, two where the candidates are frozen. A
-softmax over columns needs the sums of all strips before the first gradient, and the products a second time: four.
+Queries are processed in blocks of rows. The products of a row block with every shared candidate (the keys, the bank)
+fit a buffer that is reused; no queries x keys matrix is materialised. For sigmoid and hinge, and for a softmax over
+rows, one row block gives sums and then, from the same products, the gradient: three matmuls in all, two where the
+candidates are frozen. A softmax over columns needs the sums of all row blocks before the first gradient, and therefore
+the products a second time: four.
 
-Where the queries are the keys and designate each other, scores are symmetric: a strip computes the columns from its own
-first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all.
+Where the queries are the keys and positives are mutual, scores are symmetric: a row block computes the columns from its
+own first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all.
 
-For query i with designated key j = positive[i] and scores s over its candidates,
+For query i with positive j = positive[i] and scores s over its candidates,
 
     softmax: (1 - e) * (lse_i - mean_{p in P_i} s_ip) + e * (lse_i - mean_c s_ic)      e = label_smoothing
-    sigmoid: softplus(-s_ij) + sum of softplus(s) over negatives (of softplus(-s) over further positives)
+    sigmoid: softplus(-s_ij) + sum of softplus(s) over negatives (of softplus(-s) over extra positives)
     hinge:   sum of max(0, margin + s - s_ij) over negatives
 
-with P_i the designated pair and the further positives. The column direction is the same over the queries of key j. The
-designated pair never enters a tile: its score, loss and gradient are computed from the two rows in the accumulation
-dtype, so that a confident pair keeps them in half precision too.
+with P_i the positive and the extra positives. The column direction is the same over the queries of key j. A pair of a
+query and its positive never enters a tile: its score, loss and gradient are computed from the two rows in the
+accumulation dtype, so that a confident pair keeps them in half precision too.
 
-The gradient of a feature is accumulated as if u were the product of the features as they are: with r = 1 / norm, what
-is accumulated is r times the gradient of the normalised feature, of which the gradient is what is left without its part
-along x. No normalised copy of the features exists.
+The gradient of a feature x is accumulated as if u were the product of the features as they are. With r = 1 / norm, this
+is r times the gradient of the normalised feature; projecting out the direction of x gives the gradient of x. No
+normalised copy of the features is materialised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels.contrastive.gradients import FeatureGradients
-from sslkernels.contrastive.pair_setup import Problem, inverse_norm
-from sslkernels.contrastive.query_negatives import own_negatives_
+from sslkernels.contrastive.pair_setup import PairSetup
+from sslkernels.contrastive.query_negatives import NegativeInputs, NegativeOutputs, RowMerge, query_negatives_
 from sslkernels.contrastive.records import (
     PairGradients,
     PairInputs,
@@ -50,49 +51,54 @@ from sslkernels.contrastive.score_tiles import (
     SIGMOID,
     SOFTMAX,
     ColumnSums,
+    GradientOutputs,
     Labels,
     PairKernels,
     RowSums,
-    Side,
+    SideGrad,
     Thresholds,
     Tile,
 )
+from sslkernels.contrastive.softmax_loss import log_sum, softmax_loss, softmax_slope
+from sslkernels.contrastive.statistics import Statistics, running_sums
 
-# Strips of a symmetric score matrix, whose products serve two rows each but in the blocks on the diagonal.
-MUTUAL_STRIPS = 16
+# Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal.
+MUTUAL_ROW_BLOCKS = 16
 TILE_ROWS = 128
+
+Record = TypeVar("Record", RowSums, ColumnSums, SideGrad)
 
 
 def forward(
     kernels: PairKernels,
     inputs: PairInputs,
-    options: PairOptions,
     coefficient: Tensor | None,
-    compute_dtype: torch.dtype,
+    options: PairOptions,
     wanted: PairWanted,
     stats: bool,
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
-    """Losses and statistics, and the gradients of sum(coefficient * loss) where they are wanted."""
-    plan = _Plan(kernels, inputs, options, coefficient, compute_dtype, wanted, stats)
-    plan.walk(sums=True, gradient=plan.wants_gradients and not plan.two_pass)
+    """Losses and statistics, and the gradients of sum(coefficient * loss) that are wanted."""
+    setup = PairSetup(inputs, options, coefficient, any(wanted))
+    plan = _Plan(kernels, setup, wanted, stats)
+    plan.walk(sums=True, gradient=setup.wants_gradients and not plan.two_pass)
     if options.columns:
         plan.finish_columns()
-    if plan.wants_gradients and plan.two_pass:
+    if setup.wants_gradients and plan.two_pass:
         plan.walk(sums=False, gradient=True)
-    return plan.loss, plan.state, plan.statistics(), plan.grads.results()
+    statistics = empty_statistics(setup.query, False) if plan.statistics is None else plan.statistics.results()
+    return plan.loss, plan.state, statistics, plan.grads.results()
 
 
 def backward(
     kernels: PairKernels,
-    inputs: PairInputs,
-    options: PairOptions,
     grad_loss: Tensor,
+    inputs: PairInputs,
     state: PairState,
-    compute_dtype: torch.dtype,
+    options: PairOptions,
     wanted: PairWanted,
 ) -> PairGradients:
     """The gradients of sum(grad_loss * loss), from products computed again."""
-    plan = _Plan(kernels, inputs, options, grad_loss, compute_dtype, wanted, False)
+    plan = _Plan(kernels, PairSetup(inputs, options, grad_loss, any(wanted)), wanted, stats=False)
     if options.energy == SOFTMAX:
         plan.restore(state)
         plan.walk(sums=False, gradient=True)
@@ -103,438 +109,352 @@ def backward(
     return plan.grads.results()
 
 
-class _Block(NamedTuple):
-    """Candidates that all queries share: their features, inverse norms, labels; whether a row's candidates and a
-    column's queries are summed; whether they are the keys (`spread`), or a column for each pair (`pairs`); where their
-    gradient accumulates."""
+class _Candidates(NamedTuple):
+    """Candidates that all queries share: their features, inverse norms and labels, in the order of `Labels.pairs`.
+
+    rows, columns: whether sums over each row's candidates and over each column's queries are part of the loss; keys:
+    whether they are the keys, over which uniformity is summed; pairs: whether they have a column per pair. gradient:
+    where their gradient accumulates.
+    """
 
     values: Tensor
     norm: Tensor | None
-    labels: tuple[Tensor | None, Tensor | None, Tensor | None]
-    rows: bool
-    columns: bool
-    spread: bool
-    pairs: bool
-    gradient: Tensor | None
+    labels: tuple[Tensor | None, ...]
+    rows: bool = False
+    columns: bool = False
+    keys: bool = False
+    pairs: bool = False
+    gradient: Tensor | None = None
 
 
-class _Piece(NamedTuple):
-    """The columns of a block that a strip computes, and what is summed over them. twice: the tile holds each pair of
-    the strip's rows in both orders."""
+class _TileSpec(NamedTuple):
+    """A tile of a row block: which columns of the candidates, and what is summed over it. twice: the tile is on the
+    diagonal and contains each pair of its rows in both orders."""
 
-    block: _Block
+    candidates: _Candidates
+    rows: slice
     columns: slice
     rows_summed: bool
     columns_summed: bool
-    twice: bool
+    twice: bool = False
 
 
-class _Plan(Problem):
-    """The walk over the strips of a problem, and what it adds up."""
+class _Plan:
+    """Walks over the row blocks and accumulates losses, statistics and gradients."""
 
-    def __init__(
-        self,
-        kernels: PairKernels,
-        inputs: PairInputs,
-        options: PairOptions,
-        coefficient: Tensor | None,
-        compute_dtype: torch.dtype,
-        wanted: PairWanted,
-        stats: bool,
-    ) -> None:
-        super().__init__(inputs, options, coefficient, compute_dtype, any(wanted))
+    def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted, stats: bool) -> None:
         self.kernels = kernels
-        self.stats = stats
-        self.two_pass = options.energy == SOFTMAX and (options.columns or self.mutual)
-        self.grads = FeatureGradients(self, wanted)
+        self.setup = setup
+        options = setup.options
+        self.row, self.column = setup.row, setup.column
+        self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
+        self.grads = FeatureGradients(setup, wanted)
         self.buffer: Tensor | None = None
-        self._make_blocks()
-        self._allocate_sums()
+        self.candidates = list(self._shared_candidates())
 
-    def _make_blocks(self) -> None:
-        options, pairs = self.options, self.designated
-        self.blocks: list[_Block] = []
+        softmax = options.energy == SOFTMAX
+        sums = running_sums(setup, setup.count, softmax)
+        self.row_sums = RowSums(*sums, uniformity_sum=None, num_above_positive=None)
+        columns = setup.hinge_columns() if options.energy == HINGE else setup.key.shape[0]
+        self.column_sums = sums if setup.mutual else running_sums(setup, columns, softmax)
+        self.statistics = Statistics(setup, self.row_sums) if stats else None
+        if self.statistics is not None and self.statistics.shares_sums:
+            self.row_sums = self.statistics.sums
+        self.loss = setup.query.new_zeros(setup.count, dtype=setup.acc)
+        self.state = empty_state(setup.inputs, options)
+
+    def _shared_candidates(self) -> Iterator[_Candidates]:
+        setup, grads = self.setup, self.grads
+        options, positives = setup.options, setup.positives
         if options.in_batch:
-            gathers = options.energy == HINGE and options.columns and not pairs.in_order and self.key.shape[0] > 0
-            labels = tuple(pairs.key_labels)
-            columns = options.columns and not gathers
-            self.blocks.append(
-                _Block(self.key, self.key_norm, labels, options.rows, columns, True, False, self.grads.key)
-            )
-            if gathers:
-                norm, *others = (None if v is None else v[pairs.index] for v in (self.key_norm, *labels[1:]))
-                labels = (pairs.row_labels[0], *others)
-                self.blocks.append(
-                    _Block(self.key[pairs.index], norm, labels, False, True, False, True, self.grads.pair_key)
+            by_pair = options.energy == HINGE and options.columns and not positives.in_order and setup.key.shape[0] > 0
+            columns = options.columns and not by_pair
+            yield _Candidates(
+                setup.key, setup.key_norm, tuple(positives.key_labels), options.rows, columns, keys=True,
+                gradient=grads.key,
+            )  # fmt: skip
+            if by_pair:
+                at = positives.index
+                _, *labels = positives.key_labels
+                row_positive, *_ = positives.row_labels
+                yield _Candidates(
+                    setup.key[at],
+                    None if setup.key_norm is None else setup.key_norm[at],
+                    (row_positive, *(None if label is None else label[at] for label in labels)),
+                    columns=True,
+                    pairs=True,
+                    gradient=grads.pair_key,
                 )
-        if self.bank is not None:
-            none = (None, None, None)
-            self.blocks.append(_Block(self.bank, self.bank_norm, none, True, False, False, False, self.grads.bank))
-
-    def _allocate_sums(self) -> None:
-        options = self.options
-        softmax, hinge = options.energy == SOFTMAX, options.energy == HINGE
-
-        def zeros(count: int, needed: bool = True) -> Tensor | None:
-            return self.query.new_zeros(count, dtype=torch.float64) if needed else None
-
-        def sums(count: int, softmax: bool) -> tuple[Tensor | None, ...]:
-            lowest = self.query.new_full((count,), float("-inf"), dtype=self.acc) if softmax else None
-            smooth, further = options.label_smoothing > 0, softmax and options.ids_positive
-            return (
-                lowest,
-                zeros(count),
-                zeros(count, not softmax and hinge),
-                zeros(count, smooth),
-                zeros(count, further),
-            )
-
-        n = self.count
-        self.row_sums = RowSums(*sums(n, softmax), None, None)
-        columns = self.hinge_columns() if hinge else self.key.shape[0]
-        self.column_sums = ColumnSums(*(self.row_sums[:5] if self.mutual else sums(columns, softmax)))
-        self.statistic_sums = None
-        if self.stats:
-            # Of all candidates as a softmax over rows has them, whatever the loss.
-            counting = (zeros(n), self.query.new_zeros(n, dtype=torch.int64))
-            shared = softmax and options.rows
-            self.statistic_sums = RowSums(*(self.row_sums[:5] if shared else sums(n, True)), *counting)
-            if shared:
-                self.row_sums = self.statistic_sums
-            self.own_lse = self.query.new_full((n,), float("-inf"), dtype=self.acc)
-            self.cosine_norms = (self.query_norm, self.key_norm)
-            if not options.normalize:
-                self.cosine_norms = tuple(inverse_norm(values, self.acc) for values in (self.query, self.key))
-            self.beating_score = self.score + self._rounding_of_scores()
-        self.loss = self.query.new_zeros(n, dtype=self.acc)
-        self.state = empty_state(self.inputs, options)
-
-    def _rounding_of_scores(self) -> Tensor:
-        """By how much the score of a tile may exceed that of the designated pair for the same features."""
-        sizes = torch.ones_like(self.score)
-        if not self.options.normalize:
-            sizes = 1 / (self.cosine_norms[0] * self.designated.of_columns(self.cosine_norms[1]))
-        rounding = 8 * torch.finfo(self.acc).eps * sizes
-        if self.dtype.itemsize == 2:  # of the products themselves
-            rounding = rounding + torch.finfo(self.dtype).eps * self.positive_u.abs()
-        return self.inputs.logit_scale.abs() * rounding + torch.finfo(self.acc).eps * self.score.abs()
+        if setup.bank is not None:
+            none = (None,) * len(positives.row_labels)
+            yield _Candidates(setup.bank, setup.bank_norm, none, rows=True, gradient=grads.bank)
 
     def walk(self, sums: bool, gradient: bool) -> None:
-        """Takes the strips one after the other. sums: of rows and columns, with the losses of the rows."""
-        columns = sum(block.values.shape[0] for block in self.blocks)
-        weighs = sums and gradient and self._candidates_are_frozen() and self.kernels.weighs(self.query)
-        strip, needs_products = self.kernels.strip_rows(self.count, columns, self.query, gradient and not weighs)
-        if self.mutual:
-            strip = min(strip, -(-self.count // (MUTUAL_STRIPS * TILE_ROWS)) * TILE_ROWS or 1)
+        """Processes the row blocks one after another. sums: of rows and columns, with the losses of the rows."""
+        setup, query = self.setup, self.setup.query
+        columns = sum(candidates.values.shape[0] for candidates in self.candidates)
+        weighted = sums and gradient and self._candidates_are_frozen() and self.kernels.has_weighted_sums(query)
+        height, needs_products = self.kernels.row_block(setup.count, columns, query, gradient and not weighted)
+        if setup.mutual:
+            height = min(height, -(-setup.count // (MUTUAL_ROW_BLOCKS * TILE_ROWS)) * TILE_ROWS or 1)
         if needs_products and self.buffer is None:
-            self.buffer = self.query.new_empty(strip * columns)
+            self.buffer = query.new_empty(height * columns)
         buffer = self.buffer if needs_products else None
-        self.fused = sums and gradient and self.options.energy == SIGMOID and self.kernels.fuses_sums(self.query)
-        for begin in range(0, self.count, strip):
-            rows = slice(begin, min(begin + strip, self.count))
-            tiles = [(piece, self._tile(rows, piece, products)) for piece, products in self._pieces(rows, buffer)]
-            if weighs:
-                self._walk_frozen(rows, tiles)
+        self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
+        for begin in range(0, setup.count, height):
+            rows = slice(begin, min(begin + height, setup.count))
+            tiles = [(spec, self._tile(spec, products)) for spec, products in self._tile_specs(rows, buffer)]
+            if weighted:
+                self._add_weighted(rows, tiles)
                 continue
             if sums:
-                for piece, tile in tiles:
-                    self._add_sums(rows, piece, tile)
+                for spec, tile in tiles:
+                    self._add_sums(spec, tile)
             if sums and not self.fused:
                 self._finish_rows(rows)
             if gradient:
-                for piece, tile in tiles:
-                    self._add_gradient(rows, piece, tile)
+                for spec, tile in tiles:
+                    self._add_gradient(spec, tile)
             if self.fused:
                 self._finish_rows(rows)
 
     def _candidates_are_frozen(self) -> bool:
-        """A softmax over rows whose queries alone get a gradient, and nothing of it but probabilities."""
-        plain = self.row.share is None and self.row.smoothing is None and not self.stats
-        frozen = all(block.gradient is None for block in self.blocks)
-        softmax = self.options.energy == SOFTMAX and not self.two_pass
-        return softmax and plain and frozen and self.grads.query is not None and len(self.blocks) > 0
+        """Whether this is a softmax over rows of which only the queries get a gradient, made of probabilities alone."""
+        plain = self.row.share is None and self.row.smoothing is None and self.statistics is None
+        frozen = all(candidates.gradient is None for candidates in self.candidates)
+        softmax = self.setup.options.energy == SOFTMAX and not self.two_pass
+        return softmax and plain and frozen and self.grads.query is not None and len(self.candidates) > 0
 
-    def _walk_frozen(self, rows: slice, tiles: list[tuple[_Piece, Tile]]) -> None:
-        """Of rows whose candidates are frozen: the gradient is a sum over candidates weighted by probabilities, which
-        are known up to a factor of the row."""
-        sums = RowSums(*_part(self.row_sums, rows))
-        weighted = self.query.new_zeros(self.query[rows].shape, dtype=self.acc)
-        weighted_u = torch.zeros_like(self.score[rows])
+    def _add_weighted(self, rows: slice, tiles: list[tuple[_TileSpec, Tile]]) -> None:
+        """Sums and gradient of rows whose candidates are frozen: the gradient is a sum of candidates weighted by
+        probabilities, which are known up to one factor per row."""
+        setup, sums = self.setup, _sliced(self.row_sums, rows)
+        weighted = setup.query.new_zeros(setup.query[rows].shape, dtype=setup.acc)
+        weighted_u = torch.zeros_like(setup.score[rows])
         for _, tile in tiles:
             self.kernels.weighted_sums(tile, sums, weighted, weighted_u)
         self._finish_rows(rows)
         factor = self.row.weight[rows] * (sums.max - self.row.reference[rows]).exp()
         self.grads.dot[rows] += factor * weighted_u
-        if self.query_norm is not None:
-            factor = factor * self.query_norm[rows]
+        if setup.query_norm is not None:
+            factor = factor * setup.query_norm[rows]
         self.grads.query[rows] += weighted.mul_(factor.unsqueeze(1))
 
-    def _pieces(self, rows: slice, buffer: Tensor | None) -> Iterator[tuple[_Piece, Tensor | None]]:
-        """The pieces of a strip, each with the place of its products in the buffer."""
+    def _tile_specs(self, rows: slice, buffer: Tensor | None) -> Iterator[tuple[_TileSpec, Tensor | None]]:
+        """The tiles of a row block, each with its part of the buffer."""
         begin, height = 0, rows.stop - rows.start
-        for block in self.blocks:
-            pieces = [_Piece(block, slice(0, block.values.shape[0]), block.rows, block.columns, False)]
-            if self.mutual:
-                later = slice(rows.stop, self.count)
-                pieces = [_Piece(block, rows, True, False, True), _Piece(block, later, True, True, False)]
-            for piece in pieces:
-                width = piece.columns.stop - piece.columns.start
+        for candidates in self.candidates:
+            every = slice(0, candidates.values.shape[0])
+            specs = [_TileSpec(candidates, rows, every, candidates.rows, candidates.columns)]
+            if self.setup.mutual:
+                later = slice(rows.stop, self.setup.count)
+                specs = [
+                    _TileSpec(candidates, rows, rows, rows_summed=True, columns_summed=False, twice=True),
+                    _TileSpec(candidates, rows, later, rows_summed=True, columns_summed=True),
+                ]
+            for spec in specs:
+                width = spec.columns.stop - spec.columns.start
                 if width > 0:
                     end = begin + height * width
-                    yield piece, None if buffer is None else buffer[begin:end].view(height, width)
+                    yield spec, None if buffer is None else buffer[begin:end].view(height, width)
                     begin = end
 
-    def _tile(self, rows: slice, piece: _Piece, products: Tensor | None) -> Tile:
-        block, columns = piece.block, piece.columns
+    def _tile(self, spec: _TileSpec, products: Tensor | None) -> Tile:
+        setup, candidates, rows, columns = self.setup, spec.candidates, spec.rows, spec.columns
         labels: list[Tensor | None] = []
-        for row, column in zip(self.designated.row_labels, block.labels, strict=True):
+        for row, column in zip(setup.positives.row_labels, candidates.labels, strict=True):
             paired = row is not None and column is not None
             labels += [row[rows], column[columns]] if paired else [None, None]
         tile = Tile(
-            self.query[rows],
-            block.values[columns],
+            setup.query[rows],
+            candidates.values[columns],
             products,
-            None if self.query_norm is None else self.query_norm[rows],
-            None if block.norm is None else block.norm[columns],
-            self.inputs.logit_scale,
-            self.inputs.logit_bias,
-            self.options.energy,
+            None if setup.query_norm is None else setup.query_norm[rows],
+            None if candidates.norm is None else candidates.norm[columns],
+            setup.inputs.logit_scale,
+            setup.inputs.logit_bias,
+            setup.options.energy,
             Labels(*labels),
-            self.options.ids_positive,
+            setup.options.ids_positive,
         )
         self.kernels.begin(tile)
         return tile
 
-    def _add_sums(self, rows: slice, piece: _Piece, tile: Tile) -> None:
-        block, columns = piece.block, piece.columns
-        row_threshold = None if self.row_threshold is None else self.row_threshold[rows]
-        column_threshold = None if self.column_threshold is None else self.column_threshold[columns]
-        beating = self.beating_score[rows] if self.stats else None
-        thresholds = Thresholds(row_threshold, column_threshold, beating)
-        norms = (self.cosine_norms[0][rows], self.cosine_norms[1][columns]) if self.stats and block.spread else None
+    def _add_sums(self, spec: _TileSpec, tile: Tile) -> None:
+        setup, statistics, rows, columns = self.setup, self.statistics, spec.rows, spec.columns
+        thresholds = Thresholds(
+            None if setup.row_threshold is None else setup.row_threshold[rows],
+            None if setup.column_threshold is None else setup.column_threshold[columns],
+            None if statistics is None else statistics.above_positive[rows],
+        )
+        norms = None
+        if statistics is not None and spec.candidates.keys:
+            query_norm, key_norm = statistics.cosine_norms
+            norms = (query_norm[rows], key_norm[columns])
 
         def row_sums(sums: RowSums) -> RowSums:
-            part = RowSums(*_part(sums, rows))
-            return part if norms is not None else part._replace(spread=None)
+            part = _sliced(sums, rows)
+            return part if norms is not None else part._replace(uniformity_sum=None)
 
-        by_row = row_sums(self.row_sums) if piece.rows_summed and not self.fused else None
-        by_column = ColumnSums(*_part(self.column_sums, columns)) if piece.columns_summed else None
+        by_row = row_sums(self.row_sums) if spec.rows_summed and not self.fused else None
+        by_column = _sliced(self.column_sums, columns) if spec.columns_summed else None
         if by_row is not None or by_column is not None:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
-        if self.statistic_sums is not None and self.statistic_sums is not self.row_sums and not block.pairs:
-            statistic = row_sums(self.statistic_sums)
-            thresholds = Thresholds(None, None, beating)
-            self.kernels.sums(tile._replace(energy=SOFTMAX), statistic, None, thresholds, norms)
+        if statistics is not None and not statistics.shares_sums and not spec.candidates.pairs:
+            thresholds = thresholds._replace(row=None, column=None)
+            self.kernels.sums(tile._replace(energy=SOFTMAX), row_sums(statistics.sums), None, thresholds, norms)
 
-    def _add_gradient(self, rows: slice, piece: _Piece, tile: Tile) -> None:
-        block, columns = piece.block, piece.columns
-        row = Side(*_part(self.row, rows)) if block.rows else Side()
-        column = Side(*_part(self.column, columns)) if block.columns else Side()
-        if self.mutual:
-            column = Side(*_part(self.row, columns))
-        dot = torch.zeros_like(self.grads.dot[rows]) if piece.twice else self.grads.dot[rows]
-        grad_query = None if self.grads.query is None else self.grads.query[rows]
-        grad_values = None if block.gradient is None or piece.twice else block.gradient[columns]
-        row_sums = RowSums(*_part(self.row_sums, rows)) if self.fused else None
-        total = self.grads.total[rows]
-        self.kernels.add_gradients(tile, row, column, dot, total, grad_query, grad_values, row_sums)
-        if piece.twice:
-            self.grads.dot[rows].add_(dot, alpha=0.5)
+    def _add_gradient(self, spec: _TileSpec, tile: Tile) -> None:
+        grads, candidates, rows, columns = self.grads, spec.candidates, spec.rows, spec.columns
+        row = _sliced(self.row, rows) if candidates.rows else SideGrad()
+        column = _sliced(self.column, columns) if candidates.columns else SideGrad()
+        if self.setup.mutual:
+            column = _sliced(self.row, columns)
+        outputs = GradientOutputs(
+            dot=torch.zeros_like(grads.dot[rows]) if spec.twice else grads.dot[rows],
+            total=grads.total[rows],
+            queries=None if grads.query is None else grads.query[rows],
+            candidates=None if candidates.gradient is None or spec.twice else candidates.gradient[columns],
+            row_sums=_sliced(self.row_sums, rows) if self.fused else None,
+        )
+        self.kernels.add_gradients(tile, row, column, outputs)
+        if spec.twice:
+            grads.dot[rows].add_(outputs.dot, alpha=0.5)
 
     def _finish_rows(self, rows: slice) -> None:
         """The losses of rows whose sums are complete, and what their gradient needs."""
-        options = self.options
+        setup, options = self.setup, self.setup.options
         if not options.rows:
             return
-        sums = RowSums(*_part(self.row_sums, rows))
-        score, counted = self.score[rows], self.designated.counted[rows]
+        sums = _sliced(self.row_sums, rows)
+        score, counted = setup.score[rows], setup.positives.counted[rows]
         if options.energy == SOFTMAX:
-            others = _log_sum(sums).to(self.acc)
-            own = self._add_own(rows, torch.where(counted, torch.logaddexp(others, score), others))
-            if own is not None:
-                others = torch.logaddexp(others, torch.logsumexp(own[0], 1))
+            others = log_sum(sums).to(setup.acc)
+            negatives = self._add_negatives(rows, torch.where(counted, torch.logaddexp(others, score), others))
+            if negatives is not None:
+                others = torch.logaddexp(others, torch.logsumexp(negatives.scores, 1))
             self.state.row_others[rows] = others
-            loss = self._softmax_loss(
-                others, sums, score, torch.logaddexp(others, score), self.designated.row_positives[rows],
-                self.row_candidates[rows], None if own is None else own[0],
-            )  # fmt: skip
+            counts = (setup.positives.row_positives[rows], setup.row_candidates[rows])
+            negative_scores = None if negatives is None else negatives.scores
+            loss = softmax_loss(setup, others, score, sums, *counts, negative_scores)
             self._finish_row_side(rows)
         else:
-            own = self._add_own(rows, None if self.row_threshold is None else self.row_threshold[rows])
-            loss = sums.sum.to(self.acc)
-            if own is not None:
-                loss = loss + own[1]
+            negatives = self._add_negatives(rows, None if setup.row_threshold is None else setup.row_threshold[rows])
+            loss = sums.sum.to(setup.acc)
+            if negatives is not None:
+                loss = loss + negatives.value
             if options.energy == SIGMOID:
                 loss = loss + torch.where(counted, -F.logsigmoid(score), 0)
-            if self.wants_gradients:
-                weight = self.row.weight[rows]
+            if setup.wants_gradients:
                 slope = torch.where(counted, torch.sigmoid(-score), 0) if options.energy == SIGMOID else sums.active
-                self.grads.designated[rows] -= (weight * slope).to(self.acc)
-        if own is not None and self.statistic_sums is not None:
-            self.statistic_sums.beaten[rows] += (own[0] > self.beating_score[rows].unsqueeze(1)).sum(1)
-            self.own_lse[rows] = torch.logsumexp(own[0], 1)
-        self.loss[rows] += self.half * torch.where(self.losing[rows], loss, 0)
+                self.grads.positive_score[rows] -= (self.row.weight[rows] * slope).to(setup.acc)
+        if negatives is not None and self.statistics is not None:
+            self.statistics.add_negatives(rows, negatives.scores)
+        self.loss[rows] += setup.half * torch.where(setup.has_loss[rows], loss, 0)
 
-    def _add_own(self, rows: slice, reference: Tensor | None, final: bool = False) -> tuple[Tensor, Tensor] | None:
-        """(scores, value) of the rows' own negatives, as `own_negatives`; their gradients go where they are kept."""
-        if self.own is None:
+    def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs | None:
+        """The per-query negatives of the rows: accumulates their gradients."""
+        setup, grads, inputs = self.setup, self.grads, self.setup.inputs
+        if setup.negatives is None:
             return None
-        options, inputs = self.options, self.inputs
-        weight = self.row.weight[rows] if self.wants_gradients else None
+        weight = self.row.weight[rows] if setup.wants_gradients else None
         count = rows.stop - rows.start
-        nothing = self.score.new_empty(0)
-        scores, value = self.score.new_empty(count, self.own.shape[1]), self.score.new_empty(count)
-        dot, total = (nothing if weight is None else torch.empty_like(value) for _ in range(2))
-        own_negatives_(
-            inputs.query[rows].to(self.own.dtype),
-            self.own[rows],
+        nothing = setup.score.new_empty(0)
+        value = setup.score.new_empty(count)
+        outputs = NegativeOutputs(
+            scores=setup.score.new_empty(count, setup.negatives.shape[1]),
+            value=value,
+            grad_query=nothing if grads.query_of_negatives is None else grads.query_of_negatives[rows],
+            grad_negatives=nothing if grads.negatives is None else grads.negatives[rows],
+            grad_scale=nothing if weight is None else torch.empty_like(value),
+            grad_bias=nothing if weight is None else torch.empty_like(value),
+        )
+        operands = NegativeInputs(
+            inputs.query[rows].to(setup.negatives.dtype),
+            setup.negatives[rows],
             None if inputs.negatives_mask is None else inputs.negatives_mask[rows],
-            None if self.query_norm is None else self.query_norm[rows],
+            None if setup.query_norm is None else setup.query_norm[rows],
             inputs.logit_scale,
             inputs.logit_bias,
-            options.energy,
-            reference,
-            weight,
-            None if self.row.smoothing is None else self.row.smoothing[rows],
-            final,
-            scores,
-            value,
-            nothing if self.grads.own_query is None else self.grads.own_query[rows],
-            nothing if self.grads.own is None else self.grads.own[rows],
-            dot,
-            total,
         )
+        smoothing = None if self.row.smoothing is None else self.row.smoothing[rows]
+        query_negatives_(operands, RowMerge(setup.options.energy, reference, weight, smoothing, final), outputs)
         if weight is not None:
-            self.grads.dot[rows] += dot
-            self.grads.total[rows] += total
-            if options.energy == HINGE:
-                self.grads.designated[rows] -= total
-        return scores, value
-
-    def _softmax_loss(
-        self,
-        others: Tensor,
-        sums: RowSums | ColumnSums,
-        score: Tensor,
-        lse: Tensor,
-        positives: Tensor,
-        candidates: Tensor,
-        own_scores: Tensor | None = None,
-    ) -> Tensor:
-        """Of pairs whose own score is left out of `others` and of the sums."""
-        e = self.options.label_smoothing
-        loss = -F.logsigmoid(score - others)
-        if self.options.ids_positive:
-            loss = (lse - (sums.positive_sum + score) / positives).to(self.acc)
-        if e == 0:
-            return loss
-        score_sum = sums.score_sum + score
-        if own_scores is not None:
-            score_sum = score_sum + own_scores.masked_fill(own_scores == float("-inf"), 0).sum(1)
-        return (1 - e) * loss + e * (lse - score_sum / candidates).to(self.acc)
+            grads.dot[rows] += outputs.grad_scale
+            grads.total[rows] += outputs.grad_bias
+            if setup.options.energy == HINGE:
+                grads.positive_score[rows] -= outputs.grad_bias
+        return outputs
 
     def finish_columns(self) -> None:
-        """The losses of the column direction, whose sums are complete after the last strip."""
-        pairs, sums, score = self.designated, self.column_sums, self.score
-        if self.options.energy == HINGE:
-            loss = sums.sum[: self.count].to(self.acc)
-            if self.wants_gradients:
-                self.grads.designated -= (self.weight * sums.active[: self.count]).to(self.acc)
+        """The losses of the column direction, whose sums are complete after the last row block."""
+        setup, sums, score = self.setup, self.column_sums, self.setup.score
+        positives = setup.positives
+        if setup.options.energy == HINGE:
+            loss = sums.sum[: setup.count].to(setup.acc)
+            if setup.wants_gradients:
+                self.grads.positive_score -= (setup.weight * sums.active[: setup.count]).to(setup.acc)
         else:
-            lse, others = pairs.log_sum_exp(_log_sum(sums).to(self.acc), score)
+            lse, others = positives.log_sum_exp(log_sum(sums).to(setup.acc), score)
             self.state.column_lse.copy_(lse)
             self.state.column_others.copy_(others)
-            wide = score.double().masked_fill(~pairs.has, 0)
+            wide = score.double().masked_fill(~positives.has, 0)
 
             def without_own_pair(values: Tensor | None) -> Tensor | None:
-                """Sums over the column of each row, its own pair left out and those of other rows not."""
-                return None if values is None else pairs.of_columns(pairs.scatter(wide, values.clone())) - score
+                """Sums over the column of each row, without its own pair but with the positives of other rows."""
+                return None if values is None else positives.gather(positives.scatter_add(wide, values.clone())) - score
 
             others_sums = sums._replace(
                 score_sum=without_own_pair(sums.score_sum), positive_sum=without_own_pair(sums.positive_sum)
             )
-            loss = self._softmax_loss(
-                others, others_sums, score, torch.logaddexp(others, score), pairs.of_columns(pairs.column_positives),
-                pairs.of_columns(pairs.column_candidates),
-            )  # fmt: skip
+            counts = (positives.gather(n) for n in (positives.column_positives, positives.column_candidates))
+            loss = softmax_loss(setup, others, score, others_sums, *counts)
             self._finish_column_side()
-        self.loss += self.half * torch.where(self.losing, loss, 0)
+        self.loss += setup.half * torch.where(setup.has_loss, loss, 0)
 
     def restore(self, state: PairState) -> None:
-        """Takes the state of a forward instead of the sums."""
+        """Uses the state of a forward in place of sums."""
+        setup = self.setup
         self.state = state
-        if self.options.rows:
-            everything = slice(0, self.count)
-            lse = torch.logaddexp(state.row_others, self.score)
-            self._add_own(everything, torch.where(self.designated.counted, lse, state.row_others), final=True)
-            self._finish_row_side(everything)
-        if self.options.columns:
+        if setup.options.rows:
+            every = slice(0, setup.count)
+            lse = torch.logaddexp(state.row_others, setup.score)
+            self._add_negatives(every, torch.where(setup.positives.counted, lse, state.row_others), final=True)
+            self._finish_row_side(every)
+        if setup.options.columns:
             self._finish_column_side()
 
     def _finish_row_side(self, rows: slice) -> None:
-        """The references of softmax rows and the gradient of their designated scores."""
-        if not self.wants_gradients:
+        """The references of softmax rows and the gradient of their positives' scores."""
+        setup = self.setup
+        if not setup.wants_gradients:
             return
-        others, score, counted = self.state.row_others[rows], self.score[rows], self.designated.counted[rows]
+        others, score = self.state.row_others[rows], setup.score[rows]
         if self.row.reference is None:
-            self.row = self.row._replace(reference=torch.empty_like(self.score))
-        # Nothing is weighed where nothing is designated: every exponential is 0.
-        self.row.reference[rows] = torch.logaddexp(others, score).masked_fill(~counted, float("inf"))
-        weight, _, share, smoothing = _part(self.row, rows)
-        self.grads.designated[rows] += self._softmax_slope(weight, others, score, share, smoothing)
+            self.row = self.row._replace(reference=torch.empty_like(setup.score))
+        # In a row without a positive every exponential is 0.
+        reference = torch.logaddexp(others, score).masked_fill(~setup.positives.counted[rows], float("inf"))
+        self.row.reference[rows] = reference
+        self.grads.positive_score[rows] += softmax_slope(setup, _sliced(self.row, rows), others, score)
 
     def _finish_column_side(self) -> None:
-        """The same of the columns, of which one may be designated by several rows."""
-        if not self.wants_gradients:
+        """The same for columns, where a key may be the positive of several rows."""
+        setup, positives, state = self.setup, self.setup.positives, self.state
+        if not setup.wants_gradients:
             return
-        pairs, state = self.designated, self.state
         self.column = self.column._replace(
-            reference=state.column_lse.masked_fill(pairs.designations == 0, float("inf"))
+            reference=state.column_lse.masked_fill(positives.rows_of_key == 0, float("inf"))
         )
-        # Of rows that designate nothing `of_columns` gives some key's: they take nothing of it.
-        weight, _, share, smoothing = (
-            None if v is None else torch.where(pairs.counted, pairs.of_columns(v), 0) for v in self.column
+        # gather() returns an arbitrary key's value for a row without a positive; mask it.
+        by_row = SideGrad(
+            *(None if v is None else torch.where(positives.counted, positives.gather(v), 0) for v in self.column)
         )
-        slope = self._softmax_slope(self.weight, state.column_others, self.score, share, smoothing)
-        of_other_rows = weight - self.weight
-        probability = (self.score - pairs.of_columns(state.column_lse)).exp()
-        self.grads.designated += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
-
-    def _softmax_slope(
-        self, weight: Tensor, others: Tensor, score: Tensor, share: Tensor | None, smoothing: Tensor | None
-    ) -> Tensor:
-        """weight * (probability - 1) + weight - share - smoothing, without the cancellation of a confident pair."""
-        if share is None:
-            share = (1 - self.options.label_smoothing) * weight
-        slope = (weight - share) - torch.where(weight != 0, weight * torch.sigmoid(others - score), 0)
-        return slope if smoothing is None else slope - smoothing
-
-    def statistics(self) -> PairStatistics:
-        sums, pairs, counted = self.statistic_sums, self.designated, self.designated.counted
-        if sums is None:
-            return empty_statistics(self.query, False)
-        others = torch.logaddexp(_log_sum(sums), self.own_lse.double())
-        lse = torch.where(counted, torch.logaddexp(others, self.score.double()), others)
-        positive = self.score
-        if sums.positive_sum is not None:
-            positive = (sums.positive_sum + self.score) / pairs.row_positives
-        cosine = self.positive_u
-        if not self.options.normalize:
-            cosine = cosine * self.cosine_norms[0] * pairs.of_columns(self.cosine_norms[1])
-        pair_count = (pairs.row_candidates - pairs.has.long()).sum() if self.options.in_batch else 0
-        return PairStatistics(
-            lse.to(self.acc),
-            positive.to(self.acc).masked_fill(~counted, 0),
-            sums.beaten.masked_fill(~counted, -1),
-            torch.where(counted, 2 - 2 * cosine, 0).sum() / counted.sum(),
-            (sums.spread.sum() / pair_count).log().to(self.acc),
-        )
+        slope = softmax_slope(setup, by_row._replace(weight=setup.weight), state.column_others, setup.score)
+        of_other_rows = by_row.weight - setup.weight
+        probability = (setup.score - positives.gather(state.column_lse)).exp()
+        self.grads.positive_score += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
 
 
-def _part(values: tuple[Tensor | None, ...], at: slice) -> tuple[Tensor | None, ...]:
-    return tuple(None if v is None else v[at] for v in values)
-
-
-def _log_sum(sums: RowSums | ColumnSums) -> Tensor:
-    """log(sum) + max, -inf of nothing."""
-    return torch.where(sums.sum == 0, float("-inf"), sums.max + sums.sum.log())
+def _sliced(record: Record, at: slice) -> Record:
+    """A record of views of its tensors."""
+    return type(record)(*(None if v is None else v[at] for v in record))

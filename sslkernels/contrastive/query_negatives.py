@@ -1,50 +1,79 @@
-"""Queries against negatives of their own: scores, their part of a row's energy, and gradients in the same pass.
+"""Queries against their per-query negatives: scores, their part of a row's energy, and gradients in the same pass.
 
 For row i of the query x (N, D) and its negative k of (N, K, D), in the accumulation dtype:
 
     s_ik = logit_scale * u_ik + logit_bias
-    u_ik = <x_i, n_ik>, or query_inverse_norm_i / max(|n_ik|, 1e-12) times it where query_inverse_norm (N,) is given
+    u_ik = <x_i, n_ik>, times query_inverse_norm_i / max(|n_ik|, 1e-12) where query_inverse_norm (N,) is given
 
-A negative whose mask (N, K) is False takes no part: its score is -inf, its gradient 0, its memory may hold anything.
-reference (N,) is what a row is merged with, and the weight G_ik is the derivative of value_i times coefficient_i:
+A negative whose mask (N, K) is False is ignored: its score is -inf, its gradient 0, its memory may hold anything.
+reference (N,) is what a row is merged with, and G_ik, the derivative of value_i times coefficient_i, is the weight:
 
     energy   reference                       value                             G
     SOFTMAX  log-sum-exp of the others       logaddexp(reference, lse_k s_k)   coefficient * exp(s - value) - smoothing
     SIGMOID  not used                        sum_k softplus(s_k)               coefficient * sigmoid(s)
     HINGE    threshold                       sum_k max(0, s_k - reference)     coefficient where s > reference
 
-Without a reference there are no others (-inf), and the threshold is 0. `final`: the reference of the softmax counts
-these negatives already, and is the value. The gradients are the sums of G_ik times the derivatives of s_ik with respect
-to query, negatives, logit_scale and logit_bias. query_inverse_norm is a constant to that of the query: what the
-normalisation of the query adds is the caller's.
+Without a reference there are no others (-inf), and the threshold is 0. With `final`, the reference of the softmax
+already includes these negatives, and is the value. The gradients are the sums of G_ik times the derivatives of s_ik
+with respect to query, negatives, logit_scale and logit_bias. The gradient of the query treats query_inverse_norm as a
+constant: the caller adds what the normalisation of the query contributes.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslkernels.contrastive.score_tiles import HINGE, SIGMOID, SOFTMAX
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import Mutated, operator
 
-NORM_FLOOR = 1e-12  # of a negative's norm, as in torch.nn.functional.normalize
+NORM_FLOOR = 1e-12  # smallest norm of a negative, as in torch.nn.functional.normalize
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_INPUTS = 11  # arguments of the operator before its outputs
+
+class NegativeInputs(NamedTuple):
+    query: Tensor
+    negatives: Tensor
+    mask: Tensor | None
+    query_inverse_norm: Tensor | None
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+
+
+class RowMerge(NamedTuple):
+    """How the negatives of a row enter its energy; coefficient None: no gradients."""
+
+    energy: int
+    reference: Tensor | None
+    coefficient: Tensor | None
+    smoothing: Tensor | None
+    final: bool
+
+
+class NegativeOutputs(NamedTuple):
+    """scores (N, K), value (N,), and the gradients (of logit_scale and logit_bias: one per row). Outputs that are not
+    wanted have no elements; value is always wanted."""
+
+    scores: Mutated
+    value: Mutated
+    grad_query: Mutated
+    grad_negatives: Mutated
+    grad_scale: Mutated
+    grad_bias: Mutated
 
 
 def empty_outputs(
     query: Tensor, negatives: Tensor, gradients: bool, want_query: bool, want_negatives: bool, want_scores: bool
-) -> Outputs:
-    """scores, value, grad_query, grad_negatives, grad_scale and grad_bias; of no element where not asked for."""
+) -> NegativeOutputs:
     rows, count, dim = negatives.shape
     acc = accumulation_dtype(query.dtype)
 
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor:
         return query.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    return (
+    return NegativeOutputs(
         empty(want_scores, rows, count),
         empty(True, rows),
         empty(gradients and want_query, rows, dim),
@@ -54,10 +83,9 @@ def empty_outputs(
     )
 
 
-def _reference(
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-    final, out_scores, out_value, out_query, out_negatives, out_scale, out_bias,
-):  # fmt: skip
+def _reference(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
+    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias = inputs
+    energy, reference, coefficient, smoothing, final = merge
     acc = accumulation_dtype(query.dtype)
     x, n = query.to(acc), negatives.to(acc)
     if mask is not None:
@@ -75,9 +103,9 @@ def _reference(
         scores = scores.masked_fill(~mask, float("-inf"))
 
     value = _value(scores, energy, reference, final)
-    out_value.copy_(value)
-    if out_scores.numel():
-        out_scores.copy_(scores)
+    outputs.value.copy_(value)
+    if outputs.scores.numel():
+        outputs.scores.copy_(scores)
     if coefficient is None:
         return
 
@@ -87,10 +115,12 @@ def _reference(
     if mask is not None:
         weight = weight.masked_fill(~mask, 0)
         similarity = similarity.masked_fill(~mask, 0)
-    if out_query.numel():
+    if outputs.grad_query.numel():
         grad_query = logit_scale * (weight.unsqueeze(2) * n).sum(1)
-        out_query.copy_(grad_query if query_inverse_norm is None else grad_query * query_inverse_norm.unsqueeze(1))
-    if out_negatives.numel():
+        if query_inverse_norm is not None:
+            grad_query = grad_query * query_inverse_norm.unsqueeze(1)
+        outputs.grad_query.copy_(grad_query)
+    if outputs.grad_negatives.numel():
         direction = x.unsqueeze(1).expand_as(n)
         if query_inverse_norm is not None:
             along = torch.where(norm < NORM_FLOOR, 0, similarity)
@@ -98,9 +128,9 @@ def _reference(
         grad_negatives = (logit_scale * weight).unsqueeze(2) * direction
         if mask is not None:
             grad_negatives = grad_negatives.masked_fill(~mask.unsqueeze(2), 0)
-        out_negatives.copy_(grad_negatives)
-    out_scale.copy_((weight * similarity).sum(1))
-    out_bias.copy_(weight.sum(1))
+        outputs.grad_negatives.copy_(grad_negatives)
+    outputs.grad_scale.copy_((weight * similarity).sum(1))
+    outputs.grad_bias.copy_(weight.sum(1))
 
 
 def _value(scores: Tensor, energy: int, reference: Tensor | None, final: bool) -> Tensor:
@@ -123,37 +153,20 @@ def _slope(scores: Tensor, value: Tensor, energy: int, reference: Tensor | None)
     return torch.where(value.isneginf().unsqueeze(1), 0, (scores - value.unsqueeze(1)).exp())
 
 
-def _native(*args):
-    torch.ops.sslkernels_native.own_negatives(*args)
+def _native(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
+    torch.ops.sslkernels_native.own_negatives(*inputs, *merge, *outputs)
 
 
-def _triton(*args):
-    from sslkernels.contrastive.triton.query_negatives import own_negatives
+def _triton(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
+    from sslkernels.contrastive.triton.query_negatives import query_negatives
 
-    own_negatives(*args[:_INPUTS], args[_INPUTS:])
+    query_negatives(inputs, merge, outputs)
 
 
-own_negatives_ = Op(
+@operator(
     "info_nce",
-    "own_negatives_(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
-    "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
-    "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
-    "Tensor(f!) grad_bias) -> ()",
-    fake=lambda *args: None,
-    implementations={"reference": _reference, "cpu": _native, "triton": _triton, "cuda": _native},
+    {"reference": _reference, "cpu": _native, "triton": _triton, "cuda": _native},
     native_ops=("own_negatives",),
-    prefer=PREFERENCE,
 )
-
-
-def own_negatives(
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-    final, want_query, want_negatives, want_scores,
-) -> Outputs:  # fmt: skip
-    """The outputs of `own_negatives_`, in memory of their own."""
-    outputs = empty_outputs(query, negatives, coefficient is not None, want_query, want_negatives, want_scores)
-    own_negatives_(
-        query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing,
-        final, *outputs,
-    )  # fmt: skip
-    return outputs
+def query_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
+    """Fills the outputs that have elements."""

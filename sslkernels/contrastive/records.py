@@ -1,4 +1,4 @@
-"""What the raw operators of the contrastive energies take and give."""
+"""Records that the raw operators of the contrastive energies take and return."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from sslkernels.core.dtypes import accumulation_dtype
 
 
 class PairInputs(NamedTuple):
-    """key None: the queries, which designate each other (i designates j where j designates i). positive (N,) int64,
-    None: i; `NO_POSITIVE`, `INVALID_POSITIVE` as in `designated`. self_index (N,) int64: the key that is the query
-    itself, which is no candidate. logit_scale, logit_bias: (1,), accumulation dtype."""
+    """Features and numbers of a contrastive energy, shaped as in `contrastive_energy`.
+
+    key: None stands for the queries, whose positives must then be mutual: if j is
+    the positive of i, i is the positive of j.
+    positive (N,) int64: the row of each query's key, `NO_POSITIVE` or `INVALID_POSITIVE`; None: row i. self_index (N,)
+    int64: the key that is the query itself and so no candidate. logit_scale, logit_bias: one element each; the raw
+    operators take them as (1,) in the accumulation dtype.
+    """
 
     query: Tensor
     key: Tensor | None
@@ -30,7 +35,8 @@ class PairInputs(NamedTuple):
 
 
 class PairOptions(NamedTuple):
-    """rows, columns: the directions of the loss; in_batch: the keys of other queries are candidates."""
+    """rows, columns: the directions of the loss; in_batch: whether the keys of other queries are candidates;
+    ids_positive: whether equal ids make extra positives; compute_dtype: the dtype of the matmuls."""
 
     energy: int
     rows: bool
@@ -40,22 +46,23 @@ class PairOptions(NamedTuple):
     normalize: bool
     label_smoothing: float
     margin: float
+    compute_dtype: torch.dtype
 
 
 class PairWanted(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients to compute."""
 
-    query: bool
-    key: bool
-    bank: bool
-    negatives: bool
-    logit_scale: bool
-    logit_bias: bool
+    query: bool = False
+    key: bool = False
+    bank: bool = False
+    negatives: bool = False
+    logit_scale: bool = False
+    logit_bias: bool = False
 
 
 class PairState(NamedTuple):
-    """What a softmax's backward needs, else empty: the log-sum-exp of each row's other candidates, that of each key's
-    column, and that of each row's column without its own pair."""
+    """Saved for the backward of a softmax, empty for other energies: the log-sum-exp of each row without its positive,
+    of each key's column, and of each row's column without its own pair."""
 
     row_others: Tensor
     column_lse: Tensor
@@ -63,19 +70,22 @@ class PairState(NamedTuple):
 
 
 class PairStatistics(NamedTuple):
-    """Per row lse, positive, beaten (int64), and the scalars alignment and uniformity; empty without statistics."""
+    """Per row: lse, positive and num_above_positive (int64); the scalars alignment and uniformity. All are empty unless
+    statistics are wanted."""
 
     lse: Tensor
     positive: Tensor
-    beaten: Tensor
+    num_above_positive: Tensor
     alignment: Tensor
     uniformity: Tensor
 
 
 class PairGradients(NamedTuple):
-    """In the dtype of the tensor they belong to, but float16 query, key and bank in float32; logit_scale and logit_bias
-    (1,) in the accumulation dtype; those of tensors that are not wanted are empty. The true gradients are these times
-    `scale` (0-d)."""
+    """Gradients divided by `scale` (0-d), empty where not wanted.
+
+    Each has the dtype of its tensor, with two exceptions: the gradients of a float16 query, key or bank are float32,
+    and the gradients of logit_scale and logit_bias are (1,) in the accumulation dtype.
+    """
 
     query: Tensor
     key: Tensor
@@ -131,5 +141,5 @@ def empty_gradients(inputs: PairInputs, wanted: PairWanted) -> PairGradients:
 
 
 def gradient_dtype(tensor: Tensor) -> torch.dtype:
-    """Without `scale` the gradient of a float16 tensor may exceed float16."""
+    """Before `PairGradients.scale` is applied, the gradient of a float16 tensor may overflow float16."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype

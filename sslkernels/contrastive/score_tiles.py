@@ -1,11 +1,11 @@
 """Tiles of pair scores: the mechanism of every contrastive energy.
 
-A tile holds the dot products of some queries (rows) with some candidates (columns). With u = product * row_norm *
+A tile is the dot products of some queries (rows) with some candidates (columns). With u = product * row_norm *
 column_norm, the score is s = logit_scale * u + logit_bias. A backend is a `PairKernels`: sums over the rows, sums over
-the columns, and the gradient in place of the products. Sums run on, so that a row may be given in several tiles.
+the columns, and the gradient in place of the products. Sums are running sums, so that a row may occur in several tiles.
 
-The designated pair of a row is left out of every tile; `contrastive_plan` adds it, in float32 whatever the dtype of the
-tile, so that a confident pair keeps its loss and its gradient.
+Every tile leaves out the positive of a row; `plan` adds it, in float32 whatever the dtype of the tile, so that a
+confident pair keeps its loss and its gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows
 
-# Bytes of the buffer that holds the products of a strip.
+# Bytes of the buffer for the products of a row block.
 WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 SOFTMAX, SIGMOID, HINGE = 0, 1, 2
@@ -26,8 +26,8 @@ ENERGIES = ("softmax", "sigmoid", "hinge")
 
 
 class Labels(NamedTuple):
-    """int32 labels of rows and columns: a pair whose labels are equal is the designated one (positive), a sample with
-    itself (self), or of one id. The first two are left out, the third too unless it makes further positives."""
+    """int32 labels of rows and columns. A pair with equal labels is the positive (positive), a sample with itself
+    (self), or shares an id (id). The first two are left out of the tile, the third unless it makes extra positives."""
 
     row_positive: Tensor | None = None
     column_positive: Tensor | None = None
@@ -36,10 +36,18 @@ class Labels(NamedTuple):
     row_id: Tensor | None = None
     column_id: Tensor | None = None
 
+    @property
+    def pairs(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """(row label, column label) of the positive, of the sample itself and of the id."""
+        return (
+            (self.row_positive, self.column_positive), (self.row_self, self.column_self), (self.row_id, self.column_id),
+        )  # fmt: skip
+
 
 class Tile(NamedTuple):
-    """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products: where (rows, columns) of
-    that dtype may be written, None where the kernels need no such place; norms, labels and numbers as above."""
+    """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products (rows, columns) in that
+    dtype: scratch memory, None where the kernels need none; row_norm, column_norm: inverse norms of normalised
+    features; ids_positive: whether equal ids make extra positives."""
 
     queries: Tensor
     candidates: Tensor
@@ -53,13 +61,12 @@ class Tile(NamedTuple):
     ids_positive: bool
 
 
-class RowSums(NamedTuple):
-    """Running, per row; float64 but for max and beaten. What is None is not computed.
+class ColumnSums(NamedTuple):
+    """Running sums per column, None where not wanted; float64, except max.
 
-    max (softmax); sum: of exp(s - max), of softplus(s) (of softplus(-s) for further positives), or of
-    max(0, s - threshold); active (hinge): how many s > threshold; score_sum: of s; positive_sum: of s of further
-    positives; spread: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features; beaten (int64):
-    scores above positive_score, further positives apart.
+    max: of s (softmax). sum: of exp(s - max), of softplus(s) (of softplus(-s) for extra positives), or of
+    max(0, s - threshold). active: how many s > threshold (hinge). score_sum: of s. positive_sum: of the s of extra
+    positives.
     """
 
     max: Tensor | None
@@ -67,25 +74,33 @@ class RowSums(NamedTuple):
     active: Tensor | None
     score_sum: Tensor | None
     positive_sum: Tensor | None
-    spread: Tensor | None
-    beaten: Tensor | None
 
 
-class ColumnSums(NamedTuple):
-    """As `RowSums`, per column."""
+class RowSums(NamedTuple):
+    """Running sums per row: the fields of `ColumnSums`, and two statistics.
+
+    uniformity_sum: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features. num_above_positive
+    (int64): how many s > positive_score, extra positives not counted.
+    """
 
     max: Tensor | None
     sum: Tensor
     active: Tensor | None
     score_sum: Tensor | None
     positive_sum: Tensor | None
+    uniformity_sum: Tensor | None
+    num_above_positive: Tensor | None
+
+    @property
+    def without_statistics(self) -> ColumnSums:
+        return ColumnSums(self.max, self.sum, self.active, self.score_sum, self.positive_sum)
 
 
-class Side(NamedTuple):
-    """What the rows, or the columns, add to the gradient of a score; None: nothing.
+class SideGrad(NamedTuple):
+    """The part of the rows, or of the columns, in the gradient of a score; weight None: no part.
 
-    softmax: weight * exp(s - reference) - share (further positives) - smoothing, where reference is the log-sum-exp;
-    sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for further positives;
+    softmax: weight * exp(s - reference) - share (extra positives) - smoothing, where reference is the log-sum-exp;
+    sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
     hinge: weight where s > reference, the threshold.
     """
 
@@ -96,19 +111,34 @@ class Side(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """What scores are compared with: rows and columns in hinge; positive_score (rows) for `RowSums.beaten`."""
+    """Scores are compared with these: row and column for hinge; positive_score (rows) for `num_above_positive`."""
 
     row: Tensor | None
     column: Tensor | None
     positive_score: Tensor | None
 
 
-class PairKernels:
-    """The kernels of one backend. Here: products by torch's matmul, sums and gradients by kernels that read them."""
+class GradientOutputs(NamedTuple):
+    """Accumulators of `add_gradients`.
 
-    def strip_rows(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
-        """(rows of a strip, whether its tiles need a place for their products); gradient: `add_gradients` follows, not
-        `weighted_sums`."""
+    dot, total: per row the sum of gradient * u and the sum of the gradient, float64. queries, candidates: their
+    gradients before logit_scale, in the accumulation dtype, None where not wanted. row_sums: the sums of the rows, if
+    `fuses_sums`.
+    """
+
+    dot: Tensor
+    total: Tensor
+    queries: Tensor | None
+    candidates: Tensor | None
+    row_sums: RowSums | None = None
+
+
+class PairKernels:
+    """The kernels of one backend. Here products come from torch's matmul, and other kernels read them."""
+
+    def row_block(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
+        """(rows of a row block, whether its tiles need memory for their products); gradient: whether `add_gradients`
+        follows, and not `weighted_sums`."""
         workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
         fit = workspace // max(columns * features.element_size(), 1)
         return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
@@ -125,41 +155,30 @@ class PairKernels:
         thresholds: Thresholds,
         cosine_norms: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Adds the tile to the running sums of its rows and columns. cosine_norms: the inverse norms of both, for the
-        spread."""
+        """Adds the tile to the running sums of its rows and columns. cosine_norms: the inverse norms of both, for
+        uniformity_sum."""
         if rows is not None:
             self.row_sums(tile, thresholds.row, thresholds.positive_score, cosine_norms, rows)
         if columns is not None:
             self.column_sums(tile, thresholds.column, columns)
 
-    def add_gradients(
-        self,
-        tile: Tile,
-        row: Side,
-        column: Side,
-        dot: Tensor,
-        total: Tensor,
-        grad_queries: Tensor | None,
-        grad_candidates: Tensor | None,
-        row_sums: RowSums | None = None,
-    ) -> None:
-        """With G the gradient of the scores times both norms: grad_queries += G @ candidates and grad_candidates +=
-        G.T @ queries, in the accumulation dtype; dot += sum of gradient * u and total += sum of the gradient of each
-        row, in float64. logit_scale is applied by the caller. row_sums: where `fuses_sums`, `sums` of the rows too."""
-        if row_sums is not None:
-            self.row_sums(tile, None, None, None, row_sums)
-        self.gradient(tile, row, column, dot, total)
-        if grad_queries is not None:
-            self._add_product(grad_queries, tile.products, tile.candidates)
-        if grad_candidates is not None:
-            self._add_product(grad_candidates, tile.products.t(), tile.queries)
+    def add_gradients(self, tile: Tile, row: SideGrad, column: SideGrad, outputs: GradientOutputs) -> None:
+        """With G the gradient of the scores times both norms, adds G @ candidates to outputs.queries and G.T @ queries
+        to outputs.candidates."""
+        if outputs.row_sums is not None:
+            self.row_sums(tile, None, None, None, outputs.row_sums)
+        self.gradient(tile, row, column, outputs.dot, outputs.total)
+        if outputs.queries is not None:
+            self._add_product(outputs.queries, tile.products, tile.candidates)
+        if outputs.candidates is not None:
+            self._add_product(outputs.candidates, tile.products.t(), tile.queries)
 
     def fuses_sums(self, features: Tensor) -> bool:
-        """Whether `add_gradients` of a sigmoid energy also gives its sums: the products are computed once for both."""
+        """Whether `add_gradients` of a sigmoid energy also gives its sums, so that products are computed once."""
         return False
 
-    def weighs(self, features: Tensor) -> bool:
-        """Whether there is `weighted_sums`: where the candidates are frozen, their products are computed once."""
+    def has_weighted_sums(self, features: Tensor) -> bool:
+        """Whether `weighted_sums` exists, so that products with frozen candidates are computed once."""
         return False
 
     def weighted_sums(self, tile: Tile, rows: RowSums, weighted: Tensor, weighted_u: Tensor) -> None:
@@ -189,7 +208,7 @@ class PairKernels:
     def column_sums(self, tile: Tile, threshold: Tensor | None, sums: ColumnSums) -> None:
         raise NotImplementedError
 
-    def gradient(self, tile: Tile, row: Side, column: Side, dot: Tensor, total: Tensor) -> None:
+    def gradient(self, tile: Tile, row: SideGrad, column: SideGrad, dot: Tensor, total: Tensor) -> None:
         """Replaces the products by G, and adds to dot and total."""
         raise NotImplementedError
 
@@ -202,33 +221,33 @@ class ReferencePairs(PairKernels):
     """Plain torch: it defines the sums and the gradient."""
 
     def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
-        _, s, left_out, further = _scores(tile)
-        _add_sums(tile.energy, s, left_out, further, threshold, sums, 1)
-        if sums.spread is not None:
+        _, s, excluded, extra = _scores(tile)
+        _add_sums(tile.energy, s, excluded, extra, threshold, sums, 1)
+        if sums.uniformity_sum is not None:
             row_norm, column_norm = cosine_norms
             cosine = tile.products.to(s.dtype) * (row_norm.unsqueeze(1) * column_norm)
-            sums.spread.add_((4 * cosine - 4).clamp(max=0).exp().masked_fill(left_out, 0).sum(1))
-        if sums.beaten is not None:
-            sums.beaten.add_(((s > positive_score.unsqueeze(1)) & ~further).sum(1))
+            sums.uniformity_sum.add_((4 * cosine - 4).clamp(max=0).exp().masked_fill(excluded, 0).sum(1))
+        if sums.num_above_positive is not None:
+            sums.num_above_positive.add_(((s > positive_score.unsqueeze(1)) & ~extra).sum(1))
 
     def column_sums(self, tile, threshold, sums):
-        _, s, left_out, further = _scores(tile)
-        _add_sums(tile.energy, s, left_out, further, threshold, sums, 0)
+        _, s, excluded, extra = _scores(tile)
+        _add_sums(tile.energy, s, excluded, extra, threshold, sums, 0)
 
     def weighted_sums(self, tile, rows, weighted, weighted_u):
-        u, s, left_out, further = _scores(tile)
+        u, s, excluded, extra = _scores(tile)
         before = rows.max.clone()
-        _add_sums(SOFTMAX, s, left_out, further, None, rows, 1)
+        _add_sums(SOFTMAX, s, excluded, extra, None, rows, 1)
         shift = torch.where(rows.max == float("-inf"), 0, rows.max)
         decay, exp = (before - shift).exp(), (s - shift.unsqueeze(1)).exp()
         candidates = tile.candidates.to(s.dtype)
         if tile.column_norm is not None:
             candidates = candidates * tile.column_norm.unsqueeze(1)
         weighted.mul_(decay.unsqueeze(1)).add_(exp @ candidates)
-        weighted_u.mul_(decay).add_((exp * u.masked_fill(left_out, 0)).sum(1))
+        weighted_u.mul_(decay).add_((exp * u.masked_fill(excluded, 0)).sum(1))
 
     def gradient(self, tile, row, column, dot, total):
-        u, s, left_out, further = _scores(tile)
+        u, s, excluded, extra = _scores(tile)
         gradient = torch.zeros_like(s)
         for side, dim in ((row, 1), (column, 0)):
             if side.weight is None:
@@ -237,16 +256,16 @@ class ReferencePairs(PairKernels):
             if tile.energy == SOFTMAX:
                 gradient += weight * (s - reference).exp()
                 if share is not None:
-                    gradient -= torch.where(further, share, 0)
+                    gradient -= torch.where(extra, share, 0)
                 if smoothing is not None:
                     gradient -= smoothing
             elif tile.energy == SIGMOID:
-                gradient += weight * torch.where(further, -torch.sigmoid(-s), torch.sigmoid(s))
+                gradient += weight * torch.where(extra, -torch.sigmoid(-s), torch.sigmoid(s))
             else:
                 over = s - reference
                 gradient += torch.where(over.isnan(), over, weight * (over > 0))
-        gradient.masked_fill_(left_out, 0)
-        dot.add_((gradient * u.masked_fill(left_out, 0)).sum(1))
+        gradient.masked_fill_(excluded, 0)
+        dot.add_((gradient * u.masked_fill(excluded, 0)).sum(1))
         total.add_(gradient.sum(1))
         if tile.row_norm is not None:
             gradient *= tile.row_norm.unsqueeze(1) * tile.column_norm
@@ -254,30 +273,29 @@ class ReferencePairs(PairKernels):
 
 
 def _scores(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u; s, -inf where left out; what is left out; what is a further positive."""
+    """u; s, -inf for excluded pairs; which pairs are excluded; which are extra positives."""
     u = tile.products.to(tile.logit_scale.dtype)
     if tile.row_norm is not None:
         u = u * (tile.row_norm.unsqueeze(1) * tile.column_norm)
     s = tile.logit_scale * u
     if tile.logit_bias is not None:
         s = s + tile.logit_bias
-    equal = [torch.zeros_like(s, dtype=torch.bool) for _ in range(3)]
-    for i, (row, column) in enumerate(zip(tile.labels[::2], tile.labels[1::2], strict=True)):
-        if row is not None:
-            equal[i] = row.unsqueeze(1) == column
-    positive, itself, same_id = equal
-    left_out = positive | itself
-    further = same_id & ~left_out
+    none = torch.zeros_like(s, dtype=torch.bool)
+    positive, itself, same_id = (
+        none if row is None else row.unsqueeze(1) == column for row, column in tile.labels.pairs
+    )
+    excluded = positive | itself
+    extra = same_id & ~excluded
     if not tile.ids_positive:
-        left_out, further = left_out | further, torch.zeros_like(further)
-    return u, s.masked_fill(left_out, float("-inf")), left_out, further
+        excluded, extra = excluded | extra, none
+    return u, s.masked_fill(excluded, float("-inf")), excluded, extra
 
 
 def _add_sums(
     energy: int,
     s: Tensor,
-    left_out: Tensor,
-    further: Tensor,
+    excluded: Tensor,
+    extra: Tensor,
     threshold: Tensor | None,
     sums: RowSums | ColumnSums,
     dim: int,
@@ -287,20 +305,20 @@ def _add_sums(
         return
     if energy == SOFTMAX:
         moved = torch.maximum(sums.max, s.amax(dim))
-        shift = torch.where(moved == float("-inf"), 0, moved)  # nothing yet: every exponential is 0
+        shift = torch.where(moved == float("-inf"), 0, moved)  # no score yet: every exponential is 0
         sums.sum.mul_((sums.max - shift).exp()).add_((s - shift.unsqueeze(dim)).exp().sum(dim, dtype=torch.float64))
         sums.max.copy_(moved)
     elif energy == SIGMOID:
-        cost = torch.where(further, -s, s)
+        cost = torch.where(extra, -s, s)
         sums.sum.sub_(F.logsigmoid(-cost).sum(dim, dtype=torch.float64))
     else:
         over = s - threshold.unsqueeze(dim)
         sums.sum.add_(over.clamp_min(0).sum(dim, dtype=torch.float64))
         sums.active.add_((over > 0).sum(dim))
     if sums.score_sum is not None:
-        sums.score_sum.add_(s.masked_fill(left_out, 0).sum(dim, dtype=torch.float64))
+        sums.score_sum.add_(s.masked_fill(excluded, 0).sum(dim, dtype=torch.float64))
     if sums.positive_sum is not None:
-        sums.positive_sum.add_(s.masked_fill(~further, 0).sum(dim, dtype=torch.float64))
+        sums.positive_sum.add_(s.masked_fill(~extra, 0).sum(dim, dtype=torch.float64))
 
 
 class NativePairs(PairKernels):
@@ -324,6 +342,7 @@ class NativePairs(PairKernels):
 
 
 def _flat(tile: Tile) -> tuple:
+    """The arguments of the native operators that describe a tile."""
     _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive = tile
     return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
 
@@ -331,16 +350,16 @@ def _flat(tile: Tile) -> tuple:
 class TritonPairs(ReferencePairs):
     """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
 
-    def strip_rows(self, count, columns, features, gradient):
+    def row_block(self, count, columns, features, gradient):
         from sslkernels.contrastive.triton import tile_gradients, tile_sums
 
         if features.dtype == torch.float64:
-            return super().strip_rows(count, columns, features, gradient)
+            return super().row_block(count, columns, features, gradient)
         workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
         rows, written = max(count, 1), False
         if gradient:
-            rows, written = tile_gradients.strip_rows(count, columns, features, workspace)
-        return min(rows, tile_sums.strip_rows(count, columns, workspace)), written
+            rows, written = tile_gradients.row_block(count, columns, features, workspace)
+        return min(rows, tile_sums.row_block(count, columns, workspace)), written
 
     def begin(self, tile):
         if tile.queries.dtype == torch.float64:
@@ -353,25 +372,24 @@ class TritonPairs(ReferencePairs):
             return super().sums(tile, rows, columns, thresholds, cosine_norms)
         add_sums(tile, rows, columns, thresholds, cosine_norms)
 
-    def add_gradients(self, tile, row, column, dot, total, grad_queries, grad_candidates, row_sums=None):
+    def add_gradients(self, tile, row, column, outputs):
         from sslkernels.contrastive.triton.tile_gradients import add_gradients
 
         if tile.queries.dtype == torch.float64:
-            return super().add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates, row_sums)
-        cost = None if row_sums is None else row_sums.sum
-        gain, written = add_gradients(tile, row, column, dot, total, grad_queries, grad_candidates, cost)
-        if written and grad_queries is not None:
-            self._add_scaled_product(grad_queries, tile.products, tile.candidates, gain)
-        if written and grad_candidates is not None:
-            self._add_scaled_product(grad_candidates, tile.products.t(), tile.queries, gain)
+            return super().add_gradients(tile, row, column, outputs)
+        gain, written = add_gradients(tile, row, column, outputs)
+        if written and outputs.queries is not None:
+            self._add_scaled_product(outputs.queries, tile.products, tile.candidates, gain)
+        if written and outputs.candidates is not None:
+            self._add_scaled_product(outputs.candidates, tile.products.t(), tile.queries, gain)
 
     def fuses_sums(self, features):
         return features.dtype != torch.float64
 
-    def weighs(self, features):
-        from sslkernels.contrastive.triton.score_tiles import weighs
+    def has_weighted_sums(self, features):
+        from sslkernels.contrastive.triton.score_tiles import has_weighted_sums
 
-        return weighs(features.shape[1], features.dtype)
+        return has_weighted_sums(features.shape[1], features.dtype)
 
     def weighted_sums(self, tile, rows, weighted, weighted_u):
         from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums

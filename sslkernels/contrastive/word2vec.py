@@ -4,40 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import distinct
-from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.dtypes import accumulation_dtype, contiguous
+from sslkernels.core.operator import operator
 
 NAME = "negative_sampling_loss"
+NATIVE_OPS = ("negative_sampling_fwd", "weighted_row_sums")
+
+
+class Tables(NamedTuple):
+    """Rows of words: center_weight (V, D), context_weight (V2, D)."""
+
+    center_weight: Tensor
+    context_weight: Tensor
+
+
+class Indices(NamedTuple):
+    """center (N,), context (N,) and negatives (N, K) of each pair."""
+
+    center: Tensor
+    context: Tensor
+    negatives: Tensor
+
+
+class Wanted(NamedTuple):
+    """Which gradients to compute."""
+
+    center_weight: bool
+    context_weight: bool
 
 
 class Outputs(NamedTuple):
-    """In the accumulation dtype, per pair: the loss (N,); where asked for (else without elements) its derivatives in
-    the scores, slopes (N, 1 + K), the positive first, and in the center's row, direction (N, D)."""
+    """Per pair, in the accumulation dtype: the loss (N,), and its derivatives in the scores, slopes (N, 1 + K) with the
+    positive first, and in the center's row, direction (N, D). The derivatives have no elements where not wanted."""
 
     loss: Tensor
     slopes: Tensor
     direction: Tensor
 
 
-def _empty_outputs(negatives: Tensor, center_weight: Tensor, want_slopes: bool, want_direction: bool) -> Outputs:
-    (count, negative_count), dim = negatives.shape, center_weight.shape[1]
-    shapes = ((count,), (count, 1 + negative_count) if want_slopes else (0,), (count, dim) if want_direction else (0,))
-    acc = accumulation_dtype(center_weight.dtype)
-    return Outputs(*(center_weight.new_empty(shape, dtype=acc) for shape in shapes))
+def _empty_outputs(tables: Tables, indices: Indices, wanted: Wanted) -> Outputs:
+    (count, negative_count), dim = indices.negatives.shape, tables.center_weight.shape[1]
+    acc = accumulation_dtype(tables.center_weight.dtype)
+    new_empty = partial(tables.center_weight.new_empty, dtype=acc)
+    return Outputs(
+        new_empty(count),
+        new_empty((count, 1 + negative_count) if wanted.context_weight else 0),
+        new_empty((count, dim) if wanted.center_weight else 0),
+    )
 
 
-def _empty_gradients(center_weight: Tensor, context_weight: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
-    tables = (center_weight, context_weight)
-    return tuple(table.new_empty(table.shape if want else 0) for table, want in zip(tables, wanted, strict=True))
+def _empty_gradients(tables: Tables, wanted: Wanted) -> Tables:
+    return Tables(*(table.new_empty(table.shape if want else 0) for table, want in zip(tables, wanted, strict=True)))
 
 
 def _check_range(argument: str, index: Tensor, rows: int) -> None:
@@ -50,43 +75,25 @@ def _check_range(argument: str, index: Tensor, rows: int) -> None:
 
 
 def _fwd(
-    fill: Callable[..., None],
-    center: Tensor,
-    context: Tensor,
-    negatives: Tensor,
-    center_weight: Tensor,
-    context_weight: Tensor,
-    exclude_positive: bool,
-    want_slopes: bool,
-    want_direction: bool,
+    fill: Callable[..., None], tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted
 ) -> Outputs:
-    _check_range("center", center, center_weight.shape[0])
-    _check_range("context", context, context_weight.shape[0])
-    _check_range("negatives", negatives, context_weight.shape[0])
-    outputs = _empty_outputs(negatives, center_weight, want_slopes, want_direction)
-    slopes = outputs.slopes if want_slopes else None
-    direction = outputs.direction if want_direction else None
-    tensors = (center, context, negatives, center_weight, context_weight)
-    fill(*tensors, outputs.loss, slopes, direction, exclude_positive)
+    for name, index in indices._asdict().items():
+        table = tables.center_weight if name == "center" else tables.context_weight
+        _check_range(name, index, table.shape[0])
+    outputs = _empty_outputs(tables, indices, wanted)
+    fill(tables, indices, exclude_positive, outputs)
     return outputs
 
 
-def _fill_reference(
-    center: Tensor,
-    context: Tensor,
-    negatives: Tensor,
-    center_weight: Tensor,
-    context_weight: Tensor,
-    loss: Tensor,
-    slopes: Tensor | None,
-    direction: Tensor | None,
-    exclude_positive: bool,
-) -> None:
+def _fill_reference(tables: Tables, indices: Indices, exclude_positive: bool, outputs: Outputs) -> None:
+    center, context, negatives = indices
+    center_weight, context_weight = tables
+    acc = outputs.loss.dtype
     candidates = torch.cat([context[:, None], negatives], dim=1)
     wrong = (center < 0) | (center >= center_weight.shape[0])
     wrong |= ((candidates < 0) | (candidates >= context_weight.shape[0])).any(1)
-    u = center_weight[center.long().clamp(0, center_weight.shape[0] - 1)].to(loss.dtype)
-    v = context_weight[candidates.long().clamp(0, context_weight.shape[0] - 1)].to(loss.dtype)
+    u = center_weight[center.long().clamp(0, center_weight.shape[0] - 1)].to(acc)
+    v = context_weight[candidates.long().clamp(0, context_weight.shape[0] - 1)].to(acc)
 
     scores = (v @ u[:, :, None]).squeeze(2)
     sign = torch.ones_like(scores)
@@ -96,134 +103,104 @@ def _fill_reference(
         excluded = candidates == context[:, None]
         excluded[:, 0] = False
         terms, slope = terms.masked_fill(excluded, 0), slope.masked_fill(excluded, 0)
-    loss.copy_(terms.sum(1).masked_fill(wrong, float("nan")))
+    outputs.loss.copy_(terms.sum(1).masked_fill(wrong, float("nan")))
     slope = slope.masked_fill(wrong[:, None], float("nan"))
-    if slopes is not None:
-        slopes.copy_(slope)
-    if direction is not None:
-        direction.copy_((slope[:, None] @ v).squeeze(1))
+    if outputs.slopes.numel():
+        outputs.slopes.copy_(slope)
+    if outputs.direction.numel():
+        outputs.direction.copy_((slope[:, None] @ v).squeeze(1))
 
 
-def _fill_native(*arguments: Any) -> None:
-    torch.ops.sslkernels_native.negative_sampling_fwd(*arguments)
+def _fill_native(tables: Tables, indices: Indices, exclude_positive: bool, outputs: Outputs) -> None:
+    slopes, direction = (t if t.numel() else None for t in (outputs.slopes, outputs.direction))
+    torch.ops.sslkernels_native.negative_sampling_fwd(
+        *indices, *tables, outputs.loss, slopes, direction, exclude_positive
+    )
 
 
-def _fill_triton(*arguments: Any) -> None:
+def _fill_triton(tables: Tables, indices: Indices, exclude_positive: bool, outputs: Outputs) -> None:
     from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
 
-    negative_sampling_fwd(*arguments)
+    negative_sampling_fwd(tables, indices, exclude_positive, outputs)
 
 
 def _bwd(
-    sum_rows: Callable[..., None],
-    grad_loss: Tensor,
-    center: Tensor,
-    context: Tensor,
-    negatives: Tensor,
-    center_weight: Tensor,
-    context_weight: Tensor,
-    slopes: Tensor,
-    direction: Tensor,
-    want_center: bool,
-    want_context: bool,
-) -> tuple[Tensor, ...]:
-    gradients = _empty_gradients(center_weight, context_weight, want_center, want_context)
-    if want_center:
-        sum_rows(center, grad_loss, direction, None, gradients[0])
-    if want_context:
+    sum_rows: Callable[..., None], grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
+) -> Tables:
+    gradients = _empty_gradients(tables, wanted)
+    center, context, negatives = indices
+    if wanted.center_weight:
+        sum_rows(center, grad_loss, outputs.direction, None, gradients.center_weight)
+    if wanted.context_weight:
         keys = torch.cat([context[:, None], negatives], dim=1).flatten()
-        sum_rows(keys, (slopes * grad_loss[:, None]).flatten(), center_weight, center, gradients[1])
+        coefficient = (outputs.slopes * grad_loss[:, None]).flatten()
+        sum_rows(keys, coefficient, tables.center_weight, center, gradients.context_weight)
     return gradients
 
 
-NATIVE_OPS = ("negative_sampling_fwd", "weighted_row_sums")
-
-negative_sampling_fwd = Op(
+@operator(
     NAME,
-    "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
-    "Tensor context_weight, bool exclude_positive, bool want_slopes, bool want_direction) -> (Tensor, Tensor, Tensor)",
-    fake=lambda center, context, negatives, center_weight, context_weight, exclude_positive, *wanted: _empty_outputs(
-        negatives, center_weight, *wanted
-    ),
-    implementations={
+    {
         "reference": partial(_fwd, _fill_reference),
         "cpu": partial(_fwd, _fill_native),
         "triton": partial(_fwd, _fill_triton),
         "cuda": partial(_fwd, _fill_native),
     },
     native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
 )
-negative_sampling_bwd = Op(
+def negative_sampling_fwd(tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted) -> Outputs:
+    return _empty_outputs(tables, indices, wanted)
+
+
+@operator(
     NAME,
-    "negative_sampling_bwd(Tensor grad_loss, Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
-    "Tensor context_weight, Tensor slopes, Tensor direction, bool want_center, bool want_context) -> (Tensor, Tensor)",
-    fake=lambda grad_loss, center, context, negatives, center_weight, context_weight, slopes, direction, *wanted: (
-        _empty_gradients(center_weight, context_weight, *wanted)
-    ),
-    implementations={
+    {
         "reference": partial(_bwd, segment_sum.reference),
         "cpu": partial(_bwd, segment_sum.native),
         "triton": partial(_bwd, segment_sum.triton),
         "cuda": partial(_bwd, segment_sum.native),
     },
     native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
 )
+def negative_sampling_bwd(
+    grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
+) -> Tables:
+    """The gradients of sum(grad_loss * loss), without elements where not wanted."""
+    return _empty_gradients(tables, wanted)
 
 
 class _PairLosses(Function):
-    """The loss of each pair. The negatives are read once: what the center's gradient needs of them, a row of D numbers
-    a pair, is kept. grad_output multiplies in float32, inside the sums of backward."""
+    """The loss of each pair. Forward reads the negatives once and keeps what the center's gradient needs of them, a row
+    of D numbers per pair. grad_output multiplies in float32, inside the sums of backward."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(center_weight, context_weight, center, context, negatives, exclude_positive, want_center, want_context):
-        return negative_sampling_fwd(
-            center, context, negatives, center_weight, context_weight, exclude_positive, want_context, want_center
-        )
+    differentiable = 1
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        center_weight, context_weight, center, context, negatives, _, *ctx.computed = inputs
-        _, slopes, direction = output
-        ctx.mark_non_differentiable(slopes, direction)
-        ctx.save_for_backward(center, context, negatives, center_weight, context_weight, slopes, direction)
-        ctx.set_materialize_grads(False)
+    def forward(tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted) -> Outputs:
+        return negative_sampling_fwd(tables, indices, exclude_positive, wanted)
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
-        wanted = ctx.needs_input_grad[:2]
-        grads = (None, None)
-        if grad_loss is not None:
-            for want, computed, name in zip(wanted, ctx.computed, ("center_weight", "context_weight"), strict=True):
-                if want and not computed:
-                    raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}")
-            grads = _PairLossesBackward.apply(grad_loss.contiguous(), *ctx.saved_tensors, *wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
-
-
-class _PairLossesBackward(Function):
-    generate_vmap_rule = True
+    def setup_context(ctx, inputs, outputs):
+        tables, indices, _, ctx.computed = inputs
+        (pairs,) = outputs
+        save(ctx, tables, indices, pairs)
 
     @staticmethod
-    def forward(
-        grad_loss, center, context, negatives, center_weight, context_weight, slopes, direction, want_center,
-        want_context,
-    ):  # fmt: skip
-        return negative_sampling_bwd(
-            grad_loss, center, context, negatives, center_weight, context_weight, slopes, direction, want_center,
-            want_context,
-        )  # fmt: skip
+    def backward(ctx, grads):
+        if grads.loss is None:
+            return None
+        needs, *_ = _PairLosses.wanted(ctx)
+        wanted = Wanted(*needs)
+        for name in Wanted._fields:
+            if getattr(wanted, name) and not getattr(ctx.computed, name):
+                raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}")
+        gradients = _gradients(grads.loss.contiguous(), *saved(ctx), wanted)
+        return (Tables(*(grad if want else None for grad, want in zip(gradients, wanted, strict=True))),)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
+@once_differentiable(NAME)
+def _gradients(grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted) -> Tables:
+    return negative_sampling_bwd(grad_loss, tables, indices, outputs, wanted)
 
 
 def negative_sampling_loss(
@@ -240,18 +217,19 @@ def negative_sampling_loss(
 
     With `u = center_weight` and `v = context_weight` the loss of a pair is `-logsigmoid(<u[center], v[context]>)` plus
     the sum over its negatives of `-logsigmoid(-<u[center], v[negative]>)`. Neither the `(N, K, D)` rows of the
-    negatives nor their gradients ever exist: forward reads each row once and keeps D numbers a pair, and 1 + K, until
-    backward. The gradients are dense; their rows are summed in float32, in the order of the pairs, without atomics.
+    negatives nor their gradients are ever materialised: forward reads each row once and keeps D + 1 + K numbers per
+    pair until backward. The gradients are dense; their rows are summed in float32, in the order of the pairs, without
+    atomics.
 
     Args:
         center: index of each pair's center word `(...)`, int64 or int32.
         context: index of the word that was seen with it, of the shape of `center`.
-        negatives: indices of K sampled words a pair `(..., K)`.
+        negatives: indices of K sampled words per pair `(..., K)`.
         center_weight: table of center words `(V, D)`; float32, bfloat16, float16 or float64.
         context_weight: table of context words `(V2, D)`, of the dtype of `center_weight` outside autocast; it may be
             the same tensor. Either table may be frozen.
         reduction: "mean" over the pairs (NaN where there are none), "sum", or "none", of the shape of `center`.
-        exclude_positive: leave out the negatives that are the context of their pair, as word2vec and gensim do.
+        exclude_positive: leave out negatives that equal the context of their pair, as word2vec and gensim do.
 
     Returns:
         The loss, float32 (float64 for float64 tables).
@@ -273,13 +251,13 @@ def negative_sampling_loss(
     if center_weight.dtype != context_weight.dtype:  # under autocast
         dtype = torch.promote_types(center_weight.dtype, context_weight.dtype)
         center_weight, context_weight = center_weight.to(dtype), context_weight.to(dtype)
-    indices = (center.reshape(-1), context.reshape(-1), negatives.reshape(center.numel(), negatives.shape[-1]))
+    indices = Indices(center.reshape(-1), context.reshape(-1), negatives.reshape(center.numel(), negatives.shape[-1]))
     if len({index.dtype for index in indices}) > 1:
-        indices = tuple(index.long() for index in indices)
-    tables = (center_weight.contiguous(), context_weight.contiguous())
-    wanted = tuple(torch.is_grad_enabled() and table.requires_grad for table in tables)
-    tensors = distinct((*tables, *(index.contiguous() for index in indices)))
-    loss, *_ = _PairLosses.apply(*tensors, exclude_positive, *wanted)
+        indices = Indices(*(index.long() for index in indices))
+    indices = Indices(*map(contiguous, indices))
+    tables = Tables(center_weight.contiguous(), context_weight.contiguous())
+    wanted = Wanted(*(torch.is_grad_enabled() and table.requires_grad for table in tables))
+    loss = _PairLosses.run(tables, indices, exclude_positive, wanted).loss
     if reduction == "none":
         return loss.reshape(center.shape)
     return loss.sum() if reduction == "sum" else loss.mean()

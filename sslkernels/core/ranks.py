@@ -1,4 +1,4 @@
-"""Rows of all ranks of a process group, with the gradient of each rank's own."""
+"""Gathers rows from all ranks of a process group, with gradients for the local ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.autograd import Function
 
 
 def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
-    """The `Ranks` of each of `tensors` (rows, ...), which are of the same kind on every rank but in their number of
-    rows: one exchange, read on the host.
+    """The `Ranks` of each of `tensors` (rows, ...), which may differ between ranks only in their number of rows: one
+    exchange, read on the host.
 
-    Raises `ValueError` on every rank where they disagree about which tensor requires grad: the ones would wait in
+    Raises `ValueError` on every rank if the ranks disagree about which tensors require grad: some would wait in
     backward for the others.
     """
-    own = [[t.shape[0], int(torch.is_grad_enabled() and t.requires_grad)] for t in tensors]
-    mine = torch.tensor(own, dtype=torch.int64, device=tensors[0].device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
+    rows = [[t.shape[0], int(torch.is_grad_enabled() and t.requires_grad)] for t in tensors]
+    local = torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
+    every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, local, group=group)
     numbers = torch.stack(every).tolist()
     if any(rank[i][1] != numbers[0][i][1] for rank in numbers for i in range(len(tensors))):
         wants = [[bool(flag) for _, flag in rank] for rank in numbers]
@@ -30,7 +30,7 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
 
 
 class Ranks:
-    """How many rows each rank has, and where this rank's begin among all."""
+    """How many rows each rank has; this rank has the rows [start, stop) of all."""
 
     def __init__(self, group: Any, rank: int, counts: list[int]) -> None:
         self.group = group
@@ -40,7 +40,7 @@ class Ranks:
 
     def gather(self, values: Tensor) -> Tensor:
         """(rows, ...) of this rank -> (all rows, ...), in the order of the ranks. The gradient of `values` is the sum
-        of what all ranks want of them."""
+        of the gradients on all ranks."""
         return _Gather.apply(values, self)
 
 
@@ -61,7 +61,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # In float32: each rank adds its part.
+        # At least float32, because the ranks' gradients are summed.
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
         dist.all_reduce(total, group=ctx.ranks.group)
         return total[ctx.ranks.start : ctx.ranks.stop].to(ctx.dtype), None

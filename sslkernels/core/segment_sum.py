@@ -1,10 +1,10 @@
-"""Rows of a table, weighted and added up by index: the gradient of a gather, without float atomics.
+"""Weighted sums of table rows by key: the gradient of a gather, without float atomics.
 
     out[r] = sum over the entries e with keys[e] == r, in their order, of coefficient[e] * source[row(e)]
 
-with row(e) = source_index[e // n], or e // n itself where there is no index, for the n entries of each source row. Keys
-outside [0, rows) belong to no row. An entry whose source row is out of range has to have the coefficient NaN, so that
-any row will do for it. Sums are in the accumulation dtype and rounded once to that of `out`.
+where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. Keys outside
+[0, rows) are ignored. An entry whose source row is out of range must have coefficient NaN; any row may then be read in
+its place. Sums are in the accumulation dtype and rounded once to the dtype of `out`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(sorted keys, order, starts): the entries by key, those of row r at [starts[r], starts[r + 1]), those of no row
-    last, with the key `rows`. Nothing synchronises."""
+    """(sorted keys, order, starts): the entries by key, where row r has [starts[r], starts[r + 1]). Entries to ignore
+    come last, with the key `rows`. Nothing synchronises."""
     narrow = rows < 2**31 - 1  # half the passes of a radix sort
     keys = (keys if narrow else keys.long()).masked_fill((keys < 0) | (keys >= rows), rows)
     keys, order = torch.sort(keys.to(torch.int32) if narrow else keys, stable=True)
@@ -24,7 +24,7 @@ def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
     _, order, starts = sort_rows(keys, out.shape[0])
-    row = order // _entries_of_source(keys, source, source_index)
+    row = order // _entries_per_source(keys, source, source_index)
     if source_index is not None:
         row = source_index[row].long().clamp(0, source.shape[0] - 1)
     terms = coefficient[order, None] * source[row].to(coefficient.dtype)
@@ -37,18 +37,18 @@ def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tens
     else:
         order, starts = (keys.new_empty(n, dtype=torch.int64) for n in (keys.numel(), out.shape[0] + 1))
         torch.ops.sslkernels_native.sort_rows(keys, order, starts)
-    per_row = _entries_of_source(keys, source, source_index)
-    torch.ops.sslkernels_native.weighted_row_sums(starts, order, coefficient, source, source_index, out, per_row)
+    per_source = _entries_per_source(keys, source, source_index)
+    torch.ops.sslkernels_native.weighted_row_sums(starts, order, coefficient, source, source_index, out, per_source)
 
 
 def triton(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
     from sslkernels.core.triton.segment_sum import weighted_row_sums
 
     keys, order, starts = sort_rows(keys, out.shape[0])
-    per_row = _entries_of_source(keys, source, source_index)
-    weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_row)
+    per_source = _entries_per_source(keys, source, source_index)
+    weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_source)
 
 
-def _entries_of_source(keys: Tensor, source: Tensor, source_index: Tensor | None) -> int:
+def _entries_per_source(keys: Tensor, source: Tensor, source_index: Tensor | None) -> int:
     rows = source.shape[0] if source_index is None else source_index.shape[0]
     return max(keys.shape[0] // max(rows, 1), 1)

@@ -19,7 +19,7 @@ FEATURES = {
     "normalize": (True,),
     "scale": ("tensor", 30.0, -2.0, 0.0),
     "bias": ("tensor",),
-    "own": ("plain", "masked", "none"),
+    "negatives": ("plain", "masked", "none"),
     "bank": (5,),
     "ids": ("few", "some", "one", "unlike"),
     "same_id": ("positive",),
@@ -38,7 +38,7 @@ DEFAULTS = {
     "normalize": False,
     "scale": 1.7,
     "bias": None,
-    "own": None,
+    "negatives": None,
     "bank": None,
     "ids": None,
     "same_id": "ignore",
@@ -63,7 +63,7 @@ def allowed(case: dict) -> bool:
 
 
 def completed(case: dict) -> dict:
-    """What a value needs of the other features to be a case at all."""
+    """Adjusts the other features so that the case is allowed."""
     if case["shape"] == "tall":
         case["shape"] = "square" if case["positive"] is None or case["exclude_self"] else "wide"
     if case["same_id"] == "positive" and case["ids"] is None:
@@ -88,8 +88,8 @@ def cases() -> list[dict]:
                     f"{k}={v}" for k, v in case.items() if v != DEFAULTS[k] and (k, v) != ("shape", "square")
                 )
                 found[name or "default"] = case
-    # Sets that share code: which candidates there are, in which direction, under which energy; what a key gets from
-    # several rows, of which some weigh nothing.
+    # Features that share code: which candidates, in which direction, under which energy; keys that are the positive of
+    # several rows, some of weight 0.
     for direction, positive, ids, smoothing, weighed in itertools.product(
         ("column", "symmetric"), (None, "duplicated"), (None, "some"), (0.0, 0.3), ("none", "mean"),
     ):  # fmt: skip
@@ -102,7 +102,7 @@ def cases() -> list[dict]:
         (None, "some"), ("ignore", "positive"), (False, True),
     ):  # fmt: skip
         case = {**DEFAULTS, "energy": energy, "direction": direction, "positive": positive, "ids": ids}
-        case = {**case, "same_id": same_id, "exclude_self": exclude, "shape": "square", "own": "masked", "bank": 3}
+        case |= {"same_id": same_id, "exclude_self": exclude, "shape": "square", "negatives": "masked", "bank": 3}
         case["label_smoothing"] = 0.2 if energy == "softmax" else 0.0
         if allowed(case) and (ids is not None or same_id == "ignore"):
             found["-".join(map(str, (energy, direction, positive, ids, same_id, exclude)))] = case
@@ -135,9 +135,9 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
         options["logit_scale"] = case["scale"]
     if case["bias"] == "tensor":
         leaves["logit_bias"] = torch.tensor([-0.7], dtype=dtype)
-    if case["own"] is not None:
-        leaves["negatives"] = torch.randn(n, 0 if case["own"] == "none" else 6, dim, dtype=dtype)
-        if case["own"] == "masked":
+    if case["negatives"] is not None:
+        leaves["negatives"] = torch.randn(n, 0 if case["negatives"] == "none" else 6, dim, dtype=dtype)
+        if case["negatives"] == "masked":
             options["negatives_mask"] = torch.rand(n, 6) < 0.5
             options["negatives_mask"][1] = False
     if case["bank"] is not None:
@@ -211,8 +211,8 @@ def test_against_dense_float64(case, backend):
 
 @pytest.mark.parametrize("case", cases())
 def test_products_computed_once(case, monkeypatch):
-    """The plan where kernels give sums and gradients, or sums weighted by frozen candidates, from one computation."""
+    """The plan for kernels that compute the products once, for sums and gradients or for `weighted_sums`."""
     monkeypatch.setattr(score_tiles.ReferencePairs, "fuses_sums", lambda self, features: True)
-    monkeypatch.setattr(score_tiles.ReferencePairs, "weighs", lambda self, features: True)
+    monkeypatch.setattr(score_tiles.ReferencePairs, "has_weighted_sums", lambda self, features: True)
     with sk.use_backend("reference"):
         check(case, torch.float64, 1e-9)

@@ -1,4 +1,4 @@
-"""What autograd, compilation and the function transforms may ask of the contrastive energies."""
+"""The contrastive energies under autograd, compilation and the function transforms."""
 
 import itertools
 
@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from sslkernels.contrastive import plan
 from sslkernels.contrastive.operators import contrastive_bwd, contrastive_fwd
+from sslkernels.contrastive.records import PairInputs, PairOptions, PairWanted
+from sslkernels.contrastive.score_tiles import SOFTMAX
 
 OP = "contrastive_energy"
 NAMES = ("query", "key", "bank", "negatives", "logit_scale", "logit_bias", "row_weight")
@@ -57,21 +59,21 @@ def test_every_subset_of_inputs_gets_the_same_gradients(backend, options):
                     assert tensor.grad is None
 
 
-def test_only_what_is_asked_for_is_computed(monkeypatch):
+def test_only_wanted_gradients_are_computed(monkeypatch):
     """A frozen tower or bank costs no matmul and no accumulator."""
-    asked = []
+    computed = []
     original = plan.forward
 
-    def spy(kernels, inputs, options, coefficient, compute_dtype, wanted, stats):
-        asked.append(tuple(wanted))
-        return original(kernels, inputs, options, coefficient, compute_dtype, wanted, stats)
+    def spy(kernels, inputs, coefficient, options, wanted, stats):
+        computed.append(wanted)
+        return original(kernels, inputs, coefficient, options, wanted, stats)
 
     monkeypatch.setattr(plan, "forward", spy)
     tensors = problem(requires_grad=("query", "logit_scale"))
     call(tensors).backward()
     with torch.no_grad():
         call(tensors)
-    assert asked == [(True, False, False, False, True, False), (False,) * 6]
+    assert computed == [PairWanted(query=True, logit_scale=True), PairWanted()]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
@@ -83,7 +85,7 @@ def test_a_retained_graph_gives_the_same_gradients(backend, options):
     first = torch.autograd.grad(loss, leaves, half, retain_graph=True)
     kept = [grad.clone() for grad in first]
     for grad in first:
-        grad.mul_(7)  # what a user does to a gradient changes no later one
+        grad.mul_(7)  # a user may write to a gradient without changing later ones
     second = torch.autograd.grad(loss, leaves, half, retain_graph=True)
     third = torch.autograd.grad(loss, leaves)
     for one, two, three in zip(kept, second, third, strict=True):
@@ -140,7 +142,7 @@ def test_zero_rows(backend, energy, reduction):
     assert tensors["negatives"].grad.shape == (0, 3, 7)
 
 
-def test_zero_features_and_no_own_negatives(backend):
+def test_zero_features_and_no_per_query_negatives(backend):
     x = torch.zeros(5, 0, requires_grad=True)
     torch.testing.assert_close(sk.contrastive_energy(x, x), torch.tensor(5.0).log())
     query, negatives = torch.randn(5, 3, requires_grad=True), torch.randn(5, 0, 3, requires_grad=True)
@@ -256,29 +258,31 @@ def test_autocast_takes_any_mix_of_dtypes(dtype):
 def raw_arguments():
     tensors = {name: value.detach() for name, value in problem(dtype=torch.float32).items()}
     ids = torch.randint(0, 3, (13,))
-    inputs = (
+    inputs = PairInputs(
         tensors["query"], tensors["key"], tensors["bank"], None, None,
         torch.tensor([0, 3, 2, 12, -1, 4, 5, 6, 7, 8, 9]), None, ids[:11].contiguous(), ids,
         tensors["logit_scale"].reshape(1), tensors["logit_bias"].reshape(1),
     )  # fmt: skip
-    flags = (torch.float32, 0, True, True, True, True, True, 0.1, 0.0, *[True] * 6)
-    return inputs, flags
+    options = PairOptions(SOFTMAX, True, True, True, True, True, 0.1, 0.0, torch.float32)
+    return inputs, options, PairWanted(*[True] * len(PairWanted._fields))
 
 
 def test_opcheck(backend):
-    inputs, flags = raw_arguments()
-    outputs = contrastive_fwd(*inputs, torch.rand(11), *flags, True)
-    torch.library.opcheck(torch.ops.sslkernels.contrastive_fwd.default, (*inputs, torch.rand(11), *flags, True))
-    backward = (torch.rand(11), *inputs, *outputs[1:4], *flags)
-    torch.library.opcheck(torch.ops.sslkernels.contrastive_bwd.default, backward)
-    assert len(contrastive_bwd(*backward)) == 7
+    inputs, options, wanted = raw_arguments()
+    forward = (inputs, torch.rand(11), options, wanted, True)
+    _, state, _, gradients = contrastive_fwd(*forward)
+    torch.library.opcheck(contrastive_fwd.raw, tuple(contrastive_fwd.inputs.pack(forward)))
+    backward = (torch.rand(11), inputs, state, options, wanted)
+    torch.library.opcheck(contrastive_bwd.raw, tuple(contrastive_bwd.inputs.pack(backward)))
+    for gradient, other in zip(contrastive_bwd(*backward), gradients, strict=True):
+        assert gradient.shape == other.shape
 
 
 def test_bitwise_equal_from_run_to_run(backend):
     rows = 9 if backend == "triton" else 301
     x, y = (torch.randn(rows, 33, requires_grad=True) for _ in range(2))
     scale = torch.tensor(3.0, requires_grad=True)
-    positive = torch.randint(0, rows, (rows,))  # keys that several rows designate
+    positive = torch.randint(0, rows, (rows,))  # keys that are the positive of several rows
 
     def gradients():
         loss = sk.contrastive_energy(x, y, positive=positive, direction="symmetric", logit_scale=scale)

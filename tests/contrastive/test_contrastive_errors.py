@@ -1,4 +1,4 @@
-"""Bad input of the contrastive energies: function, argument, what it must be and what it was."""
+"""Errors of the contrastive energies: they name function, argument, rule and value."""
 
 import pytest
 import torch

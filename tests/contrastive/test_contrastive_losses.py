@@ -1,4 +1,4 @@
-"""The named losses against the packages that users know them from, and the modules."""
+"""The named losses against the packages that they replace, and the modules."""
 
 import itertools
 
@@ -151,12 +151,12 @@ def test_a_learned_scale_of_the_general_module_is_a_parameter():
     assert scale.grad != 0
 
 
-def test_the_modules_clamp_their_scale_and_it_comes_back():
+def test_a_clamped_scale_still_gets_a_gradient():
     x = features(6, 5, dtype=torch.float32, normalised=True)
     module = sk.nn.ClipLoss(1 / 0.07, max_logit_scale=100.0)
     with torch.no_grad():
         module.log_scale.fill_(7.0)
-    module(x, -x).backward()  # the worst of all pairs: a smaller scale is better
+    module(x, -x).backward()  # the worst pairs possible: a smaller scale is better
     torch.testing.assert_close(module.logit_scale(), torch.tensor(100.0))
     assert module.log_scale.grad > 0
     module.eval()
@@ -164,6 +164,6 @@ def test_the_modules_clamp_their_scale_and_it_comes_back():
         module.log_scale.fill_(7.0)
     torch.testing.assert_close(module.logit_scale(), torch.tensor(100.0))
     assert module.log_scale == 7.0
-    # The function takes what it is given.
+    # The function does not clamp.
     want = F.cross_entropy(1000.0 * x @ x.T, torch.arange(6))
     torch.testing.assert_close(sk.clip_loss(x, x, 1000.0), want)

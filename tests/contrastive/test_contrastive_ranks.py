@@ -1,4 +1,4 @@
-"""Contrastive energies over process groups (gloo): the gradients are those of one process that has all rows."""
+"""Contrastive energies over process groups (gloo): the gradients equal those of one process that has all rows."""
 
 import os
 import socket
@@ -32,7 +32,7 @@ def data(world: int, ragged: bool):
 
 
 def encoders():
-    """Two towers and a scale: the parameters whose gradients DDP averages."""
+    """Two towers and a scale, the parameters whose gradients DDP averages."""
     torch.manual_seed(1)
     towers = [torch.nn.Linear(6, 5, dtype=torch.float64) for _ in range(2)]
     return towers, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -97,7 +97,7 @@ def ranks(request, tmp_path_factory):
 
 
 def single_losses(name, world):
-    """Each rank's loss as one process with all rows computes it, and the parameters."""
+    """Each rank's loss, ranks of its rows and the parameters, computed by one process with all rows."""
     x, y, ids = data(world, OPTIONS[name].get("ragged", False))
     towers, scale = encoders()
     options = {k: v for k, v in OPTIONS[name].items() if k not in ("ids", "ragged")}
@@ -116,7 +116,7 @@ def single_losses(name, world):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_averaged_gradients_are_those_of_the_mean_over_ranks(ranks, name):
+def test_averaged_gradients_equal_those_of_the_mean_over_ranks(ranks, name):
     world, results = ranks
     losses, rank_statistics, parameters = single_losses(name, world)
     for rank in range(world):
@@ -183,7 +183,7 @@ def disagree(rank: int, port: int, folder: str) -> None:
 
 
 def test_ranks_that_disagree_about_gradients_raise(tmp_path):
-    """And do not wait for each other."""
+    """Instead of waiting for each other."""
     mp.spawn(disagree, (free_port(), str(tmp_path)), 2)
     for rank in range(2):
         assert "the ranks must agree on which features require grad" in torch.load(tmp_path / f"{rank}.pt")

@@ -1,4 +1,4 @@
-"""The contrastive energies where it is hard: large scores, half precision, large batches, collapse, nothing left."""
+"""Hard regimes of the contrastive energies: large scores, half precision, large batches, collapse, no candidates."""
 
 import math
 
@@ -16,8 +16,8 @@ ENERGIES = ("softmax", "sigmoid", "hinge")
 
 
 @pytest.fixture
-def narrow_strips(monkeypatch):
-    """Strips of 16 rows."""
+def small_row_blocks(monkeypatch):
+    """Row blocks of 16 rows."""
     monkeypatch.setattr(score_tiles, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
 
 
@@ -60,15 +60,15 @@ def leaves_of(rows, keys, dim, dtype=torch.float32, scale=20.0, spread=1.0):
 @pytest.mark.parametrize("direction", ["row", "symmetric"])
 @pytest.mark.parametrize("energy", ENERGIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_several_strips_in_every_dtype(backend, dtype, energy, direction, narrow_strips):
-    """Also keys that several strips share in half precision, where their gradients add up in float32."""
+def test_several_row_blocks_in_every_dtype(backend, dtype, energy, direction, small_row_blocks):
+    """Several row blocks add to the gradient of a key, in float32 even for half precision."""
     rows, keys = (37, 41) if backend == "triton" else (131, 157)
     case = {"energy": energy, "direction": direction, "normalize": True}
     check_against_eager(case, leaves_of(rows, keys, 33, dtype))
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
-def test_options_over_several_strips(backend, energy, narrow_strips):
+def test_options_over_several_row_blocks(backend, energy, small_row_blocks):
     torch.manual_seed(0)
     n, m = (35, 40) if backend == "triton" else (71, 83)
     case = {
@@ -82,7 +82,7 @@ def test_options_over_several_strips(backend, energy, narrow_strips):
 
 
 def check_wide(case, leaves, rtol=1e-5):
-    """Float32 against float64: `rtol` of a gradient's norm, or of the loss for that of the scale, which cancels."""
+    """Float32 against float64, relative to a gradient's norm; relative to the loss for the scale's, which cancels."""
     got, grads = gradients(lambda x, y, s: sk.contrastive_energy(x, y, logit_scale=s, **case), leaves)
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -96,7 +96,7 @@ def check_wide(case, leaves, rtol=1e-5):
 @pytest.mark.parametrize("direction", ["row", "column", "symmetric"])
 @pytest.mark.parametrize("scale", [100.0, 1000.0])
 def test_large_scale(backend, direction, scale):
-    """Temperatures of 0.01 and 0.001: scores of +-100, where exponentials under one common shift would be 0."""
+    """Temperatures of 0.01 and 0.001: scores of +-100, where exponentials with one common shift would be 0."""
     for spread in ("random", "opposite"):
         x, y, s = leaves_of(33, 33, 16, scale=scale)
         if spread == "opposite":  # the best cosine of a row is below -0.3
@@ -109,7 +109,7 @@ def test_large_scale(backend, direction, scale):
 
 @pytest.mark.parametrize("direction", ["row", "column", "symmetric"])
 def test_scores_without_bound(backend, direction):
-    """Features that nobody normalised: scores of thousands, rows and columns of very different size."""
+    """Unnormalised features: scores of thousands, rows and columns of very different magnitude."""
     torch.manual_seed(0)
     x = (torch.randn(33, 16) * torch.logspace(-3, 2, 33)[:, None]).requires_grad_()
     y = (torch.randn(33, 16) * torch.logspace(-3, 2, 33).flip(0)[:, None]).requires_grad_()
@@ -132,7 +132,7 @@ def test_a_confident_pair_keeps_its_loss_and_gradient(backend):
 
 @pytest.mark.parametrize("energy", ENERGIES)
 def test_one_query(backend, energy):
-    """N = 1 and nothing else: no negatives, a gradient of the positive alone."""
+    """N = 1: no negatives, only the positive has a gradient."""
     x, y = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5, requires_grad=True)
     for direction in ("row", "column", "symmetric"):
         loss = sk.contrastive_energy(x, y, energy=energy, direction=direction)
@@ -149,8 +149,8 @@ def test_one_query(backend, energy):
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
-def test_all_own_negatives_masked(backend, energy):
-    """What is masked may hold anything."""
+def test_all_per_query_negatives_masked(backend, energy):
+    """Masked negatives may hold anything."""
     query, key = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
     negatives = torch.full((4, 3, 5), float("nan"), requires_grad=True)
     mask = torch.zeros(4, 3, dtype=torch.bool)
@@ -163,7 +163,7 @@ def test_all_own_negatives_masked(backend, energy):
 
 
 def test_no_positive_left(backend):
-    """Each id once: no row has a positive, the mean of nothing is NaN, sums and gradients are 0."""
+    """No id occurs twice, so no row has a positive: the mean is NaN, sums and gradients are 0."""
     z = torch.randn(5, 4, requires_grad=True)
     options = {"query_ids": torch.arange(5), "key_ids": torch.arange(5), "same_id": "positive", "exclude_self": True}
     assert sk.contrastive_energy(z, z, **options).isnan()
@@ -183,7 +183,7 @@ def test_no_positive_left(backend):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_collapse(backend, normalize):
-    """All features equal: log N, no gradient that separates them, and statistics that say so."""
+    """All features equal: loss log N, no gradient that separates them, and statistics that show it."""
     z = torch.ones(8, 4, requires_grad=True)
     loss, stats = sk.contrastive_energy(z, z.detach(), direction="symmetric", normalize=normalize, return_stats=True)
     torch.testing.assert_close(loss, torch.tensor(8.0).log())
@@ -194,7 +194,7 @@ def test_collapse(backend, normalize):
 
 
 def test_features_of_norm_zero(backend):
-    """As F.normalize: divided by 1e-12, a constant; no NaN."""
+    """Like F.normalize: divided by the constant 1e-12; no NaN."""
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     x[2] = 0
     y[1] = 0
@@ -209,7 +209,7 @@ def test_features_of_norm_zero(backend):
 
 
 def test_tiny_float16_features_normalise(backend):
-    """A norm whose square is 0 in float16 (the eps of 1e-12 is, too)."""
+    """Norms whose square underflows in float16, as the eps of 1e-12 does."""
     x = torch.randn(6, 8).half()
     small = (x * 2**-14).requires_grad_()
     loss = sk.contrastive_energy(small, x, normalize=True)
@@ -219,13 +219,13 @@ def test_tiny_float16_features_normalise(backend):
 
 @pytest.mark.parametrize("energy", ENERGIES)
 @pytest.mark.parametrize("direction", ["row", "symmetric"])
-def test_a_nan_reaches_what_it_touches(backend, energy, direction):
+def test_nan_stays_in_its_row_or_columns(backend, energy, direction):
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     x[3, 1] = float("nan")
     rows = sk.contrastive_energy(x, y, energy=energy, direction=direction, reduction="none")
     if direction == "row" or energy == "sigmoid":
         assert rows.isnan().tolist() == [False, False, False, True, False]
-    else:  # every column holds the row
+    else:  # every column contains the row
         assert rows.isnan().all()
 
 
@@ -239,8 +239,8 @@ def float16_case(rows, dtype, energy):
 
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_float16_gradients_of_a_large_batch(energy):
-    """1/N is outside of the half-precision tile: with a loss scale, as float16 training has it, the gradients are those
-    of float32 to float16's precision. N = 16384, where 1 / N times a probability is no float16 number."""
+    """With a loss scale, as in float16 training, the gradients equal those of float32 to float16's precision. With
+    N = 16384, 1 / N times a probability underflows in float16: 1 / N must not enter the half-precision tile."""
     loss_scale = 2.0**16
     results = {}
     for dtype in (torch.float16, torch.float32):
@@ -256,7 +256,7 @@ def test_float16_gradients_of_a_large_batch(energy):
 @pytest.mark.slow
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_rows_of_a_batch_of_65536_against_float64(energy):
-    """Statistics and gradients of sampled rows, from a dense float64 computation of those rows' scores."""
+    """Statistics and gradients of sampled rows against a dense float64 computation of their scores."""
     count, dim, scale, bias = 65536, 16, 10.0, -10.0
     torch.manual_seed(0)
     x = F.normalize(torch.randn(count, dim), dim=1).requires_grad_()
@@ -305,7 +305,7 @@ def test_statistics(backend):
         ("hinge", "symmetric"),
     ):
         options = {"negatives": negatives, "negatives_mask": mask, "bank": bank}
-        if direction == "column":  # own negatives and bank take part in rows alone
+        if direction == "column":  # negatives and bank count in the row direction only
             options, here = {}, scores[:, :m]
         else:
             here = scores
@@ -322,7 +322,7 @@ def test_statistics(backend):
 
 
 def test_statistics_of_supervised_pairs(backend):
-    """The positive is the mean over all, and only negatives beat it."""
+    """`positive` is the mean over all positives, and only negatives count in `rank`."""
     ids = torch.tensor([0, 1, 0, 1, 0, 2])
     z = torch.randn(6, 3)
     _, stats = sk.contrastive_energy(
@@ -339,7 +339,7 @@ def test_statistics_of_supervised_pairs(backend):
 
 
 def test_duplicates_are_no_negatives_by_their_ids(backend):
-    """The same text twice in a batch: without ids it repels its own image."""
+    """With the same text twice in a batch and no ids, one copy is a negative of the other's image."""
     text = torch.randn(4, 8)
     text[3] = text[0]
     image = (text + 0.01 * torch.randn(4, 8)).requires_grad_()
@@ -351,7 +351,7 @@ def test_duplicates_are_no_negatives_by_their_ids(backend):
 
 
 def test_positives_in_a_queue_are_no_negatives_by_their_ids(backend):
-    """The queue holds keys of the present batch: appended to the keys, ids leave them out."""
+    """The queue contains keys of the batch: appended to the keys, they are left out by their ids."""
     query, key, queue = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.randn(6, 8)
     queue[2], queue[5] = key[1], key[3]
     ids, queue_ids = torch.arange(4), torch.tensor([10, 11, 1, 12, 13, 3])
@@ -364,8 +364,8 @@ def test_positives_in_a_queue_are_no_negatives_by_their_ids(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_side_that_adds_nothing_adds_no_nan(backend, dtype):
-    """Scores near 88 and 177, where the exponential of a row that nobody asked for is infinite."""
+def test_a_direction_without_loss_adds_no_nan(backend, dtype):
+    """Scores near 88 and 177: the exponential of the direction that is not wanted overflows."""
     x = torch.linspace(-30, 30, 64)[:, None].to(dtype).requires_grad_()
     y = torch.linspace(30, -30, 64)[:, None].to(dtype).requires_grad_()
     for direction in ("row", "column"):
@@ -375,8 +375,8 @@ def test_a_side_that_adds_nothing_adds_no_nan(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_ties_do_not_beat_the_positive(backend, dtype, normalize):
-    """Duplicates of the positive among keys, bank and own negatives, whose scores a matmul rounds otherwise."""
+def test_ties_do_not_rank_above_the_positive(backend, dtype, normalize):
+    """Duplicates of the positive among keys, bank and negatives, whose scores a matmul rounds differently."""
     x = torch.randn(33, 100).to(dtype)
     y = (x + 0.1 * torch.randn(33, 100).to(dtype)).contiguous()
     options = {"normalize": normalize, "logit_scale": 20.0, "return_stats": True}
@@ -389,7 +389,7 @@ def test_ties_do_not_beat_the_positive(backend, dtype, normalize):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_symmetric_scores_over_several_strips(backend, dtype, narrow_strips):
+def test_symmetric_scores_over_several_row_blocks(backend, dtype, small_row_blocks):
     """NT-Xent: each product above the diagonal blocks serves two rows."""
     z0, z1 = torch.randn(37, 9, dtype=dtype, requires_grad=True), torch.randn(37, 9, dtype=dtype, requires_grad=True)
     temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""own_negatives on every backend against autograd in float64."""
+"""`query_negatives_` on every backend against autograd in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_oracle import FEATURES, NAMES, OwnCase, asked_for, assert_results, make, oracle, pairs, pairwise_cases
+from own_oracle import (
+    FEATURES,
+    NAMES,
+    OwnCase,
+    assert_results,
+    compute,
+    make,
+    oracle,
+    pairs,
+    pairwise_cases,
+    wanted_outputs,
+)
 
 import sslkernels as sk
-from sslkernels.contrastive.query_negatives import HINGE, SIGMOID, SOFTMAX, empty_outputs, own_negatives, own_negatives_
+from sslkernels.contrastive.query_negatives import HINGE, SIGMOID, SOFTMAX, empty_outputs, query_negatives_
 from sslkernels.core import backends, native
 
 ENERGIES = (SOFTMAX, SIGMOID, HINGE)
@@ -23,8 +34,8 @@ CASES = {str(case): case for case in pairwise_cases()}
 
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request, device):
-    """Those of this operator, which are more than those of the functions that use it."""
-    reason = own_negatives_.why_not(request.param, torch.device(device))
+    """The backends of this operator, which has more than the functions that use it."""
+    reason = query_negatives_.implementations.why_not(request.param, torch.device(device))
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     with sk.use_backend(request.param):
@@ -33,10 +44,10 @@ def backend(request, device):
 
 def check(case: OwnCase, device: str) -> None:
     inputs = make(case)
-    assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments(device))))
+    assert_results(inputs, wanted_outputs(inputs, compute(inputs, device)))
 
 
-def test_every_two_features_meet():
+def test_cases_cover_every_pair_of_values():
     met = set().union(*(pairs(dataclasses.asdict(case)) for case in CASES.values()))
     for (a, of_a), (b, of_b) in itertools.combinations(FEATURES.items(), 2):
         assert {(a, x, b, y) for x in of_a for y in of_b} <= met
@@ -50,8 +61,8 @@ def test_against_float64(backend, device, name):
 @pytest.mark.parametrize("tile", [(2, 512), (4, 32), (8, 16)], ids=str)
 @pytest.mark.parametrize("name", list(CASES)[::5])
 def test_triton_tiles(device, monkeypatch, name, tile):
-    """Rows of several tiles, and negatives of several blocks, as long ones have them."""
-    if reason := own_negatives_.why_not("triton", torch.device(device)):
+    """Rows of several tiles and negatives of several blocks, like long ones."""
+    if reason := query_negatives_.implementations.why_not("triton", torch.device(device)):
         pytest.skip(reason)
     from sslkernels.contrastive.triton import query_negatives as launcher
     from sslkernels.core.triton.launch import Config
@@ -69,7 +80,7 @@ def test_triton_tiles(device, monkeypatch, name, tile):
 @pytest.mark.parametrize("energy", ENERGIES)
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (0, 0, 4), (1, 1, 1)], ids=str)
-def test_nothing_to_do(backend, device, energy, normalise, shape):
+def test_empty_shapes(backend, device, energy, normalise, shape):
     for reference in ("near", "none", "empty"):
         check(OwnCase(energy=energy, shape=shape, normalise=normalise, reference=reference), device)
 
@@ -83,7 +94,7 @@ def test_scores_of_any_size(backend, device, scale, reference, normalise):
         if scale == 0:
             inputs = make(OwnCase(energy=energy, reference="near", normalise=normalise))
             inputs.logit_scale = torch.zeros_like(inputs.logit_scale)
-            got = asked_for(inputs, own_negatives(*inputs.arguments(device)))
+            got = wanted_outputs(inputs, compute(inputs, device))
             want = oracle(inputs)
             for name in NAMES:
                 torch.testing.assert_close(got[name].cpu().double(), want[name], rtol=1e-4, atol=1e-5)
@@ -98,10 +109,10 @@ def test_nan_stays_in_its_row(backend, device, energy, normalise):
     inputs.mask[:, 0] = True
     inputs.negatives[inputs.mask.logical_not()] = float("nan")
     inputs.negatives[:, 0].nan_to_num_(0.5, 0.5)
-    clean = asked_for(inputs, own_negatives(*inputs.arguments(device)))
+    clean = wanted_outputs(inputs, compute(inputs, device))
     inputs.query[1, 3] = float("nan")
     inputs.negatives[3, 0, 2] = float("nan")
-    got = asked_for(inputs, own_negatives(*inputs.arguments(device)))
+    got = wanted_outputs(inputs, compute(inputs, device))
     for name in NAMES:
         assert torch.equal(got[name][[0, 2, 4]], clean[name][[0, 2, 4]]), name
         if name not in ("scores", "grad_negatives"):
@@ -112,23 +123,22 @@ def test_nan_stays_in_its_row(backend, device, energy, normalise):
 
 
 @pytest.mark.parametrize("energy", ENERGIES)
-def test_negatives_without_a_direction(backend, device, energy):
-    """Of norm 0 and below 1e-12: no projection, nothing that is not finite."""
+def test_negatives_of_norm_zero(backend, device, energy):
+    """Norms of 0 and below 1e-12: no projection, all results finite."""
     inputs = make(OwnCase(energy=energy, normalise=True, smoothing=True))
     inputs.negatives[0, 1] = 0
     inputs.negatives[1, 2] *= 1e-15
     inputs.negatives[2, 3] *= 1e-9
-    assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments(device))))
+    assert_results(inputs, wanted_outputs(inputs, compute(inputs, device)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalise", [False, True])
-def test_no_further_from_float64_than_eager(backend, device, dtype, normalise):
-    """Of the whole results; half precision is rounded where the gradient of the negatives is written, and nowhere
-    else."""
+def test_error_is_at_most_that_of_eager(backend, device, dtype, normalise):
+    """In the norm of each result; half precision rounds only where the gradient of the negatives is written."""
     inputs = make(OwnCase(dtype=dtype, shape=(16, 32, 96), normalise=normalise, reference="near"))
     want = oracle(inputs)
-    got = asked_for(inputs, own_negatives(*inputs.arguments(device)))
+    got = wanted_outputs(inputs, compute(inputs, device))
     leaves = [t.detach().requires_grad_() for t in (inputs.query, inputs.negatives)]
     x, n = leaves
     if normalise:
@@ -148,29 +158,29 @@ def test_no_further_from_float64_than_eager(backend, device, dtype, normalise):
 
 def test_repeats_to_the_bit(backend, device):
     inputs = make(OwnCase(shape=(5, 33, 65), normalise=True, mask="some", dtype=torch.bfloat16))
-    first, second = (own_negatives(*inputs.arguments(device)) for _ in range(2))
+    first, second = (compute(inputs, device) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("case", [OwnCase(mask="some", normalise=True), OwnCase(gradient=False, scores=False)], ids=str)
 def test_fake_and_schema(backend, device, case):
-    *arguments, want_query, want_negatives, want_scores = make(case).arguments(device)
-    gradients = arguments[8] is not None
-    outputs = empty_outputs(*arguments[:2], gradients, want_query, want_negatives, want_scores)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(own_negatives_._call, (*arguments, *outputs), test_utils=checks)
+    inputs, merge = make(case).records(device)
+    wanted = (case.query, case.negatives, case.scores)
+    outputs = empty_outputs(inputs.query, inputs.negatives, case.gradient, *wanted)
+    flat = tuple(query_negatives_.inputs.pack((inputs, merge, outputs)))
+    torch.library.opcheck(query_negatives_.raw, flat, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_negatives_that_start_anywhere(backend, device):
-    """A view that begins at no multiple of 16 bytes, as its gradient does not."""
+def test_unaligned_negatives(backend, device):
+    """A view that does not start at a multiple of 16 bytes."""
     for dtype, dim in ((torch.bfloat16, 24), (torch.float32, 17)):
         inputs = make(OwnCase(dtype=dtype, shape=(3, 5, dim), normalise=True))
         storage = torch.empty(inputs.negatives.numel() + 3, dtype=dtype)
         view = storage[3:].view_as(inputs.negatives)
         view.copy_(inputs.negatives)
         inputs.negatives = view
-        assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments(device))))
+        assert_results(inputs, wanted_outputs(inputs, compute(inputs, device)))
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
@@ -179,13 +189,12 @@ def test_every_compiled_instruction_set(isa):
         pytest.skip("no compiled extension")
     code = (
         "import torch, sslkernels as sk\n"
-        "from own_oracle import OwnCase, asked_for, assert_results, make\n"
-        "from sslkernels.contrastive.query_negatives import own_negatives\n"
+        "from own_oracle import OwnCase, assert_results, compute, make, wanted_outputs\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
         "    for energy in range(3):\n"
         "        inputs = make(OwnCase(dtype, energy, (5, 9, 77), normalise=energy != 1, mask='some'))\n"
-        "        with sk.use_backend('cpu'): outputs = own_negatives(*inputs.arguments())\n"
-        "        assert_results(inputs, asked_for(inputs, outputs))\n"
+        "        with sk.use_backend('cpu'): outputs = compute(inputs)\n"
+        "        assert_results(inputs, wanted_outputs(inputs, outputs))\n"
     )
     root = Path(__file__).parents[2]
     path = os.pathsep.join(map(str, (root, root / "tests/oracles")))
@@ -198,11 +207,11 @@ def test_every_compiled_instruction_set(isa):
 def test_more_than_2_to_the_31_elements(backend, device):
     rows, count, dim = 2049, 1024, 1024
     inputs = make(OwnCase(dtype=torch.bfloat16, shape=(1, count, dim), reference="near"))
-    one = inputs.arguments(device)
-    many = [
-        v.expand(rows, *v.shape[1:]).contiguous() if isinstance(v, torch.Tensor) and j not in (4, 5) else v
-        for j, v in enumerate(one)
-    ]
-    got = own_negatives(*many)
-    last = dict(zip(NAMES, (part[-1:] for part in got), strict=True))
+    repeated = {
+        name: value.expand(rows, *value.shape[1:]).contiguous()
+        for name in ("query", "negatives", "reference", "coefficient")
+        if (value := getattr(inputs, name)) is not None
+    }
+    got = compute(dataclasses.replace(inputs, **repeated), device)
+    last = {name: part[-1:] for name, part in got._asdict().items()}
     assert_results(inputs, last)

@@ -13,10 +13,11 @@ from sslkernels.contrastive.score_tiles import (
     SIGMOID,
     SOFTMAX,
     ColumnSums,
+    GradientOutputs,
     Labels,
     ReferencePairs,
     RowSums,
-    Side,
+    SideGrad,
     Thresholds,
     Tile,
     TritonPairs,
@@ -32,7 +33,7 @@ EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
 @pytest.fixture
 def small_supertiles(monkeypatch):
-    """Few rows are several supertiles of several blocks each, as many rows are."""
+    """Small supertiles and one processor, so that few rows make several supertiles of several blocks each."""
     monkeypatch.setattr(tile_sums, "SUPERTILE", 128)
     for module in (tile_sums, tile_gradients, tile_weighted_sums):
         monkeypatch.setattr(module, "processors", lambda tensor: 1)
@@ -47,7 +48,7 @@ def make_tile(
     device, rows, columns, dim, dtype, energy, *, scale=1.7, bias=None, normalize=False, labels=1, ids_positive=False,
     spread=1.0, products=True,
 ):  # fmt: skip
-    """labels: how many of the three pairs of labels there are."""
+    """labels: how many of the three pairs of labels exist."""
     g = torch.Generator().manual_seed(rows + 3 * columns + 7 * dim)
     queries, candidates = ((spread * torch.randn(n, dim, generator=g)).to(dtype).to(device) for n in (rows, columns))
     norms = (None, None)
@@ -59,15 +60,14 @@ def make_tile(
         for n in (rows, columns):
             label = torch.randint(0, kind, (n,), generator=g).to(torch.int32).to(device)
             found.append(label if present else None)
-    place = torch.full((rows, columns), float("nan"), dtype=dtype, device=device) if products else None
+    memory = torch.full((rows, columns), float("nan"), dtype=dtype, device=device) if products else None
     numbers = (torch.full((1,), v, device=device) if v is not None else None for v in (scale, bias))
-    return Tile(queries, candidates, place, *norms, *numbers, energy, Labels(*found), ids_positive)
+    return Tile(queries, candidates, memory, *norms, *numbers, energy, Labels(*found), ids_positive)
 
 
 def widened(tile):
-    wide = [v.double() if isinstance(v, torch.Tensor) else v for v in tile]
-    wide[2] = tile.queries.double() @ tile.candidates.double().T
-    return Tile(*wide)._replace(labels=tile.labels)
+    wide = Tile(*(v.double() if isinstance(v, torch.Tensor) else v for v in tile))
+    return wide._replace(products=wide.queries @ wide.candidates.T)
 
 
 def copied(values, wide=False):
@@ -124,10 +124,10 @@ def check_sums(tile, *, times=1, tolerance=3e-6, **options):
                 value = (got.max + got.sum.log())[~empty]
                 wanted = (want.max + want.sum.log())[~empty]
                 torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance * size + 1e-6, equal_nan=True)
-            elif name in ("active", "beaten"):
-                assert float((value - wanted).abs().max()) <= 1  # a score within a rounding of what it is compared with
+            elif name in ("active", "num_above_positive"):
+                assert float((value - wanted).abs().max()) <= 1  # a score may be within a rounding of its threshold
             else:
-                atol = tolerance * (times * terms * size if name != "spread" else times * terms)
+                atol = tolerance * (times * terms * size if name != "uniformity_sum" else times * terms)
                 torch.testing.assert_close(
                     value.double(),
                     wanted,
@@ -168,7 +168,7 @@ def test_sums_of_one_side(device, energy, sides):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
 def test_sums_of_half_precision(device, small_supertiles, fixed_shift, dtype, normalize):
-    """Products are exact and accumulate in float32: errors are those of float32."""
+    """Products are exact and accumulate in float32: the tolerance is float32's."""
     tile = make_tile(device, 100, 200, 64, dtype, SOFTMAX, normalize=normalize, scale=20.0)
     check_sums(tile, statistics=True)
 
@@ -176,7 +176,7 @@ def test_sums_of_half_precision(device, small_supertiles, fixed_shift, dtype, no
 @pytest.mark.parametrize("scale", [0.0, 1.0, -30.0, 100.0, 3000.0])
 @pytest.mark.parametrize("bias", [None, 40.0], ids=["", "bias"])
 def test_softmax_of_normalised_features(device, small_supertiles, fixed_shift, scale, bias):
-    """Rows and columns whose best cosine is -0.5, of which a fixed shift leaves nothing, and others."""
+    """Some rows and columns have a best cosine of -0.5, where exponentials with the fixed shift underflow."""
     tile = make_tile(device, 150, 140, 16, torch.float32, SOFTMAX, scale=scale, bias=bias, normalize=True, spread=0.2)
     direction = torch.zeros(16, device=device)
     direction[0] = 1.0
@@ -194,7 +194,7 @@ def test_softmax_of_normalised_features(device, small_supertiles, fixed_shift, s
 
 
 def test_far_scores(device, small_supertiles):
-    """|s| of ten thousand, positive and negative, where an exponential without a maximum is inf or 0."""
+    """|s| of ten thousand, where exponentials without a maximum are inf or 0."""
     for scale in (300.0, -300.0):
         check_sums(make_tile(device, 90, 140, 64, torch.float32, SOFTMAX, scale=scale, spread=2.0))
 
@@ -242,48 +242,44 @@ def make_side(tile, count, dim, *, every, wide):
     share, smoothing = (0.1 * torch.rand(count, generator=g).to(device) for _ in range(2))
     if tile.energy != SOFTMAX or not every:
         share = smoothing = None
-    return Side(weight, None if tile.energy == SIGMOID else reference, share, smoothing)
+    return SideGrad(weight, None if tile.energy == SIGMOID else reference, share, smoothing)
 
 
 def check_gradients(tile, *, every=True, rows=True, columns=True, wanted=(True, True), start=1.0, fused=False):
     wide, device = widened(tile), tile.queries.device
     (count, dim), width = tile.queries.shape, tile.candidates.shape[0]
-    row = make_side(tile, count, 1, every=every, wide=wide) if rows else Side()
-    column = make_side(tile, width, 0, every=every, wide=wide) if columns else Side()
-    got = [torch.ones(count, dtype=torch.float64, device=device) for _ in range(2)]
-    got += [
+    row = make_side(tile, count, 1, every=every, wide=wide) if rows else SideGrad()
+    column = make_side(tile, width, 0, every=every, wide=wide) if columns else SideGrad()
+    ones = torch.ones(count, dtype=torch.float64, device=device)
+    grads = (
         torch.full((n, dim), start, device=device) if want else None
         for n, want in zip((count, width), wanted, strict=True)
-    ]
-    want = [None if v is None else v.double().clone() for v in got]
+    )
     got_sums, want_sums = (make_sums(tile, SIGMOID, columns=False, extra=False)[0] if fused else None for _ in range(2))
-    TritonPairs().add_gradients(tile, row, column, *got, got_sums)
-    # The dense gradient, of which a result is held to the size of its terms.
+    got = GradientOutputs(ones, ones.clone(), *grads, got_sums)
+    want = copied(got._replace(row_sums=None), True)._replace(row_sums=want_sums)
+    TritonPairs().add_gradients(tile, row, column, got)
+    # The dense gradient, which gives the magnitude of each result's terms.
     dense = wide._replace(products=wide.products.clone())
     ReferencePairs().add_gradients(
-        dense, *(Side(*(None if v is None else v.double() for v in s)) for s in (row, column)), *want, want_sums
+        dense, *(SideGrad(*(None if v is None else v.double() for v in s)) for s in (row, column)), want
     )
     if fused:
         torch.testing.assert_close(got_sums.sum, want_sums.sum, rtol=1e-5, atol=1e-5)
     g, eps = dense.products.abs(), EPS[tile.queries.dtype]
-    sizes = [g.sum(1) if tile.row_norm is None else None] * 2
-    sizes += [g @ wide.candidates.abs(), g.T @ wide.queries.abs()]
-    for name, value, wanted_value, size in zip(
-        ("dot", "total", "queries", "candidates"), got, want, sizes, strict=True
+    torch.testing.assert_close(got.dot, want.dot, rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(got.total, want.total, rtol=3e-5, atol=3e-5)
+    for value, expected, size in (
+        (got.queries, want.queries, g @ wide.candidates.abs()),
+        (got.candidates, want.candidates, g.T @ wide.queries.abs()),
     ):
-        if value is None:
-            continue
-        if name in ("dot", "total"):
-            torch.testing.assert_close(
-                value, wanted_value, rtol=3e-5, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}"
-            )
-        else:
-            assert bool(((value - wanted_value).abs() <= 4 * eps * size + 3e-5 * size.max()).all()), name
+        if value is not None:
+            assert bool(((value - expected).abs() <= 4 * eps * size + 3e-5 * size.max()).all())
 
 
 @pytest.fixture(params=["owner", "tile"])
 def gradient_kernel(request, monkeypatch):
-    """Either kernel computes any case: which one is a matter of D and dtype."""
+    """Either kernel computes any case; D and dtype decide which one runs."""
     for module in (launcher, tile_gradients):
         monkeypatch.setattr(module, "owns_rows", lambda dim, dtype: request.param == "owner" and dim <= 256)
 
@@ -306,7 +302,7 @@ def test_gradients(device, small_supertiles, gradient_kernel, rows, columns, dim
     "wanted", [(True, False), (False, True), (False, False)], ids=["queries", "candidates", "sums"]
 )
 def test_gradients_of_one_side(device, gradient_kernel, wanted):
-    """Over many processors the columns are split."""
+    """With many processors the columns are split."""
     sigmoid = make_tile(device, 24, 300, 32, torch.float32, SIGMOID, labels=3, bias=-3.0)
     check_gradients(sigmoid, columns=False, wanted=wanted, fused=True)
     tile = make_tile(device, 24, 300, 32, torch.float32, SOFTMAX, labels=3, normalize=True)
@@ -318,7 +314,7 @@ def test_gradients_of_one_side(device, gradient_kernel, wanted):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
 def test_gradients_of_half_precision(device, gradient_kernel, dtype, normalize):
-    """Also of hundreds of candidates of about one probability, and of features whose norms are 40 or a fortieth."""
+    """Hundreds of candidates of about equal probability, and features of norm 40 or 1/40."""
     for spread in (1.0, 5.0, 5e-3):
         if normalize or spread < 1.0:
             tile = make_tile(device, 16, 512, 64, dtype, SOFTMAX, normalize=normalize, spread=spread)
@@ -326,7 +322,7 @@ def test_gradients_of_half_precision(device, gradient_kernel, dtype, normalize):
 
 
 def test_gradients_of_a_zero_vector_in_float16(device, gradient_kernel):
-    """A key of zeros has the inverse norm 1e12, which must not take away the gradients of the others."""
+    """A key of zeros has the inverse norm 1e12, which must not make the other gradients underflow."""
     tile = make_tile(device, 64, 64, 64, torch.float16, SOFTMAX, normalize=True, labels=0)
     tile.candidates[3] = 0
     norm = tile.column_norm.clone()
@@ -336,29 +332,30 @@ def test_gradients_of_a_zero_vector_in_float16(device, gradient_kernel):
     row = make_side(tile, 64, 1, every=False, wide=wide)
     got = torch.zeros(64, 64, device=device)
     dot, total = (torch.zeros(64, dtype=torch.float64, device=device) for _ in range(2))
-    TritonPairs().add_gradients(tile, row, Side(), dot, total, got, None)
-    want, wide_row = got.double().zero_(), Side(*(None if v is None else v.double() for v in row))
+    TritonPairs().add_gradients(tile, row, SideGrad(), GradientOutputs(dot, total, got, None))
     want = torch.zeros(64, 64, dtype=torch.float64, device=device)
-    ReferencePairs().add_gradients(wide, wide_row, Side(), dot.clone(), total.clone(), want, None)
+    outputs = GradientOutputs(dot.clone(), total.clone(), want, None)
+    ReferencePairs().add_gradients(wide, copied(row, True), SideGrad(), outputs)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=4e-3 * float(want.abs().max()))
 
 
 def test_costs_of_far_scores_and_nan(device, gradient_kernel):
-    """|s| of hundreds, where an exponential is inf or 0; a NaN stays in its row."""
+    """|s| of hundreds, where exponentials are inf or 0; a NaN stays in its row."""
     check_gradients(make_tile(device, 40, 70, 19, torch.float32, SIGMOID, scale=90.0), columns=False, fused=True)
     tile = make_tile(device, 40, 70, 19, torch.float32, SIGMOID)
     tile.queries[5] = float("nan")
     rows, _ = make_sums(tile, SIGMOID, columns=False, extra=False)
     dot, total = (torch.zeros(40, dtype=torch.float64, device=device) for _ in range(2))
     grads = torch.zeros(40, 19, device=device)
-    TritonPairs().add_gradients(tile, Side(torch.ones(40, device=device)), Side(), dot, total, grads, None, rows)
+    outputs = GradientOutputs(dot, total, grads, None, rows)
+    TritonPairs().add_gradients(tile, SideGrad(torch.ones(40, device=device)), SideGrad(), outputs)
     for values in (rows.sum, dot, total, grads.sum(1)):
         assert bool(values[5].isnan())
         assert bool(values[torch.arange(40) != 5].isfinite().all())
 
 
 def check_weighted(*tiles):
-    """Of tiles of the same rows, one after the other, relative to what the exact sum is relative to."""
+    """Adds tiles of the same rows one after another and compares with the reference in float64."""
     count, dim = tiles[0].queries.shape
     device, eps = tiles[0].queries.device, EPS[tiles[0].queries.dtype]
     sums, _ = make_sums(tiles[0], SOFTMAX, columns=False, extra=False)
@@ -407,7 +404,7 @@ def test_weighted_sums(device, request, splits, rows, columns, dim):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
 def test_weighted_sums_of_half_precision(device, dtype, normalize):
-    """Also of features whose norms are 40 or a fortieth, and of one candidate far above hundreds."""
+    """Features of norm 40 or 1/40, and one candidate that scores far above hundreds of others."""
     for spread in (1.0, 5.0, 5e-3):
         if normalize or spread <= 1.0:
             tile = make_tile(device, 40, 512, 64, dtype, SOFTMAX, normalize=normalize, spread=spread)
@@ -424,7 +421,7 @@ def test_weighted_sums_of_far_scores(device, small_supertiles):
 
 
 def test_weighted_sums_without_candidates(device):
-    """Rows all of whose candidates are left out, then some; and tiles without rows or columns."""
+    """Rows all of whose candidates are excluded, then some; and tiles without rows or columns."""
     tile = make_tile(device, 40, 70, 19, torch.float32, SOFTMAX, labels=3)
     tile.labels.column_id.fill_(3)
     bank = make_tile(device, 40, 30, 19, torch.float32, SOFTMAX, labels=0)._replace(queries=tile.queries)
@@ -453,7 +450,7 @@ def test_nan_stays_in_its_row_of_weighted_sums(device, normalize):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bank", [0, 30])
 def test_energy_of_frozen_candidates(device, monkeypatch, dtype, bank):
-    """Keys and a bank that get no gradient are taken once."""
+    """Scores of keys and a bank without a gradient are computed once."""
     calls = []
     weighted_sums = TritonPairs.weighted_sums
     monkeypatch.setattr(TritonPairs, "weighted_sums", lambda *args: (calls.append(1), weighted_sums(*args)))
@@ -474,33 +471,30 @@ def test_energy_of_frozen_candidates(device, monkeypatch, dtype, bank):
         torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
 
 
-def test_strips():
+def test_row_blocks():
     features = torch.zeros(10, 768, dtype=torch.bfloat16)
     kernels = TritonPairs()
-    assert kernels.strip_rows(70000, 1024, features, False) == (70000, False)
-    assert kernels.strip_rows(70000, 65536, features, False) == (2048, False)  # of 8 MB on a CPU
-    assert kernels.strip_rows(0, 65536, features, True)[0] == 1
-    assert kernels.weighs(features[:, :256])
-    assert not kernels.weighs(features)
-    assert not kernels.weighs(features[:, :256].double())
-    rows, written = launcher_strip(65536, 4096, features, 512 << 20)
+    assert kernels.row_block(70000, 1024, features, False) == (70000, False)
+    assert kernels.row_block(70000, 65536, features, False) == (2048, False)  # 8 MB on a CPU
+    assert kernels.row_block(0, 65536, features, True)[0] == 1
+    assert kernels.has_weighted_sums(features[:, :256])
+    assert not kernels.has_weighted_sums(features)
+    assert not kernels.has_weighted_sums(features[:, :256].double())
+    rows, written = tile_gradients.row_block(65536, 4096, features, 512 << 20)
     assert written
     assert rows == 65536 // 5632 * 5632
-    assert launcher_strip(65536, 65536, features, 512 << 20) == (4096, True)
-    assert launcher_strip(65536, 65536, features[:, :256], 512 << 20) == (65536, False)
-
-
-launcher_strip = tile_gradients.strip_rows
+    assert tile_gradients.row_block(65536, 65536, features, 512 << 20) == (4096, True)
+    assert tile_gradients.row_block(65536, 65536, features[:, :256], 512 << 20) == (65536, False)
 
 
 def test_partials_fit_the_workspace():
-    """Of 262144 x 262144 scores partials of all supertiles would take 3 GB: the rows come in strips."""
-    rows = tile_sums.strip_rows(262144, 262144, 512 << 20)
+    """For 262144 x 262144 scores the partials of all supertiles would take 3 GB: row blocks limit them."""
+    rows = tile_sums.row_block(262144, 262144, 512 << 20)
     assert rows % 1024 == 0
     assert rows * 262144 // 1024 * tile_sums.PARTIAL_BYTES <= 512 << 20
-    assert tile_sums.strip_rows(8192, 8192, 512 << 20) == 8192
-    assert tile_sums.strip_rows(5000, 10**9, 512 << 20) == 1024
-    assert tile_sums.strip_rows(0, 5, 512 << 20) == 1
+    assert tile_sums.row_block(8192, 8192, 512 << 20) == 8192
+    assert tile_sums.row_block(5000, 10**9, 512 << 20) == 1024
+    assert tile_sums.row_block(0, 5, 512 << 20) == 1
 
 
 @pytest.mark.parametrize("case", cases()[::3])

@@ -1,4 +1,4 @@
-"""negative_sampling_loss: its mathematics, its gradients, and what a user could lose."""
+"""negative_sampling_loss: its mathematics, its gradients, and how it composes with torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from benchmarks import memory
 from sslkernels.contrastive import word2vec
-from sslkernels.contrastive.word2vec import negative_sampling_bwd, negative_sampling_fwd
+from sslkernels.contrastive.word2vec import (
+    Indices,
+    Outputs,
+    Tables,
+    Wanted,
+    negative_sampling_bwd,
+    negative_sampling_fwd,
+)
 from sslkernels.core import segment_sum
 
 OP = "negative_sampling_loss"
@@ -46,7 +53,7 @@ def gradients(loss, tables, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exclude_positive", [False, True])
-def test_words_as_frequent_as_in_a_text(backend, exclude_positive, dtype, device):
+def test_zipf_distributed_words(backend, exclude_positive, dtype, device):
     pairs = 60 if backend == "triton" and device == "cpu" else 5000
     indices, tables = problem(device, pairs=pairs, words=400, dim=36, dtype=dtype, zipf=True)
     assert pairs < 1000 or torch.bincount(indices["context"]).max() > 0.05 * pairs
@@ -60,7 +67,7 @@ def test_words_as_frequent_as_in_a_text(backend, exclude_positive, dtype, device
         assert oracle.error(got, true) < 16 * rounding + torch.finfo(dtype).eps
 
 
-def test_excluded_negatives_are_as_if_they_were_not_drawn(backend, device):
+def test_excluded_negatives_equal_fewer_negatives(backend, device):
     indices, tables = problem(device, pairs=5, words=3)
     indices["negatives"][:, 1] = indices["context"]
     indices["negatives"][:, 3] = (indices["context"] + 1) % 3
@@ -89,27 +96,24 @@ def test_every_subset_of_tables_gets_the_same_gradients(backend, reduction, devi
     assert not sk.negative_sampling_loss(**indices, **tables).requires_grad
 
 
-def test_only_what_is_asked_for_is_computed(monkeypatch, device):
-    asked = []
-    outputs, grads = word2vec._empty_outputs, word2vec._empty_gradients
-    monkeypatch.setattr(
-        word2vec, "_empty_outputs", lambda n, w, *wanted: asked.append(wanted) or outputs(n, w, *wanted)
-    )
-    monkeypatch.setattr(
-        word2vec, "_empty_gradients", lambda u, v, *wanted: asked.append(wanted) or grads(u, v, *wanted)
-    )
-    for name, expected in (
-        ("center_weight", [(False, True), (True, False)]),
-        ("context_weight", [(True, False), (False, True)]),
-    ):
-        asked.clear()
+def test_only_wanted_gradients_are_computed(monkeypatch, device):
+    computed = []
+
+    def spy(name):
+        original = getattr(word2vec, name)
+        monkeypatch.setattr(word2vec, name, lambda *args: computed.append(args[-1]) or original(*args))
+
+    spy("_empty_outputs")
+    spy("_empty_gradients")
+    for name in TABLES:
+        computed.clear()
         indices, tables = problem(device, requires_grad=(name,))
         sk.negative_sampling_loss(**indices, **tables).backward()
-        assert asked == expected
-    asked.clear()
+        assert computed == [Wanted(name == "center_weight", name == "context_weight")] * 2
+    computed.clear()
     with torch.no_grad():
         sk.negative_sampling_loss(**indices, **tables)
-    assert asked == [(False, False)]
+    assert computed == [Wanted(False, False)]
 
 
 def test_one_table_for_both(backend, device):
@@ -213,7 +217,7 @@ def test_shapes_and_strides(backend, device):
 
 @pytest.mark.parametrize("score", [30.0, 200.0, 1e4])
 def test_scores_far_from_zero(backend, score, device):
-    """The loss of a confident pair keeps its relative accuracy, that of a wrong one does not overflow."""
+    """The loss of a confident pair keeps its relative accuracy; the loss of a wrong one does not overflow."""
     u = torch.tensor([[1.0], [-1.0]], device=device, requires_grad=True)
     v = torch.tensor([[score], [-score]], device=device, requires_grad=True)
     center, context = torch.tensor([0, 1], device=device), torch.tensor([0, 0], device=device)
@@ -230,7 +234,7 @@ def test_scores_far_from_zero(backend, score, device):
         torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=2 * score * smallest)
 
 
-def test_nan_stays_in_the_rows_it_touches(backend, device):
+def test_nan_stays_in_its_rows(backend, device):
     indices, tables = problem(device, words=40, pairs=12)
     with torch.no_grad():
         tables["context_weight"][7] = float("nan")
@@ -243,7 +247,7 @@ def test_nan_stays_in_the_rows_it_touches(backend, device):
 
 @pytest.mark.parametrize("words", [100, 65536])
 def test_half_precision_mean_over_many_pairs(backend, words, device):
-    """1/N is far below what float16 holds, and so is the gradient of a pair until the loss scale multiplies it."""
+    """1/N underflows in float16, and so does the gradient of a pair until the loss scale multiplies it."""
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter takes minutes for 65536 pairs")
     indices, tables = problem(device, pairs=65536, words=words, dim=8, dtype=torch.float16)
@@ -355,23 +359,23 @@ def test_autocast_keeps_the_tables(device):
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     indices, tables = problem(device, requires_grad=(), dtype=torch.float16)
-    arguments = (*indices.values(), *tables.values())
-    torch.library.opcheck(torch.ops.sslkernels.negative_sampling_fwd.default, (*arguments, True, *wanted))
-    loss, *kept = negative_sampling_fwd(*arguments, False, True, True)
-    torch.library.opcheck(torch.ops.sslkernels.negative_sampling_bwd.default, (loss, *arguments, *kept, *wanted))
-    for grad, want, table in zip(
-        negative_sampling_bwd(loss, *arguments, *kept, *wanted), wanted, tables.values(), strict=True
-    ):
+    indices, tables, wanted = Indices(**indices), Tables(**tables), Wanted(*wanted)
+    forward = (tables, indices, True, wanted)
+    torch.library.opcheck(negative_sampling_fwd.raw, tuple(negative_sampling_fwd.inputs.pack(forward)))
+    outputs = negative_sampling_fwd(tables, indices, False, Wanted(True, True))
+    backward = (outputs.loss, tables, indices, outputs, wanted)
+    torch.library.opcheck(negative_sampling_bwd.raw, tuple(negative_sampling_bwd.inputs.pack(backward)))
+    for grad, want, table in zip(negative_sampling_bwd(*backward), wanted, tables, strict=True):
         assert grad.shape == (table.shape if want else (0,))
 
 
 def fills():
-    """Implementations that take indices out of range, which the CPU otherwise raises for."""
+    """Implementations without the range check, which raises for CPU tensors."""
     return {"reference": word2vec._fill_reference, "triton": word2vec._fill_triton}
 
 
 def test_index_out_of_range_makes_its_pair_nan(backend, device):
-    """As it would on a GPU: no memory beyond the tables is read, and only rows of the pair have NaN gradients."""
+    """As on a GPU: no memory outside the tables is read, and only rows of the pair have NaN gradients."""
     if backend not in fills():
         pytest.skip("tests/test_cuda_host_negative_sampling.py")
     indices, tables = problem(device, pairs=9, words=40, requires_grad=())
@@ -379,21 +383,21 @@ def test_index_out_of_range_makes_its_pair_nan(backend, device):
     indices["negatives"][4, 3], indices["negatives"][5, 0] = 2**40, -7
     wrong = torch.zeros(9, dtype=torch.bool, device=device)
     wrong[[0, 2, 4, 5]] = True
-    loss, slopes, direction = (torch.empty(s, dtype=torch.float64, device=device) for s in ((9,), (9, 5), (9, 6)))
-    fills()[backend](*indices.values(), *tables.values(), loss, slopes, direction, False)
+    outputs = Outputs(*(torch.empty(s, dtype=torch.float64, device=device) for s in ((9,), (9, 5), (9, 6))))
+    fills()[backend](Tables(**tables), Indices(**indices), False, outputs)
     valid = {name: index[~wrong] for name, index in indices.items()}
     truth = oracle.negative_sampling_loss(**valid, **tables, reduction="none")
-    torch.testing.assert_close(loss[~wrong], truth)
-    for part in (loss[:, None], slopes, direction):
+    torch.testing.assert_close(outputs.loss[~wrong], truth)
+    for part in (outputs.loss[:, None], outputs.slopes, outputs.direction):
         assert torch.equal(part.isnan(), wrong[:, None].expand_as(part))
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
 def test_row_sums_of_keys_out_of_range(backend, index_dtype, device):
-    """Keys of no row add to none; an entry whose source row does not exist is NaN in its row alone."""
+    """Keys out of range are ignored; an entry whose source row does not exist makes only its own row NaN."""
     sum_rows = {"reference": segment_sum.reference, "triton": segment_sum.triton}.get(backend, segment_sum.native)
     keys = torch.tensor([3, -1, 0, 3, 7, 5, 2**31 - 1, 0], dtype=index_dtype, device=device)
-    source_index = torch.tensor([1, 4, 0, -2], dtype=index_dtype, device=device)  # of two entries each
+    source_index = torch.tensor([1, 4, 0, -2], dtype=index_dtype, device=device)  # two entries each
     coefficient = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8], device=device)
     coefficient[[2, 3, 6, 7]] = torch.nan
     source, out = torch.randn(3, 5, device=device), torch.empty(7, 5, device=device)
@@ -404,9 +408,9 @@ def test_row_sums_of_keys_out_of_range(backend, index_dtype, device):
 
 
 def test_a_row_of_many_entries_keeps_its_digits(backend, device):
-    """Positive terms one after the other in float32 would lose about 1e-5 of their sum."""
+    """Adding positive terms one after another in float32 would lose about 1e-5 of their sum."""
     if backend == "reference" or (backend == "triton" and device == "cpu"):
-        pytest.skip("the reference adds them so; the interpreter takes minutes")
+        pytest.skip("the reference does so; the interpreter takes minutes")
     keys = torch.ones(300_001, dtype=torch.int64, device=device)
     coefficient, source = torch.rand(300_001, device=device), torch.rand(300_001, 3, device=device)
     out = torch.empty(3, 3, device=device)
@@ -465,7 +469,7 @@ def test_errors(backend, change, kind, message):
 @pytest.mark.gpu
 def test_nothing_synchronises_and_a_graph_replays(backend):
     if backend == "reference":
-        pytest.skip("it is not held to it")
+        pytest.skip("the reference may synchronise")
     torch.use_deterministic_algorithms(False)
     indices, tables = problem("cuda", pairs=1000, words=300, dim=64, dtype=torch.float32, zipf=True)
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the contrastive losses: real sizes, synchronisations, graphs and memory."""
+"""The contrastive losses on a GPU: real sizes, synchronisations, graphs and memory."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_bitwise_equal_from_run_to_run(backend):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
-def test_an_index_out_of_range_is_nan_in_its_row_alone(backend):
+def test_an_index_out_of_range_makes_only_its_row_nan(backend):
     x, y, _ = features(5, 16, torch.float32)
     positive = torch.tensor([0, 9, 2, -3, 4], device="cuda")
     rows = sk.contrastive_energy(x, y, positive=positive, reduction="none", direction="symmetric")
@@ -121,7 +121,7 @@ def test_an_index_out_of_range_is_nan_in_its_row_alone(backend):
 
 
 def test_memory_of_a_large_batch():
-    """Nothing of the size of the scores: N = 65536, whose matrix takes 17 GB in float32."""
+    """No score matrix is materialised: for N = 65536 it would take 17 GB in float32."""
     x, y, scale = features(65536, 256)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

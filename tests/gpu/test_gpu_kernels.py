@@ -7,14 +7,14 @@ from dataclasses import astuple, dataclass
 
 import pytest
 import torch
-from own_oracle import OwnCase, asked_for, assert_results
+from own_oracle import OwnCase, assert_results, wanted_outputs
+from own_oracle import compute as compute_own
 from own_oracle import make as make_own
 from raw_operators import assert_equal_to_reference
 from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
 from torch import Tensor
 
 import sslkernels as sk
-from sslkernels.contrastive.query_negatives import own_negatives
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.scale import scale_gradient_
 from sslkernels.latent.free_energy import free_energy_bwd, free_energy_fwd
@@ -90,10 +90,10 @@ def test_column_sums_and_scaling(backend, dtype):
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("shape", [(3, 7, 77), (3, 9, 64), (2, 300, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_own_negatives(backend, dtype, shape, normalise):
+def test_query_negatives(backend, dtype, shape, normalise):
     kernels(backend)
     inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
-    assert_results(inputs, asked_for(inputs, own_negatives(*inputs.arguments("cuda"))))
+    assert_results(inputs, wanted_outputs(inputs, compute_own(inputs, "cuda")))
 
 
 @pytest.mark.parametrize("minimum", [False, True])

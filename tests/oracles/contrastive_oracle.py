@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def resolved_positive(positive, ids, count: int, exclude_self: bool) -> list[int]:
-    """The designated key of each row, -1 for none, in plain Python."""
+    """The positive of each row, -1 for none, in plain Python."""
     index = list(range(count)) if positive is None else positive.tolist()
     if not exclude_self:
         return index
@@ -51,67 +51,65 @@ def contrastive_losses(
     scores = logit_scale * (query @ key.T) + bias
     supervised = query_ids is not None and same_id == "positive"
     index = resolved_positive(positive, query_ids if supervised else None, n, exclude_self)
-    designated = torch.zeros(n, m, dtype=torch.bool)
+    main = torch.zeros(n, m, dtype=torch.bool)
     for i, j in enumerate(index):
         if j >= 0:
-            designated[i, j] = True
-    has = designated.any(1)
+            main[i, j] = True
+    has = main.any(1)
     itself = torch.eye(n, m, dtype=torch.bool) if exclude_self else torch.zeros(n, m, dtype=torch.bool)
     same = torch.zeros(n, m, dtype=torch.bool)
     if query_ids is not None:
         same = query_ids[:, None] == key_ids[None, :]
-    further = same & ~itself & ~designated
+    extras = same & ~itself & ~main
     candidate = ~itself
     if not supervised:
-        candidate = candidate & ~further
-        further = torch.zeros_like(further)
+        candidate = candidate & ~extras
+        extras = torch.zeros_like(extras)
     if not in_batch:
-        candidate = designated.clone()
-    own, own_mask = scores.new_zeros(n, 0), torch.zeros(n, 0, dtype=torch.bool)
+        candidate = main.clone()
+    negative_scores, valid = scores.new_zeros(n, 0), torch.zeros(n, 0, dtype=torch.bool)
     if negatives is not None:
-        own = logit_scale * torch.einsum("nd,nkd->nk", query, negatives) + bias
-        own_mask = torch.ones_like(own, dtype=torch.bool) if negatives_mask is None else negatives_mask
-    shared = scores.new_zeros(n, 0) if bank is None else logit_scale * (query @ bank.T) + bias
+        negative_scores = logit_scale * torch.einsum("nd,nkd->nk", query, negatives) + bias
+        valid = torch.ones_like(negative_scores, dtype=torch.bool) if negatives_mask is None else negatives_mask
+    bank_scores = scores.new_zeros(n, 0) if bank is None else logit_scale * (query @ bank.T) + bias
 
-    all_scores = torch.cat([scores, own, shared], 1)
-    extra = torch.zeros(n, own.shape[1] + shared.shape[1], dtype=torch.bool)
-    all_candidates = torch.cat([candidate, own_mask, torch.ones_like(shared, dtype=torch.bool)], 1)
-    all_designated = torch.cat([designated, extra], 1)
-    all_further = torch.cat([further, extra], 1)
-    row = _energies(
-        all_scores, all_candidates, all_designated, all_further, energy, label_smoothing, margin, supervised
-    )
+    all_scores = torch.cat([scores, negative_scores, bank_scores], 1)
+    none = torch.zeros(n, negative_scores.shape[1] + bank_scores.shape[1], dtype=torch.bool)
+    all_candidates = torch.cat([candidate, valid, torch.ones_like(bank_scores, dtype=torch.bool)], 1)
+    all_main = torch.cat([main, none], 1)
+    all_extras = torch.cat([extras, none], 1)
+    row = _energies(all_scores, all_candidates, all_main, all_extras, energy, label_smoothing, margin, supervised)
     if energy == "sigmoid":
         return row, torch.ones(n, dtype=torch.bool)
     if direction == "row":
         return torch.where(has, row, 0), has
     columns = [j if j >= 0 else 0 for j in index]
     own_pair = torch.eye(n, dtype=torch.bool) & has[:, None]  # row i: the queries of key columns[i]
-    others = designated.T[columns] & ~own_pair
-    column_further = further.T[columns]
+    positives_of_others = main.T[columns] & ~own_pair
+    column_extras = extras.T[columns]
     if supervised and energy == "softmax":
-        column_further = column_further | others
-        own_mean = _energies(
-            scores.T[columns], candidate.T[columns], own_pair, column_further, energy, label_smoothing, margin, True
+        column_extras = column_extras | positives_of_others
+        column_loss = _energies(
+            scores.T[columns], candidate.T[columns], own_pair, column_extras, energy, label_smoothing, margin, True
         )
     else:
         candidates = candidate.T[columns]
         if energy == "hinge":
-            candidates = candidates & ~others
-        own_mean = _energies(
-            scores.T[columns], candidates, own_pair, column_further, energy, label_smoothing, margin, supervised
+            candidates = candidates & ~positives_of_others
+        column_loss = _energies(
+            scores.T[columns], candidates, own_pair, column_extras, energy, label_smoothing, margin, supervised
         )
-    column = torch.where(has, own_mean, 0)
+    column = torch.where(has, column_loss, 0)
     return (column if direction == "column" else 0.5 * torch.where(has, row, 0) + 0.5 * column), has
 
 
-def _energies(s, candidate, designated, further, energy, label_smoothing, margin, supervised):
-    positive = designated | further
+def _energies(s, candidate, main, extras, energy, label_smoothing, margin, supervised):
+    positive = main | extras
     if energy == "softmax":
         masked = torch.where(candidate, s, float("-inf"))
         # A row without candidates has no log-sum-exp; it has no positive either.
         lse = torch.where(candidate.any(1), torch.logsumexp(torch.where(candidate.any(1)[:, None], masked, 0), 1), 0)
-        target = positive if supervised else designated
+        target = positive if supervised else main
         target = target.double() / target.sum(1, keepdim=True).clamp(min=1)
         smooth = candidate.double() / candidate.sum(1, keepdim=True).clamp(min=1)
         target = (1 - label_smoothing) * target + label_smoothing * smooth
@@ -119,6 +117,6 @@ def _energies(s, candidate, designated, further, energy, label_smoothing, margin
     if energy == "sigmoid":
         cost = torch.where(positive, -s, s)
         return torch.where(candidate, F.softplus(cost, threshold=1e9), 0).sum(1)
-    at = torch.where(designated, s, 0).sum(1, keepdim=True)
+    at = torch.where(main, s, 0).sum(1, keepdim=True)
     cost = (0.2 if margin is None else margin) + s - at
-    return torch.where(candidate & ~positive & designated.any(1, keepdim=True), cost.clamp(min=0), 0).sum(1)
+    return torch.where(candidate & ~positive & main.any(1, keepdim=True), cost.clamp(min=0), 0).sum(1)

@@ -1,25 +1,35 @@
-"""own_negatives by autograd in float64, row by row on the negatives that take part, and how far a result may be."""
+"""`query_negatives_` by autograd in float64, row by row on the valid negatives, and bounds of its errors."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.query_negatives import HINGE, SIGMOID, SOFTMAX
+from sslkernels.contrastive.query_negatives import (
+    HINGE,
+    SIGMOID,
+    SOFTMAX,
+    NegativeInputs,
+    NegativeOutputs,
+    RowMerge,
+    empty_outputs,
+    query_negatives_,
+)
 
-NAMES = ("scores", "value", "grad_query", "grad_negatives", "grad_scale", "grad_bias")
+NAMES = NegativeOutputs._fields
 
 
 @dataclass(frozen=True)
 class OwnCase:
     """reference: "near" the scores, "above" or "below" all of them, "none" (no tensor), "empty" (-inf), or "final",
-    where it counts the negatives already; mask: "some", "all" of every second row, or none."""
+    where it already includes the negatives; mask: "some" negatives, "all" of every second row, or "" for none. query,
+    negatives, scores: which outputs are wanted."""
 
     dtype: torch.dtype = torch.float32
     energy: int = SOFTMAX
@@ -66,7 +76,7 @@ def pairs(values: dict[str, Any]) -> set[tuple[Any, ...]]:
 
 
 def pairwise_cases(**fixed: Any) -> Iterator[OwnCase]:
-    """Cases in which every two values of two features meet, each the one of several random ones that adds most."""
+    """Cases that cover every pair of values of two features; each is the best of several random candidates."""
     choices = {name: (fixed[name],) if name in fixed else tuple(dict.fromkeys(of)) for name, of in FEATURES.items()}
     missing = {
         (a, x, b, y) for a, b in itertools.combinations(choices, 2) for x in choices[a] for y in choices[b]
@@ -97,13 +107,26 @@ class Inputs:
     want_negatives: bool = True
     want_scores: bool = True
 
-    def arguments(self, device: str = "cpu") -> tuple[Any, ...]:
-        values = (getattr(self, field.name) for field in fields(self))
-        return tuple(value.to(device) if isinstance(value, Tensor) else value for value in values)
+    def records(self, device: str = "cpu") -> tuple[NegativeInputs, RowMerge]:
+        def filled(record: Any) -> Any:
+            values = (getattr(self, name) for name in record._fields)
+            return record(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+
+        return filled(NegativeInputs), filled(RowMerge)
+
+
+def compute(inputs: Inputs, device: str = "cpu") -> NegativeOutputs:
+    """The outputs of `query_negatives_`."""
+    operands, merge = inputs.records(device)
+    gradients = inputs.coefficient is not None
+    wanted = (inputs.want_query, inputs.want_negatives, inputs.want_scores)
+    outputs = empty_outputs(operands.query, operands.negatives, gradients, *wanted)
+    query_negatives_(operands, merge, outputs)
+    return outputs
 
 
 def make(case: OwnCase, seed: int = 0) -> Inputs:
-    """What takes no part holds NaN or infinity."""
+    """Masked negatives hold NaN or infinity."""
     rows, count, dim = case.shape
     g = torch.Generator().manual_seed(seed)
     acc = torch.float64 if case.dtype == torch.float64 else torch.float32
@@ -146,7 +169,7 @@ def make(case: OwnCase, seed: int = 0) -> Inputs:
 
 
 def similarities(inputs: Inputs, i: int, leaves: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Those of row i with the negatives that take part, and their scores, in float64."""
+    """(similarities, scores) of row i with its valid negatives, in float64."""
     query, negatives, scale, bias = leaves or leaves_of(inputs)
     x, n = query[i], negatives[i]
     if inputs.mask is not None:
@@ -164,10 +187,10 @@ def leaves_of(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def oracle(inputs: Inputs) -> dict[str, Tensor]:
-    """All results by name, whether they are asked for or not; gradients only with a coefficient."""
+    """All results by name, wanted or not; gradients only with a coefficient."""
     leaves = tuple(leaf.requires_grad_() for leaf in leaves_of(inputs))
     rows, count, dim = inputs.negatives.shape
-    taken = torch.ones(rows, count, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    valid = torch.ones(rows, count, dtype=torch.bool) if inputs.mask is None else inputs.mask
     results = {
         "scores": torch.full((rows, count), -torch.inf, dtype=torch.float64),
         "value": torch.zeros(rows, dtype=torch.float64),
@@ -178,7 +201,7 @@ def oracle(inputs: Inputs) -> dict[str, Tensor]:
     }
     for i in range(rows):
         _, s = similarities(inputs, i, leaves)
-        results["scores"][i, taken[i]] = s.detach()
+        results["scores"][i, valid[i]] = s.detach()
         reference = None if inputs.reference is None else inputs.reference[i].double()
         if inputs.energy == SIGMOID:
             value = -torch.nn.functional.logsigmoid(-s).sum()
@@ -200,31 +223,31 @@ def oracle(inputs: Inputs) -> dict[str, Tensor]:
             objective = objective - inputs.smoothing[i].double() * s.sum()
         grads = torch.autograd.grad(objective, leaves)
         results["grad_query"][i] = grads[0][i]
-        results["grad_negatives"][i, taken[i]] = grads[1][i, taken[i]]
+        results["grad_negatives"][i, valid[i]] = grads[1][i, valid[i]]
         results["grad_scale"][i] = grads[2]
         results["grad_bias"][i] = grads[3]
     return results
 
 
 def bounds(inputs: Inputs, want: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the errors, from the roundings that each result goes through, to first order and with what it is made of taken
-    by magnitude. Sums over columns have at least four partial sums."""
+    """Bounds of the errors: the roundings of each result, to first order, with all its terms taken by magnitude. Sums
+    over columns have at least four partial sums."""
     rows, count, dim = inputs.negatives.shape
     query, negatives, scale, bias = leaves_of(inputs)
     acc = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
     eps, tiny = torch.finfo(acc).eps, torch.finfo(acc).tiny
-    taken = torch.ones(rows, count, dtype=torch.bool) if inputs.mask is None else inputs.mask
-    n = negatives.masked_fill(~taken.unsqueeze(2), 0).abs()
+    valid = torch.ones(rows, count, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    n = negatives.masked_fill(~valid.unsqueeze(2), 0).abs()
     x, r, rho = query.abs(), query.new_ones(rows), n.new_ones(rows, count)
     if inputs.query_inverse_norm is not None:
         r, rho = inputs.query_inverse_norm.double(), 1 / n.norm(dim=2).clamp_min(1e-12)
-    of_columns, of_negatives = (dim / 4 + 16) * eps, (count + 16) * eps
-    size = r.unsqueeze(1) * rho * torch.einsum("nd,nkd->nk", x, n)  # of a similarity
-    similarity_error = 2 * of_columns * size
-    similarity = torch.where(taken, (want["scores"] - bias) / scale, 0)
-    score = want["scores"].masked_fill(~taken, 0).abs()
+    columns_rounding, negatives_rounding = (dim / 4 + 16) * eps, (count + 16) * eps
+    size = r.unsqueeze(1) * rho * torch.einsum("nd,nkd->nk", x, n)  # magnitude of a similarity
+    similarity_error = 2 * columns_rounding * size
+    similarity = torch.where(valid, (want["scores"] - bias) / scale, 0)
+    score = want["scores"].masked_fill(~valid, 0).abs()
     score_error = scale.abs() * similarity_error + 4 * eps * (score + (scale * similarity).abs() + bias.abs())
-    score_error = score_error.masked_fill(~taken, 0)
+    score_error = score_error.masked_fill(~valid, 0)
     reference = 0 if inputs.reference is None else inputs.reference.double().unsqueeze(1).nan_to_num(neginf=0)
     largest_error = score_error.amax(1) if count else score_error.new_zeros(rows)
 
@@ -232,12 +255,12 @@ def bounds(inputs: Inputs, want: dict[str, Tensor]) -> dict[str, Tensor]:
     coefficient = coefficient.unsqueeze(1)
     value = want["value"].nan_to_num(neginf=0)
     if inputs.energy == SOFTMAX:
-        value_error = largest_error + of_negatives + 4 * eps * value.abs() if not inputs.final else 0 * value
+        value_error = largest_error + negatives_rounding + 4 * eps * value.abs() if not inputs.final else 0 * value
         weight = coefficient * (want["scores"] - value.unsqueeze(1)).exp()
         relative = torch.expm1(score_error + value_error.unsqueeze(1) + 2 * eps * (score + value.abs().unsqueeze(1)))
         weight_error = weight * (relative + 8 * eps)
         if inputs.smoothing is not None:
-            smoothing = inputs.smoothing.double().unsqueeze(1).abs() * taken
+            smoothing = inputs.smoothing.double().unsqueeze(1).abs() * valid
             weight_error, weight = weight_error + 2 * eps * (weight + smoothing), weight + smoothing
     else:
         if inputs.energy == SIGMOID:
@@ -245,33 +268,35 @@ def bounds(inputs: Inputs, want: dict[str, Tensor]) -> dict[str, Tensor]:
             weight = coefficient * want["scores"].sigmoid()
             weight_error = weight * (torch.expm1(score_error) + 8 * eps)
         else:
-            terms = (want["scores"] - reference).clamp_min(0) + (score + abs(reference)) * taken
+            terms = (want["scores"] - reference).clamp_min(0) + (score + abs(reference)) * valid
             distance = (want["scores"] - reference).abs()
             assert bool((distance > score_error + eps * (score + abs(reference))).all()), "a score at the threshold"
             weight = coefficient * (want["scores"] > reference)
             weight_error = 0 * weight
-        value_error = score_error.sum(1) + of_negatives * terms.sum(1)
+        value_error = score_error.sum(1) + negatives_rounding * terms.sum(1)
     weight_error = weight_error + tiny
 
-    own = (r.unsqueeze(1) * x).unsqueeze(1) + (size * rho).unsqueeze(2) * n * (inputs.query_inverse_norm is not None)
+    direction = (r.unsqueeze(1) * x).unsqueeze(1)
+    if inputs.query_inverse_norm is not None:
+        direction = direction + (size * rho).unsqueeze(2) * n
     whole = scale.abs() * rho
-    with_weight = (whole * (weight_error + 2 * of_columns * weight)).unsqueeze(2)
-    grad_negatives = with_weight * own + (whole * weight * similarity_error * rho).unsqueeze(2) * n
+    with_weight = (whole * (weight_error + 2 * columns_rounding * weight)).unsqueeze(2)
+    grad_negatives = with_weight * direction + (whole * weight * similarity_error * rho).unsqueeze(2) * n
     out = torch.finfo(inputs.negatives.dtype)
     grad_negatives = grad_negatives + 0.51 * out.eps * want["grad_negatives"].abs() + out.smallest_normal * out.eps
-    summed = weight_error + weight * (of_negatives + 2 * of_columns)
+    summed = weight_error + weight * (negatives_rounding + 2 * columns_rounding)
     return {
         "scores": score_error + tiny,
         "value": value_error + tiny,
         "grad_query": scale.abs() * r.unsqueeze(1) * torch.einsum("nk,nkd->nd", summed * rho, n) + tiny,
         "grad_negatives": grad_negatives,
         "grad_scale": (summed * size + weight * similarity_error).sum(1) + tiny,
-        "grad_bias": (weight_error + weight * of_negatives).sum(1) + tiny,
+        "grad_bias": (weight_error + weight * negatives_rounding).sum(1) + tiny,
     }
 
 
 def assert_results(inputs: Inputs, got: dict[str, Tensor], want: dict[str, Tensor] | None = None) -> None:
-    """got: what was asked for, by name."""
+    """got: the wanted outputs, by name."""
     want = oracle(inputs) if want is None else want
     allowed = bounds(inputs, want)
     for name, values in got.items():
@@ -289,8 +314,8 @@ def assert_results(inputs: Inputs, got: dict[str, Tensor], want: dict[str, Tenso
         assert bool((got["grad_negatives"].cpu()[~inputs.mask] == 0).all())
 
 
-def asked_for(inputs: Inputs, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The outputs that were asked for, by name; the others hold nothing."""
+def wanted_outputs(inputs: Inputs, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The wanted outputs, by name; the others have no elements."""
     gradient = inputs.coefficient is not None
     wanted = dict.fromkeys(NAMES, gradient) | {"scores": inputs.want_scores, "value": True}
     wanted["grad_query"] &= inputs.want_query

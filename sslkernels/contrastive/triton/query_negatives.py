@@ -1,8 +1,8 @@
-"""Queries against negatives of their own: one program a row, its negatives in tiles of BLOCK_K by BLOCK_D.
+"""Queries against their per-query negatives: one program per row, its negatives in tiles of BLOCK_K by BLOCK_D.
 
-A row that fits one tile stays in registers: it is read once, and its gradient written once. Of a longer row the softmax
-reads each tile twice, for its weights need the sum over all of them; where a negative is wider than a tile, its
-gradient reads it again.
+A row that fits one tile stays in registers: it is read once, and its gradient written once. For a longer row the
+softmax reads each tile twice, because its weights need the sum over all of them; where a negative is wider than a tile,
+its gradient reads it again.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sslkernels.core.triton.launch import (
     DTYPE_NAMES,
@@ -29,7 +28,7 @@ NORM_FLOOR = tl.constexpr(1e-12)
 
 
 def config(count: int, dim: int, dtype: torch.dtype) -> Config:
-    """A tile of as many negatives as the threads have registers for: 32 elements each, of float64 fewer."""
+    """The largest tile that fits the registers: 32 elements per thread, fewer in float64."""
     most, per_warp, most_warps = {2: (16384, 512, 16), 4: (8192, 512, 8), 8: (2048, 128, 16)}[dtype.itemsize]
     block_d = min(next_power_of_2(dim), most)
     block_k = min(next_power_of_2(count), most // block_d)
@@ -39,11 +38,11 @@ def config(count: int, dim: int, dtype: torch.dtype) -> Config:
 
 
 @triton.jit
-def _block(query, negatives, k, d, taken, D, ACC: tl.constexpr):
-    """Columns d of the query and of the negatives k; zeros where they take no part."""
+def _block(query, negatives, k, d, valid, D, ACC: tl.constexpr):
+    """Columns d of the query and of the negatives k; zeros for negatives that are not valid."""
     x = tl.load(query + d, mask=d < D, other=0.0).to(ACC)
     at = k[:, None] * D + d[None, :]
-    return x, tl.load(negatives + at, mask=taken[:, None] & (d < D)[None, :], other=0.0).to(ACC)
+    return x, tl.load(negatives + at, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
@@ -60,20 +59,21 @@ def _tile(
     HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, ONE_BLOCK: tl.constexpr, ACC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of the negatives k: whether they take part; scores, else -inf; similarities, else 0; inverse norms; what of them
-    is taken from the query in their gradient; and, in one block, the query and they themselves."""
-    taken = k < K
+    """(valid, scores, similarities, inverse norms, projections, x, n) of the negatives k. Negatives that are not valid
+    have score -inf and similarity 0; projection * n is subtracted from the query x in the gradient of n. x and n are
+    whole rows only where a row is one block."""
+    valid = k < K
     if HAS_MASK:
-        taken = taken & (tl.load(mask + k, mask=taken, other=0) != 0)
+        valid = valid & (tl.load(mask + k, mask=valid, other=0) != 0)
     d = tl.arange(0, BLOCK_D)
     dot = tl.zeros((BLOCK_K,), ACC)
     square = tl.zeros((BLOCK_K,), ACC)
-    x, n = _block(query, negatives, k, d, taken, D, ACC)
+    x, n = _block(query, negatives, k, d, valid, D, ACC)
     dot, square = _dots(x, n, dot, square, NORMALISE)
     if not ONE_BLOCK:
         for start in range(BLOCK_D, D, BLOCK_D):
-            further_x, further_n = _block(query, negatives, k, start + d, taken, D, ACC)
-            dot, square = _dots(further_x, further_n, dot, square, NORMALISE)
+            x_block, n_block = _block(query, negatives, k, start + d, valid, D, ACC)
+            dot, square = _dots(x_block, n_block, dot, square, NORMALISE)
     inverse = tl.full((BLOCK_K,), 1.0, ACC)
     projection = tl.zeros((BLOCK_K,), ACC)
     similarity = dot
@@ -84,8 +84,8 @@ def _tile(
         along = inverse * dot
         similarity = inverse_norm * along
         projection = tl.where(norm < floor, 0.0, inverse * along)
-    score = tl.where(taken, scale * similarity + bias, float("-inf"))
-    return taken, score, tl.where(taken, similarity, 0.0), inverse, projection, x, n
+    score = tl.where(valid, scale * similarity + bias, float("-inf"))
+    return valid, score, tl.where(valid, similarity, 0.0), inverse, projection, x, n
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _anchor(top):
 
 @triton.jit
 def _merge(top, total, score):
-    """The largest score, and the sum of exp(score - top), with more scores. NaN makes the sum NaN."""
+    """The largest score and the sum of exp(score - top), merged with more scores. A NaN score makes the sum NaN."""
     new_top = tl.maximum(top, tl.max(tl.where(score == score, score, float("-inf")), 0))
     anchor = _anchor(new_top)
     kept = tl.where(top == float("-inf"), total, total * tl.exp(_anchor(top) - anchor))
@@ -109,19 +109,19 @@ def _log_add_exp(a, b):
 
 
 @triton.jit
-def _energy(score, taken, threshold, ENERGY: tl.constexpr):
-    """What scores add to the energy of a row that is no softmax."""
+def _energy(score, valid, threshold, ENERGY: tl.constexpr):
+    """The sum of the scores' terms in a sigmoid or hinge energy."""
     if ENERGY == 1:
         term = tl.where(score < 0.0, 0.0, score) + log1p(tl.exp(-tl.abs(score)))
     else:
         over = score - threshold
         term = tl.where(over < 0.0, 0.0, over)
-    return tl.sum(tl.where(taken, term, 0.0), 0)
+    return tl.sum(tl.where(valid, term, 0.0), 0)
 
 
 @triton.jit
-def _weights(score, taken, value, threshold, coefficient, smoothing, ENERGY: tl.constexpr):
-    """The derivative of the energy times the coefficient; 0 where no part is taken."""
+def _weights(score, valid, value, threshold, coefficient, smoothing, ENERGY: tl.constexpr):
+    """The derivative of the energy times the coefficient; 0 for negatives that are not valid."""
     if ENERGY == 0:
         weight = coefficient * tl.exp(score - _anchor(value)) - smoothing
         weight = tl.where(value == float("-inf"), 0.0, weight)
@@ -130,18 +130,18 @@ def _weights(score, taken, value, threshold, coefficient, smoothing, ENERGY: tl.
         weight = coefficient * (tl.where(score < 0.0, e, 1.0) / (1.0 + e))
     else:
         weight = tl.where(score > threshold, coefficient, tl.where(score <= threshold, 0.0, score - threshold))
-    return tl.where(taken, weight, 0.0)
+    return tl.where(valid, weight, 0.0)
 
 
 @triton.jit
-def _write(grad, x, n, k, d, taken, of_query, projection, K, D):
-    value = tl.where(taken[:, None], of_query[:, None] * (x[None, :] - projection[:, None] * n), 0.0)
+def _write(grad, x, n, k, d, valid, query_weight, projection, K, D):
+    value = tl.where(valid[:, None], query_weight[:, None] * (x[None, :] - projection[:, None] * n), 0.0)
     at = k[:, None] * D + d[None, :]
     tl.store(grad + at, value.to(grad.dtype.element_ty), mask=(k < K)[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["K"])
-def own_negatives_kernel(
+def query_negatives_kernel(
     query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, reference, coefficient, smoothing,
     scores, value_out, grad_query, grad_negatives, grad_scale, grad_bias, K, D,
     ENERGY: tl.constexpr, FINAL: tl.constexpr, HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr,
@@ -150,8 +150,8 @@ def own_negatives_kernel(
     ONE_TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = value_out.dtype.element_ty
-    APART: tl.constexpr = (ENERGY != 0) or FINAL  # a weight depends on its own score alone
-    TWICE: tl.constexpr = not (APART or ONE_TILE)
+    INDEPENDENT: tl.constexpr = (ENERGY != 0) or FINAL  # each weight depends only on its own score
+    TWICE: tl.constexpr = not (INDEPENDENT or ONE_TILE)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_K).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -183,7 +183,7 @@ def own_negatives_kernel(
     if TWICE:
         for start in range(0, K, BLOCK_K):
             k = start + lane
-            taken, score, similarity, inverse, projection, x, n = _tile(
+            valid, score, similarity, inverse, projection, x, n = _tile(
                 query, negatives, mask, k, K, D, inverse_norm, scale, bias,
                 HAS_MASK, NORMALISE, ONE_BLOCK, ACC, BLOCK_K, BLOCK_D,
             )  # fmt: skip
@@ -192,106 +192,88 @@ def own_negatives_kernel(
                 tl.store(scores + k, score, mask=k < K)
         value = _log_add_exp(threshold, _anchor(top) + tl.log(total))
 
-    of_scale = tl.full((), 0.0, ACC)
-    of_bias = tl.full((), 0.0, ACC)
-    of_query = tl.zeros((BLOCK_D,), ACC)
+    scale_grad = tl.full((), 0.0, ACC)
+    bias_grad = tl.full((), 0.0, ACC)
+    query_grad = tl.zeros((BLOCK_D,), ACC)
     if GRADIENT or not TWICE:
         for start in range(0, K, BLOCK_K):
             k = start + lane
-            taken, score, similarity, inverse, projection, x, n = _tile(
+            valid, score, similarity, inverse, projection, x, n = _tile(
                 query, negatives, mask, k, K, D, inverse_norm, scale, bias,
                 HAS_MASK, NORMALISE, ONE_BLOCK, ACC, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             if WANT_SCORES and not TWICE:
                 tl.store(scores + k, score, mask=k < K)
             if ENERGY != 0:
-                value += _energy(score, taken, threshold, ENERGY)
+                value += _energy(score, valid, threshold, ENERGY)
             elif ONE_TILE and not FINAL:
                 top, total = _merge(top, total, score)
                 value = _log_add_exp(threshold, _anchor(top) + tl.log(total))
             if GRADIENT:
-                weight = _weights(score, taken, value, threshold, factor, smooth, ENERGY)
-                of_scale += tl.sum(weight * similarity, 0)
-                of_bias += tl.sum(weight, 0)
-                of_negative = weight * inverse
-                of_query_tile = scale * inverse_norm * of_negative
+                weight = _weights(score, valid, value, threshold, factor, smooth, ENERGY)
+                scale_grad += tl.sum(weight * similarity, 0)
+                bias_grad += tl.sum(weight, 0)
+                negative_weight = weight * inverse
+                query_weight = scale * inverse_norm * negative_weight
                 if ONE_BLOCK:
                     if WANT_QUERY:
-                        of_query += tl.sum(of_query_tile[:, None] * n, 0)
+                        query_grad += tl.sum(query_weight[:, None] * n, 0)
                     if WANT_NEGATIVES:
-                        _write(grad_negatives + row * K * D, x, n, k, d, taken, of_query_tile, projection, K, D)
+                        _write(grad_negatives + row * K * D, x, n, k, d, valid, query_weight, projection, K, D)
                 elif WANT_QUERY or WANT_NEGATIVES:
                     for start_d in range(0, D, BLOCK_D):
                         columns = start_d + d
-                        further_x, further_n = _block(query, negatives, k, columns, taken, D, ACC)
+                        x_block, n_block = _block(query, negatives, k, columns, valid, D, ACC)
                         if WANT_QUERY:
                             at = grad_query + row * D + columns
-                            sums = tl.sum(of_query_tile[:, None] * further_n, 0)
+                            sums = tl.sum(query_weight[:, None] * n_block, 0)
                             before = tl.load(at, mask=(columns < D) & (start > 0), other=0.0)
                             tl.store(at, before + sums, mask=columns < D)
                         if WANT_NEGATIVES:
                             _write(
-                                grad_negatives + row * K * D, further_x, further_n, k, columns, taken,
-                                of_query_tile, projection, K, D,
+                                grad_negatives + row * K * D, x_block, n_block, k, columns, valid,
+                                query_weight, projection, K, D,
                             )  # fmt: skip
-                    tl.debug_barrier()  # what a thread wrote of the query's gradient, another may read next
+                    tl.debug_barrier()  # another thread may read what this one wrote to grad_query
 
     tl.store(value_out + row, value)
     if GRADIENT:
-        tl.store(grad_scale + row, of_scale)
-        tl.store(grad_bias + row, of_bias)
+        tl.store(grad_scale + row, scale_grad)
+        tl.store(grad_bias + row, bias_grad)
         if WANT_QUERY and ONE_BLOCK:
-            tl.store(grad_query + row * D + d, of_query, mask=d < D)
+            tl.store(grad_query + row * D + d, query_grad, mask=d < D)
 
 
-def own_negatives(
-    query: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    query_inverse_norm: Tensor | None,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    energy: int,
-    reference: Tensor | None,
-    coefficient: Tensor | None,
-    smoothing: Tensor | None,
-    final: bool,
-    outputs: tuple[Tensor, ...],
-) -> None:
-    """Fills the outputs: scores, value, grad_query, grad_negatives, grad_scale and grad_bias, of no element where they
-    are not asked for."""
-    rows, count, dim = negatives.shape
+def query_negatives(inputs: Any, merge: Any, outputs: Any) -> None:
+    """Fills `outputs`, the record `NegativeOutputs`, from the records `NegativeInputs` and `RowMerge`; an output that
+    is not wanted has no elements."""
+    query, mask = inputs.query, inputs.mask
+    rows, count, dim = inputs.negatives.shape
     if rows == 0:
         return
-    scores, _, grad_query, grad_negatives, *_ = outputs
     if count == 0:
-        grad_query.zero_()
+        outputs.grad_query.zero_()
     chosen = config(count, dim, query.dtype)
     with on_device_of(query):
-        own_negatives_kernel[(rows,)](
-            query,
-            negatives,
-            None if mask is None else mask.view(torch.uint8),
-            query_inverse_norm,
-            logit_scale,
-            logit_bias,
-            reference,
-            coefficient,
-            smoothing,
+        query_negatives_kernel[(rows,)](
+            *inputs._replace(mask=None if mask is None else mask.view(torch.uint8)),
+            merge.reference,
+            merge.coefficient,
+            merge.smoothing,
             *outputs,
             count,
             dim,
-            ENERGY=energy,
-            FINAL=energy == SOFTMAX and final,
+            ENERGY=merge.energy,
+            FINAL=merge.energy == SOFTMAX and merge.final,
             HAS_MASK=mask is not None,
-            NORMALISE=query_inverse_norm is not None,
-            HAS_BIAS=logit_bias is not None,
-            HAS_REFERENCE=reference is not None,
-            HAS_SMOOTHING=smoothing is not None,
-            GRADIENT=coefficient is not None,
-            WANT_QUERY=grad_query.numel() > 0,
-            WANT_NEGATIVES=grad_negatives.numel() > 0,
-            WANT_SCORES=scores.numel() > 0,
+            NORMALISE=inputs.query_inverse_norm is not None,
+            HAS_BIAS=inputs.logit_bias is not None,
+            HAS_REFERENCE=merge.reference is not None,
+            HAS_SMOOTHING=merge.smoothing is not None,
+            GRADIENT=merge.coefficient is not None,
+            WANT_QUERY=outputs.grad_query.numel() > 0,
+            WANT_NEGATIVES=outputs.grad_negatives.numel() > 0,
+            WANT_SCORES=outputs.scores.numel() > 0,
             **chosen.constexprs,
             **chosen.options,
         )
@@ -332,7 +314,7 @@ def aot_signatures() -> Iterator[AotEntry]:
 def _aot_entry(dtype: torch.dtype, count: int, dim: int, energy: int, flags: dict[str, bool]) -> AotEntry:
     chosen = config(count, dim, dtype)
     element, acc = f"*{DTYPE_NAMES[dtype]}", f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-    kernel = own_negatives_kernel
+    kernel = query_negatives_kernel
     types = {name: acc for name in kernel.arg_names if name.islower()}
     types |= dict.fromkeys(("query", "negatives", "grad_negatives"), element) | {"mask": "*u8", "K": "i32", "D": "i32"}
     none: dict[str, Any] = {name: None for name, flag in ABSENT.items() if not flags[flag]}
@@ -342,5 +324,5 @@ def _aot_entry(dtype: torch.dtype, count: int, dim: int, energy: int, flags: dic
     if dim % 16 == 0:
         aligned.append("D")
     label = "-".join(flag.lower() for flag, there in flags.items() if there)
-    name = f"own_negatives-{DTYPE_NAMES[dtype]}-{('softmax', 'sigmoid', 'hinge')[energy]}-{count}x{dim}-{label}"
+    name = f"query_negatives-{DTYPE_NAMES[dtype]}-{('softmax', 'sigmoid', 'hinge')[energy]}-{count}x{dim}-{label}"
     return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, chosen.options, tuple(aligned))

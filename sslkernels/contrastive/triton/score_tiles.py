@@ -1,8 +1,8 @@
-"""What the kernels of tiles of pair scores share: products, scores and their masks, and the sizes of blocks.
+"""Shared by the kernels of tiles of pair scores: products, scores, their masks, and block sizes.
 
 Queries (rows, D) and candidates (columns, D) are row-major. A block of scores is s = (product * column_norm) *
-(logit_scale * row_norm) + logit_bias in float32. The formulas are symmetric in rows and columns, so that the kernels
-serve either by an exchange of arguments.
+(logit_scale * row_norm) + logit_bias in float32. The formulas are symmetric in rows and columns, so that the
+kernels also compute the transpose, from swapped arguments.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ ENERGY_SOFTMAX, ENERGY_SIGMOID, ENERGY_HINGE = 0, 1, 2
 SOFTMAX = tl.constexpr(ENERGY_SOFTMAX)
 SIGMOID = tl.constexpr(ENERGY_SIGMOID)
 
-# Largest padded D whose block of output rows stays in registers.
+# Largest padded D for which a block of output rows stays in registers.
 OWNED_DIM = 256
-# In float16, log2 of a gradient 1 of a score of a pair with average norms.
+# log2 of what float16 kernels scale a gradient of 1 to, for a score of a pair with average norms.
 GAIN = 8
-# The tensors of a tile, in the order in which every kernel takes them.
+# The tensors of a tile, in the order of every kernel's parameters.
 OPERANDS = (
     "queries", "candidates", "row_norm", "column_norm", "row_positive", "column_positive", "row_self", "column_self",
     "row_id", "column_id", "logit_scale", "logit_bias",
@@ -33,7 +33,7 @@ OPERANDS = (
 
 @triton.jit
 def inside_of(lane, start, count, EVEN: tl.constexpr):
-    """Which lanes of the block at `start` exist; None for all of every block."""
+    """Which lanes of the block at `start` are inside; None if every block is full."""
     if EVEN:
         return None
     else:
@@ -42,7 +42,7 @@ def inside_of(lane, start, count, EVEN: tl.constexpr):
 
 @triton.jit
 def load_block(pointer, start, lane, inside, other):
-    """A vector, None where it is absent. The scalar start is added first: what is left are constants of a thread."""
+    """A vector, None if absent. `start` is added first: the remaining offsets are constants of a thread."""
     if pointer is None:
         return None
     else:
@@ -73,74 +73,75 @@ def block_products(
 
 
 @triton.jit
-def without(out, values, other: tl.constexpr):
-    """`other` where a pair is left out; out None: nothing is."""
-    if out is None:
+def masked(excluded, values, other: tl.constexpr):
+    """`values`, with `other` for excluded pairs; excluded None: no pair is."""
+    if excluded is None:
         return values
     else:
-        return tl.where(out, other, values)
+        return tl.where(excluded, other, values)
 
 
 @triton.jit
-def _either(out, equal):
-    if out is None:
+def _or(excluded, equal):
+    if excluded is None:
         return equal
     else:
-        return out | equal
+        return excluded | equal
 
 
 @triton.jit
-def left_out(
+def excluded_pairs(
     row_inside, column_inside, row_positive, column_positive, row_self, column_self, row_id, column_id,
     IDS_POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of a block are outside the tile, or no candidates of it; None for none."""
-    out = None
+    """Which pairs of a block are outside the tile or no candidates; None if no pair can be."""
+    excluded = None
     if row_inside is not None:
-        out = ~(row_inside[:, None] & column_inside[None, :])
+        excluded = ~(row_inside[:, None] & column_inside[None, :])
     if row_positive is not None:
-        out = _either(out, row_positive[:, None] == column_positive[None, :])
+        excluded = _or(excluded, row_positive[:, None] == column_positive[None, :])
     if row_self is not None:
-        out = _either(out, row_self[:, None] == column_self[None, :])
+        excluded = _or(excluded, row_self[:, None] == column_self[None, :])
     if row_id is not None and not IDS_POSITIVE:
-        out = _either(out, row_id[:, None] == column_id[None, :])
-    return out
+        excluded = _or(excluded, row_id[:, None] == column_id[None, :])
+    return excluded
 
 
 @triton.jit
-def further_positives(out, row_id, column_id, IDS_POSITIVE: tl.constexpr):
+def extra_positives(excluded, row_id, column_id, IDS_POSITIVE: tl.constexpr):
     if IDS_POSITIVE:
         same = row_id[:, None] == column_id[None, :]
-        if out is not None:
-            same = same & ~out
+        if excluded is not None:
+            same = same & ~excluded
         return same
     else:
         return None
 
 
 @triton.jit
-def block_scores(u, scale, logit_bias, out):
-    """Of products times the norms of columns; -inf where left out."""
+def block_scores(u, scale, logit_bias, excluded):
+    """Scores from u, products times the norms of columns; -inf for excluded pairs."""
     s = u * scale
     if logit_bias is not None:
         s += tl.load(logit_bias)
-    return without(out, s, float("-inf"))
+    return masked(excluded, s, float("-inf"))
 
 
 @triton.jit
-def costs_of(s, further, threshold, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
-    """Softplus or hinge of scores; what is left out has none."""
+def costs_of(s, extra, threshold, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
+    """Softplus or hinge of scores; 0 where the score is -inf."""
     if ENERGY == SIGMOID:
         if IDS_POSITIVE:
-            s = tl.where(further, -s, s)
+            s = tl.where(extra, -s, s)
         return tl.maximum(s, 0.0) + log1p_unit(exp_flushed(-tl.abs(s)))
     else:
         over = s - threshold
-        return tl.where(over <= 0.0, 0.0, over)  # of NaN NaN
+        return tl.where(over <= 0.0, 0.0, over)  # NaN for NaN
 
 
 @triton.jit
 def narrowed(gradient, gain, dtype: tl.constexpr):
+    """The gradient times `gain` in the dtype of the features, clamped to the largest float16."""
     if gain is not None:
         gradient *= tl.load(gain)
         gradient = tl.where(gradient > 65504.0, 65504.0, tl.where(gradient < -65504.0, -65504.0, gradient))
@@ -148,8 +149,8 @@ def narrowed(gradient, gain, dtype: tl.constexpr):
 
 
 @triton.jit
-def features_of(pointer, start, lane, inside, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """All features of the rows of a block; those that do not exist are replaced by the first of the block."""
+def load_features(pointer, start, lane, inside, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """All features of the rows of a block; rows outside the tile read the first row of the block instead."""
     at = (pointer + start.to(tl.int64) * DIM) + feature_offsets(lane, inside, DIM)[:, None] + depth[None, :]
     if DIM == BLOCK_D:
         return tl.load(at)
@@ -159,20 +160,21 @@ def features_of(pointer, start, lane, inside, depth, DIM: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def shift_of_bound(logit_scale, logit_bias):
-    """What scores of normalised features are moved by where their maximum is not known: exp(s - shift) is at most 2^64,
-    and no more is taken off than that asks for."""
+    """The smallest shift for which exp(s - shift) is at most 2^64 for all scores of normalised features, whose maximum
+    need not be known."""
     shift = tl.maximum(tl.abs(tl.load(logit_scale)) - 44.3614195558365, 0.0)  # 64 log 2
     if logit_bias is not None:
         shift += tl.load(logit_bias)
     return shift
 
 
-def operands(tile: Any, exchanged: bool = False) -> tuple[Tensor | None, ...]:
-    """The tensors of `OPERANDS`, with rows and columns exchanged if asked for."""
-    labels = zip(tile.labels[::2], tile.labels[1::2], strict=True)
-    pairs = ((tile.queries, tile.candidates), (tile.row_norm, tile.column_norm), *labels)
-    found = [value for pair in pairs for value in (reversed(pair) if exchanged else pair)]
-    return found[0].contiguous(), found[1].contiguous(), *found[2:], tile.logit_scale, tile.logit_bias
+def operands(tile: Any, transposed: bool = False) -> tuple[Tensor | None, ...]:
+    """The tensors of `OPERANDS`; transposed: with rows and columns swapped."""
+    pairs = ((tile.row_norm, tile.column_norm), *tile.labels.pairs)
+    vectors = [value for pair in pairs for value in (reversed(pair) if transposed else pair)]
+    queries, candidates = tile.queries.contiguous(), tile.candidates.contiguous()
+    features = (candidates, queries) if transposed else (queries, candidates)
+    return *features, *vectors, tile.logit_scale, tile.logit_bias
 
 
 def operand_types(dtype: str) -> dict[str, str]:
@@ -182,22 +184,21 @@ def operand_types(dtype: str) -> dict[str, str]:
 
 
 def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
-    """The operands that a case of ahead-of-time compilation lacks; designated pairs are always there."""
-    names = {"norm": "norm", "self": "self", "further": "id"}
+    """The operands that a case of ahead-of-time compilation lacks; labels of positives are always present."""
     absent = dict.fromkeys(
-        f"{side}_{name}" for side in ("row", "column") for n, name in names.items() if n not in present
+        f"{side}_{name}" for side in ("row", "column") for name in ("norm", "self", "id") if name not in present
     )
     return absent if "bias" in present else {**absent, "logit_bias": None}
 
 
-def gain_of(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | None:
-    """The power of two that a gradient 1 of a score, times the average norms, becomes 2^`GAIN` by; None for 1."""
+def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | None:
+    """The power of two that scales a gradient of 1, times the average norms, to 2^`GAIN`; None for 1."""
     if tile.queries.dtype != torch.float16:
         return None
     exponent = torch.full((), float(GAIN), device=tile.queries.device)
     if tile.row_norm is not None:
         norms = (
-            (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if exchanged else tile.column_norm),)
+            (tile.row_norm, tile.column_norm) if both_norms else ((tile.row_norm if transposed else tile.column_norm),)
         )
         for norm in norms:
             exponent -= norm.log2().nan_to_num(0.0, 40.0, -40.0).mean()
@@ -205,7 +206,7 @@ def gain_of(tile: Any, both_norms: bool, exchanged: bool = False) -> Tensor | No
 
 
 def burden_of(labels: tuple[Tensor | None, ...], *more: Tensor | None) -> int:
-    """How much a thread keeps beside its scores. 0: one pair of labels; 1: further pairs; 2: any of `more`, too."""
+    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: any of `more`, too."""
     if any(value is not None for value in more):
         return 2
     return int(sum(label is not None for label in labels) > 2)
@@ -222,11 +223,11 @@ def config(
     burden: int,
 ) -> Config:
     """Blocks of rows (M), columns (N) and features (D). kernel: "sums", "tile" (the gradient of a tile of scores),
-    "owner" (the gradient of features, of which a program owns rows and holds all D) or "weighted" (sums of candidates,
-    likewise).
+    "owner" (the gradient of features: a program owns rows and keeps all D of them in registers) or "weighted" (sums of
+    candidates, likewise).
 
-    Large blocks read less from the cache. But a thread holds a value of each vector for every column of its own, so
-    that more vectors ask for fewer columns.
+    Large blocks read less from the cache. But a thread keeps a value of each vector for every column it has, so that
+    more vectors need narrower blocks.
     """
     if capability[0] == 12:  # 99 KB of shared memory, as sm_86 and sm_89
         capability = (8, 9)
@@ -244,8 +245,8 @@ def config(
         height = 32 if dtype == torch.float32 else 128 if capability[0] == 9 or (hopper and depth <= 128) else 64
         width = 32 if dtype == torch.float32 or (height == 128 and depth > 128 and burden > 0) else 64
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
-        held = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
-        return Config(blocks, {"num_warps": 8 if held >= 4096 else 4, "num_stages": 2})
+        elements = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
+        return Config(blocks, {"num_warps": 8 if elements >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
@@ -258,21 +259,21 @@ def config(
     }
     options = {"num_warps": 8, "num_stages": 3}
     if sums and capability >= (10, 0):
-        options["maxnreg"] = 255  # ptxas holds to 128 there, and spills
+        options["maxnreg"] = 255  # ptxas limits itself to 128 otherwise, and spills
     return Config(blocks, options)
 
 
 def owns_rows(dim: int, dtype: torch.dtype) -> bool:
-    """Whether `owner` is the kernel of the gradient. Not in float32, whose products have no matrix instructions: there
-    the matmuls are better left to the library."""
+    """Whether the gradient comes from the "owner" kernel. Not in float32, whose products have no matrix instructions:
+    the library's matmuls are faster there."""
     return dim <= OWNED_DIM and dtype != torch.float32
 
 
-def weighs(dim: int, dtype: torch.dtype) -> bool:
-    """Whether there are weighted sums, of which a program holds all D too."""
+def has_weighted_sums(dim: int, dtype: torch.dtype) -> bool:
+    """Whether the "weighted" kernel, whose programs also keep all D in registers, can run."""
     return dim <= OWNED_DIM and dtype != torch.float64
 
 
 def is_even(rows: int, columns: int, chosen: Config) -> bool:
-    """Whether every block is whole, and kernels need not look."""
+    """Whether every block is full, so that kernels need no masks."""
     return rows % chosen.constexprs["BLOCK_M"] == 0 and columns % chosen.constexprs["BLOCK_N"] == 0

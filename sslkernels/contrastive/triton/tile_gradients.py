@@ -1,16 +1,16 @@
 """The gradient of a tile of pair scores, from scores that are computed again.
 
-Where D is small, a program owns rows of a gradient: it takes all columns, one block after the other, and adds G times
-their features in registers. Rows and columns are exchanged for the gradient of the other side: five matmuls' work in
-all, and no memory but the results. Where D is large, G is written in the dtype of the features and multiplied by the
-library's matmuls: three. A program's sums are partials of its split of the columns, added up in their order.
+Where D is small, a program owns rows of a gradient: it loops over the blocks of columns and adds G times their features
+in registers. Swapped arguments give the gradient of the other side: the work of five matmuls in all, and no memory but
+the results. Where D is large, G is written in the dtype of the features and multiplied by the library's matmuls: three.
+A program's sums are partials of its split of the columns, added up in their order.
 
-In float16, G is held times a power of two (`gain`): probabilities of many candidates are subnormal else, as are the
-inverse norms of wide features. What exceeds float16 nevertheless is set to its largest number.
+float16 kernels multiply G by a power of two (`gain`): otherwise the probabilities of many candidates and the inverse
+norms of wide features are subnormal. Values that still overflow are clamped to the largest float16.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,19 +29,19 @@ from sslkernels.contrastive.triton.score_tiles import (
     burden_of,
     config,
     costs_of,
-    features_of,
-    further_positives,
+    excluded_pairs,
+    extra_positives,
     gain_of,
     inside_of,
     is_even,
-    left_out,
     load_block,
+    load_features,
+    masked,
     narrowed,
     operand_types,
     operands,
     owns_rows,
     row_scale,
-    without,
 )
 from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, capability, on_device_of, pointers_aligned, processors
 from sslkernels.core.triton.numerics import exp_flushed
@@ -51,30 +51,30 @@ NOT_SPECIALIZED = ["rows", "columns", "column_tiles"]
 
 
 @triton.jit
-def _side_gradient(s, further, weight, reference, share, smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
-    """What the rows, or the columns, add to the gradient of scores; share and smoothing may be absent."""
+def _side_gradient(s, extra, weight, reference, share, smoothing, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr):
+    """`SideGrad` of a block of scores; share and smoothing may be absent."""
     if ENERGY == SOFTMAX:
         gradient = weight * exp_flushed(s - reference)
         if IDS_POSITIVE and share is not None:
-            gradient -= tl.where(further, share, 0.0)
+            gradient -= tl.where(extra, share, 0.0)
         if smoothing is not None:
             gradient -= smoothing
     elif ENERGY == SIGMOID:
         if IDS_POSITIVE:
-            s = tl.where(further, -s, s)
-            weight = tl.where(further, -weight, weight)
+            s = tl.where(extra, -s, s)
+            weight = tl.where(extra, -weight, weight)
         e = exp_flushed(-tl.abs(s))  # as in `costs_of`
         gradient = weight * (tl.where(s < 0.0, e, 1.0) / (1.0 + e))
     else:
         over = s - reference
-        gradient = tl.where(over > 0.0, weight, tl.where(over <= 0.0, 0.0, over))  # of NaN NaN
+        gradient = tl.where(over > 0.0, weight, tl.where(over <= 0.0, 0.0, over))  # NaN for NaN
     return gradient
 
 
 @triton.jit
 def _side(
     s,
-    further,
+    extra,
     weight,
     reference,
     share,
@@ -87,7 +87,7 @@ def _side(
     IDS_POSITIVE: tl.constexpr,
 ):
     return _side_gradient(
-        s, further, _vector(weight, start, lane, inside, AXIS), _vector(reference, start, lane, inside, AXIS),
+        s, extra, _vector(weight, start, lane, inside, AXIS), _vector(reference, start, lane, inside, AXIS),
         _vector(share, start, lane, inside, AXIS), _vector(smoothing, start, lane, inside, AXIS), ENERGY, IDS_POSITIVE,
     )  # fmt: skip
 
@@ -102,22 +102,22 @@ def _vector(pointer, start, lane, inside, AXIS: tl.constexpr):
 
 @triton.jit
 def _score_gradient(
-    s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference, row_share,
+    s, excluded, extra, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference, row_share,
     row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY: tl.constexpr,
     IDS_POSITIVE: tl.constexpr,
 ):  # fmt: skip
     gradient = tl.zeros_like(s)
     if row_weight is not None:
         gradient += _side(
-            s, further, row_weight, row_reference, row_share, row_smoothing, row, row_lane, row_inside, 1,
+            s, extra, row_weight, row_reference, row_share, row_smoothing, row, row_lane, row_inside, 1,
             ENERGY, IDS_POSITIVE,
         )  # fmt: skip
     if column_weight is not None:
         gradient += _side(
-            s, further, column_weight, column_reference, column_share, column_smoothing, column, lane, column_inside, 0,
+            s, extra, column_weight, column_reference, column_share, column_smoothing, column, lane, column_inside, 0,
             ENERGY, IDS_POSITIVE,
         )  # fmt: skip
-    return without(out, gradient, 0.0)
+    return masked(excluded, gradient, 0.0)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _store_sums(dot_out, total_out, cost_out, dot, total, cost, row_norm, row, r
         tl.store((cost_out + at) + row_lane, cost, exists)
 
 
-@triton.jit(do_not_specialize=["rows", "column_tiles"])  # whether columns divide by 16 decides how G is stored
+@triton.jit(do_not_specialize=["rows", "column_tiles"])  # specialised: columns divisible by 16 allow wide stores of G
 def pair_gradient_tile_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
@@ -140,7 +140,7 @@ def pair_gradient_tile_kernel(
     column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """G (rows, columns), where it is asked for, and per split of the columns the sums of each row."""
+    """G (rows, columns), unless gradient_out is None, and per split of the columns the sums of each row."""
     row = tl.program_id(0) * BLOCK_M
     row_lane = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
@@ -166,25 +166,25 @@ def pair_gradient_tile_kernel(
         if column_norm is not None:
             u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         id_of_column = load_block(column_id, column, lane, column_inside, 0)
-        out = left_out(
+        excluded = excluded_pairs(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
         )  # fmt: skip
-        further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+        extra = extra_positives(excluded, id_of_row, id_of_column, IDS_POSITIVE)
         s = block_scores(u, scale, logit_bias, None)
         gradient = _score_gradient(
-            s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
+            s, excluded, extra, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
             row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
             IDS_POSITIVE,
         )  # fmt: skip
-        dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
+        dot += tl.sum(masked(excluded, gradient * u, 0.0), 1).to(tl.float64)
         total += tl.sum(gradient, 1).to(tl.float64)
         if cost_out is not None:
-            costs = costs_of(s, further, None, ENERGY, IDS_POSITIVE)
-            cost += tl.sum(without(out, costs, 0.0), 1).to(tl.float64)
+            costs = costs_of(s, extra, None, ENERGY, IDS_POSITIVE)
+            cost += tl.sum(masked(excluded, costs, 0.0), 1).to(tl.float64)
         if gradient_out is not None:
             if column_norm is not None:
-                # Loaded again: the registers are needed in between.
+                # Loaded again, to free its registers in between.
                 gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
                 gradient *= norm[:, None]
             at = gradient_out + (row.to(tl.int64) * columns + column)
@@ -205,7 +205,7 @@ def pair_gradient_owner_kernel(
     column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of G @ candidates: added to features_out (rows, D), or written for each split of the columns."""
+    """Rows of G @ candidates: added to features_out (rows, D) if ADD, else written per split of the columns."""
     row = tl.program_id(0) * BLOCK_M
     row_lane = tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
@@ -216,7 +216,7 @@ def pair_gradient_owner_kernel(
     positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
     self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
     id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
-    query = features_of(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
+    query = load_features(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
     features = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dot = tl.zeros((BLOCK_M,), tl.float64)
     total = tl.zeros((BLOCK_M,), tl.float64)
@@ -225,31 +225,31 @@ def pair_gradient_owner_kernel(
     for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
         column = column_tile * BLOCK_N
         column_inside = inside_of(lane, column, columns, EVEN)
-        values = features_of(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
+        values = load_features(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
         products = tl.dot(query, tl.trans(values), input_precision="ieee")
         u = products
         if column_norm is not None:
             u = products * load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         id_of_column = load_block(column_id, column, lane, column_inside, 0)
-        out = left_out(
+        excluded = excluded_pairs(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
         )  # fmt: skip
-        further = further_positives(out, id_of_row, id_of_column, IDS_POSITIVE)
+        extra = extra_positives(excluded, id_of_row, id_of_column, IDS_POSITIVE)
         s = block_scores(u, scale, logit_bias, None)
         gradient = _score_gradient(
-            s, out, further, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
+            s, excluded, extra, row, row_lane, row_inside, column, lane, column_inside, row_weight, row_reference,
             row_share, row_smoothing, column_weight, column_reference, column_share, column_smoothing, ENERGY,
             IDS_POSITIVE,
         )  # fmt: skip
         if dot_out is not None:
-            dot += tl.sum(without(out, gradient * u, 0.0), 1).to(tl.float64)
+            dot += tl.sum(masked(excluded, gradient * u, 0.0), 1).to(tl.float64)
             total += tl.sum(gradient, 1).to(tl.float64)
         if cost_out is not None:
-            costs = costs_of(s, further, None, ENERGY, IDS_POSITIVE)
-            cost += tl.sum(without(out, costs, 0.0), 1).to(tl.float64)
+            costs = costs_of(s, extra, None, ENERGY, IDS_POSITIVE)
+            cost += tl.sum(masked(excluded, costs, 0.0), 1).to(tl.float64)
         if column_norm is not None:
-            # Loaded again: the registers are needed in between.
+            # Loaded again, to free its registers in between.
             gradient *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         features = tl.dot(narrowed(gradient, gain, values.dtype), values, features, input_precision="ieee")
     if row_norm is not None:
@@ -266,9 +266,9 @@ def pair_gradient_owner_kernel(
         _store_sums(dot_out, total_out, cost_out, dot, total, cost, norm, row, row_lane, rows)
 
 
-def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tuple[int, bool]:
-    """(rows of a strip, whether G is written there), where gradients follow. The strip is as long as fits, in whole
-    waves of the first matmul's tiles of 128 x 256 where one fits."""
+def row_block(count: int, columns: int, features: Tensor, workspace: int) -> tuple[int, bool]:
+    """(rows of a row block that gets gradients, whether G is written). A row block has as many rows as fit, rounded
+    down to whole waves of the first matmul's tiles of 128 x 256 where one wave fits."""
     dim = features.shape[1]
     if owns_rows(dim, features.dtype):
         return max(count, 1), False
@@ -278,32 +278,46 @@ def strip_rows(count: int, columns: int, features: Tensor, workspace: int) -> tu
     return max(min(whole // 16 * 16, count), 1), True
 
 
-def add_gradients(
-    tile: Any, row: Any, column: Any, dot: Tensor, total: Tensor, grad_queries: Tensor | None,
-    grad_candidates: Tensor | None, cost: Tensor | None = None,
-) -> tuple[Tensor | None, bool]:  # fmt: skip
-    """Adds to dot, total, cost (sums of `costs_of` rows) and, where D is small, to the gradients of queries and
-    candidates. Where it is large, leaves G in tile.products. Returns what G is multiplied by there (0-d, None for 1),
-    and whether it is there."""
+def add_gradients(tile: Any, row: Any, column: Any, outputs: Any) -> tuple[Tensor | None, bool]:
+    """Adds to the sums of `outputs`, the record `GradientOutputs`, and where D is small to its gradients. Where D is
+    large, leaves G times a gain in tile.products. Returns (gain (0-d), None for 1; whether G was written)."""
     features = tile.queries
-    wanted = grad_queries is not None or grad_candidates is not None
+    wanted = outputs.queries is not None or outputs.candidates is not None
+    cost = None if outputs.row_sums is None else outputs.row_sums.sum
+    running = _Running(outputs.dot, outputs.total, cost)
     with on_device_of(features):
         if not owns_rows(features.shape[1], features.dtype):
             gain = gain_of(tile, True) if wanted else None
-            _gradient_tile(tile, row, column, (dot, total, cost), gain, tile.products if wanted else None)
+            _gradient_tile(tile, row, column, running, gain, tile.products if wanted else None)
             return gain, wanted
-        if grad_queries is not None:
-            _owned(tile, False, row, column, grad_queries, (dot, total, cost))
+        if outputs.queries is not None:
+            _owned(tile, False, row, column, outputs.queries, running)
         else:
-            _gradient_tile(tile, row, column, (dot, total, cost), None, None)
-        if grad_candidates is not None:
-            _owned(tile, True, column, row, grad_candidates)
+            _gradient_tile(tile, row, column, running, None, None)
+        if outputs.candidates is not None:
+            _owned(tile, True, column, row, outputs.candidates, _Running(None, None, None))
     return None, False
 
 
+class _Running(NamedTuple):
+    """Running sums of each row, None where not wanted: of gradient * u, of the gradient, and of `costs_of`."""
+
+    dot: Tensor | None
+    total: Tensor | None
+    cost: Tensor | None
+
+    def partials(self, parts: int) -> "_Running":
+        return _Running(*(None if v is None else v.new_empty(parts, *v.shape) for v in self))
+
+    def add(self, partials: "_Running") -> None:
+        for total, part in zip(self, partials, strict=True):
+            if total is not None:
+                total.add_(part.sum(0))
+
+
 def _flags(tile: Any) -> dict[str, Any]:
-    further = tile.ids_positive and tile.labels.row_id is not None
-    return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": further}
+    extra = tile.ids_positive and tile.labels.row_id is not None
+    return {"DIM": tile.queries.shape[1], "ENERGY": tile.energy, "IDS_POSITIVE": extra}
 
 
 def _burden(tile: Any, row: Any, column: Any, cost: Tensor | None) -> int:
@@ -311,17 +325,18 @@ def _burden(tile: Any, row: Any, column: Any, cost: Tensor | None) -> int:
     return 2 * burden if cost is not None else burden
 
 
-def _gradient_tile(tile, row, column, running, gain, products) -> None:
+def _gradient_tile(
+    tile: Any, row: Any, column: Any, running: _Running, gain: Tensor | None, products: Tensor | None
+) -> None:
     tensors = operands(tile)
-    rows, columns = tensors[0].shape[0], tensors[1].shape[0]
+    queries, candidates, *_ = tensors
+    (rows, dim), columns = queries.shape, candidates.shape[0]
     if rows == 0 or columns == 0:
         return
-    chosen = config(
-        "tile", tile.energy, rows, columns, tensors[0].shape[1], tensors[0].dtype, capability(tensors[0]),
-        _burden(tile, row, column, running[2]),
-    )  # fmt: skip
-    parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
-    sums = [None if v is None else v.new_empty(parts, rows) for v in running]
+    burden = _burden(tile, row, column, running.cost)
+    chosen = config("tile", tile.energy, rows, columns, dim, queries.dtype, capability(queries), burden)
+    parts, column_tiles = splits(rows, columns, chosen, processors(queries))
+    sums = running.partials(parts)
     pair_gradient_tile_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
         *(*tensors, *row, *column, gain, products, *sums, rows, columns, column_tiles),
         **_flags(tile),
@@ -329,24 +344,24 @@ def _gradient_tile(tile, row, column, running, gain, products) -> None:
         **chosen.constexprs,
         **chosen.options,
     )
-    _add_sums(sums, running)
+    running.add(sums)
 
 
-def _owned(tile, exchanged, row, column, grad, running=(None, None, None)) -> None:
-    """grad += G @ candidates; exchanged: with rows for columns."""
-    tensors = operands(tile, exchanged)
-    (rows, dim), columns = tensors[0].shape, tensors[1].shape[0]
+def _owned(tile: Any, transposed: bool, row: Any, column: Any, grad: Tensor, running: _Running) -> None:
+    """grad += G @ candidates, or G.T @ queries if transposed; row and column: the sides of the rows of grad and of the
+    others."""
+    tensors = operands(tile, transposed)
+    queries, candidates, *_ = tensors
+    (rows, dim), columns = queries.shape, candidates.shape[0]
     if rows == 0 or columns == 0:
         return
-    chosen = config(
-        "owner", tile.energy, rows, columns, dim, tensors[0].dtype, capability(tensors[0]),
-        _burden(tile, row, column, running[2]),
-    )  # fmt: skip
-    parts, column_tiles = splits(rows, columns, chosen, processors(tensors[0]))
+    burden = _burden(tile, row, column, running.cost)
+    chosen = config("owner", tile.energy, rows, columns, dim, queries.dtype, capability(queries), burden)
+    parts, column_tiles = splits(rows, columns, chosen, processors(queries))
     features = grad if parts == 1 else grad.new_empty(parts, rows, dim)
-    sums = [None if v is None else v.new_empty(parts, rows) for v in running]
+    sums = running.partials(parts)
     pair_gradient_owner_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_M"]), parts)](
-        *(*tensors, *row, *column, gain_of(tile, False, exchanged), features, *sums, rows, columns, column_tiles),
+        *(*tensors, *row, *column, gain_of(tile, False, transposed), features, *sums, rows, columns, column_tiles),
         **_flags(tile),
         EVEN=is_even(rows, columns, chosen),
         ADD=parts == 1,
@@ -355,18 +370,12 @@ def _owned(tile, exchanged, row, column, grad, running=(None, None, None)) -> No
     )
     if parts > 1:
         grad.add_(features.sum(0))
-    _add_sums(sums, running)
-
-
-def _add_sums(partials, running) -> None:
-    for part, total in zip(partials, running, strict=True):
-        if total is not None:
-            total.add_(part.sum(0))
+    running.add(sums)
 
 
 def aot_signatures() -> Iterator[AotEntry]:
     plain, every = ("weight", "reference"), ("weight", "reference", "share", "smoothing")
-    norm, options = ("norm",), ("norm", "bias", "self", "further")
+    norm, options = ("norm",), ("norm", "bias", "self", "id")
     for name, dtype, dim, energy, rows, columns, present in (
         ("symmetric", torch.bfloat16, 768, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
         ("rows", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, (), (*norm, "out")),
@@ -399,7 +408,7 @@ def aot_signatures() -> Iterator[AotEntry]:
             size = 8192 if dim % 16 == 0 else 8191
             burden = 2 if len(rows) == len(every) else int("self" in present) * (1 + ("cost" in present))
             chosen = config("owner" if owner else "tile", energy, size, size, dim, dtype, generation, burden)
-            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "further" in present, "EVEN": dim % 16 == 0}
+            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "id" in present, "EVEN": dim % 16 == 0}
             constexprs |= chosen.constexprs
             constexprs |= absent_operands(present) | {"ADD": True}
             for side, given in (("row", rows), ("column", columns)):

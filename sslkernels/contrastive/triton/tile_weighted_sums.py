@@ -1,10 +1,10 @@
-"""Sums over frozen candidates weighted by exp(s - max), from scores that are computed once: two matmuls' work.
+"""Sums over frozen candidates weighted by exp(s - max), from scores that are computed once: the work of two matmuls.
 
-A program owns a block of rows and a split of the columns: it takes one block of candidates after the other and adds
-exp(s - max) times their features in registers, relative to the maximum so far (as FlashAttention). A second kernel
-merges the partials of the splits, in their order, into the running sums.
+A program owns a block of rows and a split of the columns: it loops over the blocks of candidates and adds exp(s - max)
+times their features in registers, relative to the running maximum (as FlashAttention). A second kernel merges the
+partials of the splits, in their order, into the running sums.
 
-In float16 the weights are held times a power of two, as the gradients in `pair_gradients`.
+float16 kernels multiply the weights by a power of two, like the gradients in `tile_gradients`.
 """
 
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ from sslkernels.contrastive.triton.score_tiles import (
     block_scores,
     burden_of,
     config,
-    features_of,
+    excluded_pairs,
     gain_of,
     inside_of,
     is_even,
-    left_out,
     load_block,
+    load_features,
+    masked,
     narrowed,
     operand_types,
     operands,
     row_scale,
-    without,
 )
 from sslkernels.core.triton.launch import (
     DTYPE_NAMES,
@@ -45,7 +45,7 @@ from sslkernels.core.triton.launch import (
 from sslkernels.core.triton.numerics import exp_flushed
 from sslkernels.core.triton.products import splits
 
-# Features of a program of the merge.
+# Elements that a program of the merge handles at a time.
 MERGE_SIZE = 1024
 
 
@@ -55,7 +55,7 @@ def pair_weighted_sums_kernel(
     column_id, logit_scale, logit_bias, gain, max_out, sum_out, u_out, weighted_out, rows, columns, column_tiles,
     DIM: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """For each split of the columns: max, sum of exp(s - max), of exp(s - max) * u, and of exp(s - max) *
+    """Per split of the columns: max, and the sums of exp(s - max), of exp(s - max) * u, and of exp(s - max) *
     column_norm * candidate (rows, D)."""
     row = tl.program_id(0) * BLOCK_M
     row_lane = tl.arange(0, BLOCK_M)
@@ -66,7 +66,7 @@ def pair_weighted_sums_kernel(
     positive_of_row = load_block(row_positive, row, row_lane, row_inside, 0)
     self_of_row = load_block(row_self, row, row_lane, row_inside, 0)
     id_of_row = load_block(row_id, row, row_lane, row_inside, 0)
-    query = features_of(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
+    query = load_features(queries, row, row_lane, row_inside, depth, DIM, BLOCK_D)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     dot = tl.zeros((BLOCK_M,), tl.float32)
@@ -75,32 +75,32 @@ def pair_weighted_sums_kernel(
     for column_tile in range(first, tl.minimum(first + column_tiles, tl.cdiv(columns, BLOCK_N))):
         column = column_tile * BLOCK_N
         column_inside = inside_of(lane, column, columns, EVEN)
-        values = features_of(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
+        values = load_features(candidates, column, lane, column_inside, depth, DIM, BLOCK_D)
         u = tl.dot(query, tl.trans(values), input_precision="ieee")
         if column_norm is not None:
             u *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
-        out = left_out(
+        excluded = excluded_pairs(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row,
             load_block(column_id, column, lane, column_inside, 0), False,
         )  # fmt: skip
-        s = block_scores(u, scale, logit_bias, out)
-        moved = tl.maximum(largest, tl.max(s, 1))
-        anchor = tl.where(moved == float("-inf"), 0.0, moved)
+        s = block_scores(u, scale, logit_bias, excluded)
+        new_max = tl.maximum(largest, tl.max(s, 1))
+        anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = exp_flushed(largest - anchor)
-        largest = moved
+        largest = new_max
         weight = exp_flushed(s - anchor[:, None])
         total = total * decay + tl.sum(weight, 1)
-        dot = dot * decay + tl.sum(without(out, weight * u, 0.0), 1)
+        dot = dot * decay + tl.sum(masked(excluded, weight * u, 0.0), 1)
         if column_norm is not None:
-            # Loaded again: the registers are needed in between.
+            # Loaded again, to free its registers in between.
             weight *= load_block(column_norm, column, lane, column_inside, 0.0)[None, :]
         weighted *= decay[:, None]
         weighted = tl.dot(narrowed(weight, gain, values.dtype), values, weighted, input_precision="ieee")
     if gain is not None:
         weighted /= tl.load(gain)
     if row_norm is not None:
-        # Loaded again, too.
+        # Loaded again, like column_norm.
         dot *= load_block(row_norm, row, row_lane, row_inside, 0.0)
     at = tl.program_id(1).to(tl.int64) * rows + row
     exists = row_lane < rows - row
@@ -116,7 +116,7 @@ def pair_weighted_merge_kernel(
     running_max, running_sum, running_u, running_weighted, part_max, part_sum, part_u, part_weighted, rows, partials,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partials (partials, rows, ...) to the running sums, both moved to the largest maximum."""
+    """Adds the partials (partials, rows, ...) to the running sums, both rescaled to the largest maximum."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     depth = tl.arange(0, BLOCK_D)
     inside = row < rows
@@ -148,13 +148,13 @@ def pair_weighted_merge_kernel(
 def add_weighted_sums(tile: Any, rows: Any, weighted: Tensor, weighted_u: Tensor) -> None:
     """Adds a softmax tile to rows.max, rows.sum, weighted and weighted_u, as `PairKernels.weighted_sums`."""
     tensors = operands(tile)
-    (count, dim), width = tensors[0].shape, tensors[1].shape[0]
+    queries, candidates, *_ = tensors
+    (count, dim), width = queries.shape, candidates.shape[0]
     if count == 0 or width == 0:
         return
-    chosen = config(
-        "weighted", ENERGY_SOFTMAX, count, width, dim, tensors[0].dtype, capability(tensors[0]), burden_of(tile.labels)
-    )
-    parts, column_tiles = splits(count, width, chosen, processors(tensors[0]))
+    burden = burden_of(tile.labels)
+    chosen = config("weighted", ENERGY_SOFTMAX, count, width, dim, queries.dtype, capability(queries), burden)
+    parts, column_tiles = splits(count, width, chosen, processors(queries))
     with on_device_of(weighted):
         sums = weighted.new_empty(3, parts, count)
         features = weighted.new_empty(parts, count, dim)
@@ -177,7 +177,7 @@ def _merge_blocks(dim: int) -> dict[str, int]:
 
 
 def aot_signatures() -> Iterator[AotEntry]:
-    options = ("norm", "bias", "self", "further")
+    options = ("norm", "bias", "self", "id")
     for name, dtype, dim, present in (
         ("plain", torch.bfloat16, 256, ("norm",)),
         ("plain", torch.bfloat16, 128, ("norm",)),

@@ -1,13 +1,13 @@
-"""Skip-gram with negative sampling in Triton: a program a pair, which reads each of its rows once and holds the rows of
-BLOCK_K candidates (the context and the negatives) for their scores and for the direction."""
+"""Skip-gram with negative sampling in Triton: one program per pair, which reads each of its rows once and keeps those
+of BLOCK_K candidates (the context and the negatives) in registers for their scores and for the direction."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sslkernels.core.triton.launch import (
     DTYPE_NAMES,
@@ -19,11 +19,11 @@ from sslkernels.core.triton.launch import (
 )
 from sslkernels.core.triton.numerics import log1p
 
-ELEMENTS = 4096  # of rows that a program holds at most, unless one row has more
+ELEMENTS = 4096  # of rows in the registers of a program, more only where a single row is longer
 
 
 def config(dim: int, candidates: int) -> tuple[dict[str, int], dict[str, int]]:
-    """constexprs and options."""
+    """(constexprs, options)."""
     block_d = next_power_of_2(dim)
     block_k = max(1, min(next_power_of_2(candidates), ELEMENTS // block_d))
     warps = max(1, min(16, block_d * block_k // 1024))
@@ -32,7 +32,7 @@ def config(dim: int, candidates: int) -> tuple[dict[str, int], dict[str, int]]:
 
 @triton.jit
 def _candidates(context, negatives_ptr, first, negatives, BLOCK_K: tl.constexpr):
-    """The numbers of the candidates from `first` on (0 is the context), whether they exist, and their indices."""
+    """(number, valid, index) of the candidates from `first` on; number 0 is the context."""
     k = first + tl.arange(0, BLOCK_K)
     valid = k <= negatives
     index = tl.load(negatives_ptr + (k - 1), mask=valid & (k > 0), other=0).to(tl.int64)
@@ -65,7 +65,7 @@ def negative_sampling_fwd_kernel(
     context = tl.load(context_ptr + i).to(tl.int64)
     negatives_ptr += i * negatives
 
-    # A pair with an index out of range reads other rows instead and has NaN added to all its results.
+    # A pair with an index out of range reads valid rows instead, and NaN is added to all its results.
     center_wrong = (center < 0) | (center >= center_rows)
     wrong = center_wrong.to(tl.int32)
     for first in range(0, negatives + 1, BLOCK_K):
@@ -101,27 +101,19 @@ def negative_sampling_fwd_kernel(
         tl.store(direction_ptr + i * dim + column, direction, mask=in_row)
 
 
-def negative_sampling_fwd(
-    center: Tensor,
-    context: Tensor,
-    negatives: Tensor,
-    center_weight: Tensor,
-    context_weight: Tensor,
-    loss: Tensor,
-    slopes: Tensor | None,
-    direction: Tensor | None,
-    exclude_positive: bool,
-) -> None:
-    """Fills loss, slopes and direction."""
-    count, negative_count = negatives.shape
-    dim = center_weight.shape[1]
+def negative_sampling_fwd(tables: Any, indices: Any, exclude_positive: bool, outputs: Any) -> None:
+    """Fills `outputs`, the record `Outputs`, from the records `Tables` and `Indices`; slopes and direction have no
+    elements where not wanted."""
+    count, negative_count = indices.negatives.shape
+    center_rows, dim = tables.center_weight.shape
     if count == 0:
         return
+    write_slopes, write_direction = outputs.slopes.numel() > 0, outputs.direction.numel() > 0
     constexprs, options = config(dim, 1 + negative_count)
     negative_sampling_fwd_kernel[(count,)](
-        center, context, negatives, center_weight, context_weight, loss, slopes, direction,
-        negative_count, center_weight.shape[0], context_weight.shape[0], dim,
-        EXCLUDE_POSITIVE=exclude_positive, WRITE_SLOPES=slopes is not None, WRITE_DIRECTION=direction is not None,
+        *indices, *tables, outputs.loss, outputs.slopes if write_slopes else None,
+        outputs.direction if write_direction else None, negative_count, center_rows, tables.context_weight.shape[0],
+        dim, EXCLUDE_POSITIVE=exclude_positive, WRITE_SLOPES=write_slopes, WRITE_DIRECTION=write_direction,
         **constexprs, **options,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Rows weighted and added up by sorted key in Triton: a program takes a chunk of the entries, however many rows they
-belong to, and scans their rows by key. What a chunk has of a row that continues is a partial sum, which a second kernel
-adds up in the order of the chunks."""
+"""Weighted sums of table rows by sorted key in Triton: a program scans the source rows of one chunk of entries by key,
+however many output rows they belong to. The part of an output row that extends beyond a chunk is a partial sum; a
+second kernel adds up the partial sums in the order of the chunks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sslkernels.core.triton.launch import (
     pointers_aligned,
 )
 
-BLOCK_E = 16  # entries of a chunk
-BLOCK_BYTES = 512  # of a row's columns of a program at most, as they are accumulated
+BLOCK_E = 16  # entries per chunk
+BLOCK_BYTES = 512  # most bytes of a row per program, in the accumulation dtype
 BLOCK_P = 16  # partial sums at a time
-OPTIONS = {"num_warps": 1}  # so that a thread scans its columns in registers
+OPTIONS = {"num_warps": 1}  # one warp, so that a thread scans its columns in registers
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def weighted_row_sums_kernel(
     rows,
     source_rows,
     dim,
-    entries_of_source,
+    entries_per_source,
     HAS_INDEX: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -60,7 +60,7 @@ def weighted_row_sums_kernel(
     belongs = valid & (key < rows)
 
     entry = tl.load(order_ptr + n, mask=valid, other=0)
-    row = entry // entries_of_source
+    row = entry // entries_per_source
     if HAS_INDEX:
         row = tl.load(source_index_ptr + row, mask=belongs, other=0).to(tl.int64)
     exists = (row >= 0) & (row < source_rows)
@@ -72,11 +72,11 @@ def weighted_row_sums_kernel(
     begins = (key != before).to(tl.int32)[:, None] + tl.zeros((BLOCK_E, BLOCK_D), tl.int32)
     _, sums = tl.associative_scan((begins, values * weight[:, None]), 0, _add_within_row)
 
-    # The row of the first entries, where it begins in an earlier chunk.
+    # The row of the first entries if it begins in an earlier chunk, else -1.
     continued_row = tl.sum(tl.where((lane == 0) & (key == before), key + 1, 0), 0) - 1
     continued = key == continued_row
     ends = key != after
-    last = ends | (lane == BLOCK_E - 1)  # of its row in this chunk
+    last = ends | (lane == BLOCK_E - 1)  # last entry of its row in this chunk
     whole = belongs & ends & ~continued
     tl.store(out_ptr + key[:, None] * dim + column[None, :], sums, mask=whole[:, None] & in_row)
     partial = belongs & last & ~whole
@@ -97,7 +97,7 @@ def weighted_row_sums_finish_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """For the row that begins in this chunk and ends in a later one."""
+    """Finishes the row that begins in this chunk and ends in a later one."""
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = column < dim
@@ -125,9 +125,9 @@ def weighted_row_sums(
     source: Tensor,
     source_index: Tensor | None,
     out: Tensor,
-    entries_of_source: int,
+    entries_per_source: int,
 ) -> None:
-    """Fills the rows of `out` that have entries. keys: sorted; those of `out.shape[0]` belong to no row."""
+    """Fills the rows of `out` that have entries. keys: sorted; the key `out.shape[0]` marks entries to ignore."""
     entries, (rows, dim) = keys.shape[0], out.shape
     if entries == 0 or dim == 0:
         return
@@ -137,7 +137,7 @@ def weighted_row_sums(
     grid = (chunks, triton.cdiv(dim, block_d))
     weighted_row_sums_kernel[grid](
         keys, order, coefficient, source, source_index, out, partials, entries, rows, source.shape[0], dim,
-        entries_of_source, HAS_INDEX=source_index is not None, BLOCK_E=BLOCK_E, BLOCK_D=block_d, **OPTIONS,
+        entries_per_source, HAS_INDEX=source_index is not None, BLOCK_E=BLOCK_E, BLOCK_D=block_d, **OPTIONS,
     )  # fmt: skip
     weighted_row_sums_finish_kernel[grid](
         keys, starts, out, partials, entries, rows, dim, BLOCK_E=BLOCK_E, BLOCK_P=BLOCK_P, BLOCK_D=block_d, **OPTIONS
@@ -145,7 +145,7 @@ def weighted_row_sums(
 
 
 def aot_signatures() -> Iterator[AotEntry]:
-    sizes = dict.fromkeys(("entries", "rows", "source_rows", "dim", "entries_of_source"), "i32")
+    sizes = dict.fromkeys(("entries", "rows", "source_rows", "dim", "entries_per_source"), "i32")
     for dtype, name in DTYPE_NAMES.items():
         acc = DTYPE_NAMES[accumulation_dtype(dtype)]
         types = sizes | {"keys_ptr": "*i32", "order_ptr": "*i64", "starts_ptr": "*i64", "source_index_ptr": "*i64"}
