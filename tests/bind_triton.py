@@ -21,26 +21,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import sslkernels as sk
-from sslkernels.contrastive.query_negatives import NegativeInputs, NegativeOutputs, RowMerge
-from sslkernels.contrastive.score_tiles import (
-    SIGMOID,
-    SOFTMAX,
-    ColumnSums,
-    GradientOutputs,
-    Labels,
-    RowSums,
-    SideGrad,
-    Thresholds,
-    Tile,
-)
-from sslkernels.contrastive.triton import tile_sums
-from sslkernels.contrastive.triton.query_negatives import query_negatives
-from sslkernels.contrastive.triton.tile_gradients import add_gradients
-from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
-from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
-from sslkernels.contrastive.word2vec import Indices, Outputs, Tables
 from sslkernels.core import backends
-from sslkernels.core.triton.segment_sum import weighted_row_sums
 from sslkernels.latent.triton.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
 from sslkernels.latent.triton.gumbel_rows import TritonGumbelRows
@@ -48,7 +29,6 @@ from sslkernels.latent.triton.nearest_code import best_codes
 from sslkernels.latent.triton.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
 
-FIXED_SHIFT_FROM = 2  # pairs
 TESTS = Path(__file__).parent
 SIZES = (1, 16, 1003)  # Triton specialises integers that are 1 and integers that are divisible by 16
 
@@ -91,21 +71,6 @@ def bind_codes(size: int, every: bool) -> None:
     code_difference(distance, x, codebook, index, x.float() if every else x.clone())
 
 
-def bind_own(size: int, every: bool) -> None:
-    rows, count, dim = 2, size % 100, size
-    query, negatives = torch.zeros(rows, dim, dtype=torch.bfloat16), torch.zeros(rows, count, dim, dtype=torch.bfloat16)
-    one, values = torch.ones(1), torch.zeros(rows)
-    mask = torch.ones(rows, count, dtype=torch.bool) if every else None
-    if every:
-        inputs = NegativeInputs(query, negatives, mask, values, one, one)
-        merge = RowMerge(SOFTMAX, values, values, values, False)
-        wide = (torch.zeros(rows, count), values, query.float(), torch.zeros_like(negatives), values, values)
-        return query_negatives(inputs, merge, NegativeOutputs(*wide))
-    inputs = NegativeInputs(query, negatives, mask, None, one, None)
-    outputs = NegativeOutputs(*[torch.zeros(0)] * 6)._replace(value=values)
-    query_negatives(inputs, RowMerge(SIGMOID, None, None, None, False), outputs)
-
-
 def bind_gaussian(columns: int, every: bool) -> None:
     rows, dtype = 2, torch.bfloat16 if every else torch.float32
     mean, z = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, 3, columns, dtype=dtype)
@@ -116,21 +81,6 @@ def bind_gaussian(columns: int, every: bool) -> None:
     gaussian_fwd(*inputs, z, torch.zeros(rows, parts), True, blocks if every else None)
     prior_grads = (blocks[:, 0].contiguous(), torch.zeros_like(mean)) if every else (None, None)
     gaussian_bwd(*inputs, z, mean.float(), False, mean, mean, *prior_grads)
-
-
-def bind_negative_sampling(dim: int, every: bool) -> None:
-    index_dtype = torch.int32 if every else torch.int64
-    pairs, negatives = 2, dim if every else 1
-    index, table = torch.zeros(pairs, dtype=index_dtype), torch.zeros(3, dim, dtype=torch.float16)
-    drawn = torch.zeros(pairs, negatives, dtype=index_dtype)
-    shapes = ((pairs, 1 + negatives), (pairs, dim)) if every else (0, 0)
-    outputs = Outputs(torch.zeros(pairs), *(torch.zeros(shape) for shape in shapes))
-    negative_sampling_fwd(Tables(table, table), Indices(index, index, drawn), every, outputs)
-    keys, order = torch.zeros(2 * pairs, dtype=torch.int32), torch.arange(2 * pairs)
-    source, source_index = (table, index) if every else (torch.zeros(2 * pairs, dim), None)
-    starts = torch.zeros(4, dtype=torch.int64)
-    per_source = 2 if every else 1
-    weighted_row_sums(keys, order, starts, torch.ones(2 * pairs), source, source_index, table, per_source)
 
 
 def bind_gumbel(columns: int, every: bool) -> None:
@@ -175,44 +125,8 @@ def bind_energies(size: int, every: bool) -> None:
         prediction_energy_bwd(value, prediction, target, weights, None, target)
 
 
-def bind_pairs(columns: int, every: bool) -> None:
-    for dim in (64, 400):
-        bind_pairs_of(columns, dim, every)
-
-
-def bind_pairs_of(columns: int, dim: int, every: bool) -> None:
-    """Small D in float16, large D in bfloat16, with and without optional tensors."""
-    features = [torch.zeros(n, dim, dtype=torch.float16 if dim <= 256 else torch.bfloat16) for n in (2, columns)]
-    norms = [torch.ones(n) if every else None for n in (2, columns)]
-    labels = Labels(*(torch.zeros(n, dtype=torch.int32) if every else None for _ in range(3) for n in (2, columns)))
-    numbers = torch.ones(1), torch.ones(1) if every else None
-    tile = Tile(*features, torch.empty(2, columns, dtype=features[0].dtype), *norms, *numbers, SOFTMAX, labels, every)
-    zeros = [torch.zeros(n, dtype=torch.float64) for n in (2, columns)]
-    rows = RowSums(
-        torch.zeros(2), zeros[0], None, *([zeros[0]] * 3 if every else [None] * 3), zeros[0].long() if every else None
-    )
-    sums = ColumnSums(torch.zeros(columns), zeros[1], None, *([zeros[1]] * 2 if every else [None] * 2))
-    thresholds = Thresholds(None, None, torch.zeros(2))
-    tile_sums.FIXED_SHIFT_PAIRS = FIXED_SHIFT_FROM
-    tile_sums.add_sums(tile, rows, sums, thresholds, norms if every else None)
-    tile_sums.add_sums(tile, rows, None, thresholds, norms if every else None)
-    tile_sums.add_sums(tile._replace(energy=SIGMOID), RowSums(None, zeros[0], *[None] * 5), None, thresholds, None)
-    sides = [SideGrad(*[torch.zeros(n)] * (4 if every else 2)) for n in (2, columns)]
-    gradients = [torch.zeros(n, dim) for n in (2, columns)]
-    totals = (zeros[0], zeros[0].clone())
-    add_gradients(tile, *sides, GradientOutputs(*totals, *gradients))
-    add_gradients(tile, sides[0], SideGrad(), GradientOutputs(*totals, None, None))
-    sigmoid, weight = tile._replace(energy=SIGMOID), SideGrad(torch.zeros(2))
-    cost = RowSums(None, zeros[0].clone(), *[None] * 5)
-    for grad_queries in (gradients[0], None):
-        add_gradients(sigmoid, weight, SideGrad(), GradientOutputs(*totals, grad_queries, None, cost))
-    if dim <= 256:
-        frozen = RowSums(torch.zeros(2), zeros[0], *[None] * 5)
-        add_weighted_sums(tile._replace(ids_positive=False), frozen, gradients[0], torch.zeros(2))
-
-
 # Calls whose test module has no `triton_calls` yet.
-CALLS = (bind_codes, bind_own, bind_gaussian, bind_negative_sampling, bind_gumbel, bind_energies, bind_pairs)
+CALLS = (bind_codes, bind_gaussian, bind_gumbel, bind_energies)
 
 
 def discovered_calls() -> Iterator[Callable[[int, bool], None]]:
