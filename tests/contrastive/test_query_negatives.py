@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_oracle import (
+from query_negatives_oracle import (
     FEATURES,
     NAMES,
     OwnCase,
@@ -199,7 +199,7 @@ def test_every_compiled_instruction_set(isa):
         pytest.skip("no compiled extension")
     code = (
         "import torch, sslkernels as sk\n"
-        "from own_oracle import OwnCase, assert_results, compute, make, wanted_outputs\n"
+        "from query_negatives_oracle import OwnCase, assert_results, compute, make, wanted_outputs\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
         "    for energy in range(3):\n"
         "        inputs = make(OwnCase(dtype, energy, (5, 9, 77), normalise=energy != 1, mask='some'))\n"

@@ -379,7 +379,7 @@ def fills():
 def test_index_out_of_range_makes_its_pair_nan(backend, device):
     """As on a GPU: no memory outside the tables is read, and only rows of the pair have NaN gradients."""
     if backend not in fills():
-        pytest.skip("tests/test_cuda_host_negative_sampling.py")
+        pytest.skip("tests/cuda_host/test_host_negative_sampling.py")
     indices, tables = problem(device, pairs=9, words=40, requires_grad=())
     indices["center"][0], indices["context"][2] = 40, -1
     indices["negatives"][4, 3], indices["negatives"][5, 0] = 2**40, -7

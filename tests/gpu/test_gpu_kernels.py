@@ -7,9 +7,9 @@ from dataclasses import astuple, dataclass
 
 import pytest
 import torch
-from own_oracle import OwnCase, assert_results, wanted_outputs
-from own_oracle import compute as compute_own
-from own_oracle import make as make_own
+from query_negatives_oracle import OwnCase, assert_results, wanted_outputs
+from query_negatives_oracle import compute as compute_own
+from query_negatives_oracle import make as make_own
 from raw_operators import assert_equal_to_reference
 from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
 from torch import Tensor

@@ -16,7 +16,7 @@ import torch
 from benchmarks import resources
 from sslkernels.core import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no compiled extension: {native.load_error}")
 needs_cuda_kernels = pytest.mark.skipif(
     native.extension is None or not native.extension.build_info()["cuda"], reason="no CUDA kernels were compiled"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FILES = sorted(path.relative_to(CSRC) for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
 FAMILIES = ("vocabulary", "contrastive", "latent")
 ALLOWED = {"core": {"core"}, "random": {"core", "random"}} | {name: {name, "core", "random"} for name in FAMILIES}

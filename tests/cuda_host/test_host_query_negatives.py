@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cuda_host import run
-from own_oracle import NAMES, OwnCase, assert_results, make, pairwise_cases
+from query_negatives_oracle import NAMES, OwnCase, assert_results, make, pairwise_cases
 from torch import Tensor
 
 from sslkernels.contrastive.query_negatives import HINGE, SIGMOID, SOFTMAX, empty_outputs
