@@ -24,24 +24,23 @@ from benchmarks.kernels.kernel import (
     accumulation_dtype,
     chosen,
     grid,
-    native_op,
     normal,
 )
 from benchmarks.providers import OURS
 from sslkernels import use_backend
 from sslkernels.contrastive import word2vec
-from sslkernels.contrastive.query_negatives import SOFTMAX as OWN_SOFTMAX
-from sslkernels.contrastive.query_negatives import own_negatives
+from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs, query_negatives_
 from sslkernels.contrastive.score_tiles import (
     SIGMOID,
     SOFTMAX,
     ColumnSums,
+    GradientOutputs,
     Labels,
     NativePairs,
     PairKernels,
     ReferencePairs,
     RowSums,
-    Side,
+    SideGrad,
     Thresholds,
     Tile,
     TritonPairs,
@@ -96,11 +95,10 @@ def per_query_inputs(case: Case, device: torch.device) -> Inputs:
 def per_query(backend: str, case: Case, t: Inputs) -> None:
     coefficient = t["coefficient"] if case.backward else None
     with use_backend(chosen(backend, t["query"].device)):
-        outputs = own_negatives(
-            t["query"], t["negatives"], None, None, t["scale"], None, OWN_SOFTMAX, t["reference"], coefficient, None,
-            False, True, True, False,
-        )  # fmt: skip
-    t["value"], t["grad_query"], t["grad_negatives"] = outputs[1:4]
+        inputs = NegativeInputs(t["query"], t["negatives"], None, None, t["scale"], None)
+        outputs = empty_outputs(t["query"], t["negatives"], case.backward, True, True, False)
+        query_negatives_(inputs, RowMerge(SOFTMAX, t["reference"], coefficient, None, False), outputs)
+    t["value"], t["grad_query"], t["grad_negatives"] = outputs.value, outputs.grad_query, outputs.grad_negatives
 
 
 def per_query_plain(case: Case, t: Inputs, dtype: torch.dtype | None = None) -> None:
@@ -138,8 +136,9 @@ def sampling_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def sampling(fill: Callable[..., object], t: Inputs) -> None:
-    tables = (t["table"], t["table"])
-    fill(t["center"], t["context"], t["negatives"], *tables, t["loss"], t["slopes"], t["direction"], False)
+    indices = word2vec.Indices(t["center"], t["context"], t["negatives"])
+    outputs = word2vec.Outputs(t["loss"], t["slopes"], t["direction"])
+    fill(word2vec.Tables(t["table"], t["table"]), indices, False, outputs)
 
 
 def sampling_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
@@ -172,8 +171,8 @@ def pair_inputs(case: Case, device: torch.device) -> Inputs:
 def _tiles(kernels: PairKernels, case: Case, t: Inputs) -> Iterator[tuple[slice, Tile]]:
     """The row blocks of the plan."""
     rows, columns = case.shape["N"], case.shape["M"]
-    gradient = case.backward and not (case.regime == FROZEN and kernels.weighs(t["query"]))
-    block, needs_products = kernels.strip_rows(rows, columns, t["query"], gradient)
+    gradient = case.backward and not (case.regime == FROZEN and kernels.has_weighted_sums(t["query"]))
+    block, needs_products = kernels.row_block(rows, columns, t["query"], gradient)
     energy = SIGMOID if case.regime == SIGMOID_REGIME else SOFTMAX
     for begin in range(0, rows, block):
         part = slice(begin, min(begin + block, rows))
@@ -202,10 +201,10 @@ def _gradients(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...
     ones = torch.ones_like(t["row_reference"]), torch.ones_like(t["column_reference"])
     dot, total = (torch.zeros(case.shape["N"], dtype=torch.float64, device=ones[0].device) for _ in range(2))
     grad_query, grad_key = t["grad_query"].zero_(), t["grad_key"].zero_()
-    column = Side(ones[1], t["column_reference"])
+    column = SideGrad(ones[1], t["column_reference"])
     for part, tile in _tiles(kernels, case, t):
-        row = Side(ones[0][part], t["row_reference"][part])
-        kernels.add_gradients(tile, row, column, dot[part], total[part], grad_query[part], grad_key)
+        row = SideGrad(ones[0][part], t["row_reference"][part])
+        kernels.add_gradients(tile, row, column, GradientOutputs(dot[part], total[part], grad_query[part], grad_key))
     return grad_query, grad_key
 
 
@@ -223,10 +222,8 @@ def _sigmoid(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
         sums = RowSums(None, cost[part], *[None] * 5)
         if not fused:
             kernels.sums(tile, sums, None, nothing, None)
-        kernels.add_gradients(
-            tile, Side(weight[part]), Side(), dot[part], total[part], grad_query[part], grad_key,
-            sums if fused else None,
-        )  # fmt: skip
+        outputs = GradientOutputs(dot[part], total[part], grad_query[part], grad_key, sums if fused else None)
+        kernels.add_gradients(tile, SideGrad(weight[part]), SideGrad(), outputs)
     return grad_query, grad_key, cost
 
 
@@ -235,18 +232,19 @@ def _frozen(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
     dot, total, summed = _zeros(case, t, 3)
     largest = torch.full_like(t["row_reference"], float("-inf"))
     grad_query = t["grad_query"].zero_()
-    weighs, nothing = kernels.weighs(t["query"]), Thresholds(None, None, None)
+    weighted, nothing = kernels.has_weighted_sums(t["query"]), Thresholds(None, None, None)
     for part, tile in _tiles(kernels, case, t):
         sums = RowSums(largest[part], summed[part], *[None] * 5)
-        if weighs:
+        if weighted:
             dot_part = torch.zeros_like(largest[part])
             kernels.weighted_sums(tile, sums, grad_query[part], dot_part)
             grad_query[part] *= (t["query_norm"][part] / sums.sum).to(grad_query.dtype).unsqueeze(1)
         else:
             kernels.sums(tile, sums, None, nothing, None)
             reference = (sums.max + sums.sum.log()).to(largest.dtype)
-            row = Side(torch.ones_like(reference), reference)
-            kernels.add_gradients(tile, row, Side(), dot[part], total[part], grad_query[part], None)
+            row = SideGrad(torch.ones_like(reference), reference)
+            outputs = GradientOutputs(dot[part], total[part], grad_query[part], None)
+            kernels.add_gradients(tile, row, SideGrad(), outputs)
     return grad_query, largest + summed.log()
 
 
@@ -262,7 +260,7 @@ def _run(kernels: PairKernels, case: Case, t: Inputs) -> Run:
 def _matmuls(case: Case, t: Inputs) -> Run:
     """Only the products, by row blocks that fit the workspace, into preallocated memory."""
     query, key = t["query"], t["key"]
-    block, _ = PairKernels().strip_rows(case.shape["N"], case.shape["M"], query, case.backward)
+    block, _ = PairKernels().row_block(case.shape["N"], case.shape["M"], query, case.backward)
     products = torch.empty(block, len(key), dtype=case.dtype, device=key.device)
     results = torch.empty_like(query), torch.empty_like(key)
 
@@ -379,7 +377,7 @@ KERNELS = {
             case.shape["N"], NEGATIVES, case.shape["N"], case.shape["N"], case.shape["V"], case.dtype.itemsize, 8, True
         ),
         sampling_inputs,
-        lambda backend, case, t: sampling(native_op("negative_sampling_fwd"), t),
+        lambda backend, case, t: sampling(word2vec._fill_native, t),
         lambda case: ("loss", "direction"),
         sampling_oracle,
         grid({"N": 1 << 20, "V": 128}, {"N": 1 << 20, "V": 300}),
