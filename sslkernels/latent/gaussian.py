@@ -67,9 +67,9 @@ class _Gaussian(Function):
         z, kl, *stats = outputs
         if options.samples >= 0:
             sample_shape = (*shape[:-1], options.samples, shape[-1]) if keep_samples else shape
-            z = z.view((options.samples, *shape) if options.samples_first else sample_shape)
+            z = z.reshape((options.samples, *shape) if options.samples_first else sample_shape)
         if options.kl != NO_KL:
-            kl = kl.view(shape if options.kl == ELEMENTS else shape[:-1])
+            kl = kl.reshape(shape if options.kl == ELEMENTS else shape[:-1])
         return Outputs(z, kl, *stats)
 
     @staticmethod
@@ -114,8 +114,8 @@ def _gradients(function: str, grads: OutputGrads, inputs: Inputs, options: Optio
         return found
     mean, logvar, prior_mean, prior_logvar = found
     return Gradients(
-        mean.view(shape) if wanted.mean else mean,
-        logvar.view(shape) if wanted.logvar else logvar,
+        mean.reshape(shape) if wanted.mean else mean,
+        logvar.reshape(shape) if wanted.logvar else logvar,
         prior_mean,
         prior_logvar,
     )

@@ -393,8 +393,8 @@ def gaussian_fwd(inputs: Any, options: Any, filled: Any, by_row: bool) -> None:
 
 
 def gaussian_bwd(inputs: Any, options: Any, grads: Any, filled: Any, by_row: bool) -> None:
-    """Fills the tensors of `filled`, the record `Gradients`; those of a prior that all rows share are (blocks, columns),
-    sums over blocks of rows. `grads` is the record `OutputGrads`."""
+    """Fills the tensors of `filled`, the record `Gradients`; a shared prior has partial sums over blocks of rows,
+    (blocks, columns). `grads` is the record `OutputGrads`."""
     mean = inputs.mean
     shared = {
         "SHARED_PRIOR_MEAN": inputs.prior_mean is not None and inputs.prior_mean.shape[0] == 1,
