@@ -41,7 +41,7 @@ def config(dtype: torch.dtype, shape: tuple[int, int, int], inner_stride: int, p
     return {"WIDE": wide, "BLOCK_R": block_r, "BLOCK_K": block_k}
 
 
-def options(dtype: torch.dtype, constexprs: dict[str, int | bool]) -> dict[str, int]:
+def launch_options(dtype: torch.dtype, constexprs: dict[str, int | bool]) -> dict[str, int]:
     per_warp = 128 if dtype == torch.float64 else 512 if constexprs["WIDE"] else 256  # more spills registers
     return {"num_warps": min(max(constexprs["BLOCK_R"] * constexprs["BLOCK_K"] // per_warp, 1), 8)}
 
@@ -147,7 +147,7 @@ def free_energy_fwd(energy: Tensor, outputs: Any, options: Any) -> None:
     with on_device_of(energy):
         free_energy_fwd_kernel[(_blocks(shape, constexprs),)](
             energy, *outputs, *shape, *energy.stride(), float(options.beta), 1 / options.beta,
-            MINIMUM=options.minimum, STATE=state, **constexprs, **options(energy.dtype, constexprs),
+            MINIMUM=options.minimum, STATE=state, **constexprs, **launch_options(energy.dtype, constexprs),
         )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def free_energy_bwd(grad_value: Tensor, energy: Tensor | None, state: Any, grad:
     with on_device_of(grad):
         free_energy_bwd_kernel[(programs,)](
             grad_value, energy, *state, grad, *shape, *strides, *grad.stride(), float(options.beta),
-            MINIMUM=energy is None, **constexprs, **options(grad.dtype, constexprs),
+            MINIMUM=energy is None, **constexprs, **launch_options(grad.dtype, constexprs),
         )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def aot_signatures() -> Iterator[AotEntry]:
                 absent = ("lowest_ptr", "total_ptr") if minimum else ("winner_ptr",)
                 constants = {"MINIMUM": minimum, "STATE": True, **constexprs, **one, **dict.fromkeys(absent)}
                 label = f"{name}-{'x'.join(map(str, shape))}-{'min' if minimum else 'soft'}"
-                chosen = options(dtype, constexprs)
+                chosen = launch_options(dtype, constexprs)
                 yield _multiples_of_16(
                     pointers_aligned(f"free_energy-{label}", free_energy_fwd_kernel, types, constants, chosen), shape
                 )
