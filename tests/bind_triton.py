@@ -21,9 +21,11 @@ from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
 from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
 from sslkernels.core.triton.scale import scale_
 from sslkernels.core.triton.segment_sum import weighted_row_sums
+from sslkernels.latent import free_energy, gaussian_operators, prediction_energy
+from sslkernels.latent.gaussian_operators import ELEMENTS, ROWS, KernelOutputs, OutputGrads
+from sslkernels.latent.gumbel_rows import NoisyLogits, RowGrads, RowOutputs, State, TritonGumbelRows
 from sslkernels.latent.triton.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
-from sslkernels.latent.triton.gumbel_rows import TritonGumbelRows
 from sslkernels.latent.triton.nearest_code import best_codes
 from sslkernels.latent.triton.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
@@ -95,7 +97,7 @@ def bind_sample(vocab: int, dim: int, every: bool) -> None:
 
 
 def bind_codes(codes: int, dim: int, every: bool) -> None:
-    """Of one dtype and of two, each metric."""
+    """Each metric, with input and codebook of one dtype or of two."""
     x, codebook = torch.zeros(3, dim, dtype=torch.float16), torch.zeros(codes, dim, dtype=torch.float16)
     codebook = codebook.float() if every else codebook
     index, score, distance = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64), torch.zeros(3)
@@ -134,12 +136,15 @@ def bind_gaussian(columns: int, every: bool) -> None:
     rows, dtype = 2, torch.bfloat16 if every else torch.float32
     mean, z = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, 3, columns, dtype=dtype)
     priors = (mean[:1], mean) if every else (None, None)
-    inputs = (mean, mean, *priors, torch.zeros(rows, dtype=torch.int64) if every else None)
-    inputs += (torch.zeros((), dtype=torch.int64), 0.1 if every else 0.0, -1.0 if every else -math.inf, math.inf)
+    row_ids = torch.zeros(rows, dtype=torch.int64) if every else None
+    inputs = gaussian_operators.Inputs(mean, mean, *priors, row_ids, torch.zeros((), dtype=torch.int64))
+    bounds = (0.1, -1.0) if every else (0.0, -math.inf)
+    options = gaussian_operators.Options(3, False, ROWS, *bounds, math.inf)
     parts, blocks = -(-columns // columns_of_tile(dtype, columns)), torch.zeros(1, 3, columns)
-    gaussian_fwd(*inputs, z, torch.zeros(rows, parts), True, blocks if every else None)
+    gaussian_fwd(inputs, options, KernelOutputs(z, torch.zeros(rows, parts), blocks if every else None), True)
     prior_grads = (blocks[:, 0].contiguous(), torch.zeros_like(mean)) if every else (None, None)
-    gaussian_bwd(*inputs, z, mean.float(), False, mean, mean, *prior_grads)
+    filled = gaussian_operators.Gradients(mean, mean, *prior_grads)
+    gaussian_bwd(inputs, options._replace(kl=ELEMENTS), OutputGrads(z, mean.float()), filled, False)
 
 
 def bind_negative_sampling(dim: int, index_dtype: torch.dtype, every: bool) -> None:
@@ -162,18 +167,18 @@ def bind_gumbel(columns: int, every: bool) -> None:
     kernels = TritonGumbelRows()
     for width in (columns, 9001):
         logits, index = torch.zeros(2, width, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-        stream = (torch.zeros((), dtype=torch.int64), index if every else None, 2**40 if every else 0)
-        tau, state = torch.ones((), dtype=torch.float64), (torch.zeros(2, dtype=acc), torch.ones(2, dtype=acc))
+        seed, tau = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.float64)
+        source = NoisyLogits(logits, seed, index if every else None, tau)
+        state = State(torch.zeros(2, dtype=acc), torch.ones(2, dtype=acc))
+        stats = {"best": index, "softmax_state": state} if every else {}
         for output in (0, 1, 2):
-            y = logits if output else None
-            plain = (index, state) if every else (None, None)
-            kernels.forward(logits, stream, tau, output, y, None if output else index, state, *plain)
-        kernels.forward(logits, (None, None, 0), tau, 0, None, index, state)
-        grad, uses = logits.to(acc), logits[:1].to(acc)
-        mask = torch.ones(2, dtype=torch.bool) if every else None
-        kernels.backward(grad, None, None, logits, stream, tau, state, None, logits)
-        kernels.backward(logits, uses, mask, logits, stream, tau, state, state, logits)
-        kernels.backward(None, uses, mask, logits, stream, tau, None, state, logits)
+            filled = RowOutputs(logits if output else None, None if output else index, state, **stats)
+            kernels.forward(source, output, filled)
+        kernels.forward(NoisyLogits(logits, None, None, tau), 0, RowOutputs(None, index, state))
+        usage, mask = logits[:1].to(acc), torch.ones(2, dtype=torch.bool) if every else None
+        kernels.backward(RowGrads(logits.to(acc), None, None), source, state, None, logits)
+        kernels.backward(RowGrads(logits, usage, mask), source, state, state, logits)
+        kernels.backward(RowGrads(None, usage, mask), source, None, state, logits)
         kernels.probability_sums(logits, state, mask, 2 if every else 1)
 
 
@@ -181,20 +186,23 @@ def bind_energies(size: int, every: bool) -> None:
     """One dimension of `size`: the candidates, the results, the features."""
     dtype = torch.float64 if every else torch.bfloat16
     acc = torch.float64 if every else torch.float32
+    soft, hard = free_energy.Options(1.0, False), free_energy.Options(1.0, True)
     for shape in ((3, size, 1), (1, 3, size), (size, 2, 3)):
         energy, values = torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], shape[2], dtype=acc)
-        winner = torch.zeros(values.shape, dtype=torch.int64)
-        free_energy_fwd(energy, values, *((values, values) if every else (None, None)), None, 1.0, False)
-        free_energy_fwd(energy, values, None, None, winner if every else None, 1.0, True)
-        free_energy_bwd(values, energy, values, values, None, energy, 1.0)
-        free_energy_bwd(values, None, None, None, winner, energy, 1.0)
+        winner, sums = torch.zeros(values.shape, dtype=torch.int64), (values, values) if every else (None, None)
+        free_energy_fwd(energy, free_energy.Outputs(values, *sums, None), soft)
+        free_energy_fwd(energy, free_energy.Outputs(values, None, None, winner if every else None), hard)
+        free_energy_bwd(values, energy, free_energy.State(values, values, None), energy, soft)
+        free_energy_bwd(values, None, free_energy.State(None, None, winner), energy, hard)
     for batch, count, dim in ((3, 2, size), (1, size, 4)):
         prediction, target = torch.zeros(batch, count, dim, dtype=dtype), torch.zeros(batch, dim, dtype=dtype)
         value, weights = torch.zeros(batch, dtype=acc), torch.zeros(batch, count, dtype=acc)
-        for minimum in (False, True):
-            prediction_energy_fwd(prediction, target, value, weights if every else None, 1.0, minimum)
-        prediction_energy_bwd(value, prediction, target, weights, prediction, target if every else None)
-        prediction_energy_bwd(value, prediction, target, weights, None, target)
+        inputs = prediction_energy.Inputs(prediction, target)
+        for options in (soft, hard):
+            prediction_energy_fwd(inputs, prediction_energy.Outputs(value, weights if every else None), options)
+        both = prediction_energy.Gradients(prediction, target if every else None)
+        for gradients in (both, prediction_energy.Gradients(None, target)):
+            prediction_energy_bwd(value, inputs, weights, gradients)
 
 
 def bind_pairs(columns: int, dim: int, every: bool) -> None:
