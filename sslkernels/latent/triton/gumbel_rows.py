@@ -114,9 +114,14 @@ def _reduce(s, cols, inverse_tau):
 
 
 @triton.jit
+def _softmax(s, top, total, inverse_tau):
+    return _exp((s - top[:, None]) * inverse_tau) / total[:, None]
+
+
+@triton.jit
 def _output(s, cols, top, total, index, inverse_tau, OUTPUT: tl.constexpr):
     if OUTPUT == _SOFT:
-        y = _exp((s - top[:, None]) * inverse_tau) / total[:, None]
+        y = _softmax(s, top, total, inverse_tau)
     else:
         one_hot = tl.where(cols[None, :] == index[:, None], 1.0, 0.0).to(total.dtype)
         y = tl.where((total != total)[:, None], float("nan"), one_hot)
@@ -200,11 +205,6 @@ def gumbel_rows_fwd_kernel(
         tl.store(softmax_max_out + row, softmax_top, in_range)
         tl.store(softmax_sum_out + row, softmax_total, in_range)
         tl.store(best_out + row, best.to(tl.int64), in_range)
-
-
-@triton.jit
-def _softmax(s, top, total, inverse_tau):
-    return _exp((s - top[:, None]) * inverse_tau) / total[:, None]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
