@@ -34,15 +34,18 @@ from sslkernels.latent import free_energy, gaussian_operators, prediction_energy
 from sslkernels.latent.gumbel_rows import (
     HARD,
     NativeGumbelRows,
+    NoisyLogits,
     ReferenceGumbelRows,
+    RowGrads,
+    RowOutputs,
     State,
-    Stream,
+    TritonGumbelRows,
     perturbed,
-    triton_rows,
 )
 
 BETA = 1.0
-GUMBEL_ROWS: dict[str, Any] = {NATIVE: NativeGumbelRows, TRITON: triton_rows, REFERENCE: ReferenceGumbelRows}
+SOFT_MINIMUM = free_energy.Options(BETA, False)
+GUMBEL_ROWS: dict[str, Any] = {NATIVE: NativeGumbelRows, TRITON: TritonGumbelRows, REFERENCE: ReferenceGumbelRows}
 
 
 def gaussian_fwd_floor(rows: int, columns: int, samples: int, element_bytes: int) -> Floor:
@@ -136,16 +139,19 @@ def gaussian_inputs(case: Case, device: torch.device) -> Inputs:
 
 def gaussian(backend: str, case: Case, t: Inputs, dtype: torch.dtype | None = None) -> None:
     """One sample and the divergence of each row, or the gradients of mean and logvar."""
-    options = (1, False, gaussian_operators.ROWS, 0.0, -math.inf, math.inf)
+    options = gaussian_operators.Options(1, False, gaussian_operators.ROWS, 0.0, -math.inf, math.inf)
     mean, logvar, grad_z = (t[name].to(dtype) for name in ("mean", "logvar", "grad_z"))
-    inputs = (mean, logvar, None, None, None, t["seed"])
+    inputs = gaussian_operators.Inputs(mean, logvar, None, None, None, t["seed"])
     with use_backend(chosen(backend, mean.device)):
         if case.op == "gaussian_fwd":
-            t["first"], t["second"], *_ = gaussian_operators.gaussian_fwd(*inputs, *options, False)
+            outputs = gaussian_operators.gaussian_fwd(inputs, options, False)
+            t["first"], t["second"] = outputs.z, outputs.kl
         else:
-            grads = (grad_z.unsqueeze(1), t["grad_kl"].to(accumulation_dtype(mean.dtype)))
-            wanted = (True, True, False, False)
-            t["first"], t["second"], *_ = gaussian_operators.gaussian_bwd(*grads, *inputs, *options, *wanted)
+            kl = t["grad_kl"].to(accumulation_dtype(mean.dtype))
+            grads = gaussian_operators.OutputGrads(grad_z.unsqueeze(1), kl)
+            wanted = gaussian_operators.Wanted(True, True, False, False)
+            gradients = gaussian_operators.gaussian_bwd(grads, inputs, options, wanted)
+            t["first"], t["second"] = gradients.mean, gradients.logvar
 
 
 def gaussian_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
@@ -178,16 +184,20 @@ def gumbel_inputs(case: Case, device: torch.device) -> Inputs:
     largest = logits.amax(1, keepdim=True).to(acc)
     t |= {"softmax_max": largest[:, 0], "softmax_sum": torch.logsumexp(logits.to(acc) - largest, 1).exp()}
     rows = ReferenceGumbelRows() if native.extension is None else NativeGumbelRows()
-    rows.forward(logits, Stream(t["seed"], None), t["inverse_tau"], 0, None, None, State(t["max"], t["sum"]))
+    rows.forward(source_of(t), 0, RowOutputs(None, None, State(t["max"], t["sum"])))
     return t
 
 
+def source_of(t: Inputs) -> NoisyLogits:
+    return NoisyLogits(t["logits"], t["seed"], None, t["inverse_tau"])
+
+
 def gumbel(backend: str, case: Case, t: Inputs) -> None:
-    rows, stream, state = GUMBEL_ROWS[backend](), Stream(t["seed"], None), State(t["max"], t["sum"])
+    rows, state = GUMBEL_ROWS[backend](), State(t["max"], t["sum"])
     if case.op == "gumbel_rows_fwd":
-        rows.forward(t["logits"], stream, t["inverse_tau"], HARD, t["out"], None, state)
+        rows.forward(source_of(t), HARD, RowOutputs(t["out"], None, state))
     elif case.op == "gumbel_rows_bwd":
-        rows.backward(t["weight"], None, None, t["logits"], stream, t["inverse_tau"], state, None, t["grad"])
+        rows.backward(RowGrads(t["weight"], None, None), source_of(t), state, None, t["grad"])
     else:
         t["total"] = rows.probability_sums(t["logits"], State(t["softmax_max"], t["softmax_sum"]), None, 1)
 
@@ -195,7 +205,7 @@ def gumbel(backend: str, case: Case, t: Inputs) -> None:
 def gumbel_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     if case.op == "probability_sums":
         return (t["logits"].double().softmax(1).sum(0, keepdim=True),)
-    s = perturbed(t["logits"], Stream(t["seed"], None)).double()
+    s = perturbed(source_of(t)).double()
     if case.op == "gumbel_rows_fwd":
         one_hot = torch.zeros_like(s).scatter_(1, s.argmax(1, keepdim=True), 1)
         return (s - s.amax(1, keepdim=True)).exp().sum(1), one_hot
@@ -272,22 +282,26 @@ def fill_of(module: Any, name: str, backend: str) -> Callable[..., None]:
 
 def free_energy_fwd(backend: str, case: Case, t: Inputs) -> None:
     state = (t["lowest"], t["total"]) if case.backward else (None, None)
-    fill_of(free_energy, "fill", backend)(t["energy"], t["value"], *state, None, BETA, False)
+    outputs = free_energy.Outputs(t["value"], *state, None)
+    fill_of(free_energy, "fill", backend)(t["energy"], outputs, SOFT_MINIMUM)
 
 
 def free_energy_bwd(backend: str, case: Case, t: Inputs) -> None:
     fill = fill_of(free_energy, "fill_gradient", backend)
-    fill(t["value"], t["energy"], t["lowest"], t["total"], None, t["grad"], BETA)
+    fill(t["value"], t["energy"], free_energy.State(t["lowest"], t["total"], None), t["grad"], SOFT_MINIMUM)
 
 
 def prediction_energy_fwd(backend: str, case: Case, t: Inputs) -> None:
     weights = t["weights"] if case.backward else None
-    fill_of(prediction_energy, "fill", backend)(t["prediction"], t["target"], t["value"], weights, BETA, False)
+    outputs = prediction_energy.Outputs(t["value"], weights)
+    inputs = prediction_energy.Inputs(t["prediction"], t["target"])
+    fill_of(prediction_energy, "fill", backend)(inputs, outputs, SOFT_MINIMUM)
 
 
 def prediction_energy_bwd(backend: str, case: Case, t: Inputs) -> None:
     fill = fill_of(prediction_energy, "fill_gradients", backend)
-    fill(t["value"], t["prediction"], t["target"], t["weights"], t["grad"], t["grad_target"])
+    inputs = prediction_energy.Inputs(t["prediction"], t["target"])
+    fill(t["value"], inputs, t["weights"], prediction_energy.Gradients(t["grad"], t["grad_target"]))
 
 
 def energy_kernel(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -133,14 +133,29 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
 
         Backward.__name__ = Backward.__qualname__ = function.__name__
 
-        def run(*args: Any) -> Any:
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return Backward.run(*args)
-            return function(*args)  # a backward without create_graph, which nobody can differentiate
+        def call(*arguments: Any) -> Any:
+            if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                return Backward.run(*arguments)
+            return function(*arguments)  # nothing records what would be differentiated again
 
-        return run
+        return call
 
     return decorate
+
+
+def empty_gradients(inputs: Iterable[Tensor | None], wanted: Iterable[bool]) -> list[Tensor]:
+    """An uninitialised contiguous gradient for each wanted input, and a tensor without elements for each other one."""
+    like = None
+    gradients: list[Tensor] = []
+    for tensor, want in zip(inputs, wanted, strict=True):
+        like = tensor if tensor is not None else like
+        gradients.append(tensor.new_empty(tensor.shape) if want else like.new_empty(0))
+    return gradients
+
+
+def wanted_only(record: Any, wanted: Iterable[bool]) -> Any:
+    """The record with None in place of the fields that are not wanted."""
+    return type(record)(*(value if want else None for value, want in zip(record, wanted, strict=True)))
 
 
 def distinct(leaves: Sequence[Any]) -> list[Any]:

@@ -5,80 +5,105 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sslkernels.core import checks
+from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import operator
 
 NAME = "free_energy"
+NATIVE_OPS = ("free_energy_fwd", "free_energy_bwd")
 MODES = ("soft", "min")
-BETA = (1e-37, 1e37)  # it and its inverse are normal numbers of float32
+BETA = (1e-37, 1e37)  # beta and 1 / beta are normal numbers of float32
+
+
+class Options(NamedTuple):
+    """minimum: the hard minimum, mode "min"."""
+
+    beta: float
+    minimum: bool
+
+
+class State(NamedTuple):
+    """What backward needs of each result (outer, inner). "soft": the lowest energy and the sum of
+    exp(-beta (E - lowest)); "min": the index of the lowest energy. The others have no elements."""
+
+    lowest: Tensor
+    total: Tensor
+    winner: Tensor
 
 
 class Outputs(NamedTuple):
-    """Of energies (outer, K, inner), each (outer, inner): the free energy; and what backward wants of it (else without
-    elements): of "soft" the lowest energy and the sum of exp(-beta (E - lowest)), of "min" the index of the lowest."""
+    """The free energies (outer, inner) of energies (outer, K, inner), and the fields of `State`."""
 
     value: Tensor
     lowest: Tensor
     total: Tensor
     winner: Tensor
 
+    @property
+    def state(self) -> State:
+        return State(self.lowest, self.total, self.winner)
 
-def _empty_outputs(energy: Tensor, beta: float, minimum: bool, state: bool) -> Outputs:
+
+def empty_outputs(energy: Tensor, options: Options, keep_state: bool) -> Outputs:
     acc = accumulation_dtype(energy.dtype)
-    wanted = ((True, acc), (state and not minimum, acc), (state and not minimum, acc), (state and minimum, torch.int64))
     shape = (energy.shape[0], energy.shape[2])
-    return Outputs(*(energy.new_empty(shape if want else (0, 0), dtype=dtype) for want, dtype in wanted))
+    soft = shape if keep_state and not options.minimum else 0
+    return Outputs(
+        energy.new_empty(shape, dtype=acc),
+        energy.new_empty(soft, dtype=acc),
+        energy.new_empty(soft, dtype=acc),
+        energy.new_empty(shape if keep_state and options.minimum else 0, dtype=torch.int64),
+    )
 
 
-def _empty_gradient(
-    grad_value: Tensor,
-    energy: Tensor | None,
-    lowest: Tensor,
-    total: Tensor,
-    winner: Tensor,
-    count: int,
-    dtype: torch.dtype,
-    beta: float,
-) -> Tensor:
+def empty_gradient(grad_value: Tensor, energy: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
     if energy is not None:
-        return torch.empty_like(energy)  # in the order in which the energies lie
+        return torch.empty_like(energy)  # with the strides of the energies
     outer, inner = grad_value.shape
     return grad_value.new_empty((outer, count, inner), dtype=dtype)
 
 
-def _fwd(fill: Callable[..., None], energy: Tensor, beta: float, minimum: bool, state: bool) -> Outputs:
-    outputs = _empty_outputs(energy, beta, minimum, state)
-    fill(energy, *(part if part.shape == outputs.value.shape else None for part in outputs), beta, minimum)
+def _fwd(fill: Callable[..., None], energy: Tensor, options: Options, keep_state: bool) -> Outputs:
+    outputs = empty_outputs(energy, options, keep_state)
+    soft, hard = keep_state and not options.minimum, keep_state and options.minimum
+    value, lowest, total, winner = outputs
+    wanted = Outputs(value, lowest if soft else None, total if soft else None, winner if hard else None)
+    fill(energy, wanted, options)
     return outputs
 
 
-def _bwd(fill: Callable[..., None], grad_value: Tensor, energy: Tensor | None, *rest: Any) -> Tensor:
-    grad = _empty_gradient(grad_value, energy, *rest)
-    lowest, total, winner, _, _, beta = rest
-    if energy is None:
-        fill(grad_value, None, None, None, winner, grad, beta)
-    else:
-        fill(grad_value, energy, lowest, total, None, grad, beta)
+def _bwd(
+    fill: Callable[..., None],
+    grad_value: Tensor,
+    energy: Tensor | None,
+    state: State,
+    options: Options,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    grad = empty_gradient(grad_value, energy, count, dtype)
+    state = State(None, None, state.winner) if options.minimum else State(state.lowest, state.total, None)
+    fill(grad_value, energy, state, grad, options)
     return grad
 
 
-def reduced(energy: Tensor, beta: float, minimum: bool) -> Outputs:
-    """The reference, over dimension 1 of energies in the dtype of accumulation.
+def reduce_energies(energy: Tensor, options: Options) -> Outputs:
+    """The definition in plain torch, over dimension 1 of energies in the accumulation dtype.
 
-    With d = E - lowest, the sum of exp(-beta d) loses where all beta d are small, and that of 1 - exp(-beta d) where
-    many are large: each takes one side, where the mean of the latter is below or above 1/2.
+    With d = E - lowest, the sum of exp(-beta d) loses digits where all beta d are small, and the sum of
+    1 - exp(-beta d) where many are large. The mean of the latter decides: below 1/2 it is used, above 1/2 the former.
     """
     none = energy.new_empty(0)
     lowest, winner = energy.min(1)
-    if minimum:
+    if options.minimum:
         return Outputs(lowest, none, none, winner)
+    beta = options.beta
     lowest = torch.where(energy.isnan(), math.inf, energy).amin(1)
     anchor = lowest.unsqueeze(1)
     excess = torch.where(energy == anchor, 0, energy - anchor)
@@ -93,142 +118,108 @@ def reduced(energy: Tensor, beta: float, minimum: bool) -> Outputs:
     return Outputs(lowest + torch.where(u < 0.5, small, large), lowest, total, none)
 
 
-def _fill_reference(
-    energy: Tensor,
-    value: Tensor,
-    lowest: Tensor | None,
-    total: Tensor | None,
-    winner: Tensor | None,
-    beta: float,
-    minimum: bool,
-) -> None:
-    found = reduced(energy.to(value.dtype), beta, minimum)
-    for out, result in zip((value, lowest, total, winner), found, strict=True):
+def _fill_reference(energy: Tensor, outputs: Outputs, options: Options) -> None:
+    found = reduce_energies(energy.to(outputs.value.dtype), options)
+    for out, result in zip(outputs, found, strict=True):
         if out is not None:
             out.copy_(result)
 
 
 def _fill_gradient_reference(
-    grad_value: Tensor,
-    energy: Tensor | None,
-    lowest: Tensor | None,
-    total: Tensor | None,
-    winner: Tensor | None,
-    grad: Tensor,
-    beta: float,
+    grad_value: Tensor, energy: Tensor | None, state: State, grad: Tensor, options: Options
 ) -> None:
     if energy is None:
-        grad.zero_().scatter_(1, winner.unsqueeze(1), grad_value.to(grad.dtype).unsqueeze(1))
+        grad.zero_().scatter_(1, state.winner.unsqueeze(1), grad_value.to(grad.dtype).unsqueeze(1))
     else:
-        weight = torch.exp(-beta * (energy.to(lowest.dtype) - lowest.unsqueeze(1)))
-        grad.copy_(weight * (grad_value / total).unsqueeze(1))
+        weight = torch.exp(-options.beta * (energy.to(state.lowest.dtype) - state.lowest.unsqueeze(1)))
+        grad.copy_(weight * (grad_value / state.total).unsqueeze(1))
 
 
-def _fill_native(*arguments: Any) -> None:
-    torch.ops.sslkernels_native.free_energy_fwd(*arguments)
+def _fill_native(energy: Tensor, outputs: Outputs, options: Options) -> None:
+    torch.ops.sslkernels_native.free_energy_fwd(energy, *outputs, *options)
 
 
-def _fill_gradient_native(*arguments: Any) -> None:
-    torch.ops.sslkernels_native.free_energy_bwd(*arguments)
+def _fill_gradient_native(
+    grad_value: Tensor, energy: Tensor | None, state: State, grad: Tensor, options: Options
+) -> None:
+    torch.ops.sslkernels_native.free_energy_bwd(grad_value, energy, *state, grad, options.beta)
 
 
-def _fill_triton(*arguments: Any) -> None:
+def _fill_triton(*arguments) -> None:
     from sslkernels.latent.triton.free_energy import free_energy_fwd
 
     free_energy_fwd(*arguments)
 
 
-def _fill_gradient_triton(*arguments: Any) -> None:
+def _fill_gradient_triton(*arguments) -> None:
     from sslkernels.latent.triton.free_energy import free_energy_bwd
 
     free_energy_bwd(*arguments)
 
 
-NATIVE_OPS = ("free_energy_fwd", "free_energy_bwd")
+FORWARD = {"reference": _fill_reference, "cpu": _fill_native, "triton": _fill_triton, "cuda": _fill_native}
+BACKWARD = {
+    "reference": _fill_gradient_reference,
+    "cpu": _fill_gradient_native,
+    "triton": _fill_gradient_triton,
+    "cuda": _fill_gradient_native,
+}
 
-free_energy_fwd = Op(
-    NAME,
-    "free_energy_fwd(Tensor energy, float beta, bool minimum, bool state) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_outputs,
-    implementations={
-        "reference": partial(_fwd, _fill_reference),
-        "cpu": partial(_fwd, _fill_native),
-        "triton": partial(_fwd, _fill_triton),
-        "cuda": partial(_fwd, _fill_native),
-    },
-    native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
-)
-free_energy_bwd = Op(
-    NAME,
-    "free_energy_bwd(Tensor grad_value, Tensor? energy, Tensor lowest, Tensor total, Tensor winner, SymInt count, "
-    "ScalarType dtype, float beta) -> Tensor",
-    fake=_empty_gradient,
-    implementations={
-        "reference": partial(_bwd, _fill_gradient_reference),
-        "cpu": partial(_bwd, _fill_gradient_native),
-        "triton": partial(_bwd, _fill_gradient_triton),
-        "cuda": partial(_bwd, _fill_gradient_native),
-    },
-    native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
-)
+
+@operator(NAME, {name: partial(_fwd, fill) for name, fill in FORWARD.items()}, native_ops=NATIVE_OPS)
+def free_energy_fwd(energy: Tensor, options: Options, keep_state: bool) -> Outputs:
+    return empty_outputs(energy, options, keep_state)
+
+
+@operator(NAME, {name: partial(_bwd, fill) for name, fill in BACKWARD.items()}, native_ops=NATIVE_OPS)
+def free_energy_bwd(
+    grad_value: Tensor, energy: Tensor | None, state: State, options: Options, count: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of energies of `count` candidates in `dtype`; "min" takes no energies."""
+    return empty_gradient(grad_value, energy, count, dtype)
 
 
 class _FreeEnergy(Function):
-    """Of energies (outer, K, inner) with any strides. The hard minimum keeps no energies, only who won."""
+    """The free energy of energies (outer, K, inner) of any strides. "min" saves no energies, only the winners."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(energy, beta, minimum, wanted):
-        return free_energy_fwd(energy, beta, minimum, wanted)
+    differentiable = 1
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        energy, ctx.beta, minimum, ctx.computed = inputs
-        _, lowest, total, winner = output
-        ctx.mark_non_differentiable(lowest, total, winner)
+    def forward(energy: Tensor, options: Options, keep_state: bool) -> Outputs:
+        return free_energy_fwd(energy, options, keep_state)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        energy, ctx.options, ctx.has_state = inputs
+        (found,) = outputs
         ctx.count, ctx.dtype = energy.shape[1], energy.dtype
-        ctx.save_for_backward(None if minimum else energy, lowest, total, winner)
-        ctx.set_materialize_grads(False)
+        save(ctx, None if ctx.options.minimum else energy, found.state)
 
     @staticmethod
-    def backward(ctx, grad_value, *_):
-        grad = None
-        if grad_value is not None and ctx.needs_input_grad[0]:
-            if not ctx.computed:
-                raise RuntimeError(f"{NAME}: forward saw no gradient wanted for energy")
-            grad = _FreeEnergyBackward.apply(
-                grad_value.contiguous(), *ctx.saved_tensors, ctx.count, ctx.dtype, ctx.beta
-            )
-        return grad, None, None, None
+    def backward(ctx, grads):
+        if grads.value is None:
+            return None
+        if not ctx.has_state:
+            raise RuntimeError(f"{NAME}: forward saw no gradient wanted for energy")
+        energy, state = saved(ctx)
+        return (_gradient(grads.value.contiguous(), energy, state, ctx.options, ctx.count, ctx.dtype),)
 
 
-class _FreeEnergyBackward(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad_value, energy, lowest, total, winner, count, dtype, beta):
-        return free_energy_bwd(grad_value, energy, lowest, total, winner, count, dtype, beta)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
+@once_differentiable(NAME)
+def _gradient(
+    grad_value: Tensor, energy: Tensor | None, state: State, options: Options, count: int, dtype: torch.dtype
+) -> Tensor:
+    return free_energy_bwd(grad_value, energy, state, options, count, dtype)
 
 
 def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str = "soft") -> Tensor:
     """The free energy of K candidates: `-1/beta log mean exp(-beta E)`, or with `mode="min"` the lowest energy.
 
-    `mean` is over `dim`: one candidate has its own energy for free energy, and more equal ones change nothing. A small
-    beta tends to the mean of the energies, a large one to their minimum; both limits keep their digits, and so do
-    energies with a large common offset. The energies are read where they lie, whatever their strides, unless the
-    dimensions other than `dim` cannot be merged into two. Nothing of their size is kept for backward but they
-    themselves, and with `mode="min"` not even they.
+    `mean` is over `dim`: one candidate has its own energy for free energy, and duplicating all candidates changes
+    nothing. A small beta tends to the mean of the energies, a large one to their minimum; both limits keep their
+    digits, and so do energies with a large common offset. Energies of any strides are read in place, unless the
+    dimensions other than `dim` cannot be merged into two. Backward needs the energies themselves and two numbers a
+    result; with `mode="min"` one index a result and no energies.
 
     Args:
         energy: `(..., K, ...)` with K at `dim`; float32, bfloat16, float16 or float64. +inf is a candidate of
@@ -236,11 +227,11 @@ def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str =
         beta: inverse temperature, a number in [1e-37, 1e37].
         dim: the dimension that is reduced. K = 0 raises `ValueError`.
         mode: "soft", whose gradient is the softmax of `-beta E`; or "min", whose gradient goes to the winner alone, the
-            one with the lowest index among equals (the first NaN, where there is one).
+            lowest index among ties (the first NaN, if there is one).
 
     Returns:
         The shape of `energy` without `dim`; float32 (float64 for float64 energies). Where all energies are +inf it is
-        +inf, and the gradient of "soft" is NaN there, as of `torch.logsumexp`.
+        +inf, and the gradient of "soft" is NaN there, as with `torch.logsumexp`.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range.
@@ -249,7 +240,7 @@ def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str =
     beta 1 it is the negative bound of Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", ICLR 2016.
 
     >>> import sslkernels as sk
-    >>> energy = torch.rand(32, 8, requires_grad=True)  # of 8 latents each
+    >>> energy = torch.rand(32, 8, requires_grad=True)  # 8 latents each
     >>> sk.free_energy(energy, beta=5.0).mean().backward()
     """
     checks.tensor(NAME, "energy", energy, checks.FLOAT_DTYPES)
@@ -262,9 +253,9 @@ def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str =
     if energy.shape[dim] == 0:
         checks.fail(ValueError, NAME, "energy", f"have at least one element along dim {dim}", tuple(energy.shape))
     columns, shape, order = _three_dimensional(energy, dim)
-    wanted = torch.is_grad_enabled() and energy.requires_grad
-    value, *_ = _FreeEnergy.apply(columns, float(beta), mode == "min", wanted)
-    return value.reshape(shape).permute(order)
+    keep_state = torch.is_grad_enabled() and energy.requires_grad
+    value = _FreeEnergy.run(columns, Options(float(beta), mode == "min"), keep_state).value.reshape(shape)
+    return value if order is None else value.permute(order)
 
 
 def check_options(function: str, beta: float, mode: str) -> None:
@@ -272,23 +263,14 @@ def check_options(function: str, beta: float, mode: str) -> None:
     checks.choice(function, "mode", mode, MODES)
 
 
-def _three_dimensional(energy: Tensor, dim: int) -> tuple[Tensor, list[int], list[int]]:
-    """The energies as (outer, K, inner), a view where one exists; and how to bring (outer, inner) back: to this shape,
-    permuted by this order."""
-    rest = [d for d in range(energy.dim()) if d != dim]
-    sizes, strides = energy.shape, energy.stride()
+def _three_dimensional(energy: Tensor, dim: int) -> tuple[Tensor, list[int], list[int] | None]:
+    """The energies as (outer, K, inner), a view if one exists; and the shape and then the permutation (None: identity)
+    that turn (outer, inner) into the result."""
+    sizes = energy.shape
     if energy.is_contiguous():
-        groups = [[d for d in rest if d < dim], [d for d in rest if d > dim]]
-    else:
-        rest = _by_falling_stride(rest, strides)
-        groups = _merged([d for d in rest if sizes[d] != 1], sizes, strides)
-        if len(groups) == 1:
-            groups.insert(1 if strides[groups[0][-1]] > strides[dim] else 0, [])
-        if len(groups) != 2:  # none, or a copy
-            groups = [[d for d in rest if strides[d] > strides[dim]], [d for d in rest if strides[d] <= strides[dim]]]
-        else:
-            groups[0] = [d for d in rest if sizes[d] == 1] + groups[0]
-    outer, inner = groups
+        before, after = list(sizes[:dim]), list(sizes[dim + 1 :])
+        return energy.view(math.prod(before), sizes[dim], math.prod(after)), before + after, None
+    outer, inner = _outer_and_inner(energy, dim)
     columns = energy.permute(*outer, dim, *inner)
     columns = columns.reshape(math.prod([sizes[d] for d in outer]), sizes[dim], math.prod([sizes[d] for d in inner]))
     order = outer + inner
@@ -296,8 +278,21 @@ def _three_dimensional(energy: Tensor, dim: int) -> tuple[Tensor, list[int], lis
     return columns, [sizes[d] for d in order], back
 
 
+def _outer_and_inner(energy: Tensor, dim: int) -> tuple[list[int], list[int]]:
+    """The dimensions other than `dim` in two groups, each of which merges into one dimension where that is possible."""
+    sizes, strides = energy.shape, energy.stride()
+    rest = _by_falling_stride([d for d in range(energy.dim()) if d != dim], strides)
+    groups = _merged([d for d in rest if sizes[d] != 1], sizes, strides)
+    if len(groups) == 1:
+        groups.insert(1 if strides[groups[0][-1]] > strides[dim] else 0, [])
+    if len(groups) != 2:  # every other dimension has size 1, or the energies are copied
+        return [d for d in rest if strides[d] > strides[dim]], [d for d in rest if strides[d] <= strides[dim]]
+    outer, inner = groups
+    return [d for d in rest if sizes[d] == 1] + outer, inner
+
+
 def _by_falling_stride(dims: list[int], strides: tuple[int, ...]) -> list[int]:
-    """By comparisons alone: torch.compile sorts no symbolic sizes."""
+    """By comparisons alone: torch.compile cannot sort symbolic sizes."""
     ordered: list[int] = []
     for d in dims:
         ordered.insert(len([other for other in ordered if strides[other] >= strides[d]]), d)
@@ -305,7 +300,7 @@ def _by_falling_stride(dims: list[int], strides: tuple[int, ...]) -> list[int]:
 
 
 def _merged(dims: list[int], sizes: torch.Size, strides: tuple[int, ...]) -> list[list[int]]:
-    """Neighbours that lie as one dimension would, together."""
+    """Groups of adjacent dimensions whose strides are those of one dimension."""
     groups: list[list[int]] = []
     for d in dims:
         if groups and strides[groups[-1][-1]] == sizes[d] * strides[d]:

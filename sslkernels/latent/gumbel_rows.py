@@ -1,7 +1,7 @@
 """Gumbel-softmax over rows: the mechanism that `gumbel_softmax` and `gumbel_quantize` share.
 
-A backend is a `GumbelRows`: kernels over rows of logits that make their noise while they read. With noise g (none where
-there is no seed) and s = logits + g, the state of a row is its maximum and the sum of exp((s - maximum) / tau), and
+A backend is a `GumbelRows`: kernels over rows of logits that generate their noise while they read. With noise g (none
+without a seed) and s = logits + g, the state of a row is its maximum and the sum of exp((s - maximum) / tau), and
 
     y = exp((s - maximum) / tau) / sum            index = the lowest with s = maximum
 
@@ -11,7 +11,10 @@ s is one addition in the accumulation dtype, so that the index is the same on ev
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,122 +23,156 @@ from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.random import transforms
 from sslkernels.random.philox import random_words
 
-NONE, SOFT, HARD = 0, 1, 2  # what y is, in the order of csrc/common/gumbel.h
+NONE, SOFT, HARD = 0, 1, 2  # which y the forward writes, in the order of csrc/latent/gumbel.h
 NATIVE_OPS = ("gumbel_rows_fwd", "gumbel_rows_bwd", "probability_sums")
 
 
+class NoisyLogits(NamedTuple):
+    """Logits; the seed of the noise that is added to them (None: no noise); the number of each row for the noise, or
+    None if that is its index; and 1 / tau (0-d float64)."""
+
+    logits: Tensor
+    seed: Tensor | None
+    row_ids: Tensor | None
+    inverse_tau: Tensor
+
+    def rows(self, first: int, last: int) -> NoisyLogits:
+        """Rows [first, last) of a matrix of logits, with their noise."""
+        if first == 0 and last == self.logits.shape[0]:
+            return self
+        ids = self.row_ids
+        ids = torch.arange(first, last, device=self.logits.device) if ids is None else ids[first:last]
+        return self._replace(logits=self.logits[first:last], row_ids=ids)
+
+
 class State(NamedTuple):
-    """In the accumulation dtype, (rows,)."""
+    """Of each row: max and sum, (rows,) in the accumulation dtype."""
 
     max: Tensor
     sum: Tensor
 
 
-class Stream(NamedTuple):
-    """Noise of rows: seed None is no noise; row i has the number row_ids[i], or first_row + i."""
+class RowOutputs(NamedTuple):
+    """What a forward fills; None if not wanted. index: of the maximum of s; best and softmax_state: index and state
+    without noise and with tau 1."""
 
-    seed: Tensor | None
-    row_ids: Tensor | None
-    first_row: int = 0
+    y: Tensor | None
+    index: Tensor | None
+    state: State
+    best: Tensor | None = None
+    softmax_state: State | None = None
 
-    def rows(self, first: int, last: int) -> Stream:
-        """That of the rows [first, last)."""
-        ids = None if self.row_ids is None else self.row_ids[first:last]
-        return Stream(self.seed, ids, self.first_row + first)
+
+class RowGrads(NamedTuple):
+    """Gradients that reach the rows. y: with respect to y, in the dtype of the logits or in the accumulation dtype;
+    usage (groups, V): with respect to the sum of softmax(logits) over the rows in `mask` (None: all), where row i
+    belongs to group i % groups."""
+
+    y: Tensor | None
+    usage: Tensor | None
+    mask: Tensor | None
+
+
+NO_STATE = State(None, None)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """The rows of the last dimension, which is contiguous: a view if there is one."""
+    rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class GumbelRows:
-    """One backend's kernels. Logits and gradients of y are matrices with unit stride in their last dimension."""
+    """One backend's kernels. Logits and gradients of y are matrices whose columns are contiguous."""
 
-    def forward(
-        self,
-        logits: Tensor,
-        stream: Stream,
-        inverse_tau: Tensor | None,
-        output: int,
-        y: Tensor | None,
-        index: Tensor | None,
-        state: State,
-        best: Tensor | None = None,
-        plain: State | None = None,
-    ) -> None:
-        """Fills y (none, the probabilities or the one-hot), index and state; best and plain are those without noise
-        and with tau 1. inverse_tau: 0-d float64."""
+    def forward(self, source: NoisyLogits, output: int, filled: RowOutputs) -> None:
+        """Fills the tensors of `filled`; y according to output: SOFT, the probabilities, or HARD, the one-hot."""
         raise NotImplementedError
 
     def backward(
         self,
-        grad: Tensor | None,
-        uses: Tensor | None,
-        mask: Tensor | None,
-        logits: Tensor,
-        stream: Stream,
-        inverse_tau: Tensor | None,
+        grads: RowGrads,
+        source: NoisyLogits,
         state: State | None,
-        plain: State | None,
+        softmax_state: State | None,
         grad_logits: Tensor,
     ) -> None:
-        """Fills grad_logits with y * (grad - <grad, y>) / tau, plus p * (uses - <uses, p>) of the rows in `mask`, where
-        p = softmax(logits) and row i has uses[i % groups]. `grad` is in the dtype of logits or in the accumulation
-        dtype, and may be `grad_logits`."""
+        """Fills grad_logits, which may be grads.y, with y * (g - <g, y>) / tau for g = grads.y, plus
+        p * (u - <u, p>) for p = softmax(logits) and the rows u of grads.usage."""
         raise NotImplementedError
 
-    def probability_sums(self, logits: Tensor, plain: State, mask: Tensor | None, groups: int) -> Tensor:
+    def probability_sums(self, logits: Tensor, softmax_state: State, mask: Tensor | None, groups: int) -> Tensor:
         """The sum of softmax(logits) over the rows in `mask`, (groups, V): row i belongs to group i % groups."""
+        rows, columns = logits.shape
+        chunk = chunk_rows(rows // groups, self.sum_chunks(logits, groups))
+        partial = softmax_state.sum.new_empty(-(-rows // (chunk * groups)), groups, columns)
+        if rows > 0:
+            self.add_probabilities(logits, softmax_state, mask, partial, chunk)
+        return partial.sum(0)
+
+    def sum_chunks(self, logits: Tensor, groups: int) -> int:
+        """About how many partial sums `add_probabilities` computes in parallel."""
+        raise NotImplementedError
+
+    def add_probabilities(
+        self, logits: Tensor, softmax_state: State, mask: Tensor | None, partial: Tensor, chunk: int
+    ) -> None:
+        """Fills partial (chunks, groups, V), the sums over `chunk` rows of a group each."""
         raise NotImplementedError
 
 
-def perturbed(logits: Tensor, stream: Stream) -> Tensor:
-    """logits + noise in the accumulation dtype."""
+def perturbed(source: NoisyLogits) -> Tensor:
+    """s = logits + noise in the accumulation dtype."""
+    logits = source.logits
     wide = logits.to(accumulation_dtype(logits.dtype))
-    if stream.seed is None:
+    if source.seed is None:
         return wide
     rows, columns = logits.shape
-    ids = stream.row_ids
+    ids = source.row_ids
     if ids is None:
-        ids = torch.arange(stream.first_row, stream.first_row + rows, device=logits.device)
-    # The words of whole groups: fewer columns would have other group numbers.
-    words = random_words(stream.seed, ids, rows, (columns + 3) // 4 * 4, 0)
+        ids = torch.arange(rows, device=logits.device)
+    # Whole groups of words: the number of columns determines the group numbers.
+    words = random_words(source.seed, ids, rows, (columns + 3) // 4 * 4, 0)
     return wide + transforms.gumbel(words)[:, :columns]
 
 
 class ReferenceGumbelRows(GumbelRows):
     """Plain torch."""
 
-    def forward(self, logits, stream, inverse_tau, output, y, index, state, best=None, plain=None):
-        s = perturbed(logits, stream)
-        self._reduce(s, inverse_tau, index, state)
-        if plain is not None:
-            self._reduce(logits.to(s.dtype), None, best, plain)
+    def forward(self, source, output, filled):
+        s = perturbed(source)
+        self._reduce(s, source.inverse_tau, filled.index, filled.state)
+        if filled.softmax_state is not None:
+            self._reduce(source.logits.to(s.dtype), None, filled.best, filled.softmax_state)
         if output == SOFT:
-            y.copy_(self._soft(s, inverse_tau, state))
+            filled.y.copy_(self._soft(s, source.inverse_tau, filled.state))
         elif output == HARD:
             where = s.masked_fill(s.isnan(), -torch.inf).argmax(1, keepdim=True)
-            y.zero_().scatter_(1, where, 1).masked_fill_(state.sum.isnan()[:, None], torch.nan)
+            filled.y.zero_().scatter_(1, where, 1).masked_fill_(filled.state.sum.isnan()[:, None], torch.nan)
 
-    def backward(self, grad, uses, mask, logits, stream, inverse_tau, state, plain, grad_logits):
+    def backward(self, grads, source, state, softmax_state, grad_logits):
         total = 0
-        if grad is not None:
-            y = self._soft(perturbed(logits, stream), inverse_tau, state)
-            grad = grad.to(y.dtype)
-            total = y * (grad - (grad * y).sum(1, keepdim=True)) * inverse_tau.to(y.dtype)
-        if uses is not None:
-            p = self._soft(logits.to(uses.dtype), None, plain)
-            uses = uses.repeat(p.shape[0] // max(uses.shape[0], 1), 1)
-            of_uses = p * (uses - (uses * p).sum(1, keepdim=True))
-            total = total + (of_uses if mask is None else of_uses.masked_fill(~mask[:, None], 0))
+        if grads.y is not None:
+            y = self._soft(perturbed(source), source.inverse_tau, state)
+            grad = grads.y.to(y.dtype)
+            total = y * (grad - (grad * y).sum(1, keepdim=True)) * source.inverse_tau.to(y.dtype)
+        if grads.usage is not None:
+            p = self._soft(source.logits.to(grads.usage.dtype), None, softmax_state)
+            usage = grads.usage.repeat(p.shape[0] // max(grads.usage.shape[0], 1), 1)
+            part = p * (usage - (usage * p).sum(1, keepdim=True))
+            total = total + (part if grads.mask is None else part.masked_fill(~grads.mask[:, None], 0))
         grad_logits.copy_(total)
 
-    def probability_sums(self, logits, plain, mask, groups):
-        p = self._soft(logits.to(plain.sum.dtype), None, plain)
+    def probability_sums(self, logits, softmax_state, mask, groups):
+        p = self._soft(logits.to(softmax_state.sum.dtype), None, softmax_state)
         if mask is not None:
             p = p.masked_fill(~mask[:, None], 0)
         return p.reshape(p.shape[0] // groups, groups, p.shape[1]).sum(0)
 
     @staticmethod
     def _exp(s: Tensor, inverse_tau: Tensor | None, largest: Tensor) -> Tensor:
-        behind = s - largest[:, None]
-        return (behind if inverse_tau is None else behind * inverse_tau.to(s.dtype)).exp()
+        distance = s - largest[:, None]
+        return (distance if inverse_tau is None else distance * inverse_tau.to(s.dtype)).exp()
 
     def _soft(self, s: Tensor, inverse_tau: Tensor | None, state: State) -> Tensor:
         return self._exp(s, inverse_tau, state.max) / state.sum[:, None]
@@ -153,39 +190,66 @@ class ReferenceGumbelRows(GumbelRows):
 class NativeGumbelRows(GumbelRows):
     """The compiled kernels, on a CPU and on CUDA."""
 
-    def forward(self, logits, stream, inverse_tau, output, y, index, state, best=None, plain=None):
-        if logits.shape[0] == 0:
+    def forward(self, source, output, filled):
+        if source.logits.shape[0] == 0:
             return
-        plain = (None, None) if plain is None else plain
+        y, index, state, best, softmax_state = filled
+        logits, seed, row_ids, inverse_tau = source
         torch.ops.sslkernels_native.gumbel_rows_fwd(
-            logits, *stream, inverse_tau, output, y, index, *state, best, *plain
+            logits, seed, row_ids, 0, inverse_tau, output, y, index, *state, best, *(softmax_state or NO_STATE)
         )
 
-    def backward(self, grad, uses, mask, logits, stream, inverse_tau, state, plain, grad_logits):
-        if logits.shape[0] == 0:
+    def backward(self, grads, source, state, softmax_state, grad_logits):
+        if source.logits.shape[0] == 0:
             return
-        state, plain = ((None, None) if s is None else s for s in (state, plain))
-        torch.ops.sslkernels_native.gumbel_rows_bwd(
-            grad, uses, mask, logits, *stream, inverse_tau, *state, *plain, grad_logits
-        )
+        logits, seed, row_ids, inverse_tau = source
+        states = (*(state or NO_STATE), *(softmax_state or NO_STATE))
+        torch.ops.sslkernels_native.gumbel_rows_bwd(*grads, logits, seed, row_ids, 0, inverse_tau, *states, grad_logits)
 
-    def probability_sums(self, logits, plain, mask, groups):
-        rows, columns = logits.shape
-        # On a GPU a thread has four columns of a chunk, and 2**17 threads fill it.
-        chunk = chunk_rows(rows // groups, max(64, 2**17 // (groups * columns // 4 + 1)) if logits.is_cuda else 64)
-        partial = plain.sum.new_empty(-(-rows // (chunk * groups)), groups, columns)
-        if rows > 0:
-            torch.ops.sslkernels_native.probability_sums(logits, *plain, mask, partial, chunk)
-        return partial.sum(0)
+    def sum_chunks(self, logits, groups):
+        # On a GPU a thread sums four columns of a chunk, and 2**17 threads fill the GPU.
+        return max(64, 2**17 // (groups * logits.shape[1] // 4 + 1)) if logits.is_cuda else 64
+
+    def add_probabilities(self, logits, softmax_state, mask, partial, chunk):
+        torch.ops.sslkernels_native.probability_sums(logits, *softmax_state, mask, partial, chunk)
+
+
+class TritonGumbelRows(GumbelRows):
+    """The Triton kernels, imported at the first call."""
+
+    def forward(self, source, output, filled):
+        from sslkernels.latent.triton.gumbel_rows import gumbel_rows_fwd
+
+        gumbel_rows_fwd(source, output, filled)
+
+    def backward(self, grads, source, state, softmax_state, grad_logits):
+        from sslkernels.latent.triton.gumbel_rows import gumbel_rows_bwd
+
+        gumbel_rows_bwd(grads, source, state or NO_STATE, softmax_state or NO_STATE, grad_logits)
+
+    def sum_chunks(self, logits, groups):
+        from sslkernels.latent.triton.gumbel_rows import sum_chunks
+
+        return sum_chunks(logits, groups)
+
+    def add_probabilities(self, logits, softmax_state, mask, partial, chunk):
+        from sslkernels.latent.triton.gumbel_rows import probability_sums
+
+        probability_sums(logits, softmax_state, mask, partial, chunk)
 
 
 def chunk_rows(rows: int, chunks: int) -> int:
-    """Rows of a group in a chunk of `probability_sums`, about `chunks` of them: at least 8, so that the sums of chunks
-    are small beside the logits, and at most 512, whose sum is in float32."""
+    """Rows of a group that `probability_sums` adds to one partial sum, for about `chunks` of them: at least 8, so that
+    the partial sums are small beside the logits, and at most 512, few enough for float32."""
     return max(8, min(512, -(-rows // chunks)))
 
 
-def triton_rows() -> GumbelRows:
-    from sslkernels.latent.triton.gumbel_rows import TritonGumbelRows
-
-    return TritonGumbelRows()
+def implementations(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`function` with the kernels of each backend as its first argument."""
+    native = partial(function, NativeGumbelRows())
+    return {
+        "reference": partial(function, ReferenceGumbelRows()),
+        "cpu": native,
+        "triton": partial(function, TritonGumbelRows()),
+        "cuda": native,
+    }

@@ -2,146 +2,104 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sslkernels.core import checks
+from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import operator
 from sslkernels.latent.gumbel_rows import (
     HARD,
     NATIVE_OPS,
     SOFT,
     GumbelRows,
-    NativeGumbelRows,
-    ReferenceGumbelRows,
+    NoisyLogits,
+    RowGrads,
+    RowOutputs,
     State,
-    Stream,
-    triton_rows,
+    as_matrix,
+    implementations,
 )
 from sslkernels.random.seeds import seed_tensor
 
 NAME = "gumbel_softmax"
-LEAST_TAU, MOST_TAU = 1e-30, 1e30  # 1 / tau is a normal float32
+SMALLEST_TAU, LARGEST_TAU = 1e-30, 1e30  # 1 / tau is a normal float32
 
 
-def _empty_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+class Outputs(NamedTuple):
+    """y in the shape of the logits, and the state of each row."""
+
+    y: Tensor
+    max: Tensor
+    sum: Tensor
+
+    @property
+    def state(self) -> State:
+        return State(self.max, self.sum)
+
+
+def _empty_outputs(logits: Tensor) -> Outputs:
     acc = accumulation_dtype(logits.dtype)
-    return logits.new_empty(logits.shape), *(logits.new_empty(logits.shape[0], dtype=acc) for _ in range(2))
+    rows = logits.shape[0]
+    return Outputs(logits.new_empty(logits.shape), logits.new_empty(rows, dtype=acc), logits.new_empty(rows, dtype=acc))
 
 
-def _fwd(
-    kernels: Callable[[], GumbelRows],
-    logits: Tensor,
-    seed: Tensor,
-    row_ids: Tensor | None,
-    inverse_tau: Tensor,
-    hard: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, largest, total = _empty_outputs(logits)
-    state = State(largest, total)
-    kernels().forward(logits, Stream(seed, row_ids), inverse_tau, HARD if hard else SOFT, y, None, state)
-    return y, largest, total
+def _fwd(kernels: GumbelRows, source: NoisyLogits, hard: bool) -> Outputs:
+    outputs = _empty_outputs(source.logits)
+    kernels.forward(source, HARD if hard else SOFT, RowOutputs(outputs.y, None, outputs.state))
+    return outputs
 
 
-def _bwd(
-    kernels: Callable[[], GumbelRows],
-    grad: Tensor,
-    logits: Tensor,
-    seed: Tensor,
-    row_ids: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    inverse_tau: Tensor,
-) -> Tensor:
-    grad_logits = logits.new_empty(logits.shape)
-    stream, state = Stream(seed, row_ids), State(row_max, row_sum)
-    kernels().backward(grad, None, None, logits, stream, inverse_tau, state, None, grad_logits)
+def _bwd(kernels: GumbelRows, grad: Tensor, source: NoisyLogits, state: State) -> Tensor:
+    grad_logits = source.logits.new_empty(source.logits.shape)
+    kernels.backward(RowGrads(grad, None, None), source, state, None, grad_logits)
     return grad_logits
 
 
-def implementations(function: Callable[..., Any]) -> dict[str, Callable[..., Any] | str]:
-    """`function` of the kernels of each backend."""
-    native = partial(function, NativeGumbelRows)
-    reference, triton = partial(function, ReferenceGumbelRows), partial(function, triton_rows)
-    return {"reference": reference, "cpu": native, "triton": triton, "cuda": native}
+@operator(NAME, implementations(_fwd), native_ops=NATIVE_OPS)
+def gumbel_softmax_fwd(source: NoisyLogits, hard: bool) -> Outputs:
+    return _empty_outputs(source.logits)
 
 
-gumbel_softmax_fwd = Op(
-    NAME,
-    "gumbel_softmax_fwd(Tensor logits, Tensor seed, Tensor? row_ids, Tensor inverse_tau, bool hard) -> "
-    "(Tensor, Tensor, Tensor)",
-    fake=_empty_outputs,
-    implementations=implementations(_fwd),
-    native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
-)
-gumbel_softmax_bwd = Op(
-    NAME,
-    "gumbel_softmax_bwd(Tensor grad, Tensor logits, Tensor seed, Tensor? row_ids, Tensor row_max, Tensor row_sum, "
-    "Tensor inverse_tau) -> Tensor",
-    fake=lambda grad, logits, *rest: logits.new_empty(logits.shape),
-    implementations=implementations(_bwd),
-    native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
-)
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """The rows of the last dimension, with unit stride: a view where there is one."""
-    rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+@operator(NAME, implementations(_bwd), native_ops=NATIVE_OPS)
+def gumbel_softmax_bwd(grad: Tensor, source: NoisyLogits, state: State) -> Tensor:
+    return source.logits.new_empty(source.logits.shape)
 
 
 class GumbelSoftmax(Function):
-    """Saves the logits as they are, and two numbers a row."""
+    """Samples along dimension `dim`. Saves the logits as they are, and two numbers a row."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits, seed, row_ids, inverse_tau, hard, dim):
-        moved = logits.movedim(dim, -1)
-        y, row_max, row_sum = gumbel_softmax_fwd(as_matrix(moved), seed, row_ids, inverse_tau, hard)
-        return y.reshape(moved.shape).movedim(-1, dim), row_max, row_sum
+    differentiable = 1
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, seed, row_ids, inverse_tau, _, ctx.dim = inputs
-        _, row_max, row_sum = output
-        ctx.mark_non_differentiable(row_max, row_sum)
-        ctx.save_for_backward(logits, seed, row_ids, row_max, row_sum, inverse_tau)
-        ctx.set_materialize_grads(False)
+    def forward(source: NoisyLogits, hard: bool, dim: int) -> Outputs:
+        moved = source.logits.movedim(dim, -1)
+        outputs = gumbel_softmax_fwd(source._replace(logits=as_matrix(moved)), hard)
+        return outputs._replace(y=outputs.y.reshape(moved.shape).movedim(-1, dim))
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 6
-        return _GumbelSoftmaxBackward.apply(grad, *ctx.saved_tensors, ctx.dim), *(None,) * 5
-
-
-class _GumbelSoftmaxBackward(Function):
-    generate_vmap_rule = True
+    def setup_context(ctx, inputs, outputs):
+        source, _, ctx.dim = inputs
+        (found,) = outputs
+        save(ctx, source, found.state)
 
     @staticmethod
-    def forward(grad, logits, seed, row_ids, row_max, row_sum, inverse_tau, dim):
-        moved, grad = logits.movedim(dim, -1), grad.movedim(dim, -1)
-        rows = gumbel_softmax_bwd(as_matrix(grad), as_matrix(moved), seed, row_ids, row_max, row_sum, inverse_tau)
-        return rows.reshape(moved.shape).movedim(-1, dim)
+    def backward(ctx, grads):
+        if grads.y is None:
+            return None
+        source, state = saved(ctx)
+        return (NoisyLogits(_gradient(grads.y, source, state, ctx.dim), None, None, None),)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
+@once_differentiable(NAME)
+def _gradient(grad: Tensor, source: NoisyLogits, state: State, dim: int) -> Tensor:
+    moved = source.logits.movedim(dim, -1)
+    rows = gumbel_softmax_bwd(as_matrix(grad.movedim(dim, -1)), source._replace(logits=as_matrix(moved)), state)
+    return rows.reshape(moved.shape).movedim(-1, dim)
 
 
 def gumbel_softmax(
@@ -155,30 +113,30 @@ def gumbel_softmax(
     generator: torch.Generator | None = None,
     eps: float = 1e-10,
 ) -> Tensor:
-    """Samples `y = softmax((logits + g) / tau)` with Gumbel noise g: its largest is drawn from softmax(logits).
+    """Samples `y = softmax((logits + g) / tau)` with Gumbel noise g: its argmax is a draw from softmax(logits).
 
-    The noise is that of `random_gumbel`, in float32 whatever the dtype: rows are all dimensions but `dim`, flattened in
-    order, and the column is the index along `dim`. It is made where it is used, in forward and again in backward, and
-    so are the probabilities: what is kept for backward is the logits, the seed and two numbers a row. With `hard` the
-    result is the one-hot of the largest `logits + g` (the lowest index of equal ones), exactly 0 and 1, and the
-    gradient is that of the soft sample (straight-through).
+    The noise is `random_gumbel`, in float32 for any dtype: rows are all dimensions but `dim`, flattened in order, and
+    the column is the index along `dim`. Noise and probabilities are computed where they are used, in forward and again
+    in backward, which needs the logits, the seed and two numbers a row. With `hard` the result is the one-hot of the
+    largest `logits + g` (the lowest index among ties), exactly 0 and 1, and the gradient that of the soft sample
+    (straight-through).
 
     Args:
         logits: unnormalised log-probabilities, of any shape; float32, bfloat16, float16 or float64. -inf is
-            probability 0: it is never drawn and gets the gradient 0.
+            probability 0: it is never drawn and has gradient 0.
         tau: temperature, a number in [1e-30, 1e30], or a 0-d floating tensor on the device, which is never read by the
-            host. Small ones make y one-hot, and its gradient large.
+            host. Small temperatures make y one-hot, and its gradient large.
         hard: one-hot samples.
-        dim: the dimension of the categories. Where it is not the last one, forward and backward copy the logits with
-            it last, and y lies in memory so too.
-        row_ids: int64 of the shape of logits without `dim`, the number of each row for the noise in place of its
-            flattened index: with it a batch that is split over calls or ranks gets the noise of the whole one.
+        dim: the dimension of the categories. Unless it is the last one, forward and backward copy the logits with it
+            last, and `dim` is last in the memory of y too.
+        row_ids: int64 in the shape of logits without `dim`, the number of each row for the noise in place of its
+            flattened index: a batch that is split over calls or ranks then gets the noise of the whole batch.
         seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device.
-        generator: draws the seed where `seed` is None; torch's default generator of the device if it is None too.
+        generator: draws the seed if `seed` is None; default torch's generator of the device.
         eps: without effect, as in torch.
 
     Returns:
-        Tensor of the shape and dtype of logits. A row that holds NaN or +inf, or nothing but -inf, is NaN.
+        Tensor in the shape and dtype of logits. A row that holds NaN or +inf, or nothing but -inf, is NaN.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
@@ -211,11 +169,11 @@ def gumbel_softmax(
     if logits.numel() == 0:
         return logits.clone()
     row_ids = None if row_ids is None else row_ids.reshape(-1).contiguous()
-    return GumbelSoftmax.apply(logits, seed, row_ids, inverse_tau, hard, dim % dims)[0]
+    return GumbelSoftmax.run(NoisyLogits(logits, seed, row_ids, inverse_tau), hard, dim % dims).y
 
 
 def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> Tensor:
-    """1 / tau, 0-d float64 on `device`: data, as the seed is, so that a graph takes another tau."""
+    """1 / tau, 0-d float64 on `device`: a tensor, as the seed is, so that a captured graph takes another tau."""
     if isinstance(tau, Tensor):
         checks.tensor(name, "tau", tau, checks.FLOAT_DTYPES)
         checks.shape(name, "tau", tau, (), "()")
@@ -223,7 +181,7 @@ def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> 
         if tau.requires_grad:
             checks.fail(ValueError, name, "tau", "not require grad", "a tensor that does")
         return tau.double().reciprocal()
-    checks.number(name, "tau", tau, low=LEAST_TAU, high=MOST_TAU)
-    if torch.compiler.is_compiling():  # where `full` would make each tau another graph
+    checks.number(name, "tau", tau, low=SMALLEST_TAU, high=LARGEST_TAU)
+    if torch.compiler.is_compiling():  # `full` would compile another graph for each tau
         return torch.ones((), dtype=torch.float64, device=device) / tau
     return torch.full((), 1.0 / tau, dtype=torch.float64, device=device)

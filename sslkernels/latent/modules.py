@@ -1,4 +1,4 @@
-"""Modules of latent variables."""
+"""Modules of latent variables, without a codebook."""
 
 from __future__ import annotations
 

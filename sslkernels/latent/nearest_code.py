@@ -1,9 +1,9 @@
-"""The best code of each row: the exact search of `vector_quantize`, by backend.
+"""The best code of each row: the exact search of `vector_quantize`, for each backend.
 
-Each fills `indices` (N,), int64, and `score` (N,), float64, of contiguous input (N, D) and codebook (K, D). The score
-of a code is minus its squared distance ("l2"), <x, c> / |c|, or <x, c> where the code is zero ("cosine"), or <x, c>
-("dot"), of both as they are given, in float64. NaN ranks before everything, and of equals the lowest index is taken;
-`score` is NaN where that of the code is, and otherwise not for use.
+Each function fills `indices` (N,), int64, and `score` (N,), float64, from contiguous input (N, D) and codebook (K, D).
+The score of a code is minus the squared distance ("l2"), <x, c> / |c|, or <x, c> for a code of zeros ("cosine"), or
+<x, c> ("dot"), of both as given, in float64. NaN ranks above everything, and ties go to the lowest index. `score` is
+only a NaN flag: it is NaN if the score of the best code is, and otherwise undefined.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from torch import Tensor
 METRICS = ("l2", "cosine", "dot")
 L2, COSINE, DOT = range(3)
 
-# On a CPU: codes of a tile of products, and bytes of its largest buffer, of all threads together and of one at least.
-# The matmul is as fast as it gets from about these sizes on, and rows and codes of a tile stay in the second-level
-# cache.
+# On a CPU: codes per tile of products, and bytes of its largest buffer, for all threads together and at least for each.
+# The matmul reaches its full speed at about these sizes, and the rows and codes of a tile stay in the L2 cache.
 TILE_CODES = 2048
 WORKSPACE_BYTES = 8 << 20
 LEAST_BYTES = 1 << 18
 MULTIPLE = 16
-# On a GPU: codes of a tile of products, and bytes of the products, which fit the second-level cache and are of rows
-# enough for all multiprocessors; beside them a tile has its rows and codes where they are centred or of another dtype.
+# On a GPU: codes per tile of products, and bytes of the products, which fit in L2 and have enough rows for all
+# multiprocessors. A tile also copies its rows and codes if they are centred or converted.
 CUDA_TILE_CODES = 8192
 CUDA_PRODUCT_BYTES = 32 << 20
 CUDA_VECTOR_BYTES = 12 << 20
-CUDA_PITCH = 4  # of which that of the products is a multiple
+CUDA_PITCH = 4  # the row pitch of the products is a multiple of this
 # Elements that the reference broadcasts at a time.
 REFERENCE_ELEMENTS = 1 << 22
-# Of the norms of both factors of a product, what a matmul may lose beyond the roundings of its sums. One of float32
-# that is allowed to round its operands to bfloat16, by 2^-9 each, or to cut them to TensorFloat-32, by 2^-10 each:
+# The error of a matmul beyond the roundings of its sums, relative to the norms of both factors. torch may allow a
+# float32 matmul to round its operands to bfloat16, by 2^-9 each, or to truncate them to TensorFloat-32, by 2^-10 each:
 REDUCED_ROUNDING = 2**-7
 TF32_ROUNDING = 2**-8
-# The matrix units of a GPU, for each term: see `HALF_ROUNDING` in triton/nearest_code.py.
+# The error of a GPU's matrix units for each term: see `HALF_ROUNDING` in triton/nearest_code.py.
 MATRIX_UNIT_ROUNDING = 2**-21
 
 
@@ -44,7 +43,7 @@ def exact_scores(input: Tensor, codebook: Tensor, metric: int) -> Tensor:
         return -(x - c).square().sum(2)
     if metric == DOT:
         return (x * c).sum(2)
-    # Scaled by a power of two, squares of codes neither overflow nor vanish.
+    # A power of two scales codes so that their squares neither overflow nor underflow.
     largest = c.abs().amax(1, keepdim=True)
     exponent = torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0).double()
     unit = c * torch.exp2(-exponent.clamp(-1000, 1000))
@@ -62,14 +61,14 @@ def reference(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, sco
 
 
 def _center(codebook: Tensor, acc: torch.dtype) -> Tensor:
-    """The squared distance is computed about the mean of the codes, so that a common offset of rows and codes costs no
-    accuracy, and no second scores."""
+    """The mean of the codes. It is subtracted from rows and codes, so that a common offset costs neither accuracy nor
+    rescoring."""
     return codebook.mean(0, dtype=torch.float64).to(acc).nan_to_num(0.0, 0.0, 0.0)
 
 
 def native(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
-    """Rows are shared out once, and each thread goes through its own tile by tile: a matmul of torch, and the best
-    codes of its products."""
+    """Each thread takes a share of the rows and loops over tiles: a matmul of torch, then the best codes of its
+    products."""
     count, dim = input.shape
     acc = _product_dtype(input, codebook)
     center = _center(codebook, acc) if metric == L2 else None
@@ -85,17 +84,17 @@ def native(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score:
 
 
 def cuda(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
-    """Tile by tile a matmul of torch, and the best codes of its products. Half precision is multiplied as it is given,
-    by the matrix units and into float32, without a center."""
+    """Tile by tile a matmul of torch, then the best codes of its products. Matrix units multiply half precision as
+    given, into float32 and without a center."""
     count, dim = input.shape
     acc = _product_dtype(input, codebook)
     as_given = input.dtype == codebook.dtype and input.itemsize == 2 and not _sums_in_half(input)
     center = None if as_given or metric != L2 else _center(codebook, acc)
-    rounding, of_sums = 0.0, MATRIX_UNIT_ROUNDING * (dim + 8)
+    rounding, of_units = 0.0, MATRIX_UNIT_ROUNDING * (dim + 8)
     if as_given:
-        rounding = of_sums
+        rounding = of_units
     elif acc == torch.float32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee"):
-        rounding = TF32_ROUNDING + of_sums
+        rounding = TF32_ROUNDING + of_units
     copied = center is not None or (not as_given and (input.dtype, codebook.dtype) != (acc, acc))
     fit = max(CUDA_VECTOR_BYTES // (acc.itemsize * dim), MULTIPLE) if copied else CUDA_TILE_CODES
     codes = min(codebook.shape[0], CUDA_TILE_CODES, fit)
@@ -110,7 +109,7 @@ def _product_dtype(input: Tensor, codebook: Tensor) -> torch.dtype:
 
 
 def _sums_in_half(input: Tensor) -> bool:
-    """Whether torch may add up products of this dtype in half precision."""
+    """Whether torch may accumulate products of this dtype in half precision."""
     return input.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
 
 

@@ -5,213 +5,190 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import distinct
+from sslkernels.core.autograd import Function, once_differentiable, save, saved, wanted_only
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
-from sslkernels.latent.free_energy import check_options, reduced
+from sslkernels.core.operator import operator
+from sslkernels.latent.free_energy import Options, check_options, reduce_energies
 
 NAME = "prediction_energy"
+NATIVE_OPS = ("prediction_energy_fwd", "prediction_energy_bwd")
+
+
+class Inputs(NamedTuple):
+    """prediction (B, K, D), target (B, D); only the features need be contiguous."""
+
+    prediction: Tensor
+    target: Tensor
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    prediction: bool
+    target: bool
 
 
 class Outputs(NamedTuple):
-    """In the accumulation dtype: the free energy (B,), and where asked for (else without elements) its derivatives in
-    the energies, weights (B, K)."""
+    """In the accumulation dtype: the free energy (B,), and if wanted (else without elements) its derivatives with
+    respect to the energies, weights (B, K)."""
 
     value: Tensor
     weights: Tensor
 
 
-def _empty_outputs(prediction: Tensor, target: Tensor, beta: float, minimum: bool, want_weights: bool) -> Outputs:
+class Gradients(NamedTuple):
+    """In the dtype of its input; the prediction's also with its strides. Without elements if not wanted."""
+
+    prediction: Tensor
+    target: Tensor
+
+
+def empty_outputs(inputs: Inputs, keep_weights: bool) -> Outputs:
+    prediction = inputs.prediction
     batch, count, _ = prediction.shape
-    shapes = ((batch,), (batch, count) if want_weights else (0, 0))
     acc = accumulation_dtype(prediction.dtype)
-    return Outputs(*(prediction.new_empty(shape, dtype=acc) for shape in shapes))
-
-
-def _empty_gradients(
-    grad_value: Tensor, prediction: Tensor, target: Tensor, weights: Tensor, want_prediction: bool, want_target: bool
-) -> tuple[Tensor, Tensor]:
-    """That of the predictions lies as they do."""
-    return (
-        torch.empty_like(prediction) if want_prediction else prediction.new_empty((0, 0, 0)),
-        target.new_empty(target.shape if want_target else (0, 0)),
+    return Outputs(
+        prediction.new_empty(batch, dtype=acc), prediction.new_empty((batch, count) if keep_weights else 0, dtype=acc)
     )
 
 
-def _fwd(
-    fill: Callable[..., None], prediction: Tensor, target: Tensor, beta: float, minimum: bool, want_weights: bool
-) -> Outputs:
-    outputs = _empty_outputs(prediction, target, beta, minimum, want_weights)
-    fill(prediction, target, outputs.value, outputs.weights if want_weights else None, beta, minimum)
+def _empty_gradients(inputs: Inputs, wanted: Wanted) -> Gradients:
+    prediction, target = inputs
+    return Gradients(
+        torch.empty_like(prediction) if wanted.prediction else prediction.new_empty(0),
+        target.new_empty(target.shape if wanted.target else 0),
+    )
+
+
+def _fwd(fill: Callable[..., None], inputs: Inputs, options: Options, keep_weights: bool) -> Outputs:
+    outputs = empty_outputs(inputs, keep_weights)
+    fill(inputs, wanted_only(outputs, (True, keep_weights)), options)
     return outputs
 
 
-def _bwd(
-    fill: Callable[..., None],
-    grad_value: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    want_prediction: bool,
-    want_target: bool,
-) -> tuple[Tensor, Tensor]:
-    gradients = _empty_gradients(grad_value, prediction, target, weights, want_prediction, want_target)
-    wanted = (grad if want else None for grad, want in zip(gradients, (want_prediction, want_target), strict=True))
-    fill(grad_value, prediction, target, weights, *wanted)
+def _bwd(fill: Callable[..., None], grad_value: Tensor, inputs: Inputs, weights: Tensor, wanted: Wanted) -> Gradients:
+    gradients = _empty_gradients(inputs, wanted)
+    fill(grad_value, inputs, weights, wanted_only(gradients, wanted))
     return gradients
 
 
-def _fill_reference(
-    prediction: Tensor, target: Tensor, value: Tensor, weights: Tensor | None, beta: float, minimum: bool
-) -> None:
-    energies = (prediction.to(value.dtype) - target.to(value.dtype).unsqueeze(1)).square().sum(2)
-    found, lowest, total, winner = reduced(energies.unsqueeze(2), beta, minimum)
+def _fill_reference(inputs: Inputs, outputs: Outputs, options: Options) -> None:
+    value, weights = outputs
+    energies = (inputs.prediction.to(value.dtype) - inputs.target.to(value.dtype).unsqueeze(1)).square().sum(2)
+    found, lowest, total, winner = reduce_energies(energies.unsqueeze(2), options)
     value.copy_(found.squeeze(1))
     if weights is None:
         return
-    if minimum:
+    if options.minimum:
         weights.zero_().scatter_(1, winner, 1)
     else:
-        weights.copy_(torch.exp(-beta * (energies - lowest)) / total)
+        weights.copy_(torch.exp(-options.beta * (energies - lowest)) / total)
 
 
-def _fill_gradients_reference(
-    grad_value: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    grad_prediction: Tensor | None,
-    grad_target: Tensor | None,
-) -> None:
+def _fill_gradients_reference(grad_value: Tensor, inputs: Inputs, weights: Tensor, gradients: Gradients) -> None:
     coefficient = (2 * grad_value.unsqueeze(1) * weights).unsqueeze(2)
-    grad = coefficient * (prediction.to(weights.dtype) - target.to(weights.dtype).unsqueeze(1))
+    grad = coefficient * (inputs.prediction.to(weights.dtype) - inputs.target.to(weights.dtype).unsqueeze(1))
     grad = torch.where(coefficient == 0, 0, grad)
-    if grad_prediction is not None:
-        grad_prediction.copy_(grad)
-    if grad_target is not None:
-        grad_target.copy_(0 - grad.sum(1))
+    if gradients.prediction is not None:
+        gradients.prediction.copy_(grad)
+    if gradients.target is not None:
+        gradients.target.copy_(0 - grad.sum(1))
 
 
-def _fill_native(*arguments: Any) -> None:
-    torch.ops.sslkernels_native.prediction_energy_fwd(*arguments)
+def _fill_native(inputs: Inputs, outputs: Outputs, options: Options) -> None:
+    torch.ops.sslkernels_native.prediction_energy_fwd(*inputs, *outputs, *options)
 
 
-def _fill_gradients_native(*arguments: Any) -> None:
-    torch.ops.sslkernels_native.prediction_energy_bwd(*arguments)
+def _fill_gradients_native(grad_value: Tensor, inputs: Inputs, weights: Tensor, gradients: Gradients) -> None:
+    torch.ops.sslkernels_native.prediction_energy_bwd(grad_value, *inputs, weights, *gradients)
 
 
-def _fill_triton(*arguments: Any) -> None:
+def _fill_triton(*arguments) -> None:
     from sslkernels.latent.triton.prediction_energy import prediction_energy_fwd
 
     prediction_energy_fwd(*arguments)
 
 
-def _fill_gradients_triton(*arguments: Any) -> None:
+def _fill_gradients_triton(*arguments) -> None:
     from sslkernels.latent.triton.prediction_energy import prediction_energy_bwd
 
     prediction_energy_bwd(*arguments)
 
 
-NATIVE_OPS = ("prediction_energy_fwd", "prediction_energy_bwd")
+FORWARD = {"reference": _fill_reference, "cpu": _fill_native, "triton": _fill_triton, "cuda": _fill_native}
+BACKWARD = {
+    "reference": _fill_gradients_reference,
+    "cpu": _fill_gradients_native,
+    "triton": _fill_gradients_triton,
+    "cuda": _fill_gradients_native,
+}
 
-prediction_energy_fwd = Op(
-    NAME,
-    "prediction_energy_fwd(Tensor prediction, Tensor target, float beta, bool minimum, bool want_weights) -> "
-    "(Tensor, Tensor)",
-    fake=_empty_outputs,
-    implementations={
-        "reference": partial(_fwd, _fill_reference),
-        "cpu": partial(_fwd, _fill_native),
-        "triton": partial(_fwd, _fill_triton),
-        "cuda": partial(_fwd, _fill_native),
-    },
-    native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
-)
-prediction_energy_bwd = Op(
-    NAME,
-    "prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights, bool want_prediction, "
-    "bool want_target) -> (Tensor, Tensor)",
-    fake=_empty_gradients,
-    implementations={
-        "reference": partial(_bwd, _fill_gradients_reference),
-        "cpu": partial(_bwd, _fill_gradients_native),
-        "triton": partial(_bwd, _fill_gradients_triton),
-        "cuda": partial(_bwd, _fill_gradients_native),
-    },
-    native_ops=NATIVE_OPS,
-    prefer=PREFERENCE,
-)
+
+@operator(NAME, {name: partial(_fwd, fill) for name, fill in FORWARD.items()}, native_ops=NATIVE_OPS)
+def prediction_energy_fwd(inputs: Inputs, options: Options, keep_weights: bool) -> Outputs:
+    return empty_outputs(inputs, keep_weights)
+
+
+@operator(NAME, {name: partial(_bwd, fill) for name, fill in BACKWARD.items()}, native_ops=NATIVE_OPS)
+def prediction_energy_bwd(grad_value: Tensor, inputs: Inputs, weights: Tensor, wanted: Wanted) -> Gradients:
+    return _empty_gradients(inputs, wanted)
 
 
 class _PredictionEnergy(Function):
-    """The free energy of each row of the batch. Kept for backward: the inputs and the weights (B, K)."""
+    """The free energy of each row of the batch. Saves the inputs and the weights (B, K)."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(prediction, target, beta, minimum, wanted):
-        return prediction_energy_fwd(prediction, target, beta, minimum, wanted)
+    differentiable = 1
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        prediction, target, _, _, ctx.computed = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(prediction, target, output[1])
-        ctx.set_materialize_grads(False)
+    def forward(inputs: Inputs, options: Options, keep_weights: bool) -> Outputs:
+        return prediction_energy_fwd(inputs, options, keep_weights)
 
     @staticmethod
-    def backward(ctx, grad_value, _):
-        wanted = ctx.needs_input_grad[:2]
-        grads = (None, None)
-        if grad_value is not None and any(wanted):
-            if not ctx.computed:
-                raise RuntimeError(f"{NAME}: forward saw no gradient wanted")
-            grads = _PredictionEnergyBackward.apply(grad_value.contiguous(), *ctx.saved_tensors, *wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
-
-
-class _PredictionEnergyBackward(Function):
-    generate_vmap_rule = True
+    def setup_context(ctx, inputs, outputs):
+        tensors, _, ctx.has_weights = inputs
+        (found,) = outputs
+        save(ctx, tensors, found.weights)
 
     @staticmethod
-    def forward(grad_value, prediction, target, weights, want_prediction, want_target):
-        return prediction_energy_bwd(grad_value, prediction, target, weights, want_prediction, want_target)
+    def backward(ctx, grads):
+        if grads.value is None:
+            return None
+        if not ctx.has_weights:
+            raise RuntimeError(f"{NAME}: forward saw no gradient wanted")
+        needs, *_ = _PredictionEnergy.wanted(ctx)
+        wanted = Wanted(*needs)
+        return (wanted_only(_gradients(grads.value.contiguous(), *saved(ctx), wanted), wanted),)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
+@once_differentiable(NAME)
+def _gradients(grad_value: Tensor, inputs: Inputs, weights: Tensor, wanted: Wanted) -> Gradients:
+    return prediction_energy_bwd(grad_value, inputs, weights, wanted)
 
 
 def prediction_energy(
     prediction: Tensor, target: Tensor, *, beta: float = 1.0, mode: str = "min", reduction: str = "mean"
 ) -> Tensor:
-    """The energy of K predictions of one target, one a latent, reduced over the latents: the error of the best, or a
+    """The energy of K predictions of one target, one per latent, reduced over the latents: the error of the best, or a
     soft minimum.
 
     `E[b, k]` is the sum of `(prediction[b, k] - target[b])**2` over all further dimensions, and row b gives
-    `free_energy(E[b])`. Neither the differences `(B, K, ...)` nor K copies of the target ever exist: forward reads the
-    predictions once and keeps K numbers a row, backward reads them once more and writes the gradients of both in the
+    `free_energy(E[b])`. Neither the differences `(B, K, ...)` nor K copies of the target are ever materialised: forward
+    reads the predictions once and saves K numbers a row, backward reads them once more and writes both gradients in the
     same pass. With `mode="min"` backward reads the winners alone. Sums are in float32 (float64), in a fixed order.
 
     Args:
-        prediction: `(B, K, ...)`; float32, bfloat16, float16 or float64. B and K may lie in either order in memory.
+        prediction: `(B, K, ...)`; float32, bfloat16, float16 or float64. B and K may be in either order in memory.
         target: `(B, ...)`, of the dtype of `prediction` outside autocast. Either may be frozen.
         beta: inverse temperature of "soft", a number in [1e-37, 1e37].
-        mode: "min", whose gradient goes to the prediction with the lowest energy alone (of equals that with the lowest
-            index), the others have exact zeros; or "soft", `-1/beta log mean exp(-beta E)`.
-        reduction: "mean" over the batch (NaN where it is empty), "sum", or "none", of shape `(B,)`.
+        mode: "min", whose gradient goes to the prediction with the lowest energy alone (the lowest index among ties),
+            the others have exact zeros; or "soft", `-1/beta log mean exp(-beta E)`.
+        reduction: "mean" over the batch (NaN if it is empty), "sum", or "none", of shape `(B,)`.
 
     Returns:
         The loss, float32 (float64 for float64 predictions). A prediction of infinite error has probability 0 and the
@@ -224,25 +201,25 @@ def prediction_energy(
     takes-all loss of Guzman-Rivera, Batra and Kohli, "Multiple choice learning", NeurIPS 2012.
 
     >>> import sslkernels as sk
-    >>> prediction = torch.randn(16, 8, 3, 32, 32, requires_grad=True)  # of 8 latents each
+    >>> prediction = torch.randn(16, 8, 3, 32, 32, requires_grad=True)  # 8 latents each
     >>> sk.prediction_energy(prediction, torch.randn(16, 3, 32, 32)).backward()
     """
     _check(prediction, target, beta, mode, reduction)
     if prediction.dtype != target.dtype:  # under autocast
         dtype = torch.promote_types(prediction.dtype, target.dtype)
         prediction, target = prediction.to(dtype), target.to(dtype)
-    batch, count = prediction.shape[:2]
-    dim = math.prod(prediction.shape[2:])
-    rows = [_unit_stride(prediction.reshape(batch, count, dim)), _unit_stride(target.reshape(batch, dim))]
-    wanted = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
-    value, _ = _PredictionEnergy.apply(*distinct(rows), float(beta), mode == "min", wanted)
+    batch, count, *features = prediction.shape
+    dim = math.prod(features)
+    inputs = Inputs(_unit_stride(prediction.reshape(batch, count, dim)), _unit_stride(target.reshape(batch, dim)))
+    keep_weights = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
+    value = _PredictionEnergy.run(inputs, Options(float(beta), mode == "min"), keep_weights).value
     if reduction == "none":
         return value
     return value.sum() if reduction == "sum" else value.mean()
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
-    """Features that lie side by side; the rows may lie anywhere."""
+    """Makes the features contiguous; the rows keep their strides if they were."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
@@ -255,8 +232,7 @@ def _check(prediction: Tensor, target: Tensor, beta: float, mode: str, reduction
     checks.same_device(NAME, "target", target, "prediction", prediction.device)
     if count == 0:
         checks.fail(ValueError, NAME, "prediction", "have at least one element along dim 1", tuple(prediction.shape))
-    autocast = checks.autocast(prediction.device)
-    if target.dtype != prediction.dtype and not autocast:
+    if target.dtype != prediction.dtype and not checks.autocast(prediction.device):
         must = f"have the dtype of prediction, {prediction.dtype}, outside autocast"
         checks.fail(TypeError, NAME, "target", must, target.dtype)
     check_options(NAME, beta, mode)

@@ -1,4 +1,4 @@
-"""The modules that hold a codebook."""
+"""Modules that hold a codebook."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslkernels.core import checks
 from sslkernels.latent import codebook as codebooks
+from sslkernels.latent.codebook import Averages, DrawnRows
 from sslkernels.latent.gumbel_quantize import GumbelQuantized, gumbel_quantize
 from sslkernels.latent.vector_quantize import METRICS, Quantized, vector_quantize
 from sslkernels.random.seeds import in_backward, seed_tensor
@@ -21,36 +22,43 @@ NAME = "VectorQuantizer"
 class VectorQuantizer(nn.Module):
     """Module of `vector_quantize` that holds the codebook: moved by averages of the rows of each code, or learned.
 
-    In training, a forward quantises with the codebook as it is and then moves it, once. The averages decay by `decay`;
-    codes are sums over sizes with Laplace smoothing `eps` (van den Oord et al., appendix A.1). The gradients of values
-    and commitment are those of `vector_quantize`, and none goes to the codebook. In evaluation nothing changes.
+    In training, a forward quantises with the current codebook and then moves the codebook once. The averages decay by
+    `decay`; codes are sums over sizes with Laplace smoothing `eps` (van den Oord et al., appendix A.1). Values and
+    commitment have the gradients of `vector_quantize`, and none goes to the codebook. In evaluation nothing changes.
 
-    Dead codes: one whose average size is less than `revive_below` times the mean (None: never) becomes a random row of
-    the batch, with the mean size, so that it has time to be used. The rows are drawn from the package's streams by
-    `seed` and the number of the step: no random state but the buffers `seed` and `steps`.
+    Dead codes: a code whose average size is less than `revive_below` times the mean (None: never) becomes a random row
+    of the batch, with the mean size, so that it has time to be used. The rows are drawn from the package's streams by
+    `seed` and the number of the step: there is no random state but the buffers `seed` and `steps`.
 
-    Over a `process_group` sizes, sums and drawn rows are those of the batch of all ranks, each of which must call
-    forward as often, with any number of rows: codebooks stay equal to the bit on every rank, and equal to those of one
-    process with all rows up to the rounding of sums. Without one, each process moves its own.
+    Over a `process_group` sizes, sums and drawn rows are those of the batch of all ranks. Every rank must call forward
+    equally often, with any number of rows. Codebooks stay bitwise equal on all ranks, and equal those of one process
+    with all rows up to the rounding of sums. Without a process group, each process moves its own codebook.
 
-    The state is in buffers, float32 (float64 where `dtype` is) whatever the module is cast to and the input is: a
-    module that was loaded from its `state_dict` goes on as if it had not been stopped. Rows that are not finite move
+    The state is in buffers, float32 (float64 for that `dtype`) whatever the module is cast to and the input is: a
+    module that was loaded from its `state_dict` continues as if it had not been stopped. Rows that are not finite move
     nothing. Nothing synchronises with the host but loading a state.
 
     Args:
-        num_codes, dim: the codebook is `(num_codes, dim)`.
+        num_codes: the number of codes; the codebook is `(num_codes, dim)`.
+        dim: the size of a code.
         metric: as in `vector_quantize`.
-        decay: of the averages, in [0, 1). None: the codebook is a parameter; `commitment` also has a gradient in the
-            codes, `codebook_weight` times as strong as in the input, and `beta * commitment` is the loss of VQ-VAE for
-            beta = 1 / codebook_weight. `eps` and `revive_below` then say nothing.
-        init: "data": distinct random rows of the first batch in training (again from the first where it has too few;
-            until then, and where no row is finite, "normal"); "normal": standard normal numbers from `seed`; or the
-            codes themselves, `(num_codes, dim)`.
-        seed: of all draws. Modules that shall draw different rows need different seeds.
+        decay: decay of the averages, in [0, 1). None: the codebook is a parameter; `commitment` also has a gradient in
+            the codes, `codebook_weight` times as strong as in the input, and `beta * commitment` is the loss of VQ-VAE
+            for beta = 1 / codebook_weight. `eps` and `revive_below` then have no effect.
+        eps: Laplace smoothing of the sizes.
+        revive_below: the share of the mean size below which a code is dead.
+        codebook_weight: the weight of the codes in `commitment` for `decay=None`.
+        init: "data": distinct random rows of the first batch in training (repeated if it has too few; until then, and
+            if no row is finite, "normal"); "normal": standard normal numbers from `seed`; or the codes themselves,
+            `(num_codes, dim)`.
+        seed: seed of all draws. Modules that are to draw different rows need different seeds.
+        process_group: the ranks that share the codebook.
+        device: device of the codebook.
+        dtype: torch.float32 or torch.float64, the dtype of the codebook and the averages.
 
-    Forward takes `(..., dim)` of any floating dtype and returns `Quantized(values, indices, commitment, usage)`, usage
-    of this rank's rows alone. In training with averages it must not be computed again in backward (activation
-    checkpointing): the codebook has moved; `RuntimeError`.
+    Forward takes `(..., dim)` in any floating dtype and returns `Quantized(values, indices, commitment, usage)`; usage
+    counts this rank's rows alone. In training with averages, recomputing forward in backward (activation checkpointing)
+    raises `RuntimeError`, because the codebook has moved.
 
     Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural discrete representation learning", NeurIPS 2017; Razavi, van
     den Oord and Vinyals, "Generating diverse high-fidelity images with VQ-VAE-2", NeurIPS 2019.
@@ -127,7 +135,7 @@ class VectorQuantizer(nn.Module):
         rows = (rows.reshape(1, -1) if rows.dim() == 1 else rows.flatten(0, -2)).to(self.codebook.dtype)
         with torch.no_grad():
             self._start(rows)
-        codes = self.codebook if learned else codebooks.snapshot(self.codebook)
+        codes = self.codebook if learned else codebooks.codebook_snapshot(self.codebook)
         quantized = vector_quantize(input, codes, **options)
         with torch.no_grad():
             if not learned:
@@ -135,7 +143,7 @@ class VectorQuantizer(nn.Module):
             self.steps.add_(1)
         return quantized
 
-    def _draw(self, rows: Tensor, purpose: int) -> codebooks.DrawnRows:
+    def _draw(self, rows: Tensor, purpose: int) -> DrawnRows:
         return codebooks.draw_rows(rows, self.num_codes, self.seed, self.steps, purpose, self.process_group)
 
     def _start(self, rows: Tensor) -> None:
@@ -152,16 +160,16 @@ class VectorQuantizer(nn.Module):
 
     def _move(self, rows: Tensor, indices: Tensor) -> None:
         drawn = None if self.revive_below is None else self._draw(rows, codebooks.REVIVAL)
-        *batch, drawn_rows = codebooks.batch_sums(
+        batch = codebooks.batch_sums(
             rows, indices, self.num_codes, None if drawn is None else drawn.rows, self.process_group
         )
-        state = (self.codebook, self.sizes, self.sums)
-        codebooks.move_averages(*state, batch, self.decay, self.eps)
+        averages = Averages(self.codebook, self.sizes, self.sums)
+        codebooks.move_averages(averages, batch, self.decay, self.eps)
         if drawn is not None:
-            codebooks.revive(*state, drawn._replace(rows=drawn_rows), self.revive_below)
+            codebooks.revive(averages, drawn._replace(rows=batch.drawn), self.revive_below)
 
     def _apply(self, fn: Any, recurse: bool = True) -> VectorQuantizer:
-        """A cast to half precision, in which averages would stand still, moves the averages and leaves their dtype."""
+        """A cast to half precision, whose rounding would stop the averages, does not change their dtype."""
         kept = {} if self.decay is None else {name: getattr(self, name) for name in ("codebook", "sizes", "sums")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -223,19 +231,22 @@ def _check(
 
 
 class GumbelQuantizer(nn.Module):
-    """Module of `gumbel_quantize` that holds the codebook: the quantizer of wav2vec 2.0 behind its projection.
+    """Module of `gumbel_quantize` that holds the codebook: the quantizer of wav2vec 2.0 without its projection.
 
-    In training codes are drawn; in evaluation each row takes the code with its largest logit, without noise and the
-    same each time. `codebook` is a parameter, `(groups, num_codes, dim // groups)`, or `(num_codes, dim)` without
+    In training codes are drawn; in evaluation each row takes the code with its largest logit, without noise, and
+    deterministically. `codebook` is a parameter, `(groups, num_codes, dim // groups)`, or `(num_codes, dim)` without
     groups, drawn from [0, 1) as in fairseq.
 
     Args:
-        num_codes: codes of each group.
-        dim: size of the values, of all groups together.
+        num_codes: codes per group.
+        dim: size of the values, all groups together.
         groups: None takes logits `(..., num_codes)`, a number `(..., groups, num_codes)`.
-        tau: temperature, which may be set at any time, or a schedule `(most, least, decay)`, of which
-            `set_num_updates` sets `tau` to `max(most * decay**n, least)` after n updates. It is no part of the state.
-        hard, return_stats: as for `gumbel_quantize`.
+        tau: temperature, which may be set at any time, or a schedule `(most, least, decay)`, with which
+            `set_num_updates` sets `tau` to `max(most * decay**n, least)` after n updates. It is not part of the state.
+        hard: as for `gumbel_quantize`.
+        return_stats: as for `gumbel_quantize`.
+        device: device of the codebook.
+        dtype: dtype of the codebook.
 
     Forward also takes `mask`, `row_ids`, `seed` and `generator`.
 
@@ -280,7 +291,7 @@ class GumbelQuantizer(nn.Module):
         nn.init.uniform_(self.codebook)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Sets `tau` by the schedule, where there is one."""
+        """Sets `tau` by the schedule, if there is one."""
         if self.schedule is not None:
             most, least, decay = self.schedule
             self.tau = max(most * decay**num_updates, least)

@@ -1,34 +1,38 @@
-"""Vector quantisation: the code of each row, straight-through values and the commitment (van den Oord et al. 2017).
+"""Vector quantisation: the nearest code of each row, straight-through values and the commitment (van den Oord et al.
+2017).
 
-The index is exact: that of the best score in float64 of the input and the codebook as they are given, of equals the
-lowest. A backend finds it from products that round, with a bound of their error, and scores again in float64 what the
-bound cannot tell apart (`code_search`).
+The index is exact: the best score in float64 of the input and the codebook as given, the lowest index among ties. A
+backend finds it from rounded products with a bound of their error, and rescores in float64 the codes that the bound
+cannot separate (`nearest_code`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import distinct
+from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, wanted_only
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.legacy import PREFERENCE, Op
+from sslkernels.core.operator import operator
 from sslkernels.latent import nearest_code
 from sslkernels.latent.nearest_code import METRICS
 
 NAME = "vector_quantize"
+NATIVE_OPS = ("search_codes", "gather_codes", "code_difference", "weighted_row_sums")
 
 
 class Quantized(NamedTuple):
-    """values: rows of the codebook, of the shape and dtype of the input; indices (int64): which, of the input's shape
-    without the last dimension; commitment: mean squared difference of input and code, 0-d; usage (K,), int64: how many
-    rows took each code."""
+    """The codes of the rows of an input `(..., D)`.
+
+    values: rows of the codebook, in the shape and dtype of the input.
+    indices: `(...)`, int64, the index of each row's code.
+    commitment: 0-d, the mean squared difference of input and code.
+    usage: `(K,)`, int64, the number of rows with each code.
+    """
 
     values: Tensor
     indices: Tensor
@@ -42,63 +46,83 @@ class Quantized(NamedTuple):
         return torch.special.entr(frequency).sum().exp()
 
 
-def _sum_dtype(input: Tensor, codebook: Tensor) -> torch.dtype:
-    return accumulation_dtype(torch.promote_types(input.dtype, codebook.dtype))
+class Operands(NamedTuple):
+    """input (N, D) and codebook (K, D), contiguous."""
+
+    input: Tensor
+    codebook: Tensor
 
 
-def _empty_outputs(input: Tensor, codebook: Tensor, metric: int) -> tuple[Tensor, ...]:
-    """values, indices, squared distance of each row to its code, usage."""
+class Outputs(NamedTuple):
+    """values (N, D), indices (N,), the squared distance of each row to its code (N,), usage (K,)."""
+
+    values: Tensor
+    indices: Tensor
+    distance: Tensor
+    usage: Tensor
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    input: bool
+    codebook: bool
+
+
+class Gradients(NamedTuple):
+    """In the shape and dtype of the operand; without elements if not wanted."""
+
+    input: Tensor
+    codebook: Tensor
+
+
+def _empty_outputs(operands: Operands) -> Outputs:
+    input, codebook = operands
     rows = input.shape[0]
-    return (
+    return Outputs(
         torch.empty_like(input),
         input.new_empty(rows, dtype=torch.int64),
-        input.new_empty(rows, dtype=_sum_dtype(input, codebook)),
+        input.new_empty(rows, dtype=accumulation_dtype(torch.promote_types(input.dtype, codebook.dtype))),
         input.new_empty(codebook.shape[0], dtype=torch.int64),
     )
 
 
-def _empty_gradients(input: Tensor, codebook: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape if want else 0) for t, want in zip((input, codebook), wanted, strict=True))
+def _empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
+    return Gradients(*empty_gradients(operands, wanted))
 
 
 class Kernels(NamedTuple):
-    """Of one backend. search: fills the index of each row and the float64 score that is NaN where the row has no code;
-    gather: fills values and distance; difference: fills coefficient * (input - code); sum_rows: as in `row_sums`."""
+    """The kernels of one backend. search fills each row's index and its float64 score, NaN if the row has no code;
+    gather fills values and distance; difference fills coefficient * (input - code); sum_rows: see `segment_sum`."""
 
     search: Callable[..., None]
     gather: Callable[..., None]
     difference: Callable[..., None]
     sum_rows: Callable[..., None]
 
-    def forward(self, input: Tensor, codebook: Tensor, metric: int) -> tuple[Tensor, ...]:
-        values, indices, distance, usage = _empty_outputs(input, codebook, metric)
-        score = input.new_empty(input.shape[0], dtype=torch.float64)
-        self.search(input, codebook, metric, indices, score)
-        self.gather(input, codebook, indices, score, values, distance)
+    def forward(self, operands: Operands, metric: int) -> Outputs:
+        outputs = _empty_outputs(operands)
+        values, indices, distance, usage = outputs
+        score = distance.new_empty(distance.shape, dtype=torch.float64)
+        self.search(*operands, metric, indices, score)
+        self.gather(*operands, indices, score, values, distance)
         usage.zero_().scatter_add_(0, indices, torch.ones_like(indices))
-        return values, indices, distance, usage
+        return outputs
 
     def backward(
-        self,
-        coefficient: Tensor,
-        input: Tensor,
-        codebook: Tensor,
-        indices: Tensor,
-        codebook_weight: float,
-        want_input: bool,
-        want_codebook: bool,
-    ) -> tuple[Tensor, ...]:
-        """Of the distances, whose gradient is half of `coefficient`. A code gets codebook_weight times its own."""
-        grad_input, grad_codebook = _empty_gradients(input, codebook, want_input, want_codebook)
-        if not want_codebook:
-            if want_input:
-                self.difference(coefficient, input, codebook, indices, grad_input)
-            return grad_input, grad_codebook
+        self, coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
+    ) -> Gradients:
+        input, codebook = operands
+        gradients = _empty_gradients(operands, wanted)
+        if not wanted.codebook:
+            if wanted.input:
+                self.difference(coefficient, input, codebook, indices, gradients.input)
+            return gradients
         rows = input.new_empty(input.shape, dtype=coefficient.dtype)
         self.difference(coefficient, input, codebook, indices, rows)
         weight = rows.new_full(indices.shape, -codebook_weight, dtype=accumulation_dtype(codebook.dtype))
-        self.sum_rows(indices, weight, rows.to(weight.dtype), None, grad_codebook)
-        return rows.to(input.dtype) if want_input else grad_input, grad_codebook
+        self.sum_rows(indices, weight, rows.to(weight.dtype), None, gradients.codebook)
+        return gradients._replace(input=rows.to(input.dtype)) if wanted.input else gradients
 
     def sums(self, source: Tensor, indices: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
         out = source.new_empty((codes, source.shape[1]), dtype=dtype)
@@ -123,130 +147,117 @@ def _difference_reference(coefficient: Tensor, input: Tensor, codebook: Tensor, 
     out.copy_(coefficient[:, None] * difference)
 
 
-def _native(name: str) -> Callable[..., None]:
-    return lambda *arguments: getattr(torch.ops.sslkernels_native, name)(*arguments)
+def _gather_native(*arguments) -> None:
+    torch.ops.sslkernels_native.gather_codes(*arguments)
 
 
-def _triton(name: str) -> Callable[..., None]:
-    def launch(*arguments: object) -> None:
-        from sslkernels.latent.triton import vector_quantize
+def _difference_native(*arguments) -> None:
+    torch.ops.sslkernels_native.code_difference(*arguments)
 
-        getattr(vector_quantize, name)(*arguments)
 
-    return launch
+def _gather_triton(*arguments) -> None:
+    from sslkernels.latent.triton.vector_quantize import gather_codes
+
+    gather_codes(*arguments)
+
+
+def _difference_triton(*arguments) -> None:
+    from sslkernels.latent.triton.vector_quantize import code_difference
+
+    code_difference(*arguments)
 
 
 KERNELS = {
     "reference": Kernels(nearest_code.reference, _gather_reference, _difference_reference, segment_sum.reference),
-    "cpu": Kernels(nearest_code.native, _native("gather_codes"), _native("code_difference"), segment_sum.native),
-    "cuda": Kernels(nearest_code.cuda, _native("gather_codes"), _native("code_difference"), segment_sum.native),
-    "triton": Kernels(nearest_code.triton, _triton("gather_codes"), _triton("code_difference"), segment_sum.triton),
+    "cpu": Kernels(nearest_code.native, _gather_native, _difference_native, segment_sum.native),
+    "cuda": Kernels(nearest_code.cuda, _gather_native, _difference_native, segment_sum.native),
+    "triton": Kernels(nearest_code.triton, _gather_triton, _difference_triton, segment_sum.triton),
 }
-NATIVE_OPS = ("search_codes", "gather_codes", "code_difference", "weighted_row_sums")
 
-_op = partial(Op, NAME, native_ops=NATIVE_OPS, prefer=PREFERENCE)
-vector_quantize_fwd = _op(
-    "vector_quantize_fwd(Tensor input, Tensor codebook, int metric) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_outputs,
-    implementations={name: kernels.forward for name, kernels in KERNELS.items()},
-)
-vector_quantize_bwd = _op(
-    "vector_quantize_bwd(Tensor coefficient, Tensor input, Tensor codebook, Tensor indices, float codebook_weight, "
-    "bool want_input, bool want_codebook) -> (Tensor, Tensor)",
-    fake=lambda coefficient, input, codebook, indices, codebook_weight, *wanted: _empty_gradients(
-        input, codebook, *wanted
-    ),
-    implementations={name: kernels.backward for name, kernels in KERNELS.items()},
-)
-code_sums = _op(
-    "code_sums(Tensor source, Tensor indices, SymInt codes, ScalarType dtype) -> Tensor",
-    fake=lambda source, indices, codes, dtype: source.new_empty((codes, source.shape[1]), dtype=dtype),
-    implementations={name: kernels.sums for name, kernels in KERNELS.items()},
-)
+
+@operator(NAME, {name: kernels.forward for name, kernels in KERNELS.items()}, native_ops=NATIVE_OPS)
+def vector_quantize_fwd(operands: Operands, metric: int) -> Outputs:
+    return _empty_outputs(operands)
+
+
+@operator(NAME, {name: kernels.backward for name, kernels in KERNELS.items()}, native_ops=NATIVE_OPS)
+def vector_quantize_bwd(
+    coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
+) -> Gradients:
+    """The gradients of sum(coefficient * distance) / 2; a code gets codebook_weight times its own."""
+    return _empty_gradients(operands, wanted)
+
+
+@operator(NAME, {name: kernels.sums for name, kernels in KERNELS.items()}, native_ops=NATIVE_OPS)
+def code_sums(source: Tensor, indices: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows of source with each index, (codes, D)."""
+    return source.new_empty((codes, source.shape[1]), dtype=dtype)
 
 
 class _Values(Function):
-    """The codes. Their gradient is that of the input (straight-through) or of the codebook (a gather); the caller
-    detaches the other one."""
+    """The codes. Their gradient goes to the input (straight-through) or to the codebook (a gather); the caller detaches
+    the other one."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input, codebook, metric, straight_through):
-        return vector_quantize_fwd(input, codebook, metric)
+    differentiable = 1
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, codebook, _, ctx.straight_through = inputs
-        _, indices, distance, usage = output
-        ctx.mark_non_differentiable(indices, distance, usage)
-        ctx.codes, ctx.dtype = codebook.shape[0], codebook.dtype
-        if not ctx.straight_through:
-            ctx.save_for_backward(indices)
-        ctx.set_materialize_grads(False)
+    def forward(operands: Operands, metric: int, straight_through: bool) -> Outputs:
+        return vector_quantize_fwd(operands, metric)
 
     @staticmethod
-    def backward(ctx, grad_values, *_):
-        if grad_values is None:
-            return (None,) * 4
+    def setup_context(ctx, inputs, outputs):
+        operands, _, ctx.straight_through = inputs
+        (found,) = outputs
+        ctx.codes, ctx.dtype = operands.codebook.shape[0], operands.codebook.dtype
+        save(ctx, None if ctx.straight_through else found.indices)
+
+    @staticmethod
+    def backward(ctx, grads):
+        if grads.values is None:
+            return None
         if ctx.straight_through:
-            return grad_values, None, None, None
-        return None, _CodeSums.apply(grad_values.contiguous(), *ctx.saved_tensors, ctx.codes, ctx.dtype), None, None
+            return (Operands(grads.values, None),)
+        (indices,) = saved(ctx)
+        return (Operands(None, _sum_rows_of_codes(grads.values.contiguous(), indices, ctx.codes, ctx.dtype)),)
 
 
-class _CodeSums(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(source, indices, codes, dtype):
-        return code_sums(source, indices, codes, dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
+@once_differentiable(NAME)
+def _sum_rows_of_codes(source: Tensor, indices: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
+    return code_sums(source, indices, codes, dtype)
 
 
-class _Distances(Function):
-    """The squared distance of each row to its code, which the search has left: here it gets its gradients. In that of
-    the input the codes are constants; a code gets `codebook_weight` times its own."""
-
-    generate_vmap_rule = True
+class _Commitment(Function):
+    """The mean squared difference of rows and codes, from the distances that the search computed. The gradient of the
+    input takes the codes as constants; a code gets `codebook_weight` times its own."""
 
     @staticmethod
-    def forward(input, codebook, indices, distance, codebook_weight):
-        return distance.clone()
+    def forward(operands: Operands, indices: Tensor, distance: Tensor, codebook_weight: float) -> Tensor:
+        return (distance.sum(dtype=torch.float64) / operands.input.numel()).to(distance.dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, codebook, indices, _, ctx.codebook_weight = inputs
-        ctx.save_for_backward(input, codebook, indices)
+    def setup_context(ctx, inputs, outputs):
+        operands, indices, distance, ctx.codebook_weight = inputs
+        ctx.dtype = distance.dtype
+        save(ctx, operands, indices)
 
     @staticmethod
     def backward(ctx, grad):
-        wanted = ctx.needs_input_grad[:2]
-        coefficient = (2 * grad).contiguous()
-        grads = _DistancesBackward.apply(coefficient, *ctx.saved_tensors, ctx.codebook_weight, *wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None
+        if grad is None:
+            return None
+        operands, indices = saved(ctx)
+        needs, *_ = _Commitment.wanted(ctx)
+        wanted = Wanted(*needs)
+        # Half of the gradient of each row's distance.
+        coefficient = 2 * (grad.double() / operands.input.numel()).to(ctx.dtype)
+        coefficient = coefficient.expand(operands.input.shape[0]).contiguous()
+        return (wanted_only(_gradients(coefficient, operands, indices, ctx.codebook_weight, wanted), wanted),)
 
 
-class _DistancesBackward(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(coefficient, input, codebook, indices, codebook_weight, want_input, want_codebook):
-        return vector_quantize_bwd(coefficient, input, codebook, indices, codebook_weight, want_input, want_codebook)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{NAME}: double backward is not supported")
+@once_differentiable(NAME)
+def _gradients(
+    coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
+) -> Gradients:
+    return vector_quantize_bwd(coefficient, operands, indices, codebook_weight, wanted)
 
 
 def vector_quantize(
@@ -259,31 +270,31 @@ def vector_quantize(
 ) -> Quantized:
     """The nearest of K codes to each row, with a straight-through gradient and the commitment of VQ-VAE.
 
-    The `(..., K)` distances never exist together. The index is exact: the one that a search in float64 of the tensors
-    as they are given finds, in every dtype; of equals it is the lowest.
+    The `(..., K)` distances are never materialised. The index is exact in every dtype: the one that a search in float64
+    of the tensors as given finds, the lowest among ties.
 
     Args:
         input: rows `(..., D)`; float32, bfloat16, float16 or float64.
-        codebook: codes `(K, D)`, of any of these dtypes.
-        metric: "l2" takes the code of the least Euclidean distance, "cosine" that of the largest `<x, c> / |c|` (0 for
-            a code of zeros), "dot" that of the largest `<x, c>`. It says which code is taken and nothing else: values
-            are codes as they are stored, commitment is a squared distance.
-        straight_through: the gradient of `values` goes to `input` as if it were the identity, and none to `codebook`.
+        codebook: codes `(K, D)`, in any of these dtypes.
+        metric: "l2" takes the code at the least Euclidean distance, "cosine" the code with the largest `<x, c> / |c|`
+            (0 for a code of zeros), "dot" the code with the largest `<x, c>`. It affects nothing but this choice:
+            values are codes as stored, commitment is a squared distance.
+        straight_through: the gradient of `values` goes to `input` as through the identity, and none to `codebook`.
             False: it goes to the codes that were taken, and none to `input`.
         codebook_weight: how strongly `commitment` draws codes to the rows that took them, relative to rows to codes.
             0: codes are constants in it.
 
-    A codebook that is trained by gradient needs one of the last two: with `straight_through=True` and
-    `codebook_weight=0` it gets none, as that of `nn.VectorQuantizer`, which moves by averages. The loss of VQ-VAE,
+    A codebook that is trained by gradient needs one of the last two options: with `straight_through=True` and
+    `codebook_weight=0` it gets none, as in `nn.VectorQuantizer`, which moves it by averages. The loss of VQ-VAE,
     `|sg(x) - c|^2 + beta |x - sg(c)|^2`, has the gradients of `beta * commitment` with `codebook_weight=1 / beta`.
 
     Returns:
-        `Quantized(values, indices, commitment, usage)`, see there. `commitment` is float32 (float64 where input or
-        codebook are) and NaN for an empty input; its gradient, and that of the codebook, is summed in this dtype in a
-        fixed order. `Quantized.perplexity` says how many codes are in use.
+        `Quantized(values, indices, commitment, usage)`, see there. `commitment` is float32 (float64 if input or
+        codebook is) and NaN for an empty input; its gradient and the codebook's are summed in this dtype in a fixed
+        order. `Quantized.perplexity` tells how many codes are in use.
 
-    A row that holds NaN, or meets NaN in a code or in its score, takes the first code with such a score (0 for a row
-    that holds it), and has NaN values and a NaN commitment.
+    A row whose score with some code is NaN takes the first such code (index 0 if the row itself holds NaN), and has NaN
+    values and a NaN commitment.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
@@ -296,15 +307,16 @@ def vector_quantize(
     >>> (quantized.values.square().mean() + 0.25 * quantized.commitment).backward()
     """
     _check(input, codebook, metric, straight_through, codebook_weight)
-    rows = input.reshape(1, -1) if input.dim() == 1 else input.flatten(0, -2)
-    rows, codes = distinct((rows.contiguous(), codebook.contiguous()))
-    # What gets no gradient is detached, so that a loss of it alone raises where nothing would be learned.
-    carrier = (rows, codes.detach()) if straight_through else (rows.detach(), codes)
-    values, indices, distance, usage = _Values.apply(*carrier, METRICS.index(metric), straight_through)
-    held = codes if codebook_weight else codes.detach()
-    distance = _Distances.apply(rows, held, indices, distance, float(codebook_weight))
-    commitment = (distance.sum(dtype=torch.float64) / rows.numel()).to(distance.dtype)
-    return Quantized(values.reshape(input.shape), indices.reshape(input.shape[:-1]), commitment, usage)
+    rows = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    rows, codes = rows.contiguous(), codebook.contiguous()
+    # An operand without a gradient is detached: a loss that would learn nothing then raises in backward.
+    operands = Operands(rows, codes.detach()) if straight_through else Operands(rows.detach(), codes)
+    values, indices, distance, usage = _Values.run(operands, METRICS.index(metric), straight_through)
+    operands = Operands(rows, codes if codebook_weight else codes.detach())
+    commitment = _Commitment.run(operands, indices, distance, float(codebook_weight))
+    if input.dim() != 2:
+        values, indices = values.reshape(input.shape), indices.reshape(input.shape[:-1])
+    return Quantized(values, indices, commitment, usage)
 
 
 def _check(input: Tensor, codebook: Tensor, metric: str, straight_through: bool, codebook_weight: float) -> None:

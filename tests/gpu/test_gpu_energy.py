@@ -19,7 +19,7 @@ MODES = ("soft", "min")
 @pytest.mark.parametrize("mode", MODES)
 def test_free_energy_synchronises_nothing_and_a_graph_replays(backend, mode):
     if backend == "reference":
-        pytest.skip("it is not held to it")
+        pytest.skip("the reference may synchronise")
     torch.use_deterministic_algorithms(False)
     energy = torch.randn(1000, 64, device="cuda", requires_grad=True)
 
@@ -37,7 +37,7 @@ def test_free_energy_synchronises_nothing_and_a_graph_replays(backend, mode):
 @pytest.mark.parametrize("shape", [(512, 8, 64), (2, 8, 100_000)], ids=str)
 def test_prediction_energy_synchronises_nothing_and_a_graph_replays(backend, shape, mode):
     if backend == "reference":
-        pytest.skip("it is not held to it")
+        pytest.skip("the reference may synchronise")
     torch.use_deterministic_algorithms(False)
     inputs = problem("cuda", batch=shape[0], count=shape[1], features=shape[2:], dtype=torch.float32)
 
@@ -58,7 +58,7 @@ def test_prediction_energy_synchronises_nothing_and_a_graph_replays(backend, sha
 @pytest.mark.parametrize("mode", MODES)
 def test_real_sizes(backend, mode, shape, dtype):
     if backend == "reference":
-        pytest.skip("it is what the others are compared with")
+        pytest.skip("the others are compared with the reference")
     inputs = problem("cuda", batch=shape[0], count=shape[1], features=shape[2:], dtype=dtype)
     leaves = exact(inputs)
     beta = 1 / shape[2]
@@ -72,9 +72,9 @@ def test_real_sizes(backend, mode, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(70_000, 8, 4096), (2, 300_000, 4096)], ids=str)
-def test_more_elements_than_an_int32_counts(backend, shape):
+def test_more_than_2_to_the_31_elements(backend, shape):
     if backend == "reference":
-        pytest.skip("the reference holds the differences in float32")
+        pytest.skip("the reference materialises the differences in float32")
     prediction = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
     target = torch.ones(shape[0], shape[2], device="cuda", dtype=torch.bfloat16)
     prediction[-1, -1] = 0.5

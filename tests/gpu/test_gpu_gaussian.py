@@ -24,7 +24,7 @@ def parameters(rows, columns, dtype=torch.float32):
 @pytest.mark.parametrize("shape", [(2000, 256), (333, 1000), (7, 100_003), (5000, 3), (300, 8)], ids=str)
 def test_values_and_gradients(backend, dtype, shape):
     if backend == "reference":
-        pytest.skip("it is what this would be compared with")
+        pytest.skip("this would be compared with the reference")
     leaves = [*parameters(*shape, dtype), *(torch.randn(shape[1], device="cuda").to(dtype) for _ in range(2))]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     options = {"num_samples": 2, "seed": 5, "kl": "row"}
@@ -42,7 +42,7 @@ def test_values_and_gradients(backend, dtype, shape):
         assert oracle.error(grad, true) < 4 * torch.finfo(dtype).eps + 64 * wide
 
 
-def test_the_noise_is_that_of_the_host(backend):
+def test_the_noise_equals_the_host(backend):
     zeros = torch.zeros(1000, 300)
     with sk.use_backend("reference"):
         expected = sk.gaussian_rsample(zeros, zeros, 3, seed=7, kl=None).z
@@ -80,7 +80,7 @@ def test_nothing_synchronises_and_a_graph_draws_a_new_seed_on_each_replay(backen
 
 def test_memory(backend):
     if backend == "reference":
-        pytest.skip("it holds the noise")
+        pytest.skip("the reference materialises the noise")
     leaves = parameters(1 << 14, 1024, torch.bfloat16)
     grad = torch.randn_like(leaves[0])
 
@@ -95,7 +95,7 @@ def test_memory(backend):
 
 def test_more_than_2_to_the_31_elements(backend):
     if backend == "reference":
-        pytest.skip("its memory is that of float64 words")
+        pytest.skip("the reference materialises float64 words")
     rows, columns = (1 << 21) + 3, 1024
     if torch.cuda.mem_get_info()[0] < 14 * rows * columns:
         pytest.skip("needs 30 GB")

@@ -25,8 +25,8 @@ def draw(*shape, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("columns", [2, 17, 320, 4096, 50257, 200_003])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_draws_of_the_host(backend, dtype, columns):
-    """Bit for bit, since both add the same noise in float32."""
+def test_the_draws_equal_the_host(backend, dtype, columns):
+    """Bitwise, because both add the same noise in float32."""
     rows = max(2, 200_000 // columns)
     logits = draw(rows, columns, dtype=dtype)
     got = sk.gumbel_softmax(logits, 0.5, True, seed=3)
@@ -39,7 +39,7 @@ def test_the_draws_of_the_host(backend, dtype, columns):
 @pytest.mark.parametrize("columns", [2, 320, 1003, 8192, 70_001, 600_000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(backend, dtype, columns):
-    """Rows that are held, shared by a cluster, and made twice."""
+    """Rows that stay in registers, rows shared by a cluster, and rows computed twice."""
     rows = max(2, 300_000 // columns)
     logits, grad = draw(rows, columns, dtype=dtype).requires_grad_(), draw(rows, columns, dtype=dtype, seed=1)
     s = gumbel_oracle.perturbed(logits.detach(), -3)
@@ -85,7 +85,7 @@ def test_nothing_synchronises_and_a_graph_draws_anew(backend):
         return got.indices, *torch.autograd.grad(loss, (logits, codebook))
 
     if backend == "reference":
-        pytest.skip("it is not held to it")
+        pytest.skip("the reference may synchronise")
     step()
     graph, got = captured(step)
     graph.replay()
@@ -96,9 +96,9 @@ def test_nothing_synchronises_and_a_graph_draws_anew(backend):
 
 
 def test_memory(backend):
-    """Nothing of the size of the logits (512 MiB) but samples and gradient."""
+    """Only samples and gradient have the size of the logits (512 MiB)."""
     if backend == "reference":
-        pytest.skip("it holds words and exponentials")
+        pytest.skip("the reference materialises words and exponentials")
     logits, grad = draw(16384, 8192).requires_grad_(), torch.ones(16384, 8192, device="cuda")
 
     def run():
@@ -111,9 +111,9 @@ def test_memory(backend):
 
 
 def test_more_than_2_to_the_31_elements(backend):
-    """The last rows, whose offsets take 64 bits, are those of the same row numbers alone."""
+    """The last rows, whose offsets need 64 bits, equal a call with their row numbers alone."""
     if backend == "reference":
-        pytest.skip("it holds words and exponentials")
+        pytest.skip("the reference materialises words and exponentials")
     rows, columns = (1 << 31) // 1000 + 1000, 1000
     logits = torch.zeros(1, columns, dtype=torch.bfloat16, device="cuda").expand(rows, columns)
     y = sk.gumbel_softmax(logits, hard=True, seed=1)

@@ -17,8 +17,10 @@ from torch import Tensor
 import sslkernels as sk
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.scale import scale_gradient_
+from sslkernels.latent import free_energy, gumbel_quantize, prediction_energy
 from sslkernels.latent.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.latent.gumbel_quantize import gumbel_quantize_bwd, gumbel_quantize_fwd
+from sslkernels.latent.gumbel_rows import NoisyLogits, State
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 from sslkernels.latent.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.latent.vector_quantize import KERNELS
@@ -102,8 +104,9 @@ def test_query_negatives(backend, dtype, shape, normalise):
 def test_free_energy(backend, dtype, shape, minimum):
     kernels(backend)
     energy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    value, *state = assert_equal_to_reference(free_energy_fwd, (energy, 0.7, minimum, True), dtype)
-    arguments = (value, None if minimum else energy, *state, shape[1], dtype, 0.7)
+    options = free_energy.Options(0.7, minimum)
+    found = assert_equal_to_reference(free_energy_fwd, (energy, options, True), dtype)
+    arguments = (found.value, None if minimum else energy, found.state, options, shape[1], dtype)
     assert_equal_to_reference(free_energy_bwd, arguments, dtype)
 
 
@@ -113,10 +116,11 @@ def test_free_energy(backend, dtype, shape, minimum):
 def test_prediction_energy(backend, dtype, shape, minimum):
     kernels(backend)
     g = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(s, generator=g).to(dtype) for s in (shape, (shape[0], shape[2]))]
-    beta = 1 / shape[2]
-    value, weights = assert_equal_to_reference(prediction_energy_fwd, (*inputs, beta, minimum, True), dtype)
-    assert_equal_to_reference(prediction_energy_bwd, (value.sign(), *inputs, weights, True, True), dtype)
+    tensors = [torch.randn(s, generator=g).to(dtype) for s in (shape, (shape[0], shape[2]))]
+    inputs, options = prediction_energy.Inputs(*tensors), free_energy.Options(1 / shape[2], minimum)
+    value, weights = assert_equal_to_reference(prediction_energy_fwd, (inputs, options, True), dtype)
+    wanted = prediction_energy.Wanted(True, True)
+    assert_equal_to_reference(prediction_energy_bwd, (value.sign(), inputs, weights, wanted), dtype)
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -127,11 +131,10 @@ def test_gumbel_softmax(backend, dtype, shape, hard):
     g = torch.Generator().manual_seed(0)
     logits, grad = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
     seed, inverse_tau = torch.tensor(5), torch.tensor(0.5, dtype=torch.float64)
-    _, *state = assert_equal_to_reference(gumbel_softmax_fwd, (logits, seed, None, inverse_tau, hard), dtype)
-    ids = torch.arange(shape[0]) + 2**33
-    assert_equal_to_reference(gumbel_softmax_bwd, (grad, logits, seed, None, *state, inverse_tau), dtype)
-    _, *state = assert_equal_to_reference(gumbel_softmax_fwd, (logits, seed, ids, inverse_tau, hard), dtype)
-    assert_equal_to_reference(gumbel_softmax_bwd, (grad, logits, seed, ids, *state, inverse_tau), dtype)
+    for ids in (None, torch.arange(shape[0]) + 2**33):
+        source = NoisyLogits(logits, seed, ids, inverse_tau)
+        found = assert_equal_to_reference(gumbel_softmax_fwd, (source, hard), dtype)
+        assert_equal_to_reference(gumbel_softmax_bwd, (grad, source, State(found.max, found.sum)), dtype)
 
 
 @pytest.mark.parametrize("shape", [(50, 3, 5), (33, 2, 320), (2, 1, 9001)], ids=str)
@@ -140,13 +143,11 @@ def test_statistics_of_gumbel_quantize(backend, dtype, shape):
     kernels(backend)
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     mask, tau = torch.arange(shape[0] * shape[1]) % 3 > 0, torch.tensor(0.5, dtype=torch.float64)
-    arguments = (logits, torch.tensor(5), None, mask, tau, True)
-    index, row_max, row_sum, _, plain_max, plain_sum, probability = assert_equal_to_reference(
-        gumbel_quantize_fwd, arguments, dtype
-    )
+    source = NoisyLogits(logits, torch.tensor(5), None, tau)
+    codes = assert_equal_to_reference(gumbel_quantize_fwd, (source, mask, True), dtype)
     codebook = torch.zeros(*shape[1:], 4, dtype=dtype)
-    state = (index, row_max, row_sum, plain_max, plain_sum, tau, True, False)
-    arguments = (None, probability, logits, codebook, torch.tensor(5), None, mask, *state)
+    grads, wanted = gumbel_quantize.OutputGrads(None, codes.probability), gumbel_quantize.Wanted(True, False)
+    arguments = (grads, source, codebook, mask, codes.code_state, wanted)
     assert_equal_to_reference(gumbel_quantize_bwd, arguments, dtype)
 
 

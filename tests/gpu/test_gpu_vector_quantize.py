@@ -21,10 +21,10 @@ def problem(rows, codes, dim, dtype):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(4096, 8192, 64), (1000, 1024, 256), (513, 65536, 32), (300, 517, 770)], ids=str)
-def test_the_codes_of_the_host(backend, shape, dtype, metric):
-    """Exact, so that they do not depend on the device; near ties are what matrix units would get wrong."""
+def test_the_codes_equal_the_host(backend, shape, dtype, metric):
+    """Codes are exact and so do not depend on the device; matrix units alone would get near ties wrong."""
     if backend == "reference":
-        pytest.skip("it is what this is compared with")
+        pytest.skip("this is compared with the reference")
     x, c = problem(*shape, dtype)
     c[-100:] = c[:100]
     c[-200:-100] = torch.nextafter(c[:100], torch.full_like(c[:100], float("inf")))
@@ -83,9 +83,9 @@ def test_the_module_does_not_synchronise_and_replays(backend, decay):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_distances_never_exist(backend, dtype):
+def test_the_distances_are_not_materialised(backend, dtype):
     if backend == "reference":
-        pytest.skip("it holds scores by the thousand rows")
+        pytest.skip("the reference materialises scores")
     x, c = problem(1 << 20, 8192, 64, dtype)  # 32 GB of distances
     sk.vector_quantize(x[:64], c)  # the matmul takes memory of its own for good
     torch.cuda.synchronize()
@@ -95,9 +95,9 @@ def test_the_distances_never_exist(backend, dtype):
     assert torch.cuda.max_memory_allocated() - before < got.values.nbytes + (96 << 20)
 
 
-def test_more_elements_than_an_int32_counts(backend):
+def test_more_than_2_to_the_31_elements(backend):
     if backend == "reference":
-        pytest.skip("it would take minutes")
+        pytest.skip("the reference would take minutes")
     rows = (1 << 23) + 5
     if torch.cuda.mem_get_info()[0] < 6 * rows * 256:
         pytest.skip("needs 13 GB")
@@ -111,7 +111,7 @@ def test_more_elements_than_an_int32_counts(backend):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("setting", [("fp32_precision", "tf32"), ("allow_fp16_accumulation", True)], ids=lambda s: s[0])
 def test_matmuls_of_reduced_precision(backend, metric, setting):
-    """What torch may do to products changes no code."""
+    """Matmul settings of torch change no code."""
     name, value = setting
     x, c = problem(2000, 3000, 96, torch.float16 if name.startswith("allow") else torch.float32)
     c[1500:] = c[:1500] + 1e-3

@@ -1,4 +1,4 @@
-"""free_energy: its mathematics, its gradients, its layouts, and what a user could lose."""
+"""free_energy: values, gradients, layouts, compilation and error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from sslkernels.latent import free_energy as module
-from sslkernels.latent.free_energy import free_energy_bwd, free_energy_fwd
+from sslkernels.latent.free_energy import Options, free_energy_bwd, free_energy_fwd
+from sslkernels.latent.triton import free_energy as launcher
 
 OP = "free_energy"
 MODES = ("soft", "min")
@@ -56,7 +57,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_layouts_are_read_where_they_lie(backend, mode, name, device):
+def test_strided_energies_are_not_copied(backend, mode, name, device):
     view, dim = LAYOUTS[name]
     base = energies(6, 4, 5, device=device)
     energy = view(base)
@@ -96,7 +97,7 @@ def test_a_small_beta_gives_the_mean_and_a_large_one_the_minimum(backend, mode, 
 @pytest.mark.parametrize("shift", [0.0, 1e6, -1e6])
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e4])
 def test_offsets_and_spreads(backend, spread, shift, device):
-    """As exact as the energies are, whatever they have in common and however far apart they lie."""
+    """No digits are lost to a large common offset or a large spread."""
     energy = (shift + energies(5, 40, device=device, spread=spread, requires_grad=False)).float().requires_grad_()
     for beta in (1e-3, 1.0):
         value = sk.free_energy(energy, beta=beta)
@@ -109,7 +110,7 @@ def test_offsets_and_spreads(backend, spread, shift, device):
 
 
 def test_importance_weighted_bound(backend, device):
-    """-log mean exp(log_weight), against the hand-written one that overflows."""
+    """-log mean exp(log_weight), with weights whose exponentials overflow."""
     log_weight = rows([[-1000.0, -1001.0, -1003.5], [800.0, 801.0, 790.0]], device)
     value = sk.free_energy(-log_weight)
     expected = -(torch.logsumexp(log_weight, 1) - math.log(3))
@@ -137,8 +138,8 @@ SPECIAL = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_infinite_and_nan_energies_are_those_of_torch(backend, dim, dtype, device):
-    """Also the gradient of rows that are all infinite, which is NaN; and no other row's."""
+def test_infinite_and_nan_energies_agree_with_torch(backend, dim, dtype, device):
+    """The gradient of a row that is all infinite is NaN; other rows are unaffected."""
     energy = rows(SPECIAL, device, dtype) if dim == 1 else rows(SPECIAL, device, dtype).detach().t().requires_grad_()
     exact = energy.detach().double().requires_grad_()
     value, truth = sk.free_energy(energy, dim=dim), math.log(4) - torch.logsumexp(-exact, dim)
@@ -153,7 +154,7 @@ def test_infinite_and_nan_energies_are_those_of_torch(backend, dim, dtype, devic
 
 
 @pytest.mark.parametrize("count", [4, 33, 3000])
-def test_of_equal_candidates_the_first_wins(backend, count, device):
+def test_ties_go_to_the_first_candidate(backend, count, device):
     for first in {0, count // 2, count - 2}:
         energy = torch.ones(2, count, device=device)
         energy[:, first:] = 0.0
@@ -189,7 +190,7 @@ def test_double_backward_raises(backend, device):
 
 
 def test_double_backward_of_the_minimum(backend, device):
-    """Its derivative depends on who won alone: a second one in the energies is 0, one in grad_output raises."""
+    """The gradient depends on the winner alone, so its derivative in the energies is 0; in grad_output it raises."""
     energy = energies(8, 5, device=device)
     grad = grad_of(sk.free_energy(energy, mode="min"), energy, create_graph=True)
     (grad.square().sum() + energy.square().sum()).backward()
@@ -207,8 +208,8 @@ def test_gradcheck(backend, device):
         assert torch.autograd.gradcheck(lambda e, d=dim: sk.free_energy(e, beta=0.8, dim=d), energy)
 
 
-def test_what_is_kept_and_computed(backend, device):
-    """The hard minimum keeps an index a row and no energies; without a gradient nothing is kept at all."""
+def test_saved_tensors(backend, device):
+    """The hard minimum saves one index a row and no energies; without a gradient no state is computed."""
     energy = energies(6, 5, device=device, dtype=torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -218,9 +219,8 @@ def test_what_is_kept_and_computed(backend, device):
         sk.free_energy(energy)
         assert sum(t.numel() for t in kept) == energy.numel() + 2 * 6
     for minimum in (False, True):
-        assert [part.numel() for part in free_energy_fwd(energy.detach().unsqueeze(2), 1.0, minimum, False)][1:] == [
-            0
-        ] * 3
+        outputs = free_energy_fwd(energy.detach().unsqueeze(2), Options(1.0, minimum), False)
+        assert [part.numel() for part in outputs.state] == [0, 0, 0]
     with torch.no_grad():
         assert not sk.free_energy(energy).requires_grad
     assert not sk.free_energy(energy.detach()).requires_grad
@@ -245,7 +245,7 @@ def test_shapes(backend, mode, device):
 
 
 def test_half_precision_gradient_rounds_once(backend, device):
-    """The derivative with respect to the value is far below what float16 holds until the loss scale multiplies it."""
+    """grad_output is below the smallest float16 until the loss scale multiplies it."""
     results = 100 if backend == "triton" and device == "cpu" else 65536
     energy = energies(results, 4, device=device, dtype=torch.float16)
     grad = grad_of(sk.free_energy(energy).mean() * 65536.0, energy)
@@ -325,11 +325,12 @@ def test_autocast_keeps_float32(device):
 @pytest.mark.parametrize("minimum", [False, True])
 def test_opcheck(backend, minimum, device):
     energy = energies(3, 5, 2, device=device, dtype=torch.float16, requires_grad=False)
-    for state in (False, True):
-        torch.library.opcheck(torch.ops.sslkernels.free_energy_fwd.default, (energy, 0.5, minimum, state))
-    value, *state = free_energy_fwd(energy, 0.5, minimum, True)
-    arguments = (value, None if minimum else energy, *state, 5, torch.float16, 0.5)
-    torch.library.opcheck(torch.ops.sslkernels.free_energy_bwd.default, arguments)
+    options = Options(0.5, minimum)
+    for keep_state in (False, True):
+        torch.library.opcheck(free_energy_fwd.raw, tuple(free_energy_fwd.inputs.pack((energy, options, keep_state))))
+    found = free_energy_fwd(energy, options, True)
+    arguments = (found.value, None if minimum else energy, found.state, options, 5, torch.float16)
+    torch.library.opcheck(free_energy_bwd.raw, tuple(free_energy_bwd.inputs.pack(arguments)))
     assert free_energy_bwd(*arguments).shape == energy.shape
 
 
@@ -370,3 +371,17 @@ def test_errors(change, kind, message):
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match=re.escape("free_energy() takes 1 positional argument")):
         sk.free_energy(torch.ones(3), 1.0)
+
+
+def triton_calls(size: int, every: bool) -> None:
+    """`size` is the number of candidates or of results."""
+    dtype = torch.float64 if every else torch.bfloat16
+    acc = torch.float64 if every else torch.float32
+    soft, hard = module.Options(1.0, False), module.Options(1.0, True)
+    for shape in ((3, size, 1), (1, 3, size), (size, 2, 3)):
+        energy, values = torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], shape[2], dtype=acc)
+        winner, sums = torch.zeros(values.shape, dtype=torch.int64), (values, values) if every else (None, None)
+        launcher.free_energy_fwd(energy, module.Outputs(values, *sums, None), soft)
+        launcher.free_energy_fwd(energy, module.Outputs(values, None, None, winner if every else None), hard)
+        launcher.free_energy_bwd(values, energy, module.State(values, values, None), energy, soft)
+        launcher.free_energy_bwd(values, None, module.State(None, None, winner), energy, hard)

@@ -1,4 +1,4 @@
-"""gaussian_rsample and gaussian_kl: their mathematics, their gradients, and what a user could lose."""
+"""gaussian_rsample and gaussian_kl: values, gradients, the divergence, statistics and shapes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from gaussian_oracle import CASES, LEAVES, Case, call
 
 import sslkernels as sk
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent import gaussian as module
 from sslkernels.latent import gaussian_operators
+from sslkernels.latent.gaussian_operators import ELEMENTS, NO_KL, ROWS, KernelOutputs, OutputGrads, Wanted
+from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
 
 OP = "gaussian_rsample"
 
 
 def rounding(dtype):
-    """Of the accumulation dtype and of the result, relative to the norm."""
+    """The relative error of the norm by roundings of the accumulation dtype and of the result."""
     return 8 * torch.finfo(accumulation_dtype(dtype)).eps + torch.finfo(dtype).eps
 
 
@@ -59,7 +62,7 @@ def test_values_and_gradients_against_float64(backend, case, dtype, device):
             continue
         assert grad.dtype == dtype
         assert grad.shape == leaves[name].shape
-        # A prior that is expanded first adds up gradients that were rounded.
+        # Autograd sums the rounded gradients of a prior that is expanded first.
         terms = 4 * math.sqrt(case.columns * 7) if case.prior == "column" else 4
         assert oracle.error(grad, true_grads[name]) <= terms * rounding(dtype), name
 
@@ -102,39 +105,40 @@ def test_every_subset_of_leaves_gets_the_same_gradients(backend, name, device):
     assert not any(o.requires_grad for o in call(sk.gaussian_rsample, frozen, options))
 
 
-def test_only_what_is_asked_for_is_computed(monkeypatch, device):
-    """Arguments of the kernel that are absent: z, kl and statistics; gradients of z and kl, then those wanted."""
-    asked = []
-    forward, backward = gaussian_operators._split_fwd, gaussian_operators._split_bwd
-    monkeypatch.setattr(
-        gaussian_operators, "_split_fwd", lambda a: asked.append(("fwd", a[6], a[8], a[12])) or forward(a)
-    )
-    monkeypatch.setattr(
-        gaussian_operators,
-        "_split_bwd",
-        lambda a: asked.append(("bwd", a[0] is not None, a[1] is not None, *a[14:])) or backward(a),
-    )
-    rows = gaussian_operators.ROWS
+def test_only_wanted_results_are_computed(monkeypatch, device):
+    """Which results and gradients the operators are called for."""
+    calls = []
+    forward, backward = module.gaussian_fwd, module.gaussian_bwd
 
-    def calls(of, mean, logvar, **options):
-        asked.clear()
+    def recorded_forward(inputs, options, statistics):
+        calls.append(("fwd", options.samples, options.kl, statistics))
+        return forward(inputs, options, statistics)
+
+    def recorded_backward(grads, inputs, options, wanted):
+        calls.append(("bwd", OutputGrads(grads.z is not None, grads.kl is not None), wanted))
+        return backward(grads, inputs, options, wanted)
+
+    monkeypatch.setattr(module, "gaussian_fwd", recorded_forward)
+    monkeypatch.setattr(module, "gaussian_bwd", recorded_backward)
+
+    def calls_of(loss, mean, logvar, **options):
+        calls.clear()
         leaves = [torch.ones(3, 4, device=device, requires_grad=r) for r in (mean, logvar)]
         z, kl = sk.gaussian_rsample(*leaves, seed=0, **options)
-        of(z, kl).backward()
-        return set(asked)
+        loss(z, kl).backward()
+        return calls
 
-    plain = ("fwd", 1, rows, False)
-    assert calls(lambda z, kl: z.sum() + kl.sum(), True, True) == {
-        plain,
-        ("bwd", True, True, *(True, True), *(False,) * 2),
-    }
-    assert calls(lambda z, kl: kl.sum(), True, False) == {plain, ("bwd", False, True, True, False, False, False)}
-    # The gradient of z is that of the mean: no kernel, where logvar is frozen.
-    assert calls(lambda z, kl: z.sum(), True, False) == {plain}
-    assert calls(lambda z, kl: z.sum(), True, True) == {plain, ("bwd", True, False, False, True, False, False)}
-    none = ("fwd", 3, gaussian_operators.NO_KL, False)
-    several = {none, ("bwd", True, False, True, True, False, False)}
-    assert calls(lambda z, kl: z.sum(), True, True, num_samples=3, kl=None) == several
+    def bwd(z, kl, mean, logvar):
+        return ("bwd", OutputGrads(z, kl), Wanted(mean, logvar, False, False))
+
+    fwd = ("fwd", 1, ROWS, False)
+    assert calls_of(lambda z, kl: z.sum() + kl.sum(), True, True) == [fwd, bwd(True, True, True, True)]
+    assert calls_of(lambda z, kl: kl.sum(), True, False) == [fwd, bwd(False, True, True, False)]
+    # The gradient of z is the gradient of mean: no kernel runs if logvar is frozen.
+    assert calls_of(lambda z, kl: z.sum(), True, False) == [fwd]
+    assert calls_of(lambda z, kl: z.sum(), True, True) == [fwd, bwd(True, False, False, True)]
+    several = [("fwd", 3, NO_KL, False), bwd(True, False, True, True)]
+    assert calls_of(lambda z, kl: z.sum(), True, True, num_samples=3, kl=None) == several
 
 
 def test_gradients_of_any_layout_and_of_either_output_alone(backend, device):
@@ -181,8 +185,6 @@ def test_double_backward_raises(backend, device):
         grad.sum().backward()
 
 
-# --- The divergence -----------------------------------------------------------------------------------------------
-
 MAGNITUDES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.03, 0.3, 0.7, 0.99, 1.01, 1.5, 3.0, 10.0)
 
 
@@ -195,7 +197,7 @@ def exact_kl(mean, logvar, prior_mean=0.0, prior_logvar=0.0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_every_divergence_keeps_its_digits(backend, dtype, device):
-    """Relative error of each element, over mean and logvar from 1e-6 to 10: 1.5e-6 in float32. Eager torch has 1."""
+    """Relative error of each element, over mean and logvar from 1e-6 to 10: 1.5e-6 in float32 (1 in eager torch)."""
     values = [s * m for m in MAGNITUDES for s in (1, -1)]
     grid = torch.tensor(list(itertools.product(values, values)), dtype=torch.float64).to(dtype)
     mean, logvar = (column.contiguous().to(device) for column in grid.unbind(1))
@@ -223,7 +225,7 @@ def test_the_divergence_to_a_prior_near_the_posterior_keeps_its_digits(backend, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_slope_of_the_divergence_keeps_its_digits(backend, dtype, device):
-    """expm1(logvar) / 2, which exp(logvar) - 1 would lose near 0."""
+    """expm1(logvar) / 2; exp(logvar) - 1 would cancel near 0."""
     logvar = torch.tensor([s * m for m in MAGNITUDES[1:] for s in (1, -1)]).to(dtype).to(device).requires_grad_()
     (grad,) = torch.autograd.grad(sk.gaussian_kl(torch.zeros_like(logvar), logvar, reduction="sum"), logvar)
     exact = logvar.detach().double().expm1() / 2
@@ -233,7 +235,7 @@ def test_the_slope_of_the_divergence_keeps_its_digits(backend, dtype, device):
 
 
 def test_free_bits_stop_the_gradient_below_them(backend, device):
-    """Of each element, whatever the others of its row or column are; at the threshold itself it passes, as in clamp."""
+    """Per element, whatever its row and column hold; at the threshold itself the gradient passes, as in clamp."""
     mean = torch.tensor([[0.1, 1.0, 2.0], [3.0, 0.2, 1.0]], device=device, requires_grad=True)
     logvar = torch.zeros(2, 3, device=device, requires_grad=True)
     value, stats = sk.gaussian_kl(mean, logvar, free_bits=0.5, return_stats=True, reduction="none")
@@ -259,8 +261,8 @@ def test_bounds_clamp_as_torch_does(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_what_is_not_finite_stays_where_it_is(backend, dtype, device):
-    """NaN in its element alone (and in its row's sum), a variance of 0, and one beyond the dtype."""
+def test_nonfinite_inputs_affect_only_their_element(backend, dtype, device):
+    """NaN in one element (and its row's sum), a variance of 0, and one that overflows."""
     mean = torch.zeros(6, 5, dtype=dtype, device=device)
     logvar = torch.zeros_like(mean)
     mean[0, 1], logvar[1, 2], logvar[2, 3] = math.nan, math.nan, -math.inf
@@ -283,15 +285,15 @@ def test_what_is_not_finite_stays_where_it_is(backend, dtype, device):
     assert row.isinf().tolist() == [False, False, True, True, True, False]
     in_mean, in_logvar = torch.autograd.grad(z.sum() + kl.sum(), leaves)
     assert torch.equal(in_mean.isnan(), nan & mean.isnan())
-    in_logvar[3, 4] = 0  # of -inf and inf, or inf
+    in_logvar[3, 4] = 0  # -inf + inf, or inf
     assert torch.equal(in_logvar.isnan(), nan & logvar.isnan())
     assert in_logvar[2, 3] == -0.5
     bounded, _ = sk.gaussian_rsample(mean, logvar, seed=0, logvar_bounds=(-4.0, 4.0))
     assert torch.equal(bounded.isnan(), nan)
 
 
-def test_the_divergence_of_half_precision_holds_what_it_does_not(backend, device):
-    """exp(12) is beyond float16: neither the divergence nor its gradient is computed in it."""
+def test_the_divergence_of_half_precision_does_not_overflow(backend, device):
+    """exp(12) overflows float16, which neither the divergence nor its gradient is computed in."""
     mean = torch.zeros(1, 4, dtype=torch.float16, device=device)
     logvar = torch.tensor([[11.0, 12.0, 16.0, 20.0]], dtype=torch.float16, device=device, requires_grad=True)
     z, kl = sk.gaussian_rsample(mean, logvar, kl="none", seed=0)
@@ -302,7 +304,7 @@ def test_the_divergence_of_half_precision_holds_what_it_does_not(backend, device
 
 
 def test_scales_over_all_of_float32(backend, device):
-    """Relative error of exp(logvar / 2) from underflow to overflow: at most that of a few roundings."""
+    """Relative error of exp(logvar / 2) from underflow to overflow: a few roundings."""
     logvar = torch.linspace(-170, 177, 700, device=device).view(1, -1)
     eps = sk.random_normal(logvar.shape, 0, device=device)
     z, _ = sk.gaussian_rsample(torch.zeros_like(logvar), logvar, seed=0)
@@ -313,13 +315,10 @@ def test_scales_over_all_of_float32(backend, device):
         assert (z.abs() == expected).all()
 
 
-# --- Statistics ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("rows", "columns", "offset"), [(130, 5, 0.0), (65, 33, 100.0), (64, 1, 1e4), (2, 3, 0.0)])
 def test_statistics(backend, rows, columns, offset, dtype, device):
-    """The variance keeps its digits where the means have a large one in common."""
+    """The variance loses no digits to a large common offset of the means."""
     g = torch.Generator().manual_seed(rows)
     mean = torch.randn(rows, columns, generator=g, dtype=torch.float64) * torch.linspace(0.05, 2, columns) + offset
     mean = mean.to(dtype).to(device).requires_grad_()
@@ -349,20 +348,17 @@ def test_statistics_of_too_few_rows(backend, rows, device):
     assert stats.active_units == 0
 
 
-def test_statistics_take_the_first_row_as_any_other(backend, device):
-    """An outlier there, from which distances are counted, costs no digits of the others."""
+def test_statistics_with_an_outlier_in_the_first_row(backend, device):
+    """Distances are relative to row 0; an outlier there costs no digits."""
     mean = 1e-2 * torch.randn(200, 2, device=device, generator=torch.Generator(device).manual_seed(0))
     mean[0] = 3.0
     _, stats = sk.gaussian_kl(mean, mean, return_stats=True)
     torch.testing.assert_close(stats.mean_variance.double(), mean.double().var(0), rtol=1e-5, atol=0)
 
 
-# --- Shapes -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (2, 0, 5), (0,), (1,), (2, 5)])
 @pytest.mark.parametrize("samples", [None, 0, 2])
-def test_nothing_to_sample(backend, shape, samples, device):
+def test_empty_shapes(backend, shape, samples, device):
     mean, logvar = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
     prior = tuple(torch.randn(shape[-1], device=device, requires_grad=True) for _ in range(2))
     z_shape = shape if samples is None else (*shape[:-1], samples, shape[-1])
@@ -380,8 +376,8 @@ def test_nothing_to_sample(backend, shape, samples, device):
             assert not any(g.any() for g in grads)
 
 
-def test_rows_that_lie_anywhere(backend, device):
-    """Halves of one tensor, transposed and strided rows, a row for all, and rows that start at odd addresses."""
+def test_rows_of_any_stride(backend, device):
+    """Halves of one tensor, transposed, strided and broadcast rows, and rows that start at odd addresses."""
     base = torch.randn(8, 24, dtype=torch.float64, device=device)
     views = [
         base.chunk(2, -1),
@@ -398,3 +394,18 @@ def test_rows_that_lie_anywhere(backend, device):
         expected = differentiate(sk.gaussian_rsample, plain, {"seed": 1, "num_samples": 2})
         assert all(torch.equal(a, b) for a, b in zip(got[0], expected[0], strict=True))
         assert all(torch.equal(a, expected[1][name]) for name, a in got[1].items())
+
+
+def triton_calls(columns: int, every: bool) -> None:
+    rows, dtype = 2, torch.bfloat16 if every else torch.float32
+    mean, z = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, 3, columns, dtype=dtype)
+    priors = (mean[:1], mean) if every else (None, None)
+    row_ids = torch.zeros(rows, dtype=torch.int64) if every else None
+    inputs = gaussian_operators.Inputs(mean, mean, *priors, row_ids, torch.zeros((), dtype=torch.int64))
+    bounds = (0.1, -1.0) if every else (0.0, -math.inf)
+    options = gaussian_operators.Options(3, False, ROWS, *bounds, math.inf)
+    parts, blocks = -(-columns // columns_of_tile(dtype, columns)), torch.zeros(1, 3, columns)
+    gaussian_fwd(inputs, options, KernelOutputs(z, torch.zeros(rows, parts), blocks if every else None), True)
+    prior_grads = (blocks[:, 0].contiguous(), torch.zeros_like(mean)) if every else (None, None)
+    filled = gaussian_operators.Gradients(mean, mean, *prior_grads)
+    gaussian_bwd(inputs, options._replace(kl=ELEMENTS), OutputGrads(z, mean.float()), filled, False)

@@ -1,4 +1,4 @@
-"""The noise of gaussian_rsample: whose it is, when it is made again, and what holds of its gradients on average."""
+"""The noise of gaussian_rsample: its stream, its recomputation, the mean of its gradients, transformations, errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from benchmarks import memory
+from sslkernels.latent.gaussian_operators import Inputs, Options, OutputGrads, Wanted, gaussian_bwd, gaussian_fwd
 
 OP = "gaussian_rsample"
 
@@ -40,7 +41,7 @@ def equal(first, second):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("columns", [1, 3, 8])
-def test_it_is_random_normal_to_the_bit(backend, columns, dtype, device):
+def test_the_noise_is_random_normal_to_the_bit(backend, columns, dtype, device):
     zeros = torch.zeros(5, columns, dtype=dtype, device=device)
     row_ids = torch.tensor([3, 0, 2**33 + 1, -5, 2**63 - 1], device=device)
     for ids in (None, row_ids):
@@ -73,7 +74,7 @@ def test_a_batch_in_parts_or_in_another_order_is_the_same(backend, columns, devi
 
 
 def test_row_numbers_do_not_wrap(backend, device):
-    """Numbers of rows whose groups are beyond 2^32, in forward and in backward."""
+    """Row numbers whose groups exceed 2^32, in forward and backward."""
     ids = torch.tensor([2**33 + 1, 1, 2**62 + 5], device=device)
     mean, logvar = (torch.zeros(3, 13, device=device, requires_grad=True) for _ in range(2))
     z = sk.gaussian_rsample(mean, logvar, 2, row_ids=ids, seed=6).z
@@ -120,7 +121,7 @@ def test_the_divergence_alone_draws_nothing(device):
 
 
 @pytest.mark.parametrize("samples", [None, 3])
-def test_nothing_of_the_size_of_the_inputs_is_kept_but_they(backend, samples, device):
+def test_only_the_inputs_are_saved(backend, samples, device):
     base = torch.randn(300, 64, device=device, requires_grad=True)
     mean, logvar = base.chunk(2, -1)
     prior = tuple(torch.randn(32, device=device, requires_grad=True) for _ in range(2))
@@ -140,7 +141,7 @@ def test_nothing_of_the_size_of_the_inputs_is_kept_but_they(backend, samples, de
 def test_memory(backend, device):
     """Peak memory beyond what is returned: less than a tenth of a tensor, forward and backward (64 MiB each here)."""
     if backend in ("reference", "triton"):
-        pytest.skip("the reference holds the noise; the interpreter copies tensors")
+        pytest.skip("the reference materialises the noise; the interpreter copies tensors")
     mean, logvar = parameters(device, 16384, 1024)
     grad = torch.randn_like(mean)
 
@@ -157,8 +158,8 @@ def test_memory(backend, device):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("preserve", [False, True])
-def test_checkpoint_makes_the_same_noise(backend, use_reentrant, preserve, device):
-    """By torch's default generators where their state is restored, by seed= anyway."""
+def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve, device):
+    """From torch's default generators if their state is restored, from seed= in any case."""
     mean, logvar = parameters(device)
     options = {} if preserve else {"seed": torch.tensor(9, device=device)}
 
@@ -236,8 +237,8 @@ def test_a_memory_budget_of_the_compiler_changes_no_noise(device):
     assert torch.autograd.grad(compiled(mean, logvar, None), mean)[0].isfinite().all()
 
 
-def test_a_compiled_checkpoint_makes_the_same_noise(device):
-    """The compiler computes the block again in backward, with the seed that forward drew."""
+def test_a_compiled_checkpoint_regenerates_the_same_noise(device):
+    """The compiler recomputes the block in backward, with the seed that forward drew."""
     mean, logvar = parameters(device)
 
     def block(mean, logvar):
@@ -304,15 +305,15 @@ def test_opcheck(backend, case, device):
     mean, logvar = (leaves[n].reshape(-1, case.columns) for n in ("mean", "logvar"))
     prior = [leaves[n].reshape(-1, case.columns) for n in ("prior_mean", "prior_logvar") if n in leaves] or [None] * 2
     ids = options["row_ids"].reshape(-1) if case.row_ids else None
-    inputs = (mean, logvar, *prior, ids, torch.tensor(3, device=device))
+    inputs = Inputs(mean, logvar, *prior, ids, torch.tensor(3, device=device))
     mode = 0 if options.get("kl", "row") is None else 2
-    flags = (case.samples or 1, True, mode, options.get("free_bits", 0.0), -2.0, 2.0)
-    torch.library.opcheck(torch.ops.sslkernels.gaussian_fwd.default, (*inputs, *flags, True))
-    z, kl, *_ = torch.ops.sslkernels.gaussian_fwd(*inputs, *flags, False)
-    wants_prior = prior[0] is not None
-    grads = (z, kl if mode else None)
-    arguments = (*grads, *inputs, *flags, True, True, wants_prior, wants_prior)
-    torch.library.opcheck(torch.ops.sslkernels.gaussian_bwd.default, arguments)
+    flags = Options(case.samples or 1, True, mode, options.get("free_bits", 0.0), -2.0, 2.0)
+    torch.library.opcheck(gaussian_fwd.raw, tuple(gaussian_fwd.inputs.pack((inputs, flags, True))))
+    outputs = gaussian_fwd(inputs, flags, False)
+    has_prior = inputs.prior_mean is not None
+    grads = OutputGrads(outputs.z, outputs.kl if mode else None)
+    arguments = (grads, inputs, flags, Wanted(True, True, has_prior, has_prior))
+    torch.library.opcheck(gaussian_bwd.raw, tuple(gaussian_bwd.inputs.pack(arguments)))
 
 
 @pytest.mark.parametrize("columns", [33, 1500])

@@ -1,4 +1,4 @@
-"""gumbel_softmax: its mathematics, its gradients, and what a user could lose."""
+"""gumbel_softmax: values, gradients, noise, memory, transformations and error messages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from benchmarks import memory
+from sslkernels.latent.gumbel_rows import NoisyLogits, RowGrads, RowOutputs, State, TritonGumbelRows
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 
 OP = "gumbel_softmax"
@@ -41,7 +42,7 @@ def oracle(logits: Tensor, tau: float, hard: bool, dim: int, seed: int, grad: Te
 
 
 def assert_close(got: Tensor, true: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
-    """Exponents as far as 80 below 0 have an error of 80 roundings; then one rounding to the dtype."""
+    """An exponent of -80 has an error of 80 roundings; then one rounding to the dtype."""
     rounding = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     eps = torch.finfo(dtype).eps
     tolerances = {
@@ -113,7 +114,7 @@ def test_the_gradient_of_hard_is_that_of_soft(backend, device):
 
 
 def test_all_backends_draw_the_same(device):
-    """Bit for bit: one addition of noise that is the same everywhere, and the lowest index."""
+    """Bitwise: the noise is the same on every backend, it is added once, and ties go to the lowest index."""
     for dtype, columns in itertools.product(DTYPES, (3, 33, 1030)):
         logits = draw(5, columns, dtype=dtype, device=device)
         drawn = []
@@ -126,7 +127,7 @@ def test_all_backends_draw_the_same(device):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_draws_as_float32(backend, device, dtype):
-    """Noise of the dtype of the logits would be biased (complaints 5 to 7)."""
+    """Noise in the dtype of the logits would be biased (complaints 5 to 7)."""
     logits = draw(7, 65, dtype=dtype, device=device)
     for dim in (0, 1):
         got = sk.gumbel_softmax(logits, hard=True, dim=dim, seed=1)
@@ -141,7 +142,7 @@ def test_the_index_does_not_depend_on_tau(backend, device):
 
 
 def test_ties_go_to_the_lowest_index(backend, device):
-    """Logits that cancel the noise: all sums are 0, whatever the tile they are in."""
+    """Logits that cancel the noise: all sums are 0, in the same tile and in different ones."""
     for columns in (2, 9, 300, 1030):
         noise = sk.random_gumbel((3, columns), 4, device=device)
         logits = -noise
@@ -168,7 +169,7 @@ def test_the_drop_in(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tau", [1e-30, 1e-3, 1.0, 1e30])
 def test_no_nan(backend, device, tau, dtype):
-    """Finite logits, up to the largest, give finite results (complaint 1); so do gradients that the dtype holds."""
+    """Finite logits, up to the largest, give finite results (complaint 1) and gradients, unless the dtype overflows."""
     largest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.float32).max / 8
     for scale in (1.0, 1e3, largest):
         logits = (draw(6, 40, device=device, dtype=torch.float64).clamp(-4, 4) * scale).to(dtype).requires_grad_()
@@ -278,15 +279,12 @@ def test_nothing_requires_grad(backend, device):
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 4), (0,)])
 @pytest.mark.parametrize("hard", [False, True])
-def test_nothing_to_draw(backend, device, shape, hard):
+def test_empty_shapes(backend, device, shape, hard):
     logits = torch.zeros(shape, device=device, requires_grad=True)
     y = sk.gumbel_softmax(logits, 0.5, hard)
     assert y.shape == shape
     y.sum().backward()
     assert logits.grad.shape == shape
-
-
-# --- The noise ---
 
 
 def test_the_noise_is_that_of_random_gumbel(backend, device):
@@ -317,7 +315,7 @@ def test_batches_split_by_row_ids(backend, device):
 
 @pytest.mark.parametrize("codes", [5, 50])
 def test_row_numbers_do_not_wrap(backend, device, codes):
-    """Numbers of rows whose groups are beyond 2^32, in forward and in backward."""
+    """Row numbers whose groups exceed 2^32, in forward and backward."""
     ids = torch.tensor([2**33 + 1, 1, 2**62 + 5], device=device)
     logits = draw(3, codes, device=device).requires_grad_()
     y = sk.gumbel_softmax(logits, 0.5, row_ids=ids, seed=6)
@@ -344,7 +342,7 @@ def test_seeds_and_generators(backend, device):
 
 
 def test_backward_uses_the_noise_of_forward(backend, device):
-    """Whatever the default generator has drawn since."""
+    """Draws from the default generator in between change nothing."""
     logits = draw(3, 9, device=device).requires_grad_()
     torch.manual_seed(3)
     seed = torch.randint(-(2**63), 2**63 - 1, (), device=device)
@@ -364,10 +362,7 @@ def test_tau_as_a_tensor(backend, device):
     assert sk.gumbel_softmax(logits, torch.tensor(0.0, device=device), seed=1).isnan().all()
 
 
-# --- What is kept, and for how long ---
-
-
-def test_nothing_of_the_size_of_the_logits_is_saved_but_them(backend, device):
+def test_only_the_logits_and_two_numbers_a_row_are_saved(backend, device):
     logits = draw(16, 96, device=device).requires_grad_()
     saved = []
     for dim, hard in ((-1, True), (0, False)):
@@ -380,9 +375,9 @@ def test_nothing_of_the_size_of_the_logits_is_saved_but_them(backend, device):
 
 
 def test_memory(backend, device):
-    """Beyond y and the gradient, peak memory is small beside the logits (64 MiB)."""
+    """Beyond y and the gradient, peak memory is small compared with the logits (64 MiB)."""
     if backend in ("reference", "triton"):
-        pytest.skip("the reference holds words and exponentials; the interpreter copies tensors")
+        pytest.skip("the reference materialises words and exponentials; the interpreter copies tensors")
     logits, grad = draw(2048, 8192, device=device).requires_grad_(), torch.ones(2048, 8192, device=device)
 
     def run():
@@ -417,9 +412,6 @@ def test_bitwise_equal_from_run_to_run(backend, device):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-# --- Transformations ---
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
     torch._dynamo.reset()
@@ -438,7 +430,7 @@ def test_compile_equals_eager(backend, device, dynamic):
 
 
 def test_a_compiled_graph_takes_another_tau(device):
-    """An annealed temperature compiles no new graph a step (complaint 48)."""
+    """An annealed temperature compiles no new graph for each step (complaint 48)."""
     torch._dynamo.reset()
     graphs = []
 
@@ -519,11 +511,12 @@ def test_autocast_changes_nothing(device, dtype):
 def test_opcheck(backend, device):
     logits, seed = draw(3, 6, dtype=torch.bfloat16, device=device), torch.tensor(3, device=device)
     inverse_tau = torch.tensor(2.0, dtype=torch.float64, device=device)
-    arguments = (logits, seed, None, inverse_tau, True)
-    torch.library.opcheck(torch.ops.sslkernels.gumbel_softmax_fwd.default, arguments)
-    y, row_max, row_sum = gumbel_softmax_fwd(*arguments)
-    arguments = (y, logits, seed, torch.arange(3, device=device), row_max, row_sum, inverse_tau)
-    torch.library.opcheck(torch.ops.sslkernels.gumbel_softmax_bwd.default, arguments)
+    arguments = (NoisyLogits(logits, seed, None, inverse_tau), True)
+    torch.library.opcheck(gumbel_softmax_fwd.raw, tuple(gumbel_softmax_fwd.inputs.pack(arguments)))
+    found = gumbel_softmax_fwd(*arguments)
+    source = NoisyLogits(logits, seed, torch.arange(3, device=device), inverse_tau)
+    arguments = (found.y, source, found.state)
+    torch.library.opcheck(gumbel_softmax_bwd.raw, tuple(gumbel_softmax_bwd.inputs.pack(arguments)))
     assert gumbel_softmax_bwd(*arguments).shape == logits.shape
 
 
@@ -564,7 +557,7 @@ def test_errors(change, kind, message):
 @pytest.mark.gpu
 def test_nothing_synchronises_and_a_graph_replays(backend):
     if backend == "reference":
-        pytest.skip("it is not held to it")
+        pytest.skip("the reference may synchronise")
     torch.use_deterministic_algorithms(False)
     logits = draw(64, 1000, device="cuda").requires_grad_()
     tau = torch.tensor(0.5, device="cuda")
@@ -579,3 +572,25 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
     first = [t.clone() for t in got]
     graph.replay()
     assert not torch.equal(first[0], got[0])
+
+
+def triton_calls(columns: int, every: bool) -> None:
+    """One row per program and several, with and without optional tensors."""
+    dtype = torch.float64 if every else torch.bfloat16
+    acc = torch.float64 if every else torch.float32
+    kernels = TritonGumbelRows()
+    for width in (columns, 9001):
+        logits, index = torch.zeros(2, width, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        seed, tau = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.float64)
+        source = NoisyLogits(logits, seed, index if every else None, tau)
+        state = State(torch.zeros(2, dtype=acc), torch.ones(2, dtype=acc))
+        stats = {"best": index, "softmax_state": state} if every else {}
+        for output in (0, 1, 2):
+            filled = RowOutputs(logits if output else None, None if output else index, state, **stats)
+            kernels.forward(source, output, filled)
+        kernels.forward(NoisyLogits(logits, None, None, tau), 0, RowOutputs(None, index, state))
+        usage, mask = logits[:1].to(acc), torch.ones(2, dtype=torch.bool) if every else None
+        kernels.backward(RowGrads(logits.to(acc), None, None), source, state, None, logits)
+        kernels.backward(RowGrads(logits, usage, mask), source, state, state, logits)
+        kernels.backward(RowGrads(None, usage, mask), source, None, state, logits)
+        kernels.probability_sums(logits, state, mask, 2 if every else 1)

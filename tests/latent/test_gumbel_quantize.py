@@ -1,4 +1,4 @@
-"""gumbel_quantize and GumbelQuantizer: against the quantizer of wav2vec 2.0 written with its one-hot product."""
+"""gumbel_quantize and GumbelQuantizer, compared with the quantizer of wav2vec 2.0 written with a one-hot product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from benchmarks import memory
 from sslkernels.latent import gumbel_quantize as module
-from sslkernels.latent.gumbel_quantize import gumbel_quantize_bwd, gumbel_quantize_fwd
+from sslkernels.latent.gumbel_quantize import OutputGrads, Wanted, gumbel_quantize_bwd, gumbel_quantize_fwd
+from sslkernels.latent.gumbel_rows import NoisyLogits
 
 OP = "gumbel_quantize"
 NAMES = ("logits", "codebook")
@@ -26,9 +27,9 @@ def problem(
 ):
     """(logits, codebook); groups None: without groups."""
     g = torch.Generator().manual_seed(1)
-    own = () if groups is None else (groups,)
-    logits = 2 * torch.randn(*batch, *own, codes, generator=g, dtype=torch.float64)
-    codebook = torch.randn(*own, codes, dim, generator=g, dtype=torch.float64)
+    per_group = () if groups is None else (groups,)
+    logits = 2 * torch.randn(*batch, *per_group, codes, generator=g, dtype=torch.float64)
+    codebook = torch.randn(*per_group, codes, dim, generator=g, dtype=torch.float64)
     tensors = [logits.to(device, dtype), codebook.to(device, codebook_dtype or dtype)]
     return [t.requires_grad_(name in requires_grad) for name, t in zip(NAMES, tensors, strict=True)]
 
@@ -121,7 +122,7 @@ def test_without_groups(backend, device):
 
 
 def test_hard_values_are_those_of_gumbel_softmax(backend, device):
-    """The rows of noise: groups of a row behind one another."""
+    """Group g of row n has the noise of row n * G + g."""
     logits, codebook = problem(device, dtype=torch.float32)
     for hard in (True, False):
         got = sk.gumbel_quantize(logits, codebook, tau=0.5, hard=hard, seed=-8)
@@ -131,7 +132,7 @@ def test_hard_values_are_those_of_gumbel_softmax(backend, device):
 
 
 def test_without_noise(backend, device):
-    """Evaluation as in fairseq: the largest logit, the lowest of equal ones; values give the logits no gradient."""
+    """Evaluation as in fairseq: the largest logit, the lowest index among ties; values give the logits no gradient."""
     logits, codebook = problem(device, dtype=torch.float32)
     with torch.no_grad():
         logits[0, 0, 0, 1:3] = 9.0
@@ -184,7 +185,7 @@ def test_each_output_alone(backend, device):
 
 
 def test_gradcheck(device):
-    """Of the soft values and of the perplexity; the hard ones are steps."""
+    """Soft values and perplexity; hard values are step functions."""
     logits, codebook = problem(device, batch=(2,), codes=4, dim=3)
     mask = torch.tensor([True, False], device=device)
 
@@ -253,7 +254,7 @@ def test_layouts(backend, device, hard):
 
 
 def test_rows_that_are_not_finite(backend, device):
-    """NaN values and gradients of these rows and their codes, an index in range, and nothing else touched."""
+    """These rows have NaN values, NaN gradients (as have their codes) and an index in range; others are unaffected."""
     logits, codebook = problem(device, batch=(7,), codes=9, dtype=torch.float32, requires_grad=())
     logits[0, 0, 3], logits[1, 1, 0], logits[2, 0] = float("nan"), float("inf"), float("-inf")
     logits[3, :, 1:] = float("-inf")
@@ -320,7 +321,7 @@ def test_perplexities_of_wav2vec(device):
 
 
 def test_statistics_over_many_rows(backend, device):
-    """Several chunks of partial sums, whose last is not full."""
+    """Several partial sums, the last one over fewer rows."""
     rows = 300 if backend == "triton" and device == "cpu" else 5003
     logits, codebook = problem(device, batch=(rows,), groups=3, codes=7, dim=1, dtype=torch.float32)
     mask = mask_of((rows,), device)
@@ -347,7 +348,7 @@ def test_batches_split_by_row_ids(backend, device):
 
 
 def test_row_numbers_do_not_wrap(backend, device):
-    """Numbers of rows whose groups are beyond 2^32."""
+    """Row numbers whose groups exceed 2^32."""
     ids = torch.tensor([2**33 + 1, 1, 2**61 + 5], device=device)
     code = sk.gumbel_quantize(
         torch.zeros(3, 2, 9, device=device), torch.zeros(2, 9, 1, device=device), row_ids=ids, seed=6
@@ -357,34 +358,34 @@ def test_row_numbers_do_not_wrap(backend, device):
     assert torch.equal(code.indices, expected)
 
 
-def test_strips(backend, device, monkeypatch):
-    """The gradient of the one-hot in strips of few rows is that of one strip, noise included."""
-    monkeypatch.setattr(module, "STRIP_BYTES", {"cpu": 1 << 30, "cuda": 1 << 30})
+def test_row_blocks(backend, device, monkeypatch):
+    """The gradient of the logits from blocks of few rows equals that from one block, noise included."""
+    monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 1 << 30, "cuda": 1 << 30})
     rows = 40 if backend == "triton" and device == "cpu" else 100
     for dtype, ids in ((torch.float32, None), (torch.bfloat16, torch.arange(rows, device=device) + 5)):
         logits, codebook = problem(device, batch=(rows,), dtype=dtype)
         mask = mask_of((rows,), device)
         quantized = sk.gumbel_quantize(logits, codebook, mask=mask, row_ids=ids, seed=1, return_stats=True)
         (whole,) = torch.autograd.grad(loss_of(quantized), logits, retain_graph=True)
-        monkeypatch.setattr(module, "STRIP_BYTES", {"cpu": 1, "cuda": 1})
-        (strips,) = torch.autograd.grad(loss_of(quantized), logits)
-        torch.testing.assert_close(strips, whole)
+        monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 1, "cuda": 1})
+        (blocks,) = torch.autograd.grad(loss_of(quantized), logits)
+        torch.testing.assert_close(blocks, whole)
         monkeypatch.undo()
 
 
-def test_nothing_of_the_size_of_the_logits_is_saved_but_them(backend, device):
+def test_only_the_inputs_and_three_numbers_a_row_are_saved(backend, device):
     logits, codebook = problem(device, batch=(16,), codes=50, dtype=torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         sk.gumbel_quantize(logits, codebook)
     others = [t for t in saved if t.data_ptr() not in (logits.data_ptr(), codebook.data_ptr())]
-    assert sum(t.numel() for t in others) == 3 * 16 * 2 + 2  # index and state of a row; seed and tau
+    assert sum(t.numel() for t in others) == 3 * 16 * 2 + 2  # index and state of each row; seed and tau
 
 
 def test_memory(backend, device):
-    """Beyond values and gradients, peak memory is far from that of the one-hot or its product (32 MiB, 4 GiB)."""
+    """Beyond values and gradients, neither the one-hot (32 MiB) nor its product (4 GiB) is materialised."""
     if backend in ("reference", "triton"):
-        pytest.skip("the reference holds words and exponentials; the interpreter copies tensors")
+        pytest.skip("the reference materialises words and exponentials; the interpreter copies tensors")
     sizes = {"batch": (8192,), "groups": 2, "codes": 512, "dim": 128}
     for dtype in (torch.float32, torch.bfloat16):
         tensors = problem(device, **sizes, dtype=dtype)
@@ -481,7 +482,7 @@ def test_functional_transforms(device):
 
 
 def test_autocast(device):
-    """Hard values and gradients are those without it."""
+    """Hard values and gradients are the same as without it."""
     tensors = problem(device, dtype=torch.bfloat16, codebook_dtype=torch.float32)
     with torch.autocast(device, torch.bfloat16):
         inside = sk.gumbel_quantize(*tensors, seed=1, return_stats=True)
@@ -498,13 +499,13 @@ def test_opcheck(backend, device):
     seed, mask = torch.tensor(3, device=device), mask_of((6,), device)
     inverse_tau = torch.tensor(2.0, dtype=torch.float64, device=device)
     for stats in (False, True):
-        arguments = (logits, seed, None, mask, inverse_tau, stats)
-        torch.library.opcheck(torch.ops.sslkernels.gumbel_quantize_fwd.default, arguments)
-    index, row_max, row_sum, _, plain_max, plain_sum, probability = gumbel_quantize_fwd(*arguments)
-    state = (index, row_max, row_sum, plain_max, plain_sum, inverse_tau, True, True)
-    values = torch.randn(3, 2, 6, dtype=torch.bfloat16, device=device)
-    arguments = (values, probability, logits, codebook, seed, torch.arange(6, device=device), mask, *state)
-    torch.library.opcheck(torch.ops.sslkernels.gumbel_quantize_bwd.default, arguments)
+        arguments = (NoisyLogits(logits, seed, None, inverse_tau), mask, stats)
+        torch.library.opcheck(gumbel_quantize_fwd.raw, tuple(gumbel_quantize_fwd.inputs.pack(arguments)))
+    codes = gumbel_quantize_fwd(*arguments)
+    grads = OutputGrads(torch.randn(3, 2, 6, dtype=torch.bfloat16, device=device), codes.probability)
+    source = NoisyLogits(logits, seed, torch.arange(6, device=device), inverse_tau)
+    arguments = (grads, source, codebook, mask, codes.code_state, Wanted(True, True))
+    torch.library.opcheck(gumbel_quantize_bwd.raw, tuple(gumbel_quantize_bwd.inputs.pack(arguments)))
     assert [g.shape for g in gumbel_quantize_bwd(*arguments)] == [logits.shape, codebook.shape]
 
 
@@ -535,9 +536,6 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^gumbel_quantize: " + message):
         sk.gumbel_quantize(**{"logits": X, "codebook": C, **change})
-
-
-# --- The module ---
 
 
 def test_module(device):

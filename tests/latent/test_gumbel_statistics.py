@@ -1,7 +1,7 @@
-"""What gumbel_softmax and gumbel_quantize draw: frequencies, tails and their rates.
+"""Frequencies and tails of the draws of gumbel_softmax and gumbel_quantize.
 
-Seeds are fixed, so that no test can fail by chance; for a random seed each has the false-alarm rate that it states.
-Codes are drawn by gumbel_quantize from logits that are one row in memory.
+Seeds are fixed, so that no test fails by chance; for a random seed each has the false-alarm rate that it states.
+Codes are drawn by gumbel_quantize from one broadcast row of logits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def drawn(logits: torch.Tensor, rows: int, seed: int, first: int = 0, **options)
 
 
 def native(device: str) -> str:
-    """The fastest backend: the reference takes minutes for what these tests draw."""
+    """The compiled backend: the reference takes minutes for this many draws."""
     names = [name for name in sk.available_backends(OP, device) if name not in ("reference", "triton")]
     if not names:
         pytest.skip("the reference takes minutes")
@@ -47,11 +47,11 @@ def chi_square(counts: torch.Tensor, probability: torch.Tensor) -> tuple[float, 
     return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
 
 
-def assert_frequencies(logits: torch.Tensor, rows: int, device: str, strip: int = 1 << 14, **options) -> None:
+def assert_frequencies(logits: torch.Tensor, rows: int, device: str, block: int = 1 << 14, **options) -> None:
     """False alarms: 1 in 1000."""
     counts = torch.zeros(logits.shape[0], dtype=torch.int64, device=device)
-    for first in range(0, rows, strip):
-        indices = drawn(logits, min(strip, rows - first), 11, first, **options)
+    for first in range(0, rows, block):
+        indices = drawn(logits, min(block, rows - first), 11, first, **options)
         counts += torch.bincount(indices, minlength=logits.shape[0])
     statistic, degrees = chi_square(counts.cpu(), logits.double().softmax(-1).cpu())
     assert statistic < chi_square_limit(degrees)
@@ -61,7 +61,7 @@ def assert_frequencies(logits: torch.Tensor, rows: int, device: str, strip: int 
 @pytest.mark.parametrize("codes", [2, 17, 320])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frequencies(device, codes, tau, dtype):
-    """Those of softmax(logits), whatever tau is."""
+    """Codes are drawn with the frequencies of softmax(logits), for any tau."""
     with sk.use_backend(native(device)):
         logits = (2 * torch.randn(codes, generator=torch.Generator().manual_seed(codes))).to(device, dtype)
         assert_frequencies(logits, 1 << 15, device, tau=tau)
@@ -75,7 +75,7 @@ def test_frequencies_of_many_codes(device):
 
 
 def assert_tail(device: str, behind: float, codes: int, rows: int, seed: int) -> None:
-    """One code leads, `codes - 1` are `behind` nats behind it. Noise that ends at 16.6, as -log(-log(u)) of a float32 u
+    """One code leads `codes - 1` others by `behind` nats. Noise that ends at 16.6, as -log(-log(u)) of a float32 u
     near 1 does, would draw them too rarely (complaints 2 to 4, 6). Six standard deviations of a Poisson count: false
     alarms 1 in 10**8."""
     logits = torch.full((codes,), -behind, device=device)
@@ -105,7 +105,7 @@ LARGEST = [(150424076, 0, 7), (200528147, 1, 2), (240393444, 3, 6), (265154181, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_end_of_the_tail(backend, device, dtype):
-    """A code wins from as far behind as its noise allows, 20 nats and more, and from no farther."""
+    """A code wins from as far behind as its noise allows, 20 nats and more, but no farther."""
     ids, columns, words = torch.tensor(LARGEST, device=device).unbind(1)
     noise = sk.random_gumbel((4, 4), 3, row_ids=ids, device=device)
     own = noise.gather(1, columns[:, None])[:, 0]
@@ -137,7 +137,7 @@ def test_one_logit_ahead_of_4095(device, dtype):
 
 
 def test_a_code_without_probability_is_never_drawn(device):
-    """-inf in a long row, before and behind the others (complaint 5)."""
+    """-inf in a long row, before and after the finite logits (complaint 5)."""
     with sk.use_backend(native(device)):
         logits = torch.full((2000,), -torch.inf, device=device)
         logits[700:900:3] = torch.linspace(-30, 0, 67, device=device)

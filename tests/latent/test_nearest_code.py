@@ -1,4 +1,4 @@
-"""The plan of the search on a GPU: what it asks of the kernels for each dtype, metric and setting of torch."""
+"""The plan of the search on a GPU: the arguments of its kernel for each dtype, metric and setting of torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cases import DTYPES
 from sslkernels.core import native
 from sslkernels.latent import nearest_code
 from sslkernels.latent.nearest_code import METRICS
+from sslkernels.latent.triton.nearest_code import best_codes
+from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("input", "codebook", "metric", "rounding", "center", "as_given", "rows", "codes", "index", "score")
@@ -25,7 +27,7 @@ def draw(rows, codes, dim, dtype=F32, code_dtype=None):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the last search asked for; nothing is searched."""
+    """The arguments of the last search, which is not run."""
     found = {}
 
     def search_codes(*arguments):
@@ -45,8 +47,8 @@ def search(x, c, metric=0):
 @pytest.mark.parametrize("code_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", range(3))
-def test_what_is_multiplied(asked, metric, dtype, code_dtype):
-    """Half precision as it is, when both have it: other vectors about the center of the codes."""
+def test_operands_of_the_matmul(asked, metric, dtype, code_dtype):
+    """Half precision is multiplied as given if both have the same; other vectors are centred."""
     search(*draw(5, 7, 3, dtype, code_dtype), metric)
     as_given = dtype == code_dtype and dtype.itemsize == 2
     assert asked["as_given"] == as_given
@@ -72,7 +74,7 @@ def matmuls(name, value):
         setattr(settings, name, before)
 
 
-def test_what_torch_allows_of_its_matmuls(asked):
+def test_settings_of_torch_matmuls(asked):
     half, single, double = (draw(5, 7, 3, dtype) for dtype in (F16, F32, F64))
     with matmuls("fp32_precision", "tf32"):
         search(*single)
@@ -95,7 +97,7 @@ def test_what_torch_allows_of_its_matmuls(asked):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", range(2))
 def test_workspace(asked, monkeypatch, metric, dtype, codes, dim):
-    """At most 64 MB, but for what there is of each row and code, of products of enough rows for a GPU."""
+    """At most 64 MB beyond the per-row and per-code buffers, and enough rows per tile to fill a GPU."""
     x, c = (torch.empty(1, dtype=dtype).expand(n, dim) for n in (1 << 20, codes))
     monkeypatch.setattr(nearest_code, "_center", lambda codebook, acc: torch.empty(dim, dtype=acc))
     nearest_code.cuda(x, c, metric, None, None)
@@ -111,9 +113,20 @@ def test_workspace(asked, monkeypatch, metric, dtype, codes, dim):
 @pytest.mark.skipif(native.extension is None, reason="the search of the CPU runs it")
 @pytest.mark.parametrize("metric", range(3))
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_its_tiles_give_the_codes(monkeypatch, dtype, metric):
+def test_tiled_search_on_a_cpu(monkeypatch, dtype, metric):
     monkeypatch.setattr(nearest_code, "CUDA_TILE_CODES", 13)
     monkeypatch.setattr(nearest_code, "CUDA_PRODUCT_BYTES", 16 * 9 * dtype.itemsize)
     x, c = draw(40, 50, 6, dtype)
     c[30:] = c[:20]
     assert torch.equal(search(x, c, metric), code_oracle.indices(x, c, METRICS[metric]))
+
+
+def triton_calls(size: int, every: bool) -> None:
+    """Each metric, with input and codebook of one dtype or of two."""
+    x, codebook = torch.zeros(3, size, dtype=torch.float16), torch.zeros(size, size, dtype=torch.float16)
+    codebook = codebook.float() if every else codebook
+    index, score, distance = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64), torch.zeros(3)
+    for metric in range(3):
+        best_codes(x, codebook, metric, index, score)
+    gather_codes(x, codebook, index, score, x.clone(), distance)
+    code_difference(distance, x, codebook, index, x.float() if every else x.clone())

@@ -1,4 +1,4 @@
-"""prediction_energy: its mathematics, its gradients, and what a user could lose."""
+"""prediction_energy: values, gradients, layouts, memory, compilation and error messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.core import native
 from sslkernels.latent import prediction_energy as module
-from sslkernels.latent.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
+from sslkernels.latent.free_energy import Options
+from sslkernels.latent.prediction_energy import Inputs, Wanted, prediction_energy_bwd, prediction_energy_fwd
+from sslkernels.latent.triton import prediction_energy as launcher
 
 OP = "prediction_energy"
 MODES = ("soft", "min")
@@ -41,12 +43,12 @@ def test_every_subset_of_inputs_gets_the_same_gradients(backend, mode, reduction
     assert not sk.prediction_energy(**problem(device, requires_grad=()), **options).requires_grad
 
 
-def test_only_what_is_asked_for_is_computed_and_kept(monkeypatch, device):
-    """Kept for backward: the inputs and B x K weights."""
+def test_only_wanted_results_are_computed_and_saved(monkeypatch, device):
+    """Saved for backward: the inputs and B x K weights."""
     asked = []
-    outputs, grads = module._empty_outputs, module._empty_gradients
-    monkeypatch.setattr(module, "_empty_outputs", lambda *a: asked.append(a[-1:]) or outputs(*a))
-    monkeypatch.setattr(module, "_empty_gradients", lambda *a: asked.append(a[-2:]) or grads(*a))
+    outputs, grads = module.empty_outputs, module._empty_gradients
+    monkeypatch.setattr(module, "empty_outputs", lambda *a: asked.append(a[-1:]) or outputs(*a))
+    monkeypatch.setattr(module, "_empty_gradients", lambda *a: asked.append(a[-1]) or grads(*a))
     for name, expected in (("prediction", (True, False)), ("target", (False, True))):
         asked.clear()
         inputs = problem(device, requires_grad=(name,))
@@ -83,7 +85,7 @@ def test_the_minimum_takes_the_gradient_of_the_winner(backend, features, device)
     assert not any(part.any() or part.signbit().any() for part in zero)
 
 
-def test_of_equal_predictions_the_first_wins(backend, device):
+def test_ties_go_to_the_first_prediction(backend, device):
     inputs = problem(device, count=6)
     with torch.no_grad():
         inputs["prediction"][:, 2:] = inputs["target"].unsqueeze(1) + 0.125
@@ -175,8 +177,8 @@ def test_layouts(backend, mode, name, device):
         torch.testing.assert_close(got, true)
 
 
-def test_samples_that_lie_first_are_not_copied(backend, device):
-    """Their gradient lies as they do."""
+def test_samples_first_predictions_are_not_copied(backend, device):
+    """Their gradient has the same strides."""
     base = torch.randn(4, 5, 8, device=device, requires_grad=True)
     prediction = base.transpose(0, 1)
     strides, kept = [], []
@@ -189,7 +191,7 @@ def test_samples_that_lie_first_are_not_copied(backend, device):
 
 
 def special(device, dtype):
-    """A row each: one infinite, one that overflows, NaN, all infinite, plain."""
+    """Rows with one infinite prediction, one that overflows, NaN, all infinite, and a plain one."""
     inputs = problem(device, batch=5, count=3, features=(4,), dtype=dtype)
     with torch.no_grad():
         inputs["prediction"][0, 1, 2] = INF
@@ -235,7 +237,7 @@ def test_the_minimum_of_special_rows(backend, device):
 
 
 def test_large_common_offset(backend, device):
-    """Energies near 1e6 that differ by little: the soft minimum keeps what float32 has of them."""
+    """The soft minimum loses no digits of energies near 1e6 that differ by little."""
     inputs = problem(device, batch=4, count=8, features=(16,), dtype=torch.float32)
     with torch.no_grad():
         inputs["prediction"].mul_(1e-3).add_(250)
@@ -251,7 +253,7 @@ def test_large_common_offset(backend, device):
 @pytest.mark.parametrize("features", [3, 5000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_squared_and_summed_in_float32(backend, dtype, features, device):
-    """Differences of 200 squared, and their sums, are beyond float16."""
+    """Squares of differences of 200, and their sums, overflow float16."""
     inputs = problem(device, batch=2, count=3, features=(features,), dtype=dtype)
     with torch.no_grad():
         inputs["prediction"].mul_(200)
@@ -267,7 +269,7 @@ def test_half_precision_is_squared_and_summed_in_float32(backend, dtype, feature
 
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_mean_over_many_rows(backend, mode, device):
-    """1/B is far below what float16 holds, and so is the gradient of a row until the loss scale multiplies it."""
+    """1/B is below the smallest float16, and so is a row's gradient until the loss scale multiplies it."""
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter takes minutes for 65536 rows")
     inputs = problem(device, batch=65536, count=3, features=(4,), dtype=torch.float16)
@@ -297,9 +299,9 @@ def test_bitwise_equal_from_run_to_run(backend, shape, device):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_memory(backend, mode, device):
-    """Beyond the gradients no (B, K, D) tensor (64 MiB here), and no target of K copies, exists."""
+    """No (B, K, D) tensor (64 MiB here) and no K copies of the target are materialised beyond the gradients."""
     if backend in ("reference", "triton"):
-        pytest.skip("the reference holds the differences; the interpreter copies tensors")
+        pytest.skip("the reference materialises the differences; the interpreter copies tensors")
     inputs = problem(device, batch=256, count=16, features=(4096,), dtype=torch.float32)
     run = lambda: gradients(sk.prediction_energy(**inputs, mode=mode), inputs)  # noqa: E731
     run()
@@ -378,19 +380,20 @@ def test_autocast_takes_mixed_dtypes(device):
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     inputs = problem(device, requires_grad=(), dtype=torch.float16)
+    tensors = Inputs(**inputs)
     for minimum in (False, True):
-        arguments = (*inputs.values(), 0.5, minimum, wanted[0])
-        torch.library.opcheck(torch.ops.sslkernels.prediction_energy_fwd.default, arguments)
-    value, weights = prediction_energy_fwd(*inputs.values(), 0.5, False, True)
-    arguments = (value, *inputs.values(), weights, *wanted)
-    torch.library.opcheck(torch.ops.sslkernels.prediction_energy_bwd.default, arguments)
-    for grad, want, tensor in zip(prediction_energy_bwd(*arguments), wanted, inputs.values(), strict=True):
+        arguments = (tensors, Options(0.5, minimum), wanted[0])
+        torch.library.opcheck(prediction_energy_fwd.raw, tuple(prediction_energy_fwd.inputs.pack(arguments)))
+    value, weights = prediction_energy_fwd(tensors, Options(0.5, False), True)
+    arguments = (value, tensors, weights, Wanted(*wanted))
+    torch.library.opcheck(prediction_energy_bwd.raw, tuple(prediction_energy_bwd.inputs.pack(arguments)))
+    for grad, want, tensor in zip(prediction_energy_bwd(*arguments), wanted, tensors, strict=True):
         assert (grad.shape == tensor.shape) == want
 
 
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_agrees(isa):
-    """The best one is what the other tests run."""
+    """The other tests run the best instruction set."""
     if native.extension is None:
         pytest.skip("no compiled extension")
     code = (
@@ -444,3 +447,19 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^prediction_energy: " + message):
         sk.prediction_energy(**{**VALID, **change})
+
+
+def triton_calls(size: int, every: bool) -> None:
+    """`size` is the number of features or of candidates."""
+    dtype = torch.float64 if every else torch.bfloat16
+    acc = torch.float64 if every else torch.float32
+    soft, hard = Options(1.0, False), Options(1.0, True)
+    for batch, count, dim in ((3, 2, size), (1, size, 4)):
+        prediction, target = torch.zeros(batch, count, dim, dtype=dtype), torch.zeros(batch, dim, dtype=dtype)
+        value, weights = torch.zeros(batch, dtype=acc), torch.zeros(batch, count, dtype=acc)
+        inputs = module.Inputs(prediction, target)
+        for options in (soft, hard):
+            launcher.prediction_energy_fwd(inputs, module.Outputs(value, weights if every else None), options)
+        both = module.Gradients(prediction, target if every else None)
+        for wanted in (both, module.Gradients(None, target)):
+            launcher.prediction_energy_bwd(value, inputs, weights, wanted)

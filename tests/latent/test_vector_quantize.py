@@ -1,4 +1,4 @@
-"""vector_quantize: the code is exact, whatever the dtype, the metric, the backend and the numbers."""
+"""vector_quantize: the code is exact for every dtype, metric, backend and magnitude."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks import memory
 from sslkernels.latent import nearest_code
 
 OP = "vector_quantize"
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy in the interpreter
 METRICS = ("l2", "cosine", "dot")
 BELOW_FLOAT64 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,8 +36,8 @@ def interpreted(backend, device):
 
 
 def check(x, c, metric, *, ties=False):
-    """The index is that of brute force in float64, but for scores that float64 cannot tell apart; ties: nor for those,
-    because they are exact."""
+    """The index equals brute force in float64, except among scores that float64 cannot separate; ties: no exception,
+    because the scores are exact."""
     quantized = sk.vector_quantize(x, c, metric=metric)
     same = torch.equal(quantized.indices, code_oracle.indices(x, c, metric))
     assert same or (not ties and code_oracle.tied(x, c, quantized.indices, metric))
@@ -76,7 +76,7 @@ def test_input_and_codebook_of_different_dtypes(backend, dtype, code_dtype, metr
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
-    """Duplicates, and codes on a grid that are as far from a row without being equal."""
+    """Duplicate codes, and different codes on a grid at the same distance from a row."""
     g = torch.Generator().manual_seed(0)
     sizes = (25, 60) if interpreted(backend, device) else (90, 200)
     x, grid = (torch.randint(-2, 3, (n, 3), generator=g).to(device, dtype) for n in sizes)
@@ -91,7 +91,7 @@ def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
-    """A product in float32 cannot tell them apart, and bfloat16 products of matrix units even less."""
+    """float32 products cannot separate them, and bfloat16 products of matrix units even less."""
     x, c = draw(device, 30, 8, 24, dtype)
     c = c.repeat(12, 1)
     some = torch.arange(8, 96, device=device)
@@ -104,14 +104,14 @@ def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
 def test_a_large_common_offset(backend, offset, metric, device):
-    """Where the expanded square of a distance has no digits left."""
+    """The expanded square of a distance would have no digits left."""
     x, c = draw(device, *((10, 20) if interpreted(backend, device) else (50, 70)), 17)
     check(x + offset, c + offset, metric)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-16, 1e12, 1e25, 1e37])
-def test_magnitudes_whose_squares_float32_does_not_hold(backend, scale, metric, device):
+def test_squares_that_overflow_or_underflow_float32(backend, scale, metric, device):
     x, c = draw(device, *((8, 12) if interpreted(backend, device) else (30, 40)), 9)
     for rows, codes in ((x * scale, c * scale), (x * scale, c), (x, c * scale)):
         check(rows, codes, metric)
@@ -122,8 +122,8 @@ def test_magnitudes_whose_squares_float32_does_not_hold(backend, scale, metric, 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e155, 1e300])
-def test_magnitudes_whose_squares_float64_does_not_hold(backend, scale, metric, device):
-    """The cosine has no scale; distances and products beyond the numbers are equal, which is not an error."""
+def test_squares_that_overflow_or_underflow_float64(backend, scale, metric, device):
+    """The cosine is scale-invariant; distances and products that overflow are ties, which is not an error."""
     x, c = draw(device, 30, 40, 9, torch.float64)
     got = sk.vector_quantize(x, c * scale, metric=metric)
     if metric == "cosine":
@@ -141,14 +141,14 @@ def test_zero_rows_and_zero_codes(backend, metric, device):
         assert (got.indices[::3] == 4).all()
     else:
         assert not got.indices[::3].any()  # every score is 0
-    check(-x.abs(), c.abs(), metric)  # of negative scores those of zero codes are best
+    check(-x.abs(), c.abs(), metric)  # all scores are negative but those of zero codes
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_is_not_finite(backend, dtype, metric, device):
-    """A row with NaN has no code, and says so in its values; a code with NaN is found by every row; infinite ones are
-    as far as they are. Nothing else changes."""
+def test_nonfinite_inputs(backend, dtype, metric, device):
+    """A row with NaN has NaN values; every row finds a code with NaN; infinities follow the definition of the score.
+    Nothing else changes."""
     x, c = draw(device, 20, 30, 7, dtype)
     expected = sk.vector_quantize(x, c, metric=metric)
     x[3, 2], x[11] = float("nan"), float("nan")
@@ -193,7 +193,7 @@ def test_one_code_and_many(backend, metric, device):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("workspace", [64, 4096])
 def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, device):
-    """Codes of a later tile are compared with those of an earlier one; neither rows nor codes are multiples."""
+    """Codes are compared across tiles; neither rows nor codes are multiples of a tile."""
     if backend != "cpu":
         pytest.skip("the tiles of the CPU")
     monkeypatch.setattr(nearest_code, "WORKSPACE_BYTES", workspace)
@@ -232,7 +232,7 @@ def matmul_of_the_cpu(function):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_products_as_wrong_as_they_may_be(dtype, metric):
+def test_products_with_the_largest_allowed_error(dtype, metric):
     """Each product off by the bound of a matmul's roundings, D u |x| |c|: the codes stay exact."""
 
     def rough(a, b):
@@ -248,8 +248,8 @@ def test_products_as_wrong_as_they_may_be(dtype, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_triton_products_as_wrong_as_they_may_be(dtype, metric, monkeypatch, device):
-    """The same of the Triton search: half precision by the 2^-22 of a term that its bound is twice of."""
+def test_triton_products_with_the_largest_allowed_error(dtype, metric, monkeypatch, device):
+    """The same for the Triton search: half precision is off by 2^-22 a term, half of its bound."""
     if device != "cpu" or "triton" not in sk.available_backends(OP, device):
         pytest.skip("the interpreter's products can be replaced")
     from triton.runtime.interpreter import InterpreterBuilder
@@ -275,7 +275,7 @@ def test_triton_products_as_wrong_as_they_may_be(dtype, metric, monkeypatch, dev
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_matmuls_of_reduced_precision(precision):
-    """Where torch may round the operands of a float32 matmul, the bound of its error is wider."""
+    """The bound is wider if torch may round the operands of a float32 matmul."""
     x, c = draw("cpu", 100, 200, 32)
     c[100:] = c[:100] + 1e-4
     before = torch.backends.mkldnn.matmul.fp32_precision
@@ -332,9 +332,9 @@ def test_leading_dimensions_and_strides(backend, device):
 
 
 def test_memory(backend, device):
-    """No (N, K) tensor, of 512 MiB here: the workspace, what there is for each row and each code, and the results."""
+    """No (N, K) tensor (512 MiB here): the workspace, per-row and per-code buffers, and the results."""
     if backend == "reference" or interpreted(backend, device):
-        pytest.skip("it holds scores by the thousand rows; the interpreter copies tensors")
+        pytest.skip("the reference materialises the scores of a thousand rows; the interpreter copies tensors")
     x, c = draw(device, 16384, 8192, 8)
     run = lambda: sk.vector_quantize(x, c)  # noqa: E731
     run()

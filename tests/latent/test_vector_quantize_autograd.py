@@ -1,4 +1,4 @@
-"""vector_quantize: its gradients, and what autograd and torch.compile may ask for."""
+"""vector_quantize: gradients, autograd, transformations and torch.compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cases import DTYPES
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
-from sslkernels.latent.vector_quantize import code_sums, vector_quantize_bwd, vector_quantize_fwd
+from sslkernels.latent.vector_quantize import Operands, Wanted, code_sums, vector_quantize_bwd, vector_quantize_fwd
 
 OP = "vector_quantize"
 
@@ -77,8 +77,8 @@ def test_every_subset_of_inputs_gets_the_same_gradients(backend, straight_throug
     assert not any(part.requires_grad for part in ours(x, c, straight_through, weight))
 
 
-def test_a_codebook_that_learns_nothing_is_told(backend, device):
-    """The loss of straight-through values has no gradient in the codebook: it raises instead of leaving it as it is."""
+def test_a_loss_without_a_codebook_gradient_raises(backend, device):
+    """Straight-through values have no gradient in the codebook: backward raises instead of training nothing."""
     x, c = draw(device, 30, 7, 5)
     got = sk.vector_quantize(x, c.requires_grad_())
     for loss in (got.values.sum(), got.commitment):
@@ -122,7 +122,7 @@ def test_second_backward_gives_the_same_gradients(backend, straight_through, wei
         assert (one is None and two is None) or torch.equal(one, two)
 
 
-def test_a_codebook_changed_before_backward_is_noticed(backend, device):
+def test_a_codebook_changed_before_backward_raises(backend, device):
     x, c = draw(device, 30, 7, 5)
     got = sk.vector_quantize(x.requires_grad_(), c)
     c.mul_(2)
@@ -131,7 +131,7 @@ def test_a_codebook_changed_before_backward_is_noticed(backend, device):
 
 
 def test_half_precision_gradient_of_a_mean_over_many_rows(backend, device):
-    """2 / (N D) is far below what float16 holds, until the loss scale multiplies it."""
+    """2 / (N D) is below the smallest float16 until the loss scale multiplies it."""
     rows = 300 if interpreted(backend, device) else 30000
     x, c = (t.requires_grad_() for t in draw(device, rows, 8, 8, torch.float16))
     got = torch.autograd.grad(65536.0 * sk.vector_quantize(x, c, codebook_weight=1.0).commitment, (x, c))
@@ -142,7 +142,7 @@ def test_half_precision_gradient_of_a_mean_over_many_rows(backend, device):
 
 
 def test_double_backward(backend, device):
-    """Through the identity it is the identity; what is not implemented raises."""
+    """Straight-through values are the identity; gradients of the codebook raise."""
     x, c = (t.requires_grad_() for t in draw(device, 10, 4, 3))
     (grad,) = torch.autograd.grad(sk.vector_quantize(x, c).values.pow(2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
@@ -259,15 +259,15 @@ def test_autocast_changes_nothing(backend, device):
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, dtype, device):
     x, c = draw(device, 11, 6, 5, dtype)
-    torch.library.opcheck(torch.ops.sslkernels.vector_quantize_fwd.default, (x, c, 0))
-    _, indices, distance, _ = vector_quantize_fwd(x, c, 0)
-    arguments = (distance, x, c, indices, 2.0, *wanted)
-    torch.library.opcheck(torch.ops.sslkernels.vector_quantize_bwd.default, arguments)
+    torch.library.opcheck(vector_quantize_fwd.raw, (x, c, 0))
+    _, indices, distance, _ = vector_quantize_fwd(Operands(x, c), 0)
+    arguments = (distance, Operands(x, c), indices, 2.0, Wanted(*wanted))
+    torch.library.opcheck(vector_quantize_bwd.raw, tuple(vector_quantize_bwd.inputs.pack(arguments)))
     for grad, want, tensor in zip(vector_quantize_bwd(*arguments), wanted, (x, c), strict=True):
         assert grad.shape == (tensor.shape if want else (0,))
         assert grad.dtype == tensor.dtype
     for out in (dtype, torch.float32):
-        torch.library.opcheck(torch.ops.sslkernels.code_sums.default, (x, indices, 6, out))
+        torch.library.opcheck(code_sums.raw, (x, indices, 6, out))
         torch.testing.assert_close(
             code_sums(x, indices, 6, out), F.one_hot(indices, 6).t().to(out) @ x.to(out), rtol=1e-2, atol=1e-2
         )

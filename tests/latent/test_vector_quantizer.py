@@ -1,4 +1,4 @@
-"""nn.VectorQuantizer: averages, revival, start, state, and what a user could lose."""
+"""nn.VectorQuantizer: averages, revival, initialisation, state, casts and compilation."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
-def test_the_averages_are_those_of_van_den_oord(backend, metric, device):
-    """Against the formulas in float64, one-hot and with loops."""
+def test_the_averages_of_van_den_oord(backend, metric, device):
+    """Compared with the formulas in float64, written with a one-hot."""
     module = quantizer(device, init="normal", metric=metric, decay=0.8, eps=1e-3, revive_below=None)
     code, size, sums = module.codebook.double(), torch.ones(12).double(), module.codebook.double().cpu()
     for x in batches(device, 5):
@@ -77,7 +77,7 @@ def test_evaluation_changes_nothing(backend, device):
     assert not equal(before, state(module))
 
 
-def test_the_gradient_is_of_the_codebook_that_quantised(backend, device):
+def test_the_gradient_uses_the_codebook_that_quantised(backend, device):
     module = quantizer(device, init="normal", decay=0.1)
     x = next(batches(device, 1)).requires_grad_()
     before = module.codebook.clone()
@@ -129,7 +129,7 @@ def test_starts_with_fewer_rows_than_codes_and_with_none(backend, device):
 
 
 def test_dead_codes_become_rows_that_the_next_step_keeps(backend, device):
-    """espnet#6284: averages that were left stale would take a revived code back at once."""
+    """espnet#6284: stale averages would move a revived code back at once."""
     rows = list(batches(device, 3))
     init = torch.cat([rows[0][:4], torch.full((8, 5), 1e4, device=device)])
     module = quantizer(device, init=init, decay=0.5, revive_below=0.1)
@@ -175,8 +175,8 @@ def test_revival_takes_distinct_rows_and_each_step_others(backend, device):
         assert not any(torch.equal(one, other) for other in drawn[i + 1 :])
 
 
-def test_no_state_but_its_own(backend, device):
-    """Nothing reads or moves torch's generators."""
+def test_no_state_of_torch_is_used(backend, device):
+    """torch's generators are neither read nor advanced."""
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -190,14 +190,14 @@ def test_no_state_but_its_own(backend, device):
 
 
 def test_the_averages_keep_no_graph(device):
-    """Buffers that hold the graphs of past batches grow without bound."""
+    """Buffers that held the graphs of past batches would grow without bound."""
     module = quantizer(device, revive_below=0.3)
     for x in batches(device, 3):
         module(x.requires_grad_())
     assert not any(buffer.requires_grad for buffer in module.buffers())
 
 
-def test_a_saved_state_goes_on_as_if_it_had_not_stopped(backend, device):
+def test_a_saved_state_resumes_exactly(backend, device):
     whole, stopped = (quantizer(device, revive_below=0.5) for _ in range(2))
     data = list(batches(device, 6))
     for x in data[:3]:
@@ -219,7 +219,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_stopped(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_averages_stay_in_float32(backend, dtype, device):
-    """A cast of the model would make them stand still: an update of a hundredth is below half precision."""
+    """In half precision an update of a hundredth would round to nothing."""
     module = torch.nn.Sequential(quantizer(device, init="normal")).to(dtype)[0]
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert module.codebook.dtype == module.sizes.dtype == module.sums.dtype == expected
@@ -260,7 +260,7 @@ def test_rows_that_are_not_finite_move_nothing(backend, device):
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 def test_codes_stay_within_the_rows(backend, metric, device):
-    """They are averages of rows as they are: with the cosine, too, neither grows (vector-quantize-pytorch#26)."""
+    """With the cosine, too, codes are averages of unnormalised rows (vector-quantize-pytorch#26)."""
     module = quantizer(device, metric=metric, decay=0.5)
     largest = torch.zeros((), device=device)
     for x in batches(device, 10):
@@ -304,7 +304,7 @@ def test_a_learned_codebook_gets_the_gradient_of_vq_vae(backend, device):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputation_is_refused(use_reentrant, device):
-    """The codebook has moved: what is computed again would be another result, and it would move once more."""
+    """The codebook has moved: recomputation would give another result and move it once more."""
     module = quantizer(device)
     x = next(batches(device, 1)).requires_grad_()
 

@@ -1,4 +1,4 @@
-"""nn.VectorQuantizer over process groups (gloo): every rank has the codebook of one process with all rows."""
+"""nn.VectorQuantizer over process groups (gloo): every rank gets the codebook of one process with all rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def data(world: int, half: bool):
-    """Rows of each rank at each step: of different numbers, once none, once a row that is not finite."""
+    """Rows of each rank at each step: different numbers of rows, once none, once with a row that is not finite."""
     generator = torch.Generator().manual_seed(0)
     steps = []
     for step in range(STEPS):
@@ -51,7 +51,7 @@ def train(name: str, group, batches):
 
 
 def train_ddp(rank: int, steps, group):
-    """Between layers of a model that DDP holds, with its broadcast of buffers; each rank has seeds of its own."""
+    """A quantizer between the layers of a DDP model, which broadcasts buffers; every rank has its own seeds."""
     torch.manual_seed(rank)
     quantizer = sk.nn.VectorQuantizer(8, 4, decay=0.5, revive_below=0.6, process_group=group)
     model = torch.nn.ModuleList([torch.nn.Linear(3, 4), quantizer, torch.nn.Linear(4, 3)])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def scores(input, codebook, metric):
-    """(N, K) in float64, of the tensors as they are given."""
+    """(N, K) in float64, of the tensors as given."""
     x = input.detach().double().cpu().numpy()[:, None]
     c = codebook.detach().double().cpu().numpy()
     with np.errstate(invalid="ignore", over="ignore"):
@@ -21,14 +21,14 @@ def scores(input, codebook, metric):
 
 
 def indices(input, codebook, metric="l2"):
-    """NaN ranks first, then the largest score; of equals the lowest index."""
+    """NaN ranks first, then the largest score; ties go to the lowest index."""
     flat = input.detach().reshape(-1, codebook.shape[1])
     best = torch.from_numpy(scores(flat, codebook, metric).argmax(-1))
     return best.reshape(input.shape[:-1]).to(input.device)
 
 
 def quantized(input, codebook, straight_through=True, codebook_weight=0.0, metric="l2"):
-    """(values, commitment) with the gradients that they are said to have, at the precision of the arguments."""
+    """(values, commitment) with their documented gradients, in the precision of the arguments."""
     codes = F.embedding(indices(input, codebook, metric), codebook)
     values = input + (codes.to(input.dtype) - input).detach() if straight_through else codes.to(input.dtype)
     to_codes, to_rows = F.mse_loss(codes, input.detach()), F.mse_loss(input, codes.detach())
@@ -36,7 +36,7 @@ def quantized(input, codebook, straight_through=True, codebook_weight=0.0, metri
 
 
 def tied(input, codebook, got, metric):
-    """Whether the codes `got` score as well as the best, as far as float64 tells."""
+    """Whether the codes `got` score as well as the best, to within the rounding of float64."""
     every = scores(input, codebook, metric)
     best = every.max(-1)
     x, c = input.detach().double().cpu(), codebook.detach().double().cpu()

@@ -1,4 +1,4 @@
-"""Inputs of prediction_energy, and gradients of losses of them."""
+"""Test inputs of prediction_energy, and their gradients."""
 
 from __future__ import annotations
 

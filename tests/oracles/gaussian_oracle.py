@@ -1,4 +1,4 @@
-"""gaussian_rsample in plain torch, in any dtype, with the noise of `random_normal`; and problems for its tests."""
+"""gaussian_rsample in plain torch, in any dtype, with the noise of `random_normal`; and cases for its tests."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def gaussian_rsample(
 
 @dataclass(frozen=True)
 class Case:
-    """prior: the shapes of its mean and logvar, in terms of the batch B and D."""
+    """prior: which shapes mean and logvar of the prior have, see `arguments`."""
 
     name: str
     batch: tuple[int, ...] = (7,)
@@ -73,7 +73,7 @@ class Case:
         return self.name
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict]:
-        """Leaves by name and options; draws rounded to `dtype`."""
+        """(leaves by name, options); draws are rounded to `dtype`."""
         g = torch.Generator().manual_seed(len(self.name) + 10 * self.columns)
 
         def draw(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gumbel-softmax in float64, of logits and the noise of `random_gumbel` added in the accumulation dtype."""
+"""Gumbel-softmax in float64, from logits plus the noise of `random_gumbel`, added in the accumulation dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sslkernels as sk
 
 
 class RowTruth(NamedTuple):
-    """max and index are exact; y, sum in float64."""
+    """max and index are exact; sum and y are float64."""
 
     max: Tensor
     sum: Tensor
@@ -33,7 +33,7 @@ def perturbed(logits: Tensor, seed: int | Tensor | None, row_ids: Tensor | None 
 
 
 def reduced(s: Tensor, tau: float) -> RowTruth:
-    """s (rows, V). Rows that hold NaN or +inf or nothing but -inf have the sum NaN."""
+    """The truth of s (rows, V). A row with NaN or +inf, or nothing but -inf, has the sum NaN."""
     known = s.masked_fill(s.isnan(), -torch.inf)
     largest, index = known.max(1)
     e = ((s.double() - largest.double()[:, None]) / tau).exp()
@@ -51,19 +51,20 @@ def gradient(
     s: Tensor,
     tau: float,
     grad: Tensor | None,
-    uses: Tensor | None = None,
+    grad_usage: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Of <grad, y> + sum of <uses[i % G], softmax(logits[i])> over the rows i in the mask, in float64."""
+    """The gradient of <grad, y> plus the sum of <grad_usage[i % G], softmax(logits[i])> over the rows i in the mask, in
+    float64."""
     total = torch.zeros(logits.shape, dtype=torch.float64)
     if grad is not None:
         y = reduced(s, tau).y
         total += y * (grad.double() - (grad.double() * y).sum(1, keepdim=True)) / tau
-    if uses is not None:
+    if grad_usage is not None:
         p = reduced(logits.to(s.dtype), 1.0).y
-        u = uses.double().repeat(len(p) // len(uses), 1)
-        of_uses = p * (u - (u * p).sum(1, keepdim=True))
-        total += of_uses if mask is None else of_uses.masked_fill(~mask[:, None], 0)
+        u = grad_usage.double().repeat(len(p) // len(grad_usage), 1)
+        part = p * (u - (u * p).sum(1, keepdim=True))
+        total += part if mask is None else part.masked_fill(~mask[:, None], 0)
     return total
 
 
@@ -99,7 +100,7 @@ def quantize(
     wide = logits.double()
     y = one_hot
     if seed is not None:
-        noise = s.double() - logits.detach().double()  # with the rounding of the sum
+        noise = s.double() - logits.detach().double()  # includes the rounding of the sum
         y = ((wide + noise) / tau).softmax(-1)
         if hard:
             y = one_hot - y.detach() + y

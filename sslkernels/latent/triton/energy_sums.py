@@ -1,5 +1,5 @@
-"""Sums over candidates in Triton, as in csrc/common/free_energy.h: relative to the lowest energy, the exponentials
-exp(-beta d) and the deficits (1 - exp(-beta d)) / beta."""
+"""Sums over candidates in Triton, as in csrc/latent/free_energy.h: with d the distance to the lowest energy, the
+exponentials exp(-beta d) and the deficits (1 - exp(-beta d)) / beta."""
 
 import triton
 import triton.language as tl
@@ -9,12 +9,12 @@ from sslkernels.core.triton.numerics import expm1, log1p
 
 @triton.jit
 def _term(d, beta, inverse):
-    """d >= 0, or infinite, or NaN."""
+    """The exponential and the deficit of d, which is >= 0, infinite or NaN."""
     x = beta * d
     exponential = tl.exp(-x)
     if d.dtype == tl.float64:
         near = tl.where(x == 0.0, d, -expm1(-x) * inverse)
-    else:  # Taylor's series of (1 - exp(-x)) / x, within 1.4e-8 for x < 1/2
+    else:  # Taylor series of (1 - exp(-x)) / x, within 1.4e-8 for x < 1/2
         p = -2.4801587e-5 * x + 1.9841270e-4
         p = p * x - 1.3888889e-3
         p = p * x + 8.3333333e-3
@@ -26,20 +26,24 @@ def _term(d, beta, inverse):
 
 
 @triton.jit
-def add_energies(energy, there, seen, lowest, total, deficit, beta, inverse):
-    """Energies (R, K), those that are `there`, added to the sums (R,) over `seen` candidates: lowest, total, deficit.
-    `lowest` is never NaN, the sums are where an energy is."""
-    energy = tl.where(there, energy, float("inf"))
-    to = tl.minimum(lowest, tl.min(tl.where(energy == energy, energy, float("inf")), 1))
-    decay, moved = _term(tl.where(lowest == to, 0.0, lowest - to), beta, inverse)
-    exponential, deficits = _term(tl.where(energy == to[:, None], 0.0, energy - to[:, None]), beta, inverse)
-    total = total * decay + tl.sum(tl.where(there, exponential, 0.0), 1)
-    deficit = deficit * decay + seen * moved + tl.sum(tl.where(there, deficits, 0.0), 1)
-    return to, total, deficit
+def add_energies(energy, valid, seen, lowest, total, deficit, beta, inverse):
+    """Adds the valid energies (R, K) to lowest, total and deficit (R,) of `seen` earlier candidates.
+
+    A NaN energy makes the sums NaN, but never `lowest`.
+    """
+    energy = tl.where(valid, energy, float("inf"))
+    least = tl.minimum(lowest, tl.min(tl.where(energy == energy, energy, float("inf")), 1))
+    decay, moved = _term(tl.where(lowest == least, 0.0, lowest - least), beta, inverse)
+    exponential, deficits = _term(tl.where(energy == least[:, None], 0.0, energy - least[:, None]), beta, inverse)
+    total = total * decay + tl.sum(tl.where(valid, exponential, 0.0), 1)
+    deficit = deficit * decay + seen * moved + tl.sum(tl.where(valid, deficits, 0.0), 1)
+    return least, total, deficit
 
 
 @triton.jit
 def soft_value(count, lowest, total, deficit, beta, inverse):
+    """The soft minimum of `count` candidates from their sums."""
+    count = tl.full((), count, lowest.dtype)
     mean = deficit / count
     u = beta * mean
     inside = tl.where(u < 0.5, u, 0.0)
@@ -50,19 +54,19 @@ def soft_value(count, lowest, total, deficit, beta, inverse):
 
 
 @triton.jit
-def weights_of(energy, lowest, total, beta):
-    """The derivatives of `soft_value` in the energies; all arguments broadcast."""
+def soft_weights(energy, lowest, total, beta):
+    """The derivatives of `soft_value` with respect to the energies; all arguments broadcast."""
     return tl.exp(-(beta * (energy - lowest))) / total
 
 
 @triton.jit
-def lower_energies(energy, there, k, lowest, winner):
-    """The lowest of `lowest` (R,), of candidate `winner`, and energies (R, K) of later candidates k (1, K); of equals
-    the first, and NaN is below all."""
-    nan = there & (energy != energy)
+def lower_energies(energy, valid, k, lowest, winner):
+    """Updates the lowest energy (R,) and its candidate `winner` by the energies (R, K) of later candidates k (1, K).
+    Ties go to the first candidate; NaN is below all numbers."""
+    nan = valid & (energy != energy)
     has_nan = tl.max(nan.to(tl.int32), 1) > 0
-    least = tl.min(tl.where(there & ~nan, energy, float("inf")), 1)
-    is_least = tl.where(has_nan[:, None], nan, there & (energy == least[:, None]))
+    least = tl.min(tl.where(valid & ~nan, energy, float("inf")), 1)
+    is_least = tl.where(has_nan[:, None], nan, valid & (energy == least[:, None]))
     first = tl.min(tl.where(is_least, k, 2147483647), 1)
     least = tl.where(has_nan, float("nan"), least)
     lower = (least < lowest) | (has_nan & (lowest == lowest))

@@ -1,9 +1,12 @@
-"""The free energy of K candidates in Triton: a program takes a tile of results by candidates, wherever they lie, and
-goes through its candidates once."""
+"""The free energy of K candidates in Triton.
+
+A program reduces a tile of results by candidates, of any strides, and reads each energy once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -19,13 +22,13 @@ from sslkernels.core.triton.launch import (
     pointers_aligned,
     processors,
 )
-from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, weights_of
+from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, soft_weights
 
-LINE = 32  # results side by side at least, where they lie so
+LINE = 32  # at least this many adjacent results a tile, if the results are contiguous
 
 
 def config(dtype: torch.dtype, shape: tuple[int, int, int], inner_stride: int, programs: int) -> dict[str, int | bool]:
-    """A tile of 8 or 16 elements a thread, of float64 4; no more results than leave `programs` of them."""
+    """A tile of 8 or 16 elements a thread (4 of float64), with few enough results for at least `programs` programs."""
     outer, count, inner = shape
     elements = 512 if dtype == torch.float64 else 2048
     wide = inner > 1 and inner_stride == 1
@@ -38,26 +41,26 @@ def config(dtype: torch.dtype, shape: tuple[int, int, int], inner_stride: int, p
     return {"WIDE": wide, "BLOCK_R": block_r, "BLOCK_K": block_k}
 
 
-def options(dtype: torch.dtype, constexprs: dict[str, int | bool]) -> dict[str, int]:
-    of_warp = 128 if dtype == torch.float64 else 512 if constexprs["WIDE"] else 256  # no register spills
-    return {"num_warps": min(max(constexprs["BLOCK_R"] * constexprs["BLOCK_K"] // of_warp, 1), 8)}
+def launch_options(dtype: torch.dtype, constexprs: dict[str, int | bool]) -> dict[str, int]:
+    per_warp = 128 if dtype == torch.float64 else 512 if constexprs["WIDE"] else 256  # more spills registers
+    return {"num_warps": min(max(constexprs["BLOCK_R"] * constexprs["BLOCK_K"] // per_warp, 1), 8)}
 
 
 @triton.jit
 def _results(block, outer, inner, outer_stride, inner_stride, WIDE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Numbers of the results of a block in (outer, inner), which exist, and the offsets of their first energies."""
+    """Indices of a block's results in (outer, inner), which of them are valid, and the offsets of their energies."""
     lane = tl.arange(0, BLOCK_R)
-    if WIDE:  # of one outer index
+    if WIDE:  # a block of one outer index
         blocks = (inner + BLOCK_R - 1) // BLOCK_R
         o = block // blocks
         i = block % blocks * BLOCK_R + lane
-        there = i < inner
+        valid = i < inner
     else:
         r = block * BLOCK_R + lane
         o = r // inner
         i = r % inner
-        there = o < outer
-    return o * inner + i, there, o * outer_stride + i * inner_stride
+        valid = o < outer
+    return o * inner + i, valid, o * outer_stride + i * inner_stride
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def free_energy_fwd_kernel(
     beta = tl.full((), beta, ACC)
     inverse = tl.full((), inverse, ACC)
     block = tl.program_id(0).to(tl.int64)
-    r, there, offset = _results(block, outer, inner, outer_stride, inner_stride, WIDE, BLOCK_R)
+    r, in_range, offset = _results(block, outer, inner, outer_stride, inner_stride, WIDE, BLOCK_R)
     lane = tl.arange(0, BLOCK_K)
     lowest = tl.full((BLOCK_R,), float("inf"), ACC)
     total = tl.zeros((BLOCK_R,), ACC)
@@ -78,22 +81,22 @@ def free_energy_fwd_kernel(
     winner = tl.zeros((BLOCK_R,), tl.int32)
     for start in range(0, count, BLOCK_K):
         k = start + lane
-        taken = there[:, None] & (k < count)[None, :]
+        valid = in_range[:, None] & (k < count)[None, :]
         at = offset[:, None] + k.to(tl.int64)[None, :] * count_stride
-        energy = tl.load(energy_ptr + at, mask=taken, other=0.0).to(ACC)
+        energy = tl.load(energy_ptr + at, mask=valid, other=0.0).to(ACC)
         if MINIMUM:
-            lowest, winner = lower_energies(energy, taken, k[None, :], lowest, winner)
+            lowest, winner = lower_energies(energy, valid, k[None, :], lowest, winner)
         else:
-            lowest, total, deficit = add_energies(energy, taken, start, lowest, total, deficit, beta, inverse)
+            lowest, total, deficit = add_energies(energy, valid, start, lowest, total, deficit, beta, inverse)
     if MINIMUM:
-        tl.store(value_ptr + r, lowest, mask=there)
+        tl.store(value_ptr + r, lowest, mask=in_range)
         if STATE:
-            tl.store(winner_ptr + r, winner.to(tl.int64), mask=there)
+            tl.store(winner_ptr + r, winner.to(tl.int64), mask=in_range)
     else:
-        tl.store(value_ptr + r, soft_value(tl.full((), count, ACC), lowest, total, deficit, beta, inverse), mask=there)
+        tl.store(value_ptr + r, soft_value(count, lowest, total, deficit, beta, inverse), mask=in_range)
         if STATE:
-            tl.store(lowest_ptr + r, lowest, mask=there)
-            tl.store(total_ptr + r, total, mask=there)
+            tl.store(lowest_ptr + r, lowest, mask=in_range)
+            tl.store(total_ptr + r, total, mask=in_range)
 
 
 @triton.jit
@@ -107,22 +110,24 @@ def free_energy_bwd_kernel(
     beta = tl.full((), beta, ACC)
     blocks = (count + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0).to(tl.int64)
-    r, there, to = _results(program // blocks, outer, inner, grad_outer_stride, grad_inner_stride, WIDE, BLOCK_R)
+    r, in_range, grad_offset = _results(
+        program // blocks, outer, inner, grad_outer_stride, grad_inner_stride, WIDE, BLOCK_R
+    )
     k = program % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    taken = there[:, None] & (k < count)[None, :]
-    grad_value = tl.load(grad_value_ptr + r, mask=there, other=0.0)
+    valid = in_range[:, None] & (k < count)[None, :]
+    grad_value = tl.load(grad_value_ptr + r, mask=in_range, other=0.0)
     if MINIMUM:
-        winner = tl.load(winner_ptr + r, mask=there, other=0)
+        winner = tl.load(winner_ptr + r, mask=in_range, other=0)
         grad = tl.where(k[None, :] == winner[:, None], grad_value[:, None], 0.0)
     else:
         _, _, offset = _results(program // blocks, outer, inner, outer_stride, inner_stride, WIDE, BLOCK_R)
-        lowest = tl.load(lowest_ptr + r, mask=there, other=0.0)
-        scale = grad_value / tl.load(total_ptr + r, mask=there, other=1.0)
+        lowest = tl.load(lowest_ptr + r, mask=in_range, other=0.0)
+        scale = grad_value / tl.load(total_ptr + r, mask=in_range, other=1.0)
         at = offset[:, None] + k[None, :] * count_stride
-        energy = tl.load(energy_ptr + at, mask=taken, other=0.0).to(ACC)
-        grad = weights_of(energy, lowest[:, None], 1.0, beta) * scale[:, None]
-    at = to[:, None] + k[None, :] * grad_count_stride
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=taken)
+        energy = tl.load(energy_ptr + at, mask=valid, other=0.0).to(ACC)
+        grad = soft_weights(energy, lowest[:, None], 1.0, beta) * scale[:, None]
+    at = grad_offset[:, None] + k[None, :] * grad_count_stride
+    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=valid)
 
 
 def _blocks(shape: tuple[int, int, int], constexprs: dict[str, int | bool]) -> int:
@@ -131,38 +136,24 @@ def _blocks(shape: tuple[int, int, int], constexprs: dict[str, int | bool]) -> i
     return outer * triton.cdiv(inner, block_r) if constexprs["WIDE"] else triton.cdiv(outer * inner, block_r)
 
 
-def free_energy_fwd(
-    energy: Tensor,
-    value: Tensor,
-    lowest: Tensor | None,
-    total: Tensor | None,
-    winner: Tensor | None,
-    beta: float,
-    minimum: bool,
-) -> None:
-    """Fills value (outer, inner) of energies (outer, K, inner), and of the others those that are given."""
-    if value.numel() == 0:
+def free_energy_fwd(energy: Tensor, outputs: Any, options: Any) -> None:
+    """Fills the tensors of `outputs`, the record `Outputs` whose state may be None, from energies (outer, K, inner);
+    `options` is the record `Options`."""
+    if outputs.value.numel() == 0:
         return
     shape = tuple(energy.shape)
     constexprs = config(energy.dtype, shape, energy.stride(2), 2 * processors(energy))
-    state = winner is not None or total is not None
+    state = outputs.winner is not None or outputs.total is not None
     with on_device_of(energy):
         free_energy_fwd_kernel[(_blocks(shape, constexprs),)](
-            energy, value, lowest, total, winner, *shape, *energy.stride(), float(beta), 1 / beta,
-            MINIMUM=minimum, STATE=state, **constexprs, **options(energy.dtype, constexprs),
+            energy, *outputs, *shape, *energy.stride(), float(options.beta), 1 / options.beta,
+            MINIMUM=options.minimum, STATE=state, **constexprs, **launch_options(energy.dtype, constexprs),
         )  # fmt: skip
 
 
-def free_energy_bwd(
-    grad_value: Tensor,
-    energy: Tensor | None,
-    lowest: Tensor | None,
-    total: Tensor | None,
-    winner: Tensor | None,
-    grad: Tensor,
-    beta: float,
-) -> None:
-    """Fills grad (outer, K, inner); without energies that of the minimum."""
+def free_energy_bwd(grad_value: Tensor, energy: Tensor | None, state: Any, grad: Tensor, options: Any) -> None:
+    """Fills grad (outer, K, inner); the minimum takes no energies. `state` and `options`: the records of these names,
+    without the tensors that the mode does not need."""
     if grad.numel() == 0:
         return
     shape = tuple(grad.shape)
@@ -171,8 +162,8 @@ def free_energy_bwd(
     programs = _blocks(shape, constexprs) * triton.cdiv(shape[1], constexprs["BLOCK_K"])
     with on_device_of(grad):
         free_energy_bwd_kernel[(programs,)](
-            grad_value, energy, lowest, total, winner, grad, *shape, *strides, *grad.stride(), float(beta),
-            MINIMUM=energy is None, **constexprs, **options(grad.dtype, constexprs),
+            grad_value, energy, *state, grad, *shape, *strides, *grad.stride(), float(options.beta),
+            MINIMUM=energy is None, **constexprs, **launch_options(grad.dtype, constexprs),
         )  # fmt: skip
 
 
@@ -197,7 +188,7 @@ def aot_signatures() -> Iterator[AotEntry]:
                 absent = ("lowest_ptr", "total_ptr") if minimum else ("winner_ptr",)
                 constants = {"MINIMUM": minimum, "STATE": True, **constexprs, **one, **dict.fromkeys(absent)}
                 label = f"{name}-{'x'.join(map(str, shape))}-{'min' if minimum else 'soft'}"
-                chosen = options(dtype, constexprs)
+                chosen = launch_options(dtype, constexprs)
                 yield _multiples_of_16(
                     pointers_aligned(f"free_energy-{label}", free_energy_fwd_kernel, types, constants, chosen), shape
                 )

@@ -1,7 +1,8 @@
-"""Gaussian samples and their divergence in Triton: a program a tile of ROWS rows and COLS columns, of which mean and
-logvar are read once for all samples. The noise is made in registers, the four columns of a group in one thread.
+"""Gaussian samples and their divergence in Triton.
 
-Elements of a tile are numbered along its rows in vectors of ROWS * COLS; sums of rows and columns reshape those.
+A program computes a tile of ROWS rows and COLS columns, and reads mean and logvar once for all samples. The noise stays
+in registers; one thread generates the four columns of a group. A tile is a vector of ROWS * COLS elements in row-major
+order; sums over rows and columns reshape it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from sslkernels.core.triton.numerics import exp_any, expm1_terms
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
 
-ROWS_OF_BLOCK = 64  # that become one partial sum of a column
+ROWS_OF_BLOCK = 64  # rows reduced to one partial sum a column
 
 
 def _elements(dtype: torch.dtype) -> int:
-    """Of a tile."""
+    """Elements per tile."""
     return 512 if dtype == torch.float64 else 1024
 
 
@@ -40,8 +41,8 @@ def config(dtype: torch.dtype, columns: int, sums: bool) -> dict[str, int]:
 
 
 @triton.jit
-def _place(rows, columns, tiles, step, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The first row and column of the program's tile, and of its elements the rows, the columns, and which exist."""
+def _tile(rows, columns, tiles, step, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """First row and column of the program's tile; rows and columns of its elements within it, and which are valid."""
     program = tl.program_id(0).to(tl.int64)
     first = ((program // tiles) * STEPS + step) * ROWS
     column = (program % tiles) * COLS
@@ -61,7 +62,7 @@ def _group_numbers(
     row_ids_ptr, first, column, rows, groups,
     HAS_ROW_IDS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Of the tile's groups for Philox, int64; PAIRS: of every second one."""
+    """Philox group numbers of the tile, int64; PAIRS: of every second group."""
     EACH: tl.constexpr = 8 if PAIRS else 4
     group = tl.arange(0, ROWS * COLS // EACH)
     row_id = first + group // (COLS // EACH)
@@ -72,8 +73,8 @@ def _group_numbers(
 
 @triton.jit
 def _normals(seed, number, sample, PAIRS: tl.constexpr):
-    """The noise of the tile. PAIRS: two neighbouring groups are made in one thread, so that their columns, 16 bytes of
-    half precision, need no other on their way to memory."""
+    """The noise of the tile. PAIRS: one thread generates two adjacent groups, whose columns are 16 bytes of half
+    precision, so that they are stored without an exchange between threads."""
     draw = tl.full((), 0, tl.int64) + sample
     if PAIRS:
         w0, w1, w2, w3 = group_words(seed, number, draw)
@@ -94,7 +95,7 @@ def _divergence(
     mean, logvar, scale, prior_mean_ptr, prior_logvar_ptr, prior_mean_stride, prior_logvar_stride,
     first, column, row, col, valid, PRIOR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """t, 1 / (scale of the prior), expm1(d), and the divergence: names as in `ops/gaussian_operators.py`."""
+    """t, exp(-prior_logvar / 2), expm1(d) and the divergence, with the names of `latent/gaussian_operators.py`."""
     if PRIOR:
         prior_mean = _load(prior_mean_ptr, prior_mean_stride, first, column, row, col, valid, ACC)
         prior_logvar = _load(prior_logvar_ptr, prior_logvar_stride, first, column, row, col, valid, ACC)
@@ -114,55 +115,25 @@ def _clamped(logvar, low, high, BOUNDED: tl.constexpr):
     if BOUNDED:
         low = tl.full((), low, logvar.dtype)
         high = tl.full((), high, logvar.dtype)
-        return tl.where(logvar < low, low, tl.where(logvar > high, high, logvar))  # NaN stays
+        return tl.where(logvar < low, low, tl.where(logvar > high, high, logvar))  # NaN passes
     else:
         return logvar
 
 
 @triton.jit(do_not_specialize=["groups", "samples", "tiles"])
 def gaussian_fwd_kernel(
-    mean_ptr,
-    logvar_ptr,
-    prior_mean_ptr,
-    prior_logvar_ptr,
-    row_ids_ptr,
-    seed_ptr,
-    z_ptr,
-    kl_ptr,
-    statistics_ptr,
-    mean_stride,
-    logvar_stride,
-    prior_mean_stride,
-    prior_logvar_stride,
-    z_row_stride,
-    z_sample_stride,
-    rows,
-    columns,
-    groups,
-    samples,
-    tiles,
-    free_bits: tl.float64,
-    low: tl.float64,
-    high: tl.float64,
-    SAMPLE: tl.constexpr,
-    KL: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    PRIOR: tl.constexpr,
-    FREE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    HAS_ROW_IDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ACC: tl.constexpr,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    mean_ptr, logvar_ptr, prior_mean_ptr, prior_logvar_ptr, row_ids_ptr, seed_ptr, z_ptr, kl_ptr, statistics_ptr,
+    mean_stride, logvar_stride, prior_mean_stride, prior_logvar_stride, z_row_stride, z_sample_stride, rows, columns,
+    groups, samples, tiles, free_bits: tl.float64, low: tl.float64, high: tl.float64,
+    SAMPLE: tl.constexpr, KL: tl.constexpr, BY_ROW: tl.constexpr, STATISTICS: tl.constexpr, PRIOR: tl.constexpr,
+    FREE: tl.constexpr, BOUNDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     kl_sum = tl.zeros((COLS,), ACC)
-    average = tl.zeros((COLS,), ACC)  # of mean less that of row 0, as its squared distances: over `seen` rows
+    average = tl.zeros((COLS,), ACC)  # of `mean` less row 0, over the `seen` rows, as `squares` is
     squares = tl.zeros((COLS,), ACC)
     for step in range(STEPS):
-        first, column, row, col, valid = _place(rows, columns, tiles, step, STEPS, ROWS, COLS)
+        first, column, row, col, valid = _tile(rows, columns, tiles, step, STEPS, ROWS, COLS)
         mean = _load(mean_ptr, mean_stride, first, column, row, col, valid, ACC)
         logvar = _load(logvar_ptr, logvar_stride, first, column, row, col, valid, ACC)
         logvar = _clamped(logvar, low, high, BOUNDED)
@@ -174,12 +145,12 @@ def gaussian_fwd_kernel(
             )  # fmt: skip
         if STATISTICS:
             count = tl.maximum(tl.minimum(rows - first, ROWS), 0)
-            exists = tl.reshape(valid, (ROWS, COLS))
-            kl_sum += tl.sum(tl.where(exists, tl.reshape(kl, (ROWS, COLS)), 0.0), 0)
+            inside = tl.reshape(valid, (ROWS, COLS))
+            kl_sum += tl.sum(tl.where(inside, tl.reshape(kl, (ROWS, COLS)), 0.0), 0)
             pivot = tl.load(mean_ptr + column + col, mask=valid, other=0.0).to(ACC)
-            moved = tl.where(exists, tl.reshape(mean - pivot, (ROWS, COLS)), 0.0)
+            moved = tl.where(inside, tl.reshape(mean - pivot, (ROWS, COLS)), 0.0)
             own = tl.sum(moved, 0) * (1.0 / tl.maximum(count, 1).to(ACC))
-            distance = tl.where(exists, moved - own[None, :], 0.0)
+            distance = tl.where(inside, moved - own[None, :], 0.0)
             seen = tl.full((), step * ROWS, ACC)
             weight = count.to(ACC) / tl.maximum(seen + count.to(ACC), 1.0)
             squares += tl.sum(distance * distance, 0) + (own - average) * (own - average) * seen * weight
@@ -218,7 +189,7 @@ def _store_prior_gradient(
     pointer, slopes, total, columns, first, column, row, col, valid,
     WANTED: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the slopes of a tile, or adds up their columns; `total` of all tiles so far."""
+    """Stores the slopes of a tile, or adds their column sums to `total` (SHARED)."""
     if WANTED:
         if SHARED:
             total += tl.sum(tl.reshape(tl.where(valid, slopes, 0.0), (ROWS, COLS)), 0)
@@ -230,55 +201,20 @@ def _store_prior_gradient(
 
 @triton.jit(do_not_specialize=["groups", "samples", "tiles"])
 def gaussian_bwd_kernel(
-    grad_z_ptr,
-    grad_kl_ptr,
-    mean_ptr,
-    logvar_ptr,
-    prior_mean_ptr,
-    prior_logvar_ptr,
-    row_ids_ptr,
-    seed_ptr,
-    grad_mean_ptr,
-    grad_logvar_ptr,
-    grad_prior_mean_ptr,
-    grad_prior_logvar_ptr,
-    mean_stride,
-    logvar_stride,
-    prior_mean_stride,
-    prior_logvar_stride,
-    z_row_stride,
-    z_sample_stride,
-    rows,
-    columns,
-    groups,
-    samples,
-    tiles,
-    free_bits: tl.float64,
-    low: tl.float64,
-    high: tl.float64,
-    SAMPLE: tl.constexpr,
-    KL: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    PRIOR: tl.constexpr,
-    FREE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    HAS_ROW_IDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    WANT_MEAN: tl.constexpr,
-    WANT_LOGVAR: tl.constexpr,
-    WANT_PRIOR_MEAN: tl.constexpr,
-    WANT_PRIOR_LOGVAR: tl.constexpr,
-    SHARED_PRIOR_MEAN: tl.constexpr,
-    SHARED_PRIOR_LOGVAR: tl.constexpr,
-    ACC: tl.constexpr,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    grad_z_ptr, grad_kl_ptr, mean_ptr, logvar_ptr, prior_mean_ptr, prior_logvar_ptr, row_ids_ptr, seed_ptr,
+    grad_mean_ptr, grad_logvar_ptr, grad_prior_mean_ptr, grad_prior_logvar_ptr, mean_stride, logvar_stride,
+    prior_mean_stride, prior_logvar_stride, z_row_stride, z_sample_stride, rows, columns, groups, samples, tiles,
+    free_bits: tl.float64, low: tl.float64, high: tl.float64,
+    SAMPLE: tl.constexpr, KL: tl.constexpr, BY_ROW: tl.constexpr, PRIOR: tl.constexpr, FREE: tl.constexpr,
+    BOUNDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr, PAIRS: tl.constexpr, WANT_MEAN: tl.constexpr,
+    WANT_LOGVAR: tl.constexpr, WANT_PRIOR_MEAN: tl.constexpr, WANT_PRIOR_LOGVAR: tl.constexpr,
+    SHARED_PRIOR_MEAN: tl.constexpr, SHARED_PRIOR_LOGVAR: tl.constexpr, ACC: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     prior_mean_sum = tl.zeros((COLS,), ACC)
     prior_logvar_sum = tl.zeros((COLS,), ACC)
     for step in range(STEPS):
-        first, column, row, col, valid = _place(rows, columns, tiles, step, STEPS, ROWS, COLS)
+        first, column, row, col, valid = _tile(rows, columns, tiles, step, STEPS, ROWS, COLS)
         given = _load(logvar_ptr, logvar_stride, first, column, row, col, valid, ACC)
         logvar = _clamped(given, low, high, BOUNDED)
         scale = exp_any(0.5 * logvar)
@@ -310,11 +246,11 @@ def gaussian_bwd_kernel(
                 grad_kl = tl.load(grad_kl_ptr + first * columns + column + (row * columns + col), mask=valid, other=0.0)
             if FREE:
                 grad_kl = tl.where(kl < tl.full((), free_bits, ACC), 0.0, grad_kl)
-            of_mean = grad_kl * t * inverse_scale
-            in_mean += of_mean
+            kl_in_mean = grad_kl * t * inverse_scale
+            in_mean += kl_in_mean
             in_logvar += grad_kl * expm1
             prior_mean_sum = _store_prior_gradient(
-                grad_prior_mean_ptr, -of_mean, prior_mean_sum, columns, first, column, row, col, valid,
+                grad_prior_mean_ptr, -kl_in_mean, prior_mean_sum, columns, first, column, row, col, valid,
                 WANT_PRIOR_MEAN, SHARED_PRIOR_MEAN, ROWS, COLS,
             )  # fmt: skip
             prior_logvar_sum = _store_prior_gradient(
@@ -339,13 +275,14 @@ def gaussian_bwd_kernel(
 
 
 def _row_stride(tensor: Tensor | None, rows: int) -> int:
-    """0 where all rows share one, or there is none."""
+    """0 for a row that all rows share, and for None."""
     return 0 if tensor is None or (tensor.shape[0] == 1 and rows != 1) else tensor.stride(0)
 
 
-def _sizes(mean: Tensor, logvar: Tensor, priors: tuple[Tensor | None, Tensor | None], z: Tensor | None) -> tuple:
+def _sizes(inputs: Any, z: Tensor | None) -> tuple[int, ...]:
+    mean, logvar, prior_mean, prior_logvar, _, _ = inputs
     rows, columns = mean.shape
-    strides = [_row_stride(tensor, rows) for tensor in (mean, logvar, *priors)]
+    strides = [_row_stride(tensor, rows) for tensor in (mean, logvar, prior_mean, prior_logvar)]
     strides += [0, 0] if z is None else [z.stride(0), z.stride(1)]
     tiles = triton.cdiv(columns, columns_of_tile(mean.dtype, columns))
     return *strides, rows, columns, (columns + 3) // 4, 0 if z is None else z.shape[1], tiles
@@ -364,67 +301,47 @@ def _pairs(dtype: torch.dtype, shape: dict[str, int]) -> bool:
     return dtype.itemsize == 2 and shape["COLS"] >= 8
 
 
-def _bounded(low: float, high: float) -> bool:
-    return low != float("-inf") or high != float("inf")
+def _flags(inputs: Any, options: Any, by_row: bool, shape: dict[str, int]) -> dict[str, Any]:
+    """The constants that both kernels have."""
+    return {
+        "BY_ROW": by_row,
+        "PRIOR": inputs.prior_mean is not None,
+        "FREE": options.free_bits > 0,
+        "BOUNDED": options.low != float("-inf") or options.high != float("inf"),
+        "HAS_ROW_IDS": inputs.row_ids is not None,
+        "PAIRS": _pairs(inputs.mean.dtype, shape),
+        "ACC": _acc(inputs.mean.dtype),
+        **shape,
+    }
 
 
-def gaussian_fwd(
-    mean: Tensor,
-    logvar: Tensor,
-    prior_mean: Tensor | None,
-    prior_logvar: Tensor | None,
-    row_ids: Tensor | None,
-    seed: Tensor | None,
-    free_bits: float,
-    low: float,
-    high: float,
-    z: Tensor | None,
-    kl: Tensor | None,
-    by_row: bool,
-    statistics: Tensor | None,
-) -> None:
-    """Fills z (rows, samples, columns), kl (rows, columns) or (rows, tiles), statistics (blocks, 3, columns)."""
-    shape = config(mean.dtype, mean.shape[1], statistics is not None)
+def gaussian_fwd(inputs: Any, options: Any, filled: Any, by_row: bool) -> None:
+    """Fills the tensors of `filled`, the record `KernelOutputs`; kl is (rows, tiles) if by_row. `inputs` and `options`
+    are the records `Inputs` and `Options`."""
+    mean, z = inputs.mean, filled.z
+    shape = config(mean.dtype, mean.shape[1], filled.statistics is not None)
     gaussian_fwd_kernel[_grid(mean, shape)](
-        mean, logvar, prior_mean, prior_logvar, row_ids, seed, z, kl, statistics,
-        *_sizes(mean, logvar, (prior_mean, prior_logvar), z), free_bits, low, high,
-        SAMPLE=z is not None, KL=kl is not None, BY_ROW=by_row, STATISTICS=statistics is not None,
-        PRIOR=prior_mean is not None, FREE=free_bits > 0, BOUNDED=_bounded(low, high), HAS_ROW_IDS=row_ids is not None,
-        PAIRS=_pairs(mean.dtype, shape), ACC=_acc(mean.dtype), **shape,
+        *inputs, *filled, *_sizes(inputs, z), options.free_bits, options.low, options.high,
+        SAMPLE=z is not None, KL=filled.kl is not None, STATISTICS=filled.statistics is not None,
+        **_flags(inputs, options, by_row, shape),
     )  # fmt: skip
 
 
-def gaussian_bwd(
-    mean: Tensor,
-    logvar: Tensor,
-    prior_mean: Tensor | None,
-    prior_logvar: Tensor | None,
-    row_ids: Tensor | None,
-    seed: Tensor | None,
-    free_bits: float,
-    low: float,
-    high: float,
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
-    by_row: bool,
-    grad_mean: Tensor | None,
-    grad_logvar: Tensor | None,
-    grad_prior_mean: Tensor | None,
-    grad_prior_logvar: Tensor | None,
-) -> None:
-    """Fills the gradients; of a prior that all rows share (blocks, columns), sums over blocks of rows."""
-    priors, prior_grads = (prior_mean, prior_logvar), (grad_prior_mean, grad_prior_logvar)
-    shared = [p is not None and p.shape[0] == 1 for p in priors]
-    sums = any(s and grad is not None for s, grad in zip(shared, prior_grads, strict=True))
+def gaussian_bwd(inputs: Any, options: Any, grads: Any, filled: Any, by_row: bool) -> None:
+    """Fills the tensors of `filled`, the record `Gradients`; a shared prior has partial sums over blocks of rows,
+    (blocks, columns). `grads` is the record `OutputGrads`."""
+    mean = inputs.mean
+    shared = {
+        "SHARED_PRIOR_MEAN": inputs.prior_mean is not None and inputs.prior_mean.shape[0] == 1,
+        "SHARED_PRIOR_LOGVAR": inputs.prior_logvar is not None and inputs.prior_logvar.shape[0] == 1,
+    }
+    wanted = {f"WANT_{name.upper()}": gradient is not None for name, gradient in filled._asdict().items()}
+    sums = any(shared[f"SHARED_{name}"] and wanted[f"WANT_{name}"] for name in ("PRIOR_MEAN", "PRIOR_LOGVAR"))
     shape = config(mean.dtype, mean.shape[1], sums)
     gaussian_bwd_kernel[_grid(mean, shape)](
-        grad_z, grad_kl, mean, logvar, *priors, row_ids, seed, grad_mean, grad_logvar, *prior_grads,
-        *_sizes(mean, logvar, priors, grad_z), free_bits, low, high,
-        SAMPLE=grad_z is not None, KL=grad_kl is not None, BY_ROW=by_row, PRIOR=prior_mean is not None,
-        FREE=free_bits > 0, BOUNDED=_bounded(low, high), HAS_ROW_IDS=row_ids is not None,
-        PAIRS=_pairs(mean.dtype, shape), WANT_MEAN=grad_mean is not None, WANT_LOGVAR=grad_logvar is not None,
-        WANT_PRIOR_MEAN=grad_prior_mean is not None, WANT_PRIOR_LOGVAR=grad_prior_logvar is not None,
-        SHARED_PRIOR_MEAN=shared[0], SHARED_PRIOR_LOGVAR=shared[1], ACC=_acc(mean.dtype), **shape,
+        *grads, *inputs, *filled, *_sizes(inputs, grads.z), options.free_bits, options.low, options.high,
+        SAMPLE=grads.z is not None, KL=grads.kl is not None, **wanted, **shared,
+        **_flags(inputs, options, by_row, shape),
     )  # fmt: skip
 
 

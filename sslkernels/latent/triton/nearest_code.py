@@ -1,17 +1,17 @@
-"""The best code of each row, exact in float64, behind products in the precision of the matrix units.
+"""The best code of each row, exact in float64, from products in the precision of the matrix units.
 
-The codebook is cut into splits. A program of the first kernel takes a block of rows and a split, multiplies tile by
-tile and keeps of each row, with s the computed score of a code and e a bound of its error over the tile: the largest
-s + e with its code, the second largest, and the largest s - e. Where no code but one has s + e as large as the largest
-s - e of all splits, the second kernel is done; otherwise it scores the codes of the splits that may hold the best in
-float64, from the input as it is given. Of standard normal data, with D = 64 and 8192 codes, that is 0.3 % of the rows
-in half precision and none of 4096 in float32.
+The codebook is divided into splits. A program of the first kernel takes a block of rows and a split, and multiplies
+tile by tile. With s the computed score of a code and e a bound of its error over the tile, it keeps for each row the
+largest s + e with its code, the second largest s + e, and the largest s - e. If only one code of all splits has s + e
+at least as large as the largest s - e, the second kernel takes it. Otherwise it rescores in float64, from the input as
+given, the codes of the splits that may hold the best. For standard normal data with D = 64 and 8192 codes, these are
+0.3 % of the rows in half precision, and none of 4096 rows in float32.
 
 s = gain <x, c> - half_square, with half_square = |c|^2 / 2 for the squared distance and gain = 1 / |c| for the cosine.
-e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. The bound of the sum of products is that
-of csrc/common/vector_quantize.h for float32, whose roundings are to nearest. Matrix units multiply half precision
-exactly, but cut sums to 24 bits or a few more, after an alignment to their largest term: each of the D terms and each
-sum of 16 loses at most 2^-23 of |x| |c|; `HALF_ROUNDING` is four times that. What may overflow has an infinite e.
+e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. For float32, which rounds to nearest, the
+bound of the sum of products is that of csrc/latent/vector_quantize.h. Matrix units multiply half precision exactly, but
+truncate sums to 24 bits or a few more, aligned to the largest term: each of the D terms and each sum of 16 loses at
+most 2^-23 of |x| |c|; `HALF_ROUNDING` is four times that. Products that may overflow have an infinite e.
 """
 
 from collections.abc import Iterator
@@ -42,13 +42,13 @@ NOT_SPECIALIZED = ["rows", "codes", "tiles_per_split", "splits", "count"]
 FLOAT_ROUNDING = 2.0**-24
 HALF_ROUNDING = 2.0**-21
 TINY = 2.0**-126
-# Norms from which products may overflow, and that of a code below which its inverse makes underflow large.
+# From LARGEST_NORM on products may overflow; below SMALLEST_NORM the inverse of a code's norm amplifies underflow.
 LARGEST_NORM = tl.constexpr(2.0**60)
 SMALLEST_NORM = tl.constexpr(2.0**-100)
-# Added to the norms: for subnormal numbers that are flushed to zero in a product.
+# Added to the norms, because products may flush subnormal numbers to zero.
 NORM_FLOOR = tl.constexpr(2.0**-100)
 NONE = tl.constexpr(2147483647)
-EXACT_ELEMENTS = 2048  # of float64 that a program of the second kernel holds
+EXACT_ELEMENTS = 2048  # float64 elements that a program of the second kernel holds
 NORM_ROWS = 16
 
 
@@ -62,7 +62,7 @@ def code_norms_kernel(
     vectors, norm_out, constant_out, number_out, count, dim, square, underflow,
     METRIC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of rows (constant_out None): |x|. Of codes: factor, constant, and half_square or gain."""
+    """Norms |x| of rows (constant_out is None), or factor, constant, and half_square or gain of codes."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < count
     sums = tl.zeros((BLOCK_R,), tl.float64)
@@ -73,7 +73,7 @@ def code_norms_kernel(
         sums += tl.sum(x * x, 1)
     norm = tl.sqrt(sums)
     infinity = float("inf")
-    factor = tl.where(norm < LARGEST_NORM, _rounded_up(norm), infinity)  # of NaN infinite
+    factor = tl.where(norm < LARGEST_NORM, _rounded_up(norm), infinity)  # infinite for NaN
     if constant_out is None:
         tl.store(norm_out + row, factor, valid)
     else:
@@ -97,12 +97,13 @@ def best_codes_kernel(
     rows, codes, tiles_per_split, product,
     DIM: tl.constexpr, METRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The best, the second best and the bound of a block of rows over one split."""
     row = tl.program_id(0) * BLOCK_M
     row_lane, lane = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_inside = row_lane < rows - row
     depth = tl.arange(0, BLOCK_D)
     input_at = (input + row.to(tl.int64) * DIM) + feature_offsets(row_lane, row_inside, DIM)[:, None] + depth[None, :]
-    error_of_row = product * tl.load(norm + row + row_lane, row_inside, other=0.0)
+    row_error = product * tl.load(norm + row + row_lane, row_inside, other=0.0)
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     second = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     bound = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -122,7 +123,7 @@ def best_codes_kernel(
         s = tl.where(inside[None, :], s, float("-inf"))
         largest_factor = tl.max(tl.load(factor + code + lane, inside, other=0.0), 0)
         largest_constant = tl.max(tl.load(constant + code + lane, inside, other=0.0), 0)
-        error = error_of_row * largest_factor + largest_constant
+        error = row_error * largest_factor + largest_constant
 
         tile_best = tl.max(s, 1)
         tile_index = tl.min(tl.where(s == tile_best[:, None], lane[None, :], BLOCK_N), 1)
@@ -144,14 +145,14 @@ def best_codes_kernel(
 
 @triton.jit
 def _exact_scores(x, codebook, code, inside, dim, METRIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """float64 scores of a row at x with the codes `code`."""
+    """float64 scores of the row at x with the codes `code`."""
     total = tl.zeros((BLOCK_N,), tl.float64)
     squares = tl.zeros((BLOCK_N,), tl.float64)
     for start in range(0, dim, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         a = tl.load(x + column, column < dim, other=0.0).to(tl.float64)[None, :]
-        used = inside[:, None] & (column < dim)[None, :]
-        c = tl.load(codebook + code[:, None] * dim + column[None, :], used, other=0.0).to(tl.float64)
+        valid = inside[:, None] & (column < dim)[None, :]
+        c = tl.load(codebook + code[:, None] * dim + column[None, :], valid, other=0.0).to(tl.float64)
         if METRIC == L2:
             total -= tl.sum((a - c) * (a - c), 1)
         else:
@@ -169,6 +170,7 @@ def resolve_codes_kernel(
     rows, codes, dim, splits, tiles_per_split, TILE: tl.constexpr,
     METRIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Reduces one row over the splits, and rescores it in float64 if more than one code may be the best."""
     row = tl.program_id(0).to(tl.int64)
     bound = tl.load(bound_in + row)
     best = tl.load(best_in + row)
@@ -188,7 +190,7 @@ def resolve_codes_kernel(
 
     score = tl.full((), float("-inf"), tl.float64)
     index = tl.full((), 2147483647, tl.int32)
-    nothing = tl.full((), 2147483647, tl.int32)  # the first code with a score that is NaN
+    nothing = tl.full((), 2147483647, tl.int32)  # the first code whose score is NaN
     per_split = tiles_per_split * TILE
     for split in range(0, splits):
         if tl.load(best_in + split * rows.to(tl.int64) + row) >= bound:
@@ -212,7 +214,7 @@ def resolve_codes_kernel(
 
 
 def config(rows: int, codes: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """Tiles of the products. A thread holds a tile of scores, and for a time its comparison."""
+    """Tiles of the products, small enough that scores and their comparisons stay in registers."""
     block_m, block_n = (min(max(16, next_power_of_2(n)), 128) for n in (rows, codes))
     depth = max(16, next_power_of_2(dim))
     if dtype == torch.float32:
@@ -232,14 +234,14 @@ def norm_config(dim: int) -> Config:
 
 
 def product_error(dim: int, dtype: torch.dtype) -> float:
-    """Of the norms of the factors of a product."""
+    """The error of a product relative to the norms of its factors."""
     relative = (dim + 8) * (FLOAT_ROUNDING if dtype == torch.float32 else HALF_ROUNDING)
     return 1.02 * relative / (1 - relative) if relative < 0.25 else float("inf")
 
 
 def best_codes(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
-    """Fills indices (N,), int64, and score (N,), float64: NaN where it is, else of no meaning. Workspace: 16 bytes for
-    each row and split of the codebook, 4 for each row and 12 for each code; where the dtypes differ, one copy."""
+    """Fills indices (N,), int64, and score (N,), float64, a NaN flag. Workspace: 16 bytes per row and split of the
+    codebook, 4 per row and 12 per code; one copy if the dtypes differ."""
     (rows, dim), codes = input.shape, codebook.shape[0]
     if rows == 0:
         return

@@ -1,14 +1,14 @@
 """Squared errors of K predictions, their free energy, and its gradients in Triton.
 
-A program has a tile of targets by predictions by features. Where one tile holds all predictions of its targets and goes
-through their features, it reduces their energies too; parts of rows with many features, and of rows with many
-predictions, are reduced by a second kernel.
+A program loops over the features of a tile of targets by predictions. If the tile holds all predictions of its targets,
+the program reduces their energies too. Otherwise, and if the features are split over programs, partial energies go to a
+second kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,14 +24,14 @@ from sslkernels.core.triton.launch import (
     pointers_aligned,
     processors,
 )
-from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, weights_of
+from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, soft_weights
 
-MOST_COLUMNS = 1 << 16  # of a part: few enough for sums of float32
-FINISH_BLOCK = {torch.float32: 512, torch.float64: 256}  # candidates of a finishing program at a time
+MOST_COLUMNS = 1 << 16  # features a program sums: few enough for float32
+FINISH_BLOCK = {torch.float32: 512, torch.float64: 256}  # candidates a finishing program reads at a time
 
 
 class Plan(NamedTuple):
-    """parts: of the features in forward, of the candidates in backward."""
+    """parts: programs that share the features of a tile (forward) or its candidates (backward)."""
 
     constexprs: dict[str, int]
     parts: int
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 
 def _tile(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int, most_k: int) -> dict[str, int]:
-    """16 elements a thread, of float64 fewer; no more targets than leave `programs` of them."""
+    """16 elements a thread, fewer of float64, with few enough targets for at least `programs` programs."""
     elements = 1024 if dtype == torch.float64 else 4096
     block_k = min(next_power_of_2(count), most_k)
     block_d = min(next_power_of_2(dim), max(elements // block_k, 16))
@@ -54,14 +54,14 @@ def _warps(tile: dict[str, int]) -> dict[str, int]:
 
 
 def plan_fwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int) -> Plan:
-    """FUSED: a program has all that there is of its targets."""
+    """FUSED: a program holds all candidates and features of its targets, and reduces their energies."""
     tile = _tile(dtype, batch, count, dim, programs, 32)
     blocks = triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(count, tile["BLOCK_K"])
     parts = max(min(triton.cdiv(programs, max(blocks, 1)), triton.cdiv(dim, 4 * tile["BLOCK_D"])), 1)
     columns = triton.cdiv(max(dim, 1), max(parts, triton.cdiv(dim, MOST_COLUMNS)))
     columns = triton.cdiv(columns, tile["BLOCK_D"]) * tile["BLOCK_D"]
     parts = max(triton.cdiv(dim, columns), 1)
-    fused = parts == 1 and count <= tile["BLOCK_K"] and dtype != torch.float64  # whose exponentials take registers
+    fused = parts == 1 and count <= tile["BLOCK_K"] and dtype != torch.float64  # its exponentials spill registers
     return Plan({**tile, "COLUMNS": columns, "FUSED": fused}, parts, _warps(tile))
 
 
@@ -80,6 +80,7 @@ def prediction_energy_fwd_kernel(
     MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, FUSED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Energies of a tile summed over the features of a part, and reduced if FUSED."""
     ACC: tl.constexpr = value_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     blocks = (count + BLOCK_K - 1) // BLOCK_K
@@ -87,7 +88,7 @@ def prediction_energy_fwd_kernel(
     part = program // blocks % parts
     b = program // blocks // parts * BLOCK_B + tl.arange(0, BLOCK_B)
     in_batch = b < batch
-    taken = in_batch[:, None] & (k < count)[None, :]
+    valid = in_batch[:, None] & (k < count)[None, :]
     row = b[:, None] * batch_stride + k[None, :] * count_stride
     begin = part * COLUMNS
     end = tl.minimum(begin + COLUMNS, dim)
@@ -98,8 +99,8 @@ def prediction_energy_fwd_kernel(
         at = b[:, None] * target_stride + column[None, :]
         y = tl.load(target_ptr + at, mask=in_batch[:, None] & inside[None, :], other=0.0).to(ACC)
         at = row[:, :, None] + column[None, None, :]
-        p = tl.load(prediction_ptr + at, mask=taken[:, :, None] & inside[None, None, :], other=0.0).to(ACC)
-        difference = tl.where(taken[:, :, None], p - y[:, None, :], 0.0)
+        p = tl.load(prediction_ptr + at, mask=valid[:, :, None] & inside[None, None, :], other=0.0).to(ACC)
+        difference = tl.where(valid[:, :, None], p - y[:, None, :], 0.0)
         squares += difference * difference
     energy = tl.sum(squares, 2)
     if FUSED:
@@ -109,26 +110,26 @@ def prediction_energy_fwd_kernel(
         at = b[:, None] * count + k[None, :]
         if MINIMUM:
             winner = tl.zeros((BLOCK_B,), tl.int64)
-            lowest, winner = lower_energies(energy, taken, k[None, :], lowest, winner)
+            lowest, winner = lower_energies(energy, valid, k[None, :], lowest, winner)
             tl.store(value_ptr + b, lowest, mask=in_batch)
             if WEIGHTS:
-                tl.store(weights_ptr + at, tl.where(k[None, :] == winner[:, None], 1.0, 0.0), mask=taken)
+                tl.store(weights_ptr + at, tl.where(k[None, :] == winner[:, None], 1.0, 0.0), mask=valid)
         else:
             zero = tl.zeros((BLOCK_B,), ACC)
-            lowest, total, deficit = add_energies(energy, taken, 0, lowest, zero, zero, beta, inverse)
-            value = soft_value(tl.full((), count, ACC), lowest, total, deficit, beta, inverse)
+            lowest, total, deficit = add_energies(energy, valid, 0, lowest, zero, zero, beta, inverse)
+            value = soft_value(count, lowest, total, deficit, beta, inverse)
             tl.store(value_ptr + b, value, mask=in_batch)
             if WEIGHTS:
-                tl.store(weights_ptr + at, weights_of(energy, lowest[:, None], total[:, None], beta), mask=taken)
+                tl.store(weights_ptr + at, soft_weights(energy, lowest[:, None], total[:, None], beta), mask=valid)
     else:
-        tl.store(parts_ptr + (b[:, None] * parts + part) * count + k[None, :], energy, mask=taken)
+        tl.store(parts_ptr + (b[:, None] * parts + part) * count + k[None, :], energy, mask=valid)
 
 
 @triton.jit
-def _energies(parts_ptr, k, taken, parts, count):
+def _energies(parts_ptr, k, valid, parts, count):
     energy = tl.zeros(k.shape, parts_ptr.dtype.element_ty)
     for part in range(0, parts):
-        energy += tl.load(parts_ptr + part * count + k, mask=taken, other=0.0)
+        energy += tl.load(parts_ptr + part * count + k, mask=valid, other=0.0)
     return energy
 
 
@@ -137,7 +138,7 @@ def prediction_energy_finish_kernel(
     parts_ptr, value_ptr, weights_ptr, count, parts, beta: tl.float64, inverse: tl.float64,
     MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program a target."""
+    """Reduces the energies of one target per program, summed over `parts` parts."""
     ACC: tl.constexpr = value_ptr.dtype.element_ty
     beta = tl.full((), beta, ACC)
     inverse = tl.full((), inverse, ACC)
@@ -150,28 +151,27 @@ def prediction_energy_finish_kernel(
     winner = tl.zeros((1,), tl.int32)
     for start in range(0, count, BLOCK_K):
         k = start + lane
-        taken = k < count
-        energy = _energies(parts_ptr, k, taken, parts, count)[None, :]
+        valid = k < count
+        energy = _energies(parts_ptr, k, valid, parts, count)[None, :]
         if MINIMUM:
-            lowest, winner = lower_energies(energy, taken[None, :], k[None, :], lowest, winner)
+            lowest, winner = lower_energies(energy, valid[None, :], k[None, :], lowest, winner)
         else:
-            lowest, total, deficit = add_energies(energy, taken[None, :], start, lowest, total, deficit, beta, inverse)
+            lowest, total, deficit = add_energies(energy, valid[None, :], start, lowest, total, deficit, beta, inverse)
     if MINIMUM:
         tl.store(value_ptr + b + tl.arange(0, 1), lowest)
     else:
-        tl.store(
-            value_ptr + b + tl.arange(0, 1), soft_value(tl.full((), count, ACC), lowest, total, deficit, beta, inverse)
-        )
+        value = soft_value(count, lowest, total, deficit, beta, inverse)
+        tl.store(value_ptr + b + tl.arange(0, 1), value)
     if WEIGHTS:
         weights_ptr += b * count
         for start in range(0, count, BLOCK_K):
             k = start + lane
-            taken = k < count
+            valid = k < count
             if MINIMUM:
                 weights = tl.where(k == winner, 1.0, 0.0)
             else:
-                weights = weights_of(_energies(parts_ptr, k, taken, parts, count), lowest, total, beta)
-            tl.store(weights_ptr + k, weights, mask=taken)
+                weights = soft_weights(_energies(parts_ptr, k, valid, parts, count), lowest, total, beta)
+            tl.store(weights_ptr + k, weights, mask=valid)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def prediction_energy_bwd_kernel(
     WANT_PREDICTION: tl.constexpr, WANT_TARGET: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the targets has a part for each of the candidates' parts."""
+    """The gradients of a tile; grad_target_ptr gets a partial sum for each part of the candidates."""
     ACC: tl.constexpr = grad_value_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     blocks = (dim + BLOCK_D - 1) // BLOCK_D
@@ -193,32 +193,34 @@ def prediction_energy_bwd_kernel(
     inside = in_batch[:, None] & (column < dim)[None, :]
     y = tl.load(target_ptr + b[:, None] * target_stride + column[None, :], mask=inside, other=0.0).to(ACC)
     upstream = 2.0 * tl.load(grad_value_ptr + b, mask=in_batch, other=0.0)
-    of_target = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+    target_sum = tl.zeros((BLOCK_B, BLOCK_D), ACC)
     begin = part * CANDIDATES
     for start in range(begin, tl.minimum(begin + CANDIDATES, count), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        taken = in_batch[:, None] & (k < count)[None, :]
-        weight = tl.load(weights_ptr + b[:, None] * count + k[None, :], mask=taken, other=0.0)
+        valid = in_batch[:, None] & (k < count)[None, :]
+        weight = tl.load(weights_ptr + b[:, None] * count + k[None, :], mask=valid, other=0.0)
         factor = upstream[:, None] * weight
-        counts = factor != 0.0
+        used = factor != 0.0
         at = (b[:, None] * batch_stride + k[None, :] * count_stride)[:, :, None] + column[None, None, :]
-        p = tl.load(prediction_ptr + at, mask=counts[:, :, None] & inside[:, None, :], other=0.0).to(ACC)
-        grad = tl.where(counts[:, :, None], factor[:, :, None] * (p - y[:, None, :]), 0.0)
+        p = tl.load(prediction_ptr + at, mask=used[:, :, None] & inside[:, None, :], other=0.0).to(ACC)
+        grad = tl.where(used[:, :, None], factor[:, :, None] * (p - y[:, None, :]), 0.0)
         if WANT_TARGET:
-            of_target -= tl.sum(grad, 1)
+            target_sum -= tl.sum(grad, 1)
         if WANT_PREDICTION:
             at = (b[:, None] * grad_batch_stride + k[None, :] * grad_count_stride)[:, :, None] + column[None, None, :]
             out = grad.to(grad_prediction_ptr.dtype.element_ty)
-            tl.store(grad_prediction_ptr + at, out, mask=taken[:, :, None] & inside[:, None, :])
+            tl.store(grad_prediction_ptr + at, out, mask=valid[:, :, None] & inside[:, None, :])
     if WANT_TARGET:
         at = (part * batch + b)[:, None] * dim + column[None, :]
-        tl.store(grad_target_ptr + at, of_target.to(grad_target_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_target_ptr + at, target_sum.to(grad_target_ptr.dtype.element_ty), mask=inside)
 
 
-def prediction_energy_fwd(
-    prediction: Tensor, target: Tensor, value: Tensor, weights: Tensor | None, beta: float, minimum: bool
-) -> None:
-    """Fills value (B,) and, where given, weights (B, K) of predictions (B, K, D) and targets (B, D)."""
+def prediction_energy_fwd(inputs: Any, outputs: Any, options: Any) -> None:
+    """Fills value (B,) and weights (B, K, or None) from prediction (B, K, D) and target (B, D). The arguments are the
+    records `Inputs`, `Outputs` and `Options`."""
+    prediction, target = inputs
+    value, weights = outputs
+    beta, minimum = float(options.beta), options.minimum
     batch, count, dim = prediction.shape
     if batch == 0:
         return
@@ -229,42 +231,37 @@ def prediction_energy_fwd(
     with on_device_of(prediction):
         prediction_energy_fwd_kernel[(blocks * plan.parts,)](
             prediction, target, value, weights, parts, batch, count, dim, plan.parts,
-            *prediction.stride()[:2], target.stride(0), float(beta), 1 / beta, **flags, **plan.constexprs,
+            *prediction.stride()[:2], target.stride(0), beta, 1 / beta, **flags, **plan.constexprs,
             **plan.options,
         )  # fmt: skip
         if parts is not None:
             block_k = min(next_power_of_2(count), FINISH_BLOCK[value.dtype])
             prediction_energy_finish_kernel[(batch,)](
-                parts, value, weights, count, plan.parts, float(beta), 1 / beta, **flags, BLOCK_K=block_k, num_warps=4
+                parts, value, weights, count, plan.parts, beta, 1 / beta, **flags, BLOCK_K=block_k, num_warps=4
             )
 
 
-def prediction_energy_bwd(
-    grad_value: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    grad_prediction: Tensor | None,
-    grad_target: Tensor | None,
-) -> None:
-    """Fills the gradients that are given."""
+def prediction_energy_bwd(grad_value: Tensor, inputs: Any, weights: Tensor, gradients: Any) -> None:
+    """Fills the record `Gradients`, whose fields may be None."""
+    prediction, target = inputs
+    grad_prediction, grad_target = gradients
     batch, count, dim = prediction.shape
     if batch == 0 or dim == 0:
         return
     plan = plan_bwd(prediction.dtype, batch, count, dim, 4 * processors(prediction))
     blocks = triton.cdiv(batch, plan.constexprs["BLOCK_B"]) * triton.cdiv(dim, plan.constexprs["BLOCK_D"])
-    of_target = grad_target
+    target_parts = grad_target
     if grad_target is not None and plan.parts > 1:
-        of_target = grad_value.new_empty((plan.parts, batch, dim))
+        target_parts = grad_value.new_empty((plan.parts, batch, dim))
     strides = (0, 0) if grad_prediction is None else grad_prediction.stride()[:2]
     with on_device_of(prediction):
         prediction_energy_bwd_kernel[(blocks * plan.parts,)](
-            grad_value, prediction, target, weights, grad_prediction, of_target, batch, count, dim,
+            grad_value, prediction, target, weights, grad_prediction, target_parts, batch, count, dim,
             *prediction.stride()[:2], target.stride(0), *strides, WANT_PREDICTION=grad_prediction is not None,
             WANT_TARGET=grad_target is not None, **plan.constexprs, **plan.options,
         )  # fmt: skip
     if grad_target is not None and plan.parts > 1:
-        grad_target.copy_(of_target.sum(0))
+        grad_target.copy_(target_parts.sum(0))
 
 
 def aot_signatures() -> Iterator[AotEntry]:

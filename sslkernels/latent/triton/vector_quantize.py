@@ -1,4 +1,4 @@
-"""Codes by their index in Triton: a block of rows a program, each read and written once."""
+"""Codes looked up by index in Triton: a program computes a block of rows, and reads and writes each row once."""
 
 from __future__ import annotations
 
@@ -19,34 +19,42 @@ from sslkernels.core.triton.launch import (
     pointers_aligned,
 )
 
-ELEMENTS = 1024  # of a block of rows
+ELEMENTS = 1024  # elements per block of rows
 
 
 @triton.jit
 def _rounded_to(values, dtype: tl.constexpr):
-    """From float64 by way of float32, as torch converts."""
+    """Converts float64 by way of float32, as torch does."""
     if dtype != tl.float64:
         values = values.to(tl.float32)
     return values.to(dtype)
+
+
+@triton.jit
+def _load_rows(input, codebook, index, row, column, rows, dim, acc: tl.constexpr):
+    """Elements of rows and of their codes, which of them are valid, and their offsets in the rows."""
+    valid = row < rows
+    inside = valid[:, None] & (column < dim)[None, :]
+    code = tl.load(index + row, valid, other=0)
+    at = row[:, None] * dim + column[None, :]
+    x = tl.load(input + at, inside, other=0.0).to(acc)
+    c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
+    return x, c, inside, at
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gather_codes_kernel(
     input, codebook, index, score, values, distance, rows, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    acc = distance.dtype.element_ty
+    acc: tl.constexpr = distance.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < rows
-    code = tl.load(index + row, valid, other=0)
     is_nan = tl.load(score + row, valid, other=0.0)
     is_nan = is_nan != is_nan
     total = tl.zeros((BLOCK_R,), acc)
     for start in range(0, dim, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
-        inside = valid[:, None] & (column < dim)[None, :]
-        at = row[:, None] * dim + column[None, :]
-        x = tl.load(input + at, inside, other=0.0).to(acc)
-        c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
+        x, c, inside, at = _load_rows(input, codebook, index, row, column, rows, dim, acc)
         difference = x - c
         total += tl.sum(difference * difference, 1)
         c = tl.where(is_nan[:, None], float("nan"), c)
@@ -58,16 +66,11 @@ def gather_codes_kernel(
 def code_difference_kernel(
     coefficient, input, codebook, index, out, rows, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    acc = coefficient.dtype.element_ty
+    acc: tl.constexpr = coefficient.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid = row < rows
-    code = tl.load(index + row, valid, other=0)
-    scale = tl.load(coefficient + row, valid, other=0.0)
+    scale = tl.load(coefficient + row, row < rows, other=0.0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = valid[:, None] & (column < dim)[None, :]
-    at = row[:, None] * dim + column[None, :]
-    x = tl.load(input + at, inside, other=0.0).to(acc)
-    c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
+    x, c, inside, at = _load_rows(input, codebook, index, row, column, rows, dim, acc)
     tl.store(out + at, _rounded_to(scale[:, None] * (x - c), out.dtype.element_ty), inside)
 
 
@@ -79,7 +82,7 @@ def config(dim: int) -> Config:
 def gather_codes(
     input: Tensor, codebook: Tensor, index: Tensor, score: Tensor, values: Tensor, distance: Tensor
 ) -> None:
-    """Fills values (N, D), NaN in rows whose score is, and distance (N,), the squared distance of row and code."""
+    """Fills values (N, D), NaN in rows whose score is NaN, and distance (N,), the squared distance of row and code."""
     rows, dim = input.shape
     if rows == 0:
         return
@@ -91,7 +94,7 @@ def gather_codes(
 
 
 def code_difference(coefficient: Tensor, input: Tensor, codebook: Tensor, index: Tensor, out: Tensor) -> None:
-    """Fills out (N, D) with coefficient (N,) times input less code."""
+    """Fills out (N, D) with coefficient (N,) times (input - code)."""
     rows, dim = input.shape
     if rows == 0:
         return
