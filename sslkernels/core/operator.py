@@ -108,6 +108,7 @@ class Operator:
         self.inputs = Layout(hints[name] for name in names)
         self.outputs = Layout(results)
         self._tensors = [i for i, kind in enumerate(self.inputs.leaf_types) if holds_tensor(kind)]
+        self._located = next(i for i in self._tensors if self.inputs.leaf_types[i] in (Tensor, Mutated))  # never None
         self.schema = self.name + _schema(names, self.inputs, self.outputs)
         _library.define(self.schema)
         _library.impl(self.name, self._from_dispatcher, "CompositeExplicitAutograd")
@@ -145,7 +146,7 @@ class Operator:
         return self._flat(self._run(flat, self.inputs.unpack(flat)))
 
     def _run(self, flat: Sequence[Any], args: Sequence[Any]) -> Any:
-        device = flat[self._tensors[0]].device
+        device = flat[self._located].device
         implementation = self.implementations.functions[self.implementations.choose(device)]
         if device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             return implementation(*args)

@@ -46,7 +46,7 @@ class NoisyLogits(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of each row: max and sum, (rows,) in the accumulation dtype."""
+    """max and sum of each row, (rows,) in the accumulation dtype."""
 
     max: Tensor
     sum: Tensor
