@@ -44,12 +44,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
       "cross_entropy_rows_fwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor? coefficient, Tensor(a!) loss, Tensor(b!) row_max, Tensor(c!) sum_exp, Tensor(d!) logprob, "
-      "Tensor(e!) prediction, Tensor(f!) entropy, Tensor(g!)? grad, int ignore_index, float label_smoothing, "
-      "float z_loss, float softcap, float logit_scale, bool stats) -> ()");
+      "Tensor(e!) prediction, Tensor(f!) entropy, Tensor(g!)? grad, int ignore_index, float[] options, "
+      "bool stats) -> ()");
   m.def(
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
-      "float label_smoothing, float z_loss, float softcap, float logit_scale) -> ()");
+      "float[] options) -> ()");
   m.def(
       "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
       "float scale, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) index) -> "

@@ -1,9 +1,23 @@
 #pragma once
 
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
 #include "core/bind.h"
 #include "vocabulary/cross_entropy.h"
 
 namespace sslkernels {
+
+// All options but ignore_index arrive as a list in the order of the struct, so that one more is a field here and a
+// field in Python.
+inline RowOptions row_options(int64_t ignore_index, const std::vector<double>& numbers) {
+  RowOptions options{ignore_index};
+  const size_t bytes = sizeof(RowOptions) - offsetof(RowOptions, label_smoothing);
+  STD_TORCH_CHECK(numbers.size() * sizeof(double) == bytes, "sslkernels: wrong number of options");
+  std::memcpy(&options.label_smoothing, numbers.data(), bytes);
+  return options;
+}
 
 // The arguments that forward and backward share.
 inline CrossEntropyRows parse_cross_entropy_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& bias,
@@ -44,11 +58,9 @@ inline CrossEntropyRows parse_cross_entropy_rows_fwd(
     const Tensor& logits, const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
     const OptionalTensor& weight_sum, const OptionalTensor& coefficient, const Tensor& loss, const Tensor& row_max,
     const Tensor& sum_exp, const Tensor& logprob, const Tensor& prediction, const Tensor& entropy,
-    const OptionalTensor& grad, int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-    double logit_scale, bool stats) {
-  CrossEntropyRows rows =
-      parse_cross_entropy_rows(logits, target, bias, weight, weight_sum, coefficient, row_max, sum_exp, logprob, grad,
-                               {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+    const OptionalTensor& grad, int64_t ignore_index, const std::vector<double>& numbers, bool stats) {
+  CrossEntropyRows rows = parse_cross_entropy_rows(logits, target, bias, weight, weight_sum, coefficient, row_max,
+                                                   sum_exp, logprob, grad, row_options(ignore_index, numbers));
   rows.loss = writable(loss, {rows.count}, accumulation_type(logits), "loss");
   if (stats) {
     rows.prediction = writable<int64_t>(prediction, {rows.count}, ScalarType::Long, "prediction");
@@ -62,10 +74,9 @@ inline CrossEntropyRows parse_cross_entropy_rows_bwd(const Tensor& logits, const
                                                      const OptionalTensor& weight_sum, const Tensor& coefficient,
                                                      const Tensor& row_max, const Tensor& sum_exp,
                                                      const Tensor& logprob, const Tensor& grad, int64_t ignore_index,
-                                                     double label_smoothing, double z_loss, double softcap,
-                                                     double logit_scale) {
+                                                     const std::vector<double>& numbers) {
   return parse_cross_entropy_rows(logits, target, bias, weight, weight_sum, coefficient, row_max, sum_exp, logprob,
-                                  grad, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+                                  grad, row_options(ignore_index, numbers));
 }
 
 }  // namespace sslkernels

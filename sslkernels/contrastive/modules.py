@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
 from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.core import checks
-from sslkernels.core.modules import Options
+from sslkernels.core.modules import Options, options_of
 
 
 class ContrastiveLoss(Options):
@@ -38,20 +38,7 @@ class ContrastiveLoss(Options):
         process_group: Any = None,
         return_stats: bool = False,
     ) -> None:
-        super().__init__(
-            energy=energy,
-            direction=direction,
-            logit_scale=logit_scale,
-            logit_bias=logit_bias,
-            normalize=normalize,
-            same_id=same_id,
-            exclude_self=exclude_self,
-            label_smoothing=label_smoothing,
-            margin=margin,
-            reduction=reduction,
-            process_group=process_group,
-            return_stats=return_stats,
-        )
+        super().__init__(**options_of(locals()))
 
     def forward(
         self,
@@ -90,7 +77,7 @@ class InfoNCELoss(Options):
     def __init__(
         self, temperature: float | Tensor = 0.1, reduction: str = "mean", negative_mode: str = "unpaired"
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, negative_mode=negative_mode)
+        super().__init__(**options_of(locals()))
 
     def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
         return info_nce(query, positive_key, negative_keys, **self.options())
@@ -104,7 +91,7 @@ class NTXentLoss(Options):
     """
 
     def __init__(self, temperature: float | Tensor = 0.5, *, process_group: Any = None) -> None:
-        super().__init__(temperature=temperature, process_group=process_group)
+        super().__init__(**options_of(locals()))
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
         return nt_xent(z0, z1, **self.options())

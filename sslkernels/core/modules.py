@@ -7,6 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def options_of(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The options among the parameters of an `__init__`, given its `locals()`."""
+    return {name: value for name, value in parameters.items() if name not in ("self", "__class__")}
+
+
 class Options(nn.Module):
     """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.modules import Options
+from sslkernels.core.modules import Options, options_of
 from sslkernels.latent.free_energy import free_energy
 from sslkernels.latent.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 
@@ -20,7 +20,7 @@ class FreeEnergy(Options):
     """
 
     def __init__(self, beta: float = 1.0, dim: int = -1, mode: str = "soft") -> None:
-        super().__init__(beta=beta, dim=dim, mode=mode)
+        super().__init__(**options_of(locals()))
 
     def forward(self, energy: Tensor) -> Tensor:
         return free_energy(energy, **self.options())
@@ -45,13 +45,7 @@ class GaussianLatent(Options):
         logvar_bounds: tuple[float, float] | None = None,
         return_stats: bool = False,
     ) -> None:
-        super().__init__(
-            num_samples=num_samples,
-            kl=kl,
-            free_bits=free_bits,
-            logvar_bounds=logvar_bounds,
-            return_stats=return_stats,
-        )
+        super().__init__(**options_of(locals()))
 
     def forward(
         self,

@@ -296,9 +296,15 @@ def cross_entropy(
             must = f"have shape {torch_shape} (or that of input, for class probabilities)"
             checks.fail(ValueError, NAME, "target", must, tuple(target.shape))
     vocab = input.shape[class_dim]
-    check_options(NAME, vocab, input.device, weight, reduction, ignore_index, label_smoothing, z_loss, softcap)
-    cap = 0.0 if softcap is None else float(softcap)
-    options = RowOptions(ignore_index, float(label_smoothing), float(z_loss), cap)
+    check_weight(NAME, weight, vocab, input.device)
+    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
+    options = RowOptions.checked(
+        NAME,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
 
     if target.is_floating_point():
         if return_stats:
@@ -329,30 +335,14 @@ def cross_entropy(
     return loss, row_stats(rows, outputs, ignore_index, target.shape)
 
 
-def check_options(
-    function: str,
-    vocab: int,
-    device: torch.device,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-) -> None:
-    """Checks the arguments that `cross_entropy` and `linear_cross_entropy` share."""
+def check_weight(function: str, weight: Tensor | None, vocab: int, device: torch.device) -> None:
+    """Checks the class weights of `cross_entropy` and `linear_cross_entropy`."""
     checks.tensor(function, "weight", weight, checks.FLOAT_DTYPES, optional=True)
     checks.shape(function, "weight", weight, (vocab,), "(V,)")
     checks.same_device(function, "weight", weight, "input", device)
     if weight is not None and weight.requires_grad:
         must = "not require grad (class weights are constants)"
         checks.fail(ValueError, function, "weight", must, "requires_grad=True")
-    checks.choice(function, "reduction", reduction, ("none", "mean", "sum"))
-    checks.integer(function, "ignore_index", ignore_index)
-    checks.number(function, "label_smoothing", label_smoothing, low=0.0, high=1.0)
-    checks.number(function, "z_loss", z_loss, low=0.0)
-    if softcap is not None:
-        checks.number(function, "softcap", softcap, low=0.0, low_open=True)
 
 
 def valid_weight(target: Tensor, weight: Tensor | None, vocab: int, ignore_index: int, dtype: torch.dtype) -> Tensor:

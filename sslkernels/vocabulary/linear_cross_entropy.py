@@ -11,7 +11,7 @@ from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.scale import scaled
-from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, check_options, row_stats, valid_weight
+from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, check_weight, row_stats, valid_weight
 from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted
 from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState
@@ -210,9 +210,17 @@ def linear_cross_entropy(
     >>> target = torch.tensor([3, -100, 7, 999, -100, -100, 0, 1])
     >>> sk.linear_cross_entropy(hidden, embedding, target).backward()
     """
-    _check(input, linear_weight, target, linear_bias, token_weight, num_items, reduction, mode, logit_scale)
+    _check(input, linear_weight, target, linear_bias, token_weight, num_items, reduction, mode)
     vocab = linear_weight.shape[0]
-    check_options(NAME, vocab, input.device, weight, reduction, ignore_index, label_smoothing, z_loss, softcap)
+    check_weight(NAME, weight, vocab, input.device)
+    options = RowOptions.checked(
+        NAME,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
     if process_group is not None:
         raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weight on every rank")
     if vocab_start != 0:
@@ -230,8 +238,6 @@ def linear_cross_entropy(
         contiguous(weight),
     )
     tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
-    cap = 0.0 if softcap is None else float(softcap)
-    options = RowOptions(ignore_index, float(label_smoothing), float(z_loss), cap, float(logit_scale))
     plan = PlanOptions(compute_dtype, capacity, workspace_bytes)
 
     divisor = None
@@ -270,7 +276,6 @@ def _check(
     num_items: int | Tensor | None,
     reduction: str,
     mode: str,
-    logit_scale: float,
 ) -> None:
     check_projection(NAME, input, linear_weight, linear_bias)
     checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
@@ -280,7 +285,7 @@ def _check(
     checks.same_device(NAME, "target", target, "input", input.device)
     checks.same_device(NAME, "token_weight", token_weight, "input", input.device)
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
-    checks.number(NAME, "logit_scale", logit_scale)
+    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
     if num_items is None:
         return
     if reduction != "mean":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkernels.core.modules import Options
+from sslkernels.core.modules import Options, options_of
 from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
@@ -42,15 +42,7 @@ class CrossEntropyLoss(Options):
         softcap: float | None = None,
         return_stats: bool = False,
     ) -> None:
-        super().__init__(
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            return_stats=return_stats,
-        )
+        super().__init__(**options_of(locals()))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
         return cross_entropy(input, target, **self.options())
@@ -97,21 +89,7 @@ class LinearCrossEntropyLoss(Options):
         workspace_bytes: int | None = None,
         return_stats: bool = False,
     ) -> None:
-        super().__init__(
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            mode=mode,
-            process_group=process_group,
-            vocab_start=vocab_start,
-            capacity=capacity,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
-        )
+        super().__init__(**options_of(locals()))
 
     def forward(
         self,

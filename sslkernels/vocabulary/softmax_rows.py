@@ -18,7 +18,7 @@ log1p(sum_{j != y} exp(z_j - z_y)).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +28,30 @@ from sslkernels.core.dtypes import accumulation_dtype
 
 
 class RowOptions(NamedTuple):
-    """Scalars of the row loss; softcap 0 means none."""
+    """Scalars of the row loss; softcap 0 means none. The C++ struct has the same fields in the same order."""
 
     ignore_index: int
     label_smoothing: float
     z_loss: float
     softcap: float
     logit_scale: float = 1.0
+
+    @classmethod
+    def checked(cls, function: str, *, softcap: float | None, **given: Any) -> RowOptions:
+        """The record of options as the public `function` takes them, which have no softcap as None."""
+        options = cls(softcap=0.0 if softcap is None else softcap, **given)
+        checks.integer(function, "ignore_index", options.ignore_index)
+        checks.number(function, "label_smoothing", options.label_smoothing, low=0.0, high=1.0)
+        checks.number(function, "z_loss", options.z_loss, low=0.0)
+        if softcap is not None:
+            checks.number(function, "softcap", softcap, low=0.0, low_open=True)
+        checks.number(function, "logit_scale", options.logit_scale)
+        return options
+
+    def native(self) -> tuple[int, list[float]]:
+        """As the native operators take them."""
+        ignore_index, *numbers = self
+        return ignore_index, numbers
 
 
 class RowState(NamedTuple):
@@ -237,14 +254,14 @@ class NativeRows(Rows):
         outputs = empty_outputs(logits, logits.shape[0], stats)
         bias, weight, weight_sum = _prepared(logits, bias, weight)
         torch.ops.sslkernels_native.cross_entropy_rows_fwd(
-            logits, target, bias, weight, weight_sum, coefficient, *outputs, grad, *options, stats
+            logits, target, bias, weight, weight_sum, coefficient, *outputs, grad, *options.native(), stats
         )
         return outputs
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
         bias, weight, weight_sum = _prepared(logits, bias, weight)
         torch.ops.sslkernels_native.cross_entropy_rows_bwd(
-            logits, target, bias, weight, weight_sum, coefficient, *state, grad, *options
+            logits, target, bias, weight, weight_sum, coefficient, *state, grad, *options.native()
         )
 
     def add(self, total, part, first):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -53,6 +54,13 @@ def processors(tensor: Tensor) -> int:
     if not tensor.is_cuda:
         return DEFAULT_PROCESSORS
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def float_types(kernel: Any) -> dict[str, str]:
+    """Argument name -> Triton type of the arguments that the kernel annotates as floats."""
+    names = {tl.float32: "fp32", tl.float64: "fp64"}
+    annotated = kernel.fn.__annotations__.items()
+    return {argument: names[kind] for argument, kind in annotated if kind in (tl.float32, tl.float64)}
 
 
 def signature(kernel: Any, types: dict[str, str], constexprs: dict[str, Any]) -> dict[str, str]:

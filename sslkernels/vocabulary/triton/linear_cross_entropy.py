@@ -19,6 +19,7 @@ from sslkernels.core.triton.launch import (
     AotEntry,
     Config,
     capability,
+    float_types,
     next_power_of_2,
     on_device_of,
     pointers_aligned,
@@ -27,6 +28,7 @@ from sslkernels.core.triton.launch import (
 from sslkernels.core.triton.numerics import shifted_moment
 from sslkernels.core.triton.products import tile_products
 from sslkernels.vocabulary.triton.softmax_row_kernels import log_probability, ranked, transformed
+from sslkernels.vocabulary.triton.softmax_rows import scalars
 
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "splits", "ignore_index"]
 REDUCE_ROWS = 128
@@ -50,7 +52,8 @@ def _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX: tl.constex
 def linear_cross_entropy_stream_kernel(
     input, linear_weight, target, row_index, bias, weight,
     row_max_out, others_out, moment_out, best_out, best_col_out, smooth_out, weights_out, target_z_out,
-    count, vocab, tiles_per_split, input_stride, weight_stride, ignore_index, softcap, logit_scale,
+    count, vocab, tiles_per_split, input_stride, weight_stride, ignore_index,
+    label_smoothing: tl.float32, z_loss: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
     DIM: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -138,7 +141,8 @@ def linear_cross_entropy_reduce_kernel(
     target, row_index, weight, weight_sum,
     row_max_in, others_in, moment_in, best_in, best_col_in, smooth_in, weights_in, target_z_in,
     loss, row_max_out, sum_exp_out, logprob_out, prediction, entropy,
-    count, vocab, splits, ignore_index, label_smoothing, z_loss,
+    count, vocab, splits, ignore_index,
+    label_smoothing: tl.float32, z_loss: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
     HAS_INDEX: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -266,8 +270,7 @@ def stream_forward(
     with on_device_of(input):
         linear_cross_entropy_stream_kernel[(-(-count // chosen.constexprs["BLOCK_M"]), splits)](
             *(input, linear_weight, target, row_index, bias, weight, *partials, target_z),
-            *(count, vocab, tiles_per_split, input.stride(0), linear_weight.stride(0), int(options.ignore_index)),
-            *(float(softcap), float(options.logit_scale)),
+            *(count, vocab, tiles_per_split, input.stride(0), linear_weight.stride(0), *scalars(options)),
             DIM=dim,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap > 0,
@@ -277,8 +280,7 @@ def stream_forward(
         )
         linear_cross_entropy_reduce_kernel[(-(-count // REDUCE_ROWS),)](
             *(target, row_index, weight, weight_sum, *partials, target_z, *outputs),
-            *(count, vocab, splits, int(options.ignore_index)),
-            *(float(options.label_smoothing), float(options.z_loss)),
+            *(count, vocab, splits, *scalars(options)),
             **flags,
             BLOCK_M=REDUCE_ROWS,
             num_warps=4,
@@ -319,7 +321,7 @@ def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
     types |= dict.fromkeys(("target", "row_index", "prediction"), "*i64")
     types |= dict.fromkeys(("best_col_in", "best_col_out"), "*i32")
     types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
-    types |= dict.fromkeys(("softcap", "logit_scale", "label_smoothing", "z_loss"), "fp32")
+    types |= float_types(kernel)
     flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "row_index": "HAS_INDEX", "weight_sum": "SMOOTHING"}
     flags |= {f"{part}_{way}": "STATS" for part in ("moment", "best", "best_col") for way in ("in", "out")}
     flags |= {f"{part}_{way}": "SMOOTHING" for part in ("smooth", "weights") for way in ("in", "out")}

@@ -12,6 +12,7 @@ from sslkernels.core.triton.launch import (
     AotEntry,
     Config,
     accumulation_dtype,
+    float_types,
     next_power_of_2,
     on_device_of,
     pointers_aligned,
@@ -76,7 +77,7 @@ def cross_entropy_rows_fwd(
             *outputs,
             grad,
             *_sizes(logits, grad, coefficient),
-            *_scalars(options),
+            *scalars(options),
             **flags,
             STATS=stats,
             WRITE_GRAD=grad is not None,
@@ -107,7 +108,7 @@ def cross_entropy_rows_bwd(
             *state,
             grad,
             *_sizes(logits, grad, coefficient),
-            *_scalars(options),
+            *scalars(options),
             **_flags(logits, bias, weight, options, grad),
             **chosen.constexprs,
             **chosen.options,
@@ -129,7 +130,7 @@ def _sizes(logits, grad, coefficient):
     )
 
 
-def _scalars(options: Any) -> tuple[Any, ...]:
+def scalars(options: Any) -> tuple[Any, ...]:
     """The options as arguments of the kernels: Triton would specialise a Python int that is passed for a float."""
     return tuple(value if name == "ignore_index" else float(value) for name, value in options._asdict().items())
 
@@ -185,7 +186,7 @@ def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
         ("target", "prediction"), "*i64"
     )
     types |= dict.fromkeys(("vocab", "logits_stride", "grad_stride", "coefficient_stride", "ignore_index"), "i32")
-    types |= dict.fromkeys(("label_smoothing", "z_loss", "softcap", "logit_scale"), "fp64")
+    types |= float_types(kernel)
     flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING"}
     flags |= dict.fromkeys(("grad", "coefficient"), "WRITE_GRAD")
     absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
