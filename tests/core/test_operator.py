@@ -1,0 +1,218 @@
+"""Raw operators and autograd functions over records: schema, packing, dispatch, and gradients of gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sslkernels as sk
+from sslkernels.core import backends
+from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.operator import Layout, Mutated, operator
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor | None
+
+
+class Options(NamedTuple):
+    scale: float
+    flip: bool
+    count: int | None
+
+
+class Sums(NamedTuple):
+    product: Tensor
+    total: Tensor
+
+
+def unlisted(function, implementation):
+    """An operator of this test alone: the public lists of ops and backends do not show it."""
+    op = operator("test_operator", {"reference": implementation})(function)
+    backends._registry.remove(op.implementations)
+    return op
+
+
+def _combine(extra: Tensor | None, pair: Pair, options: Options) -> tuple[Sums, Tensor]:
+    right = torch.ones_like(pair.left) if pair.right is None else pair.right
+    product = options.scale * pair.left * right * (-1 if options.flip else 1)
+    return Sums(product, product.sum(0)), product.new_full((options.count or 0,), 0 if extra is None else 1)
+
+
+def records_of_test(extra: Tensor | None, pair: Pair, options: Options) -> tuple[Sums, Tensor]:
+    left = pair.left
+    return Sums(torch.empty_like(left), left.new_empty(left.shape[1:])), left.new_empty(options.count or 0)
+
+
+records_of_test = unlisted(records_of_test, _combine)
+
+
+def _double(values: Tensor, out: Tensor) -> None:
+    out.copy_(2 * values)
+
+
+def mutation_of_test(values: Tensor, out: Mutated) -> None:
+    pass
+
+
+mutation_of_test = unlisted(mutation_of_test, _double)
+
+
+class Logged(TorchDispatchMode):
+    """The names of the operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def arguments() -> tuple:
+    return None, Pair(torch.arange(6.0).view(2, 3), torch.full((2, 3), 2.0)), Options(0.5, True, 4)
+
+
+def test_a_record_is_flattened_into_the_schema():
+    assert records_of_test.schema == (
+        "records_of_test(Tensor? extra, Tensor pair_left, Tensor? pair_right, float options_scale, bool options_flip, "
+        "SymInt? options_count) -> (Tensor, Tensor, Tensor)"
+    )
+    assert mutation_of_test.schema == "mutation_of_test(Tensor values, Tensor(m1!) out) -> ()"
+
+
+def test_packing_is_undone_by_unpacking():
+    layout = Layout([Pair, int, Options])
+    values = (Pair(1, None), 7, Options(0.5, True, None))
+    assert layout.pack(values) == (1, None, 7, 0.5, True, None)
+    unpacked = layout.unpack(layout.pack(values))
+    assert unpacked == values
+    assert [type(value) for value in unpacked] == [Pair, int, Options]
+
+
+def test_calls_with_and_without_the_dispatcher_agree():
+    with sk.use_backend("reference"):
+        direct = records_of_test(*arguments())
+        with Logged() as log:
+            dispatched = records_of_test(*arguments())
+        flat = records_of_test.raw(*records_of_test.inputs.pack(arguments()))
+    assert "sslkernels::records_of_test" in log.names
+    for results in (direct, dispatched):
+        assert isinstance(results[0], Sums)
+        for got, want in zip((*results[0], results[1]), flat, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_the_body_is_the_fake():
+    with FakeTensorMode() as mode:
+        extra, pair, options = arguments()
+        pair = Pair(*(mode.from_tensor(t) for t in pair))
+        sums, counted = records_of_test(extra, pair, options)
+    assert [tuple(t.shape) for t in (*sums, counted)] == [(2, 3), (3,), (4,)]
+
+
+def test_a_mutated_argument_is_filled():
+    out = torch.zeros(3)
+    with sk.use_backend("reference"):
+        assert mutation_of_test(torch.ones(3), out) is None
+    assert out.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_implementations_run_without_autograd_and_autocast():
+    seen = []
+
+    def run(values: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return values.clone()
+
+    def modes_of_test(values: Tensor) -> Tensor:
+        return torch.empty_like(values)
+
+    modes_of_test = unlisted(modes_of_test, run)
+    with sk.use_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        assert not modes_of_test(torch.ones(2, requires_grad=True)).requires_grad
+        with Logged():
+            modes_of_test(torch.ones(2, requires_grad=True))
+    assert seen == [(False, False)] * 2
+
+
+class Scaled(Function):
+    """scale * left * right, whose backward is differentiable once."""
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(pair: Pair, scale: float) -> tuple[Tensor, Tensor]:
+        return scale * pair.left * pair.right, pair.left.detach().clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pair, ctx.scale = inputs
+        save(ctx, pair)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        wanted, _ = Scaled.wanted(ctx)
+        (pair,) = saved(ctx)
+        found = _scaled_gradients(grad, pair, ctx.scale)
+        return (Pair(*(g if want else None for g, want in zip(found, wanted, strict=True))),)
+
+
+@once_differentiable("scaled")
+def _scaled_gradients(grad: Tensor, pair: Pair, scale: float) -> Pair:
+    return Pair(grad * scale * pair.right, grad * scale * pair.left)
+
+
+def features() -> Pair:
+    return Pair(torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True))
+
+
+def test_gradients_of_a_record():
+    pair = features()
+    value, copy = Scaled.run(pair, 2.0)
+    assert not copy.requires_grad
+    left, right = torch.autograd.grad(value.sum(), pair)
+    assert left.tolist() == [6.0, 10.0]
+    assert right.tolist() == [2.0, 4.0]
+    frozen = Pair(pair.left, pair.right.detach())
+    (only,) = torch.autograd.grad(Scaled.run(frozen, 2.0)[0].sum(), pair.left)
+    assert torch.equal(only, left)
+
+
+@pytest.mark.parametrize("name", Pair._fields)
+def test_a_second_differentiation_raises_for_every_leaf(name):
+    """Also for a leaf that only the saved tensors connect to the gradient; never None or zero."""
+    pair = features()
+    (left,) = torch.autograd.grad(Scaled.run(pair, 2.0)[0].sum(), pair.left, create_graph=True)
+    with pytest.raises(NotImplementedError, match="scaled: double backward is not supported"):
+        torch.autograd.grad(left.sum(), getattr(pair, name), allow_unused=True)
+
+
+def test_transforms_of_torch_func():
+    pair = Pair(*(t.detach() for t in features()))
+
+    def loss(left):
+        return Scaled.run(Pair(left, pair.right), 2.0)[0].sum()
+
+    assert torch.func.grad(loss)(pair.left).tolist() == [6.0, 10.0]
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.func.grad(lambda left: torch.func.grad(loss)(left).sum())(pair.left)
+    batched = torch.func.vmap(torch.func.grad(loss))(torch.stack([pair.left, 2 * pair.left]))
+    assert batched.tolist() == [[6.0, 10.0]] * 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_functions_give_the_gradients_of_eager(dynamic):
+    compiled = torch.compile(lambda left, right: Scaled.run(Pair(left, right), 2.0)[0], fullgraph=True, dynamic=dynamic)
+    pair = features()
+    got = torch.autograd.grad(compiled(*pair).sum(), pair)
+    assert [g.tolist() for g in got] == [[6.0, 10.0], [2.0, 4.0]]
+    same = torch.tensor([1.0, 2.0], requires_grad=True)  # torch.compile takes no tensor twice
+    assert torch.autograd.grad(compiled(same, same).sum(), same)[0].tolist() == [4.0, 8.0]
