@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import energy_oracle
 import oracle
 import pytest
 import torch
@@ -63,8 +64,8 @@ def test_real_sizes(backend, mode, shape, dtype):
     leaves = exact(inputs)
     beta = 1 / shape[2]
     rows = sk.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
-    truth = oracle.prediction_energy(**leaves, beta=beta, mode=mode, reduction="none")
-    eager = oracle.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
+    truth = energy_oracle.prediction_energy(**leaves, beta=beta, mode=mode, reduction="none")
+    eager = energy_oracle.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
     assert oracle.error(rows, truth) <= oracle.error(eager, truth) + 1e-6
     true_grads, eager_grads = gradients(truth.sum(), leaves), gradients(eager.sum(), inputs)
     for got, rough, true in zip(gradients(rows.sum(), inputs), eager_grads, true_grads, strict=True):
