@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 
 import energy_oracle
 import oracle
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -36,6 +37,35 @@ def rows(values, device, dtype=torch.float32):
 def grad_of(value, energy, grad_output=None, **options):
     grad_output = torch.ones_like(value) if grad_output is None else grad_output
     return torch.autograd.grad(value, energy, grad_output, **options)[0]
+
+
+def make(
+    g: torch.Generator, rows: int, candidates: int, *, shape: tuple[int, ...] = (), spread: float = 1.0
+) -> tuple[Tensors, Tensors]:
+    return {"energy": spread * torch.randn(shape or (rows, candidates), generator=g)}, {}
+
+
+def case(name: str, rows: int, candidates: int, *, options: dict, **tensors) -> Case:
+    return Case(OP, name, make, (rows, candidates), tensors, options)
+
+
+def cases() -> Iterator[Case]:
+    for mode in ("soft", "min"):
+        yield case(f"{mode}_plain", 37, 53, options={"mode": mode})
+        yield case(f"{mode}_few_candidates", 70, 5, spread=3.0, options={"mode": mode, "beta": 2.0})
+        yield case(f"{mode}_one_candidate", 9, 1, options={"mode": mode})
+        yield case(f"{mode}_many_candidates", 2, 2051, spread=2.0, options={"mode": mode})
+        yield case(f"{mode}_first_dim", 53, 37, options={"mode": mode, "dim": 0})
+        yield case(f"{mode}_middle_dim", 0, 0, shape=(3, 11, 2, 9), options={"mode": mode, "dim": 1})
+        yield case(f"{mode}_one_row", 0, 0, shape=(77,), options={"mode": mode})
+    yield case("soft_cold", 37, 53, spread=4.0, options={"beta": 30.0})
+
+
+CASES = list(cases())
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+    error_is_at_most_that_of_eager(CASES, energy_oracle)
+)
+test_shapes_without_data = shapes_without_data(CASES)
 
 
 LAYOUTS = {
@@ -274,6 +304,7 @@ def test_bitwise_equal_from_run_to_run(backend, shape, device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()

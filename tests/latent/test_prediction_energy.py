@@ -7,11 +7,13 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import energy_oracle
 import oracle
 import pytest
 import torch
+from cases import NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from energy_oracle import NAMES, exact, gradients, problem
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +28,39 @@ from sslkernels.latent.triton import prediction_energy as launcher
 OP = "prediction_energy"
 MODES = ("soft", "min")
 INF, NAN = math.inf, math.nan
+
+
+def make(
+    g: torch.Generator, rows: int, count: int, dim: int, *, features: tuple[int, ...] = ()
+) -> tuple[Tensors, Tensors]:
+    features = features or (dim,)
+    prediction = torch.randn(rows, count, *features, generator=g)
+    return {"prediction": prediction, "target": torch.randn(rows, *features, generator=g)}, {}
+
+
+def case(name: str, rows: int, count: int, dim: int = 0, *, options: dict, **tensors) -> Case:
+    return Case(OP, name, make, (rows, count, dim), tensors, options)
+
+
+def cases() -> Iterator[Case]:
+    for mode in ("soft", "min"):
+        cold = {"mode": mode, "beta": 0.1}
+        yield case(f"{mode}_plain", 37, 8, 32, options=cold)
+        yield case(f"{mode}_odd", 13, 5, 77, options=cold)
+        yield case(f"{mode}_one_feature", 40, 3, 1, options={"mode": mode})
+        yield case(f"{mode}_one_prediction", 11, 1, 24, options=cold)
+        yield case(f"{mode}_one_row", 1, 7, 16, options=cold)
+        yield case(f"{mode}_many_predictions", 3, 300, 6, options=cold)
+        yield case(f"{mode}_many_features", 2, 3, features=(3, 41, 50), options={"mode": mode, "beta": 1e-3})
+        yield case(f"{mode}_sum", 21, 4, 16, options={**cold, "reduction": "sum"})
+        yield case(f"{mode}_none", 21, 4, 16, options={**cold, "reduction": "none"})
+
+
+CASES = list(cases())
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+    error_is_at_most_that_of_eager(CASES, energy_oracle)
+)
+test_shapes_without_data = shapes_without_data(CASES)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -312,6 +347,7 @@ def test_memory(backend, mode, device):
     assert peak - sum(grad.nbytes for grad in grads) < 8 << 20
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
