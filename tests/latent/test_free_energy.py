@@ -40,13 +40,13 @@ def grad_of(value, energy, grad_output=None, **options):
 
 
 def make(
-    g: torch.Generator, rows: int, candidates: int, *, shape: tuple[int, ...] = (), spread: float = 1.0
+    g: torch.Generator, rows: int, candidates: int, _: int, *, shape: tuple[int, ...] = (), spread: float = 1.0
 ) -> tuple[Tensors, Tensors]:
     return {"energy": spread * torch.randn(shape or (rows, candidates), generator=g)}, {}
 
 
 def case(name: str, rows: int, candidates: int, *, options: dict, **tensors) -> Case:
-    return Case(OP, name, make, (rows, candidates), tensors, options)
+    return Case(OP, name, make, (rows, candidates, 0), tensors, options)
 
 
 def cases() -> Iterator[Case]:
