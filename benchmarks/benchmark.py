@@ -27,6 +27,14 @@ class HostCase(NamedTuple):
     backward: bool = True
 
 
+class HandSum(NamedTuple):
+    """What `Benchmark.cost` must give for a case, added up by hand."""
+
+    case: Case
+    bytes: int
+    flops: int
+
+
 class Benchmark:
     """One op, or the kernels of one family.
 
@@ -55,6 +63,9 @@ class Benchmark:
 
     def cost(self, case: Case) -> tuple[int, int]:
         """Bytes (each input read once, each output written once) and matmul flops."""
+        raise NotImplementedError
+
+    def hand_sums(self) -> list[HandSum]:
         raise NotImplementedError
 
     def cases(self, device: str) -> list[Case]:

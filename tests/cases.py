@@ -22,6 +22,8 @@ import sslkernels as sk
 from sslkernels.core import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Triton's interpreter takes most of its time for these, which run the code of float32: tests mark them `slow_for`.
+NOT_FLOAT32 = DTYPES[1:]
 
 Tensors = dict[str, Tensor]
 

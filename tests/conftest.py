@@ -22,40 +22,19 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# The interpreter spends most of its time on these; float32 on other backends covers the same code: `make test-slow`.
-SLOW = (
-    ("test_word2vec_cases.py", "eager", "triton", ("bfloat16", "float16", "float64")),
-    ("test_energy_cases.py", "eager", "triton", ("bfloat16", "float16", "float64")),
-    ("test_gumbel.py", "test_values_and_gradients", "triton", ("dtype1", "dtype2", "dtype3")),
-    ("test_gumbel.py", "test_a_row_longer_than_a_tile", "triton", ("dtype1", "dtype2", "dtype3")),
-    ("test_gumbel.py", "test_compile_equals_eager", "", ("triton", "reference")),
-    ("test_gumbel_quantize.py", "test_against_the_one_hot_product", "triton", ("dtype1", "dtype2", "dtype3")),
-    ("test_gumbel_quantize.py", "test_mixed_dtypes", "triton", ("False",)),
-    ("test_gumbel_quantize.py", "test_compile_equals_eager", "", ("triton", "reference")),
-    ("test_contrastive_autograd.py", "test_compile_equals_eager", "", ("triton", "reference")),
-    ("test_free_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
-    ("test_prediction_energy.py", "test_compile_equals_eager", "", ("triton", "reference")),
-    ("test_gaussian.py", "triton", "", ("long_rows-bfloat16", "long_rows-float16", "long_rows-float64")),
-    ("test_gaussian_noise.py", "test_compile_equals_eager", "True", ("triton", "reference")),
-    ("test_triton_score_tiles.py", "test_energies_against_dense_float64", "", ("",)),
-    ("test_vector_quantize.py", "triton", "", ("float16", "float64", "different_dtypes", "1e+25", "1e-16", "1e-30")),
-    ("test_vector_quantize_autograd.py", "triton", "", ("float16", "float64", "wanted0", "wanted1", "wanted2")),
-    ("test_vector_quantize_autograd.py", "test_compile_equals_eager", "True", ("triton", "reference")),
-    (
-        "test_vector_quantizer.py",
-        "triton",
-        "",
-        ("dead", "within", "saved", "no_state", "float", "autocast", "finite", "cosine", "dot", "distinct", "decay"),
-    ),
-)
+def is_slow(item: pytest.Item) -> bool:
+    """Whether the parameters of the test have the values that one of its marks `slow_for` names."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return any(
+        all(parameters[name] in (v if isinstance(v, tuple) else (v,)) for name, v in mark.kwargs.items())
+        for mark in item.iter_markers("slow_for")
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for file, first, second, any_of in SLOW:
-            name = item.name
-            if item.path.name == file and first in name and second in name and any(word in name for word in any_of):
-                item.add_marker(pytest.mark.slow)
+        if is_slow(item):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

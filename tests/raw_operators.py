@@ -1,14 +1,31 @@
-"""Compares raw operators on a GPU with their reference on the host."""
+"""Tests of single kernels on a GPU, for racecheck and initcheck of compute-sanitizer: they run kernels of this package
+alone, on memory that the host wrote, because torch's own kernels read uninitialised memory and race by design."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import sslkernels as sk
+
+# as_users_run: no kernel of torch fills uninitialised memory.
+SINGLE_KERNELS = (pytest.mark.sanitize, pytest.mark.kernel_only, pytest.mark.usefixtures("as_users_run"))
+
+
+def single_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """Gives the test the marks of `SINGLE_KERNELS`."""
+    for mark in SINGLE_KERNELS:
+        test = mark(test)
+    return test
+
+
+def skip_without_kernel(backend: str) -> None:
+    if backend not in ("cuda", "triton"):
+        pytest.skip("has no GPU kernel")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.kernels.kernel import (
     PLAIN,
+    Compiled,
     Floor,
+    FloorSum,
     Kernel,
     KernelBenchmark,
     accumulation_dtype,
@@ -77,6 +79,18 @@ def negative_sampling_fwd_floor(
     written = pairs + (scores + pairs * dim if gradient else 0)
     moved = rows * dim * element_bytes + (pairs + scores) * index_bytes + written * 4
     return Floor(moved, 2 * scores * dim * (2 if gradient else 1))
+
+
+FLOOR_SUMS = (
+    # 7 rows of the centers and all 9 of the contexts, 4 indices a pair; loss, slopes and direction in float32.
+    FloorSum(
+        negative_sampling_fwd_floor, (7, 2, 100, 9, 10, 2, 8, True), 16 * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4, 840
+    ),
+    # Per row: the query, its float32 gradient, reference, coefficient, value and two gradients.
+    FloorSum(own_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * 4 * 5, 210 * 7),
+    FloorSum(own_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 4 * 2, 210 * 4),
+)
+COMPILED = (Compiled("query_negatives", instead_of="own_negatives"),)
 
 
 def per_query_inputs(case: Case, device: torch.device) -> Inputs:
@@ -304,6 +318,13 @@ class PairKernelBenchmark(Benchmark):
         if case.backward:
             return features * (case.dtype.itemsize + 4), 3 * matmul
         return features * case.dtype.itemsize, matmul
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 10, "M": 20, "D": 8}
+        return [
+            HandSum(self.case(shape), (2 + 4) * 30 * 8, 6 * 10 * 20 * 8),
+            HandSum(self.case(shape, regime=FROZEN), 2 * 30 * 8 + 4 * 10 * 8, 4 * 10 * 20 * 8),
+        ]
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":

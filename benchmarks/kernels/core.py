@@ -8,7 +8,10 @@ from torch import Tensor
 from benchmarks.benchmark import smoke_test
 from benchmarks.harness import Case, Inputs
 from benchmarks.kernels.kernel import (
+    ADJACENT,
+    Compiled,
     Floor,
+    FloorSum,
     Kernel,
     KernelBenchmark,
     accumulation_dtype,
@@ -36,6 +39,17 @@ def weighted_row_sums_floor(
     """Reads an order and a coefficient per entry, the source rows that may occur and the starts; writes every row."""
     moved = entries * (8 + 4) + min(entries, source_rows) * dim * source_bytes + rows * (8 + dim * out_bytes)
     return Floor(moved, 2 * entries * dim)
+
+
+FLOOR_SUMS = (
+    FloorSum(scale_add_floor, (100, 4, 2, True), 100 * (4 + 2 + 2), 200),
+    FloorSum(column_sums_floor, (7, 9, 2), 7 * 9 * 2 + 9 * 4, 7 * 9),
+    FloorSum(weighted_row_sums_floor, (21, 9, 100, 10, 4, 2), 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2), 420),
+)
+COMPILED = (
+    Compiled("column_sums", stores="one number per column"),
+    Compiled("column_sums_finish", loads=ADJACENT, stores=ADJACENT),
+)
 
 
 def column_inputs(case: Case, device: torch.device) -> Inputs:

@@ -7,6 +7,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,30 @@ class Floor(NamedTuple):
 
     bytes: int
     flops: int
+
+
+class FloorSum(NamedTuple):
+    """What a floor must give for these arguments, added up by hand."""
+
+    floor: Callable[..., Floor]
+    arguments: tuple[int, ...]
+    bytes: int
+    flops: int
+
+
+class Compiled(NamedTuple):
+    """Kernels in the machine code whose names begin with `name`. One that is named as its operator and that loads and
+    stores 16 bytes at a time needs no entry. loads, stores: why these kernels are narrower; instead_of: the operator
+    that has no kernel of its own name."""
+
+    name: str
+    loads: str | None = None
+    stores: str | None = None
+    instead_of: str | None = None
+
+
+ADJACENT = "adjacent threads access adjacent elements"
+ONE_PER_ROW = "one number per row"
 
 
 def grid(*shapes: dict[str, int], dtypes: tuple[torch.dtype, ...] = BOTH, **more: Any) -> list[dict[str, Any]]:
@@ -176,8 +201,22 @@ def native_op(name: str) -> Callable[..., object]:
     return getattr(torch.ops.sslkernels_native, name)
 
 
+def families() -> list[ModuleType]:
+    """The files of this folder."""
+    return [importlib.import_module(m.name) for m in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]
+
+
 def floors() -> dict[str, Callable[..., Floor]]:
     """Operator -> its floor: the functions called `<operator>_floor` in the files of this folder."""
-    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]
-    named = [(name, value) for module in modules for name, value in vars(module).items()]
+    named = [(name, value) for module in families() for name, value in vars(module).items()]
     return {name.removesuffix("_floor"): value for name, value in named if name.endswith("_floor")}
+
+
+def floor_sums() -> list[FloorSum]:
+    """The `FLOOR_SUMS` of the files of this folder."""
+    return [found for module in families() for found in getattr(module, "FLOOR_SUMS", ())]
+
+
+def compiled() -> list[Compiled]:
+    """The `COMPILED` of the files of this folder."""
+    return [found for module in families() for found in getattr(module, "COMPILED", ())]

@@ -16,10 +16,14 @@ from torch import Tensor
 from benchmarks.benchmark import smoke_test
 from benchmarks.harness import Case, Inputs
 from benchmarks.kernels.kernel import (
+    ADJACENT,
     NATIVE,
+    ONE_PER_ROW,
     REFERENCE,
     TRITON,
+    Compiled,
     Floor,
+    FloorSum,
     Kernel,
     KernelBenchmark,
     accumulation_dtype,
@@ -124,6 +128,36 @@ def prediction_energy_bwd_floor(batch: int, count: int, read: int, dim: int, ele
     and, with `target`, of the targets."""
     rows = read + min(batch, read) + batch * (count + (1 if target else 0))
     return Floor(rows * dim * element_bytes + batch * (count + 1) * 4, read * dim * (3 if target else 2))
+
+
+FLOOR_SUMS = (
+    # Logits read, samples written, and a state; or an index instead of samples, and two states with statistics.
+    FloorSum(gumbel_rows_fwd_floor, (7, 9, 2, True, False), 7 * (2 * 9 * 2 + 8), 7 * 9 * 6),
+    FloorSum(gumbel_rows_fwd_floor, (7, 9, 2, False, True), 7 * (9 * 2 + 16 + 16), 7 * 9 * 11),
+    FloorSum(gumbel_rows_bwd_floor, (7, 9, 2, 4, True), 7 * (9 * (2 + 4 + 2) + 16), 7 * 9 * 20),
+    FloorSum(free_energy_fwd_floor, (7, 9, 2, True), 7 * (9 * 2 + 12), 7 * 9 * 6),
+    FloorSum(free_energy_bwd_floor, (7, 9, 2, False), 7 * (2 * 9 * 2 + 12), 7 * 9 * 4),
+    FloorSum(free_energy_bwd_floor, (7, 9, 2, True), 7 * (9 * 2 + 12), 0),
+    FloorSum(prediction_energy_fwd_floor, (5, 3, 10, 2, True), 5 * (4 * 10 * 2 + 4 + 3 * 4), 3 * 5 * 3 * 10),
+    # The minimum reads one prediction of each target, and the target; both gradients are written.
+    FloorSum(prediction_energy_bwd_floor, (5, 3, 5, 10, 2, True), (5 + 5 + 5 * 4) * 10 * 2 + 5 * 4 * 4, 5 * 10 * 3),
+    FloorSum(gaussian_fwd_floor, (7, 10, 3, 2), 70 * (2 + 3) * 2 + 7 * 4, 70 * (25 * 3 + 32)),
+    FloorSum(gaussian_bwd_floor, (7, 10, 3, 2), 70 * (4 + 3) * 2 + 7 * 4, 70 * (26 * 3 + 36)),
+    FloorSum(probability_sums_floor, (7, 9, 2), 7 * 9 * 2 + 7 * 8, 7 * 9 * 5),
+    FloorSum(search_codes_floor, (7, 9, 10, 2), (7 + 9) * 10 * 2 + 7 * 16, 2 * 7 * 9 * 10),
+    FloorSum(gather_codes_floor, (7, 9, 10, 2), (7 + 7 + 7) * 10 * 2 + 7 * 20, 3 * 7 * 10),
+    FloorSum(code_difference_floor, (7, 4, 10, 2, 4), (7 + 4) * 10 * 2 + 7 * (40 + 12), 2 * 7 * 10),
+)
+COMPILED = (
+    Compiled("free_energy_fwd", stores=ONE_PER_ROW),
+    Compiled("prediction_energy_fwd", stores=ONE_PER_ROW),
+    Compiled("prediction_energy_parts", stores=ONE_PER_ROW),
+    Compiled("prediction_energy_finish", loads=ADJACENT, stores=ADJACENT),
+    Compiled("prediction_energy_target", loads=ADJACENT, stores=ADJACENT),
+    Compiled("best_codes", stores=ONE_PER_ROW, instead_of="search_codes"),
+    Compiled("code_tile_kernel", instead_of="search_codes"),
+    Compiled("code_tile_kernel<float, 8>", stores=ONE_PER_ROW, instead_of="search_codes"),
+)
 
 
 def gaussian_inputs(case: Case, device: torch.device) -> Inputs:

@@ -8,12 +8,26 @@ from torch import Tensor
 import sslkernels as sk
 from benchmarks.benchmark import smoke_test
 from benchmarks.harness import Case, Inputs
-from benchmarks.kernels.kernel import REFERENCE, Floor, Kernel, KernelBenchmark, chosen, grid, rows_and_columns
+from benchmarks.kernels.kernel import (
+    REFERENCE,
+    Compiled,
+    Floor,
+    FloorSum,
+    Kernel,
+    KernelBenchmark,
+    chosen,
+    grid,
+    rows_and_columns,
+)
 
 
 def random_stream_floor(rows: int, columns: int, element_bytes: int) -> Floor:
     """Written once. A normal takes about 23 floating-point operations and half a Philox call, which is integer work."""
     return Floor(rows * columns * element_bytes, 0)
+
+
+FLOOR_SUMS = (FloorSum(random_stream_floor, (7, 9, 2), 7 * 9 * 2, 0),)
+COMPILED = (Compiled("random_stream", loads="nothing is read"),)
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:

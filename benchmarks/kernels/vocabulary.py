@@ -10,10 +10,14 @@ import sslkernels as sk
 from benchmarks.benchmark import smoke_test
 from benchmarks.harness import Case, Inputs
 from benchmarks.kernels.kernel import (
+    ADJACENT,
     NATIVE,
+    ONE_PER_ROW,
     REFERENCE,
     TRITON,
+    Compiled,
     Floor,
+    FloorSum,
     Kernel,
     KernelBenchmark,
     accumulation_dtype,
@@ -53,6 +57,23 @@ def sample_rows_floor(rows: int, columns: int, element_bytes: int, first: bool) 
 def mask_tokens_floor(tokens: int, id_bytes: int) -> Floor:
     """Reads the ids, writes new ids and labels. Measured as an op, in ops/."""
     return Floor(tokens * id_bytes * 3, 0)
+
+
+FLOOR_SUMS = (
+    # 12 of 16 rows are valid. Their logits are read once, the gradient of all rows is written once; a row has a target
+    # and four results.
+    FloorSum(cross_entropy_rows_fwd_floor, (12, 16, 100, 2, True), (12 + 16) * 100 * 2 + 16 * 24, 12 * 100 * 10),
+    FloorSum(cross_entropy_rows_bwd_floor, (12, 16, 100, 2), (12 + 16) * 100 * 2 + 16 * 24, 12 * 100 * 5),
+    # Products and a row id read; a state of 24 bytes written, and also read by a later tile.
+    FloorSum(sample_rows_floor, (7, 9, 4, True), 7 * (9 * 4 + 8 + 24), 7 * 9 * 9),
+    FloorSum(sample_rows_floor, (7, 9, 4, False), 7 * (9 * 4 + 8 + 48), 7 * 9 * 9),
+    FloorSum(mask_tokens_floor, (7, 8), 3 * 7 * 8, 0),
+)
+COMPILED = (
+    Compiled("mask_tokens_chain"),
+    Compiled("store_ranges", loads=ADJACENT, stores=ADJACENT),
+    Compiled("sample_rows", stores=ONE_PER_ROW),
+)
 
 
 def sizes(case: Case) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import peers, providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.providers import EAGER, OURS
 
@@ -77,7 +77,15 @@ class ContrastiveLoss(Benchmark):
     def cost(self, case: Case) -> tuple[int, int]:
         """Features are read, their gradients written; the matmuls compute the whole score matrix."""
         rows, width = case.shape["N"], case.shape["D"]
-        return 4 * rows * width * case.dtype.itemsize, 2 * (self.views * rows) ** 2 * width * self.matmuls
+        features = 2 + sum(name in self.leaves for name in ("x", "y"))
+        return features * rows * width * case.dtype.itemsize, 2 * (self.views * rows) ** 2 * width * self.matmuls
+
+    def hand_sums(self) -> list[HandSum]:
+        """A product of the scores takes 2 * 10 * 10 * 8 flops; nt_xent has four times as many scores. The keys of
+        contrastive_energy are frozen and get no gradient."""
+        matmuls = {"clip_loss": 4, "siglip_loss": 3, "nt_xent": 2 * 4, "contrastive_energy": 2}
+        features = 3 if self.op == "contrastive_energy" else 4
+        return [HandSum(self.case({"N": 10, "D": 8}), features * 10 * 8 * 4, matmuls[self.op] * 1600)]
 
     def cases(self, device: str) -> list[Case]:
         if device == "cuda":

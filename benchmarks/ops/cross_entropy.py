@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import peers, providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider
 from benchmarks.providers import EAGER, OURS
 
@@ -51,6 +51,13 @@ class CrossEntropy(Benchmark):
         """The logits are read once and their gradient is written once; everything else is below a thousandth of it."""
         logits = case.shape["N"] * case.shape["V"] * case.dtype.itemsize
         return round(logits * (1 - case.ignored)) + (logits if case.backward else 0), 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 100, "V": 1000}
+        return [
+            HandSum(self.case(shape), 2 * 4 * 100 * 1000, 0),
+            HandSum(self.case(shape, ignored=0.7), 4 * (30 + 100) * 1000, 0),
+        ]
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sslkernels as sk
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Case, Inputs
 
 
@@ -22,6 +22,11 @@ class FreeEnergy(Benchmark):
     def cost(self, case: Case) -> tuple[int, int]:
         """The energies are read; backward reads them again and writes their gradient."""
         return case.shape["N"] * case.shape["K"] * case.dtype.itemsize * (3 if case.backward else 1), 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 10, "K": 20}
+        forward = self.case(shape, torch.bfloat16, backward=False)
+        return [HandSum(self.case(shape), 3 * 10 * 20 * 4, 0), HandSum(forward, 10 * 20 * 2, 0)]
 
     def smoke_cases(self, device: str) -> list[Case]:
         return [self.case({"N": 33, "K": 131}), self.case({"N": 33, "K": 132}, torch.bfloat16)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Build, Case, Inputs, Run
 from benchmarks.providers import EAGER, OURS
 
@@ -51,6 +51,14 @@ class GaussianRsample(Benchmark):
         elements, samples = case.shape["N"] * case.shape["D"], case.shape["K"]
         moved = elements * (2 + samples + (samples + 4 if case.backward else 0))
         return moved * case.dtype.itemsize + 4 * case.shape["N"], 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 10, "K": 3, "D": 4}
+        forward = self.case(shape, torch.bfloat16, backward=False)
+        return [
+            HandSum(self.case(shape), 4 * 10 * 4 * (2 + 3 + 3 + 4) + 4 * 10, 0),
+            HandSum(forward, 2 * 10 * 4 * (2 + 3) + 4 * 10, 0),
+        ]
 
     def cases(self, device: str) -> list[Case]:
         one, eight = {"N": 1 << 16, "K": 1, "D": 256}, {"N": 1 << 13, "K": 8, "D": 256}
@@ -140,6 +148,11 @@ class GaussianKL(Benchmark):
     def cost(self, case: Case) -> tuple[int, int]:
         elements = case.shape["N"] * case.shape["D"]
         return elements * case.dtype.itemsize * (6 if case.backward else 2), 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 10, "D": 4}
+        forward = self.case(shape, torch.bfloat16, backward=False)
+        return [HandSum(self.case(shape), 10 * 4 * (2 + 2 + 2) * 4, 0), HandSum(forward, 10 * 4 * 2 * 2, 0)]
 
     def smoke_cases(self, device: str) -> list[Case]:
         return [self.case({"N": 33, "D": 37})]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider
 from benchmarks.providers import EAGER, OURS
 
@@ -52,6 +52,10 @@ class GumbelQuantize(Benchmark):
         logits, values, codes = n * g * v, n * g * d, g * v * d
         elements = 3 * logits + 2 * values + 3 * codes if case.backward else logits + values + codes
         return elements * case.dtype.itemsize, 2 * n * g * v * d if case.backward else 0
+
+    def hand_sums(self) -> list[HandSum]:
+        case = self.case({"N": 10, "G": 2, "V": 8, "D": 3})
+        return [HandSum(case, 4 * (3 * 160 + 2 * 60 + 3 * 48), 2 * 10 * 2 * 8 * 3)]
 
     def cases(self, device: str) -> list[Case]:
         """wav2vec 2.0: two groups of 320 codes, for 87 seconds of speech; one codebook of 8192 codes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs
 from benchmarks.providers import EAGER, OURS
 
@@ -31,6 +31,11 @@ class GumbelSoftmax(Benchmark):
         """Logits are read and samples written; backward reads logits and the samples' gradient and writes one more."""
         logits = case.shape["N"] * case.shape["V"] * case.dtype.itemsize
         return logits * (5 if case.backward else 2), 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 10, "V": 20}
+        forward = self.case(shape, torch.bfloat16, backward=False)
+        return [HandSum(self.case(shape), 5 * 10 * 20 * 4, 0), HandSum(forward, 2 * 10 * 20 * 2, 0)]
 
     def cases(self, device: str) -> list[Case]:
         shape = {"N": 4096, "V": 8192}

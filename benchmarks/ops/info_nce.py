@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs
 from benchmarks.providers import EAGER, OURS
 
@@ -27,6 +27,9 @@ class InfoNCE(Benchmark):
         """All features are read once, all gradients written once."""
         rows, count, width = (case.shape[key] for key in ("N", "K", "D"))
         return 2 * rows * (count + 2) * width * case.dtype.itemsize, 0
+
+    def hand_sums(self) -> list[HandSum]:
+        return [HandSum(self.case({"N": 10, "K": 3, "D": 4}), 2 * 10 * (1 + 1 + 3) * 4 * 4, 0)]
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import peers, providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.ops.cross_entropy import make_targets
 from benchmarks.providers import EAGER, OURS
@@ -65,6 +65,15 @@ class LinearCrossEntropy(Benchmark):
         touched = (rows * width + vocab * width) * case.dtype.itemsize
         matmul = 2 * valid * width * vocab
         return (2 * touched, 3 * matmul) if case.backward else (touched, matmul)
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 100, "D": 8, "V": 1000}
+        elements, valid = 100 * 8 + 1000 * 8, 15
+        forward = self.case(shape, torch.bfloat16, backward=False)
+        return [
+            HandSum(self.case(shape, ignored=0.85), 2 * 4 * elements, 6 * valid * 8 * 1000),
+            HandSum(forward, 2 * elements, 2 * 100 * 8 * 1000),
+        ]
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.providers import EAGER, OURS
 
@@ -43,6 +43,9 @@ class LinearSample(Benchmark):
         out."""
         n, d, v = (case.shape[key] for key in ("N", "D", "V"))
         return (n + v) * d * case.dtype.itemsize + 12 * n, 2 * n * d * v
+
+    def hand_sums(self) -> list[HandSum]:
+        return [HandSum(self.case({"N": 10, "D": 8, "V": 100}), (10 + 100) * 8 * 4 + 10 * 12, 2 * 10 * 8 * 100)]
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, compiled, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, compiled, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.providers import OURS
 
@@ -73,6 +73,9 @@ class MaskTokens(Benchmark):
     def cost(self, case: Case) -> tuple[int, int]:
         """A token reads 8 bytes of id and 1 of the mask of special tokens; it writes 16 of id and label."""
         return 25 * case.shape["B"] * case.shape["T"], 0
+
+    def hand_sums(self) -> list[HandSum]:
+        return [HandSum(self.case({"B": 4, "T": 8}), 25 * 32, 0)]
 
     def cases(self, device: str) -> list[Case]:
         sizes = [(8192, 512)] if device == "cpu" else [(256, 512), (8192, 512)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs
 from benchmarks.providers import EAGER, OURS
 
@@ -30,6 +30,14 @@ class NegativeSamplingLoss(Benchmark):
         read = min(n, v) + min(n * (1 + k), v)
         written = 2 * v if case.backward else 0
         return (read + written) * d * case.dtype.itemsize + 8 * n * (2 + k), 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"N": 10, "K": 2, "V": 20, "D": 4}
+        forward = self.case(shape, torch.bfloat16, backward=False)
+        return [
+            HandSum(self.case(shape), (10 + 20 + 2 * 20) * 4 * 4 + 8 * 40, 0),
+            HandSum(forward, 30 * 4 * 2 + 8 * 40, 0),
+        ]
 
     def cases(self, device: str) -> list[Case]:
         shape = {"N": 65536, "K": 5, "V": 200_000, "D": 128}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.providers import EAGER, OURS
 
@@ -39,6 +39,14 @@ class PredictionEnergy(Benchmark):
         if case.backward:
             rows += (count + 1 if case.regime == SOFT else 2) + count + 1
         return batch * rows * dim * case.dtype.itemsize, 0
+
+    def hand_sums(self) -> list[HandSum]:
+        shape = {"B": 10, "K": 3, "D": 8}
+        return [
+            HandSum(self.case(shape), 10 * (4 + 2 + 4) * 8 * 4, 0),
+            HandSum(self.case(shape, torch.bfloat16, SOFT), 10 * 3 * 4 * 8 * 2, 0),
+            HandSum(self.case(shape, backward=False), 10 * 4 * 8 * 4, 0),
+        ]
 
     def cases(self, device: str) -> list[Case]:
         shape = {"B": 4096, "K": 8, "D": 512}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs
 from benchmarks.providers import EAGER, OURS
 
@@ -37,6 +37,9 @@ class RandomStream(Benchmark):
     def cost(self, case: Case) -> tuple[int, int]:
         """Each number is written once, and nothing is read."""
         return case.shape["N"] * case.shape["D"] * case.dtype.itemsize, 0
+
+    def hand_sums(self) -> list[HandSum]:
+        return [HandSum(self.case({"N": 10, "D": 4}), 10 * 4 * 4, 0)]
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
         return {"seed": torch.tensor(SEED, device=device)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import harness, providers
-from benchmarks.benchmark import Benchmark, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Row
 from benchmarks.providers import EAGER, OURS
 
@@ -44,6 +44,10 @@ class VectorQuantize(Benchmark):
         """Rows and codes are read once, values and indices written once; one product of all rows with all codes."""
         n, k, d = (case.shape[key] for key in "NKD")
         return (2 * n + k) * d * case.dtype.itemsize + 8 * (n + k), 2 * n * k * d
+
+    def hand_sums(self) -> list[HandSum]:
+        case = self.case({"N": 10, "K": 20, "D": 8})
+        return [HandSum(case, 4 * (2 * 10 + 20) * 8 + 8 * (10 + 20), 2 * 10 * 20 * 8)]
 
     def cases(self, device: str) -> list[Case]:
         half = torch.bfloat16

@@ -1,4 +1,4 @@
-// Sums over candidates on a GPU, by which free_energy and prediction_energy reduce energies.
+// Sums over candidates on a GPU: the soft and the hard minimum of energies, and reads and writes of groups of them.
 #pragma once
 
 #include "core/cuda/launch.h"

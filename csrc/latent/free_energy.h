@@ -1,5 +1,5 @@
 // The free energy of K candidates: arguments of its kernels and launchers, and the arithmetic of sums over candidates,
-// which prediction_energy shares. `stream` is a cudaStream_t.
+// which every reduction of energies shares. `stream` is a cudaStream_t.
 //
 // With d = E - lowest it is lowest - log(mean(exp(-beta d))) / beta. Near 1 the mean loses the digits of d, so the sum
 // of (1 - exp(-beta d)) / beta, the deficit, is kept beside it: a mean of the d if beta is small, in units of the

@@ -168,6 +168,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("dynamic", "reduction"), [(False, "mean"), (True, "none")])
 def test_compile_equals_eager(backend, dynamic, reduction):

@@ -497,6 +497,7 @@ def test_partials_fit_the_workspace():
     assert tile_sums.row_block(0, 5, 512 << 20) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases()[::3])
 def test_energies_against_dense_float64(case):
     with sk.use_backend("triton"):

@@ -15,7 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import gpu, host_time, memory, peers, providers, report
 from benchmarks.benchmark import Benchmark, HostCase, discover
 from benchmarks.harness import Bar, Provider, Rejected, Row, Run, interleave, measure, quantile, result_bytes
-from benchmarks.kernels.kernel import floors
+from benchmarks.kernels.kernel import KernelBenchmark, floor_sums, floors
 from benchmarks.ops.mask_tokens import collator
 from benchmarks.roofline import Roofs
 from sslkernels.core import native
@@ -84,84 +84,28 @@ def test_results_that_were_there_before_do_not_count():
     assert result_bytes(run, [owned[:4], given, torch.empty(16)], {"x": given}) == 64
 
 
-def cost(op, shape, *settings, **named):
-    """(bytes, flops)"""
-    case = BENCHMARKS[op].case(shape, *settings, **named)
-    return case.bytes, case.flops
+@pytest.mark.parametrize(
+    "op", [op for op, benchmark in BENCHMARKS.items() if not isinstance(benchmark, KernelBenchmark)]
+)
+def test_costs_by_hand(op):
+    sums = BENCHMARKS[op].hand_sums()
+    assert sums
+    for case, bytes_, flops in sums:
+        assert (case.bytes, case.flops) == (bytes_, flops), case.name
 
 
-def test_cost_models():
-    half = torch.bfloat16
-    wide = {"N": 100, "D": 8, "V": 1000}
-    linear, rows = 100 * 8 + 1000 * 8, 15
-    assert cost("linear_cross_entropy", wide, ignored=0.85) == (2 * 4 * linear, 6 * rows * 8 * 1000)
-    assert cost("linear_cross_entropy", wide, half, backward=False) == (2 * linear, 2 * 100 * 8 * 1000)
-    assert cost("cross_entropy", {"N": 100, "V": 1000}) == (2 * 4 * 100 * 1000, 0)
-    assert cost("cross_entropy", {"N": 100, "V": 1000}, ignored=0.7) == (4 * (30 + 100) * 1000, 0)
-    assert cost("mask_tokens", {"B": 4, "T": 8}) == (25 * 32, 0)
-    pairs = {"N": 10, "K": 2, "V": 20, "D": 4}
-    assert cost("negative_sampling_loss", pairs) == ((10 + 20 + 2 * 20) * 4 * 4 + 8 * 40, 0)
-    assert cost("negative_sampling_loss", pairs, half, backward=False) == (30 * 4 * 2 + 8 * 40, 0)
-    latent = {"N": 10, "K": 3, "D": 4}
-    assert cost("gaussian_rsample", latent) == (4 * 10 * 4 * (2 + 3 + 3 + 4) + 4 * 10, 0)
-    assert cost("gaussian_rsample", latent, half, backward=False) == (2 * 10 * 4 * (2 + 3) + 4 * 10, 0)
-    assert cost("gumbel_softmax", {"N": 10, "V": 20}) == (5 * 10 * 20 * 4, 0)
-    assert cost("gumbel_softmax", {"N": 10, "V": 20}, half, backward=False) == (2 * 10 * 20 * 2, 0)
-    quantized = cost("gumbel_quantize", {"N": 10, "G": 2, "V": 8, "D": 3})
-    assert quantized == (4 * (3 * 160 + 2 * 60 + 3 * 48), 2 * 10 * 2 * 8 * 3)
-    codes = cost("vector_quantize", {"N": 10, "K": 20, "D": 8})
-    assert codes == (4 * (2 * 10 + 20) * 8 + 8 * (10 + 20), 2 * 10 * 20 * 8)
-    scores = {"N": 10, "M": 20, "D": 8}
-    assert cost("pair_kernels", scores) == ((2 + 4) * 30 * 8, 6 * 10 * 20 * 8)
-    assert cost("pair_kernels", scores, regime="frozen") == (2 * 30 * 8 + 4 * 10 * 8, 4 * 10 * 20 * 8)
-    predictions = {"B": 10, "K": 3, "D": 8}
-    assert cost("prediction_energy", predictions) == (10 * (4 + 2 + 4) * 8 * 4, 0)
-    assert cost("prediction_energy", predictions, half, "soft") == (10 * 3 * 4 * 8 * 2, 0)
-    assert cost("prediction_energy", predictions, backward=False) == (10 * 4 * 8 * 4, 0)
+@pytest.mark.parametrize("operator", floors())
+def test_floors_by_hand(operator):
+    floor = floors()[operator]
+    sums = [expected for expected in floor_sums() if expected.floor is floor]
+    assert sums
+    for _, arguments, bytes_, flops in sums:
+        assert floor(*arguments) == (bytes_, flops), arguments
+
+
+def test_light():
     assert ROOFS.light(10**10, 10**9, "float32") == 1.0
     assert ROOFS.light(10**9, 10**11, "float32") == 1.0
-
-
-FLOORS = [
-    # 12 of 16 rows are valid. Their logits are read once, the gradient of all rows is written once; a row has a target
-    # and four results.
-    ("cross_entropy_rows_fwd", (12, 16, 100, 2, True), (12 + 16) * 100 * 2 + 16 * 24, 12 * 100 * 10),
-    ("cross_entropy_rows_bwd", (12, 16, 100, 2), (12 + 16) * 100 * 2 + 16 * 24, 12 * 100 * 5),
-    ("scale_add", (100, 4, 2, True), 100 * (4 + 2 + 2), 200),
-    ("column_sums", (7, 9, 2), 7 * 9 * 2 + 9 * 4, 7 * 9),
-    # 7 rows of the centers and all 9 of the contexts, 4 indices a pair; loss, slopes and direction in float32.
-    ("negative_sampling_fwd", (7, 2, 100, 9, 10, 2, 8, True), 16 * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4, 840),
-    ("weighted_row_sums", (21, 9, 100, 10, 4, 2), 21 * (12 + 10 * 4) + 9 * (8 + 10 * 2), 420),
-    # Logits read, samples written, and a state; or an index instead of samples, and two states with statistics.
-    ("gumbel_rows_fwd", (7, 9, 2, True, False), 7 * (2 * 9 * 2 + 8), 7 * 9 * 6),
-    ("gumbel_rows_fwd", (7, 9, 2, False, True), 7 * (9 * 2 + 16 + 16), 7 * 9 * 11),
-    ("gumbel_rows_bwd", (7, 9, 2, 4, True), 7 * (9 * (2 + 4 + 2) + 16), 7 * 9 * 20),
-    # Products and a row id read; a state of 24 bytes written, and also read by a later tile.
-    ("sample_rows", (7, 9, 4, True), 7 * (9 * 4 + 8 + 24), 7 * 9 * 9),
-    ("sample_rows", (7, 9, 4, False), 7 * (9 * 4 + 8 + 48), 7 * 9 * 9),
-    ("free_energy_fwd", (7, 9, 2, True), 7 * (9 * 2 + 12), 7 * 9 * 6),
-    ("free_energy_bwd", (7, 9, 2, False), 7 * (2 * 9 * 2 + 12), 7 * 9 * 4),
-    ("free_energy_bwd", (7, 9, 2, True), 7 * (9 * 2 + 12), 0),
-    ("prediction_energy_fwd", (5, 3, 10, 2, True), 5 * (4 * 10 * 2 + 4 + 3 * 4), 3 * 5 * 3 * 10),
-    # The minimum reads one prediction of each target, and the target; both gradients are written.
-    ("prediction_energy_bwd", (5, 3, 5, 10, 2, True), (5 + 5 + 5 * 4) * 10 * 2 + 5 * 4 * 4, 5 * 10 * 3),
-    # Per row: the query, its float32 gradient, reference, coefficient, value and two gradients.
-    ("own_negatives", (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * 4 * 5, 210 * 7),
-    ("own_negatives", (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 4 * 2, 210 * 4),
-    ("gaussian_fwd", (7, 10, 3, 2), 70 * (2 + 3) * 2 + 7 * 4, 70 * (25 * 3 + 32)),
-    ("gaussian_bwd", (7, 10, 3, 2), 70 * (4 + 3) * 2 + 7 * 4, 70 * (26 * 3 + 36)),
-    ("probability_sums", (7, 9, 2), 7 * 9 * 2 + 7 * 8, 7 * 9 * 5),
-    ("random_stream", (7, 9, 2), 7 * 9 * 2, 0),
-    ("mask_tokens", (7, 8), 3 * 7 * 8, 0),
-    ("search_codes", (7, 9, 10, 2), (7 + 9) * 10 * 2 + 7 * 16, 2 * 7 * 9 * 10),
-    ("gather_codes", (7, 9, 10, 2), (7 + 7 + 7) * 10 * 2 + 7 * 20, 3 * 7 * 10),
-    ("code_difference", (7, 4, 10, 2, 4), (7 + 4) * 10 * 2 + 7 * (40 + 12), 2 * 7 * 10),
-]
-
-
-@pytest.mark.parametrize(("operator", "sizes", "bytes_", "flops"), FLOORS)
-def test_floors_by_hand(operator, sizes, bytes_, flops):
-    assert floors()[operator](*sizes) == (bytes_, flops)
 
 
 @pytest.mark.skipif(native.extension is None or not native.extension.build_info()["cuda"], reason="no CUDA kernels")

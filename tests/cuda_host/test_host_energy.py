@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+import energy_oracle
 import oracle
 import pytest
 import torch
@@ -72,7 +73,7 @@ class Energies:
         """Value, upstream derivative, gradient."""
         _, view, _ = self.energies()
         leaf = view.double().clone().requires_grad_()
-        value = oracle.free_energy(leaf, beta=self.beta, dim=1, mode="min" if self.minimum else "soft")
+        value = energy_oracle.free_energy(leaf, beta=self.beta, dim=1, mode="min" if self.minimum else "soft")
         g = torch.Generator().manual_seed(3)
         upstream = torch.randn(value.shape, generator=g, dtype=torch.float64).to(accumulation_dtype(self.dtype))
         (grad,) = torch.autograd.grad(value, leaf, upstream.double())
@@ -144,7 +145,7 @@ class Predictions:
         leaves = [view.double().clone().requires_grad_(), target.double().expand(view[:, 0].shape).clone()]
         leaves[1].requires_grad_()
         energies = (leaves[0] - leaves[1].unsqueeze(1)).square().sum(2)
-        value = oracle.free_energy(energies, beta=self.beta, dim=1, mode="min" if self.minimum else "soft")
+        value = energy_oracle.free_energy(energies, beta=self.beta, dim=1, mode="min" if self.minimum else "soft")
         (weights,) = torch.autograd.grad(value.sum(), energies, retain_graph=True)
         g = torch.Generator().manual_seed(3)
         upstream = torch.randn(value.shape, generator=g, dtype=torch.float64).to(accumulation_dtype(self.dtype))
@@ -297,7 +298,7 @@ def exact_free_energy(energy: Tensor, beta: float) -> Tensor:
     x = beta * (energy - mean)
     small = torch.where(x.abs() < 1e-4, x * x / 2, torch.exp(-x) - 1 + x).mean(1)
     near = mean.squeeze(1) - torch.log1p(small) / beta
-    return torch.where(x.abs().amax(1) < 1, near, oracle.free_energy(energy, beta=beta, dim=1))
+    return torch.where(x.abs().amax(1) < 1, near, energy_oracle.free_energy(energy, beta=beta, dim=1))
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)

@@ -1,19 +1,52 @@
-"""free_energy and prediction_energy on a GPU: real sizes, graphs and synchronisations."""
+"""free_energy and prediction_energy on a GPU: single kernels, real sizes, graphs and synchronisations."""
 
 from __future__ import annotations
 
+import energy_oracle
 import oracle
 import pytest
 import torch
 from cases import DTYPES
 from cuda_graphs import captured
 from energy_oracle import exact, gradients, problem
+from raw_operators import assert_equal_to_reference, single_kernels, skip_without_kernel
 
 import sslkernels as sk
+from sslkernels.latent import free_energy, prediction_energy
+from sslkernels.latent.free_energy import free_energy_bwd, free_energy_fwd
+from sslkernels.latent.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 
 pytestmark = pytest.mark.gpu
 OP = "prediction_energy"
 MODES = ("soft", "min")
+BELOW_FLOAT64 = DTYPES[:3]
+
+
+@single_kernels
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("shape", [(300, 7, 1), (3, 1003, 1), (2, 9, 77), (1, 300, 64)], ids=str)
+@pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
+def test_free_energy(backend, dtype, shape, minimum):
+    skip_without_kernel(backend)
+    energy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = free_energy.Options(0.7, minimum)
+    found = assert_equal_to_reference(free_energy_fwd, (energy, options, True), dtype)
+    arguments = (found.value, None if minimum else energy, found.state, options, shape[1], dtype)
+    assert_equal_to_reference(free_energy_bwd, arguments, dtype)
+
+
+@single_kernels
+@pytest.mark.parametrize("minimum", [False, True])
+@pytest.mark.parametrize("shape", [(300, 5, 24), (3, 7, 77), (2, 3, 20_000)], ids=str)
+@pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
+def test_prediction_energy(backend, dtype, shape, minimum):
+    skip_without_kernel(backend)
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(s, generator=g).to(dtype) for s in (shape, (shape[0], shape[2]))]
+    inputs, options = prediction_energy.Inputs(*tensors), free_energy.Options(1 / shape[2], minimum)
+    value, weights = assert_equal_to_reference(prediction_energy_fwd, (inputs, options, True), dtype)
+    wanted = prediction_energy.Wanted(True, True)
+    assert_equal_to_reference(prediction_energy_bwd, (value.sign(), inputs, weights, wanted), dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -63,8 +96,8 @@ def test_real_sizes(backend, mode, shape, dtype):
     leaves = exact(inputs)
     beta = 1 / shape[2]
     rows = sk.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
-    truth = oracle.prediction_energy(**leaves, beta=beta, mode=mode, reduction="none")
-    eager = oracle.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
+    truth = energy_oracle.prediction_energy(**leaves, beta=beta, mode=mode, reduction="none")
+    eager = energy_oracle.prediction_energy(**inputs, beta=beta, mode=mode, reduction="none")
     assert oracle.error(rows, truth) <= oracle.error(eager, truth) + 1e-6
     true_grads, eager_grads = gradients(truth.sum(), leaves), gradients(eager.sum(), inputs)
     for got, rough, true in zip(gradients(rows.sum(), inputs), eager_grads, true_grads, strict=True):

@@ -1,4 +1,4 @@
-"""gumbel_softmax and gumbel_quantize on a GPU: real sizes, the draws of the host, graphs, synchronisations, memory."""
+"""gumbel_softmax and gumbel_quantize on a GPU: single kernels, real sizes, the host's draws, graphs, memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import oracle
 import pytest
 import torch
 from cuda_graphs import captured
+from raw_operators import assert_equal_to_reference, single_kernels, skip_without_kernel
 
 import sslkernels as sk
 from benchmarks import memory
+from sslkernels.latent import gumbel_quantize
+from sslkernels.latent.gumbel_quantize import gumbel_quantize_bwd, gumbel_quantize_fwd
+from sslkernels.latent.gumbel_rows import NoisyLogits, State
+from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "gumbel_quantize"
@@ -21,6 +26,36 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def draw(*shape, dtype=torch.float32, seed=0):
     g = torch.Generator("cuda").manual_seed(seed)
     return (2 * torch.randn(shape, generator=g, device="cuda")).to(dtype)
+
+
+@single_kernels
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("shape", [(300, 2), (33, 77), (3, 1003), (2, 40_007)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gumbel_softmax(backend, dtype, shape, hard):
+    skip_without_kernel(backend)
+    g = torch.Generator().manual_seed(0)
+    logits, grad = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    seed, inverse_tau = torch.tensor(5), torch.tensor(0.5, dtype=torch.float64)
+    for ids in (None, torch.arange(shape[0]) + 2**33):
+        source = NoisyLogits(logits, seed, ids, inverse_tau)
+        found = assert_equal_to_reference(gumbel_softmax_fwd, (source, hard), dtype)
+        assert_equal_to_reference(gumbel_softmax_bwd, (grad, source, State(found.max, found.sum)), dtype)
+
+
+@single_kernels
+@pytest.mark.parametrize("shape", [(50, 3, 5), (33, 2, 320), (2, 1, 9001)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_of_gumbel_quantize(backend, dtype, shape):
+    skip_without_kernel(backend)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask, tau = torch.arange(shape[0] * shape[1]) % 3 > 0, torch.tensor(0.5, dtype=torch.float64)
+    source = NoisyLogits(logits, torch.tensor(5), None, tau)
+    codes = assert_equal_to_reference(gumbel_quantize_fwd, (source, mask, True), dtype)
+    codebook = torch.zeros(*shape[1:], 4, dtype=dtype)
+    grads, wanted = gumbel_quantize.OutputGrads(None, codes.probability), gumbel_quantize.Wanted(True, False)
+    arguments = (grads, source, codebook, mask, codes.code_state, wanted)
+    assert_equal_to_reference(gumbel_quantize_bwd, arguments, dtype)
 
 
 @pytest.mark.parametrize("columns", [2, 17, 320, 4096, 50257, 200_003])

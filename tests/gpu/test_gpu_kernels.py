@@ -1,5 +1,5 @@
-"""Single kernels on a GPU, on memory that the host wrote and without kernels of torch in between, for racecheck and
-initcheck of compute-sanitizer: torch's own kernels read uninitialised memory and race by design."""
+"""Single kernels on a GPU, for racecheck and initcheck of compute-sanitizer. An op that has a file in this folder tests
+its kernels there."""
 
 from __future__ import annotations
 
@@ -10,32 +10,18 @@ import torch
 from query_negatives_oracle import OwnCase, assert_results, wanted_outputs
 from query_negatives_oracle import compute as compute_own
 from query_negatives_oracle import make as make_own
-from raw_operators import assert_equal_to_reference
+from raw_operators import SINGLE_KERNELS, skip_without_kernel
 from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, oracle
 from torch import Tensor
 
 import sslkernels as sk
-from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.scale import scale_gradient_
-from sslkernels.latent import free_energy, gumbel_quantize, prediction_energy
-from sslkernels.latent.free_energy import free_energy_bwd, free_energy_fwd
-from sslkernels.latent.gumbel_quantize import gumbel_quantize_bwd, gumbel_quantize_fwd
-from sslkernels.latent.gumbel_rows import NoisyLogits, State
-from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
-from sslkernels.latent.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
-from sslkernels.latent.vector_quantize import KERNELS
 from sslkernels.random.streams import STREAMS, stream_values
 from sslkernels.vocabulary.softmax_rows import NativeRows, TritonRows
 
-pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, pytest.mark.kernel_only]
+pytestmark = [pytest.mark.gpu, *SINGLE_KERNELS]
 OP = "cross_entropy"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _uninitialised_memory():
-    """No kernel of torch fills uninitialised memory."""
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass
@@ -51,8 +37,7 @@ class Rows:
 
 
 def kernels(backend: str):
-    if backend not in ("cuda", "triton"):
-        pytest.skip("has no GPU kernel")
+    skip_without_kernel(backend)
     return NativeRows() if backend == "cuda" else TritonRows()
 
 
@@ -93,62 +78,9 @@ def test_column_sums_and_scaling(backend, dtype):
 @pytest.mark.parametrize("shape", [(3, 7, 77), (3, 9, 64), (2, 300, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_query_negatives(backend, dtype, shape, normalise):
-    kernels(backend)
+    skip_without_kernel(backend)
     inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
     assert_results(inputs, wanted_outputs(inputs, compute_own(inputs, "cuda")))
-
-
-@pytest.mark.parametrize("minimum", [False, True])
-@pytest.mark.parametrize("shape", [(300, 7, 1), (3, 1003, 1), (2, 9, 77), (1, 300, 64)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_free_energy(backend, dtype, shape, minimum):
-    kernels(backend)
-    energy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    options = free_energy.Options(0.7, minimum)
-    found = assert_equal_to_reference(free_energy_fwd, (energy, options, True), dtype)
-    arguments = (found.value, None if minimum else energy, found.state, options, shape[1], dtype)
-    assert_equal_to_reference(free_energy_bwd, arguments, dtype)
-
-
-@pytest.mark.parametrize("minimum", [False, True])
-@pytest.mark.parametrize("shape", [(300, 5, 24), (3, 7, 77), (2, 3, 20_000)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prediction_energy(backend, dtype, shape, minimum):
-    kernels(backend)
-    g = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(s, generator=g).to(dtype) for s in (shape, (shape[0], shape[2]))]
-    inputs, options = prediction_energy.Inputs(*tensors), free_energy.Options(1 / shape[2], minimum)
-    value, weights = assert_equal_to_reference(prediction_energy_fwd, (inputs, options, True), dtype)
-    wanted = prediction_energy.Wanted(True, True)
-    assert_equal_to_reference(prediction_energy_bwd, (value.sign(), inputs, weights, wanted), dtype)
-
-
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("shape", [(300, 2), (33, 77), (3, 1003), (2, 40_007)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gumbel_softmax(backend, dtype, shape, hard):
-    kernels(backend)
-    g = torch.Generator().manual_seed(0)
-    logits, grad = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
-    seed, inverse_tau = torch.tensor(5), torch.tensor(0.5, dtype=torch.float64)
-    for ids in (None, torch.arange(shape[0]) + 2**33):
-        source = NoisyLogits(logits, seed, ids, inverse_tau)
-        found = assert_equal_to_reference(gumbel_softmax_fwd, (source, hard), dtype)
-        assert_equal_to_reference(gumbel_softmax_bwd, (grad, source, State(found.max, found.sum)), dtype)
-
-
-@pytest.mark.parametrize("shape", [(50, 3, 5), (33, 2, 320), (2, 1, 9001)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics_of_gumbel_quantize(backend, dtype, shape):
-    kernels(backend)
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    mask, tau = torch.arange(shape[0] * shape[1]) % 3 > 0, torch.tensor(0.5, dtype=torch.float64)
-    source = NoisyLogits(logits, torch.tensor(5), None, tau)
-    codes = assert_equal_to_reference(gumbel_quantize_fwd, (source, mask, True), dtype)
-    codebook = torch.zeros(*shape[1:], 4, dtype=dtype)
-    grads, wanted = gumbel_quantize.OutputGrads(None, codes.probability), gumbel_quantize.Wanted(True, False)
-    arguments = (grads, source, codebook, mask, codes.code_state, wanted)
-    assert_equal_to_reference(gumbel_quantize_bwd, arguments, dtype)
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (300, 17), (33, 1030), (3, 40_007)], ids=str)
@@ -177,7 +109,7 @@ def test_sample_rows(backend, dtype, shape):
 
 
 def test_masking_and_random_words(backend):
-    kernels(backend)
+    skip_without_kernel(backend)
     ids = torch.randint(0, 1003, (3, 77), generator=torch.Generator().manual_seed(0))
     words = torch.arange(77).expand(3, 77).contiguous() // 3
     options = {"mask_id": 1, "vocab_size": 1003, "special_ids": (0, 2), "seed": torch.tensor(5)}
@@ -200,23 +132,3 @@ def test_random_streams_are_those_of_the_host(backend, stream, dtype, columns):
         expected = stream_values(stream, seed, ids, 5, columns, 2**35 + 2, dtype)
         got = getattr(torch.ops.sslkernels, f"random_{stream}")(seed.cuda(), there, 5, columns, 2**35 + 2, dtype)
         assert torch.equal(got.cpu(), expected)
-
-
-@pytest.mark.parametrize("dim", [1, 64, 77])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_codes_and_their_differences(backend, dtype, dim):
-    kernels(backend)
-    generator = torch.Generator().manual_seed(0)
-    x, c = (torch.randn(n, dim, generator=generator, dtype=torch.float64).to(dtype) for n in (37, 11))
-    index = torch.randint(11, (37,), generator=generator)
-    score = torch.where(torch.arange(37) % 5 > 0, 0.0, torch.nan).double()
-    acc = accumulation_dtype(dtype)
-    values, distance = torch.zeros_like(x), torch.zeros(37, dtype=acc)
-    coefficient, out = torch.linspace(-1, 1, 37).to(acc), torch.zeros_like(x)
-    gather, difference = (x, c, index, score, values, distance), (coefficient, x, c, index, out)
-    for name, arguments, count in (("gather", gather, 2), ("difference", difference, 1)):
-        there = [t.cuda() for t in arguments]
-        getattr(KERNELS[backend], name)(*there)
-        getattr(KERNELS["reference"], name)(*arguments)
-        for got, want in zip(there[-count:], arguments[-count:], strict=True):
-            torch.testing.assert_close(got.cpu(), want, equal_nan=True)

@@ -1,12 +1,16 @@
-"""vector_quantize on a GPU: real sizes, matrix units, streams, graphs, synchronisations and memory."""
+"""vector_quantize on a GPU: single kernels, real sizes, matrix units, streams, graphs, synchronisations and memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import DTYPES
 from cuda_graphs import captured, no_synchronisation
+from raw_operators import single_kernels, skip_without_kernel
 
 import sslkernels as sk
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.latent.vector_quantize import KERNELS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 OP = "vector_quantize"
@@ -16,6 +20,27 @@ METRICS = ("l2", "cosine", "dot")
 def problem(rows, codes, dim, dtype):
     g = torch.Generator("cuda").manual_seed(0)
     return tuple(torch.randn(n, dim, generator=g, device="cuda").to(dtype) for n in (rows, codes))
+
+
+@single_kernels
+@pytest.mark.parametrize("dim", [1, 64, 77])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_and_their_differences(backend, dtype, dim):
+    skip_without_kernel(backend)
+    generator = torch.Generator().manual_seed(0)
+    x, c = (torch.randn(n, dim, generator=generator, dtype=torch.float64).to(dtype) for n in (37, 11))
+    index = torch.randint(11, (37,), generator=generator)
+    score = torch.where(torch.arange(37) % 5 > 0, 0.0, torch.nan).double()
+    acc = accumulation_dtype(dtype)
+    values, distance = torch.zeros_like(x), torch.zeros(37, dtype=acc)
+    coefficient, out = torch.linspace(-1, 1, 37).to(acc), torch.zeros_like(x)
+    gather, difference = (x, c, index, score, values, distance), (coefficient, x, c, index, out)
+    for name, arguments, count in (("gather", gather, 2), ("difference", difference, 1)):
+        there = [t.cuda() for t in arguments]
+        getattr(KERNELS[backend], name)(*there)
+        getattr(KERNELS["reference"], name)(*arguments)
+        for got, want in zip(there[-count:], arguments[-count:], strict=True):
+            torch.testing.assert_close(got.cpu(), want, equal_nan=True)
 
 
 @pytest.mark.parametrize("metric", METRICS)

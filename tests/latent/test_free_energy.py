@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 
+import energy_oracle
 import oracle
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -35,6 +37,35 @@ def rows(values, device, dtype=torch.float32):
 def grad_of(value, energy, grad_output=None, **options):
     grad_output = torch.ones_like(value) if grad_output is None else grad_output
     return torch.autograd.grad(value, energy, grad_output, **options)[0]
+
+
+def make(
+    g: torch.Generator, rows: int, candidates: int, _: int, *, shape: tuple[int, ...] = (), spread: float = 1.0
+) -> tuple[Tensors, Tensors]:
+    return {"energy": spread * torch.randn(shape or (rows, candidates), generator=g)}, {}
+
+
+def case(name: str, rows: int, candidates: int, *, options: dict, **tensors) -> Case:
+    return Case(OP, name, make, (rows, candidates, 0), tensors, options)
+
+
+def cases() -> Iterator[Case]:
+    for mode in ("soft", "min"):
+        yield case(f"{mode}_plain", 37, 53, options={"mode": mode})
+        yield case(f"{mode}_few_candidates", 70, 5, spread=3.0, options={"mode": mode, "beta": 2.0})
+        yield case(f"{mode}_one_candidate", 9, 1, options={"mode": mode})
+        yield case(f"{mode}_many_candidates", 2, 2051, spread=2.0, options={"mode": mode})
+        yield case(f"{mode}_first_dim", 53, 37, options={"mode": mode, "dim": 0})
+        yield case(f"{mode}_middle_dim", 0, 0, shape=(3, 11, 2, 9), options={"mode": mode, "dim": 1})
+        yield case(f"{mode}_one_row", 0, 0, shape=(77,), options={"mode": mode})
+    yield case("soft_cold", 37, 53, spread=4.0, options={"beta": 30.0})
+
+
+CASES = list(cases())
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+    error_is_at_most_that_of_eager(CASES, energy_oracle)
+)
+test_shapes_without_data = shapes_without_data(CASES)
 
 
 LAYOUTS = {
@@ -64,7 +95,7 @@ def test_strided_energies_are_not_copied(backend, mode, name, device):
     columns, *_ = module._three_dimensional(energy, dim % energy.dim())
     assert columns.data_ptr() == energy.data_ptr(), "the energies were copied"
     value = sk.free_energy(energy, dim=dim, beta=0.7, mode=mode)
-    truth = oracle.free_energy(energy, dim=dim, beta=0.7, mode=mode)
+    truth = energy_oracle.free_energy(energy, dim=dim, beta=0.7, mode=mode)
     torch.testing.assert_close(value, truth)
     grad_output = torch.randn_like(truth)
     torch.testing.assert_close(grad_of(value, base, grad_output), grad_of(truth, base, grad_output))
@@ -73,7 +104,7 @@ def test_strided_energies_are_not_copied(backend, mode, name, device):
 def test_dimensions_that_do_not_merge_are_copied(backend, device):
     base = energies(3, 4, 5, 6, device=device)
     energy = base[:, 1:3, 1:4]
-    value, truth = (f.free_energy(energy[..., 0::2], dim=-1) for f in (sk, oracle))
+    value, truth = (f.free_energy(energy[..., 0::2], dim=-1) for f in (sk, energy_oracle))
     torch.testing.assert_close(value, truth)
     torch.testing.assert_close(grad_of(value, base), grad_of(truth, base))
 
@@ -102,7 +133,7 @@ def test_offsets_and_spreads(backend, spread, shift, device):
     for beta in (1e-3, 1.0):
         value = sk.free_energy(energy, beta=beta)
         leaf = energy.detach().double().requires_grad_()
-        truth = oracle.free_energy(leaf, beta=beta)
+        truth = energy_oracle.free_energy(leaf, beta=beta)
         error = (value.double() - truth).abs() / leaf.abs().amax(1)
         assert error.max() <= 4e-7
         true_grad = grad_of(truth, leaf)
@@ -176,7 +207,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
     kept = ones.clone()
     ones.mul_(7)
     assert torch.equal(grad_of(value, energy, retain_graph=True), kept)
-    truth = oracle.free_energy(energy, mode=mode)
+    truth = energy_oracle.free_energy(energy, mode=mode)
     torch.testing.assert_close(grad_of(value.square().sum(), energy), grad_of(truth.square().sum(), energy))
     with pytest.raises(RuntimeError, match="second time"):
         value.sum().backward()
@@ -250,7 +281,7 @@ def test_half_precision_gradient_rounds_once(backend, device):
     energy = energies(results, 4, device=device, dtype=torch.float16)
     grad = grad_of(sk.free_energy(energy).mean() * 65536.0, energy)
     exact = energy.detach().double().requires_grad_()
-    true = grad_of(oracle.free_energy(exact).mean() * 65536.0, exact)
+    true = grad_of(energy_oracle.free_energy(exact).mean() * 65536.0, exact)
     assert grad.dtype == torch.float16
     assert oracle.error(grad, true) < torch.finfo(torch.float16).eps
 
@@ -273,6 +304,7 @@ def test_bitwise_equal_from_run_to_run(backend, shape, device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -308,7 +340,7 @@ def test_checkpoint(backend, use_reentrant, device):
 def test_functional_transforms(mode, device):
     energy = energies(6, 5, 4, device=device, requires_grad=False)
     for dim in (0, 1):
-        ours, truth = (lambda e, f=f, d=dim: f.free_energy(e, dim=d, mode=mode).sum() for f in (sk, oracle))
+        ours, truth = (lambda e, f=f, d=dim: f.free_energy(e, dim=d, mode=mode).sum() for f in (sk, energy_oracle))
         torch.testing.assert_close(torch.func.grad(ours)(energy), torch.func.grad(truth)(energy))
         batched = torch.func.vmap(torch.func.grad(ours))(energy)
         torch.testing.assert_close(batched, torch.func.vmap(torch.func.grad(truth))(energy))

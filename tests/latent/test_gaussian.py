@@ -10,7 +10,7 @@ import mpmath
 import oracle
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, NOT_FLOAT32
 from gaussian_oracle import CASES, LEAVES, Case, call
 
 import sslkernels as sk
@@ -21,6 +21,7 @@ from sslkernels.latent.gaussian_operators import ELEMENTS, NO_KL, ROWS, KernelOu
 from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
 
 OP = "gaussian_rsample"
+LONG_ROWS = next(case for case in CASES if str(case) == "long_rows")
 
 
 def rounding(dtype):
@@ -43,6 +44,7 @@ def differentiate(function, leaves, options, requires_grad=LEAVES):
     return outputs, dict(zip([n for n, leaf in leaves.items() if leaf.requires_grad], grads, strict=True))
 
 
+@pytest.mark.slow_for(backend="triton", case=LONG_ROWS, dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_against_float64(backend, case, dtype, device):

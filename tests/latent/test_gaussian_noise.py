@@ -175,6 +175,7 @@ def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve,
         torch.testing.assert_close(leaf.grad, true)
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"), dynamic=True)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import gumbel_oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES
+from cases import DTYPES, NOT_FLOAT32
 from cuda_graphs import captured
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -64,6 +64,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
 def test_values_and_gradients(backend, device, shape, dim, dtype):
@@ -82,6 +83,7 @@ def test_values_and_gradients(backend, device, shape, dim, dtype):
         assert_close(got, true_grad, dtype, 8 / tau)
 
 
+@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_longer_than_a_tile(backend, device, dtype):
     logits = draw(1, 8197, dtype=dtype, device=device).requires_grad_()
@@ -412,6 +414,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
     torch._dynamo.reset()

@@ -7,10 +7,13 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import energy_oracle
 import oracle
 import pytest
 import torch
+from cases import NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from energy_oracle import NAMES, exact, gradients, problem
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +28,39 @@ from sslkernels.latent.triton import prediction_energy as launcher
 OP = "prediction_energy"
 MODES = ("soft", "min")
 INF, NAN = math.inf, math.nan
+
+
+def make(
+    g: torch.Generator, rows: int, count: int, dim: int, *, features: tuple[int, ...] = ()
+) -> tuple[Tensors, Tensors]:
+    features = features or (dim,)
+    prediction = torch.randn(rows, count, *features, generator=g)
+    return {"prediction": prediction, "target": torch.randn(rows, *features, generator=g)}, {}
+
+
+def case(name: str, rows: int, count: int, dim: int = 0, *, options: dict, **tensors) -> Case:
+    return Case(OP, name, make, (rows, count, dim), tensors, options)
+
+
+def cases() -> Iterator[Case]:
+    for mode in ("soft", "min"):
+        cold = {"mode": mode, "beta": 0.1}
+        yield case(f"{mode}_plain", 37, 8, 32, options=cold)
+        yield case(f"{mode}_odd", 13, 5, 77, options=cold)
+        yield case(f"{mode}_one_feature", 40, 3, 1, options={"mode": mode})
+        yield case(f"{mode}_one_prediction", 11, 1, 24, options=cold)
+        yield case(f"{mode}_one_row", 1, 7, 16, options=cold)
+        yield case(f"{mode}_many_predictions", 3, 300, 6, options=cold)
+        yield case(f"{mode}_many_features", 2, 3, features=(3, 41, 50), options={"mode": mode, "beta": 1e-3})
+        yield case(f"{mode}_sum", 21, 4, 16, options={**cold, "reduction": "sum"})
+        yield case(f"{mode}_none", 21, 4, 16, options={**cold, "reduction": "none"})
+
+
+CASES = list(cases())
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+    error_is_at_most_that_of_eager(CASES, energy_oracle)
+)
+test_shapes_without_data = shapes_without_data(CASES)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -112,7 +148,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
     assert all(torch.equal(a, b) for a, b in zip(kept, gradients(rows.sum(), inputs), strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         rows.sum().backward()
-    loss, truth = (f.prediction_energy(**inputs, mode=mode) for f in (sk, oracle))
+    loss, truth = (f.prediction_energy(**inputs, mode=mode) for f in (sk, energy_oracle))
     for a, b in zip(gradients(loss.square(), inputs), gradients(truth.square(), inputs), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -171,7 +207,7 @@ LAYOUTS = {
 def test_layouts(backend, mode, name, device):
     inputs = problem(device, features=(3, 6))
     views = LAYOUTS[name](*inputs.values())
-    loss, truth = (f.prediction_energy(*views, beta=0.2, mode=mode, reduction="none") for f in (sk, oracle))
+    loss, truth = (f.prediction_energy(*views, beta=0.2, mode=mode, reduction="none") for f in (sk, energy_oracle))
     torch.testing.assert_close(loss, truth)
     for got, true in zip(gradients(loss.square().sum(), inputs), gradients(truth.square().sum(), inputs), strict=True):
         torch.testing.assert_close(got, true)
@@ -212,7 +248,7 @@ def test_infinite_predictions_have_no_weight_and_nan_stays_in_its_row(backend, d
     leaves = exact(inputs)
     for row, counted in ((0, [0, 2]), (1, [1, 2]), (4, [0, 1, 2])):
         part = leaves["prediction"][row : row + 1, counted], leaves["target"][row : row + 1]
-        truth = oracle.prediction_energy(*part, mode="soft", beta=0.1) + math.log(3 / len(counted)) / 0.1
+        truth = energy_oracle.prediction_energy(*part, mode="soft", beta=0.1) + math.log(3 / len(counted)) / 0.1
         torch.testing.assert_close(rows[row].double(), truth, rtol=1e-5, atol=1e-5)
         true_grads = torch.autograd.grad(truth, tuple(leaves.values()))
         limit = torch.finfo(dtype).eps * 2 + 1e-5
@@ -244,7 +280,7 @@ def test_large_common_offset(backend, device):
         inputs["target"].zero_()
     leaves = exact(inputs)
     loss = sk.prediction_energy(**inputs, mode="soft", beta=0.1)
-    truth = oracle.prediction_energy(**leaves, mode="soft", beta=0.1)
+    truth = energy_oracle.prediction_energy(**leaves, mode="soft", beta=0.1)
     torch.testing.assert_close(loss.double(), truth, rtol=4e-7, atol=0)
     for got, true in zip(gradients(loss, inputs), gradients(truth, leaves), strict=True):
         assert oracle.error(got, true) < 0.1 * 1e6 * torch.finfo(torch.float32).eps
@@ -259,7 +295,7 @@ def test_half_precision_is_squared_and_summed_in_float32(backend, dtype, feature
         inputs["prediction"].mul_(200)
     leaves = exact(inputs)
     for mode in MODES:
-        loss, truth = sk.prediction_energy(**inputs, mode=mode), oracle.prediction_energy(**leaves, mode=mode)
+        loss, truth = sk.prediction_energy(**inputs, mode=mode), energy_oracle.prediction_energy(**leaves, mode=mode)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
         for got, true in zip(gradients(loss, inputs), gradients(truth, leaves), strict=True):
@@ -274,7 +310,7 @@ def test_half_precision_mean_over_many_rows(backend, mode, device):
         pytest.skip("the interpreter takes minutes for 65536 rows")
     inputs = problem(device, batch=65536, count=3, features=(4,), dtype=torch.float16)
     leaves = exact(inputs)
-    loss, truth = (f.prediction_energy(**x, mode=mode) for f, x in ((sk, inputs), (oracle, leaves)))
+    loss, truth = (f.prediction_energy(**x, mode=mode) for f, x in ((sk, inputs), (energy_oracle, leaves)))
     for got, true in zip(gradients(loss * 65536.0, inputs), gradients(truth * 65536.0, leaves), strict=True):
         assert oracle.error(got, true) < torch.finfo(torch.float16).eps
 
@@ -311,6 +347,7 @@ def test_memory(backend, mode, device):
     assert peak - sum(grad.nbytes for grad in grads) < 8 << 20
 
 
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -350,7 +387,7 @@ def test_checkpoint(backend, use_reentrant, device):
 @pytest.mark.parametrize("mode", MODES)
 def test_functional_transforms(mode, device):
     inputs = tuple(problem(device, requires_grad=()).values())
-    ours, truth = (lambda p, y, f=f: f.prediction_energy(p, y, mode=mode, beta=0.2) for f in (sk, oracle))
+    ours, truth = (lambda p, y, f=f: f.prediction_energy(p, y, mode=mode, beta=0.2) for f in (sk, energy_oracle))
     for argnums in (0, 1, (0, 1)):
         torch.testing.assert_close(
             torch.func.grad(ours, argnums=argnums)(*inputs), torch.func.grad(truth, argnums=argnums)(*inputs)
@@ -370,7 +407,7 @@ def test_autocast_takes_mixed_dtypes(device):
         plain = sk.prediction_energy(**inputs)
     assert torch.equal(plain, sk.prediction_energy(**inputs))
     leaves = exact(mixed)
-    truth = oracle.prediction_energy(**leaves)
+    truth = energy_oracle.prediction_energy(**leaves)
     torch.testing.assert_close(loss.double(), truth)
     for got, true, tensor in zip(gradients(loss, mixed), gradients(truth, leaves), mixed.values(), strict=True):
         assert got.dtype == tensor.dtype

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES
+from cases import DTYPES, NOT_FLOAT32
 
 import sslkernels as sk
 from benchmarks import memory
@@ -44,6 +44,7 @@ def check(x, c, metric, *, ties=False):
     return quantized
 
 
+@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_against_brute_force(backend, shape, dtype, metric, device):
     torch.testing.assert_close(got.perplexity, perplexity)
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("code_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,6 +75,7 @@ def test_input_and_codebook_of_different_dtypes(backend, dtype, code_dtype, metr
     assert got.commitment.dtype == (torch.float64 if torch.float64 in (dtype, code_dtype) else torch.float32)
 
 
+@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
@@ -88,6 +91,7 @@ def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
     assert not check(x, c[:1].expand(130, 20), metric, ties=True).indices.any()
 
 
+@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
@@ -109,6 +113,7 @@ def test_a_large_common_offset(backend, offset, metric, device):
     check(x + offset, c + offset, metric)
 
 
+@pytest.mark.slow_for(backend="triton", scale=(1e-30, 1e-16, 1e25))
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-16, 1e12, 1e25, 1e37])
 def test_squares_that_overflow_or_underflow_float32(backend, scale, metric, device):
@@ -120,6 +125,7 @@ def test_squares_that_overflow_or_underflow_float32(backend, scale, metric, devi
     check(x * spread[: len(x)], c, metric)
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e155, 1e300])
 def test_squares_that_overflow_or_underflow_float64(backend, scale, metric, device):
@@ -144,6 +150,7 @@ def test_zero_rows_and_zero_codes(backend, metric, device):
     check(-x.abs(), c.abs(), metric)  # all scores are negative but those of zero codes
 
 
+@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nonfinite_inputs(backend, dtype, metric, device):
@@ -246,6 +253,7 @@ def test_products_with_the_largest_allowed_error(dtype, metric):
         check(x, c, metric)
 
 
+@pytest.mark.slow_for(dtype=torch.bfloat16)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_products_with_the_largest_allowed_error(dtype, metric, monkeypatch, device):

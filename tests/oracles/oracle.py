@@ -5,8 +5,6 @@ In float64 they are the truth; in the dtype under test they are eager torch.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,23 +86,6 @@ def negative_sampling_loss(
         terms = torch.where(negatives == context.unsqueeze(-1), 0, terms)
     loss = -F.logsigmoid(positive) - terms.sum(-1)
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
-
-
-def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str = "soft") -> Tensor:
-    if mode == "min":
-        return energy.min(dim).values
-    return (math.log(energy.shape[dim]) - torch.logsumexp(-beta * energy, dim)) / beta
-
-
-def prediction_energy(
-    prediction: Tensor, target: Tensor, *, beta: float = 1.0, mode: str = "min", reduction: str = "mean"
-) -> Tensor:
-    """Predictions (B, K, ...), targets (B, ...)."""
-    energies = (prediction - target.unsqueeze(1)).square()
-    if energies.dim() > 2:
-        energies = energies.flatten(2).sum(-1)
-    rows = free_energy(energies, beta=beta, dim=1, mode=mode)
-    return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
 
 
 def error(value: Tensor, truth: Tensor) -> float:

@@ -4,17 +4,71 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 
 import sslkernels as sk
 from benchmarks import memory
 
 OP = "cross_entropy"
+
+
+def make(
+    g: torch.Generator,
+    rows: int,
+    vocab: int,
+    *,
+    ignore_index: int,
+    ignored: float = 0.3,
+    spread: float = 1.0,
+    class_weight: bool = False,
+    int32: bool = False,
+) -> tuple[Tensors, Tensors]:
+    target = torch.randint(0, vocab, (rows,), generator=g)
+    target[torch.rand(rows, generator=g) < ignored] = ignore_index
+    constant = {"target": target.to(torch.int32 if int32 else torch.int64)}
+    if class_weight:
+        constant["weight"] = torch.rand(vocab, generator=g)
+    return {"input": spread * torch.randn(rows, vocab, generator=g)}, constant
+
+
+def case(name: str, rows: int, vocab: int, *, options: dict | None = None, **tensors) -> Case:
+    options = options or {}
+    tensors["ignore_index"] = options.get("ignore_index", -100)
+    return Case(OP, name, make, (rows, vocab), tensors, options)
+
+
+def cases() -> Iterator[Case]:
+    yield case("plain", 37, 53)
+    yield case("no_rows_ignored", 16, 128, ignored=0.0)
+    yield case("one_row", 1, 257, ignored=0.0)
+    yield case("one_class", 5, 1)
+    yield case("two_classes", 9, 2)
+    yield case("several_blocks", 3, 5003, ignored=0.0)
+    yield case("peaked", 33, 301, spread=12.0)
+    yield case("sum", 21, 77, options={"reduction": "sum"})
+    yield case("none", 21, 77, options={"reduction": "none"})
+    yield case("weight", 21, 77, class_weight=True)
+    yield case("smoothing", 21, 77, options={"label_smoothing": 0.1})
+    yield case("smoothing_weight", 21, 77, class_weight=True, options={"label_smoothing": 0.3})
+    yield case("smoothing_only", 21, 77, options={"label_smoothing": 1.0})
+    yield case("z_loss", 21, 77, options={"z_loss": 1e-2})
+    yield case("softcap", 21, 77, spread=10.0, options={"softcap": 5.0})
+    yield case("int32_ignore_7", 40, 11, int32=True, options={"ignore_index": 7})
+    everything = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0}
+    yield case("everything", 29, 131, spread=4.0, class_weight=True, options=everything)
+    yield case("everything_none", 29, 131, class_weight=True, options={**everything, "reduction": "none"})
+
+
+CASES = list(cases())
+test_error_is_at_most_that_of_eager = error_is_at_most_that_of_eager(CASES)
+test_shapes_without_data = shapes_without_data(CASES)
 
 
 @pytest.mark.parametrize(

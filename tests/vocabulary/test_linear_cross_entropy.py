@@ -1,4 +1,4 @@
-"""cross_entropy and linear_cross_entropy over their cases: all options and regimes."""
+"""linear_cross_entropy over its cases: all options and regimes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from cases import Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+
+OP = "linear_cross_entropy"
 
 
 def make(
@@ -23,15 +25,13 @@ def make(
     token_weight: bool = False,
     int32: bool = False,
 ) -> tuple[Tensors, Tensors]:
-    """Logits if dim is 0, else input and linear_weight; spread: standard deviation of the logits."""
+    """spread: standard deviation of the logits."""
     shape = batch or (rows,)
     target = torch.randint(0, vocab, shape, generator=g)
     target[torch.rand(shape, generator=g) < ignored] = ignore_index
     constant = {"target": target.to(torch.int32 if int32 else torch.int64)}
     if class_weight:
         constant["weight"] = torch.rand(vocab, generator=g)
-    if dim == 0:
-        return {"input": spread * torch.randn(*shape, vocab, generator=g)}, constant
     differentiable = {
         "input": torch.randn(*shape, dim, generator=g),
         "linear_weight": spread * dim**-0.5 * torch.randn(vocab, dim, generator=g),
@@ -43,36 +43,13 @@ def make(
     return differentiable, constant
 
 
-def case(name: str, rows: int, vocab: int, dim: int = 0, *, options: dict | None = None, **tensors) -> Case:
-    op = "linear_cross_entropy" if dim else "cross_entropy"
+def case(name: str, rows: int, vocab: int, dim: int, *, options: dict | None = None, **tensors) -> Case:
     options = options or {}
     tensors["ignore_index"] = options.get("ignore_index", -100)
-    return Case(op, name, make, (rows, vocab, dim), tensors, options)
+    return Case(OP, name, make, (rows, vocab, dim), tensors, options)
 
 
-def cross_entropy_cases() -> Iterator[Case]:
-    yield case("plain", 37, 53)
-    yield case("no_rows_ignored", 16, 128, ignored=0.0)
-    yield case("one_row", 1, 257, ignored=0.0)
-    yield case("one_class", 5, 1)
-    yield case("two_classes", 9, 2)
-    yield case("several_blocks", 3, 5003, ignored=0.0)
-    yield case("peaked", 33, 301, spread=12.0)
-    yield case("sum", 21, 77, options={"reduction": "sum"})
-    yield case("none", 21, 77, options={"reduction": "none"})
-    yield case("weight", 21, 77, class_weight=True)
-    yield case("smoothing", 21, 77, options={"label_smoothing": 0.1})
-    yield case("smoothing_weight", 21, 77, class_weight=True, options={"label_smoothing": 0.3})
-    yield case("smoothing_only", 21, 77, options={"label_smoothing": 1.0})
-    yield case("z_loss", 21, 77, options={"z_loss": 1e-2})
-    yield case("softcap", 21, 77, spread=10.0, options={"softcap": 5.0})
-    yield case("int32_ignore_7", 40, 11, int32=True, options={"ignore_index": 7})
-    everything = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0}
-    yield case("everything", 29, 131, spread=4.0, class_weight=True, options=everything)
-    yield case("everything_none", 29, 131, class_weight=True, options={**everything, "reduction": "none"})
-
-
-def linear_cross_entropy_cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     yield case("plain", 37, 53, 19)
     yield case("no_rows_ignored", 16, 128, 32, ignored=0.0)
     yield case("mostly_ignored", 100, 61, 16, ignored=0.85)
@@ -103,6 +80,6 @@ def linear_cross_entropy_cases() -> Iterator[Case]:
     yield case("peaked", 33, 301, 16, spread=12.0)
 
 
-CASES = [*cross_entropy_cases(), *linear_cross_entropy_cases()]
+CASES = list(cases())
 test_error_is_at_most_that_of_eager = error_is_at_most_that_of_eager(CASES)
 test_shapes_without_data = shapes_without_data(CASES)
