@@ -139,7 +139,7 @@ class Latent:
         """In float64, by autograd of the definition, with the noise of the reference."""
         inputs, grad_z, grad_kl = self.tensors()
         wide = inputs._replace(**{n: t.double() for n, t in zip(NAMES, inputs, strict=False) if t is not None})
-        outputs = operators._reference_fwd(*wide, *self.options(), self.statistics)
+        outputs = operators._reference_fwd(wide, self.options(), self.statistics)
         leaves = [None if t is None else t.detach().requires_grad_() for t in wide[:4]]
         v = leaves[1].clamp(self.low, self.high)
         d, t = v, leaves[0]
