@@ -331,6 +331,7 @@ def _check_choices(given: EnergyOptions, call: CallConfig) -> None:
     checks.choice(function, "reduction", call.reduction, ("none", "mean", "sum"))
     checks.boolean(function, "normalize", given.normalize)
     checks.boolean(function, "exclude_self", given.exclude_self)
+    checks.boolean(function, "return_stats", call.return_stats)
 
 
 def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig) -> None:

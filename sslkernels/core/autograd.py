@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sslkernels.core.operator import Layout, holds_tensor, is_record, result_types
 
@@ -135,6 +136,8 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
 
         def call(*arguments: Any) -> Any:
             if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                return Backward.run(*arguments)
+            if forward_ad._current_level >= 0:  # a tangent of grad_output, which Backward refuses
                 return Backward.run(*arguments)
             return function(*arguments)  # nothing records what would be differentiated again
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sslkernels.core.backends import Implementations
 
@@ -117,7 +118,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         flat = self.inputs.pack(args)
-        if not torch.compiler.is_compiling() and _plain([flat[i] for i in self._tensors]):
+        if not torch.compiler.is_compiling() and plain([flat[i] for i in self._tensors]):
             return self._run(flat, args)  # the dispatcher would only call it back, 15 us later
         results = self.raw(*flat)
         return self._results(results if isinstance(results, (tuple, list)) else () if results is None else (results,))
@@ -183,14 +184,19 @@ def holds_tensor(kind: Any) -> bool:
     return kind is Tensor or kind is Mutated or Tensor in typing.get_args(kind)
 
 
-def _plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the dispatcher has nothing to add: no mode traces, no transform is active, all tensors are plain."""
+def plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the dispatcher has nothing to add: no mode traces, no transform or forward-mode derivative is active,
+    and every tensor is its memory: no subclass, no batch, no pending negation, no zeros without memory."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     for tensor in tensors:
         kind = type(tensor)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if tensor.is_meta or torch._C._functorch.is_legacy_batchedtensor(tensor):
+            if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor():
+                return False
+            if torch._C._functorch.is_legacy_batchedtensor(tensor):
                 return False
         elif tensor is not None:
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.core.operator import Mutated, operator
+from sslkernels.core.operator import Mutated, operator, plain
 
 
 def _reference_scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,11 +63,11 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
     if (
         torch.compiler.is_compiling()
         or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (gradient, scale)))
-        or torch._C._functorch.is_legacy_batchedtensor(gradient)  # of autograd.grad(is_grads_batched=True)
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, (gradient, scale)))  # is_grads_batched=True
         or gradient.dtype != dtype
         or (saved and torch._C._autograd._get_current_graph_task_keep_graph())
     ):
         return scale_gradient(gradient, scale, dtype)
-    if scale.device.type != "cpu" or scale.item() != 1:
+    if scale.device.type != "cpu" or not plain((gradient, scale)) or scale.item() != 1:
         scale_gradient_(gradient, scale)
     return gradient

@@ -265,13 +265,14 @@ class _Quantize(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        source, codebook, mask, _ = inputs
+        source, codebook, mask, ctx.stats = inputs
         _, codes = outputs
         save(ctx, source, codebook, mask, codes.code_state)
 
     @staticmethod
     def backward(ctx, grad_values, grad_codes):
-        grads = OutputGrads(grad_values, grad_codes.probability)
+        # Compiled graphs give zeros for the probabilities that no statistics have been computed of.
+        grads = OutputGrads(grad_values, grad_codes.probability if ctx.stats else None)
         needs_source, needs_codebook, *_ = _Quantize.wanted(ctx)
         source, codebook, mask, codes = saved(ctx)
         reach_logits = grads.probability is not None or (grads.values is not None and source.seed is not None)

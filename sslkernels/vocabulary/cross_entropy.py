@@ -298,6 +298,7 @@ def cross_entropy(
     vocab = input.shape[class_dim]
     check_weight(NAME, weight, vocab, input.device)
     checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
+    checks.boolean(NAME, "return_stats", return_stats)
     options = RowOptions.checked(
         NAME,
         ignore_index=ignore_index,

@@ -213,6 +213,7 @@ def linear_cross_entropy(
     _check(input, linear_weight, target, linear_bias, token_weight, num_items, reduction, mode)
     vocab = linear_weight.shape[0]
     check_weight(NAME, weight, vocab, input.device)
+    checks.boolean(NAME, "return_stats", return_stats)
     options = RowOptions.checked(
         NAME,
         ignore_index=ignore_index,

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as sk
@@ -216,3 +219,86 @@ def test_compiled_functions_give_the_gradients_of_eager(dynamic):
     assert [g.tolist() for g in got] == [[6.0, 10.0], [2.0, 4.0]]
     same = torch.tensor([1.0, 2.0], requires_grad=True)  # torch.compile takes no tensor twice
     assert torch.autograd.grad(compiled(same, same).sum(), same)[0].tolist() == [4.0, 8.0]
+
+
+@pytest.fixture
+def loss_and_leaf():
+    x = torch.randn(5, 4, requires_grad=True)
+    return sk.linear_cross_entropy(x, torch.randn(7, 4), torch.zeros(5, dtype=torch.long)), x
+
+
+def test_a_tangent_of_grad_output_is_refused(loss_and_leaf):
+    """Backward without create_graph calls no autograd node that could refuse it; it must never be lost in silence."""
+    loss, x = loss_and_leaf
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.tensor(1.0), torch.tensor(1.0))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.autograd.grad(loss, x, dual)
+
+
+def test_a_pending_negation_reaches_the_kernels_as_memory():
+    """`imag` of a conjugate has its sign in a bit that kernels do not read."""
+    values = torch.randn(3, dtype=torch.complex64).conj().imag
+    assert values.is_neg()
+
+    def read_memory(values: Tensor) -> Tensor:
+        assert not values.is_neg()
+        return values.clone()
+
+    def memory_of_test(values: Tensor) -> Tensor:
+        return torch.empty_like(values)
+
+    memory_of_test = unlisted(memory_of_test, read_memory)
+    with sk.use_backend("reference"):
+        assert torch.equal(memory_of_test(values), values.resolve_neg())
+
+
+def test_a_kept_gradient_is_traced_without_reading_its_scale():
+    w, target = torch.randn(7, 4), torch.zeros(5, dtype=torch.long)
+
+    def gradient(x, scale):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(sk.linear_cross_entropy(x, w, target), x, scale)[0]
+
+    x = torch.randn(5, 4)
+    traced = make_fx(gradient)(x, torch.tensor(1.0))
+    for scale in (1.0, 2.0, -3.0):
+        torch.testing.assert_close(traced(x, torch.tensor(scale)), gradient(x, torch.tensor(scale)))
+
+
+def test_a_kept_gradient_of_a_subclass_is_scaled_part_by_part():
+    first = torch.randn(5, 4)
+    both = TwoTensor(first, first.clone()).requires_grad_()
+    loss = sk.linear_cross_entropy(both, torch.randn(7, 4), torch.zeros(5, dtype=torch.long))
+    (grad,) = torch.autograd.grad(loss, both, TwoTensor(torch.tensor(1.0), torch.tensor(2.0)))
+    torch.testing.assert_close(grad.b, 2 * grad.a)
+
+
+def test_batched_gradients_of_a_kept_one(loss_and_leaf):
+    loss, x = loss_and_leaf
+    (grads,) = torch.autograd.grad(loss, x, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(grads[1], 2 * grads[0])
+
+
+def test_compiled_quantiser_without_statistics():
+    logits, codebook = torch.randn(5, 2, 4, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True)
+
+    def values(logits, codebook):
+        return sk.gumbel_quantize(logits, codebook, seed=0).values
+
+    expected = torch.autograd.grad(values(logits, codebook).sum(), (logits, codebook))
+    compiled = torch.compile(values, backend="aot_eager", fullgraph=True)(logits, codebook)
+    for got, want in zip(torch.autograd.grad(compiled.sum(), (logits, codebook)), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("value", ["x", 1, torch.tensor(True)], ids=str)
+def test_return_stats_must_be_a_bool(value):
+    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    for call in (
+        lambda: sk.cross_entropy(x, target, return_stats=value),
+        lambda: sk.linear_cross_entropy(x, torch.randn(5, 4), target, return_stats=value),
+        lambda: sk.contrastive_energy(x, x, return_stats=value),
+    ):
+        with pytest.raises(TypeError, match="return_stats must be a bool"):
+            call()
