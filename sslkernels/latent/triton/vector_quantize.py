@@ -31,11 +31,10 @@ def _rounded_to(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(input, codebook, index, row, column, rows, dim, acc: tl.constexpr):
-    """Elements of rows and of their codes, which of them are valid, and their offsets in the rows."""
-    valid = row < rows
+def _load_rows(input, codebook, code, valid, row, column, dim, acc: tl.constexpr):
+    """Elements of rows and of their codes, which of them are valid, and their offsets in the rows. The caller loads
+    `code`: in the loop over columns the load would cost registers that spill."""
     inside = valid[:, None] & (column < dim)[None, :]
-    code = tl.load(index + row, valid, other=0)
     at = row[:, None] * dim + column[None, :]
     x = tl.load(input + at, inside, other=0.0).to(acc)
     c = tl.load(codebook + code[:, None] * dim + column[None, :], inside, other=0.0).to(acc)
@@ -49,12 +48,13 @@ def gather_codes_kernel(
     acc: tl.constexpr = distance.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < rows
+    code = tl.load(index + row, valid, other=0)
     is_nan = tl.load(score + row, valid, other=0.0)
     is_nan = is_nan != is_nan
     total = tl.zeros((BLOCK_R,), acc)
     for start in range(0, dim, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
-        x, c, inside, at = _load_rows(input, codebook, index, row, column, rows, dim, acc)
+        x, c, inside, at = _load_rows(input, codebook, code, valid, row, column, dim, acc)
         difference = x - c
         total += tl.sum(difference * difference, 1)
         c = tl.where(is_nan[:, None], float("nan"), c)
@@ -68,9 +68,11 @@ def code_difference_kernel(
 ):
     acc: tl.constexpr = coefficient.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    scale = tl.load(coefficient + row, row < rows, other=0.0)
+    valid = row < rows
+    code = tl.load(index + row, valid, other=0)
+    scale = tl.load(coefficient + row, valid, other=0.0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x, c, inside, at = _load_rows(input, codebook, index, row, column, rows, dim, acc)
+    x, c, inside, at = _load_rows(input, codebook, code, valid, row, column, dim, acc)
     tl.store(out + at, _rounded_to(scale[:, None] * (x - c), out.dtype.element_ty), inside)
 
 
