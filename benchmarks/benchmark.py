@@ -28,7 +28,7 @@ class HostCase(NamedTuple):
 
 
 class HandSum(NamedTuple):
-    """What `Benchmark.cost` must give for a case, added up by hand."""
+    """The bytes and flops of a case, added up by hand; `Benchmark.cost` must give the same."""
 
     case: Case
     bytes: int

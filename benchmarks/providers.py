@@ -1,4 +1,4 @@
-"""What benchmarks share: runs with gradients, the backends of this package, and what bars measure."""
+"""Shared by the benchmarks: runs with gradients, the backends of this package, and the quantities of bars."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Floor(NamedTuple):
 
 
 class FloorSum(NamedTuple):
-    """What a floor must give for these arguments, added up by hand."""
+    """The floor for these arguments, added up by hand; the floor function must give the same."""
 
     floor: Callable[..., Floor]
     arguments: tuple[int, ...]

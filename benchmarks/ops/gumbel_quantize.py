@@ -107,7 +107,7 @@ class GumbelQuantize(Benchmark):
         return inputs
 
     def errors(self, inputs: Inputs, results: Sequence[Tensor]) -> dict[str, float]:
-        """What holds for any noise: values are codes, the gradients of a row of logits sum to 0, the gradients of a
+        """For any noise values are codes, the gradients of a row of logits sum to 0, the gradients of a
         group's codes sum to the gradients of its values. Relative to the dtype's rounding."""
         values, *_, grad_logits, grad_codebook = (result.double() for result in results)
         codebook, grad = inputs["codebook"].double(), inputs["grad"].double()

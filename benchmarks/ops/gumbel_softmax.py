@@ -75,7 +75,7 @@ class GumbelSoftmax(Benchmark):
         return case
 
     def errors(self, case: Case, results: Sequence[Tensor]) -> dict[str, float]:
-        """What holds for any noise: hard samples are one-hot, soft samples sum to 1 and gradients to 0. In units of
+        """For any noise hard samples are one-hot, soft samples sum to 1 and gradients to 0. In units of
         the dtype's rounding. The unit tests compare with float64 on the same noise."""
         y, *grads = (result.double() for result in results)
         rounding = torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps

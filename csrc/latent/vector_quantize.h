@@ -101,7 +101,7 @@ namespace {  // one copy for each instruction set of the CPU
 //     the rounding of the subtraction s  <= u (|a| |b| + |b|^2 / 2) (1 + u), and as much again for s + e or s - e.
 //
 // The total is less than (g + matmul_rounding + 5u) |a| |b| + 3u |b|^2, which the code below exceeds by enough to cover
-// that its norms are those of a' and b'. A gain has one rounding of its own, and its product another: with a gain
+// that its norms are the norms of a' and b'. A gain has one rounding of its own, and its product another: with a gain
 // nothing is subtracted, so these take the place of the 2u above. Underflow takes at most `tiny`, the smallest normal
 // number, from each product, sum and half square, even if subnormal numbers are flushed to zero, and then sqrt(n) tiny
 // from either factor, times the norm of the other: the norms are rounded up by enough for that.

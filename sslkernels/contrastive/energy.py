@@ -131,7 +131,7 @@ def contrastive_energy(
         reduction: "mean", over the queries that have a positive (in "sigmoid" over all); "sum"; "none": `(N,)`. A query
             without any positive has loss 0. With `direction="column"` row i is the loss of its key's column.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
-            each query, and the queries of all ranks of each key. The loss is that of the local rows; gradients averaged
+            each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
             over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
             rank has its own `bank`. How many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
