@@ -2,9 +2,8 @@
 
 Ignored rows are dropped first (`selection`). Then, chunk by chunk: logits = input @ linear_weight.T into a reused
 buffer, one pass of the backend's row kernel that reduces them to losses and overwrites them with their gradient, and
-the matmuls of the gradients. The row pitch of the buffer is a multiple of 64 elements, so that rows are aligned for any
-vocabulary size. The gradient of the weight accumulates over chunks in float32; if one chunk holds all rows, a matmul
-writes it directly.
+the matmuls of the gradients. The gradient of the weight accumulates over chunks in float32; if one chunk holds all
+rows, a matmul writes it directly.
 
 In float16 the gradient of the logits is divided by the largest row coefficient, which is returned: the gradient of a
 mean over a large batch would vanish in the subnormals.
@@ -15,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.core.chunks import PITCH, ROW_MULTIPLE, equal_rows, round_up, wave_rows
+from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
 from sslkernels.vocabulary.selection import IGNORED_ROW, Selection
@@ -114,8 +113,8 @@ class _Chunks:
         self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]
         self.chunk_rows = self._chunk_rows(plan.workspace_bytes)
-        buffer_shape = (round_up(self.chunk_rows, ROW_MULTIPLE), round_up(self.vocab, PITCH))
-        self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)
+        buffer_shape = (round_up(self.chunk_rows, ROW_MULTIPLE), row_pitch(self.vocab))
+        self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)[:, : self.vocab]
         self.grad_weight = gradients.linear_weight
         one_chunk = self.chunk_rows >= self.count and gradients.linear_weight.dtype == self.dtype
         if wanted.linear_weight and not one_chunk and gradients.linear_weight.dtype != accumulation_dtype(self.dtype):
@@ -129,9 +128,7 @@ class _Chunks:
     def coefficient_of_slots(self, coefficient: Tensor, plan: PlanOptions) -> Tensor:
         """The coefficients of the selected rows, divided by the scale that the gradients are given."""
         coefficient = self.selection.to_slots(coefficient, 0)
-        coefficient, scale = normalise(coefficient, self.gradients.input.dtype, plan.compute_dtype)
-        self.gradients.scale.copy_(scale)
-        return coefficient
+        return normalise(coefficient, self.gradients.scale, self.gradients.input.dtype, plan.compute_dtype)
 
     def __iter__(self):
         if 0 < self.count <= self.chunk_rows:
@@ -148,24 +145,23 @@ class _Chunks:
             if device.type == "cpu" and self.wanted.linear_weight and self.dtype.itemsize == 2:
                 # The size of the accumulator of the weight's gradient, which every chunk reads and writes once.
                 workspace_bytes = max(workspace_bytes, 4 * self.weight.numel())
-        fit = workspace_bytes // (round_up(self.vocab, PITCH) * self.dtype.itemsize)
+        fit = workspace_bytes // (row_pitch(self.vocab) * self.dtype.itemsize)
         fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
         if device.type != "cuda":
             return equal_rows(self.count, fit)
         return wave_rows(self.count, self.vocab, fit, torch.cuda.get_device_properties(device).multi_processor_count)
 
     def logits(self, x: Tensor) -> Tensor:
-        out = self.buffer[: x.shape[0], : self.vocab]
-        return torch.mm(x, self.weight.t(), out=out)
+        return torch.mm(x, self.weight.t(), out=first_rows(self.buffer, x.shape[0]))
 
     def accumulate(self, grad_logits: Tensor, x: Tensor, begin: int) -> None:
         """Adds the contribution of the chunk whose first row is `begin` to every wanted gradient."""
         if self.wanted.input:
             # CPU: pad to ROW_MULTIPLE with scratch rows whose results are discarded. GPU: no padding, the scratch rows
             # are uninitialised.
-            rows = len(x) if x.is_cuda else round_up(len(x), ROW_MULTIPLE)
-            out = self.grad_input[begin : begin + rows]
-            torch.mm(self.buffer[: len(out), : self.vocab], self.weight, out=out)
+            rows = x.shape[0] if x.is_cuda else round_up(x.shape[0], ROW_MULTIPLE)
+            out = self.grad_input[begin : begin + rows] if begin else first_rows(self.grad_input, rows)
+            torch.mm(first_rows(self.buffer, out.shape[0]), self.weight, out=out)
         if self.wanted.linear_weight:
             self._add_product(self.grad_weight, grad_logits.t(), x)
         if self.wanted.linear_bias:
@@ -217,3 +213,8 @@ class _Chunks:
             if out.numel():
                 self.selection.to_rows(values, ignored, out)
         return result
+
+
+def first_rows(tensor: Tensor, rows: int) -> Tensor:
+    """tensor[:rows]; the tensor itself if it has no more, without the microsecond that a view takes."""
+    return tensor if tensor.shape[0] <= rows else tensor[:rows]

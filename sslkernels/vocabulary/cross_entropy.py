@@ -350,7 +350,7 @@ def valid_weight(target: Tensor, weight: Tensor | None, vocab: int, ignore_index
     """The divisor of "mean": the sum of the class weights of the rows that are not ignored."""
     valid = target != ignore_index
     if weight is None:
-        return valid.sum()  # exact in int64; a division by it converts it
+        return valid.count_nonzero().to(dtype)
     index = torch.where(valid, target, 0).clamp(0, vocab - 1).long()
     return torch.where(valid, weight.to(dtype)[index], 0).sum()
 

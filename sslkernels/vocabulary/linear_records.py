@@ -62,10 +62,11 @@ def empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
     )
 
 
-def normalise(coefficient: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(coefficient / scale, scale), with scale 1 unless one of `dtypes` is float16."""
+def normalise(coefficient: Tensor, scale: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """coefficient / scale. Fills `scale` (0-d): with 1 unless one of `dtypes` is float16."""
     if torch.float16 not in dtypes or coefficient.numel() == 0:
-        return coefficient, coefficient.new_ones(())
+        scale.fill_(1)
+        return coefficient
     largest = coefficient.abs().max()
-    scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    return coefficient / scale, scale
+    scale.copy_(torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0))
+    return coefficient / scale

@@ -23,15 +23,16 @@ def forward(
     x, w = _rounded(operands, options, plan)
     rows = (operands.target, operands.linear_bias, operands.weight, options)
     logits = x @ w.t()
+    gradients = empty_gradients(operands, wanted)
     if not any(wanted):
-        gradients = empty_gradients(operands, wanted)
         gradients.scale.fill_(1)
         return ROWS.forward(logits, *rows, stats=stats), gradients
     # The coefficient of an ignored row may be anything, 1 / 0 where no row is valid.
     coefficient = torch.where(operands.target != options.ignore_index, coefficient, 0)
-    coefficient, scale = normalise(coefficient, operands.input.dtype)
+    coefficient = normalise(coefficient, gradients.scale, operands.input.dtype)
     outputs = ROWS.forward(logits, *rows, stats=stats, coefficient=coefficient, grad=logits)
-    return outputs, _gradients(logits, operands, options, plan, wanted, scale)
+    _fill_gradients(logits, operands, options, plan, wanted, gradients)
+    return outputs, gradients
 
 
 def backward(
@@ -40,7 +41,10 @@ def backward(
     x, w = _rounded(operands, options, plan)
     logits = x @ w.t()
     ROWS.backward(logits, operands.target, operands.linear_bias, operands.weight, options, state, grad_loss, logits)
-    return _gradients(logits, operands, options, plan, wanted, grad_loss.new_ones(()))
+    gradients = empty_gradients(operands, wanted)
+    gradients.scale.fill_(1)
+    _fill_gradients(logits, operands, options, plan, wanted, gradients)
+    return gradients
 
 
 def _rounded(operands: Operands, options: RowOptions, plan: PlanOptions) -> tuple[Tensor, Tensor]:
@@ -51,11 +55,14 @@ def _rounded(operands: Operands, options: RowOptions, plan: PlanOptions) -> tupl
     return input.to(plan.compute_dtype).to(acc), operands.linear_weight.to(plan.compute_dtype).to(acc)
 
 
-def _gradients(
-    grad_logits: Tensor, operands: Operands, options: RowOptions, plan: PlanOptions, wanted: Wanted, scale: Tensor
-) -> Gradients:
-    gradients = empty_gradients(operands, wanted)
-    gradients.scale.copy_(scale)
+def _fill_gradients(
+    grad_logits: Tensor,
+    operands: Operands,
+    options: RowOptions,
+    plan: PlanOptions,
+    wanted: Wanted,
+    gradients: Gradients,
+) -> None:
     x, w = _rounded(operands, options, plan)
     if wanted.input:
         gradients.input.copy_(options.logit_scale * grad_logits @ w)
@@ -63,4 +70,3 @@ def _gradients(
         gradients.linear_weight.copy_(options.logit_scale * grad_logits.t() @ x)
     if wanted.linear_bias:
         gradients.linear_bias.copy_(grad_logits.sum(0))
-    return gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function
-from sslkernels.core.chunks import PITCH, TILE, equal_rows, round_up, waves
+from sslkernels.core.chunks import TILE, equal_rows, row_pitch, waves
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.operator import operator
 from sslkernels.random.seeds import seed_tensor
@@ -82,7 +82,7 @@ def _native(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
     count, vocab = input.shape[0], linear_weight.shape[0]
     row_max, sum_exp, best = outputs.logprob.new_empty((3, count))
     rows, columns = tile_shape(count, vocab, products_dtype.itemsize, input.device)
-    buffer = input.new_empty((rows, round_up(columns, PITCH)), dtype=products_dtype)
+    buffer = input.new_empty((rows, row_pitch(columns)), dtype=products_dtype)
     state = (row_max, sum_exp, best, outputs.logprob, outputs.index)
     row_blocks = [
         (input[block], row_ids[block], [tensor[block] for tensor in state])

@@ -32,7 +32,7 @@ class Selection:
             capacity = self.rows
         self.valid = target != ignore_index
         if capacity is None:
-            self.index = self.valid.nonzero().squeeze(1)
+            self.index = self.valid.nonzero().view(-1)
             self.empty = None
         else:
             nth = torch.arange(1, min(capacity, self.rows) + 1, device=target.device)

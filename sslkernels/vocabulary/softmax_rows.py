@@ -81,9 +81,10 @@ class RowOutputs(NamedTuple):
 
 def empty_outputs(like: Tensor, count: int, stats: bool) -> RowOutputs:
     acc = accumulation_dtype(like.dtype)
-    rows = [like.new_empty(count, dtype=acc) for _ in range(4)]
+    loss = like.new_empty(count, dtype=acc)
     return RowOutputs(
-        *rows,
+        loss,
+        *(torch.empty_like(loss) for _ in RowState._fields),
         like.new_empty(count if stats else 0, dtype=torch.int64),
         like.new_empty(count if stats else 0, dtype=acc),
     )
