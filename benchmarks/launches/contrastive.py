@@ -51,7 +51,7 @@ def calls() -> Iterator[Call]:
 
 
 def tile_of(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str) -> Tile:
-    """parts: which of the norms, the bias, the labels of a sample itself and the ids there are; or BARE: no label at all."""
+    """parts: which of the norms, the bias, the labels of a sample itself and the ids there are, or BARE: no labels."""
 
     def pair(part: str, dtype: torch.dtype) -> list[Tensor | None]:
         return [when(part in parts, torch.empty(n, dtype=dtype)) for n in shape]
