@@ -13,7 +13,18 @@ from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.latent import free_energy as energies
 from sslkernels.latent import gaussian_operators as gaussian
 from sslkernels.latent import prediction_energy as predictions
-from sslkernels.latent.gumbel_rows import NO_STATE, NoisyLogits, RowGrads, RowOutputs, State, chunk_rows
+from sslkernels.latent.gumbel_rows import (
+    HARD,
+    NO_STATE,
+    NONE,
+    SOFT,
+    NoisyLogits,
+    RowGrads,
+    RowOutputs,
+    State,
+    chunk_rows,
+)
+from sslkernels.latent.nearest_code import METRICS
 from sslkernels.latent.triton.free_energy import free_energy_bwd, free_energy_fwd
 from sslkernels.latent.triton.gaussian import ROWS_OF_BLOCK, columns_of_tile, gaussian_bwd, gaussian_fwd
 from sslkernels.latent.triton.gumbel_rows import gumbel_rows_bwd, gumbel_rows_fwd, probability_sums, sum_chunks
@@ -21,9 +32,8 @@ from sslkernels.latent.triton.nearest_code import best_codes
 from sslkernels.latent.triton.prediction_energy import prediction_energy_bwd, prediction_energy_fwd
 from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
 
-METRICS = ("l2", "cosine", "dot")
 MODES = {"soft": False, "min": True}
-OUTPUTS = ("none", "soft", "hard")
+OUTPUTS = {"none": NONE, "soft": SOFT, "hard": HARD}
 
 
 def calls() -> Iterator[Call]:
@@ -133,7 +143,7 @@ def gumbel(
     state = state_of(source.logits)
     y, index = (torch.empty_like(source.logits), None) if output != "none" else (None, indices(4099))
     filled = RowOutputs(y, index, state, when(stats, indices(4099)), state if stats else None)
-    gumbel_rows_fwd(source, OUTPUTS.index(output), filled)
+    gumbel_rows_fwd(source, OUTPUTS[output], filled)
 
 
 def gumbel_gradient(

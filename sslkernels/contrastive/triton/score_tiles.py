@@ -24,11 +24,6 @@ SIGMOID = tl.constexpr(ENERGY_SIGMOID)
 OWNED_DIM = 256
 # log2 of what float16 kernels scale a gradient of 1 to, for a score of a pair with average norms.
 GAIN = 8
-# The tensors of a tile, in the order of every kernel's parameters.
-OPERANDS = (
-    "queries", "candidates", "row_norm", "column_norm", "row_positive", "column_positive", "row_self", "column_self",
-    "row_id", "column_id", "logit_scale", "logit_bias",
-)  # fmt: skip
 
 
 @triton.jit
@@ -169,26 +164,12 @@ def shift_of_bound(logit_scale, logit_bias):
 
 
 def operands(tile: Any, transposed: bool = False) -> tuple[Tensor | None, ...]:
-    """The tensors of `OPERANDS`; transposed: with rows and columns swapped."""
+    """The tensors of a tile, in the order of every kernel's parameters; transposed: with rows and columns swapped."""
     pairs = ((tile.row_norm, tile.column_norm), *tile.labels.pairs)
     vectors = [value for pair in pairs for value in (reversed(pair) if transposed else pair)]
     queries, candidates = tile.queries.contiguous(), tile.candidates.contiguous()
     features = (candidates, queries) if transposed else (queries, candidates)
     return *features, *vectors, tile.logit_scale, tile.logit_bias
-
-
-def operand_types(dtype: str) -> dict[str, str]:
-    features = dict.fromkeys(("queries", "candidates"), f"*{dtype}")
-    labels = [f"{side}_{label}" for side in ("row", "column") for label in ("positive", "self", "id")]
-    return dict.fromkeys(OPERANDS, "*fp32") | features | dict.fromkeys(labels, "*i32")
-
-
-def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
-    """The operands that a case of ahead-of-time compilation lacks; labels of positives are always present."""
-    absent = dict.fromkeys(
-        f"{side}_{name}" for side in ("row", "column") for name in ("norm", "self", "id") if name not in present
-    )
-    return absent if "bias" in present else {**absent, "logit_bias": None}
 
 
 def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | None:
