@@ -38,9 +38,11 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Specialisation(NamedTuple):
-    """What the compiler gets for a launch. name: the kernel and the first call that launches it so."""
+    """What the compiler gets for a launch. name: the kernel and the first call that launches it so; binds: as in that
+    call."""
 
     name: str
+    binds: bool
     architecture: int
     kernel: Any
     signature: dict[str, str]
@@ -89,7 +91,7 @@ def recorded() -> list[Specialisation]:
     driver.set_active(recorder)
     with torch.device("meta"):
         for architecture in PROCESSORS:
-            for call in calls():
+            for call in sorted(calls(), key=lambda call: call.binds):
                 if architecture == BINDING or not call.binds:
                     recorder.run(call, architecture)
     return list(recorder.found.values())
@@ -102,10 +104,11 @@ class _Recorder:
     def __init__(self) -> None:
         self.found: dict[tuple[int, str, str], Specialisation] = {}
         self.uses: Counter[tuple[int, str]] = Counter()
-        self.call, self.architecture = "", 0
+        self.call: Call
+        self.architecture: int
 
     def run(self, call: Call, architecture: int) -> None:
-        self.call, self.architecture = call.name, architecture
+        self.call, self.architecture = call, architecture
         launch.DEFAULT_CAPABILITY = divmod(architecture, 10)
         launch.DEFAULT_PROCESSORS = PROCESSORS[architecture]
         call.launch()
@@ -118,14 +121,14 @@ class _Recorder:
             options = json.loads(compile["specialization_data"])["options"]
             (attributes,) = compile["configs"]
             self.found[at] = Specialisation(
-                self._name(kernel.__name__.removesuffix("_kernel")), self.architecture, kernel, compile["signature"],
-                compile["constants"], attributes, {name: options[name] for name in OPTIONS},
+                self._name(kernel.__name__.removesuffix("_kernel")), self.call.binds, self.architecture, kernel,
+                compile["signature"], compile["constants"], attributes, {name: options[name] for name in OPTIONS},
             )  # fmt: skip
         return True
 
     def _name(self, kernel: str) -> str:
         """A call may launch several specialisations of a kernel."""
-        name = f"{kernel} {self.call}"
+        name = f"{kernel} {self.call.name}"
         self.uses[self.architecture, name] += 1
         uses = self.uses[self.architecture, name]
         return name if uses == 1 else f"{name} ({uses})"

@@ -45,6 +45,7 @@ def resources(launch: Specialisation) -> dict[str, Any]:
     return {
         "kernel": launch.kernel.__name__,
         "name": launch.name,
+        "binds": launch.binds,
         "architecture": launch.architecture,
         "types": launch.signature,
         "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
@@ -89,7 +90,8 @@ COLUMNS = {
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """One line per kernel and call; one number per architecture where they differ."""
+    """One line per kernel and call whose resources matter; one number per architecture where they differ."""
+    found = [row for row in found if not row["binds"]]
     lines = [f"| kernel | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name in dict.fromkeys(row["name"] for row in found):
         rows = [row for row in found if row["name"] == name]

@@ -15,12 +15,12 @@ DTYPES = (FP32, BF16, FP16, FP64)
 
 
 class Call(NamedTuple):
-    """`launch` calls launchers; `name` tells the launches of a kernel apart, and is unique among them. binds: the call
-    is there for the types and integers of its arguments (Triton makes a constant of an integer that is 1), which all
-    architectures bind alike, and is recorded for one of them."""
+    """A call of launchers; `name` tells the launches of a kernel apart, and is unique among the calls of a function.
+    binds: the call is there for the types and integers of its arguments (Triton makes a constant of an integer that is
+    1), which all architectures bind alike. It is recorded for one of them, and its resources do not matter."""
 
     name: str
-    launch: Callable[[], None]
+    launch: partial[None]
     binds: bool = False
 
 

@@ -128,22 +128,22 @@ def gradient_calls() -> Iterator[Call]:
         (BF16, 512, "softmax", LARGE, "norm self", {"columns": True}),
         (BF16, 275, "softmax", RAGGED, "norm", {"columns": True}),
         # Only sums of G.
-        (BF16, 128, "softmax", LARGE, "norm", {"columns": True, "queries": False, "candidates": False}),
-        (BF16, 256, "sigmoid", LARGE, "norm bias", {"cost": True, "queries": False, "candidates": False}),
+        (BF16, 128, "softmax", LARGE, "norm", {"columns": True, "of": "sums"}),
+        (BF16, 256, "sigmoid", LARGE, "norm bias", {"cost": True, "of": "sums"}),
         # A program owns rows of a gradient.
-        (BF16, 128, "softmax", LARGE, "norm self", {"columns": True, "candidates": False}),
-        (BF16, 256, "softmax", LARGE, "norm self", {"columns": True, "candidates": False}),
-        (BF16, 256, "softmax", LARGE, "norm", {"columns": True, "candidates": False}),
-        (BF16, 256, "softmax", SMALL, "norm", {"columns": True, "candidates": False}),
-        (BF16, 128, "softmax", LARGE[::-1], "norm", {"columns": True, "queries": False}),
-        (FP16, 250, "softmax", RAGGED, EVERY, {"columns": True, "every": True, "candidates": False}),
-        (FP16, 64, "softmax", LARGE, EVERY, {"columns": True, "every": True, "candidates": False}),
-        (BF16, 256, "sigmoid", LARGE, EVERY, {"cost": True, "candidates": False}),
-        (FP16, 128, "sigmoid", LARGE, "norm bias", {"cost": True, "candidates": False}),
-        (FP16, 64, "sigmoid", LARGE, EVERY, {"cost": True, "candidates": False}),
-        (BF16, 256, "sigmoid", LARGE[::-1], "norm bias", {"queries": False}),
-        (FP16, 128, "hinge", LARGE, "norm", {"columns": True, "candidates": False}),
-        (BF16, 1, "softmax", RAGGED, NONE, {"candidates": False}),
+        (BF16, 128, "softmax", LARGE, "norm self", {"columns": True, "of": "queries"}),
+        (BF16, 256, "softmax", LARGE, "norm self", {"columns": True, "of": "queries"}),
+        (BF16, 256, "softmax", LARGE, "norm", {"columns": True, "of": "queries"}),
+        (BF16, 256, "softmax", SMALL, "norm", {"columns": True, "of": "queries"}),
+        (BF16, 128, "softmax", LARGE[::-1], "norm", {"columns": True, "of": "candidates"}),
+        (FP16, 250, "softmax", RAGGED, EVERY, {"columns": True, "every": True, "of": "queries"}),
+        (FP16, 64, "softmax", LARGE, EVERY, {"columns": True, "every": True, "of": "queries"}),
+        (BF16, 256, "sigmoid", LARGE, EVERY, {"cost": True, "of": "queries"}),
+        (FP16, 128, "sigmoid", LARGE, "norm bias", {"cost": True, "of": "queries"}),
+        (FP16, 64, "sigmoid", LARGE, EVERY, {"cost": True, "of": "queries"}),
+        (BF16, 256, "sigmoid", LARGE[::-1], "norm bias", {"of": "candidates"}),
+        (FP16, 128, "hinge", LARGE, "norm", {"columns": True, "of": "queries"}),
+        (BF16, 1, "softmax", RAGGED, NONE, {"of": "queries"}),
     ):
         yield call(gradients, dtype, dim, energy, shape, parts, **options)
     for dtype, dim in ((FP16, 64), (BF16, 400)):
@@ -153,9 +153,9 @@ def gradient_calls() -> Iterator[Call]:
 
 def gradients(
     dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str, *, columns: bool = False,
-    every: bool = False, cost: bool = False, queries: bool = True, candidates: bool = True,
+    every: bool = False, cost: bool = False, of: str = "queries candidates",
 ) -> None:  # fmt: skip
-    """Of queries and candidates; columns: the energy also has a part of the columns."""
+    """columns: the energy also has a part of the columns; of: whose gradients are wanted, or only the sums of G."""
 
     def side(count: int) -> SideGrad:
         return SideGrad(*[torch.empty(count)] * (4 if every else 1 if energy == "sigmoid" else 2))
@@ -163,8 +163,8 @@ def gradients(
     rows, width = shape
     row, column = side(rows), side(width) if columns else SideGrad()
     outputs = GradientOutputs(
-        numbers(rows), numbers(rows), when(queries, torch.empty(rows, dim)), when(candidates, torch.empty(width, dim)),
-        RowSums(None, numbers(rows), *[None] * 5) if cost else None,
+        numbers(rows), numbers(rows), when("queries" in of, torch.empty(rows, dim)),
+        when("candidates" in of, torch.empty(width, dim)), RowSums(None, numbers(rows), *[None] * 5) if cost else None,
     )  # fmt: skip
     add_gradients(tile_of(dtype, dim, energy, shape, parts), row, column, outputs)
 

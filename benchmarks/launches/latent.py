@@ -114,7 +114,7 @@ def gumbel_calls() -> Iterator[Call]:
         (FP64, 5000, False, True),
     ):
         yield call(gumbel_gradient, dtype, columns, wide=wide, usage=usage)
-        yield call(gumbel_gradient, dtype, columns, wide=wide, usage=usage, ids=True, sampled=not usage, masked=usage)
+        yield call(gumbel_gradient, dtype, columns, wide=wide, usage=usage, ids=True, alone=usage, masked=usage)
     for dtype in DTYPES:
         yield call(usage_sums, dtype, 320, masked=True)
         if dtype != FP16:  # as bfloat16, but for the conversions
@@ -147,18 +147,18 @@ def gumbel(
 
 
 def gumbel_gradient(
-    dtype: torch.dtype, columns: int, *, wide: bool, usage: bool, ids: bool = False, sampled: bool = True,
+    dtype: torch.dtype, columns: int, *, wide: bool, usage: bool, ids: bool = False, alone: bool = False,
     masked: bool = False,
 ) -> None:  # fmt: skip
-    """wide: the gradient of the sample has the accumulation dtype; sampled: there is one; usage: one of the usage."""
+    """wide: the gradient of the sample has the accumulation dtype; usage: there is one of the usage, or it `alone`."""
     source, acc = logits_of(dtype, columns, ids), accumulation_dtype(dtype)
     state = state_of(source.logits)
     grads = RowGrads(
-        when(sampled, torch.empty(4099, columns, dtype=acc if wide else dtype)),
+        when(not alone, torch.empty(4099, columns, dtype=acc if wide else dtype)),
         when(usage, torch.empty(1, columns, dtype=acc)),
         when(masked, torch.empty(4099, dtype=torch.bool)),
     )
-    states = state if sampled else NO_STATE, state if usage else NO_STATE
+    states = NO_STATE if alone else state, state if usage else NO_STATE
     gumbel_rows_bwd(grads, source, *states, torch.empty_like(source.logits))
 
 
@@ -219,7 +219,7 @@ def energy_calls() -> Iterator[Call]:
         yield binding(free_energy, FP64, (1, 2, 3), mode)
         yield binding(prediction_energy, BF16, (1, 1, 1), mode, value=True)
         yield binding(prediction_energy, FP64, (3, 1, 4), mode, value=True)
-    yield binding(prediction_energy, FP64, (3, 2, 1), "soft", target=False)
+    yield binding(prediction_energy, FP64, (3, 2, 1), "soft", frozen=True)
 
 
 def free_energy(dtype: torch.dtype, shape: tuple[int, int, int], mode: str, value: bool = False) -> None:
@@ -234,13 +234,13 @@ def free_energy(dtype: torch.dtype, shape: tuple[int, int, int], mode: str, valu
 
 
 def prediction_energy(
-    dtype: torch.dtype, shape: tuple[int, int, int], mode: str, value: bool = False, target: bool = True
+    dtype: torch.dtype, shape: tuple[int, int, int], mode: str, value: bool = False, frozen: bool = False
 ) -> None:
-    """value: the forward without weights, and the gradient of the target alone; target: whether it has one."""
+    """value: the forward without weights, and the gradient of the target alone; frozen: not of the target."""
     inputs = predictions.Inputs(torch.empty(shape, dtype=dtype), torch.empty(shape[0], shape[2], dtype=dtype))
     options = energies.Options(1.0, MODES[mode])
     energy, weights = predictions.empty_outputs(inputs, keep_weights=True)
     prediction_energy_fwd(inputs, predictions.Outputs(energy, when(not value, weights)), options)
-    wanted = not value, target
+    wanted = not value, not frozen
     filled = predictions.Gradients(*(when(want, torch.empty_like(of)) for want, of in zip(wanted, inputs, strict=True)))
     prediction_energy_bwd(energy, inputs, weights, filled)

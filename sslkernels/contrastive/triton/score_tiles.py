@@ -30,7 +30,7 @@ GAIN = 8
 def inside_of(lane, start, count, EVEN: tl.constexpr):
     """Which lanes of the block at `start` are inside; None if every block is full."""
     if EVEN:
-        return None
+        return
     else:
         return lane < count - start
 
@@ -39,7 +39,7 @@ def inside_of(lane, start, count, EVEN: tl.constexpr):
 def load_block(pointer, start, lane, inside, other):
     """A vector, None if absent. `start` is added first: the remaining offsets are constants of a thread."""
     if pointer is None:
-        return None
+        return
     else:
         if inside is None:
             return tl.load((pointer + start) + lane)
@@ -110,7 +110,7 @@ def extra_positives(excluded, row_id, column_id, IDS_POSITIVE: tl.constexpr):
             same = same & ~excluded
         return same
     else:
-        return None
+        return
 
 
 @triton.jit

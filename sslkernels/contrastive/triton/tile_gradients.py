@@ -88,7 +88,7 @@ def _side(
 @triton.jit
 def _vector(pointer, start, lane, inside, AXIS: tl.constexpr):
     if pointer is None:
-        return None
+        return
     else:
         return tl.expand_dims(load_block(pointer, start, lane, inside, 0.0), AXIS)
 
