@@ -101,7 +101,8 @@ def table(found: list[dict[str, Any]]) -> str:
             values = [row["stack"] + row["local"] if column == "spilled" else row[column] for row in rows]
             cells.append(str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values)))
         lines.append(f"| {' | '.join(cells)} |")
-    return f"Numbers for {shown(SHARED)}; a single number where they agree.\n\n" + "\n".join(lines)
+    names = "A name is a kernel and a call in `benchmarks/launches`, with (2) for a second specialisation in one call."
+    return f"Numbers for {shown(SHARED)}; a single number where they agree. {names}\n\n" + "\n".join(lines)
 
 
 def shown(architectures: Iterable[int]) -> str:
