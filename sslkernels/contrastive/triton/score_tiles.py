@@ -2,7 +2,8 @@
 
 Queries (rows, D) and candidates (columns, D) are row-major. A block of scores is s = (product * column_norm) *
 (logit_scale * row_norm) + logit_bias in float32. The formulas are symmetric in rows and columns, so that the
-kernels also compute the transpose, from swapped arguments.
+kernels also compute the transpose, from swapped arguments. What is absent is None, which helpers return by a bare
+`return`: Triton 3.6 cannot compile `return None`.
 """
 
 from typing import Any
