@@ -17,9 +17,6 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes that ptxas of CUDA 12.8 spills.
 SPILLED = {
     "pair_gradient_tile bf16 256 sigmoid 8192x65536 norm bias candidates": 16,
-    "prediction_energy_bwd fp64 65536x10x24 soft": 8,
-    "prediction_energy_fwd fp64 4096x8x512 min": 8,
-    "prediction_energy_fwd fp64 4096x8x512 soft": 8,
 }
 MATMULS = {
     "best_codes_kernel",

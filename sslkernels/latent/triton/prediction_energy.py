@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 
 
 def _tile(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int, most_k: int) -> dict[str, int]:
-    """16 elements a thread, fewer of float64, with few enough targets for at least `programs` programs."""
+    """16 elements a thread, 8 of float64, with few enough targets for at least `programs` programs."""
     elements = 1024 if dtype == torch.float64 else 4096
     block_k = min(next_power_of_2(count), most_k)
     block_d = min(next_power_of_2(dim), max(elements // block_k, 16))
@@ -40,8 +40,9 @@ def _tile(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int, m
     return {"BLOCK_B": block_b, "BLOCK_K": block_k, "BLOCK_D": block_d}
 
 
-def _warps(tile: dict[str, int]) -> dict[str, int]:
-    return {"num_warps": min(max(tile["BLOCK_B"] * tile["BLOCK_K"] * tile["BLOCK_D"] // 512, 1), 8)}
+def _warps(tile: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    elements = 256 if dtype == torch.float64 else 512  # of a warp; twice as many in float64 spill registers
+    return {"num_warps": min(max(tile["BLOCK_B"] * tile["BLOCK_K"] * tile["BLOCK_D"] // elements, 1), 8)}
 
 
 def plan_fwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int) -> Plan:
@@ -53,7 +54,7 @@ def plan_fwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int
     columns = triton.cdiv(columns, tile["BLOCK_D"]) * tile["BLOCK_D"]
     parts = max(triton.cdiv(dim, columns), 1)
     fused = parts == 1 and count <= tile["BLOCK_K"] and dtype != torch.float64  # its exponentials spill registers
-    return Plan({**tile, "COLUMNS": columns, "FUSED": fused}, parts, _warps(tile))
+    return Plan({**tile, "COLUMNS": columns, "FUSED": fused}, parts, _warps(tile, dtype))
 
 
 def plan_bwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int) -> Plan:
@@ -61,7 +62,7 @@ def plan_bwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int
     blocks = triton.cdiv(batch, tile["BLOCK_B"]) * triton.cdiv(dim, tile["BLOCK_D"])
     parts = max(min(triton.cdiv(programs, max(blocks, 1)), triton.cdiv(count, 4 * tile["BLOCK_K"])), 1)
     candidates = triton.cdiv(triton.cdiv(count, parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
-    return Plan(tile | {"CANDIDATES": candidates}, triton.cdiv(count, candidates), _warps(tile))
+    return Plan(tile | {"CANDIDATES": candidates}, triton.cdiv(count, candidates), _warps(tile, dtype))
 
 
 @triton.jit
