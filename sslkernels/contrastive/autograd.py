@@ -13,7 +13,7 @@ from sslkernels.contrastive.operators import (
     per_query_contrastive_bwd,
     per_query_contrastive_fwd,
 )
-from sslkernels.contrastive.positives import NO_POSITIVE
+from sslkernels.contrastive.pair_rows import NO_POSITIVE, SIGMOID
 from sslkernels.contrastive.records import (
     PairGradients,
     PairInputs,
@@ -22,7 +22,6 @@ from sslkernels.contrastive.records import (
     PairStatistics,
     PairWanted,
 )
-from sslkernels.contrastive.score_tiles import SIGMOID
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.scale import scaled

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sslkernels.contrastive.autograd import CallConfig, pair_loss
-from sslkernels.contrastive.positives import INVALID_POSITIVE, NO_POSITIVE, next_of_same_id
+from sslkernels.contrastive.pair_rows import HINGE, INVALID_POSITIVE, NO_POSITIVE, SIGMOID, SOFTMAX
+from sslkernels.contrastive.positives import next_of_same_id
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatistics, empty_statistics
-from sslkernels.contrastive.score_tiles import ENERGIES, HINGE, SIGMOID, SOFTMAX
+from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.ranks import over_ranks

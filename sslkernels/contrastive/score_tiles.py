@@ -16,12 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows
+from sslkernels.contrastive import pair_rows
+from sslkernels.contrastive.pair_rows import (
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    FeatureGradient,
+    LossOptions,
+    LossOutputs,
+    LossRows,
+    PositivePairs,
+    SideGrad,
+)
+from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
 
 # Bytes of the buffer for the products of a row block.
-WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+WORKSPACE_BYTES = {"cpu": 9 << 20, "cuda": 512 << 20}
 
-SOFTMAX, SIGMOID, HINGE = 0, 1, 2
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
 
@@ -61,21 +72,6 @@ class Tile(NamedTuple):
     ids_positive: bool
 
 
-class ColumnSums(NamedTuple):
-    """Running sums per column, None where not wanted; float64, except max.
-
-    max: of s (softmax). sum: of exp(s - max), of softplus(s) (of softplus(-s) for extra positives), or of
-    max(0, s - threshold). active: how many s > threshold (hinge). score_sum: of s. positive_sum: of the s of extra
-    positives.
-    """
-
-    max: Tensor | None
-    sum: Tensor
-    active: Tensor | None
-    score_sum: Tensor | None
-    positive_sum: Tensor | None
-
-
 class RowSums(NamedTuple):
     """Running sums per row: the fields of `ColumnSums`, and two statistics.
 
@@ -94,20 +90,6 @@ class RowSums(NamedTuple):
     @property
     def without_statistics(self) -> ColumnSums:
         return ColumnSums(self.max, self.sum, self.active, self.score_sum, self.positive_sum)
-
-
-class SideGrad(NamedTuple):
-    """The part of the rows, or of the columns, in the gradient of a score; weight None: no part.
-
-    softmax: weight * exp(s - reference) - share (extra positives) - smoothing, where reference is the log-sum-exp;
-    sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
-    hinge: weight where s > reference, the threshold.
-    """
-
-    weight: Tensor | None = None
-    reference: Tensor | None = None
-    share: Tensor | None = None
-    smoothing: Tensor | None = None
 
 
 class Thresholds(NamedTuple):
@@ -140,8 +122,30 @@ class PairKernels:
         """(rows of a row block, whether its tiles need memory for their products); gradient: whether `add_gradients`
         follows, and not `weighted_sums`."""
         workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
-        fit = workspace // max(columns * features.element_size(), 1)
+        fit = workspace // max(row_pitch(columns) * features.element_size(), 1)
         return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
+
+    def keeps_products(self, features: Tensor) -> bool:
+        """Whether the products that `begin` computed stay in the tile until its gradient."""
+        return True
+
+    def pitch(self, columns: int, features: Tensor) -> int:
+        """Elements from one row of products to the next."""
+        return row_pitch(columns)
+
+    def inverse_norm(self, values: Tensor, acc: torch.dtype) -> Tensor:
+        return pair_rows.inverse_norm(values, acc)
+
+    def positive_scores(
+        self, pairs: PositivePairs, scale: Tensor, bias: Tensor | None, u: Tensor, score: Tensor
+    ) -> None:
+        pair_rows.positive_scores(pairs, scale, bias, u, score)
+
+    def add_losses(self, rows: LossRows, options: LossOptions, outputs: LossOutputs) -> None:
+        pair_rows.add_losses(rows, options, outputs)
+
+    def finish_gradient(self, gradient: FeatureGradient, scale: Tensor, out: Tensor) -> None:
+        pair_rows.finish_gradient(gradient, scale, out)
 
     def begin(self, tile: Tile) -> None:
         """Called once for each tile, before its sums and gradients."""
@@ -291,6 +295,12 @@ def _scores(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return u, s.masked_fill(excluded, float("-inf")), excluded, extra
 
 
+def add_scores(sums: ColumnSums, scores: Tensor) -> None:
+    """Adds further scores of each row (rows, K), -inf where there is none, to the sums of a softmax."""
+    excluded = scores == float("-inf")
+    _add_sums(SOFTMAX, scores, excluded, excluded, None, sums._replace(positive_sum=None), 1)
+
+
 def _add_sums(
     energy: int,
     s: Tensor,
@@ -360,6 +370,12 @@ class TritonPairs(ReferencePairs):
         if gradient:
             rows, written = tile_gradients.row_block(count, columns, features, workspace)
         return min(rows, tile_sums.row_block(count, columns, workspace)), written
+
+    def keeps_products(self, features):
+        return features.dtype == torch.float64
+
+    def pitch(self, columns, features):
+        return super().pitch(columns, features) if features.dtype == torch.float64 else columns
 
     def begin(self, tile):
         if tile.queries.dtype == torch.float64:

@@ -8,16 +8,12 @@ pytest.importorskip("triton")
 from test_contrastive import DEFAULTS, cases, check
 
 import sslkernels as sk
+from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, ColumnSums, SideGrad
 from sslkernels.contrastive.score_tiles import (
-    HINGE,
-    SIGMOID,
-    SOFTMAX,
-    ColumnSums,
     GradientOutputs,
     Labels,
     ReferencePairs,
     RowSums,
-    SideGrad,
     Thresholds,
     Tile,
     TritonPairs,
