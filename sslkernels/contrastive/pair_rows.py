@@ -156,8 +156,10 @@ def _partners(positive: Tensor | None, rows: Tensor, keys: Tensor) -> tuple[Tens
 
 def add_losses(rows: LossRows, options: LossOptions, outputs: LossOutputs) -> None:
     """The losses of rows whose sums are complete, and the gradient of their positives' scores."""
-    score, side, count = rows.score, rows.side, rows.score.shape[0]
-    sums = ColumnSums(*(None if v is None else v[:count] for v in rows.sums))
+    score, count = rows.score, rows.score.shape[0]
+    sums, side = (type(part)(*(None if v is None else v[:count] for v in part)) for part in (rows.sums, rows.side))
+    counts = (None if v is None else v[:count] for v in (rows.positives, rows.candidates))
+    rows = LossRows(sums, score, rows.u, rows.positive, *counts, side)
     counted = torch.ones_like(score, dtype=torch.bool) if rows.positive is None else rows.positive != NO_POSITIVE
     slope = None
     if options.energy == SOFTMAX:
@@ -168,7 +170,7 @@ def add_losses(rows: LossRows, options: LossOptions, outputs: LossOutputs) -> No
             outputs.reference.fill_(float("inf"))  # without a positive every exponential is 0
             outputs.reference[:count] = torch.logaddexp(others, score).masked_fill_(~counted, float("inf"))
         if outputs.loss is not None:
-            loss = softmax_loss(rows._replace(sums=sums), options, others)
+            loss = softmax_loss(rows, options, others)
         if side.weight is not None:
             slope = softmax_slope(side, options, others, score)
     elif options.energy == SIGMOID:
@@ -178,7 +180,7 @@ def add_losses(rows: LossRows, options: LossOptions, outputs: LossOutputs) -> No
     else:
         loss = sums.sum.to(score.dtype)
         if side.weight is not None:
-            slope = -(side.weight[:count] * sums.active).to(score.dtype)
+            slope = -(side.weight * sums.active).to(score.dtype)
     if outputs.loss is not None:
         has_loss = counted | (options.energy == SIGMOID)
         outputs.loss.add_(torch.where(has_loss, loss, 0), alpha=options.half)
@@ -207,8 +209,7 @@ def softmax_loss(rows: LossRows, options: LossOptions, others: Tensor) -> Tensor
 
 def softmax_slope(side: SideGrad, options: LossOptions, others: Tensor, score: Tensor) -> Tensor:
     """weight * (probability - 1) + weight - share - smoothing, without cancellation for a confident pair."""
-    count = score.shape[0]
-    weight, _, share, smoothing = (None if v is None else v[:count] for v in side)
+    weight, _, share, smoothing = side
     if share is None:
         share = (1 - options.label_smoothing) * weight
     slope = (weight - share) - torch.where(weight != 0, weight * torch.sigmoid(others - score), 0)
@@ -219,6 +220,8 @@ def finish_gradient(gradient: FeatureGradient, scale: Tensor, out: Tensor) -> No
     """out = the gradient of the features: adds the positive's part to `total`, applies logit_scale, adds `extra`, and
     projects out the direction of normalised features. Overwrites total."""
     total, values, norm, partner, partner_norm, index, score_gradient, extra = gradient
+    if partner is not None and partner.shape[0] == 0:
+        partner = None
     if partner is not None:
         index, has = _partners(index, total, partner)
         factor = F.pad(score_gradient, (0, total.shape[0] - score_gradient.shape[0]))

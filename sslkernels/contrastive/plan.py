@@ -287,8 +287,9 @@ class _Plan:
         weighted_u = torch.zeros_like(setup.score[rows])
         for _, tile in tiles:
             self.kernels.weighted_sums(tile, sums, weighted, weighted_u)
+        shift = sums.max.clone()  # per-query negatives may raise it
         self._finish_rows(rows)
-        factor = self.row.weight[rows] * (sums.max - self.row.reference[rows]).exp()
+        factor = self.row.weight[rows] * (shift - self.row.reference[rows]).exp()
         self.grads.dot[rows] += factor * weighted_u
         if setup.query_norm is not None:
             factor = factor * setup.query_norm[rows]

@@ -334,7 +334,25 @@ def _add_sums(
 class NativePairs(PairKernels):
     """The compiled extension."""
 
-    OPS = ("pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add")
+    ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
+    OPS = ("pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add", *ROW_OPS)
+
+    def inverse_norm(self, values, acc):
+        norm = values.new_empty(values.shape[0], dtype=acc)
+        torch.ops.sslkernels_native.pair_inverse_norm(values, norm)
+        return norm
+
+    def positive_scores(self, pairs, scale, bias, u, score):
+        torch.ops.sslkernels_native.pair_positive_scores(*pairs, scale, bias, u, score)
+
+    def add_losses(self, rows, options, outputs):
+        sums, score, u, positive, positives, candidates, (weight, _, share, smoothing) = rows
+        torch.ops.sslkernels_native.pair_losses(
+            *sums, score, u, positive, positives, candidates, weight, share, smoothing, *options, *outputs
+        )
+
+    def finish_gradient(self, gradient, scale, out):
+        torch.ops.sslkernels_native.pair_finish_gradient(*gradient, scale, out)
 
     def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
         torch.ops.sslkernels_native.pair_row_sums(
