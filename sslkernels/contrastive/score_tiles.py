@@ -389,6 +389,28 @@ class TritonPairs(ReferencePairs):
             rows, written = tile_gradients.row_block(count, columns, features, workspace)
         return min(rows, tile_sums.row_block(count, columns, workspace)), written
 
+    def inverse_norm(self, values, acc):
+        from sslkernels.contrastive.triton.pair_rows import inverse_norm
+
+        norm = values.new_empty(values.shape[0], dtype=acc)
+        inverse_norm(values, norm)
+        return norm
+
+    def positive_scores(self, pairs, scale, bias, u, score):
+        from sslkernels.contrastive.triton.pair_rows import positive_scores
+
+        positive_scores(pairs, scale, bias, u, score)
+
+    def add_losses(self, rows, options, outputs):
+        from sslkernels.contrastive.triton.pair_rows import add_losses
+
+        add_losses(rows, options, outputs)
+
+    def finish_gradient(self, gradient, scale, out):
+        from sslkernels.contrastive.triton.pair_rows import finish_gradient
+
+        finish_gradient(gradient, scale, out)
+
     def keeps_products(self, features):
         return features.dtype == torch.float64
 
