@@ -1,65 +1,31 @@
 """Registers, shared memory and instructions of every Triton kernel, compiled ahead of time without a GPU.
 
-`python -m benchmarks.triton_resources` prints them as JSON; with a file name it writes a Markdown table there. It is a
-program of its own because a process with TRITON_INTERPRET set cannot compile its kernels.
+`python -m benchmarks.triton_resources` prints them as JSON; with a file name it writes a Markdown table there. What is
+compiled is what `benchmarks.triton_launches` records. It is a program of its own because a process with
+TRITON_INTERPRET set cannot compile its kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-import sslkernels
 from benchmarks.resources import REGISTERS, WARPS, cuobjdump
+from benchmarks.triton_launches import Specialisation, recorded
 
 # Bytes of shared memory per multiprocessor; every block reserves 1 KiB of it.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-
-
-def modules() -> Iterator[ModuleType]:
-    root = Path(sslkernels.__path__[0])
-    for path in sorted(root.glob("*/triton/*.py")):
-        if path.stem != "__init__":
-            yield importlib.import_module(".".join((root.name, *path.relative_to(root).with_suffix("").parts)))
-
-
-def kernels() -> dict[str, Any]:
-    """The entry points, called `..._kernel`; other jit functions are compiled as part of them."""
-    return {
-        name: value
-        for module in modules()
-        for name, value in inspect.getmembers(module)
-        if name.endswith("_kernel") and hasattr(value, "arg_names")
-    }
-
-
-def entries() -> list[Any]:
-    return [entry for module in modules() if hasattr(module, "aot_signatures") for entry in module.aot_signatures()]
-
-
-def binary(entry: Any, architecture: int) -> Any:
-    names = entry.kernel.arg_names
-    source = ASTSource(
-        fn=entry.kernel,
-        signature={name: entry.signature.get(name, "constexpr") for name in names},
-        constexprs=entry.constexprs,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(entry.options))
 
 
 def cuobjdump_text(cubin: bytes, option: str) -> str:
@@ -70,13 +36,20 @@ def cuobjdump_text(cubin: bytes, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def compiled(entry: Any, architecture: int) -> dict[str, Any]:
-    code = binary(entry, architecture)
+def resources(launch: Specialisation) -> dict[str, Any]:
+    code = launch.compiled()
     usage = cuobjdump_text(code.asm["cubin"], "-res-usage")
     (found,) = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     registers, stack, local = map(int, found)
     ptx = code.asm["ptx"]
     return {
+        "kernel": launch.kernel.__name__,
+        "name": launch.name,
+        "binds": launch.binds,
+        "architecture": launch.architecture,
+        "types": launch.signature,
+        "constexprs": {name: str(value) for name, value in launch.constexprs.items()},
+        "num_warps": code.metadata.num_warps,
         "registers": registers,
         "stack": stack,
         "local": local,
@@ -86,7 +59,7 @@ def compiled(entry: Any, architecture: int) -> dict[str, Any]:
         "matrix_instructions": len(re.findall(r"\b(?:mma|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
         "warpgroup_instructions": len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
         "asynchronous_copies": len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk)\b", ptx)),
-        "warps": resident_warps(architecture, registers, code.metadata.shared, code.metadata.num_warps),
+        "warps": resident_warps(launch.architecture, registers, code.metadata.shared, code.metadata.num_warps),
     }
 
 
@@ -97,12 +70,10 @@ def resident_warps(architecture: int, registers: int, shared: int, num_warps: in
     return min(by_registers // num_warps, by_shared, WARPS // num_warps) * num_warps
 
 
-def label(entry: Any, architecture: int) -> str:
-    return f"{entry.name}-sm{architecture}"
-
-
-def results() -> dict[str, dict[str, Any]]:
-    return {label(e, a): compiled(e, a) for e in entries() for a in e.architectures}
+def results() -> list[dict[str, Any]]:
+    """A thread compiles while others wait for the assembler, which takes most of the time."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(resources, recorded()))
 
 
 COLUMNS = {
@@ -118,18 +89,24 @@ COLUMNS = {
 }
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """One line per kernel and signature; one number per architecture where they differ."""
+def table(found: list[dict[str, Any]]) -> str:
+    """One line per kernel and call whose resources matter; one number per architecture where they differ."""
+    found = [row for row in found if not row["binds"]]
     lines = [f"| kernel | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for entry in entries():
-        rows = [found[label(entry, architecture)] for architecture in entry.architectures]
-        cells = [f"`{entry.name}`" + ("" if len(rows) > 1 else f" (sm_{entry.architectures[0]})")]
+    for name in dict.fromkeys(row["name"] for row in found):
+        rows = [row for row in found if row["name"] == name]
+        architectures = [row["architecture"] for row in rows]
+        cells = [f"`{name}`" + ("" if architectures == list(SHARED) else f" ({shown(architectures)})")]
         for column in COLUMNS:
             values = [row["stack"] + row["local"] if column == "spilled" else row[column] for row in rows]
             cells.append(str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values)))
         lines.append(f"| {' | '.join(cells)} |")
-    shown = " / ".join(f"sm_{architecture}" for architecture in SHARED)
-    return f"Numbers for {shown}; a single number where they agree.\n\n" + "\n".join(lines)
+    names = "A name is a kernel and a call in `benchmarks/launches`, with (2) for a second specialisation in one call."
+    return f"Numbers for {shown(SHARED)}; a single number where they agree. {names}\n\n" + "\n".join(lines)
+
+
+def shown(architectures: Iterable[int]) -> str:
+    return " / ".join(f"sm_{architecture}" for architecture in architectures)
 
 
 def main() -> None:

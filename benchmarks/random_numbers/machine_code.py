@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(.+?)\s*;?\s*(?:/\*.*)?$")
-ARCHITECTURES = (80, 90, 100)
 
 
 def straight_line(sass: str) -> int:
@@ -29,14 +28,14 @@ def straight_line(sass: str) -> int:
 def counts() -> dict[str, float]:
     """Architecture -> instructions per number of the Triton kernel that writes float32 normals, address arithmetic and
     stores included. Only in a process where kernels are compiled, not interpreted."""
-    from benchmarks import triton_resources  # imports triton, which is optional
+    from benchmarks import triton_launches, triton_resources  # they import triton, which is optional
 
-    (entry,) = (e for e in triton_resources.entries() if e.name == "random-normal-fp32")
-    numbers = 4 * entry.constexprs["BLOCK"] / (32 * entry.options["num_warps"])
     found = {}
-    for architecture in ARCHITECTURES:
-        cubin = triton_resources.binary(entry, architecture).asm["cubin"]
-        found[f"sm_{architecture}"] = straight_line(triton_resources.cuobjdump_text(cubin, "-sass")) / numbers
+    for launch in triton_launches.recorded():
+        if launch.name == "random_stream normal fp32 4099x1000":
+            numbers = 4 * launch.constexprs["BLOCK"] / (32 * launch.options["num_warps"])
+            sass = triton_resources.cuobjdump_text(launch.compiled().asm["cubin"], "-sass")
+            found[f"sm_{launch.architecture}"] = straight_line(sass) / numbers
     return found
 
 

@@ -29,13 +29,9 @@ from sslkernels.contrastive.query_negatives import (
     HINGE,
     SIGMOID,
     SOFTMAX,
-    NegativeInputs,
-    NegativeOutputs,
-    RowMerge,
     empty_outputs,
     query_negatives_,
 )
-from sslkernels.contrastive.triton.query_negatives import query_negatives
 from sslkernels.core import backends, native
 
 ENERGIES = (SOFTMAX, SIGMOID, HINGE)
@@ -225,18 +221,3 @@ def test_more_than_2_to_the_31_elements(backend, device):
     got = compute(dataclasses.replace(inputs, **repeated), device)
     last = {name: part[-1:] for name, part in got._asdict().items()}
     assert_results(inputs, last)
-
-
-def triton_calls(size: int, every: bool) -> None:
-    rows, count, dim = 2, size % 100, size
-    query, negatives = torch.zeros(rows, dim, dtype=torch.bfloat16), torch.zeros(rows, count, dim, dtype=torch.bfloat16)
-    one, values = torch.ones(1), torch.zeros(rows)
-    mask = torch.ones(rows, count, dtype=torch.bool) if every else None
-    if every:
-        inputs = NegativeInputs(query, negatives, mask, values, one, one)
-        merge = RowMerge(SOFTMAX, values, values, values, False)
-        wide = (torch.zeros(rows, count), values, query.float(), torch.zeros_like(negatives), values, values)
-        return query_negatives(inputs, merge, NegativeOutputs(*wide))
-    inputs = NegativeInputs(query, negatives, mask, None, one, None)
-    outputs = NegativeOutputs(*[torch.zeros(0)] * 6)._replace(value=values)
-    query_negatives(inputs, RowMerge(SIGMOID, None, None, None, False), outputs)

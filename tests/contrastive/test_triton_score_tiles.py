@@ -531,39 +531,3 @@ def test_real_tiles(device, fixed_shift, dtype, energy, rows, columns, dim):
         check_gradients(tile, every=labels == 3, columns=both, start=0.0, fused=not both)
         if energy == SOFTMAX and dim <= 256:
             check_weighted(tile._replace(ids_positive=False))
-
-
-def triton_calls(columns: int, every: bool) -> None:
-    for dim in (64, 400):
-        bind_tile(columns, dim, every)
-
-
-def bind_tile(columns: int, dim: int, every: bool) -> None:
-    """Small D in float16, large D in bfloat16, with and without optional tensors."""
-    features = [torch.zeros(n, dim, dtype=torch.float16 if dim <= 256 else torch.bfloat16) for n in (2, columns)]
-    norms = [torch.ones(n) if every else None for n in (2, columns)]
-    labels = Labels(*(torch.zeros(n, dtype=torch.int32) if every else None for _ in range(3) for n in (2, columns)))
-    numbers = torch.ones(1), torch.ones(1) if every else None
-    tile = Tile(*features, torch.empty(2, columns, dtype=features[0].dtype), *norms, *numbers, SOFTMAX, labels, every)
-    zeros = [torch.zeros(n, dtype=torch.float64) for n in (2, columns)]
-    rows = RowSums(
-        torch.zeros(2), zeros[0], None, *([zeros[0]] * 3 if every else [None] * 3), zeros[0].long() if every else None
-    )
-    sums = ColumnSums(torch.zeros(columns), zeros[1], None, *([zeros[1]] * 2 if every else [None] * 2))
-    thresholds = Thresholds(None, None, torch.zeros(2))
-    tile_sums.FIXED_SHIFT_PAIRS = 2  # so that both variants are bound
-    tile_sums.add_sums(tile, rows, sums, thresholds, norms if every else None)
-    tile_sums.add_sums(tile, rows, None, thresholds, norms if every else None)
-    tile_sums.add_sums(tile._replace(energy=SIGMOID), RowSums(None, zeros[0], *[None] * 5), None, thresholds, None)
-    sides = [SideGrad(*[torch.zeros(n)] * (4 if every else 2)) for n in (2, columns)]
-    gradients = [torch.zeros(n, dim) for n in (2, columns)]
-    totals = (zeros[0], zeros[0].clone())
-    tile_gradients.add_gradients(tile, *sides, GradientOutputs(*totals, *gradients))
-    tile_gradients.add_gradients(tile, sides[0], SideGrad(), GradientOutputs(*totals, None, None))
-    sigmoid, weight = tile._replace(energy=SIGMOID), SideGrad(torch.zeros(2))
-    cost = RowSums(None, zeros[0].clone(), *[None] * 5)
-    for grad_queries in (gradients[0], None):
-        tile_gradients.add_gradients(sigmoid, weight, SideGrad(), GradientOutputs(*totals, grad_queries, None, cost))
-    if dim <= 256:
-        frozen = RowSums(torch.zeros(2), zeros[0], *[None] * 5)
-        tile_weighted_sums.add_weighted_sums(tile._replace(ids_positive=False), frozen, gradients[0], torch.zeros(2))

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from benchmarks import memory
 from sslkernels.contrastive import word2vec
-from sslkernels.contrastive.triton import word2vec as launcher
 from sslkernels.contrastive.word2vec import (
     Indices,
     Outputs,
@@ -25,7 +24,6 @@ from sslkernels.contrastive.word2vec import (
     negative_sampling_fwd,
 )
 from sslkernels.core import segment_sum
-from sslkernels.core.triton.segment_sum import weighted_row_sums
 
 OP = "negative_sampling_loss"
 TABLES = ("center_weight", "context_weight")
@@ -546,18 +544,3 @@ def test_compile_with_one_table_and_one_index_twice():
     got, want = torch.compile(loss, fullgraph=True)(table, index), loss(table, index)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, table), torch.autograd.grad(want, table))
-
-
-def triton_calls(dim: int, every: bool) -> None:
-    index_dtype = torch.int32 if every else torch.int64
-    pairs, negatives = 2, dim if every else 1
-    index, table = torch.zeros(pairs, dtype=index_dtype), torch.zeros(3, dim, dtype=torch.float16)
-    drawn = torch.zeros(pairs, negatives, dtype=index_dtype)
-    shapes = ((pairs, 1 + negatives), (pairs, dim)) if every else (0, 0)
-    outputs = Outputs(torch.zeros(pairs), *(torch.zeros(shape) for shape in shapes))
-    launcher.negative_sampling_fwd(Tables(table, table), Indices(index, index, drawn), every, outputs)
-    keys, order = torch.zeros(2 * pairs, dtype=torch.int32), torch.arange(2 * pairs)
-    source, source_index = (table, index) if every else (torch.zeros(2 * pairs, dim), None)
-    starts = torch.zeros(4, dtype=torch.int64)
-    per_source = 2 if every else 1
-    weighted_row_sums(keys, order, starts, torch.ones(2 * pairs), source, source_index, table, per_source)

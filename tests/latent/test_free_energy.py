@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from sslkernels.latent import free_energy as module
 from sslkernels.latent.free_energy import Options, free_energy_bwd, free_energy_fwd
-from sslkernels.latent.triton import free_energy as launcher
 
 OP = "free_energy"
 MODES = ("soft", "min")
@@ -403,17 +402,3 @@ def test_errors(change, kind, message):
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match=re.escape("free_energy() takes 1 positional argument")):
         sk.free_energy(torch.ones(3), 1.0)
-
-
-def triton_calls(size: int, every: bool) -> None:
-    """`size` is the number of candidates or of results."""
-    dtype = torch.float64 if every else torch.bfloat16
-    acc = torch.float64 if every else torch.float32
-    soft, hard = module.Options(1.0, False), module.Options(1.0, True)
-    for shape in ((3, size, 1), (1, 3, size), (size, 2, 3)):
-        energy, values = torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], shape[2], dtype=acc)
-        winner, sums = torch.zeros(values.shape, dtype=torch.int64), (values, values) if every else (None, None)
-        launcher.free_energy_fwd(energy, module.Outputs(values, *sums, None), soft)
-        launcher.free_energy_fwd(energy, module.Outputs(values, None, None, winner if every else None), hard)
-        launcher.free_energy_bwd(values, energy, module.State(values, values, None), energy, soft)
-        launcher.free_energy_bwd(values, None, module.State(None, None, winner), energy, hard)

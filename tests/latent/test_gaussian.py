@@ -16,9 +16,7 @@ from gaussian_oracle import CASES, LEAVES, Case, call
 import sslkernels as sk
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.latent import gaussian as module
-from sslkernels.latent import gaussian_operators
-from sslkernels.latent.gaussian_operators import ELEMENTS, NO_KL, ROWS, KernelOutputs, OutputGrads, Wanted
-from sslkernels.latent.triton.gaussian import columns_of_tile, gaussian_bwd, gaussian_fwd
+from sslkernels.latent.gaussian_operators import NO_KL, ROWS, OutputGrads, Wanted
 
 OP = "gaussian_rsample"
 LONG_ROWS = next(case for case in CASES if str(case) == "long_rows")
@@ -396,18 +394,3 @@ def test_rows_of_any_stride(backend, device):
         expected = differentiate(sk.gaussian_rsample, plain, {"seed": 1, "num_samples": 2})
         assert all(torch.equal(a, b) for a, b in zip(got[0], expected[0], strict=True))
         assert all(torch.equal(a, expected[1][name]) for name, a in got[1].items())
-
-
-def triton_calls(columns: int, every: bool) -> None:
-    rows, dtype = 2, torch.bfloat16 if every else torch.float32
-    mean, z = torch.zeros(rows, columns, dtype=dtype), torch.zeros(rows, 3, columns, dtype=dtype)
-    priors = (mean[:1], mean) if every else (None, None)
-    row_ids = torch.zeros(rows, dtype=torch.int64) if every else None
-    inputs = gaussian_operators.Inputs(mean, mean, *priors, row_ids, torch.zeros((), dtype=torch.int64))
-    bounds = (0.1, -1.0) if every else (0.0, -math.inf)
-    options = gaussian_operators.Options(3, False, ROWS, *bounds, math.inf)
-    parts, blocks = -(-columns // columns_of_tile(dtype, columns)), torch.zeros(1, 3, columns)
-    gaussian_fwd(inputs, options, KernelOutputs(z, torch.zeros(rows, parts), blocks if every else None), True)
-    prior_grads = (blocks[:, 0].contiguous(), torch.zeros_like(mean)) if every else (None, None)
-    filled = gaussian_operators.Gradients(mean, mean, *prior_grads)
-    gaussian_bwd(inputs, options._replace(kl=ELEMENTS), OutputGrads(z, mean.float()), filled, False)

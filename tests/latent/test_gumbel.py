@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from benchmarks import memory
-from sslkernels.latent.gumbel_rows import NoisyLogits, RowGrads, RowOutputs, State, TritonGumbelRows
+from sslkernels.latent.gumbel_rows import NoisyLogits
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 
 OP = "gumbel_softmax"
@@ -575,25 +575,3 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
     first = [t.clone() for t in got]
     graph.replay()
     assert not torch.equal(first[0], got[0])
-
-
-def triton_calls(columns: int, every: bool) -> None:
-    """One row per program and several, with and without optional tensors."""
-    dtype = torch.float64 if every else torch.bfloat16
-    acc = torch.float64 if every else torch.float32
-    kernels = TritonGumbelRows()
-    for width in (columns, 9001):
-        logits, index = torch.zeros(2, width, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-        seed, tau = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.float64)
-        source = NoisyLogits(logits, seed, index if every else None, tau)
-        state = State(torch.zeros(2, dtype=acc), torch.ones(2, dtype=acc))
-        stats = {"best": index, "softmax_state": state} if every else {}
-        for output in (0, 1, 2):
-            filled = RowOutputs(logits if output else None, None if output else index, state, **stats)
-            kernels.forward(source, output, filled)
-        kernels.forward(NoisyLogits(logits, None, None, tau), 0, RowOutputs(None, index, state))
-        usage, mask = logits[:1].to(acc), torch.ones(2, dtype=torch.bool) if every else None
-        kernels.backward(RowGrads(logits.to(acc), None, None), source, state, None, logits)
-        kernels.backward(RowGrads(logits, usage, mask), source, state, state, logits)
-        kernels.backward(RowGrads(None, usage, mask), source, None, state, logits)
-        kernels.probability_sums(logits, state, mask, 2 if every else 1)

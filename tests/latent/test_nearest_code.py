@@ -12,8 +12,6 @@ from cases import DTYPES
 from sslkernels.core import native
 from sslkernels.latent import nearest_code
 from sslkernels.latent.nearest_code import METRICS
-from sslkernels.latent.triton.nearest_code import best_codes
-from sslkernels.latent.triton.vector_quantize import code_difference, gather_codes
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("input", "codebook", "metric", "rounding", "center", "as_given", "rows", "codes", "index", "score")
@@ -119,14 +117,3 @@ def test_tiled_search_on_a_cpu(monkeypatch, dtype, metric):
     x, c = draw(40, 50, 6, dtype)
     c[30:] = c[:20]
     assert torch.equal(search(x, c, metric), code_oracle.indices(x, c, METRICS[metric]))
-
-
-def triton_calls(size: int, every: bool) -> None:
-    """Each metric, with input and codebook of one dtype or of two."""
-    x, codebook = torch.zeros(3, size, dtype=torch.float16), torch.zeros(size, size, dtype=torch.float16)
-    codebook = codebook.float() if every else codebook
-    index, score, distance = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64), torch.zeros(3)
-    for metric in range(3):
-        best_codes(x, codebook, metric, index, score)
-    gather_codes(x, codebook, index, score, x.clone(), distance)
-    code_difference(distance, x, codebook, index, x.float() if every else x.clone())

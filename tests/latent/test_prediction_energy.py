@@ -23,7 +23,6 @@ from sslkernels.core import native
 from sslkernels.latent import prediction_energy as module
 from sslkernels.latent.free_energy import Options
 from sslkernels.latent.prediction_energy import Inputs, Wanted, prediction_energy_bwd, prediction_energy_fwd
-from sslkernels.latent.triton import prediction_energy as launcher
 
 OP = "prediction_energy"
 MODES = ("soft", "min")
@@ -484,19 +483,3 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^prediction_energy: " + message):
         sk.prediction_energy(**{**VALID, **change})
-
-
-def triton_calls(size: int, every: bool) -> None:
-    """`size` is the number of features or of candidates."""
-    dtype = torch.float64 if every else torch.bfloat16
-    acc = torch.float64 if every else torch.float32
-    soft, hard = Options(1.0, False), Options(1.0, True)
-    for batch, count, dim in ((3, 2, size), (1, size, 4)):
-        prediction, target = torch.zeros(batch, count, dim, dtype=dtype), torch.zeros(batch, dim, dtype=dtype)
-        value, weights = torch.zeros(batch, dtype=acc), torch.zeros(batch, count, dtype=acc)
-        inputs = module.Inputs(prediction, target)
-        for options in (soft, hard):
-            launcher.prediction_energy_fwd(inputs, module.Outputs(value, weights if every else None), options)
-        both = module.Gradients(prediction, target if every else None)
-        for wanted in (both, module.Gradients(None, target)):
-            launcher.prediction_energy_bwd(value, inputs, weights, wanted)

@@ -174,8 +174,3 @@ def test_a_custom_generator_is_refused_in_a_recomputed_forward(use_reentrant, de
             loss.backward()
         if device == "cpu":
             checkpoint(call, x, default, use_reentrant=use_reentrant).sum().backward()
-
-
-def triton_calls(size: int, every: bool) -> None:
-    row_ids = torch.zeros(2, dtype=torch.int64) if every else None
-    sk.random_normal((2, size), 0, row_ids=row_ids, sample=2**40 if every else 0, dtype=torch.bfloat16)

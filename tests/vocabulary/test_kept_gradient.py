@@ -198,7 +198,3 @@ def test_scaling(backend, count, dtype, device):
     assert torch.equal(same, values)
     scale_gradient_(same, scale)
     assert torch.equal(same, scale_gradient(values, scale, dtype))
-
-
-def triton_calls(size: int, every: bool) -> None:
-    scale_gradient_(torch.ones(size), torch.ones(()))

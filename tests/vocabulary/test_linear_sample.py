@@ -386,8 +386,3 @@ def test_errors(change, error, message):
     arguments = {"input": torch.randn(3, 4), "linear_weight": torch.randn(5, 4)} | change
     with pytest.raises(error, match=f"^linear_sample: {message}"):
         sk.linear_sample(arguments.pop("input"), arguments.pop("linear_weight"), **arguments)
-
-
-def triton_calls(size: int, every: bool) -> None:
-    x, w, bias = inputs("cpu", 2, size, size, torch.float16)
-    sk.linear_sample(x, w, linear_bias=bias if every else None, temperature=0.7, seed=0)

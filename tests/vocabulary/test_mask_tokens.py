@@ -524,12 +524,3 @@ def test_all_ids_special_is_fine_without_random_ids(backend, device):
     ids = torch.full((2, 5), 30, device=device)
     got = sk.mask_tokens(ids, mask_id=4, vocab_size=10, special_ids=range(10), probability=1, replace=(0.5, 0), seed=0)
     assert (got.labels == 30).all()
-
-
-def triton_calls(size: int, every: bool) -> None:
-    ids_dtype = torch.int32 if every else torch.int64
-    data = example(2, size, ids_dtype)
-    ids, word_ids = data.pop("input_ids"), data.pop("word_ids").to(ids_dtype)
-    optional = data if every else {}
-    for units in ({}, {"mean_span": 2.0}, {"word_ids": word_ids}):
-        sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, special_ids=SPECIAL, seed=0, **optional, **units)

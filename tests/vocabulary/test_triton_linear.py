@@ -138,12 +138,3 @@ def test_splits_cover_the_vocabulary():
 def test_real_stream(device, dtype, count, vocab, dim, options):
     input, linear_weight, target, bias, weight = linear_case(device, count, vocab, dim, dtype)
     check_linear(input, linear_weight, target, bias, weight, options, stats=False)
-
-
-def triton_calls(size: int, every: bool) -> None:
-    input, linear_weight, target, bias, weight = linear_case("cpu", 2, size, size, torch.float16)
-    if every:
-        target = target.int()
-        stream(input, linear_weight, target, bias, weight, EVERY, stats=True, row_index=torch.arange(2).int())
-    else:
-        stream(input, linear_weight, target, None, None, PLAIN, stats=False)

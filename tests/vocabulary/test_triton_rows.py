@@ -313,16 +313,3 @@ def test_more_than_2_to_the_31_elements(device):
     got = TritonRows().forward(logits, target, None, None, PLAIN, stats=True, coefficient=coefficient, grad=logits)
     assert_outputs((o[-2:] for o in got), want, tolerance_of(torch.float32), stats=True)
     assert_gradient(logits[-2:], want_grad, coefficient[-2:])
-
-
-def triton_calls(size: int, every: bool) -> None:
-    options = EVERY if every else PLAIN
-    logits, target, bias, weight, _ = make(
-        "cpu", 2, size, torch.bfloat16, index_dtype=torch.int32 if every else torch.int64
-    )
-    bias, weight = (bias, weight) if every else (None, None)
-    coefficient = torch.ones(()).expand(2)
-    rows = TritonRows()
-    outputs = rows.forward(logits, target, bias, weight, options, stats=every)
-    rows.forward(logits, target, bias, weight, options, stats=every, coefficient=coefficient, grad=logits)
-    rows.backward(logits, target, bias, weight, options, outputs.state, coefficient, logits)

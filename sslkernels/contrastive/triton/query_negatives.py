@@ -5,22 +5,13 @@ softmax reads each tile twice, because its weights need the sum over all of them
 its gradient reads it again.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    Config,
-    accumulation_dtype,
-    next_power_of_2,
-    on_device_of,
-    signature,
-)
+from sslkernels.core.triton.launch import Config, next_power_of_2, on_device_of
 from sslkernels.core.triton.numerics import log1p
 
 SOFTMAX, SIGMOID, HINGE = range(3)
@@ -277,52 +268,3 @@ def query_negatives(inputs: Any, merge: Any, outputs: Any) -> None:
             **chosen.constexprs,
             **chosen.options,
         )
-
-
-ABSENT = {
-    "mask": "HAS_MASK",
-    "query_inverse_norm": "NORMALISE",
-    "logit_bias": "HAS_BIAS",
-    "reference": "HAS_REFERENCE",
-    "coefficient": "GRADIENT",
-    "smoothing": "HAS_SMOOTHING",
-}
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    every = dict.fromkeys(ABSENT.values(), True) | dict.fromkeys(("WANT_QUERY", "WANT_NEGATIVES", "WANT_SCORES"), True)
-    plain = {**every, "HAS_MASK": False, "HAS_BIAS": False, "HAS_SMOOTHING": False, "WANT_SCORES": False}
-    forward = {**plain, "GRADIENT": False, "WANT_QUERY": False, "WANT_NEGATIVES": False, "NORMALISE": False}
-    for dtype, (count, dim), energy, flags in (
-        (torch.bfloat16, (32, 1024), SOFTMAX, plain),
-        (torch.bfloat16, (16, 1024), SOFTMAX, every),
-        (torch.bfloat16, (256, 768), SOFTMAX, plain),
-        (torch.bfloat16, (8, 512), SIGMOID, every),
-        (torch.bfloat16, (16, 40000), SOFTMAX, every),
-        (torch.float16, (32, 512), HINGE, every),
-        (torch.float16, (7, 300), SOFTMAX, forward),
-        (torch.float32, (32, 256), SOFTMAX, every),
-        (torch.float32, (4, 2048), SOFTMAX, every),
-        (torch.float32, (5, 128), SIGMOID, plain),
-        (torch.float32, (256, 768), SOFTMAX, every),
-        (torch.float64, (8, 100), SOFTMAX, every),
-        (torch.float64, (33, 3000), SIGMOID, every),
-    ):
-        yield _aot_entry(dtype, count, dim, energy, flags)
-
-
-def _aot_entry(dtype: torch.dtype, count: int, dim: int, energy: int, flags: dict[str, bool]) -> AotEntry:
-    chosen = config(count, dim, dtype)
-    element, acc = f"*{DTYPE_NAMES[dtype]}", f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-    kernel = query_negatives_kernel
-    types = {name: acc for name in kernel.arg_names if name.islower()}
-    types |= dict.fromkeys(("query", "negatives", "grad_negatives"), element) | {"mask": "*u8", "K": "i32", "D": "i32"}
-    none: dict[str, Any] = {name: None for name, flag in ABSENT.items() if not flags[flag]}
-    types = {name: kind for name, kind in types.items() if name not in none}
-    constexprs = {**flags, "ENERGY": energy, "FINAL": False, **none, **chosen.constexprs}
-    aligned = [name for name, kind in types.items() if kind.startswith("*")]
-    if dim % 16 == 0:
-        aligned.append("D")
-    label = "-".join(flag.lower() for flag, there in flags.items() if there)
-    name = f"query_negatives-{DTYPE_NAMES[dtype]}-{('softmax', 'sigmoid', 'hinge')[energy]}-{count}x{dim}-{label}"
-    return AotEntry(name, kernel, signature(kernel, types, constexprs), constexprs, chosen.options, tuple(aligned))

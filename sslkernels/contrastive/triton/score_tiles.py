@@ -2,7 +2,8 @@
 
 Queries (rows, D) and candidates (columns, D) are row-major. A block of scores is s = (product * column_norm) *
 (logit_scale * row_norm) + logit_bias in float32. The formulas are symmetric in rows and columns, so that the
-kernels also compute the transpose, from swapped arguments.
+kernels also compute the transpose, from swapped arguments. What is absent is None, which helpers return by a bare
+`return`: Triton 3.6 cannot compile `return None`.
 """
 
 from typing import Any
@@ -24,18 +25,13 @@ SIGMOID = tl.constexpr(ENERGY_SIGMOID)
 OWNED_DIM = 256
 # log2 of what float16 kernels scale a gradient of 1 to, for a score of a pair with average norms.
 GAIN = 8
-# The tensors of a tile, in the order of every kernel's parameters.
-OPERANDS = (
-    "queries", "candidates", "row_norm", "column_norm", "row_positive", "column_positive", "row_self", "column_self",
-    "row_id", "column_id", "logit_scale", "logit_bias",
-)  # fmt: skip
 
 
 @triton.jit
 def inside_of(lane, start, count, EVEN: tl.constexpr):
     """Which lanes of the block at `start` are inside; None if every block is full."""
     if EVEN:
-        return None
+        return
     else:
         return lane < count - start
 
@@ -44,7 +40,7 @@ def inside_of(lane, start, count, EVEN: tl.constexpr):
 def load_block(pointer, start, lane, inside, other):
     """A vector, None if absent. `start` is added first: the remaining offsets are constants of a thread."""
     if pointer is None:
-        return None
+        return
     else:
         if inside is None:
             return tl.load((pointer + start) + lane)
@@ -115,7 +111,7 @@ def extra_positives(excluded, row_id, column_id, IDS_POSITIVE: tl.constexpr):
             same = same & ~excluded
         return same
     else:
-        return None
+        return
 
 
 @triton.jit
@@ -169,26 +165,12 @@ def shift_of_bound(logit_scale, logit_bias):
 
 
 def operands(tile: Any, transposed: bool = False) -> tuple[Tensor | None, ...]:
-    """The tensors of `OPERANDS`; transposed: with rows and columns swapped."""
+    """The tensors of a tile, in the order of every kernel's parameters; transposed: with rows and columns swapped."""
     pairs = ((tile.row_norm, tile.column_norm), *tile.labels.pairs)
     vectors = [value for pair in pairs for value in (reversed(pair) if transposed else pair)]
     queries, candidates = tile.queries.contiguous(), tile.candidates.contiguous()
     features = (candidates, queries) if transposed else (queries, candidates)
     return *features, *vectors, tile.logit_scale, tile.logit_bias
-
-
-def operand_types(dtype: str) -> dict[str, str]:
-    features = dict.fromkeys(("queries", "candidates"), f"*{dtype}")
-    labels = [f"{side}_{label}" for side in ("row", "column") for label in ("positive", "self", "id")]
-    return dict.fromkeys(OPERANDS, "*fp32") | features | dict.fromkeys(labels, "*i32")
-
-
-def absent_operands(present: tuple[str, ...]) -> dict[str, None]:
-    """The operands that a case of ahead-of-time compilation lacks; labels of positives are always present."""
-    absent = dict.fromkeys(
-        f"{side}_{name}" for side in ("row", "column") for name in ("norm", "self", "id") if name not in present
-    )
-    return absent if "bias" in present else {**absent, "logit_bias": None}
 
 
 def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | None:

@@ -9,21 +9,15 @@ float16 kernels multiply G by a power of two (`gain`): otherwise the probabiliti
 norms of wide features are subnormal. Values that still overflow are clamped to the largest float16.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sslkernels.contrastive.triton.score_tiles import (
-    ENERGY_HINGE,
-    ENERGY_SIGMOID,
-    ENERGY_SOFTMAX,
     SIGMOID,
     SOFTMAX,
-    absent_operands,
     block_products,
     block_scores,
     burden_of,
@@ -38,12 +32,11 @@ from sslkernels.contrastive.triton.score_tiles import (
     load_features,
     masked,
     narrowed,
-    operand_types,
     operands,
     owns_rows,
     row_scale,
 )
-from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, capability, on_device_of, pointers_aligned, processors
+from sslkernels.core.triton.launch import capability, on_device_of, processors
 from sslkernels.core.triton.numerics import exp_flushed
 from sslkernels.core.triton.products import feature_offsets, splits
 
@@ -95,7 +88,7 @@ def _side(
 @triton.jit
 def _vector(pointer, start, lane, inside, AXIS: tl.constexpr):
     if pointer is None:
-        return None
+        return
     else:
         return tl.expand_dims(load_block(pointer, start, lane, inside, 0.0), AXIS)
 
@@ -371,63 +364,3 @@ def _owned(tile: Any, transposed: bool, row: Any, column: Any, grad: Tensor, run
     if parts > 1:
         grad.add_(features.sum(0))
     running.add(sums)
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    plain, every = ("weight", "reference"), ("weight", "reference", "share", "smoothing")
-    norm, options = ("norm",), ("norm", "bias", "self", "id")
-    for name, dtype, dim, energy, rows, columns, present in (
-        ("symmetric", torch.bfloat16, 768, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
-        ("rows", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, (), (*norm, "out")),
-        ("every", torch.float16, 770, ENERGY_SOFTMAX, every, every, (*options, "out")),
-        ("every", torch.float32, 128, ENERGY_SOFTMAX, every, every, (*options, "out")),
-        ("sums", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, norm),
-        ("rows", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*options, "out", "cost")),
-        ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "out", "cost")),
-        ("plain", torch.float32, 128, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "out", "cost")),
-        ("sums", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "cost")),
-        ("symmetric", torch.bfloat16, 768, ENERGY_HINGE, plain, plain, (*norm, "out")),
-        ("mutual", torch.bfloat16, 512, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "out")),
-        ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, plain, plain, (*norm, "out")),
-        ("mutual", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "owner", "sums")),
-        ("mutual", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "self", "owner", "sums")),
-        ("symmetric", torch.bfloat16, 256, ENERGY_SOFTMAX, plain, plain, (*norm, "owner", "sums")),
-        ("symmetric", torch.bfloat16, 128, ENERGY_SOFTMAX, plain, plain, (*norm, "owner")),
-        ("every", torch.float16, 250, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
-        ("every", torch.float16, 64, ENERGY_SOFTMAX, every, every, (*options, "owner", "sums")),
-        ("rows", torch.bfloat16, 256, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums", "cost")),
-        ("plain", torch.float16, 128, ENERGY_SIGMOID, ("weight",), (), (*norm, "bias", "owner", "sums", "cost")),
-        ("rows", torch.float16, 64, ENERGY_SIGMOID, ("weight",), (), (*options, "owner", "sums", "cost")),
-        ("columns", torch.bfloat16, 256, ENERGY_SIGMOID, (), ("weight",), (*norm, "bias", "owner")),
-        ("symmetric", torch.float16, 128, ENERGY_HINGE, plain, plain, (*norm, "owner", "sums")),
-        ("rows", torch.bfloat16, 1, ENERGY_SOFTMAX, plain, (), ("owner", "sums")),
-    ):
-        owner = "owner" in present
-        kernel = pair_gradient_owner_kernel if owner else pair_gradient_tile_kernel
-        for generation in ((8, 0), (9, 0), (10, 0)):
-            size = 8192 if dim % 16 == 0 else 8191
-            burden = 2 if len(rows) == len(every) else int("self" in present) * (1 + ("cost" in present))
-            chosen = config("owner" if owner else "tile", energy, size, size, dim, dtype, generation, burden)
-            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "id" in present, "EVEN": dim % 16 == 0}
-            constexprs |= chosen.constexprs
-            constexprs |= absent_operands(present) | {"ADD": True}
-            for side, given in (("row", rows), ("column", columns)):
-                constexprs |= {f"{side}_{field}": None for field in every if field not in given}
-            if dtype != torch.float16:
-                constexprs["gain"] = None
-            if not owner and "out" not in present:
-                constexprs["gradient_out"] = None
-            if owner and "sums" not in present:
-                constexprs |= {"dot_out": None, "total_out": None}
-            if "cost" not in present:
-                constexprs["cost_out"] = None
-            types = dict.fromkeys(kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
-            types |= {"gradient_out": f"*{DTYPE_NAMES[dtype]}"}
-            types |= dict.fromkeys(("dot_out", "total_out", "cost_out"), "*fp64")
-            types |= dict.fromkeys(NOT_SPECIALIZED, "i32")
-            energies = ("softmax", "sigmoid", "hinge")
-            kind = "owner" if owner else "tile"
-            label = f"pair-gradient-{kind}-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}"
-            entry = pointers_aligned(label, kernel, types, constexprs, chosen.options)
-            aligned = (*entry.aligned, "columns") if not owner and size % 16 == 0 else entry.aligned
-            yield entry._replace(architectures=(10 * generation[0],), aligned=aligned)

@@ -1,33 +1,14 @@
 """Sums over the rows and the columns of a tile of pair scores: launchers of the kernels in `tile_sum_kernels`."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from sslkernels.contrastive.triton.score_tiles import (
-    ENERGY_HINGE,
-    ENERGY_SIGMOID,
-    ENERGY_SOFTMAX,
-    absent_operands,
-    burden_of,
-    config,
-    is_even,
-    operand_types,
-    operands,
-)
+from sslkernels.contrastive.triton.score_tiles import ENERGY_HINGE, burden_of, config, is_even, operands
 from sslkernels.contrastive.triton.tile_sum_kernels import pair_merge_kernel, pair_sums_kernel
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    Config,
-    capability,
-    on_device_of,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import Config, capability, on_device_of, processors
 from sslkernels.core.triton.products import splits
 
 # Rows and columns of the largest supertile.
@@ -203,71 +184,3 @@ def _run(launch: _Launch, sides: tuple[_Side, _Side]) -> None:
     launch.sums(*softmax, flag=flag, fixed=False)
     for side, part, low in zip(sides, softmax, incomplete, strict=True):
         launch.merge(side._replace(running=side.running.softmax), part, low)
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    yield from _sums_entries()
-    yield from _merge_entries()
-
-
-def _sums_entries() -> Iterator[AotEntry]:
-    softmax, hinge = ("max", "sum"), ("sum", "active")
-    every_softmax, statistics = (*softmax, "score_sum", "positive_sum"), ("uniformity_sum", "num_above_positive")
-    for name, dtype, dim, energy, fixed, rows, columns, options in (
-        ("plain", torch.bfloat16, 512, ENERGY_SOFTMAX, False, softmax, softmax, ("norm",)),
-        ("plain", torch.bfloat16, 512, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm",)),
-        ("rows", torch.bfloat16, 512, ENERGY_SOFTMAX, False, softmax, (), ("norm",)),
-        ("rows", torch.bfloat16, 128, ENERGY_SOFTMAX, True, softmax[1:], (), ("norm",)),
-        ("every", torch.bfloat16, 770, ENERGY_SOFTMAX, False, (*every_softmax, *statistics), every_softmax, None),
-        ("every", torch.float16, 64, ENERGY_SOFTMAX, True, (*every_softmax[1:], *statistics), every_softmax[1:], None),
-        ("every", torch.float32, 128, ENERGY_SOFTMAX, False, (*every_softmax, *statistics), every_softmax, None),
-        ("plain", torch.float32, 128, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm",)),
-        ("mutual", torch.bfloat16, 512, ENERGY_SOFTMAX, False, softmax, softmax, ("norm", "self")),
-        ("mutual", torch.bfloat16, 128, ENERGY_SOFTMAX, True, softmax[1:], softmax[1:], ("norm", "self")),
-        ("ragged", torch.bfloat16, 19, ENERGY_SOFTMAX, False, softmax, softmax, ("norm",)),
-        ("rerun", torch.float16, 768, ENERGY_SOFTMAX, False, softmax, softmax, ("norm", "flag")),
-        ("plain", torch.bfloat16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias")),
-        ("extra", torch.float16, 768, ENERGY_SIGMOID, False, ("sum",), (), ("norm", "bias", "id")),
-        ("plain", torch.bfloat16, 768, ENERGY_HINGE, False, hinge, hinge, ("norm",)),
-        ("plain", torch.float32, 19, ENERGY_HINGE, False, hinge, hinge, ()),
-    ):  # fmt: skip
-        options = ("norm", "bias", "self", "id") if options is None else options
-        for generation in ((8, 0), (9, 0), (10, 0)):
-            size = 8192 if dim % 16 == 0 else 8191
-            burden = 2 if "score_sum" in rows else int(bool({"self", "id"} & set(options)))
-            chosen = config("sums", energy, size, size, dim, dtype, generation, burden)
-            constexprs = {"DIM": dim, "ENERGY": energy, "IDS_POSITIVE": "id" in options, "FIXED": fixed}
-            constexprs["EVEN"] = dim % 16 == 0
-            constexprs |= chosen.constexprs | absent_operands(options)
-            for side, present in (("row", rows), ("column", columns)):
-                names = _Sums._fields if side == "row" else COLUMN_SUMS
-                constexprs |= {f"{side}_{name}": None for name in names if name not in present}
-                constexprs |= {f"{side}_threshold": None} if "active" not in present else {}
-            if "uniformity_sum" not in rows:
-                constexprs |= {"row_cosine": None, "column_cosine": None, "positive_score": None}
-            if not columns:
-                constexprs["staged"] = None
-            if "flag" not in options:
-                constexprs["flag"] = None
-            types = dict.fromkeys(pair_sums_kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
-            types |= {"flag": "*i32"} | dict.fromkeys(("rows", "columns", "row_tiles", "column_tiles"), "i32")
-            energies = ("softmax", "sigmoid", "hinge")
-            label = f"pair-sums-{DTYPE_NAMES[dtype]}-{dim}-{energies[energy]}-{name}{'-fixed' * fixed}"
-            entry = pointers_aligned(label, pair_sums_kernel, types, constexprs, chosen.options)
-            yield entry._replace(architectures=(10 * generation[0],))
-
-
-def _merge_entries() -> Iterator[AotEntry]:
-    types = dict.fromkeys(pair_merge_kernel.arg_names, "*fp32")
-    types |= {f"running_{name}": "*fp64" for name in _Sums._fields if name != "max"}
-    types |= {"running_num_above_positive": "*i64", "incomplete": "*i8", "flag": "*i32", "least": "fp32"}
-    types |= {"count": "i32", "partials": "i32"}
-    for name, present, none, fixed in (
-        ("every", _Sums._fields, ("incomplete", "flag"), False),
-        ("fixed", _Sums._fields, ("part_max",), True),
-        ("rerun", ("max", "sum"), ("flag",), False),
-        ("plain", ("sum",), ("incomplete", "flag"), False),
-    ):
-        lacking = [f"{way}_{field}" for way in ("running", "part") for field in _Sums._fields if field not in present]
-        constexprs = dict.fromkeys((*lacking, *none)) | {"FIXED": fixed, "BLOCK": MERGE_BLOCK}
-        yield pointers_aligned(f"pair-merge-{name}", pair_merge_kernel, types, constexprs, {"num_warps": 4})

@@ -7,17 +7,14 @@ partials of the splits, in their order, into the running sums.
 float16 kernels multiply the weights by a power of two, like the gradients in `tile_gradients`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sslkernels.contrastive.triton.score_tiles import (
     ENERGY_SOFTMAX,
-    absent_operands,
     block_scores,
     burden_of,
     config,
@@ -29,19 +26,10 @@ from sslkernels.contrastive.triton.score_tiles import (
     load_features,
     masked,
     narrowed,
-    operand_types,
     operands,
     row_scale,
 )
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    capability,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import capability, next_power_of_2, on_device_of, processors
 from sslkernels.core.triton.numerics import exp_flushed
 from sslkernels.core.triton.products import splits
 
@@ -174,42 +162,3 @@ def add_weighted_sums(tile: Any, rows: Any, weighted: Tensor, weighted_u: Tensor
 def _merge_blocks(dim: int) -> dict[str, int]:
     depth = next_power_of_2(dim)
     return {"BLOCK_M": max(MERGE_SIZE // depth, 1), "BLOCK_D": depth}
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    options = ("norm", "bias", "self", "id")
-    for name, dtype, dim, present in (
-        ("plain", torch.bfloat16, 256, ("norm",)),
-        ("plain", torch.bfloat16, 128, ("norm",)),
-        ("plain", torch.float16, 64, ("norm",)),
-        ("bare", torch.bfloat16, 128, ()),
-        ("every", torch.float16, 250, options),
-        ("every", torch.float16, 128, options),
-        ("every", torch.bfloat16, 64, options),
-        ("ragged", torch.bfloat16, 19, ("norm",)),
-        ("ragged", torch.float16, 1, ("norm",)),
-        ("every", torch.float16, 100, options),
-        ("plain", torch.float32, 256, ("norm",)),
-        ("every", torch.float32, 250, options),
-        ("plain", torch.float32, 128, ("norm",)),
-        ("plain", torch.float32, 64, ("norm",)),
-    ):
-        for generation in ((8, 0), (9, 0), (10, 0)):
-            size = 8192 if dim % 16 == 0 else 8191
-            burden = int("self" in present)
-            chosen = config("weighted", ENERGY_SOFTMAX, size, size, dim, dtype, generation, burden)
-            constexprs = {"DIM": dim, "EVEN": dim % 16 == 0} | chosen.constexprs | absent_operands(present)
-            if dtype != torch.float16:
-                constexprs["gain"] = None
-            types = dict.fromkeys(pair_weighted_sums_kernel.arg_names, "*fp32") | operand_types(DTYPE_NAMES[dtype])
-            types |= dict.fromkeys(("rows", "columns", "column_tiles"), "i32")
-            label = f"pair-weighted-sums-{DTYPE_NAMES[dtype]}-{dim}-{name}"
-            entry = pointers_aligned(label, pair_weighted_sums_kernel, types, constexprs, chosen.options)
-            yield entry._replace(architectures=(10 * generation[0],))
-    types = dict.fromkeys(pair_weighted_merge_kernel.arg_names, "*fp32")
-    types |= {"running_sum": "*fp64", "rows": "i32", "partials": "i32"}
-    for dim in (19, 256):
-        constexprs = {"DIM": dim} | _merge_blocks(dim)
-        yield pointers_aligned(
-            f"pair-weighted-merge-{dim}", pair_weighted_merge_kernel, types, constexprs, {"num_warps": 4}
-        )

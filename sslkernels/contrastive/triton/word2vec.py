@@ -3,20 +3,12 @@ of BLOCK_K candidates (the context and the negatives) in registers for their sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    accumulation_dtype,
-    dim_aligned,
-    next_power_of_2,
-    pointers_aligned,
-)
+from sslkernels.core.triton.launch import next_power_of_2
 from sslkernels.core.triton.numerics import log1p
 
 ELEMENTS = 4096  # of rows in the registers of a program, more only where a single row is longer
@@ -116,21 +108,3 @@ def negative_sampling_fwd(tables: Any, indices: Any, exclude_positive: bool, out
         dim, EXCLUDE_POSITIVE=exclude_positive, WRITE_SLOPES=write_slopes, WRITE_DIRECTION=write_direction,
         **constexprs, **options,
     )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    for dtype, name in DTYPE_NAMES.items():
-        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-        for index, dim, negatives, gradient in (("i64", 128, 5, True), ("i32", 1000, 20, True), ("i64", 100, 5, False)):
-            types = dict.fromkeys(("center_ptr", "context_ptr", "negatives_ptr"), f"*{index}")
-            types |= dict.fromkeys(("center_weight_ptr", "context_weight_ptr"), f"*{name}")
-            types |= dict.fromkeys(("loss_ptr", "slopes_ptr", "direction_ptr"), acc)
-            types |= dict.fromkeys(("negatives", "center_rows", "context_rows", "dim"), "i32")
-            constexprs, options = config(dim, 1 + negatives)
-            constants = {"EXCLUDE_POSITIVE": gradient, "WRITE_SLOPES": gradient, "WRITE_DIRECTION": gradient}
-            if not gradient:
-                constants |= {"slopes_ptr": None, "direction_ptr": None}
-            label = f"negative_sampling-{name}-{index}-{dim}-{negatives}{'-grad' if gradient else ''}"
-            constants |= constexprs
-            entry = pointers_aligned(label, negative_sampling_fwd_kernel, types, constants, options)
-            yield dim_aligned(entry) if dim % 16 == 0 else entry

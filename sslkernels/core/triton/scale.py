@@ -1,13 +1,10 @@
 """Multiplies a tensor in place by a scalar on the device; if it is 1, the tensor is not even read."""
 
-from collections.abc import Iterator
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, accumulation_dtype, on_device_of, pointers_aligned
+from sslkernels.core.triton.launch import on_device_of
 
 BLOCK = 4096
 
@@ -28,10 +25,3 @@ def scale_(values: Tensor, scale: Tensor) -> None:
         return
     with on_device_of(values):
         scale_kernel[(triton.cdiv(count, BLOCK),)](values, scale, count, BLOCK=BLOCK, num_warps=8)
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        name = DTYPE_NAMES[dtype]
-        types = {"values_ptr": f"*{name}", "scale_ptr": f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}", "count": "i64"}
-        yield pointers_aligned(f"scale-{name}", scale_kernel, types, {"BLOCK": BLOCK}, {"num_warps": 8})

@@ -4,20 +4,11 @@ second kernel adds up the partial sums in the order of the chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    accumulation_dtype,
-    dim_aligned,
-    next_power_of_2,
-    pointers_aligned,
-)
+from sslkernels.core.triton.launch import next_power_of_2
 
 BLOCK_E = 16  # entries per chunk
 BLOCK_BYTES = 512  # most bytes of a row per program, in the accumulation dtype
@@ -142,24 +133,3 @@ def weighted_row_sums(
     weighted_row_sums_finish_kernel[grid](
         keys, starts, out, partials, entries, rows, dim, BLOCK_E=BLOCK_E, BLOCK_P=BLOCK_P, BLOCK_D=block_d, **OPTIONS
     )
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    sizes = dict.fromkeys(("entries", "rows", "source_rows", "dim", "entries_per_source"), "i32")
-    for dtype, name in DTYPE_NAMES.items():
-        acc = DTYPE_NAMES[accumulation_dtype(dtype)]
-        types = sizes | {"keys_ptr": "*i32", "order_ptr": "*i64", "starts_ptr": "*i64", "source_index_ptr": "*i64"}
-        types |= {"coefficient_ptr": f"*{acc}", "partials_ptr": f"*{acc}", "out_ptr": f"*{name}"}
-        block_d = BLOCK_BYTES // accumulation_dtype(dtype).itemsize
-        constants = {"BLOCK_E": BLOCK_E, "BLOCK_D": block_d, "BLOCK_P": BLOCK_P}
-        by_index = {**constants, "HAS_INDEX": True}
-        direct = {**constants, "HAS_INDEX": False, "source_index_ptr": None}
-        kernel, finish = weighted_row_sums_kernel, weighted_row_sums_finish_kernel
-        entries = (
-            pointers_aligned(f"row_sums-{name}-index", kernel, types | {"source_ptr": f"*{name}"}, by_index, OPTIONS),
-            pointers_aligned(f"row_sums-{name}", kernel, types | {"source_ptr": f"*{acc}"}, direct, OPTIONS),
-            pointers_aligned(f"row_sums_finish-{name}", finish, types, constants, OPTIONS),
-        )
-        for entry in entries:
-            yield entry
-            yield dim_aligned(entry)

@@ -5,7 +5,6 @@ A program reduces a tile of results by candidates, of any strides, and reads eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,15 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    accumulation_dtype,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import next_power_of_2, on_device_of, processors
 from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, soft_weights
 
 LINE = 32  # at least this many adjacent results a tile, if the results are contiguous
@@ -165,43 +156,3 @@ def free_energy_bwd(grad_value: Tensor, energy: Tensor | None, state: Any, grad:
             grad_value, energy, *state, grad, *shape, *strides, *grad.stride(), float(options.beta),
             MINIMUM=energy is None, **constexprs, **launch_options(grad.dtype, constexprs),
         )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    sizes = ("outer", "count", "inner", "outer_stride", "count_stride", "inner_stride")
-    sizes += ("grad_outer_stride", "grad_count_stride", "grad_inner_stride")
-    for dtype, name in DTYPE_NAMES.items():
-        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-        types = dict.fromkeys(("value_ptr", "lowest_ptr", "total_ptr", "grad_value_ptr"), acc)
-        types |= dict.fromkeys(("energy_ptr", "grad_ptr"), f"*{name}") | {"winner_ptr": "*i64"}
-        types |= dict.fromkeys(sizes, "i32") | {"beta": "fp64", "inverse": "fp64"}
-        for shape, unit in (
-            ((65536, 8, 1), "count"),
-            ((4096, 1000, 1), "count"),
-            ((4096, 1024, 1), "count"),
-            ((16, 64, 4096), "inner"),
-            ((2, 16, 1 << 20), "inner"),
-        ):
-            constexprs = config(dtype, shape, 1 if unit == "inner" else shape[1], 264)
-            one = {f"{unit}_stride": 1, f"grad_{unit}_stride": 1} | ({"inner": 1} if shape[2] == 1 else {})
-            for minimum in (False, True):
-                absent = ("lowest_ptr", "total_ptr") if minimum else ("winner_ptr",)
-                constants = {"MINIMUM": minimum, "STATE": True, **constexprs, **one, **dict.fromkeys(absent)}
-                label = f"{name}-{'x'.join(map(str, shape))}-{'min' if minimum else 'soft'}"
-                chosen = launch_options(dtype, constexprs)
-                yield _multiples_of_16(
-                    pointers_aligned(f"free_energy-{label}", free_energy_fwd_kernel, types, constants, chosen), shape
-                )
-                if minimum:
-                    constants["energy_ptr"] = None
-                yield _multiples_of_16(
-                    pointers_aligned(f"free_energy_bwd-{label}", free_energy_bwd_kernel, types, constants, chosen),
-                    shape,
-                )
-
-
-def _multiples_of_16(entry: AotEntry, shape: tuple[int, int, int]) -> AotEntry:
-    if shape[1] % 16 != 0:
-        return entry
-    sizes = [name for name, kind in entry.signature.items() if kind == "i32" and name != "outer"]
-    return entry._replace(aligned=(*entry.aligned, *sizes))

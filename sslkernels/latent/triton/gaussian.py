@@ -7,7 +7,6 @@ order; sums over rows and columns reshape it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, accumulation_dtype, next_power_of_2, pointers_aligned
+from sslkernels.core.triton.launch import next_power_of_2
 from sslkernels.core.triton.numerics import exp_any, expm1_terms
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
@@ -343,55 +342,3 @@ def gaussian_bwd(inputs: Any, options: Any, grads: Any, filled: Any, by_row: boo
         SAMPLE=grads.z is not None, KL=grads.kl is not None, **wanted, **shared,
         **_flags(inputs, options, by_row, shape),
     )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    variants: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "one-kl": {"BY_ROW": False},
-        "odd": {"HAS_ROW_IDS": True},
-        "prior": {"PRIOR": True, "FREE": True, "BOUNDED": True},
-        "shared": {"PRIOR": True, "SHARED_PRIOR_MEAN": True, "SHARED_PRIOR_LOGVAR": True, "STATISTICS": True},
-        "kl": {"SAMPLE": False, "STATISTICS": True},
-        "z": {"KL": False},
-    }
-    for dtype, name in DTYPE_NAMES.items():
-        acc = DTYPE_NAMES[accumulation_dtype(dtype)]
-        types = {"row_ids_ptr": "*i64", "seed_ptr": "*i64", **dict.fromkeys(("free_bits", "low", "high"), "fp64")}
-        for kernel in (gaussian_fwd_kernel, gaussian_bwd_kernel):
-            for argument in kernel.arg_names:
-                if argument.endswith("_ptr"):
-                    types.setdefault(argument, f"*{name}")
-                elif argument == argument.lower():
-                    types.setdefault(argument, "i32")
-        types |= {"kl_ptr": f"*{acc}", "statistics_ptr": f"*{acc}", "grad_kl_ptr": f"*{acc}"}
-        for label, changes in variants.items():
-            yield from _variant(dtype, label, dict(types), changes)
-
-
-def _variant(dtype: torch.dtype, kind: str, types: dict[str, str], changes: dict[str, Any]) -> Iterator[AotEntry]:
-    flags: dict[str, Any] = dict.fromkeys(("SAMPLE", "KL", "BY_ROW"), True)
-    flags |= dict.fromkeys(("STATISTICS", "PRIOR", "FREE", "BOUNDED", "HAS_ROW_IDS"), False)
-    flags |= dict.fromkeys(("SHARED_PRIOR_MEAN", "SHARED_PRIOR_LOGVAR"), False)
-    flags |= changes
-    flags |= {"WANT_MEAN": True, "WANT_LOGVAR": True, "ACC": _acc(dtype)}
-    flags |= dict.fromkeys(("WANT_PRIOR_MEAN", "WANT_PRIOR_LOGVAR"), flags["PRIOR"])
-    absent = [] if flags["PRIOR"] else [n for n in types if "prior" in n and n.endswith("_ptr")]
-    absent += [] if flags["HAS_ROW_IDS"] else ["row_ids_ptr"]
-    absent += [] if flags["SAMPLE"] else ["z_ptr", "grad_z_ptr", "seed_ptr"]
-    absent += [] if flags["KL"] else ["kl_ptr", "grad_kl_ptr"]
-    absent += [] if flags["STATISTICS"] else ["statistics_ptr"]
-    if flags["SHARED_PRIOR_MEAN"]:
-        sums = types["statistics_ptr"]
-        types |= {"grad_prior_mean_ptr": sums, "grad_prior_logvar_ptr": sums}
-    columns = 77 if kind == "odd" else 256
-    for direction, kernel in (("fwd", gaussian_fwd_kernel), ("bwd", gaussian_bwd_kernel)):
-        shape = config(dtype, columns, flags["STATISTICS"] if direction == "fwd" else flags["SHARED_PRIOR_MEAN"])
-        constants = flags | shape | dict.fromkeys(absent) | {"PAIRS": _pairs(dtype, shape)}
-        entry = pointers_aligned(
-            f"gaussian-{direction}-{DTYPE_NAMES[dtype]}-{kind}", kernel, types, constants, {"num_warps": 4}
-        )
-        if kind != "odd":
-            sizes = (n for n in entry.signature if n == "columns" or n.endswith("_stride"))
-            entry = entry._replace(aligned=(*entry.aligned, *sizes))
-        yield entry

@@ -8,7 +8,6 @@ few long rows do not fill a GPU (the CUDA kernel shares such a row among the blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,22 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    VECTOR_BYTES,
-    AotEntry,
-    Config,
-    accumulation_dtype,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-)
+from sslkernels.core.triton.launch import VECTOR_BYTES, Config, next_power_of_2, on_device_of
 from sslkernels.core.triton.numerics import exp_flushed
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
 
-NONE, SOFT, HARD = 0, 1, 2
-_SOFT = tl.constexpr(SOFT)
+_SOFT = tl.constexpr(1)  # an output; the others are none, 0, and hard, 2
 _NO_INDEX = tl.constexpr(2147483647)
 PROGRAMS = 1056  # of probability_sums: eight per multiprocessor of an H100
 NOT_SPECIALIZED = ["row_count", "columns", "groups", "chunk_rows"]
@@ -374,92 +363,3 @@ def probability_sums(logits: Tensor, softmax_state: Any, mask: Tensor | None, pa
             rows, columns, logits.stride(0), groups, chunk,
             HAS_MASK=mask is not None, ALIGN=_align(logits), **chosen.constexprs, **chosen.options,
         )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    for dtype, columns, output, stats in (
-        (torch.float32, 8192, HARD, False),
-        (torch.float32, 8192, SOFT, False),
-        (torch.bfloat16, 320, NONE, True),
-        (torch.bfloat16, 50257, SOFT, False),
-        (torch.float16, 131072, HARD, True),
-        (torch.bfloat16, 4096, HARD, False),
-        (torch.float32, 3, SOFT, False),
-        (torch.float16, 7000, NONE, True),
-        (torch.float64, 1000, SOFT, True),
-        (torch.float64, 5000, NONE, True),
-    ):
-        for row_ids in (False, True):
-            yield _forward_entry(dtype, columns, output, stats, row_ids)
-    for dtype, columns, wide, usage in (
-        (torch.float32, 8192, False, False),
-        (torch.bfloat16, 320, True, True),
-        (torch.bfloat16, 320, True, False),
-        (torch.float16, 50257, False, False),
-        (torch.bfloat16, 131072, True, True),
-        (torch.float32, 3, False, True),
-        (torch.float64, 1000, False, True),
-        (torch.float64, 5000, False, True),
-    ):
-        for row_ids in (False, True):
-            yield _backward_entry(dtype, columns, wide, usage, row_ids)
-    for dtype in DTYPE_NAMES:
-        for columns, masked in ((320, True), (7, False), (131072, False)):
-            yield _sums_entry(dtype, columns, masked)
-
-
-def _shared(dtype: torch.dtype, columns: int) -> tuple[dict[str, str], dict[str, Any], str]:
-    """Types and constants of all kernels, and the end of an entry's name."""
-    acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-    vector = VECTOR_BYTES // dtype.itemsize
-    align = vector if columns % vector == 0 else 1
-    types = dict.fromkeys(("logits", "y", "grad", "grad_logits"), f"*{DTYPE_NAMES[dtype]}")
-    types |= dict.fromkeys(("max_out", "sum_out", "softmax_max_out", "softmax_sum_out", "max_in", "sum_in"), acc)
-    types |= dict.fromkeys(
-        ("softmax_max_in", "softmax_sum_in", "softmax_max", "softmax_sum", "grad_usage", "partial"), acc
-    )
-    types |= dict.fromkeys(("seed_ptr", "row_ids", "index_out", "best_out"), "*i64")
-    types |= dict.fromkeys(("row_count", "columns", "logits_stride", "grad_stride", "groups", "chunk_rows"), "i32")
-    types |= {"mask_ptr": "*u8", "inverse_tau_ptr": "*fp64"}
-    return types, {"ALIGN": align}, f"{DTYPE_NAMES[dtype]}-{columns}" + ("-aligned" if align > 1 else "")
-
-
-def _absent(constexprs: dict[str, Any], **names: bool) -> dict[str, Any]:
-    return constexprs | {name: None for name, present in names.items() if not present}
-
-
-def _forward_entry(dtype: torch.dtype, columns: int, output: int, stats: bool, row_ids: bool) -> AotEntry:
-    types, constants, end = _shared(dtype, columns)
-    chosen = config(columns, dtype)
-    flags = {"NOISE": not (stats and row_ids), "HAS_ROW_IDS": row_ids, "OUTPUT": output, "STATS": stats}
-    flags["WITH_INDEX"] = output == NONE
-    constants = _absent(
-        {**constants, **flags, **chosen.constexprs}, seed_ptr=flags["NOISE"], row_ids=row_ids, y=output != NONE,
-        index_out=output == NONE, best_out=stats, softmax_max_out=stats, softmax_sum_out=stats,
-    )  # fmt: skip
-    name = f"gumbel-fwd-{('none', 'soft', 'hard')[output]}" + "-stats" * stats + "-row_ids" * row_ids
-    return pointers_aligned(f"{name}-{end}", gumbel_rows_fwd_kernel, types, constants, chosen.options)
-
-
-def _backward_entry(dtype: torch.dtype, columns: int, wide: bool, usage: bool, row_ids: bool) -> AotEntry:
-    types, constants, end = _shared(dtype, columns)
-    if wide:
-        types["grad"] = types["grad_usage"]
-    chosen = config(columns, dtype)
-    flags = {"HAS_GRAD": not (usage and row_ids), "HAS_USAGE": usage, "HAS_MASK": usage and row_ids, "NOISE": True}
-    flags |= {"HAS_ROW_IDS": row_ids, "FLOAT64": dtype == torch.float64}
-    grad = flags["HAS_GRAD"]
-    constants = _absent(
-        {**constants, **flags, **chosen.constexprs}, grad=grad, max_in=grad, sum_in=grad, grad_usage=usage,
-        softmax_max_in=usage, softmax_sum_in=usage, mask_ptr=flags["HAS_MASK"], row_ids=row_ids,
-    )  # fmt: skip
-    name = "gumbel-bwd" + "-wide" * wide + "-usage" * usage + "-row_ids" * row_ids
-    return pointers_aligned(f"{name}-{end}", gumbel_rows_bwd_kernel, types, constants, chosen.options)
-
-
-def _sums_entry(dtype: torch.dtype, columns: int, masked: bool) -> AotEntry:
-    types, constants, end = _shared(dtype, columns)
-    chosen = sums_config(columns, dtype)
-    constants = _absent({**constants, "HAS_MASK": masked, **chosen.constexprs}, mask_ptr=masked)
-    name = f"probability-sums-{end}" + "-mask" * masked
-    return pointers_aligned(name, probability_sums_kernel, types, constants, chosen.options)

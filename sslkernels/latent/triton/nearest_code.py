@@ -14,29 +14,16 @@ truncate sums to 24 bits or a few more, aligned to the largest term: each of the
 most 2^-23 of |x| |c|; `HALF_ROUNDING` is four times that. Products that may overflow have an infinite e.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    Config,
-    capability,
-    dim_aligned,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import Config, capability, next_power_of_2, on_device_of, processors
 from sslkernels.core.triton.products import feature_offsets, splits, tile_products
 
-METRIC_L2, METRIC_COSINE, METRIC_DOT = 0, 1, 2
-L2 = tl.constexpr(METRIC_L2)
-COSINE = tl.constexpr(METRIC_COSINE)
+# Metrics that the kernels compare with; the third is the dot product.
+L2, COSINE = tl.constexpr(0), tl.constexpr(1)
 NOT_SPECIALIZED = ["rows", "codes", "tiles_per_split", "splits", "count"]
 
 FLOAT_ROUNDING = 2.0**-24
@@ -271,40 +258,3 @@ def best_codes(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, sc
             input, codebook, *partials, indices, score, rows, codes, dim, count, tiles,
             TILE=chosen.constexprs["BLOCK_N"], METRIC=metric, **exact.constexprs, **exact.options,
         )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    types = dict.fromkeys(("rows", "codes", "count", "dim", "splits", "tiles_per_split"), "i32")
-    types |= dict.fromkeys(("square", "underflow", "product"), "fp32")
-    floats = ("norm", "factor", "constant", "number", "best_out", "second_out", "bound_out", "norm_out", "constant_out")
-    types |= dict.fromkeys((*floats, "number_out", "best_in", "second_in", "bound_in"), "*fp32")
-    types |= {"index_out": "*i32", "index_in": "*i32", "score_out": "*fp64"}
-    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
-    for dtype, metric, codes, dim in (
-        (bf16, METRIC_L2, 8192, 64),
-        (bf16, METRIC_COSINE, 1024, 256),
-        (bf16, METRIC_DOT, 512, 100),
-        (fp16, METRIC_L2, 8192, 64),
-        (fp32, METRIC_L2, 8192, 64),
-        (fp32, METRIC_DOT, 512, 100),
-    ):
-        name = DTYPE_NAMES[dtype]
-        of_dtype = types | dict.fromkeys(("input", "codebook", "vectors"), f"*{name}")
-        label = f"{name}-{('l2', 'cosine', 'dot')[metric]}-{codes}x{dim}"
-        for generation in ((8, 0), (9, 0), (10, 0)):
-            chosen = config(65536, codes, dim, dtype, generation)
-            constants = {"DIM": dim, "METRIC": metric, **chosen.constexprs}
-            entry = pointers_aligned(f"code-search-{label}", best_codes_kernel, of_dtype, constants, chosen.options)
-            yield entry._replace(architectures=(10 * generation[0],))
-    for dtype, metric, dim in ((fp32, METRIC_L2, 64), (bf16, METRIC_COSINE, 256), (fp16, METRIC_DOT, 100)):
-        name = DTYPE_NAMES[dtype]
-        of_dtype = types | dict.fromkeys(("input", "codebook", "vectors"), f"*{name}") | {"index_out": "*i64"}
-        exact, norms = exact_config(dim), norm_config(dim)
-        rows_alone = {"constant_out": None, "number_out": None} if metric == METRIC_DOT else {}
-        for label, kernel, constants, options in (
-            ("resolve-codes", resolve_codes_kernel, {"TILE": 128, **exact.constexprs}, exact.options),
-            ("code-norms", code_norms_kernel, norms.constexprs | rows_alone, norms.options),
-        ):
-            constants = {"METRIC": metric, **constants}
-            entry = pointers_aligned(f"{label}-{name}-{dim}", kernel, of_dtype, constants, options)
-            yield dim_aligned(entry) if dim % 16 == 0 else entry

@@ -7,7 +7,6 @@ second kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    accumulation_dtype,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import next_power_of_2, on_device_of, processors
 from sslkernels.latent.triton.energy_sums import add_energies, lower_energies, soft_value, soft_weights
 
 MOST_COLUMNS = 1 << 16  # features a program sums: few enough for float32
@@ -262,40 +253,3 @@ def prediction_energy_bwd(grad_value: Tensor, inputs: Any, weights: Tensor, grad
         )  # fmt: skip
     if grad_target is not None and plan.parts > 1:
         grad_target.copy_(target_parts.sum(0))
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    sizes = ("batch", "count", "dim", "parts", "batch_stride", "count_stride", "target_stride")
-    sizes += ("grad_batch_stride", "grad_count_stride")
-    for dtype, name in DTYPE_NAMES.items():
-        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-        types = dict.fromkeys(("value_ptr", "weights_ptr", "parts_ptr", "grad_value_ptr"), acc)
-        types |= dict.fromkeys(("prediction_ptr", "target_ptr", "grad_prediction_ptr", "grad_target_ptr"), f"*{name}")
-        types |= dict.fromkeys(sizes, "i32") | {"beta": "fp64", "inverse": "fp64"}
-        for shape in ((4096, 8, 512), (65536, 10, 24), (8, 64, 1 << 20)):
-            label = f"{name}-{'x'.join(map(str, shape))}"
-            forward, backward = plan_fwd(dtype, *shape, 528), plan_bwd(dtype, *shape, 528)
-            for minimum in (False, True):
-                constants = {**forward.constexprs, "MINIMUM": minimum, "WEIGHTS": True}
-                if forward.constexprs["FUSED"]:
-                    constants["parts_ptr"] = None
-                yield _multiple_of_16(
-                    pointers_aligned(
-                        f"prediction_energy-{label}-{'min' if minimum else 'soft'}", prediction_energy_fwd_kernel,
-                        types, constants, forward.options,
-                    ), shape[2],
-                )  # fmt: skip
-            constants = {**backward.constexprs, "WANT_PREDICTION": True, "WANT_TARGET": True}
-            entry = pointers_aligned(
-                f"prediction_energy_bwd-{label}", prediction_energy_bwd_kernel, types, constants, backward.options
-            )
-            yield _multiple_of_16(entry, shape[2])
-        for minimum in (False, True):
-            constants = {"MINIMUM": minimum, "WEIGHTS": True, "BLOCK_K": FINISH_BLOCK[accumulation_dtype(dtype)]}
-            label = f"prediction_energy_finish-{name}-{'min' if minimum else 'soft'}"
-            yield pointers_aligned(label, prediction_energy_finish_kernel, types, constants, {"num_warps": 4})
-
-
-def _multiple_of_16(entry: AotEntry, dim: int) -> AotEntry:
-    strides = [name for name in entry.signature if name == "dim" or name.endswith("_stride")]
-    return entry._replace(aligned=(*entry.aligned, *strides)) if dim % 16 == 0 else entry

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    Config,
-    accumulation_dtype,
-    dim_aligned,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-)
+from sslkernels.core.triton.launch import Config, next_power_of_2, on_device_of
 
 ELEMENTS = 1024  # elements per block of rows
 
@@ -106,15 +95,3 @@ def code_difference(coefficient: Tensor, input: Tensor, codebook: Tensor, index:
         code_difference_kernel[grid](
             coefficient, input, codebook, index, out, rows, dim, **chosen.constexprs, **chosen.options
         )
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    for (dtype, name), dim in zip(DTYPE_NAMES.items(), (64, 300, 100, 64), strict=True):
-        acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-        types = dict.fromkeys(("rows", "dim"), "i32") | dict.fromkeys(("distance", "coefficient"), acc)
-        types |= {"input": f"*{name}", "codebook": acc, "index": "*i64", "score": "*fp64"}
-        types |= dict.fromkeys(("values", "out"), f"*{name}")
-        chosen = config(dim)
-        for kernel, label in ((gather_codes_kernel, "gather-codes"), (code_difference_kernel, "code-difference")):
-            entry = pointers_aligned(f"{label}-{name}-{dim}", kernel, types, chosen.constexprs, chosen.options)
-            yield dim_aligned(entry) if dim % 16 == 0 else entry

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import DTYPE_NAMES, AotEntry, pointers_aligned
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import philox_words, token_groups
 
@@ -71,18 +67,3 @@ def random_stream(stream: str, seed: Tensor, row_ids: Tensor | None, sample: int
         seed, row_ids, out, rows, columns, groups, sample,
         STREAM=stream, HAS_ROW_IDS=row_ids is not None, WHOLE_GROUPS=columns % 4 == 0, BLOCK=BLOCK,
     )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    types = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "sample": "i64"}
-    types |= dict.fromkeys(("rows", "columns", "groups"), "i32")
-    streams = [("bits", "i32", "int32"), ("uniform", "fp32", "fp32"), ("exponential", "fp32", "fp32")]
-    streams += [(stream, kind, kind) for stream in ("gumbel", "normal") for kind in DTYPE_NAMES.values()]
-    for stream, kind, label in streams:
-        for has_row_ids, whole in ((False, True), (True, False)):
-            constants: dict[str, Any] = {"STREAM": stream, "HAS_ROW_IDS": has_row_ids, "WHOLE_GROUPS": whole}
-            constants |= {"BLOCK": BLOCK} if has_row_ids else {"BLOCK": BLOCK, "row_ids_ptr": None}
-            name = f"random-{stream}-{label}" + ("" if whole else "-row_ids-odd")
-            yield pointers_aligned(
-                name, random_stream_kernel, {**types, "out_ptr": f"*{kind}"}, constants, {"num_warps": 4}
-            )

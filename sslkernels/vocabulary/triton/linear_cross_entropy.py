@@ -6,7 +6,6 @@ combines these partial results in the order of the splits. The program whose spl
 its logit.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,17 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    Config,
-    capability,
-    float_types,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import Config, capability, next_power_of_2, on_device_of, processors
 from sslkernels.core.triton.numerics import shifted_moment
 from sslkernels.core.triton.products import tile_products
 from sslkernels.vocabulary.triton.softmax_row_kernels import log_probability, ranked, transformed
@@ -285,52 +274,3 @@ def stream_forward(
             BLOCK_M=REDUCE_ROWS,
             num_warps=4,
         )
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    none = dict.fromkeys(("HAS_INDEX", "HAS_BIAS", "HAS_WEIGHT", "HAS_SOFTCAP", "SMOOTHING", "STATS"), False)
-    every = dict.fromkeys(none, True)
-    for dtype, count, dim, flags in (
-        (torch.bfloat16, 8192, 768, none),
-        (torch.bfloat16, 8192, 2304, {**none, "HAS_BIAS": True, "STATS": True}),
-        (torch.bfloat16, 8192, 770, every),
-        (torch.float16, 16, 768, every),
-        (torch.float32, 8192, 768, none),
-        (torch.float32, 8192, 770, every),
-    ):
-        used = "-".join(flag.lower() for flag in none if flags[flag])
-        name = "-".join(part for part in (DTYPE_NAMES[dtype], f"{count}x{dim}", used) if part)
-        for generation in ((8, 0), (9, 0), (10, 0)):
-            chosen = config(count, dim, dtype, generation, plain=flags is none)
-            constexprs = {**flags, **chosen.constexprs, "DIM": dim}
-            entry = _aot_entry(f"stream-{name}", linear_cross_entropy_stream_kernel, dtype, constexprs, chosen.options)
-            yield entry._replace(architectures=(10 * generation[0],))
-    for flags in (none, every):
-        constexprs = {**flags, "BLOCK_M": REDUCE_ROWS}
-        del constexprs["HAS_BIAS"], constexprs["HAS_SOFTCAP"]
-        name = "every" if flags is every else "plain"
-        yield _aot_entry(
-            f"reduce-{name}", linear_cross_entropy_reduce_kernel, torch.float32, constexprs, {"num_warps": 4}
-        )
-
-
-def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
-    """An entry of either kernel: its arguments select among the types of both."""
-    types = dict.fromkeys(kernel.arg_names, "*fp32")
-    types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
-    types |= dict.fromkeys(("target", "row_index", "prediction"), "*i64")
-    types |= dict.fromkeys(("best_col_in", "best_col_out"), "*i32")
-    types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
-    types |= float_types(kernel)
-    flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "row_index": "HAS_INDEX", "weight_sum": "SMOOTHING"}
-    flags |= {f"{part}_{way}": "STATS" for part in ("moment", "best", "best_col") for way in ("in", "out")}
-    flags |= {f"{part}_{way}": "SMOOTHING" for part in ("smooth", "weights") for way in ("in", "out")}
-    absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
-    return strides_aligned(pointers_aligned(name, kernel, types, {**constexprs, **absent}, options))
-
-
-def strides_aligned(entry: AotEntry) -> AotEntry:
-    """The entry for contiguous operands: their strides are multiples of 16 if DIM is."""
-    if entry.constexprs.get("DIM", 1) % 16:
-        return entry
-    return entry._replace(aligned=(*entry.aligned, "input_stride", "weight_stride"))

@@ -5,26 +5,17 @@ sum of exponentials relative to it, and the largest sum of logit and noise with 
 per row and split are then combined in the order of the splits.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    AotEntry,
-    Config,
-    capability,
-    next_power_of_2,
-    pointers_aligned,
-    processors,
-)
+from sslkernels.core.triton.launch import Config, capability, next_power_of_2, processors
 from sslkernels.core.triton.products import tile_products
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
-from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab, strides_aligned
+from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
 
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
 
@@ -126,24 +117,3 @@ def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
     lse = (row_max + sum_exp.log()).logsumexp(0)
     outputs.index.copy_(column.gather(0, winner)[0])
     torch.sub(logit.gather(0, winner)[0], lse, out=outputs.logprob)
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    for dtype, count, dim, has_bias in (
-        (torch.bfloat16, 8192, 768, True),
-        (torch.bfloat16, 1, 4096, False),
-        (torch.float16, 64, 770, True),
-        (torch.float32, 8192, 768, True),
-        (torch.float32, 5, 70, False),
-    ):
-        name = f"linear-sample-{DTYPE_NAMES[dtype]}-{count}x{dim}" + ("-bias" if has_bias else "")
-        for generation in ((8, 0), (9, 0), (10, 0)):
-            chosen = config(count, dim, dtype, generation)
-            constexprs = {**chosen.constexprs, "DIM": dim, "HAS_BIAS": has_bias}
-            constexprs |= {} if has_bias else {"bias": None}
-            types = dict.fromkeys(linear_sample_kernel.arg_names, "*fp32")
-            types |= dict.fromkeys(("input", "linear_weight"), f"*{DTYPE_NAMES[dtype]}")
-            types |= dict.fromkeys(("seed_ptr", "row_ids"), "*i64") | {"column_out": "*i32", "scale": "fp32"}
-            types |= dict.fromkeys((*NOT_SPECIALIZED, "input_stride", "weight_stride"), "i32")
-            entry = pointers_aligned(name, linear_sample_kernel, types, constexprs, chosen.options)
-            yield strides_aligned(entry)._replace(architectures=(10 * generation[0],))

@@ -7,14 +7,12 @@ scans the maps of the state block by block, since maps of {0, 1} to itself compo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sslkernels.core.triton.launch import AotEntry, pointers_aligned
 from sslkernels.random.triton.philox import philox_words, token_groups
 
 BLOCK = 128  # groups of four tokens per program, or per step of a row
@@ -197,18 +195,3 @@ def mask_tokens(inputs: Any, outputs: Any, rule: Any, chained: bool) -> None:
             input_ids, inputs.seed, special, inputs.row_ids, outputs.input_ids, outputs.labels,
             rows, columns, groups, rule.select, *actions, **flags, RANGES=rule.ranges, BLOCK=BLOCK,
         )  # fmt: skip
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    scalars = dict.fromkeys(_SCALARS, "i64") | {"groups": "i32", "rows": "i32", "columns": "i32"}
-    tensors = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "special_mask_ptr": "*u8", "word_ids_ptr": "*i32"}
-    for ids in ("i64", "i32"):
-        types = scalars | tensors | dict.fromkeys(("ids_ptr", "output_ids_ptr", "labels_ptr"), f"*{ids}")
-        for optional in (False, True):
-            constants: dict[str, Any] = {"RANGES": (0, 1, 100, 104), "BLOCK": BLOCK}
-            constants |= dict.fromkeys(("HAS_SPECIAL_MASK", "HAS_ROW_IDS", "HAS_WORDS"), optional)
-            if not optional:
-                constants |= {"special_mask_ptr": None, "row_ids_ptr": None, "word_ids_ptr": None}
-            for kernel in (mask_tokens_kernel, mask_tokens_chain_kernel):
-                name = f"{kernel.__name__.removesuffix('_kernel')}-{ids}{'-optional' if optional else ''}"
-                yield pointers_aligned(name, kernel, types, constants, {"num_warps": 4})

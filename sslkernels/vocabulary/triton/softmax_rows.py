@@ -1,22 +1,11 @@
 """Cross-entropy of rows of logits: the launchers of the kernels in `softmax_row_kernels`."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sslkernels.core.triton.launch import (
-    DTYPE_NAMES,
-    VECTOR_BYTES,
-    AotEntry,
-    Config,
-    accumulation_dtype,
-    float_types,
-    next_power_of_2,
-    on_device_of,
-    pointers_aligned,
-)
+from sslkernels.core.triton.launch import VECTOR_BYTES, Config, accumulation_dtype, next_power_of_2, on_device_of
 from sslkernels.vocabulary.triton.softmax_row_kernels import (
     cross_entropy_rows_bwd_kernel,
     cross_entropy_rows_fwd_kernel,
@@ -147,47 +136,3 @@ def _flags(logits, bias, weight, options, grad) -> dict[str, Any]:
         "GRAD_ALIGNED": grad is not None and (logits.stride(0) - grad.stride(0)) % vector == 0,
         "VECTOR": vector,
     }
-
-
-def aot_signatures() -> Iterator[AotEntry]:
-    none, every = dict.fromkeys(OPTIONS, False), dict.fromkeys(OPTIONS, True)
-    for dtype, aligned, stats, write, vocab, flags in (
-        (torch.bfloat16, False, False, True, 30522, none),
-        (torch.bfloat16, False, True, True, 4000, every),
-        (torch.bfloat16, True, False, True, 128256, none),
-        (torch.bfloat16, False, True, True, 128256, every),
-        (torch.bfloat16, True, True, False, 128256, none),
-        (torch.float16, True, False, False, 30522, none),
-        (torch.float16, False, True, True, 50265, {**none, "SMOOTHING": True}),
-        (torch.float32, False, False, True, 16000, none),
-        (torch.float32, False, True, True, 50265, every),
-        (torch.float64, False, True, True, 500, every),
-        (torch.float64, False, False, True, 50265, none),
-        (torch.float64, True, True, True, 50265, every),
-    ):
-        vector = VECTOR_BYTES // dtype.itemsize
-        shared = {**flags, "ROWS_ALIGNED": aligned, "GRAD_ALIGNED": write, "VECTOR": vector}
-        parts = (DTYPE_NAMES[dtype], vocab, "aligned" * aligned, "stats" * stats, "grad" * write)
-        name = "-".join(str(part) for part in (*parts, *(flag.lower() for flag in OPTIONS if flags[flag])) if part)
-        chosen = config(vocab, dtype, plain=not stats and flags is none, write_grad=write)
-        forward = {**shared, "STATS": stats, "WRITE_GRAD": write, **chosen.constexprs}
-        yield _aot_entry(f"fwd-{name}", cross_entropy_rows_fwd_kernel, dtype, forward, chosen.options)
-        if write:
-            chosen = backward_config(vocab, dtype)
-            backward = {**shared, **chosen.constexprs}
-            yield _aot_entry(f"bwd-{name}", cross_entropy_rows_bwd_kernel, dtype, backward, chosen.options)
-
-
-def _aot_entry(name, kernel, dtype, constexprs, options) -> AotEntry:
-    """An entry of either kernel: its arguments select among the types of both."""
-    acc = f"*{DTYPE_NAMES[accumulation_dtype(dtype)]}"
-    types = dict.fromkeys(kernel.arg_names, acc)
-    types |= dict.fromkeys(("logits", "grad"), f"*{DTYPE_NAMES[dtype]}") | dict.fromkeys(
-        ("target", "prediction"), "*i64"
-    )
-    types |= dict.fromkeys(("vocab", "logits_stride", "grad_stride", "coefficient_stride", "ignore_index"), "i32")
-    types |= float_types(kernel)
-    flags = {"bias": "HAS_BIAS", "weight": "HAS_WEIGHT", "weight_sum": "SMOOTHING"}
-    flags |= dict.fromkeys(("grad", "coefficient"), "WRITE_GRAD")
-    absent = {argument: None for argument, flag in flags.items() if not constexprs.get(flag, True)}
-    return pointers_aligned(name, kernel, types, {**constexprs, **absent}, options)

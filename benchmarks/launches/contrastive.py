@@ -1,0 +1,248 @@
+"""Tiles of pair scores, per-query negatives, and skip-gram with negative sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.launches.call import BF16, DTYPES, FP16, FP32, FP64, Call, binding, call, when
+from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs
+from sslkernels.contrastive.score_tiles import (
+    HINGE,
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    GradientOutputs,
+    Labels,
+    RowSums,
+    SideGrad,
+    Thresholds,
+    Tile,
+)
+from sslkernels.contrastive.triton.query_negatives import query_negatives
+from sslkernels.contrastive.triton.tile_gradients import add_gradients
+from sslkernels.contrastive.triton.tile_sums import add_sums
+from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
+from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
+from sslkernels.contrastive.word2vec import Indices, Outputs, Tables
+from sslkernels.core.dtypes import accumulation_dtype
+
+ENERGIES = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "hinge": HINGE}
+NONE, EVERY, BARE = "", "norm bias self id", "bare"  # parts of a tile
+LARGE, SMALL = (65536, 8192), (2048, 4096)  # SMALL has too few pairs for a fixed shift
+RAGGED, SMALL_RAGGED = (65532, 8188), (2044, 4092)
+
+
+def calls() -> Iterator[Call]:
+    yield from sum_calls()
+    yield from gradient_calls()
+    yield from weighted_calls()
+    yield from negative_calls()
+    for dtype in DTYPES:
+        yield call(negative_sampling, dtype, torch.int64, (128, 5), gradient=True)
+        if dtype == FP16:  # as bfloat16, but for the conversions
+            continue
+        yield call(negative_sampling, dtype, torch.int32, (1000, 20), gradient=True)
+        yield call(negative_sampling, dtype, torch.int64, (100, 5))
+    yield binding(negative_sampling, FP16, torch.int64, (1, 1), rows=1)
+    yield binding(negative_sampling, FP16, torch.int32, (16, 16), rows=32768, gradient=True)
+
+
+def tile_of(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str) -> Tile:
+    """parts: which of the norms, the bias, the labels of a sample itself and the ids there are, or BARE: no labels."""
+
+    def pair(part: str, dtype: torch.dtype) -> list[Tensor | None]:
+        return [when(part in parts, torch.empty(n, dtype=dtype)) for n in shape]
+
+    queries, candidates = (torch.empty(n, dim, dtype=dtype) for n in shape)
+    positives = [when(parts != BARE, torch.empty(n, dtype=torch.int32)) for n in shape]
+    labels = Labels(*positives, *pair("self", torch.int32), *pair("id", torch.int32))
+    products, bias = torch.empty(shape, dtype=dtype), when("bias" in parts, torch.empty(1))
+    norms = pair("norm", FP32)
+    return Tile(queries, candidates, products, *norms, torch.empty(1), bias, ENERGIES[energy], labels, "id" in parts)
+
+
+def numbers(count: int) -> Tensor:
+    return torch.empty(count, dtype=FP64)
+
+
+def sum_calls() -> Iterator[Call]:
+    for dtype, dim, energy, shape, parts, options in (
+        (BF16, 512, "softmax", SMALL, "norm", {"columns": True}),
+        (BF16, 512, "softmax", LARGE, "norm", {"columns": True}),
+        (BF16, 512, "softmax", SMALL, "norm", {}),
+        (BF16, 128, "softmax", LARGE, "norm", {}),
+        (BF16, 770, "softmax", SMALL_RAGGED, EVERY, {"columns": True, "statistics": True}),
+        (FP16, 64, "softmax", LARGE, EVERY, {"columns": True, "statistics": True}),
+        (FP32, 128, "softmax", SMALL, EVERY, {"columns": True, "statistics": True}),
+        (FP32, 128, "softmax", LARGE, "norm", {"columns": True}),
+        (BF16, 512, "softmax", SMALL, "norm self", {"columns": True}),
+        (BF16, 128, "softmax", LARGE, "norm self", {"columns": True}),
+        (BF16, 19, "softmax", SMALL_RAGGED, "norm", {"columns": True}),
+        (FP16, 768, "softmax", LARGE, "norm", {"columns": True}),
+        (BF16, 768, "sigmoid", LARGE, "norm bias", {}),
+        (FP16, 768, "sigmoid", LARGE, "norm bias id", {}),
+        (BF16, 768, "hinge", LARGE, "norm", {"columns": True}),
+        (FP32, 19, "hinge", RAGGED, NONE, {"columns": True}),
+    ):
+        yield call(sums, dtype, dim, energy, shape, parts, **options)
+    yield binding(sums, FP16, 64, "softmax", (1, 1), BARE, columns=True)
+    yield binding(sums, FP16, 64, "softmax", (1, 1), EVERY, columns=True, statistics=True)
+    yield binding(sums, BF16, 400, "sigmoid", (2, 1003), BARE)
+    yield binding(sums, BF16, 400, "sigmoid", (2, 16), EVERY)
+
+
+def sums(
+    dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str, *, columns: bool = False,
+    statistics: bool = False,
+) -> None:  # fmt: skip
+    """The sums of the rows, and of the columns; statistics: everything there is."""
+
+    def fields(count: int) -> tuple[Tensor | None, ...]:
+        most, active = when(energy == "softmax", torch.empty(count)), when(energy == "hinge", numbers(count))
+        return most, numbers(count), active, *[when(statistics, numbers(count))] * 2
+
+    rows, width = shape
+    of_rows = RowSums(
+        *fields(rows), when(statistics, numbers(rows)), when(statistics, torch.empty(rows, dtype=torch.int64))
+    )
+    thresholds = Thresholds(*(torch.empty(n) for n in shape), torch.empty(rows))
+    cosine_norms = torch.empty(rows), torch.empty(width)
+    of_columns = ColumnSums(*fields(width)) if columns else None
+    add_sums(tile_of(dtype, dim, energy, shape, parts), of_rows, of_columns, thresholds, cosine_norms)
+
+
+def gradient_calls() -> Iterator[Call]:
+    for dtype, dim, energy, shape, parts, options in (
+        # G is written.
+        (BF16, 768, "softmax", LARGE, "norm", {"columns": True}),
+        (BF16, 512, "softmax", LARGE, "norm", {}),
+        (FP16, 770, "softmax", RAGGED, EVERY, {"columns": True, "every": True}),
+        (FP32, 128, "softmax", LARGE, EVERY, {"columns": True, "every": True}),
+        (BF16, 768, "sigmoid", LARGE, EVERY, {"cost": True}),
+        (BF16, 768, "sigmoid", LARGE, "norm bias", {"cost": True}),
+        (FP32, 128, "sigmoid", LARGE, "norm bias", {"cost": True}),
+        (BF16, 768, "hinge", LARGE, "norm", {"columns": True}),
+        (BF16, 512, "softmax", LARGE, "norm self", {"columns": True}),
+        (BF16, 275, "softmax", RAGGED, "norm", {"columns": True}),
+        # Only sums of G.
+        (BF16, 128, "softmax", LARGE, "norm", {"columns": True, "of": "sums"}),
+        (BF16, 256, "sigmoid", LARGE, "norm bias", {"cost": True, "of": "sums"}),
+        # A program owns rows of a gradient.
+        (BF16, 128, "softmax", LARGE, "norm self", {"columns": True, "of": "queries"}),
+        (BF16, 256, "softmax", LARGE, "norm self", {"columns": True, "of": "queries"}),
+        (BF16, 256, "softmax", LARGE, "norm", {"columns": True, "of": "queries"}),
+        (BF16, 256, "softmax", SMALL, "norm", {"columns": True, "of": "queries"}),
+        (BF16, 128, "softmax", LARGE[::-1], "norm", {"columns": True, "of": "candidates"}),
+        (FP16, 250, "softmax", RAGGED, EVERY, {"columns": True, "every": True, "of": "queries"}),
+        (FP16, 64, "softmax", LARGE, EVERY, {"columns": True, "every": True, "of": "queries"}),
+        (BF16, 256, "sigmoid", LARGE, EVERY, {"cost": True, "of": "queries"}),
+        (FP16, 128, "sigmoid", LARGE, "norm bias", {"cost": True, "of": "queries"}),
+        (FP16, 64, "sigmoid", LARGE, EVERY, {"cost": True, "of": "queries"}),
+        (BF16, 256, "sigmoid", LARGE[::-1], "norm bias", {"of": "candidates"}),
+        (FP16, 128, "hinge", LARGE, "norm", {"columns": True, "of": "queries"}),
+        (BF16, 1, "softmax", RAGGED, NONE, {"of": "queries"}),
+    ):
+        yield call(gradients, dtype, dim, energy, shape, parts, **options)
+    for dtype, dim in ((FP16, 64), (BF16, 400)):
+        yield binding(gradients, dtype, dim, "softmax", (1, 1), BARE, columns=True)
+        yield binding(gradients, dtype, dim, "softmax", (2, 16), EVERY, columns=True, every=True)
+
+
+def gradients(
+    dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str, *, columns: bool = False,
+    every: bool = False, cost: bool = False, of: str = "queries candidates",
+) -> None:  # fmt: skip
+    """columns: the energy also has a part of the columns; of: whose gradients are wanted, or only the sums of G."""
+
+    def side(count: int) -> SideGrad:
+        return SideGrad(*[torch.empty(count)] * (4 if every else 1 if energy == "sigmoid" else 2))
+
+    rows, width = shape
+    row, column = side(rows), side(width) if columns else SideGrad()
+    outputs = GradientOutputs(
+        numbers(rows), numbers(rows), when("queries" in of, torch.empty(rows, dim)),
+        when("candidates" in of, torch.empty(width, dim)), RowSums(None, numbers(rows), *[None] * 5) if cost else None,
+    )  # fmt: skip
+    add_gradients(tile_of(dtype, dim, energy, shape, parts), row, column, outputs)
+
+
+def weighted_calls() -> Iterator[Call]:
+    for dtype, dim, parts in (
+        (BF16, 256, "norm"),
+        (BF16, 128, "norm"),
+        (FP16, 64, "norm"),
+        (BF16, 128, NONE),
+        (FP16, 250, EVERY),
+        (FP16, 128, EVERY),
+        (BF16, 64, EVERY),
+        (BF16, 19, "norm"),
+        (FP16, 1, "norm"),
+        (FP16, 100, EVERY),
+        (FP32, 256, "norm"),
+        (FP32, 250, EVERY),
+        (FP32, 128, "norm"),
+        (FP32, 64, "norm"),
+    ):
+        yield call(weighted_sums, dtype, dim, LARGE if dim % 16 == 0 else RAGGED, parts)
+    yield binding(weighted_sums, FP16, 64, (1, 1), BARE)
+    yield binding(weighted_sums, FP16, 64, (2, 1003), EVERY)
+
+
+def weighted_sums(dtype: torch.dtype, dim: int, shape: tuple[int, int], parts: str) -> None:
+    tile = tile_of(dtype, dim, "softmax", shape, parts)._replace(ids_positive=False)
+    rows = RowSums(torch.empty(shape[0]), numbers(shape[0]), *[None] * 5)
+    add_weighted_sums(tile, rows, torch.empty(shape[0], dim), torch.empty(shape[0]))
+
+
+def negative_calls() -> Iterator[Call]:
+    plain = "norm reference gradient"
+    every = f"{plain} mask bias smoothing scores"
+    for dtype, shape, energy, parts in (
+        (BF16, (32, 1024), "softmax", plain),
+        (BF16, (16, 1024), "softmax", every),
+        (BF16, (256, 768), "softmax", plain),
+        (BF16, (16, 1024), "softmax", f"{plain} final"),
+        (BF16, (8, 512), "sigmoid", every),
+        (BF16, (16, 40000), "softmax", every),
+        (FP16, (32, 512), "hinge", every),
+        (FP16, (7, 300), "softmax", "reference"),
+        (FP32, (32, 256), "softmax", every),
+        (FP32, (4, 2048), "softmax", every),
+        (FP32, (5, 128), "sigmoid", plain),
+        (FP32, (256, 768), "softmax", every),
+        (FP64, (8, 100), "softmax", every),
+        (FP64, (33, 3000), "sigmoid", every),
+    ):
+        yield call(negatives, dtype, shape, energy, parts)
+    yield binding(negatives, BF16, (1, 1), "softmax", every)
+    yield binding(negatives, BF16, (1, 1), "sigmoid", NONE)
+
+
+def negatives(dtype: torch.dtype, shape: tuple[int, int], energy: str, parts: str) -> None:
+    """parts: which optional inputs and outputs there are."""
+    rows, (count, dim), acc = 4099, shape, accumulation_dtype(dtype)
+
+    def of_rows(part: str) -> Tensor | None:
+        return when(part in parts, torch.empty(rows, dtype=acc))
+
+    query, candidates = torch.empty(rows, dim, dtype=dtype), torch.empty(rows, count, dim, dtype=dtype)
+    mask, one = when("mask" in parts, torch.empty(rows, count, dtype=torch.bool)), torch.empty(1, dtype=acc)
+    inputs = NegativeInputs(query, candidates, mask, of_rows("norm"), one, when("bias" in parts, one))
+    merge = (of_rows("reference"), of_rows("gradient"), of_rows("smoothing"), "final" in parts)
+    outputs = empty_outputs(query, candidates, "gradient" in parts, True, True, "scores" in parts)
+    query_negatives(inputs, RowMerge(ENERGIES[energy], *merge), outputs)
+
+
+def negative_sampling(
+    dtype: torch.dtype, ids: torch.dtype, shape: tuple[int, int], rows: int = 30001, gradient: bool = False
+) -> None:
+    """shape: the columns of the tables, and the negatives of a pair."""
+    (dim, count), pairs, acc = shape, 4099, accumulation_dtype(dtype)
+    tables = Tables(*[torch.empty(rows, dim, dtype=dtype)] * 2)
+    indices = Indices(*(torch.empty(size, dtype=ids) for size in ((pairs,), (pairs,), (pairs, count))))
+    shapes = ((pairs, 1 + count), (pairs, dim)) if gradient else ((0,), (0,))
+    outputs = Outputs(torch.empty(pairs, dtype=acc), *(torch.empty(size, dtype=acc) for size in shapes))
+    negative_sampling_fwd(tables, indices, gradient, outputs)

@@ -1,0 +1,85 @@
+"""Every Triton kernel compiles for every architecture as its launchers call it, within its registers and memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import triton_launches
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes that ptxas of CUDA 12.8 spills.
+SPILLED = {
+    "pair_gradient_tile bf16 256 sigmoid 8192x65536 norm bias candidates": 16,
+    "prediction_energy_bwd fp64 65536x10x24 soft": 8,
+    "prediction_energy_fwd fp64 4096x8x512 min": 8,
+    "prediction_energy_fwd fp64 4096x8x512 soft": 8,
+}
+MATMULS = {
+    "best_codes_kernel",
+    "linear_cross_entropy_stream_kernel",
+    "linear_sample_kernel",
+    "pair_gradient_owner_kernel",
+    "pair_gradient_tile_kernel",
+    "pair_sums_kernel",
+    "pair_weighted_sums_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """What the program prints, in a process where kernels are compiled, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    program = [sys.executable, "-m", "benchmarks.triton_resources"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def named(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{row['name']} sm_{row['architecture']}" for row in rows]
+
+
+def test_every_kernel_is_launched_and_compiles(compiled):
+    kernels = triton_launches.kernels()
+    assert kernels
+    covered = {(row["kernel"], row["architecture"]) for row in compiled}
+    assert covered == {(kernel, architecture) for kernel in kernels for architecture in SHARED_LIMIT}
+
+
+def test_names_are_unique():
+    names = [(call.launch.func.__name__, call.name) for call in triton_launches.calls()]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_registers_do_not_spill(compiled):
+    assert named([row for row in compiled if not 0 < row["registers"] <= 255]) == []
+    spilled = [row for row in compiled if row["stack"] + row["local"] > SPILLED.get(row["name"], 0)]
+    assert named([row for row in spilled if not row["binds"]]) == []
+
+
+def test_shared_memory_fits(compiled):
+    assert named([row for row in compiled if row["shared"] > SHARED_LIMIT[row["architecture"]]]) == []
+
+
+def test_rows_are_read_and_written_in_vectors(compiled):
+    """Also rows that are not aligned to 16 bytes, like those of an odd vocabulary."""
+    rows = [row for row in compiled if "VECTOR" in row["constexprs"] and not row["binds"]]
+    assert rows
+    assert named([row for row in rows if not row["vector_loads"]]) == []
+    written = [row for row in rows if row["constexprs"].get("WRITE_GRAD", "True") == "True"]
+    assert named([row for row in written if not row["vector_stores"]]) == []
+
+
+def test_matmuls_use_tensor_cores(compiled):
+    rows = [row for row in compiled if row["kernel"] in MATMULS and next(iter(row["types"].values())) != "*fp32"]
+    assert {row["kernel"] for row in rows} == MATMULS
+    assert named([row for row in rows if not row["matrix_instructions"]]) == []
