@@ -94,8 +94,8 @@ def contrastive_energy(
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against negatives.
 
-    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys are never materialised as a whole: they go
-    through a buffer, a block of rows at a time. With s_p the score of a query's positive and sums over its candidates
+    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys go through a buffer of bounded size, a block
+    of rows at a time. With s_p the score of a query's positive and sums over its candidates
     (the keys that are not left out, its per-query negatives, the bank):
 
         "softmax": -s_p + logsumexp(s), or with extra positives -mean_P(s) + logsumexp(s) over all positives P
@@ -141,9 +141,9 @@ def contrastive_energy(
         The loss, float32 (float64 for float64 features); with `return_stats` the pair (loss, statistics).
 
     "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the scores again.
-    On a CPU a softmax over columns takes four matmuls, over rows alone and the other energies three, and two where the
-    candidates are frozen. The Triton kernels take more of them where a matrix of probabilities would cost more than to
-    compute scores again.
+    On a CPU the energies take three matmuls, and two where the candidates are frozen; a softmax over columns takes up
+    to four where the scores exceed 9 MiB. The Triton kernels take more of them where a matrix of probabilities would
+    cost more than to compute scores again.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A `positive` out of range
