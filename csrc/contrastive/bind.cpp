@@ -100,7 +100,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
       "row_id, Tensor? column_id, bool ids_positive, Tensor? row_weight, Tensor? row_reference, Tensor? "
       "row_share, Tensor? row_smoothing, Tensor? column_weight, Tensor? column_reference, Tensor? column_share, "
-      "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total) -> ()");
+      "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total, Tensor(d!)? cost) -> ()");
   m.def(
       "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
       "Tensor context_weight, Tensor(a!) loss, Tensor(b!)? slopes, Tensor(c!)? direction, bool exclude_positive) -> "

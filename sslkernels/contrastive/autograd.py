@@ -79,10 +79,13 @@ def _has_shared_candidates(inputs: PairInputs, options: PairOptions) -> bool:
 
 def _raw_inputs(inputs: PairInputs) -> PairInputs:
     acc = accumulation_dtype(inputs.query.dtype)
-    bias = inputs.logit_bias
-    return inputs._replace(
-        logit_scale=inputs.logit_scale.reshape(1).to(acc), logit_bias=None if bias is None else bias.reshape(1).to(acc)
-    )
+
+    def one_element(number: Tensor) -> Tensor:
+        number = number if number.dim() == 1 else number.reshape(1)
+        return number if number.dtype == acc else number.to(acc)
+
+    scale, bias = inputs.logit_scale, inputs.logit_bias
+    return inputs._replace(logit_scale=one_element(scale), logit_bias=None if bias is None else one_element(bias))
 
 
 class _RowLosses(Function):
@@ -181,6 +184,7 @@ class _ReducedLoss(Function):
             return None
         gradients, losses, divisor, leaves = saved(ctx)
         needs, needs_row_weight, *_ = _ReducedLoss.wanted(ctx)
+        scale = grad_loss * gradients.scale
         found = {}
         for name in PairWanted._fields:
             if not getattr(needs, name):
@@ -188,9 +192,8 @@ class _ReducedLoss(Function):
             if not getattr(ctx.computed, name):
                 raise RuntimeError(f'{ctx.function}: forward saw no gradient wanted for {name}; use reduction="none"')
             leaf = getattr(leaves, name)
-            scale = grad_loss * gradients.scale
             gradient = _kept_gradient(getattr(gradients, name), scale, leaf.dtype, leaves, ctx.function)
-            found[name] = gradient.reshape(leaf.shape)
+            found[name] = gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
         grad_row_weight = None
         if needs_row_weight:
             by_row = losses if divisor is None else losses / divisor

@@ -94,9 +94,9 @@ def contrastive_energy(
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against negatives.
 
-    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys go through a buffer of bounded size, a block
-    of rows at a time. With s_p the score of a query's positive and sums over its candidates
-    (the keys that are not left out, its per-query negatives, the bank):
+    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys go through a buffer of bounded size, a
+    block of rows at a time. With s_p the score of a query's positive and sums over its candidates (the keys that are
+    not left out, its per-query negatives, the bank):
 
         "softmax": -s_p + logsumexp(s), or with extra positives -mean_P(s) + logsumexp(s) over all positives P
         (InfoNCE, van den Oord et al. 2018; SupCon's L_out, Khosla et al. 2020)

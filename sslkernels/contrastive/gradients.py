@@ -40,8 +40,7 @@ class FeatureGradients:
         if setup.negatives is not None and setup.wants_gradients:
             self.query_of_negatives = torch.empty_like(self.query) if wanted.query else None
             self.negatives = torch.empty_like(setup.negatives) if wanted.negatives else None
-        self.dot = setup.query.new_zeros(setup.count, dtype=torch.float64)
-        self.total = torch.zeros_like(self.dot)
+        self.dot, self.total = setup.query.new_zeros((2, setup.count), dtype=torch.float64)
         self.positive_score = setup.query.new_zeros(setup.count, dtype=acc)
 
     def results(self) -> PairGradients:
@@ -57,15 +56,16 @@ class FeatureGradients:
             bank = self._finished(FeatureGradient(self.bank, setup.bank, setup.bank_norm), inputs.bank)
         elif wanted.bank and inputs.bank is not None:
             bank = torch.zeros_like(inputs.bank, dtype=gradient_dtype(inputs.bank))
-        # softmax and hinge are invariant to a common offset
-        logit_bias = self.total.sum() if setup.options.energy == SIGMOID else self.total.new_zeros(())
+        logit_bias = self.dot.new_zeros(1, dtype=setup.acc)
+        if setup.options.energy == SIGMOID:  # the other energies are invariant to a common offset
+            logit_bias = self.total.sum().reshape(1).to(setup.acc)
         return PairGradients(
             query=nothing if self.query is None else self._of_queries(),
             key=nothing if self.key is None or setup.mutual else self._of_keys(),
             bank=bank,
             negatives=negatives,
             logit_scale=self.dot.sum().reshape(1).to(setup.acc),
-            logit_bias=logit_bias.reshape(1).to(setup.acc),
+            logit_bias=logit_bias,
             scale=setup.scale,
         )
 

@@ -264,7 +264,7 @@ class _Plan:
             for spec in of_block:
                 products = None
                 if buffer is not None:
-                    products = buffer[begin : begin + size(spec)].view(length(spec.rows), -1)
+                    products = at(buffer, slice(begin, begin + size(spec))).view(length(spec.rows), -1)
                     if products.shape[1] != length(spec.columns):
                         products = products[:, : length(spec.columns)]
                     begin += size(spec)

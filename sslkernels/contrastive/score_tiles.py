@@ -169,9 +169,8 @@ class PairKernels:
     def add_gradients(self, tile: Tile, row: SideGrad, column: SideGrad, outputs: GradientOutputs) -> None:
         """With G the gradient of the scores times both norms, adds G @ candidates to outputs.queries and G.T @ queries
         to outputs.candidates."""
-        if outputs.row_sums is not None:
-            self.row_sums(tile, None, None, None, outputs.row_sums)
-        self.gradient(tile, row, column, outputs.dot, outputs.total)
+        cost = None if outputs.row_sums is None else outputs.row_sums.sum
+        self.gradient(tile, row, column, outputs.dot, outputs.total, cost)
         if outputs.queries is not None:
             self._add_product(outputs.queries, tile.products, tile.candidates)
         if outputs.candidates is not None:
@@ -212,8 +211,11 @@ class PairKernels:
     def column_sums(self, tile: Tile, threshold: Tensor | None, sums: ColumnSums) -> None:
         raise NotImplementedError
 
-    def gradient(self, tile: Tile, row: SideGrad, column: SideGrad, dot: Tensor, total: Tensor) -> None:
-        """Replaces the products by G, and adds to dot and total."""
+    def gradient(
+        self, tile: Tile, row: SideGrad, column: SideGrad, dot: Tensor, total: Tensor, cost: Tensor | None
+    ) -> None:
+        """Replaces the products by G, and adds to dot, total and, for a sigmoid energy with `fuses_sums`, the sums
+        `cost` of the rows."""
         raise NotImplementedError
 
     def add(self, total: Tensor, part: Tensor) -> None:
@@ -250,8 +252,10 @@ class ReferencePairs(PairKernels):
         weighted.mul_(decay.unsqueeze(1)).add_(exp @ candidates)
         weighted_u.mul_(decay).add_((exp * u.masked_fill(excluded, 0)).sum(1))
 
-    def gradient(self, tile, row, column, dot, total):
+    def gradient(self, tile, row, column, dot, total, cost):
         u, s, excluded, extra = _scores(tile)
+        if cost is not None:
+            cost.sub_(F.logsigmoid(torch.where(extra, s, -s)).sum(1, dtype=torch.float64))
         gradient = torch.zeros_like(s)
         for side, dim in ((row, 1), (column, 0)):
             if side.weight is None:
@@ -362,8 +366,11 @@ class NativePairs(PairKernels):
     def column_sums(self, tile, threshold, sums):
         torch.ops.sslkernels_native.pair_column_sums(*_flat(tile), threshold, *sums)
 
-    def gradient(self, tile, row, column, dot, total):
-        torch.ops.sslkernels_native.pair_gradient(*_flat(tile), *row, *column, dot, total)
+    def fuses_sums(self, features):
+        return True
+
+    def gradient(self, tile, row, column, dot, total, cost):
+        torch.ops.sslkernels_native.pair_gradient(*_flat(tile), *row, *column, dot, total, cost)
 
     def add(self, total, part):
         torch.ops.sslkernels_native.scale_add(part, None, total, True)
