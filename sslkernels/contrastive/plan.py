@@ -61,7 +61,6 @@ from sslkernels.contrastive.records import (
     empty_statistics,
 )
 from sslkernels.contrastive.score_tiles import (
-    WORKSPACE_BYTES,
     GradientOutputs,
     Labels,
     PairKernels,
@@ -69,6 +68,7 @@ from sslkernels.contrastive.score_tiles import (
     Thresholds,
     Tile,
     add_scores,
+    workspace_bytes,
 )
 from sslkernels.contrastive.statistics import Statistics, running_sums
 
@@ -253,8 +253,7 @@ class _Plan:
             return length(spec.rows) * pitch(length(spec.columns), query)
 
         sizes = [sum(map(size, of_block)) for of_block in specs]
-        workspace = WORKSPACE_BYTES.get(query.device.type, WORKSPACE_BYTES["cuda"])
-        fits = sum(sizes) * query.element_size() <= workspace
+        fits = sum(sizes) * query.element_size() <= workspace_bytes(query)
         self.keeps_all = fits and self.kernels.keeps_products(query)
         buffer = query.new_empty(sum(sizes) if self.keeps_all else max(sizes, default=0)) if needs_products else None
         result, begin = [], 0

@@ -115,14 +115,17 @@ class GradientOutputs(NamedTuple):
     row_sums: RowSums | None = None
 
 
+def workspace_bytes(features: Tensor) -> int:
+    return WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+
+
 class PairKernels:
     """The kernels of one backend. Here products come from torch's matmul, and other kernels read them."""
 
     def row_block(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
         """(rows of a row block, whether its tiles need memory for their products); gradient: whether `add_gradients`
         follows, and not `weighted_sums`."""
-        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
-        fit = workspace // max(row_pitch(columns) * features.element_size(), 1)
+        fit = workspace_bytes(features) // max(row_pitch(columns) * features.element_size(), 1)
         return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
 
     def keeps_products(self, features: Tensor) -> bool:
@@ -390,7 +393,7 @@ class TritonPairs(ReferencePairs):
 
         if features.dtype == torch.float64:
             return super().row_block(count, columns, features, gradient)
-        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+        workspace = workspace_bytes(features)
         rows, written = max(count, 1), False
         if gradient:
             rows, written = tile_gradients.row_block(count, columns, features, workspace)
