@@ -1,11 +1,10 @@
 """The contrastive energies over tiles of pair scores: the plan of every backend.
 
-Queries are processed in blocks of rows. The products of a row block with every shared candidate (the keys, the bank)
-fit a buffer that is reused; no queries x keys matrix is materialised. For sigmoid and hinge, and for a softmax over
-rows, one row block gives sums and then, from the same products, the gradient: three matmuls in all, two where the
-candidates are frozen. A softmax over columns needs the sums of all row blocks before the first gradient. If their
-products all fit the workspace, they are kept; else they are computed a second time, four matmuls in all, except for the
-last row block, where the second pass begins.
+The products of a tile, some queries with some shared candidates (the keys, the bank), fit a buffer that is reused. For
+sigmoid and hinge, and for a softmax over rows, a row block with all its candidates gives sums and then, from the same
+products, the gradient: three matmuls in all, two where the candidates are frozen. A softmax over columns needs the sums
+of all tiles before the first gradient. If their products all fit the workspace, they are kept; else they are computed a
+second time, four matmuls in all, except for the last tile, where the second pass begins.
 
 Where the queries are the keys and positives are mutual, scores are symmetric: a row block computes the columns from its
 own first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all, or one and a half
@@ -149,13 +148,17 @@ class _TileSpec(NamedTuple):
     twice: bool = False
 
 
-class _RowBlock(NamedTuple):
+class _Step(NamedTuple):
+    """Tiles of one row block that are processed together. ends_rows: whether they are the last ones of their rows."""
+
+    number: int
     rows: slice
     tiles: list[tuple[_TileSpec, Tile]]
+    ends_rows: bool
 
 
 class _Plan:
-    """Walks over the row blocks and accumulates losses, statistics and gradients."""
+    """Walks over the steps and accumulates losses, statistics and gradients."""
 
     def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted, stats: bool) -> None:
         self.kernels = kernels
@@ -164,9 +167,9 @@ class _Plan:
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
         self.grads = FeatureGradients(kernels, setup, wanted)
-        self.blocks: list[_RowBlock] = []
-        self.keeps_all = False  # whether each row block has memory of its own
-        self.computed: set[int] = set()  # the first rows of the blocks whose products are in memory
+        self.steps: list[_Step] = []
+        self.keeps_all = False  # whether each step has memory of its own
+        self.computed: set[int] = set()  # the numbers of the steps whose products are in memory
         self.candidates = list(self._shared_candidates())
 
         softmax = options.energy == SOFTMAX
@@ -207,60 +210,64 @@ class _Plan:
             yield _Candidates(setup.bank, setup.bank_norm, none, rows=True, gradient=grads.bank)
 
     def walk(self, sums: bool, gradient: bool) -> None:
-        """Processes the row blocks one after another. sums: of rows and columns, with the losses of the rows."""
+        """Processes the steps one after another. sums: of rows and columns, with the losses of the rows."""
         setup, query = self.setup, self.setup.query
         weighted = sums and gradient and self._candidates_are_frozen() and self.kernels.has_weighted_sums(query)
-        if not self.blocks or not self.kernels.keeps_products(query):
-            self.blocks = self._row_blocks(gradient and not weighted)
+        if not self.steps or not self.kernels.keeps_products(query):
+            self.steps = self._steps(gradient and not weighted, whole_rows=sums and gradient)
         self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
-        for rows, tiles in self.blocks if sums else reversed(self.blocks):
-            self._begin(rows, tiles)
+        for step in self.steps if sums else reversed(self.steps):
+            self._begin(step)
             if weighted:
-                self._add_weighted(rows, tiles)
+                self._add_weighted(step.rows, step.tiles)
                 continue
             if sums:
-                for spec, tile in tiles:
+                for spec, tile in step.tiles:
                     self._add_sums(spec, tile)
-            if sums and not self.fused:
-                self._finish_rows(rows)
+            if sums and step.ends_rows and not self.fused:
+                self._finish_rows(step.rows)
             if gradient:
-                for spec, tile in tiles:
+                for spec, tile in step.tiles:
                     self._add_gradient(spec, tile)
             if self.fused:
-                self._finish_rows(rows)
+                self._finish_rows(step.rows)
 
-    def _begin(self, rows: slice, tiles: list[tuple[_TileSpec, Tile]]) -> None:
-        """Computes the products of a row block, unless they are in memory."""
-        if rows.start in self.computed:
+    def _begin(self, step: _Step) -> None:
+        """Computes the products of a step, unless they are in memory."""
+        if step.number in self.computed:
             return
-        for _, tile in tiles:
+        for _, tile in step.tiles:
             self.kernels.begin(tile)
         if self.kernels.keeps_products(self.setup.query):
-            self.computed = {*self.computed, rows.start} if self.keeps_all else {rows.start}
+            self.computed = {*self.computed, step.number} if self.keeps_all else {step.number}
 
-    def _row_blocks(self, gradient: bool) -> list[_RowBlock]:
-        """The row blocks and their tiles, with memory for the products."""
-        setup, query = self.setup, self.setup.query
+    def _steps(self, gradient: bool, whole_rows: bool) -> list[_Step]:
+        """The steps over all tiles, with memory for their products. whole_rows: a step has all tiles of its rows."""
+        setup, query, pitch = self.setup, self.setup.query, self.kernels.pitch
         columns = sum(candidates.values.shape[0] for candidates in self.candidates)
-        height, needs_products = self.kernels.row_block(setup.count, columns, query, gradient)
+        shape, needs_products = self.kernels.tile_shape((setup.count, columns), query, gradient, whole_rows)
+        height, width = shape
         if setup.mutual:
             height = min(height, -(-setup.count // (MUTUAL_ROW_BLOCKS * TILE_ROWS)) * TILE_ROWS or 1)
-        blocks = [slice(begin, min(begin + height, setup.count)) for begin in range(0, setup.count, height)]
-        specs = [self._tile_specs(rows) for rows in blocks]
-        pitch = self.kernels.pitch
+        plans: list[tuple[slice, list[_TileSpec], bool]] = []
+        for begin in range(0, setup.count, height):
+            rows = slice(begin, min(begin + height, setup.count))
+            specs = self._tile_specs(rows, columns if whole_rows else width)
+            parts = [specs] if whole_rows or not specs else [[spec] for spec in specs]
+            plans += [(rows, part, i == len(parts) - 1) for i, part in enumerate(parts)]
 
         def size(spec: _TileSpec) -> int:
             return length(spec.rows) * pitch(length(spec.columns), query)
 
-        sizes = [sum(map(size, of_block)) for of_block in specs]
+        sizes = [sum(map(size, specs)) for _, specs, _ in plans]
         fits = sum(sizes) * query.element_size() <= workspace_bytes(query)
         self.keeps_all = fits and self.kernels.keeps_products(query)
         buffer = query.new_empty(sum(sizes) if self.keeps_all else max(sizes, default=0)) if needs_products else None
-        result, begin = [], 0
-        for rows, of_block in zip(blocks, specs, strict=True):
+        steps, begin = [], 0
+        for rows, specs, ends_rows in plans:
             begin = begin if self.keeps_all else 0
             tiles = []
-            for spec in of_block:
+            for spec in specs:
                 products = None
                 if buffer is not None:
                     products = at(buffer, slice(begin, begin + size(spec))).view(length(spec.rows), -1)
@@ -268,8 +275,8 @@ class _Plan:
                         products = products[:, : length(spec.columns)]
                     begin += size(spec)
                 tiles.append((spec, self._tile(spec, products)))
-            result.append(_RowBlock(rows, tiles))
-        return result
+            steps.append(_Step(len(steps), rows, tiles, ends_rows))
+        return steps
 
     def _candidates_are_frozen(self) -> bool:
         """Whether this is a softmax over rows of which only the queries get a gradient, made of probabilities alone."""
@@ -294,17 +301,20 @@ class _Plan:
             factor = factor * setup.query_norm[rows]
         self.grads.query[rows] += weighted.mul_(factor.unsqueeze(1))
 
-    def _tile_specs(self, rows: slice) -> list[_TileSpec]:
+    def _tile_specs(self, rows: slice, width: int) -> list[_TileSpec]:
+        """The tiles of a row block, at most `width` columns wide."""
         specs = []
         for candidates in self.candidates:
-            if not self.setup.mutual:
-                every = slice(0, candidates.values.shape[0])
-                specs.append(_TileSpec(candidates, rows, every, candidates.rows, candidates.columns))
-                continue
-            later = slice(rows.stop, self.setup.count)
-            specs.append(_TileSpec(candidates, rows, rows, rows_summed=True, columns_summed=False, twice=True))
-            specs.append(_TileSpec(candidates, rows, later, rows_summed=True, columns_summed=True))
-        return [spec for spec in specs if length(spec.columns) > 0]
+            count, first = candidates.values.shape[0], 0
+            if self.setup.mutual:
+                specs.append(_TileSpec(candidates, rows, rows, rows_summed=True, columns_summed=False, twice=True))
+                first = rows.stop
+            for begin in range(first, count, max(width, 1)):
+                columns = slice(begin, min(begin + width, count))
+                specs.append(
+                    _TileSpec(candidates, rows, columns, candidates.rows, candidates.columns or self.setup.mutual)
+                )
+        return specs
 
     def _tile(self, spec: _TileSpec, products: Tensor | None) -> Tile:
         setup, candidates, rows, columns = self.setup, spec.candidates, spec.rows, spec.columns

@@ -30,9 +30,10 @@ from sslkernels.contrastive.pair_rows import (
 )
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
 
-# Bytes of the buffer for the products of a row block.
+# Bytes of the buffer for the products of tiles.
 WORKSPACE_BYTES = {"cpu": 9 << 20, "cuda": 512 << 20}
 
+TILE_COLUMNS = 2048  # of a tile whose rows need not be whole
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
 
@@ -122,11 +123,19 @@ def workspace_bytes(features: Tensor) -> int:
 class PairKernels:
     """The kernels of one backend. Here products come from torch's matmul, and other kernels read them."""
 
-    def row_block(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
-        """(rows of a row block, whether its tiles need memory for their products); gradient: whether `add_gradients`
-        follows, and not `weighted_sums`."""
-        fit = workspace_bytes(features) // max(row_pitch(columns) * features.element_size(), 1)
-        return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
+    def tile_shape(
+        self, scores: tuple[int, int], features: Tensor, gradient: bool, whole_rows: bool
+    ) -> tuple[tuple[int, int], bool]:
+        """(rows and columns of a tile, whether it needs memory for its products), for rows and columns of scores.
+
+        gradient: whether `add_gradients` follows, and not `weighted_sums`; whole_rows: a row block with all its columns
+        must fit the workspace. Otherwise tiles are wide and high, so that the gradients of the candidates, which every
+        row block reads and writes, are touched less often.
+        """
+        count, columns = scores
+        width = columns if whole_rows else min(columns, TILE_COLUMNS)
+        fit = workspace_bytes(features) // max(row_pitch(width) * features.element_size(), 1)
+        return (max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), width), True
 
     def keeps_products(self, features: Tensor) -> bool:
         """Whether the products that `begin` computed stay in the tile until its gradient."""
@@ -388,16 +397,17 @@ def _flat(tile: Tile) -> tuple:
 class TritonPairs(ReferencePairs):
     """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
 
-    def row_block(self, count, columns, features, gradient):
+    def tile_shape(self, scores, features, gradient, whole_rows):
         from sslkernels.contrastive.triton import tile_gradients, tile_sums
 
         if features.dtype == torch.float64:
-            return super().row_block(count, columns, features, gradient)
+            return super().tile_shape(scores, features, gradient, whole_rows)
+        count, columns = scores
         workspace = workspace_bytes(features)
         rows, written = max(count, 1), False
         if gradient:
             rows, written = tile_gradients.row_block(count, columns, features, workspace)
-        return min(rows, tile_sums.row_block(count, columns, workspace)), written
+        return (min(rows, tile_sums.row_block(count, columns, workspace)), columns), written
 
     def inverse_norm(self, values, acc):
         from sslkernels.contrastive.triton.pair_rows import inverse_norm
