@@ -31,18 +31,15 @@ from benchmarks.kernels.kernel import (
 from benchmarks.providers import OURS
 from sslkernels import use_backend
 from sslkernels.contrastive import word2vec
+from sslkernels.contrastive.pair_rows import SIGMOID, SOFTMAX, ColumnSums, SideGrad
 from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs, query_negatives_
 from sslkernels.contrastive.score_tiles import (
-    SIGMOID,
-    SOFTMAX,
-    ColumnSums,
     GradientOutputs,
     Labels,
     NativePairs,
     PairKernels,
     ReferencePairs,
     RowSums,
-    SideGrad,
     Thresholds,
     Tile,
     TritonPairs,

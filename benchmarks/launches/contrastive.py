@@ -8,19 +8,27 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches.call import BF16, DTYPES, FP16, FP32, FP64, Call, binding, call, when
-from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs
-from sslkernels.contrastive.score_tiles import (
+from sslkernels.contrastive.pair_rows import (
     HINGE,
     SIGMOID,
     SOFTMAX,
     ColumnSums,
+    FeatureGradient,
+    LossOptions,
+    LossOutputs,
+    LossRows,
+    PositivePairs,
+    SideGrad,
+)
+from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs
+from sslkernels.contrastive.score_tiles import (
     GradientOutputs,
     Labels,
     RowSums,
-    SideGrad,
     Thresholds,
     Tile,
 )
+from sslkernels.contrastive.triton import pair_rows
 from sslkernels.contrastive.triton.query_negatives import query_negatives
 from sslkernels.contrastive.triton.tile_gradients import add_gradients
 from sslkernels.contrastive.triton.tile_sums import add_sums
@@ -40,6 +48,7 @@ def calls() -> Iterator[Call]:
     yield from gradient_calls()
     yield from weighted_calls()
     yield from negative_calls()
+    yield from row_calls()
     for dtype in DTYPES:
         yield call(negative_sampling, dtype, torch.int64, (128, 5), gradient=True)
         if dtype == FP16:  # as bfloat16, but for the conversions
@@ -66,6 +75,77 @@ def tile_of(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], p
 
 def numbers(count: int) -> Tensor:
     return torch.empty(count, dtype=FP64)
+
+
+def row_calls() -> Iterator[Call]:
+    for dtype, shape, parts in (
+        (BF16, (8192, 768), "norm"),
+        (BF16, (8192, 768), "bias"),
+        (FP16, (8192, 250), "norm index"),
+        (FP32, (1024, 128), "norm bias index extra"),
+        (FP32, (1000, 3), ""),
+        (FP64, (1024, 2000), "norm index extra"),
+    ):
+        yield call(feature_rows, dtype, shape, parts)
+    for dtype, energy, parts in (
+        (FP32, "softmax", "gradient"),
+        (FP32, "softmax", ""),
+        (FP32, "softmax", "gradient smoothing ids index"),
+        (FP32, "sigmoid", "gradient"),
+        (FP32, "sigmoid", "index"),
+        (FP32, "hinge", "gradient index"),
+        (FP64, "softmax", "gradient smoothing ids"),
+        (FP64, "sigmoid", "gradient"),
+        (FP64, "hinge", "gradient"),
+    ):
+        yield call(loss_rows, dtype, energy, parts)
+    for shape in ((1, 1), (16, 16), (1003, 1003)):
+        yield binding(feature_rows, FP32, shape, "norm bias index extra")
+    for rows in (1, 16):
+        yield binding(loss_rows, FP32, "softmax", "gradient smoothing ids index", rows=rows)
+
+
+def feature_rows(dtype: torch.dtype, shape: tuple[int, int], parts: str) -> None:
+    """Norms and scores of the positives, and the finished gradients."""
+    rows, dim = shape
+    acc = accumulation_dtype(dtype)
+    query, key = torch.empty(shape, dtype=dtype), torch.empty(rows + 1, dim, dtype=dtype)
+    norm, key_norm = torch.empty(rows, dtype=acc), torch.empty(rows + 1, dtype=acc)
+    norms = (norm, key_norm) if "norm" in parts else (None, None)
+    index = when("index" in parts, torch.empty(rows, dtype=torch.int64))
+    scale, vector = torch.empty(1, dtype=acc), torch.empty(rows, dtype=acc)
+    pair_rows.inverse_norm(query, norm)
+    pairs = PositivePairs(query, key, *norms, index)
+    pair_rows.positive_scores(pairs, scale, when("bias" in parts, scale), vector, vector)
+    total = torch.empty(shape, dtype=acc)
+    alone = FeatureGradient(total, query, norms[0])
+    paired = alone._replace(
+        partner=key, partner_norm=norms[1], index=index, score_gradient=vector, extra=when("extra" in parts, total)
+    )
+    pair_rows.finish_gradient(paired, scale, query if dtype == BF16 else total)
+    pair_rows.finish_gradient(alone, scale, total)
+
+
+def loss_rows(dtype: torch.dtype, energy: str, parts: str, *, rows: int = 8192) -> None:
+    def vector(part: str = "", dtype: torch.dtype = dtype) -> Tensor | None:
+        return when(part in parts, torch.empty(rows, dtype=dtype))
+
+    softmax = energy == "softmax"
+    sums = ColumnSums(
+        vector() if softmax else None,
+        numbers(rows),
+        when(energy == "hinge", numbers(rows)),
+        vector("smoothing", FP64),
+        vector("ids", FP64),
+    )
+    side = SideGrad(vector("gradient"), None, vector("ids"), vector("smoothing"))
+    counts = (vector("ids", torch.int64), vector("smoothing", torch.int64))
+    losses = LossRows(sums, vector(), vector(), vector("index", torch.int64), *counts, side)
+    others, reference = (vector(), vector("gradient")) if softmax else (None, None)
+    options = LossOptions(ENERGIES[energy], 0.5, 0.1 if "smoothing" in parts else 0.0, "ids" in parts)
+    pair_rows.add_losses(
+        losses, options, LossOutputs(others, reference, vector(), vector(), numbers(rows), numbers(rows))
+    )
 
 
 def sum_calls() -> Iterator[Call]:

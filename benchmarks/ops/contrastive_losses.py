@@ -14,10 +14,13 @@ import sslkernels as sk
 from benchmarks import peers, providers
 from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
-from benchmarks.providers import EAGER, OURS
+from benchmarks.providers import COMPILED, EAGER, OURS
 
 BAR_SHAPE = {"N": 4096, "D": 256}
 LARGE_SHAPE = {"N": 16384, "D": 256}
+# (N, D) of ordinary batches, where eager torch and torch.compile are hard to beat.
+ORDINARY = ((64, 128), (256, 128), (1024, 128))
+ORDINARY_CLIP = (*ORDINARY, (512, 128), (2048, 128), (256, 512), (1024, 512))
 WORDS = ("no", "one", "two", "three", "four")
 MEBI = 1 << 20
 
@@ -91,11 +94,14 @@ class ContrastiveLoss(Benchmark):
         if device == "cuda":
             sizes = [(n, d) for d in (128, 256, 512, 768, 1024) for n in (4096, 16384, 65536)]
             return [self.case({"N": n, "D": d}, torch.bfloat16) for n, d in sizes]
+        ordinary = [
+            self.case({"N": n, "D": d}) for n, d in sorted(ORDINARY_CLIP if self.op == "clip_loss" else ORDINARY)
+        ]
         if self.op == "nt_xent":
-            return [self.case({"N": 2048, "D": 256})]
+            return [*ordinary, self.case({"N": 2048, "D": 256})]
         if self.op == "clip_loss":
-            return [self.case(BAR_SHAPE), self.case(BAR_SHAPE, torch.bfloat16), self.case(LARGE_SHAPE)]
-        return [self.case(BAR_SHAPE)]
+            return [*ordinary, self.case(BAR_SHAPE), self.case(BAR_SHAPE, torch.bfloat16), self.case(LARGE_SHAPE)]
+        return [*ordinary, self.case(BAR_SHAPE)]
 
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 67, "D": 24}
@@ -157,6 +163,12 @@ class ContrastiveLoss(Benchmark):
             limit = 0.1 * 4 * LARGE_SHAPE["N"] ** 2 / 1e6
             return [Bar("MB beyond the gradients", case.name, providers.memory_mb, limit)]
         speedup = providers.time_ratio(EAGER, OURS)
+        size = (case.shape["N"], case.shape["D"])
+        if size in ORDINARY_CLIP:
+            small, medium = case.shape["N"] < 256, case.shape["N"] >= 512
+            over_eager, over_compiled = (providers.time_ratio(OURS, name) for name in (EAGER, COMPILED))
+            bars = [Bar("median / eager torch", case.name, over_eager, 2.0 if small else 1.0)]
+            return [*bars, Bar("median / torch.compile", case.name, over_compiled, 1.0)] if medium else bars
         if case.dtype == torch.bfloat16:
             return [Bar("times faster than eager torch", case.name, speedup, 2, True)]
         return [

@@ -1,7 +1,10 @@
 // The operators of joint embeddings: schemas, CPU and CUDA bindings.
 #include "core/cpu/bind.h"
 
+#include <cmath>
+
 #include "contrastive/negative_sampling_bind.h"
+#include "contrastive/pair_rows_bind.h"
 #include "contrastive/query_negatives_bind.h"
 #include "contrastive/score_tiles_bind.h"
 
@@ -31,6 +34,29 @@ void run_pair_gradient(const PairGradient& gradient) {
   parallel(gradient.tile.rows, row_grain(gradient.tile.columns), SSLKERNELS_CURRENT_ISA(pair_gradient), gradient);
 }
 
+void run_inverse_norms(const InverseNorms& args) {
+  parallel(args.rows, row_grain(args.dim), SSLKERNELS_CURRENT_ISA(inverse_norms), args);
+}
+
+void run_positive_scores(const PositiveScores& args) {
+  parallel(args.rows, row_grain(args.dim), SSLKERNELS_CURRENT_ISA(positive_scores), args);
+}
+
+void run_pair_losses(const PairLosses& args) {
+  constexpr int64_t kCost = 64;  // of a row, in elements: exponentials and logarithms
+  if (args.references > args.rows && args.reference != nullptr) {
+    with_element(args.element, [&](auto zero) {
+      auto* reference = static_cast<decltype(zero)*>(args.reference);
+      for (int64_t i = args.rows; i < args.references; ++i) from_float(INFINITY, &reference[i]);
+    });
+  }
+  parallel(args.rows, row_grain(kCost), SSLKERNELS_CURRENT_ISA(pair_losses), args);
+}
+
+void run_finish_gradients(const FeatureGradients& args) {
+  parallel(args.rows, row_grain(args.dim), SSLKERNELS_CURRENT_ISA(finish_gradients), args);
+}
+
 void run_negative_sampling_fwd(const NegativeSampling& pairs) {
   advise_output(pairs.direction, pairs.count * pairs.dim, accumulation_element(pairs.element));
   const int64_t grain = row_grain((pairs.negative_count + 1) * pairs.dim);
@@ -45,6 +71,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
       "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
       "Tensor(f!) grad_bias) -> ()");
+  m.def("pair_inverse_norm(Tensor values, Tensor(a!) norm) -> ()");
+  m.def(
+      "pair_positive_scores(Tensor query, Tensor key, Tensor? query_norm, Tensor? key_norm, Tensor? positive, Tensor "
+      "scale, Tensor? bias, Tensor(a!) u, Tensor(b!) score) -> ()");
+  m.def(
+      "pair_losses(Tensor? max, Tensor sum, Tensor? active, Tensor? score_sum, Tensor? positive_sum, Tensor score, "
+      "Tensor u, Tensor? positive, Tensor? positives, Tensor? candidates, Tensor? weight, Tensor? share, Tensor? "
+      "smoothing, int energy, float half, float label_smoothing, bool ids_positive, Tensor(a!)? others, Tensor(b!)? "
+      "reference, Tensor(c!)? loss, Tensor(d!) score_gradient, Tensor(e!) dot, Tensor(f!) total) -> ()");
+  m.def(
+      "pair_finish_gradient(Tensor(a!) total, Tensor values, Tensor? norm, Tensor? partner, Tensor? partner_norm, "
+      "Tensor? index, Tensor? score_gradient, Tensor? extra, Tensor scale, Tensor(b!) out) -> ()");
   m.def(
       "pair_row_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
@@ -62,7 +100,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
       "row_id, Tensor? column_id, bool ids_positive, Tensor? row_weight, Tensor? row_reference, Tensor? "
       "row_share, Tensor? row_smoothing, Tensor? column_weight, Tensor? column_reference, Tensor? column_share, "
-      "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total) -> ()");
+      "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total, Tensor(d!)? cost) -> ()");
   m.def(
       "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
       "Tensor context_weight, Tensor(a!) loss, Tensor(b!)? slopes, Tensor(c!)? direction, bool exclude_positive) -> "
@@ -71,6 +109,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_query_negatives, run_query_negatives>(m, "own_negatives");
+  bind_cpu<parse_inverse_norms, run_inverse_norms>(m, "pair_inverse_norm");
+  bind_cpu<parse_positive_scores, run_positive_scores>(m, "pair_positive_scores");
+  bind_cpu<parse_pair_losses, run_pair_losses>(m, "pair_losses");
+  bind_cpu<parse_finish_gradients, run_finish_gradients>(m, "pair_finish_gradient");
   bind_cpu<parse_pair_row_sums, run_pair_row_sums>(m, "pair_row_sums");
   bind_cpu<parse_pair_column_sums, run_pair_column_sums>(m, "pair_column_sums");
   bind_cpu<parse_pair_gradient, run_pair_gradient>(m, "pair_gradient");

@@ -79,6 +79,7 @@ struct PairGradient {
   PairSide column;
   double* dot;    // += sum of gradient * u of each row
   double* total;  // += sum of the gradient of each row
+  double* cost;   // sigmoid: += sum of softplus(+-s) of each row; null: not computed
 };
 
 // Columns per block of pair_column_sums, which takes blocks [begin_block, end_block).

@@ -120,7 +120,7 @@ inline PairGradient parse_pair_gradient(
     const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& row_weight,
     const OptionalTensor& row_reference, const OptionalTensor& row_share, const OptionalTensor& row_smoothing,
     const OptionalTensor& column_weight, const OptionalTensor& column_reference, const OptionalTensor& column_share,
-    const OptionalTensor& column_smoothing, const Tensor& dot, const Tensor& total) {
+    const OptionalTensor& column_smoothing, const Tensor& dot, const Tensor& total, const OptionalTensor& cost) {
   PairGradient gradient{};
   gradient.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
                                    row_self, column_self, row_id, column_id, ids_positive);
@@ -131,6 +131,8 @@ inline PairGradient parse_pair_gradient(
       parse_pair_side(column_weight, column_reference, column_share, column_smoothing, tile.columns, tile);
   gradient.dot = writable<double>(dot, {tile.rows}, ScalarType::Double, "dot");
   gradient.total = writable<double>(total, {tile.rows}, ScalarType::Double, "total");
+  STD_TORCH_CHECK(!cost || tile.energy == Energy::kSigmoid, "sslkernels: cost is for the sigmoid energy");
+  gradient.cost = writable<double>(cost, {tile.rows}, ScalarType::Double, "cost");
   return gradient;
 }
 

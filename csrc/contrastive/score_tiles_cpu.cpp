@@ -31,18 +31,16 @@ struct Scores {
   // u and s of columns [begin, begin + count) of row i; pairs that are left out have s = -inf and u = 0. If ids mark
   // positives, `same` is 1 for extra positives, else 0.
   void block(int64_t i, int64_t begin, int64_t count, A* u, A* s, A* same) const {
-    load_any(tile.element, row(i), begin, count, u);
-    if (tile.row_norm != nullptr) {
+    const bool labelled = tile.positive.row != nullptr;
+    const int32_t positive = labelled ? tile.positive.row[i] : 0;
+    const int32_t* positives = labelled ? tile.positive.column + begin : nullptr;
+    with_elements<A>(tile.element, row(i), begin, [&](auto* products) {
+      if (tile.row_norm == nullptr)
+        return scores_of(products, count, [](int64_t) { return A(1); }, positive, positives, u, s);
       const A norm = row_norm(i);
       const A* norms = column_norm(begin);
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) u[j] *= norm * norms[j];
-    }
-    const A scale = *static_cast<const A*>(tile.scale);
-    const A bias = tile.bias == nullptr ? A(0) : *static_cast<const A*>(tile.bias);
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) s[j] = scale * u[j] + bias;
-    leave_out(tile.positive, i, begin, count, u, s);
+      scores_of(products, count, [=](int64_t j) { return norm * norms[j]; }, positive, positives, u, s);
+    });
     leave_out(tile.self, i, begin, count, u, s);
     if (tile.id.row == nullptr) return;
     if (!tile.ids_positive) return leave_out(tile.id, i, begin, count, u, s);
@@ -50,6 +48,29 @@ struct Scores {
     const int32_t* labels = tile.id.column + begin;
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) same[j] = labels[j] == label && s[j] != kLeftOut<A> ? A(1) : A(0);
+  }
+
+  // The products times factor(j), their scores, and the pairs whose label is `positive` left out, in one loop.
+  template <class T, class Factor>
+  void scores_of(const T* products, int64_t count, Factor factor, int32_t positive, const int32_t* labels, A* u,
+                 A* s) const {
+    const A scale = *static_cast<const A*>(tile.scale);
+    const A bias = tile.bias == nullptr ? A(0) : *static_cast<const A*>(tile.bias);
+    if (labels == nullptr) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        u[j] = to_float(products[j]) * factor(j);
+        s[j] = scale * u[j] + bias;
+      }
+      return;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const bool out = labels[j] == positive;
+      const A product = to_float(products[j]) * factor(j);
+      u[j] = out ? A(0) : product;
+      s[j] = out ? kLeftOut<A> : scale * product + bias;
+    }
   }
 
   static void leave_out(const PairLabels& pair, int64_t i, int64_t begin, int64_t count, A* u, A* s) {
@@ -259,7 +280,7 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
       gradient.row.weight == nullptr ? std::numeric_limits<A>::infinity() : entry<A>(gradient.row.reference, i);
   const A share = entry<A>(gradient.row.share, i);
   const A smoothing = entry<A>(gradient.row.smoothing, i);
-  double dot = 0, total = 0;
+  double dot = 0, total = 0, cost = 0;
   for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
     const int64_t count = at_most(tile.columns - begin, kBlock);
     scores.block(i, begin, count, u, s, same);
@@ -289,10 +310,21 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
         }
       }
     } else if (tile.energy == Energy::kSigmoid) {
+      if (gradient.cost == nullptr) {
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) {
-        const A e = exp_of_minus_magnitude(s[j]);
-        g[j] = weight * (s[j] > A(0) ? A(1) : e) / (A(1) + e);
+        for (int64_t j = 0; j < count; ++j) {
+          const A e = exp_of_minus_magnitude(s[j]);
+          g[j] = weight * (s[j] > A(0) ? A(1) : e) / (A(1) + e);
+        }
+      } else {
+        A block_cost = 0;
+#pragma omp simd reduction(+ : block_cost)
+        for (int64_t j = 0; j < count; ++j) {
+          const A e = exp_of_minus_magnitude(s[j]);
+          g[j] = weight * (s[j] > A(0) ? A(1) : e) / (A(1) + e);
+          block_cost += (s[j] > A(0) ? s[j] : A(0)) + log1p_unit(e);
+        }
+        cost += same == nullptr ? double(block_cost) : block_softplus(s, same, count);
       }
       if (same != nullptr) {
 #pragma omp simd
@@ -334,6 +366,7 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
   }
   gradient.dot[i] += dot;
   gradient.total[i] += total;
+  if (gradient.cost != nullptr) gradient.cost[i] += cost;
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from sslkernels.contrastive.operators import (
     per_query_contrastive_bwd,
     per_query_contrastive_fwd,
 )
-from sslkernels.contrastive.positives import NO_POSITIVE
+from sslkernels.contrastive.pair_rows import NO_POSITIVE, SIGMOID
 from sslkernels.contrastive.records import (
     PairGradients,
     PairInputs,
@@ -22,7 +22,6 @@ from sslkernels.contrastive.records import (
     PairStatistics,
     PairWanted,
 )
-from sslkernels.contrastive.score_tiles import SIGMOID
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.scale import scaled
@@ -80,10 +79,13 @@ def _has_shared_candidates(inputs: PairInputs, options: PairOptions) -> bool:
 
 def _raw_inputs(inputs: PairInputs) -> PairInputs:
     acc = accumulation_dtype(inputs.query.dtype)
-    bias = inputs.logit_bias
-    return inputs._replace(
-        logit_scale=inputs.logit_scale.reshape(1).to(acc), logit_bias=None if bias is None else bias.reshape(1).to(acc)
-    )
+
+    def one_element(number: Tensor) -> Tensor:
+        number = number if number.dim() == 1 else number.reshape(1)
+        return number if number.dtype == acc else number.to(acc)
+
+    scale, bias = inputs.logit_scale, inputs.logit_bias
+    return inputs._replace(logit_scale=one_element(scale), logit_bias=None if bias is None else one_element(bias))
 
 
 class _RowLosses(Function):
@@ -182,6 +184,7 @@ class _ReducedLoss(Function):
             return None
         gradients, losses, divisor, leaves = saved(ctx)
         needs, needs_row_weight, *_ = _ReducedLoss.wanted(ctx)
+        scale = grad_loss * gradients.scale
         found = {}
         for name in PairWanted._fields:
             if not getattr(needs, name):
@@ -189,9 +192,8 @@ class _ReducedLoss(Function):
             if not getattr(ctx.computed, name):
                 raise RuntimeError(f'{ctx.function}: forward saw no gradient wanted for {name}; use reduction="none"')
             leaf = getattr(leaves, name)
-            scale = grad_loss * gradients.scale
             gradient = _kept_gradient(getattr(gradients, name), scale, leaf.dtype, leaves, ctx.function)
-            found[name] = gradient.reshape(leaf.shape)
+            found[name] = gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
         grad_row_weight = None
         if needs_row_weight:
             by_row = losses if divisor is None else losses / divisor

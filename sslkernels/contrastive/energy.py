@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sslkernels.contrastive.autograd import CallConfig, pair_loss
-from sslkernels.contrastive.positives import INVALID_POSITIVE, NO_POSITIVE, next_of_same_id
+from sslkernels.contrastive.pair_rows import HINGE, INVALID_POSITIVE, NO_POSITIVE, SIGMOID, SOFTMAX
+from sslkernels.contrastive.positives import next_of_same_id
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatistics, empty_statistics
-from sslkernels.contrastive.score_tiles import ENERGIES, HINGE, SIGMOID, SOFTMAX
+from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.ranks import over_ranks
@@ -93,9 +94,9 @@ def contrastive_energy(
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against negatives.
 
-    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys are never materialised as a whole: they go
-    through a buffer, a block of rows at a time. With s_p the score of a query's positive and sums over its candidates
-    (the keys that are not left out, its per-query negatives, the bank):
+    The scores s = logit_scale * <x, y> + logit_bias of all queries and keys go through a buffer of bounded size, a
+    block of rows at a time. With s_p the score of a query's positive and sums over its candidates (the keys that are
+    not left out, its per-query negatives, the bank):
 
         "softmax": -s_p + logsumexp(s), or with extra positives -mean_P(s) + logsumexp(s) over all positives P
         (InfoNCE, van den Oord et al. 2018; SupCon's L_out, Khosla et al. 2020)
@@ -140,9 +141,9 @@ def contrastive_energy(
         The loss, float32 (float64 for float64 features); with `return_stats` the pair (loss, statistics).
 
     "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the scores again.
-    On a CPU a softmax over columns takes four matmuls, over rows alone and the other energies three, and two where the
-    candidates are frozen. The Triton kernels take more of them where a matrix of probabilities would cost more than to
-    compute scores again.
+    On a CPU the energies take three matmuls, and two where the candidates are frozen; a softmax over columns takes up
+    to four where the scores exceed 9 MiB. The Triton kernels take more of them where a matrix of probabilities would
+    cost more than to compute scores again.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A `positive` out of range

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.pair_setup import NORM_EPS, PairSetup
-from sslkernels.contrastive.positives import row_blocks
+from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, FeatureGradient, row_blocks
+from sslkernels.contrastive.pair_setup import PairSetup
 from sslkernels.contrastive.records import PairGradients, PairWanted, empty_gradients, gradient_dtype
-from sslkernels.contrastive.score_tiles import HINGE, SIGMOID
+from sslkernels.contrastive.score_tiles import PairKernels
 
 
 class FeatureGradients:
@@ -20,7 +20,8 @@ class FeatureGradients:
     sum of gradient * u and the sum of the gradient, float64. positive_score: gradient of the positives' scores.
     """
 
-    def __init__(self, setup: PairSetup, wanted: PairWanted) -> None:
+    def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted) -> None:
+        self.kernels = kernels
         self.setup = setup
         self.wanted = wanted
         acc = setup.acc
@@ -39,69 +40,73 @@ class FeatureGradients:
         if setup.negatives is not None and setup.wants_gradients:
             self.query_of_negatives = torch.empty_like(self.query) if wanted.query else None
             self.negatives = torch.empty_like(setup.negatives) if wanted.negatives else None
-        self.dot = setup.query.new_zeros(setup.count, dtype=torch.float64)
-        self.total = torch.zeros_like(self.dot)
+        self.dot, self.total = setup.query.new_zeros((2, setup.count), dtype=torch.float64)
         self.positive_score = setup.query.new_zeros(setup.count, dtype=acc)
 
     def results(self) -> PairGradients:
-        setup, inputs, gradient = self.setup, self.setup.inputs, self.positive_score
+        setup, inputs, wanted = self.setup, self.setup.inputs, self.wanted
         if not setup.wants_gradients:
             return empty_gradients(inputs, PairWanted())
-        logit_scale = self.dot.sum() + (gradient * setup.positive_u.masked_fill(gradient == 0, 0)).sum()
-        logit_bias = torch.zeros_like(logit_scale)  # softmax and hinge are invariant to a common offset
-        if setup.options.energy == SIGMOID:
-            logit_bias = self.total.sum() + gradient.sum()
-        self._add_positives()
-        negatives = gradient.new_empty(0, dtype=inputs.query.dtype)
-        if self.wanted.negatives and inputs.negatives is not None:
+        nothing = setup.query.new_empty(0, dtype=inputs.query.dtype)
+        negatives = nothing
+        if wanted.negatives and inputs.negatives is not None:
             negatives = torch.zeros_like(inputs.negatives) if self.negatives is None else self.negatives
-        key = None if setup.mutual else self.key
+        bank = nothing
+        if self.bank is not None:
+            bank = self._finished(FeatureGradient(self.bank, setup.bank, setup.bank_norm), inputs.bank)
+        elif wanted.bank and inputs.bank is not None:
+            bank = torch.zeros_like(inputs.bank, dtype=gradient_dtype(inputs.bank))
+        logit_bias = self.dot.new_zeros(1, dtype=setup.acc)
+        if setup.options.energy == SIGMOID:  # the other energies are invariant to a common offset
+            logit_bias = self.total.sum().reshape(1).to(setup.acc)
         return PairGradients(
-            query=self._finished(self.query, setup.query, setup.query_norm, inputs.query, self.query_of_negatives),
-            key=self._finished(key, setup.key, setup.key_norm, inputs.key),
-            bank=self._finished(self.bank, setup.bank, setup.bank_norm, inputs.bank, want=self.wanted.bank),
+            query=nothing if self.query is None else self._of_queries(),
+            key=nothing if self.key is None or setup.mutual else self._of_keys(),
+            bank=bank,
             negatives=negatives,
-            logit_scale=logit_scale.reshape(1).to(setup.acc),
-            logit_bias=logit_bias.reshape(1).to(setup.acc),
+            logit_scale=self.dot.sum().reshape(1).to(setup.acc),
+            logit_bias=logit_bias,
             scale=setup.scale,
         )
 
-    def _add_positives(self) -> None:
-        """Adds the gradients of the positives' scores to queries and keys, and pair_key to the keys."""
-        positives, gradient = self.setup.positives, self.positive_score
-        if self.setup.positive_norm is not None:
-            gradient = torch.where(gradient != 0, gradient * self.setup.positive_norm, 0)
-        for rows, x, y in self.setup.positive_features():
-            part = gradient[rows].unsqueeze(1)
-            if self.query is not None:
-                self.query[rows] += torch.where(part != 0, part * y, 0)
-            if self.key is not None:
-                positives.scatter_add(torch.where(part != 0, part * x, 0), self.key, rows)
+    def _of_queries(self) -> Tensor:
+        setup, score_gradient = self.setup, self.positive_score
+        index = setup.inputs.positive
+        if setup.mutual:  # a query is also the key of its positive
+            of_partner = score_gradient[index.clamp(min=0)]
+            score_gradient = score_gradient + torch.where(index >= 0, of_partner, 0)
+        gradient = FeatureGradient(
+            self.query, setup.query, setup.query_norm, setup.key, setup.key_norm, index, score_gradient,
+            self.query_of_negatives,
+        )  # fmt: skip
+        return self._finished(gradient, setup.inputs.query)
+
+    def _of_keys(self) -> Tensor:
+        setup, positives = self.setup, self.setup.positives
+        gradient = FeatureGradient(self.key, setup.key, setup.key_norm)
+        if positives.in_order:
+            gradient = gradient._replace(
+                partner=setup.query, partner_norm=setup.query_norm, score_gradient=self.positive_score
+            )
+        else:
+            self._add_positives_by_key()
         if self.pair_key is not None:
             positives.scatter_add(self.pair_key, self.key)
+        return self._finished(gradient, setup.inputs.key)
 
-    def _finished(
-        self,
-        total: Tensor | None,
-        values: Tensor | None,
-        norm: Tensor | None,
-        original: Tensor | None,
-        of_negatives: Tensor | None = None,
-        want: bool = False,
-    ) -> Tensor:
-        """Applies logit_scale, adds the part of the per-query negatives, projects out the direction of normalised
-        features. want: zeros where the features are not part of the loss."""
-        if total is None:
-            if want and original is not None:
-                return torch.zeros_like(original, dtype=gradient_dtype(original))
-            return self.positive_score.new_empty(0, dtype=self.setup.inputs.query.dtype)
-        for rows in row_blocks(total):
-            part = total[rows].mul_(self.setup.inputs.logit_scale)
-            if of_negatives is not None:
-                part += of_negatives[rows]
-            if norm is not None:
-                x, r = values[rows].to(part.dtype), norm[rows]
-                along = (part * x).sum(1) * r * r
-                along = torch.where(r * NORM_EPS < 1, along, 0)  # a norm that was clamped is a constant
-                part.addcmul_(along.unsqueeze(1), x, value=-1)
-        return total.to(gradient_dtype(original))
+    def _add_positives_by_key(self) -> None:
+        """Adds the gradients of the positives' scores to keys that may be the positives of several rows."""
+        setup, positives, factor = self.setup, self.setup.positives, self.positive_score
+        if setup.key.shape[0] == 0:
+            return
+        if setup.query_norm is not None:
+            factor = torch.where(factor != 0, factor * setup.query_norm * positives.gather(setup.key_norm), 0)
+        for rows in row_blocks(setup.query):
+            part = factor[rows].unsqueeze(1)
+            positives.scatter_add(torch.where(part != 0, part * setup.query[rows], 0), self.key, rows)
+
+    def _finished(self, gradient: FeatureGradient, original: Tensor) -> Tensor:
+        dtype = gradient_dtype(original)
+        out = gradient.total if dtype == gradient.total.dtype else torch.empty_like(gradient.total, dtype=dtype)
+        self.kernels.finish_gradient(gradient, self.setup.inputs.logit_scale, out)
+        return out

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sslkernels.contrastive import plan
-from sslkernels.contrastive.positives import INVALID_POSITIVE
+from sslkernels.contrastive.pair_rows import INVALID_POSITIVE
 from sslkernels.contrastive.records import (
     PairGradients,
     PairInputs,

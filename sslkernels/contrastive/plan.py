@@ -1,13 +1,14 @@
 """The contrastive energies over tiles of pair scores: the plan of every backend.
 
-Queries are processed in blocks of rows. The products of a row block with every shared candidate (the keys, the bank)
-fit a buffer that is reused; no queries x keys matrix is materialised. For sigmoid and hinge, and for a softmax over
-rows, one row block gives sums and then, from the same products, the gradient: three matmuls in all, two where the
-candidates are frozen. A softmax over columns needs the sums of all row blocks before the first gradient, and therefore
-the products a second time: four.
+The products of a tile, some queries with some shared candidates (the keys, the bank), fit a buffer that is reused. For
+sigmoid and hinge, and for a softmax over rows, a row block with all its candidates gives sums and then, from the same
+products, the gradient: three matmuls in all, two where the candidates are frozen. A softmax over columns needs the sums
+of all tiles before the first gradient. If their products all fit the workspace, they are kept; else they are computed a
+second time, four matmuls in all, except for the last tile, where the second pass begins.
 
 Where the queries are the keys and positives are mutual, scores are symmetric: a row block computes the columns from its
-own first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all.
+own first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all, or one and a half
+if the products are kept.
 
 For query i with positive j = positive[i] and scores s over its candidates,
 
@@ -30,10 +31,22 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels.contrastive.gradients import FeatureGradients
+from sslkernels.contrastive.pair_rows import (
+    HINGE,
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    LossOptions,
+    LossOutputs,
+    LossRows,
+    SideGrad,
+    log_sum,
+    softmax_loss,
+    softmax_slope,
+)
 from sslkernels.contrastive.pair_setup import PairSetup
 from sslkernels.contrastive.query_negatives import NegativeInputs, NegativeOutputs, RowMerge, query_negatives_
 from sslkernels.contrastive.records import (
@@ -47,19 +60,15 @@ from sslkernels.contrastive.records import (
     empty_statistics,
 )
 from sslkernels.contrastive.score_tiles import (
-    HINGE,
-    SIGMOID,
-    SOFTMAX,
-    ColumnSums,
     GradientOutputs,
     Labels,
     PairKernels,
     RowSums,
-    SideGrad,
     Thresholds,
     Tile,
+    add_scores,
+    workspace_bytes,
 )
-from sslkernels.contrastive.softmax_loss import log_sum, softmax_loss, softmax_slope
 from sslkernels.contrastive.statistics import Statistics, running_sums
 
 # Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal.
@@ -78,7 +87,7 @@ def forward(
     stats: bool,
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
     """Losses and statistics, and the gradients of sum(coefficient * loss) that are wanted."""
-    setup = PairSetup(inputs, options, coefficient, any(wanted))
+    setup = PairSetup(kernels, inputs, options, coefficient, any(wanted))
     plan = _Plan(kernels, setup, wanted, stats)
     plan.walk(sums=True, gradient=setup.wants_gradients and not plan.two_pass)
     if options.columns:
@@ -98,7 +107,7 @@ def backward(
     wanted: PairWanted,
 ) -> PairGradients:
     """The gradients of sum(grad_loss * loss), from products computed again."""
-    plan = _Plan(kernels, PairSetup(inputs, options, grad_loss, any(wanted)), wanted, stats=False)
+    plan = _Plan(kernels, PairSetup(kernels, inputs, options, grad_loss, any(wanted)), wanted, stats=False)
     if options.energy == SOFTMAX:
         plan.restore(state)
         plan.walk(sums=False, gradient=True)
@@ -139,8 +148,17 @@ class _TileSpec(NamedTuple):
     twice: bool = False
 
 
+class _Step(NamedTuple):
+    """Tiles of one row block that are processed together. ends_rows: whether they are the last ones of their rows."""
+
+    number: int
+    rows: slice
+    tiles: list[tuple[_TileSpec, Tile]]
+    ends_rows: bool
+
+
 class _Plan:
-    """Walks over the row blocks and accumulates losses, statistics and gradients."""
+    """Walks over the steps and accumulates losses, statistics and gradients."""
 
     def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted, stats: bool) -> None:
         self.kernels = kernels
@@ -148,8 +166,10 @@ class _Plan:
         options = setup.options
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
-        self.grads = FeatureGradients(setup, wanted)
-        self.buffer: Tensor | None = None
+        self.grads = FeatureGradients(kernels, setup, wanted)
+        self.steps: list[_Step] = []
+        self.keeps_all = False  # whether each step has memory of its own
+        self.computed: set[int] = set()  # the numbers of the steps whose products are in memory
         self.candidates = list(self._shared_candidates())
 
         softmax = options.energy == SOFTMAX
@@ -157,7 +177,7 @@ class _Plan:
         self.row_sums = RowSums(*sums, uniformity_sum=None, num_above_positive=None)
         columns = setup.hinge_columns() if options.energy == HINGE else setup.key.shape[0]
         self.column_sums = sums if setup.mutual else running_sums(setup, columns, softmax)
-        self.statistics = Statistics(setup, self.row_sums) if stats else None
+        self.statistics = Statistics(kernels, setup, self.row_sums) if stats else None
         if self.statistics is not None and self.statistics.shares_sums:
             self.row_sums = self.statistics.sums
         self.loss = setup.query.new_zeros(setup.count, dtype=setup.acc)
@@ -174,13 +194,13 @@ class _Plan:
                 gradient=grads.key,
             )  # fmt: skip
             if by_pair:
-                at = positives.index
+                index = positives.index
                 _, *labels = positives.key_labels
                 row_positive, *_ = positives.row_labels
                 yield _Candidates(
-                    setup.key[at],
-                    None if setup.key_norm is None else setup.key_norm[at],
-                    (row_positive, *(None if label is None else label[at] for label in labels)),
+                    setup.key[index],
+                    None if setup.key_norm is None else setup.key_norm[index],
+                    (row_positive, *(None if label is None else label[index] for label in labels)),
                     columns=True,
                     pairs=True,
                     gradient=grads.pair_key,
@@ -190,33 +210,73 @@ class _Plan:
             yield _Candidates(setup.bank, setup.bank_norm, none, rows=True, gradient=grads.bank)
 
     def walk(self, sums: bool, gradient: bool) -> None:
-        """Processes the row blocks one after another. sums: of rows and columns, with the losses of the rows."""
+        """Processes the steps one after another. sums: of rows and columns, with the losses of the rows."""
         setup, query = self.setup, self.setup.query
-        columns = sum(candidates.values.shape[0] for candidates in self.candidates)
         weighted = sums and gradient and self._candidates_are_frozen() and self.kernels.has_weighted_sums(query)
-        height, needs_products = self.kernels.row_block(setup.count, columns, query, gradient and not weighted)
-        if setup.mutual:
-            height = min(height, -(-setup.count // (MUTUAL_ROW_BLOCKS * TILE_ROWS)) * TILE_ROWS or 1)
-        if needs_products and self.buffer is None:
-            self.buffer = query.new_empty(height * columns)
-        buffer = self.buffer if needs_products else None
+        if not self.steps or not self.kernels.keeps_products(query):
+            self.steps = self._steps(gradient and not weighted, whole_rows=sums and gradient)
         self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
-        for begin in range(0, setup.count, height):
-            rows = slice(begin, min(begin + height, setup.count))
-            tiles = [(spec, self._tile(spec, products)) for spec, products in self._tile_specs(rows, buffer)]
+        for step in self.steps if sums else reversed(self.steps):
+            self._begin(step)
             if weighted:
-                self._add_weighted(rows, tiles)
+                self._add_weighted(step.rows, step.tiles)
                 continue
             if sums:
-                for spec, tile in tiles:
+                for spec, tile in step.tiles:
                     self._add_sums(spec, tile)
-            if sums and not self.fused:
-                self._finish_rows(rows)
+            if sums and step.ends_rows and not self.fused:
+                self._finish_rows(step.rows)
             if gradient:
-                for spec, tile in tiles:
+                for spec, tile in step.tiles:
                     self._add_gradient(spec, tile)
             if self.fused:
-                self._finish_rows(rows)
+                self._finish_rows(step.rows)
+
+    def _begin(self, step: _Step) -> None:
+        """Computes the products of a step, unless they are in memory."""
+        if step.number in self.computed:
+            return
+        for _, tile in step.tiles:
+            self.kernels.begin(tile)
+        if self.kernels.keeps_products(self.setup.query):
+            self.computed = {*self.computed, step.number} if self.keeps_all else {step.number}
+
+    def _steps(self, gradient: bool, whole_rows: bool) -> list[_Step]:
+        """The steps over all tiles, with memory for their products. whole_rows: a step has all tiles of its rows."""
+        setup, query, pitch = self.setup, self.setup.query, self.kernels.pitch
+        columns = sum(candidates.values.shape[0] for candidates in self.candidates)
+        shape, needs_products = self.kernels.tile_shape((setup.count, columns), query, gradient, whole_rows)
+        height, width = shape
+        if setup.mutual:
+            height = min(height, -(-setup.count // (MUTUAL_ROW_BLOCKS * TILE_ROWS)) * TILE_ROWS or 1)
+        plans: list[tuple[slice, list[_TileSpec], bool]] = []
+        for begin in range(0, setup.count, height):
+            rows = slice(begin, min(begin + height, setup.count))
+            specs = self._tile_specs(rows, columns if whole_rows else width)
+            parts = [specs] if whole_rows or not specs else [[spec] for spec in specs]
+            plans += [(rows, part, i == len(parts) - 1) for i, part in enumerate(parts)]
+
+        def size(spec: _TileSpec) -> int:
+            return length(spec.rows) * pitch(length(spec.columns), query)
+
+        sizes = [sum(map(size, specs)) for _, specs, _ in plans]
+        fits = sum(sizes) * query.element_size() <= workspace_bytes(query)
+        self.keeps_all = fits and self.kernels.keeps_products(query)
+        buffer = query.new_empty(sum(sizes) if self.keeps_all else max(sizes, default=0)) if needs_products else None
+        steps, begin = [], 0
+        for rows, specs, ends_rows in plans:
+            begin = begin if self.keeps_all else 0
+            tiles = []
+            for spec in specs:
+                products = None
+                if buffer is not None:
+                    products = at(buffer, slice(begin, begin + size(spec))).view(length(spec.rows), -1)
+                    if products.shape[1] != length(spec.columns):
+                        products = products[:, : length(spec.columns)]
+                    begin += size(spec)
+                tiles.append((spec, self._tile(spec, products)))
+            steps.append(_Step(len(steps), rows, tiles, ends_rows))
+        return steps
 
     def _candidates_are_frozen(self) -> bool:
         """Whether this is a softmax over rows of which only the queries get a gradient, made of probabilities alone."""
@@ -233,64 +293,59 @@ class _Plan:
         weighted_u = torch.zeros_like(setup.score[rows])
         for _, tile in tiles:
             self.kernels.weighted_sums(tile, sums, weighted, weighted_u)
+        shift = sums.max.clone()  # per-query negatives may raise it
         self._finish_rows(rows)
-        factor = self.row.weight[rows] * (sums.max - self.row.reference[rows]).exp()
+        factor = self.row.weight[rows] * (shift - self.row.reference[rows]).exp()
         self.grads.dot[rows] += factor * weighted_u
         if setup.query_norm is not None:
             factor = factor * setup.query_norm[rows]
         self.grads.query[rows] += weighted.mul_(factor.unsqueeze(1))
 
-    def _tile_specs(self, rows: slice, buffer: Tensor | None) -> Iterator[tuple[_TileSpec, Tensor | None]]:
-        """The tiles of a row block, each with its part of the buffer."""
-        begin, height = 0, rows.stop - rows.start
+    def _tile_specs(self, rows: slice, width: int) -> list[_TileSpec]:
+        """The tiles of a row block, at most `width` columns wide."""
+        specs = []
         for candidates in self.candidates:
-            every = slice(0, candidates.values.shape[0])
-            specs = [_TileSpec(candidates, rows, every, candidates.rows, candidates.columns)]
+            count, first = candidates.values.shape[0], 0
             if self.setup.mutual:
-                later = slice(rows.stop, self.setup.count)
-                specs = [
-                    _TileSpec(candidates, rows, rows, rows_summed=True, columns_summed=False, twice=True),
-                    _TileSpec(candidates, rows, later, rows_summed=True, columns_summed=True),
-                ]
-            for spec in specs:
-                width = spec.columns.stop - spec.columns.start
-                if width > 0:
-                    end = begin + height * width
-                    yield spec, None if buffer is None else buffer[begin:end].view(height, width)
-                    begin = end
+                specs.append(_TileSpec(candidates, rows, rows, rows_summed=True, columns_summed=False, twice=True))
+                first = rows.stop
+            for begin in range(first, count, max(width, 1)):
+                columns = slice(begin, min(begin + width, count))
+                specs.append(
+                    _TileSpec(candidates, rows, columns, candidates.rows, candidates.columns or self.setup.mutual)
+                )
+        return specs
 
     def _tile(self, spec: _TileSpec, products: Tensor | None) -> Tile:
         setup, candidates, rows, columns = self.setup, spec.candidates, spec.rows, spec.columns
         labels: list[Tensor | None] = []
         for row, column in zip(setup.positives.row_labels, candidates.labels, strict=True):
             paired = row is not None and column is not None
-            labels += [row[rows], column[columns]] if paired else [None, None]
-        tile = Tile(
-            setup.query[rows],
-            candidates.values[columns],
+            labels += [at(row, rows), at(column, columns)] if paired else [None, None]
+        return Tile(
+            at(setup.query, rows),
+            at(candidates.values, columns),
             products,
-            None if setup.query_norm is None else setup.query_norm[rows],
-            None if candidates.norm is None else candidates.norm[columns],
+            at(setup.query_norm, rows),
+            at(candidates.norm, columns),
             setup.inputs.logit_scale,
             setup.inputs.logit_bias,
             setup.options.energy,
             Labels(*labels),
             setup.options.ids_positive,
         )
-        self.kernels.begin(tile)
-        return tile
 
     def _add_sums(self, spec: _TileSpec, tile: Tile) -> None:
         setup, statistics, rows, columns = self.setup, self.statistics, spec.rows, spec.columns
         thresholds = Thresholds(
-            None if setup.row_threshold is None else setup.row_threshold[rows],
-            None if setup.column_threshold is None else setup.column_threshold[columns],
-            None if statistics is None else statistics.above_positive[rows],
+            at(setup.row_threshold, rows),
+            at(setup.column_threshold, columns),
+            None if statistics is None else at(statistics.above_positive, rows),
         )
         norms = None
         if statistics is not None and spec.candidates.keys:
             query_norm, key_norm = statistics.cosine_norms
-            norms = (query_norm[rows], key_norm[columns])
+            norms = (at(query_norm, rows), at(key_norm, columns))
 
         def row_sums(sums: RowSums) -> RowSums:
             part = _sliced(sums, rows)
@@ -311,10 +366,10 @@ class _Plan:
         if self.setup.mutual:
             column = _sliced(self.row, columns)
         outputs = GradientOutputs(
-            dot=torch.zeros_like(grads.dot[rows]) if spec.twice else grads.dot[rows],
-            total=grads.total[rows],
-            queries=None if grads.query is None else grads.query[rows],
-            candidates=None if candidates.gradient is None or spec.twice else candidates.gradient[columns],
+            dot=torch.zeros_like(grads.dot[rows]) if spec.twice else at(grads.dot, rows),
+            total=at(grads.total, rows),
+            queries=at(grads.query, rows),
+            candidates=None if spec.twice else at(candidates.gradient, columns),
             row_sums=_sliced(self.row_sums, rows) if self.fused else None,
         )
         self.kernels.add_gradients(tile, row, column, outputs)
@@ -323,40 +378,72 @@ class _Plan:
 
     def _finish_rows(self, rows: slice) -> None:
         """The losses of rows whose sums are complete, and what their gradient needs."""
-        setup, options = self.setup, self.setup.options
-        if not options.rows:
+        setup = self.setup
+        if not setup.options.rows:
             return
-        sums = _sliced(self.row_sums, rows)
-        score, counted = setup.score[rows], setup.positives.counted[rows]
-        if options.energy == SOFTMAX:
-            others = log_sum(sums).to(setup.acc)
-            negatives = self._add_negatives(rows, torch.where(counted, torch.logaddexp(others, score), others))
-            if negatives is not None:
-                others = torch.logaddexp(others, torch.logsumexp(negatives.scores, 1))
-            self.state.row_others[rows] = others
-            counts = (setup.positives.row_positives[rows], setup.row_candidates[rows])
-            negative_scores = None if negatives is None else negatives.scores
-            loss = softmax_loss(setup, others, score, sums, *counts, negative_scores)
-            self._finish_row_side(rows)
-        else:
-            negatives = self._add_negatives(rows, None if setup.row_threshold is None else setup.row_threshold[rows])
-            loss = sums.sum.to(setup.acc)
-            if negatives is not None:
-                loss = loss + negatives.value
-            if options.energy == SIGMOID:
-                loss = loss + torch.where(counted, -F.logsigmoid(score), 0)
-            if setup.wants_gradients:
-                slope = torch.where(counted, torch.sigmoid(-score), 0) if options.energy == SIGMOID else sums.active
-                self.grads.positive_score[rows] -= (self.row.weight[rows] * slope).to(setup.acc)
-        if negatives is not None and self.statistics is not None:
-            self.statistics.add_negatives(rows, negatives.scores)
-        self.loss[rows] += setup.half * torch.where(setup.has_loss[rows], loss, 0)
+        if setup.negatives is not None:
+            self._merge_negatives(rows)
+        others = at(self.state.row_others, rows) if setup.options.energy == SOFTMAX else None
+        self._add_row_losses(rows, _sliced(self.row_sums, rows).without_statistics, others, at(self.loss, rows))
 
-    def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs | None:
+    def _add_row_losses(self, rows: slice, sums: ColumnSums, others: Tensor | None, loss: Tensor | None) -> None:
+        setup, positives = self.setup, self.setup.positives
+        softmax = setup.options.energy == SOFTMAX
+        if softmax and setup.wants_gradients and self.row.reference is None:
+            self.row = self.row._replace(reference=torch.empty_like(setup.score))
+        side = _sliced(self.row, rows)
+        self._add_losses(
+            LossRows(
+                sums,
+                at(setup.score, rows),
+                at(setup.positive_u, rows),
+                at(setup.inputs.positive, rows),
+                at(positives.row_positives, rows) if setup.options.ids_positive else None,
+                at(setup.row_candidates, rows) if setup.options.label_smoothing > 0 else None,
+                side,
+            ),
+            rows,
+            others,
+            side.reference if softmax else None,
+            loss,
+        )
+
+    def _add_losses(
+        self, of_rows: LossRows, rows: slice, others: Tensor | None, reference: Tensor | None, loss: Tensor | None
+    ) -> None:
+        grads = self.grads
+        self.kernels.add_losses(
+            of_rows,
+            self._loss_options(),
+            LossOutputs(
+                others, reference, loss, at(grads.positive_score, rows), at(grads.dot, rows), at(grads.total, rows)
+            ),
+        )
+
+    def _loss_options(self) -> LossOptions:
+        options = self.setup.options
+        return LossOptions(options.energy, self.setup.half, options.label_smoothing, options.ids_positive)
+
+    def _merge_negatives(self, rows: slice) -> None:
+        """Adds the per-query negatives of the rows to their sums."""
+        setup, sums = self.setup, _sliced(self.row_sums, rows)
+        reference = at(setup.row_threshold, rows)
+        softmax = setup.options.energy == SOFTMAX
+        if softmax:
+            score, counted = at(setup.score, rows), at(setup.positives.counted, rows)
+            others = log_sum(sums.without_statistics).to(setup.acc)
+            reference = torch.where(counted, torch.logaddexp(others, score), others)
+        negatives = self._add_negatives(rows, reference)
+        if softmax:
+            add_scores(sums.without_statistics, negatives.scores)
+        else:
+            sums.sum.add_(negatives.value)
+        if self.statistics is not None:
+            self.statistics.add_negatives(rows, negatives.scores)
+
+    def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs:
         """The per-query negatives of the rows: accumulates their gradients."""
         setup, grads, inputs = self.setup, self.grads, self.setup.inputs
-        if setup.negatives is None:
-            return None
         weight = self.row.weight[rows] if setup.wants_gradients else None
         count = rows.stop - rows.start
         nothing = setup.score.new_empty(0)
@@ -383,34 +470,79 @@ class _Plan:
             grads.dot[rows] += outputs.grad_scale
             grads.total[rows] += outputs.grad_bias
             if setup.options.energy == HINGE:
-                grads.positive_score[rows] -= outputs.grad_bias
+                slope = -outputs.grad_bias
+                grads.positive_score[rows] += slope
+                grads.dot[rows] += torch.where(slope != 0, slope * setup.positive_u[rows], 0)
         return outputs
 
     def finish_columns(self) -> None:
         """The losses of the column direction, whose sums are complete after the last row block."""
-        setup, sums, score = self.setup, self.column_sums, self.setup.score
-        positives = setup.positives
-        if setup.options.energy == HINGE:
-            loss = sums.sum[: setup.count].to(setup.acc)
-            if setup.wants_gradients:
-                self.grads.positive_score -= (setup.weight * sums.active[: setup.count]).to(setup.acc)
+        setup, sums = self.setup, self.column_sums
+        every, positives = slice(0, setup.count), setup.positives
+        if setup.options.energy == HINGE:  # a column per pair
+            side = SideGrad(weight=setup.weight) if setup.wants_gradients else SideGrad()
+            columns = LossRows(sums, setup.score, setup.positive_u, setup.inputs.positive, None, None, side)
+            self._add_losses(columns, every, None, None, self.loss)
+        elif positives.in_order:
+            self._add_column_losses(sums, self.state.column_others, self.state.column_lse, self.loss)
+            self.column = self.column._replace(reference=self.state.column_lse)
         else:
-            lse, others = positives.log_sum_exp(log_sum(sums).to(setup.acc), score)
-            self.state.column_lse.copy_(lse)
-            self.state.column_others.copy_(others)
-            wide = score.double().masked_fill(~positives.has, 0)
+            self._add_shared_columns()
 
-            def without_own_pair(values: Tensor | None) -> Tensor | None:
-                """Sums over the column of each row, without its own pair but with the positives of other rows."""
-                return None if values is None else positives.gather(positives.scatter_add(wide, values.clone())) - score
+    def _add_column_losses(
+        self, sums: ColumnSums, others: Tensor | None, reference: Tensor | None, loss: Tensor | None
+    ) -> None:
+        """The columns of keys that are the positives of rows in order."""
+        setup, positives = self.setup, self.setup.positives
+        columns = LossRows(
+            sums,
+            setup.score,
+            setup.positive_u,
+            None,
+            positives.column_positives if setup.options.ids_positive else None,
+            positives.column_candidates if setup.options.label_smoothing > 0 else None,
+            self.column,
+        )
+        self._add_losses(columns, slice(0, setup.count), others, reference, loss)
 
-            others_sums = sums._replace(
-                score_sum=without_own_pair(sums.score_sum), positive_sum=without_own_pair(sums.positive_sum)
-            )
-            counts = (positives.gather(n) for n in (positives.column_positives, positives.column_candidates))
-            loss = softmax_loss(setup, others, score, others_sums, *counts)
-            self._finish_column_side()
+    def _add_shared_columns(self) -> None:
+        """The columns of keys that may be the positives of several rows, each of which is a candidate of the others."""
+        setup, sums, score, positives = self.setup, self.column_sums, self.setup.score, self.setup.positives
+        lse, others = positives.log_sum_exp(log_sum(sums).to(setup.acc), score)
+        self.state.column_lse.copy_(lse.masked_fill(positives.rows_of_key == 0, float("inf")))
+        self.state.column_others.copy_(others)
+        wide = score.double().masked_fill(~positives.has, 0)
+
+        def without_own_pair(values: Tensor | None) -> Tensor | None:
+            """Sums over the column of each row, without its own pair but with the positives of other rows."""
+            return None if values is None else positives.gather(positives.scatter_add(wide, values.clone())) - score
+
+        others_sums = sums._replace(
+            score_sum=without_own_pair(sums.score_sum), positive_sum=without_own_pair(sums.positive_sum)
+        )
+        counts = (positives.gather(n) for n in (positives.column_positives, positives.column_candidates))
+        columns = LossRows(others_sums, score, setup.positive_u, setup.inputs.positive, *counts, SideGrad())
+        loss = softmax_loss(columns, self._loss_options(), others)
         self.loss += setup.half * torch.where(setup.has_loss, loss, 0)
+        self._finish_shared_columns()
+
+    def _finish_shared_columns(self) -> None:
+        setup, positives, state = self.setup, self.setup.positives, self.state
+        if not setup.wants_gradients:
+            return
+        self.column = self.column._replace(reference=state.column_lse)
+        # gather() returns an arbitrary key's value for a row without a positive; mask it.
+        by_row = SideGrad(
+            *(None if v is None else torch.where(positives.counted, positives.gather(v), 0) for v in self.column)
+        )
+        slope = softmax_slope(
+            by_row._replace(weight=setup.weight), self._loss_options(), state.column_others, setup.score
+        )
+        of_other_rows = by_row.weight - setup.weight
+        probability = (setup.score - positives.gather(state.column_lse)).exp()
+        slope = slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
+        self.grads.positive_score += slope
+        self.grads.dot += torch.where(slope != 0, slope * setup.positive_u, 0)
 
     def restore(self, state: PairState) -> None:
         """Uses the state of a forward in place of sums."""
@@ -418,43 +550,31 @@ class _Plan:
         self.state = state
         if setup.options.rows:
             every = slice(0, setup.count)
-            lse = torch.logaddexp(state.row_others, setup.score)
-            self._add_negatives(every, torch.where(setup.positives.counted, lse, state.row_others), final=True)
-            self._finish_row_side(every)
-        if setup.options.columns:
-            self._finish_column_side()
-
-    def _finish_row_side(self, rows: slice) -> None:
-        """The references of softmax rows and the gradient of their positives' scores."""
-        setup = self.setup
-        if not setup.wants_gradients:
-            return
-        others, score = self.state.row_others[rows], setup.score[rows]
-        if self.row.reference is None:
-            self.row = self.row._replace(reference=torch.empty_like(setup.score))
-        # In a row without a positive every exponential is 0.
-        reference = torch.logaddexp(others, score).masked_fill(~setup.positives.counted[rows], float("inf"))
-        self.row.reference[rows] = reference
-        self.grads.positive_score[rows] += softmax_slope(setup, _sliced(self.row, rows), others, score)
-
-    def _finish_column_side(self) -> None:
-        """The same for columns, where a key may be the positive of several rows."""
-        setup, positives, state = self.setup, self.setup.positives, self.state
-        if not setup.wants_gradients:
-            return
-        self.column = self.column._replace(
-            reference=state.column_lse.masked_fill(positives.rows_of_key == 0, float("inf"))
-        )
-        # gather() returns an arbitrary key's value for a row without a positive; mask it.
-        by_row = SideGrad(
-            *(None if v is None else torch.where(positives.counted, positives.gather(v), 0) for v in self.column)
-        )
-        slope = softmax_slope(setup, by_row._replace(weight=setup.weight), state.column_others, setup.score)
-        of_other_rows = by_row.weight - setup.weight
-        probability = (setup.score - positives.gather(state.column_lse)).exp()
-        self.grads.positive_score += slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
+            if setup.negatives is not None:
+                lse = torch.logaddexp(state.row_others, setup.score)
+                self._add_negatives(every, torch.where(setup.positives.counted, lse, state.row_others), final=True)
+            self._add_row_losses(every, _sums_of(state.row_others), None, None)
+        if setup.options.columns and setup.positives.in_order:
+            self._add_column_losses(_sums_of(state.column_others), None, None, None)
+            self.column = self.column._replace(reference=state.column_lse)
+        elif setup.options.columns:
+            self._finish_shared_columns()
 
 
-def _sliced(record: Record, at: slice) -> Record:
+def _sums_of(others: Tensor) -> ColumnSums:
+    """Sums whose log-sum-exp is `others`."""
+    return ColumnSums(others, torch.ones_like(others, dtype=torch.float64), None, None, None)
+
+
+def length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def at(values: Tensor | None, part: slice) -> Tensor | None:
+    """values[part]; all of them without the microsecond that a view takes."""
+    return values if values is None or length(part) == values.shape[0] else values[part]
+
+
+def _sliced(record: Record, part: slice) -> Record:
     """A record of views of its tensors."""
-    return type(record)(*(None if v is None else v[at] for v in record))
+    return type(record)(*(at(values, part) for values in record))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
 import torch
 from torch import Tensor
 
+from sslkernels.contrastive.pair_rows import NO_POSITIVE
 from sslkernels.contrastive.records import PairInputs, PairOptions
-
-# Rows without a positive, and rows whose index was out of range.
-NO_POSITIVE, INVALID_POSITIVE = -1, -2
-# Elements of a block of rows: small enough for its temporaries in the accumulation dtype, large on a GPU, where each
-# block costs launches.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Positives:
@@ -22,57 +17,88 @@ class Positives:
     has: rows with a positive; counted: those and the invalid rows, whose loss is NaN; rows_of_key: how many rows have
     a key as their positive. row_labels, key_labels: int32 labels of the pair, of the sample itself and of its id, as in
     `score_tiles.Labels`. row_candidates, column_candidates: how many scores a row and a column have, the positive
-    included; row_positives, column_positives: how many of these are positives.
+    included; row_positives, column_positives: how many of these are positives. Few losses need all of them: each is
+    computed when it is asked for.
     """
 
     def __init__(self, inputs: PairInputs, options: PairOptions) -> None:
-        positive, self_index = inputs.positive, inputs.self_index
-        device = inputs.query.device
-        rows = inputs.query.shape[0]
-        keys = rows if inputs.key is None else inputs.key.shape[0]
-        self.rows = rows
+        self.inputs, self.options = inputs, options
+        positive, device = inputs.positive, inputs.query.device
+        self.rows = rows = inputs.query.shape[0]
+        self.keys = rows if inputs.key is None else inputs.key.shape[0]
         self.in_order = positive is None
-        if positive is None:
-            self.index: slice | Tensor = slice(0, rows)
-            self.has = torch.ones(rows, dtype=torch.bool, device=device)
-            self.counted = self.has
-        else:
-            # Rows without a positive get distinct keys: sums by key process the rows of one key one after another.
-            self.index = torch.where(positive < 0, torch.arange(rows, device=device) % max(keys, 1), positive)
-            self.has = positive >= 0
-            self.counted = positive != NO_POSITIVE
-        self.invalid = self.counted & ~self.has
 
-        key_index = torch.arange(keys, dtype=torch.int32, device=device)
+        key_index = torch.arange(self.keys, dtype=torch.int32, device=device)
         row_positive = key_index[:rows] if positive is None else positive.to(torch.int32)
         self.row_labels: list[Tensor | None] = [row_positive, None, None]
         self.key_labels: list[Tensor | None] = [key_index, None, None]
-        row_out = torch.zeros(rows, dtype=torch.int64, device=device)
-        column_out = torch.zeros(keys, dtype=torch.int64, device=device)
-        if self_index is not None:
-            self.row_labels[1], self.key_labels[1] = self_index.to(torch.int32), key_index
-            row_out = row_out + 1
-            column_out = _index_add(column_out, self_index, torch.ones_like(row_out))
-        self.row_positives = self.has.long()
-        self.rows_of_key = self.scatter_add(self.has.long(), torch.zeros_like(column_out))
-        self.column_positives = self.rows_of_key
-        if inputs.query_ids is not None and options.in_batch:
-            query_ids, key_ids = inputs.query_ids.long(), inputs.key_ids.long()
-            self.row_labels[2], self.key_labels[2] = _codes(query_ids, key_ids)
-            same_row, same_column = _occurrences(query_ids, key_ids), _occurrences(key_ids, query_ids)
-            if self_index is not None:
-                itself = (query_ids == key_ids[self_index]).long()
-                same_row, same_column = same_row - itself, _index_add(same_column, self_index, -itself)
-            with_same_id = (self.has & (query_ids == self.gather(key_ids))).long()
-            same_row = same_row - with_same_id
-            same_column = same_column - self.scatter_add(with_same_id, torch.zeros_like(same_column))
-            if options.ids_positive:
-                self.row_positives = self.row_positives + same_row
-                self.column_positives = self.column_positives + same_column
-            else:
-                row_out, column_out = row_out + same_row, column_out + same_column
-        self.row_candidates = keys - row_out if options.in_batch else self.has.long()
-        self.column_candidates = rows - column_out
+        if inputs.self_index is not None:
+            self.row_labels[1], self.key_labels[1] = inputs.self_index.to(torch.int32), key_index
+        self.has_ids = inputs.query_ids is not None and options.in_batch
+        if self.has_ids:
+            self.row_labels[2], self.key_labels[2] = _codes(inputs.query_ids.long(), inputs.key_ids.long())
+
+    @functools.cached_property
+    def index(self) -> slice | Tensor:
+        positive = self.inputs.positive
+        if positive is None:
+            return slice(0, self.rows)
+        # Rows without a positive get distinct keys: sums by key process the rows of one key one after another.
+        return torch.where(positive < 0, torch.arange(self.rows, device=positive.device) % max(self.keys, 1), positive)
+
+    @functools.cached_property
+    def has(self) -> Tensor:
+        positive, device = self.inputs.positive, self.inputs.query.device
+        return torch.ones(self.rows, dtype=torch.bool, device=device) if positive is None else positive >= 0
+
+    @functools.cached_property
+    def counted(self) -> Tensor:
+        return self.has if self.inputs.positive is None else self.inputs.positive != NO_POSITIVE
+
+    @functools.cached_property
+    def rows_of_key(self) -> Tensor:
+        return self.scatter_add(self.has.long(), self.has.new_zeros(self.keys, dtype=torch.int64))
+
+    @functools.cached_property
+    def with_same_id(self) -> tuple[Tensor, Tensor]:
+        """How many keys other than the positive and itself share each row's id, and how many rows each key's."""
+        inputs = self.inputs
+        query_ids, key_ids = inputs.query_ids.long(), inputs.key_ids.long()
+        row, column = _occurrences(query_ids, key_ids), _occurrences(key_ids, query_ids)
+        if inputs.self_index is not None:
+            itself = (query_ids == key_ids[inputs.self_index]).long()
+            row, column = row - itself, _index_add(column, inputs.self_index, -itself)
+        positive = (self.has & (query_ids == self.gather(key_ids))).long()
+        return row - positive, column - self.scatter_add(positive, torch.zeros_like(column))
+
+    @functools.cached_property
+    def row_positives(self) -> Tensor:
+        row, _ = self.with_same_id if self._ids_are(positive=True) else (0, 0)
+        return self.has.long() + row
+
+    @functools.cached_property
+    def column_positives(self) -> Tensor:
+        _, column = self.with_same_id if self._ids_are(positive=True) else (0, 0)
+        return self.rows_of_key + column
+
+    @functools.cached_property
+    def row_candidates(self) -> Tensor:
+        if not self.options.in_batch:
+            return self.has.long()
+        row, _ = self.with_same_id if self._ids_are(positive=False) else (0, 0)
+        itself = 0 if self.inputs.self_index is None else 1
+        return torch.full_like(self.has, self.keys - itself, dtype=torch.int64) - row
+
+    @functools.cached_property
+    def column_candidates(self) -> Tensor:
+        _, column = self.with_same_id if self._ids_are(positive=False) else (0, 0)
+        candidates = torch.full_like(self.rows_of_key, self.rows) - column
+        if self.inputs.self_index is None:
+            return candidates
+        return _index_add(candidates, self.inputs.self_index, -torch.ones_like(self.inputs.self_index))
+
+    def _ids_are(self, positive: bool) -> bool:
+        return self.has_ids and self.options.ids_positive == positive
 
     def gather(self, values: Tensor) -> Tensor:
         """values (keys, ...) -> (rows, ...): the value of each row's positive, of an arbitrary key for a row without
@@ -117,14 +143,6 @@ def _index_add(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     if total.is_cuda:  # index_put_ sorts; index_add_ would be atomic
         return total.index_put_((index,), values, accumulate=True)
     return total.index_add_(0, index, values)
-
-
-def row_blocks(values: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `values` (rows, width) whose temporaries are small."""
-    count, width = values.shape
-    rows = max(BLOCK_ELEMENTS.get(values.device.type, BLOCK_ELEMENTS["cuda"]) // max(width, 1), 1)
-    for begin in range(0, count, rows):
-        yield slice(begin, min(begin + rows, count))
 
 
 def next_of_same_id(ids: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.score_tiles import HINGE, SIGMOID, SOFTMAX
+from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import Mutated, operator
 

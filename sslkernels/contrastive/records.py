@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.score_tiles import SOFTMAX
+from sslkernels.contrastive.pair_rows import SOFTMAX
 from sslkernels.core.dtypes import accumulation_dtype
 
 

@@ -16,12 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows
+from sslkernels.contrastive import pair_rows
+from sslkernels.contrastive.pair_rows import (
+    SIGMOID,
+    SOFTMAX,
+    ColumnSums,
+    FeatureGradient,
+    LossOptions,
+    LossOutputs,
+    LossRows,
+    PositivePairs,
+    SideGrad,
+)
+from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
 
-# Bytes of the buffer for the products of a row block.
-WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+# Bytes of the buffer for the products of tiles.
+WORKSPACE_BYTES = {"cpu": 9 << 20, "cuda": 512 << 20}
 
-SOFTMAX, SIGMOID, HINGE = 0, 1, 2
+TILE_COLUMNS = 2048  # of a tile whose rows need not be whole
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
 
@@ -61,21 +73,6 @@ class Tile(NamedTuple):
     ids_positive: bool
 
 
-class ColumnSums(NamedTuple):
-    """Running sums per column, None where not wanted; float64, except max.
-
-    max: of s (softmax). sum: of exp(s - max), of softplus(s) (of softplus(-s) for extra positives), or of
-    max(0, s - threshold). active: how many s > threshold (hinge). score_sum: of s. positive_sum: of the s of extra
-    positives.
-    """
-
-    max: Tensor | None
-    sum: Tensor
-    active: Tensor | None
-    score_sum: Tensor | None
-    positive_sum: Tensor | None
-
-
 class RowSums(NamedTuple):
     """Running sums per row: the fields of `ColumnSums`, and two statistics.
 
@@ -94,20 +91,6 @@ class RowSums(NamedTuple):
     @property
     def without_statistics(self) -> ColumnSums:
         return ColumnSums(self.max, self.sum, self.active, self.score_sum, self.positive_sum)
-
-
-class SideGrad(NamedTuple):
-    """The part of the rows, or of the columns, in the gradient of a score; weight None: no part.
-
-    softmax: weight * exp(s - reference) - share (extra positives) - smoothing, where reference is the log-sum-exp;
-    sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
-    hinge: weight where s > reference, the threshold.
-    """
-
-    weight: Tensor | None = None
-    reference: Tensor | None = None
-    share: Tensor | None = None
-    smoothing: Tensor | None = None
 
 
 class Thresholds(NamedTuple):
@@ -133,15 +116,48 @@ class GradientOutputs(NamedTuple):
     row_sums: RowSums | None = None
 
 
+def workspace_bytes(features: Tensor) -> int:
+    return WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+
+
 class PairKernels:
     """The kernels of one backend. Here products come from torch's matmul, and other kernels read them."""
 
-    def row_block(self, count: int, columns: int, features: Tensor, gradient: bool) -> tuple[int, bool]:
-        """(rows of a row block, whether its tiles need memory for their products); gradient: whether `add_gradients`
-        follows, and not `weighted_sums`."""
-        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
-        fit = workspace // max(columns * features.element_size(), 1)
-        return max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), True
+    def tile_shape(
+        self, scores: tuple[int, int], features: Tensor, gradient: bool, whole_rows: bool
+    ) -> tuple[tuple[int, int], bool]:
+        """(rows and columns of a tile, whether it needs memory for its products), for rows and columns of scores.
+
+        gradient: whether `add_gradients` follows, and not `weighted_sums`; whole_rows: a row block with all its columns
+        must fit the workspace. Otherwise tiles are wide and high, so that the gradients of the candidates, which every
+        row block reads and writes, are touched less often.
+        """
+        count, columns = scores
+        width = columns if whole_rows else min(columns, TILE_COLUMNS)
+        fit = workspace_bytes(features) // max(row_pitch(width) * features.element_size(), 1)
+        return (max(equal_rows(count, max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE), 1), width), True
+
+    def keeps_products(self, features: Tensor) -> bool:
+        """Whether the products that `begin` computed stay in the tile until its gradient."""
+        return True
+
+    def pitch(self, columns: int, features: Tensor) -> int:
+        """Elements from one row of products to the next."""
+        return row_pitch(columns)
+
+    def inverse_norm(self, values: Tensor, acc: torch.dtype) -> Tensor:
+        return pair_rows.inverse_norm(values, acc)
+
+    def positive_scores(
+        self, pairs: PositivePairs, scale: Tensor, bias: Tensor | None, u: Tensor, score: Tensor
+    ) -> None:
+        pair_rows.positive_scores(pairs, scale, bias, u, score)
+
+    def add_losses(self, rows: LossRows, options: LossOptions, outputs: LossOutputs) -> None:
+        pair_rows.add_losses(rows, options, outputs)
+
+    def finish_gradient(self, gradient: FeatureGradient, scale: Tensor, out: Tensor) -> None:
+        pair_rows.finish_gradient(gradient, scale, out)
 
     def begin(self, tile: Tile) -> None:
         """Called once for each tile, before its sums and gradients."""
@@ -165,9 +181,8 @@ class PairKernels:
     def add_gradients(self, tile: Tile, row: SideGrad, column: SideGrad, outputs: GradientOutputs) -> None:
         """With G the gradient of the scores times both norms, adds G @ candidates to outputs.queries and G.T @ queries
         to outputs.candidates."""
-        if outputs.row_sums is not None:
-            self.row_sums(tile, None, None, None, outputs.row_sums)
-        self.gradient(tile, row, column, outputs.dot, outputs.total)
+        cost = None if outputs.row_sums is None else outputs.row_sums.sum
+        self.gradient(tile, row, column, outputs.dot, outputs.total, cost)
         if outputs.queries is not None:
             self._add_product(outputs.queries, tile.products, tile.candidates)
         if outputs.candidates is not None:
@@ -208,8 +223,11 @@ class PairKernels:
     def column_sums(self, tile: Tile, threshold: Tensor | None, sums: ColumnSums) -> None:
         raise NotImplementedError
 
-    def gradient(self, tile: Tile, row: SideGrad, column: SideGrad, dot: Tensor, total: Tensor) -> None:
-        """Replaces the products by G, and adds to dot and total."""
+    def gradient(
+        self, tile: Tile, row: SideGrad, column: SideGrad, dot: Tensor, total: Tensor, cost: Tensor | None
+    ) -> None:
+        """Replaces the products by G, and adds to dot, total and, for a sigmoid energy with `fuses_sums`, the sums
+        `cost` of the rows."""
         raise NotImplementedError
 
     def add(self, total: Tensor, part: Tensor) -> None:
@@ -246,8 +264,10 @@ class ReferencePairs(PairKernels):
         weighted.mul_(decay.unsqueeze(1)).add_(exp @ candidates)
         weighted_u.mul_(decay).add_((exp * u.masked_fill(excluded, 0)).sum(1))
 
-    def gradient(self, tile, row, column, dot, total):
+    def gradient(self, tile, row, column, dot, total, cost):
         u, s, excluded, extra = _scores(tile)
+        if cost is not None:
+            cost.sub_(F.logsigmoid(torch.where(extra, s, -s)).sum(1, dtype=torch.float64))
         gradient = torch.zeros_like(s)
         for side, dim in ((row, 1), (column, 0)):
             if side.weight is None:
@@ -291,6 +311,12 @@ def _scores(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return u, s.masked_fill(excluded, float("-inf")), excluded, extra
 
 
+def add_scores(sums: ColumnSums, scores: Tensor) -> None:
+    """Adds further scores of each row (rows, K), -inf where there is none, to the sums of a softmax."""
+    excluded = scores == float("-inf")
+    _add_sums(SOFTMAX, scores, excluded, excluded, None, sums._replace(positive_sum=None), 1)
+
+
 def _add_sums(
     energy: int,
     s: Tensor,
@@ -324,7 +350,25 @@ def _add_sums(
 class NativePairs(PairKernels):
     """The compiled extension."""
 
-    OPS = ("pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add")
+    ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
+    OPS = ("pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add", *ROW_OPS)
+
+    def inverse_norm(self, values, acc):
+        norm = values.new_empty(values.shape[0], dtype=acc)
+        torch.ops.sslkernels_native.pair_inverse_norm(values, norm)
+        return norm
+
+    def positive_scores(self, pairs, scale, bias, u, score):
+        torch.ops.sslkernels_native.pair_positive_scores(*pairs, scale, bias, u, score)
+
+    def add_losses(self, rows, options, outputs):
+        sums, score, u, positive, positives, candidates, (weight, _, share, smoothing) = rows
+        torch.ops.sslkernels_native.pair_losses(
+            *sums, score, u, positive, positives, candidates, weight, share, smoothing, *options, *outputs
+        )
+
+    def finish_gradient(self, gradient, scale, out):
+        torch.ops.sslkernels_native.pair_finish_gradient(*gradient, scale, out)
 
     def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
         torch.ops.sslkernels_native.pair_row_sums(
@@ -334,8 +378,11 @@ class NativePairs(PairKernels):
     def column_sums(self, tile, threshold, sums):
         torch.ops.sslkernels_native.pair_column_sums(*_flat(tile), threshold, *sums)
 
-    def gradient(self, tile, row, column, dot, total):
-        torch.ops.sslkernels_native.pair_gradient(*_flat(tile), *row, *column, dot, total)
+    def fuses_sums(self, features):
+        return True
+
+    def gradient(self, tile, row, column, dot, total, cost):
+        torch.ops.sslkernels_native.pair_gradient(*_flat(tile), *row, *column, dot, total, cost)
 
     def add(self, total, part):
         torch.ops.sslkernels_native.scale_add(part, None, total, True)
@@ -350,16 +397,45 @@ def _flat(tile: Tile) -> tuple:
 class TritonPairs(ReferencePairs):
     """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
 
-    def row_block(self, count, columns, features, gradient):
+    def tile_shape(self, scores, features, gradient, whole_rows):
         from sslkernels.contrastive.triton import tile_gradients, tile_sums
 
         if features.dtype == torch.float64:
-            return super().row_block(count, columns, features, gradient)
-        workspace = WORKSPACE_BYTES.get(features.device.type, WORKSPACE_BYTES["cuda"])
+            return super().tile_shape(scores, features, gradient, whole_rows)
+        count, columns = scores
+        workspace = workspace_bytes(features)
         rows, written = max(count, 1), False
         if gradient:
             rows, written = tile_gradients.row_block(count, columns, features, workspace)
-        return min(rows, tile_sums.row_block(count, columns, workspace)), written
+        return (min(rows, tile_sums.row_block(count, columns, workspace)), columns), written
+
+    def inverse_norm(self, values, acc):
+        from sslkernels.contrastive.triton.pair_rows import inverse_norm
+
+        norm = values.new_empty(values.shape[0], dtype=acc)
+        inverse_norm(values, norm)
+        return norm
+
+    def positive_scores(self, pairs, scale, bias, u, score):
+        from sslkernels.contrastive.triton.pair_rows import positive_scores
+
+        positive_scores(pairs, scale, bias, u, score)
+
+    def add_losses(self, rows, options, outputs):
+        from sslkernels.contrastive.triton.pair_rows import add_losses
+
+        add_losses(rows, options, outputs)
+
+    def finish_gradient(self, gradient, scale, out):
+        from sslkernels.contrastive.triton.pair_rows import finish_gradient
+
+        finish_gradient(gradient, scale, out)
+
+    def keeps_products(self, features):
+        return features.dtype == torch.float64
+
+    def pitch(self, columns, features):
+        return super().pitch(columns, features) if features.dtype == torch.float64 else columns
 
     def begin(self, tile):
         if tile.queries.dtype == torch.float64:

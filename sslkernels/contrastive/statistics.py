@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.pair_setup import PairSetup, inverse_norm
+from sslkernels.contrastive.pair_rows import HINGE, SOFTMAX, ColumnSums, log_sum
+from sslkernels.contrastive.pair_setup import PairSetup
 from sslkernels.contrastive.records import PairStatistics
-from sslkernels.contrastive.score_tiles import HINGE, SOFTMAX, ColumnSums, RowSums
-from sslkernels.contrastive.softmax_loss import log_sum
+from sslkernels.contrastive.score_tiles import PairKernels, RowSums, add_scores
 
 
 def running_sums(setup: PairSetup, count: int, softmax: bool) -> ColumnSums:
@@ -31,9 +31,9 @@ def running_sums(setup: PairSetup, count: int, softmax: bool) -> ColumnSums:
 class Statistics:
     """row_sums: the sums of the loss, which serve here too where it is a softmax over rows. sums: those to add to;
     above_positive: the score above which a candidate ranks before the positive; cosine_norms: inverse norms of queries
-    and keys; negatives_lse: log-sum-exp of each row's per-query negatives."""
+    and keys."""
 
-    def __init__(self, setup: PairSetup, row_sums: RowSums) -> None:
+    def __init__(self, kernels: PairKernels, setup: PairSetup, row_sums: RowSums) -> None:
         self.setup = setup
         n, query, options = setup.count, setup.query, setup.options
         self.shares_sums = options.energy == SOFTMAX and options.rows
@@ -43,10 +43,10 @@ class Statistics:
             uniformity_sum=query.new_zeros(n, dtype=torch.float64),
             num_above_positive=query.new_zeros(n, dtype=torch.int64),
         )
-        self.negatives_lse = query.new_full((n,), float("-inf"), dtype=setup.acc)
         self.cosine_norms = (setup.query_norm, setup.key_norm)
         if not options.normalize:
-            self.cosine_norms = (inverse_norm(query, setup.acc), inverse_norm(setup.key, setup.acc))
+            norms = (kernels.inverse_norm(features, setup.acc) for features in (query, setup.key))
+            self.cosine_norms = tuple(norms)
         self.above_positive = setup.score + self._rounding_of_scores()
 
     def _rounding_of_scores(self) -> Tensor:
@@ -62,14 +62,16 @@ class Statistics:
         return setup.inputs.logit_scale.abs() * rounding + torch.finfo(setup.acc).eps * setup.score.abs()
 
     def add_negatives(self, rows: slice, scores: Tensor) -> None:
-        """Adds the per-query negatives of `rows` by their scores (rows, K)."""
+        """Adds the per-query negatives of `rows` by their scores (rows, K), unless they are in the sums of the loss."""
         self.sums.num_above_positive[rows] += (scores > self.above_positive[rows].unsqueeze(1)).sum(1)
-        self.negatives_lse[rows] = torch.logsumexp(scores, 1)
+        if not self.shares_sums:
+            sums = self.sums.without_statistics
+            add_scores(ColumnSums(*(None if v is None else v[rows] for v in sums)), scores)
 
     def results(self) -> PairStatistics:
         setup, sums = self.setup, self.sums
         positives, counted = setup.positives, setup.positives.counted
-        others = torch.logaddexp(log_sum(sums), self.negatives_lse.double())
+        others = log_sum(sums)
         lse = torch.where(counted, torch.logaddexp(others, setup.score.double()), others)
         positive = setup.score
         if sums.positive_sum is not None:

@@ -60,14 +60,14 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, saved: bool = Fa
     A scale of 1, which most losses get, then costs nothing; on a GPU the kernel reads it, not the host.
     saved: the graph keeps the gradient, and may be retained for another backward.
     """
-    if (
-        torch.compiler.is_compiling()
-        or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (gradient, scale)))
-        or any(map(torch._C._functorch.is_legacy_batchedtensor, (gradient, scale)))  # is_grads_batched=True
-        or gradient.dtype != dtype
-        or (saved and torch._C._autograd._get_current_graph_task_keep_graph())
-    ):
+    in_place = (
+        not torch.compiler.is_compiling()
+        and gradient.dtype == dtype
+        and plain((gradient, scale))
+        and not (saved and torch._C._autograd._get_current_graph_task_keep_graph())
+    )
+    if not in_place:
         return scale_gradient(gradient, scale, dtype)
-    if scale.device.type != "cpu" or not plain((gradient, scale)) or scale.item() != 1:
+    if scale.device.type != "cpu" or scale.item() != 1:
         scale_gradient_(gradient, scale)
     return gradient

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from sslkernels.contrastive import plan
 from sslkernels.contrastive.operators import contrastive_bwd, contrastive_fwd
+from sslkernels.contrastive.pair_rows import SOFTMAX
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairWanted
-from sslkernels.contrastive.score_tiles import SOFTMAX
 
 OP = "contrastive_energy"
 NAMES = ("query", "key", "bank", "negatives", "logit_scale", "logit_bias", "row_weight")

@@ -10,6 +10,8 @@ from oracle import error
 
 import sslkernels as sk
 from sslkernels.contrastive import score_tiles
+from sslkernels.contrastive.score_tiles import ReferencePairs
+from sslkernels.core.chunks import row_pitch
 
 OP = "contrastive_energy"
 ENERGIES = ("softmax", "sigmoid", "hinge")
@@ -403,3 +405,43 @@ def test_symmetric_scores_over_several_row_blocks(backend, dtype, small_row_bloc
     torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=0)
     for got, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, exact), strict=True):
         assert error(got, true) < rtol
+
+
+@pytest.fixture
+def products_computed(monkeypatch):
+    """The shapes of the tiles of products that are computed, in order."""
+    shapes = []
+    begin = ReferencePairs.begin
+
+    def counted(self, tile):
+        shapes.append(tuple(tile.products.shape))
+        begin(self, tile)
+
+    monkeypatch.setattr(ReferencePairs, "begin", counted)
+    with sk.use_backend("reference"):
+        yield shapes
+
+
+def test_products_that_fit_the_workspace_are_computed_once(products_computed):
+    x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))
+    sk.clip_loss(x, y, 10.0).backward()
+    assert products_computed == [(64, 64)]
+
+
+def test_the_second_pass_begins_with_the_products_in_memory(products_computed, monkeypatch):
+    monkeypatch.setitem(score_tiles.WORKSPACE_BYTES, "cpu", 16 * row_pitch(64) * 4)
+    x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))
+    sk.clip_loss(x, y, 10.0).backward()
+    assert products_computed == [(16, 64)] * (4 + 3)
+    products_computed.clear()
+    sk.info_nce(x, y, temperature=0.1).backward()  # over rows: one pass
+    assert products_computed == [(16, 64)] * 4
+
+
+def test_symmetric_scores_are_kept_as_a_triangle(products_computed):
+    x, y = (torch.randn(128, 8, requires_grad=True) for _ in range(2))
+    sk.nt_xent(x, y).backward()
+    assert products_computed == [(128, 128), (128, 128), (128, 128)]  # two on the diagonal, one for both others
+    products_computed.clear()
+    sk.nt_xent(x.detach(), y.detach())
+    assert products_computed == [(128, 128), (128, 128), (128, 128)]

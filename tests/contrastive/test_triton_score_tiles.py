@@ -8,16 +8,12 @@ pytest.importorskip("triton")
 from test_contrastive import DEFAULTS, cases, check
 
 import sslkernels as sk
+from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, ColumnSums, SideGrad
 from sslkernels.contrastive.score_tiles import (
-    HINGE,
-    SIGMOID,
-    SOFTMAX,
-    ColumnSums,
     GradientOutputs,
     Labels,
     ReferencePairs,
     RowSums,
-    SideGrad,
     Thresholds,
     Tile,
     TritonPairs,
@@ -474,9 +470,9 @@ def test_energy_of_frozen_candidates(device, monkeypatch, dtype, bank):
 def test_row_blocks():
     features = torch.zeros(10, 768, dtype=torch.bfloat16)
     kernels = TritonPairs()
-    assert kernels.row_block(70000, 1024, features, False) == (70000, False)
-    assert kernels.row_block(70000, 65536, features, False) == (2048, False)  # 8 MB on a CPU
-    assert kernels.row_block(0, 65536, features, True)[0] == 1
+    assert kernels.tile_shape((70000, 1024), features, False, True) == ((70000, 1024), False)
+    assert kernels.tile_shape((70000, 65536), features, False, True) == ((3072, 65536), False)  # 9 MiB on a CPU
+    assert kernels.tile_shape((0, 65536), features, True, True)[0] == (1, 65536)
     assert kernels.has_weighted_sums(features[:, :256])
     assert not kernels.has_weighted_sums(features)
     assert not kernels.has_weighted_sums(features[:, :256].double())
