@@ -70,10 +70,12 @@ from sslkernels.contrastive.score_tiles import (
     workspace_bytes,
 )
 from sslkernels.contrastive.statistics import Statistics, running_sums
+from sslkernels.core.chunks import round_up
 
-# Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal.
+# Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal. Fewer of
+# them where they would have few rows: each costs about 0.1 ms on a CPU.
 MUTUAL_ROW_BLOCKS = 16
-TILE_ROWS = 128
+MUTUAL_ROWS = 256
 
 Record = TypeVar("Record", RowSums, ColumnSums, SideGrad)
 
@@ -248,7 +250,8 @@ class _Plan:
         shape, needs_products = self.kernels.tile_shape((setup.count, columns), query, gradient, whole_rows)
         height, width = shape
         if setup.mutual:
-            height = min(height, -(-setup.count // (MUTUAL_ROW_BLOCKS * TILE_ROWS)) * TILE_ROWS or 1)
+            rows = round_up(-(-setup.count // MUTUAL_ROW_BLOCKS), MUTUAL_ROWS // 2)
+            height = min(height, max(rows, MUTUAL_ROWS))
         plans: list[tuple[slice, list[_TileSpec], bool]] = []
         for begin in range(0, setup.count, height):
             rows = slice(begin, min(begin + height, setup.count))
@@ -576,5 +579,7 @@ def at(values: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _sliced(record: Record, part: slice) -> Record:
-    """A record of views of its tensors."""
+    """A record of views of its tensors; the record itself if they have no more rows."""
+    if all(values is None or values.shape[0] == length(part) for values in record):
+        return record
     return type(record)(*(at(values, part) for values in record))
