@@ -177,6 +177,7 @@ inline int64_t code_blocks(int64_t codes) { return (codes + kCodeGroup - 1) / kC
 }  // namespace
 
 SSLKERNELS_CPU_KERNELS(void code_tile(const CodeTile& tile, int64_t begin, int64_t end);
+                       void code_center(const CodeVectors& codebook, bool is_double, void* center);
                        void code_block_norms(const CodeScores& scores, void* block_norm);
                        void best_codes(const CodeScores& scores, const void* block_norm, int64_t begin, int64_t end,
                                        void* work);

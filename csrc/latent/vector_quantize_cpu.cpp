@@ -1,5 +1,7 @@
 // A tile of products is read once: codes are summarised in blocks, one per lane of a group of codes, by their largest
-// score. The codes of a block are examined again only if its largest score + its largest e reaches L.
+// score. Almost always a single block, and a single code of it, can be the best with the largest e of the tile: that
+// code is taken without a score in double. Otherwise the codes of a block are examined again with an e of their own, if
+// its largest score + its largest e reaches L.
 #include <cmath>
 #include <limits>
 
@@ -123,7 +125,23 @@ void tile_rows_of(const CodeTile& tile, int64_t begin, int64_t end) {
   return tile.is_double ? tile_rows<T, double>(tile, begin, end) : tile_rows<T, float>(tile, begin, end);
 }
 
-// Largest norm among the codes of each block; infinite if one is NaN.
+// The mean of the codes; 0 in place of what is not finite.
+template <class T, class A>
+void mean_row(const CodeVectors& codebook, A* mean) {
+  const int64_t dim = codebook.dim;
+  for (int64_t j = 0; j < dim; ++j) mean[j] = 0;
+  for (int64_t i = 0; i < codebook.rows; ++i) {
+    const T* code = static_cast<const T*>(codebook.data) + i * dim;
+#pragma omp simd
+    for (int64_t j = 0; j < dim; ++j) mean[j] += A(to_float(code[j]));
+  }
+  for (int64_t j = 0; j < dim; ++j) {
+    mean[j] /= A(codebook.rows);
+    mean[j] = std::fabs(mean[j]) < kInfinity<A> ? mean[j] : A(0);
+  }
+}
+
+// Largest norm among the codes of each block, and after the blocks of the tile; infinite if one is NaN.
 template <class A>
 void block_norms(const CodeScores& scores, A* block_norm) {
   const A* norm = static_cast<const A*>(scores.code_norm);
@@ -137,6 +155,9 @@ void block_norms(const CodeScores& scores, A* block_norm) {
       largest[l] = known > largest[l] ? known : largest[l];
     }
   }
+  A largest = 0;
+  for (int64_t b = 0; b < code_blocks(scores.codes); ++b) largest = block_norm[b] > largest ? block_norm[b] : largest;
+  block_norm[code_blocks(scores.codes)] = largest;
 }
 
 // Largest score of each block.
@@ -170,6 +191,31 @@ void block_maxima(const CodeScores& scores, const A* products, A* maxima) {
   }
 }
 
+// The only code of a tile whose score + e is not below the bound, or -1 if there are more or none. e: at least the error
+// of any score of the row; finite, so that no score is NaN.
+template <class A>
+int64_t only_candidate(const CodeScores& scores, const A* products, const A* maxima, A e, A bound) {
+  const int64_t blocks = code_blocks(scores.codes);
+  const A* half_square = static_cast<const A*>(scores.code_half_square);
+  int32_t open = 0, block = -1;
+#pragma omp simd reduction(+ : open) reduction(max : block)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const bool reaches = !(maxima[b] + e < bound);
+    open += reaches;
+    block = reaches && int32_t(b) > block ? int32_t(b) : block;
+  }
+  if (open != 1) return -1;
+  const int64_t first = block / kCodeLanes * kCodeGroup + block % kCodeLanes;
+  int64_t only = -1;
+  for (int64_t j = first; j < first + kDepth * kCodeLanes && j < scores.codes; j += kCodeLanes) {
+    const A score = half_square == nullptr ? products[j] : products[j] - half_square[j];
+    if (score + e < bound) continue;
+    if (only >= 0) return -1;
+    only = j;
+  }
+  return only;
+}
+
 template <class A>
 void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block_norm, int64_t i, A* maxima, double* x,
                double* code) {
@@ -182,11 +228,19 @@ void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block
   A bound = begun ? static_cast<A*>(scores.bound)[i] : -kInfinity<A>;
   double best = begun ? scores.best[i] : -kInfinity<double>;
   int64_t index = begun ? scores.index[i] : -1;
-  load_row(scores.input, i, x);
+  const auto score_of = [&](int64_t j) {
+    load_row(scores.codebook, j, code);
+    return exact_score(scores.metric, x, code, dim);
+  };
+  bool loaded = false;
   const auto consider = [&](int64_t j) {
     if (std::isnan(best) && j > index) return;
-    load_row(scores.codebook, j, code);
-    const double score = exact_score(scores.metric, x, code, dim);
+    if (!loaded) {
+      load_row(scores.input, i, x);
+      loaded = true;
+      if (best == kInfinity<double>) best = score_of(index);  // the only candidate of earlier tiles
+    }
+    const double score = score_of(j);
     if (!ranks_before(score, j, best, index)) return;
     best = score;
     index = j;
@@ -196,17 +250,28 @@ void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block
     consider(scores.first_code);
   } else {
     block_maxima(scores, products, maxima);
+    A largest = -kInfinity<A>;
+#pragma omp simd reduction(max : largest)
+    for (int64_t b = 0; b < blocks; ++b) largest = maxima[b] > largest ? maxima[b] : largest;
+    const A e = margin(input_norm, block_norm[blocks]);
+    bound = largest - e > bound ? largest - e : bound;
+    const int64_t only = !begun && e < kInfinity<A> ? only_candidate(scores, products, maxima, e, bound) : -1;
+    if (only >= 0) {
+      best = kInfinity<double>;
+      index = only;
+    } else if (!(largest + e < bound)) {
 #pragma omp simd reduction(max : bound)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const A lower = maxima[b] - margin(input_norm, block_norm[b]);
-      bound = lower > bound ? lower : bound;
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-      if (maxima[b] + margin(input_norm, block_norm[b]) < bound) continue;
-      const int64_t first = b / kCodeLanes * kCodeGroup + b % kCodeLanes;
-      for (int64_t j = first; j < first + kDepth * kCodeLanes && j < scores.codes; j += kCodeLanes) {
-        const A score = half_square == nullptr ? products[j] : products[j] - half_square[j];
-        if (!(score + margin(input_norm, code_norm[j]) < bound)) consider(scores.first_code + j);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const A lower = maxima[b] - margin(input_norm, block_norm[b]);
+        bound = lower > bound ? lower : bound;
+      }
+      for (int64_t b = 0; b < blocks; ++b) {
+        if (maxima[b] + margin(input_norm, block_norm[b]) < bound) continue;
+        const int64_t first = b / kCodeLanes * kCodeGroup + b % kCodeLanes;
+        for (int64_t j = first; j < first + kDepth * kCodeLanes && j < scores.codes; j += kCodeLanes) {
+          const A score = half_square == nullptr ? products[j] : products[j] - half_square[j];
+          if (!(score + margin(input_norm, code_norm[j]) < bound)) consider(scores.first_code + j);
+        }
       }
     }
   }
@@ -240,6 +305,13 @@ void code_block_norms(const CodeScores& scores, void* block_norm) {
 void best_codes(const CodeScores& scores, const void* block_norm, int64_t begin, int64_t end, void* work) {
   return scores.is_double ? best_codes_of<double>(scores, block_norm, begin, end, static_cast<double*>(work))
                           : best_codes_of<float>(scores, block_norm, begin, end, static_cast<double*>(work));
+}
+
+void code_center(const CodeVectors& codebook, bool is_double, void* center) {
+  with_element(codebook.element, [&](auto zero) {
+    return is_double ? mean_row<decltype(zero)>(codebook, static_cast<double*>(center))
+                     : mean_row<decltype(zero)>(codebook, static_cast<float*>(center));
+  });
 }
 
 void gather_codes(const CodeGather& gather, int64_t begin, int64_t end, void* work) {

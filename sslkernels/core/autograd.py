@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sslkernels.core.operator import Layout, holds_tensor, is_record, result_types
+from sslkernels.core.operator import Layout, grad_disabled, holds_tensor, is_record, result_types
 
 
 class Function(torch.autograd.Function):
     """The methods of `torch.autograd.Function`, over records.
 
     forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): tuples of the
-    parameters and results of forward. backward(ctx, *gradients): one gradient, or record of gradients, for each result,
+    parameters and results of forward; not called if autograd records nothing. backward(ctx, *gradients): one gradient, or record of gradients, for each result,
     None where autograd has none; gives a tuple with one for each of the first parameters, or None for no gradient at
     all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a bool or a record of bools a parameter.
     """
@@ -65,6 +65,9 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
             for i in tensors:
                 if alive[i] is not None:
                     alive[i] = torch._C._functorch.unwrap_if_dead(alive[i])
+            if not records([alive[i] for i in tensors]):
+                with grad_disabled():
+                    return forward(*inputs.unpack(alive))
             results = apply(*alive)
         values = outputs.unpack(results if isinstance(results, tuple) else (results,))
         return values[0] if single else values
@@ -91,6 +94,13 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
     cls.forward = staticmethod(_with_arity(flat_forward, len(inputs.leaf_types)))
     cls.setup_context = staticmethod(flat_setup_context)
     cls.backward = staticmethod(flat_backward)
+
+
+def records(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd, of either mode, records what is computed from these tensors."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def save(ctx: Any, *values: Any) -> None:
