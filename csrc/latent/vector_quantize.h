@@ -79,7 +79,7 @@ struct CodeDifference {
   CodeVectors input;
   CodeVectors codebook;
   const int64_t* index;
-  const void* coefficient;  // (rows) A
+  const void* coefficient;  // (1) A
   Element out_element;
   void* out;
   bool is_double;

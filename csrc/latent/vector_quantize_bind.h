@@ -129,7 +129,7 @@ inline CodeDifference parse_code_difference(const Tensor& coefficient, const Ten
   const auto type = type_of_products(difference.input, difference.codebook);
   difference.is_double = type == ScalarType::Double;
   difference.index = readable<int64_t>(index, {rows}, ScalarType::Long, "index");
-  difference.coefficient = readable(coefficient, {rows}, type, "coefficient");
+  difference.coefficient = readable(coefficient, {}, type, "coefficient");
   difference.out_element = element_of(out);
   difference.out = writable(out, {rows, difference.input.dim}, out.scalar_type(), "out");
   return difference;

@@ -336,9 +336,9 @@ void code_difference(const CodeDifference& difference, int64_t begin, int64_t en
   const int64_t dim = difference.input.dim;
   double* x = static_cast<double*>(work);
   double* code = x + dim;
+  const double coefficient = difference.is_double ? *static_cast<const double*>(difference.coefficient)
+                                                  : *static_cast<const float*>(difference.coefficient);
   for (int64_t i = begin; i < end; ++i) {
-    const double coefficient = difference.is_double ? static_cast<const double*>(difference.coefficient)[i]
-                                                    : static_cast<const float*>(difference.coefficient)[i];
     load_row(difference.input, i, x);
     load_row(difference.codebook, difference.index[i], code);
 #pragma omp simd

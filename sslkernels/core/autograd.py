@@ -156,6 +156,18 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
     return decorate
 
 
+def unit_columns(grad: Tensor) -> Tensor:
+    """A grad_output whose last dimension is contiguous, for kernels that take any stride of the others.
+
+    The gradient of a sum or a mean is expanded: it is one number in memory. It becomes one row, expanded over the rows,
+    which stays in the cache: to materialise it all takes longer than many a kernel.
+    """
+    if grad.dim() == 0 or grad.stride(-1) == 1 or grad.shape[-1] <= 1 or grad.numel() == 0:
+        return grad
+    first = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in grad.stride()[:-1])
+    return grad[first].contiguous().expand(grad.shape)
+
+
 def empty_gradients(inputs: Iterable[Tensor | None], wanted: Iterable[bool]) -> list[Tensor]:
     """An uninitialised contiguous gradient for each wanted input, and a tensor without elements for each other one."""
     like = None

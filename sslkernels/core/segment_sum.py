@@ -2,7 +2,8 @@
 
     out[r] = sum over the entries e with keys[e] == r, in their order, of coefficient[e] * source[row(e)]
 
-where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. Keys outside
+where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. A source without an
+index may be one row, expanded. Keys outside
 [0, rows) are ignored. An entry whose source row is out of range must have coefficient NaN; any row may then be read in
 its place. Sums are in the accumulation dtype and rounded once to the dtype of `out`.
 """
@@ -23,6 +24,7 @@ def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    source = _stored_rows(source, source_index)
     _, order, starts = sort_rows(keys, out.shape[0])
     row = order // _entries_per_source(keys, source, source_index)
     if source_index is not None:
@@ -32,6 +34,7 @@ def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: T
 
 
 def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    source = _stored_rows(source, source_index)
     if keys.is_cuda:
         _, order, starts = sort_rows(keys, out.shape[0])
     else:
@@ -44,9 +47,17 @@ def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tens
 def triton(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
     from sslkernels.core.triton.segment_sum import weighted_row_sums
 
+    source = _stored_rows(source, source_index)
     keys, order, starts = sort_rows(keys, out.shape[0])
     per_source = _entries_per_source(keys, source, source_index)
     weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_source)
+
+
+def _stored_rows(source: Tensor, source_index: Tensor | None) -> Tensor:
+    """One row of an expanded source, to which all entries then belong; contiguous otherwise."""
+    if source_index is None and source.shape[0] > 1 and source.stride(0) == 0:
+        source = source[:1]
+    return source.contiguous()
 
 
 def _entries_per_source(keys: Tensor, source: Tensor, source_index: Tensor | None) -> int:

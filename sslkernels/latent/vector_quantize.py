@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, wanted_only
+from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, unit_columns, wanted_only
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 from sslkernels.latent import nearest_code
@@ -97,7 +97,8 @@ def _empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
 
 class Kernels(NamedTuple):
     """The kernels of one backend. search fills each row's index and its float64 score, NaN if the row has no code;
-    gather fills values and the squared distance of each row to its code; difference fills coefficient * (input - code);
+    gather fills values and the squared distance of each row to its code; difference fills coefficient * (input - code), of a
+    0-d coefficient;
     sum_rows: see `segment_sum`; quantize fills all outputs at once."""
 
     search: Callable[..., None]
@@ -155,8 +156,7 @@ def _gather_reference(
 
 
 def _difference_reference(coefficient: Tensor, input: Tensor, codebook: Tensor, indices: Tensor, out: Tensor) -> None:
-    difference = input.to(coefficient.dtype) - codebook[indices].to(coefficient.dtype)
-    out.copy_(coefficient[:, None] * difference)
+    out.copy_(coefficient * (input.to(coefficient.dtype) - codebook[indices].to(coefficient.dtype)))
 
 
 def _quantize_cpu(operands: Operands, metric: int, outputs: Outputs) -> None:
@@ -200,7 +200,7 @@ def vector_quantize_fwd(operands: Operands, metric: int) -> Outputs:
 def vector_quantize_bwd(
     coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
 ) -> Gradients:
-    """The gradients of sum(coefficient * distance) / 2; a code gets codebook_weight times its own."""
+    """The gradients of coefficient / 2 times the sum of distances; a code gets codebook_weight times its own."""
     return _empty_gradients(operands, wanted)
 
 
@@ -234,7 +234,7 @@ class _Values(Function):
         if ctx.straight_through:
             return (Operands(grads.values, None),)
         (indices,) = saved(ctx)
-        return (Operands(None, _sum_rows_of_codes(grads.values.contiguous(), indices, ctx.codes, ctx.dtype)),)
+        return (Operands(None, _sum_rows_of_codes(unit_columns(grads.values), indices, ctx.codes, ctx.dtype)),)
 
 
 @once_differentiable(NAME)
@@ -263,9 +263,8 @@ class _Commitment(Function):
         operands, indices = saved(ctx)
         needs, *_ = _Commitment.wanted(ctx)
         wanted = Wanted(*needs)
-        # Half of the gradient of each row's distance.
-        coefficient = 2 * (grad.double() / operands.input.numel()).to(ctx.dtype)
-        coefficient = coefficient.expand(operands.input.shape[0]).contiguous()
+        # Twice the gradient of each row's distance.
+        coefficient = grad.to(ctx.dtype) * (2 / max(operands.input.numel(), 1))
         return (wanted_only(_gradients(coefficient, operands, indices, ctx.codebook_weight, wanted), wanted),)
 
 

@@ -129,4 +129,4 @@ def triton_calls(size: int, every: bool) -> None:
     for metric in range(3):
         best_codes(x, codebook, metric, index, score)
     gather_codes(x, codebook, index, score, x.clone(), distance)
-    code_difference(distance, x, codebook, index, x.float() if every else x.clone())
+    code_difference(distance[:1], x, codebook, index, x.float() if every else x.clone())
