@@ -65,12 +65,17 @@ void run_probability_sums(const ProbabilitySums& sums) {
            SSLKERNELS_CURRENT_ISA(probability_sums), sums);
 }
 
+constexpr int64_t kShortRow = 128;  // rows of floats up to this length are multiplied by a kernel of our own
+
 // The CPU as a Device of search_in_tiles; each thread has its own.
 struct CodeSearchOnCpu {
   static constexpr bool kGain = false;
   static constexpr int64_t kPitch = 1;
   std::vector<std::unique_ptr<Line[]>> buffers;
   std::vector<double> work, block_norm;
+  std::unique_ptr<Line[]> panels, multiply_work;  // the codes of the tile, packed
+  const void* rows = nullptr;                     // the factors of the last product
+  const void* codes = nullptr;
 
   template <class A>
   A* buffer(int64_t count) {
@@ -78,9 +83,16 @@ struct CodeSearchOnCpu {
     buffers.push_back(scratch_of(count * int64_t(sizeof(A))));
     return reinterpret_cast<A*>(buffers.back().get());
   }
+  template <class A>
+  A* products(int64_t dim, int64_t count) {
+    return sizeof(A) == sizeof(float) && dim <= kShortRow ? nullptr : buffer<A>(count);
+  }
   void code_tile(const CodeTile& tile) { SSLKERNELS_CURRENT_ISA(code_tile)(tile, 0, tile.source.rows); }
   template <class A>
   void multiply(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch) {
+    rows = a.data;
+    codes = b.data;
+    if (products == nullptr) return;  // best_codes multiplies
     static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
     multiply_vectors(a, b, products, pitch, cpu);
   }
@@ -90,6 +102,21 @@ struct CodeSearchOnCpu {
       work.resize(std::max<size_t>(work.size(), 2 * scores.input.dim + block_norm.size()));
       SSLKERNELS_CURRENT_ISA(code_block_norms)(scores, block_norm.data());
       summarised_ = scores.first_code;
+      if (scores.products == nullptr) {
+        const auto floats = [&](auto size) {
+          return scratch_of(size(scores.codes, scores.input.dim) * int64_t(sizeof(float)));
+        };
+        panels = floats(SSLKERNELS_CURRENT_ISA(packed_codes_size));
+        multiply_work = floats(SSLKERNELS_CURRENT_ISA(multiply_work_size));
+        SSLKERNELS_CURRENT_ISA(pack_codes)(static_cast<const float*>(codes),
+                                           static_cast<const float*>(scores.code_half_square), scores.codes,
+                                           scores.input.dim, reinterpret_cast<float*>(panels.get()));
+      }
+    }
+    if (scores.products == nullptr) {
+      return SSLKERNELS_CURRENT_ISA(multiply_and_find)(
+          scores, static_cast<const float*>(rows), reinterpret_cast<const float*>(panels.get()),
+          reinterpret_cast<const float*>(block_norm.data()), reinterpret_cast<float*>(multiply_work.get()));
     }
     SSLKERNELS_CURRENT_ISA(best_codes)(scores, block_norm.data(), 0, scores.input.rows, work.data());
   }
@@ -280,6 +307,10 @@ struct CodeSearchOnCuda {
     if (count == 0) return nullptr;
     buffers.push_back(workspace(like, count, sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float));
     return static_cast<A*>(buffers.back().mutable_data_ptr());
+  }
+  template <class A>
+  A* products(int64_t, int64_t count) {
+    return buffer<A>(count);
   }
   void code_tile(const CodeTile& tile) { launch_code_tile(tile, stream); }
   template <class A>

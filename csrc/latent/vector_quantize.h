@@ -181,6 +181,12 @@ SSLKERNELS_CPU_KERNELS(void code_tile(const CodeTile& tile, int64_t begin, int64
                        void code_block_norms(const CodeScores& scores, void* block_norm);
                        void best_codes(const CodeScores& scores, const void* block_norm, int64_t begin, int64_t end,
                                        void* work);
+                       int64_t packed_codes_size(int64_t codes, int64_t dim);
+                       void pack_codes(const float* codes, const float* half_square, int64_t count, int64_t dim,
+                                       float* panels);
+                       int64_t multiply_work_size(int64_t codes, int64_t dim);
+                       void multiply_and_find(const CodeScores& scores, const float* rows, const float* panels,
+                                              const float* block_norm, float* work);
                        void gather_codes(const CodeGather& gather, int64_t begin, int64_t end, void* work);
                        void code_difference(const CodeDifference& difference, int64_t begin, int64_t end, void* work);)
 
