@@ -88,7 +88,7 @@ Build = Callable[[Case, Inputs], Run]
 
 @dataclass(frozen=True)
 class Provider:
-    """patience: if the first call whose memory is metered takes more seconds than this, no others than these are timed;
+    """patience: if the first call whose memory is metered takes more seconds than this, it is also the only timed call;
     warmups: calls before that; unavailable: why it cannot run here; checked: the smoke tests compare it with float64;
     is_floor: it does part of the work, into preallocated memory, and has neither an error nor a peak memory."""
 
@@ -276,7 +276,9 @@ def measure(
                     run.prepare()
                 run.call()
             spent: list[float] = []
-            peak, results = memory.peak_of_steps(_timed(run.call, device, spent), run.prepare or (lambda: None), device)
+            call, prepare = _timed(run.call, device, spent), run.prepare or (lambda: None)
+            seconds = min(memory.SECONDS, provider.patience)
+            peak, results = memory.peak_of_steps(call, prepare, device, seconds)
         except Exception as error:
             rows[provider.name].status = f"rejects: {reason(error)}"
             continue

@@ -17,8 +17,11 @@ STEPS = 10  # a loop keeps what a single call does not show: reference cycles, c
 SECONDS = 20.0  # of slow calls there are fewer
 
 
-def peak_of_steps(call: Callable[[], Any], prepare: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:
-    """`peak_extra` over up to STEPS calls, each after `prepare` and without the results of the one before."""
+def peak_of_steps(
+    call: Callable[[], Any], prepare: Callable[[], Any], device: torch.device, seconds: float = SECONDS
+) -> tuple[int | None, Any]:
+    """`peak_extra` over STEPS calls, each after `prepare` and without the results of the one before; fewer if they take
+    more than `seconds`."""
 
     def steps() -> Any:
         start = time.perf_counter()
@@ -26,7 +29,7 @@ def peak_of_steps(call: Callable[[], Any], prepare: Callable[[], Any], device: t
             result = None
             prepare()
             result = call()
-            if time.perf_counter() - start > SECONDS:
+            if time.perf_counter() - start > seconds:
                 break
         return result
 

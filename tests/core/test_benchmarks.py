@@ -79,7 +79,7 @@ def test_memory_meter_sees_an_allocation():
 
 
 def test_memory_meter_sees_what_a_loop_keeps():
-    size, kept = 8 << 20, []
+    size, kept = 40 << 20, []
 
     def call():
         kept.append(torch.ones(size // 4))
