@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 STEPS = 10  # a loop keeps what a single call does not show: reference cycles, caches that grow
 SECONDS = 20.0  # of slow calls there are fewer
 

@@ -103,6 +103,7 @@ CALLS = {
     "siglip_loss": _pairs("siglip_loss", (), ()),
     "negative_sampling_loss": _word2vec(),
     "negative_sampling_loss-none": _word2vec(reduction="none"),
+    "negative_sampling_loss-sparse": _word2vec(reduction="none", sparse=True),
     "gaussian_rsample": _gaussian(return_stats=True),
     "gaussian_rsample-samples": _gaussian(4),
     "gaussian_rsample-elements": _gaussian(kl="none"),

@@ -23,9 +23,10 @@ class Function(torch.autograd.Function):
     """The methods of `torch.autograd.Function`, over records.
 
     forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): tuples of the
-    parameters and results of forward; not called if autograd records nothing. backward(ctx, *gradients): one gradient, or record of gradients, for each result,
-    None where autograd has none; gives a tuple with one for each of the first parameters, or None for no gradient at
-    all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a bool or a record of bools a parameter.
+    parameters and results of forward; only called if autograd records them. backward(ctx, *gradients): one gradient, or
+    record of gradients, for each result, None where autograd has none; gives a tuple with one for each of the first
+    parameters, or None for no gradient at all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a
+    bool or a record of bools a parameter.
     """
 
     generate_vmap_rule = True

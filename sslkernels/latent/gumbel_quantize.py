@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, unit_columns, wanted_only
+from sslkernels.core.autograd import (
+    Function,
+    empty_gradients,
+    once_differentiable,
+    save,
+    saved,
+    unit_columns,
+    wanted_only,
+)
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 from sslkernels.latent.gumbel_rows import (

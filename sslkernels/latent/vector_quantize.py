@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, unit_columns, wanted_only
+from sslkernels.core.autograd import (
+    Function,
+    empty_gradients,
+    once_differentiable,
+    save,
+    saved,
+    unit_columns,
+    wanted_only,
+)
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 from sslkernels.latent import nearest_code
@@ -97,9 +105,8 @@ def _empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
 
 class Kernels(NamedTuple):
     """The kernels of one backend. search fills each row's index and its float64 score, NaN if the row has no code;
-    gather fills values and the squared distance of each row to its code; difference fills coefficient * (input - code), of a
-    0-d coefficient;
-    sum_rows: see `segment_sum`; quantize fills all outputs at once."""
+    gather fills values and the squared distance of each row to its code; difference fills coefficient * (input - code)
+    for a 0-d coefficient; sum_rows: see `segment_sum`; quantize fills all outputs at once."""
 
     search: Callable[..., None]
     gather: Callable[..., None]
