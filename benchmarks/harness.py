@@ -88,7 +88,7 @@ Build = Callable[[Case, Inputs], Run]
 
 @dataclass(frozen=True)
 class Provider:
-    """patience: if the call whose memory is metered takes more seconds than this, it is also the only timed call;
+    """patience: if the first call whose memory is metered takes more seconds than this, it is also the only timed call;
     warmups: calls before that; unavailable: why it cannot run here; checked: the smoke tests compare it with float64;
     is_floor: it does part of the work, into preallocated memory, and has neither an error nor a peak memory."""
 
@@ -275,11 +275,10 @@ def measure(
                 if run.prepare is not None:
                     run.prepare()
                 run.call()
-            if run.prepare is not None:
-                run.prepare()
-            start = time.perf_counter()
-            peak, results = memory.peak_extra(run.call, device)
-            spent = time.perf_counter() - start
+            spent: list[float] = []
+            call, prepare = _timed(run.call, device, spent), run.prepare or (lambda: None)
+            seconds = min(memory.SECONDS, provider.patience)
+            peak, results = memory.peak_of_steps(call, prepare, device, seconds)
         except Exception as error:
             rows[provider.name].status = f"rejects: {reason(error)}"
             continue
@@ -288,8 +287,8 @@ def measure(
             row.peak_extra = peak
             row.beyond_results = max(0, peak - result_bytes(run, results, inputs))
         del results
-        if spent > provider.patience:
-            once[provider.name] = [spent]
+        if spent[0] > provider.patience:
+            once[provider.name] = spent
         else:
             runs[provider.name] = run
 
@@ -306,6 +305,20 @@ def measure(
         for row in rows.values():
             row.speedup = None if row.median is None else baseline.median / row.median
     return list(rows.values())
+
+
+def _timed(call: Callable[[], Any], device: torch.device, seconds: list[float]) -> Callable[[], Any]:
+    """The call, which appends its seconds to a list."""
+
+    def run() -> Any:
+        start = time.perf_counter()
+        results = call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return results
+
+    return run
 
 
 def _measure_errors(

@@ -1,4 +1,4 @@
-"""Peak memory of one call, above the use before it."""
+"""Peak memory of calls, above the use before them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ import contextlib
 import ctypes
 import gc
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+STEPS = 10  # a loop keeps what a single call does not show: reference cycles, caches that grow
+SECONDS = 20.0  # of slow calls there are fewer
+
+
+def peak_of_steps(
+    call: Callable[[], Any], prepare: Callable[[], Any], device: torch.device, seconds: float = SECONDS
+) -> tuple[int | None, Any]:
+    """`peak_extra` over STEPS calls, each after `prepare` and without the results of the one before; fewer if they take
+    more than `seconds`."""
+
+    def steps() -> Any:
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            result = None
+            prepare()
+            result = call()
+            if time.perf_counter() - start > seconds:
+                break
+        return result
+
+    return peak_extra(steps, device)
 
 
 def peak_extra(call: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:

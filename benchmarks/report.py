@@ -45,7 +45,8 @@ NOTES = (
     "speed-up: over the first row of the case.",
     "rate: bytes or flops of the case (each input read once, each output written once; matmul flops) over the median.",
     "of light: max(bytes / copy bandwidth, flops / matmul rate), both measured on this machine, over the median.",
-    "peak extra: peak memory of one call above the use before it; beyond: without the loss and gradients it returns.",
+    "peak extra: peak memory of 10 calls in a loop (fewer if slow) above the use before; "
+    "beyond: without the loss and gradients it returns.",
     "error: relative Frobenius norm against float64, the largest among loss and gradients, on fewer rows if so noted; "
     "for mask_tokens the number of tokens that break the masking rule.",
 )

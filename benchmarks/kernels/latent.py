@@ -99,8 +99,8 @@ def gather_codes_floor(rows: int, codes: int, dim: int, element_bytes: int) -> F
 
 
 def code_difference_floor(rows: int, codes: int, dim: int, element_bytes: int, out_bytes: int) -> Floor:
-    """Per row also a code and a float32 coefficient."""
-    moved = (rows + min(rows, codes)) * dim * element_bytes + rows * (dim * out_bytes + 12)
+    """Per row also the index of its code."""
+    moved = (rows + min(rows, codes)) * dim * element_bytes + rows * (dim * out_bytes + 8)
     return Floor(moved, 2 * rows * dim)
 
 
@@ -146,7 +146,7 @@ FLOOR_SUMS = (
     FloorSum(probability_sums_floor, (7, 9, 2), 7 * 9 * 2 + 7 * 8, 7 * 9 * 5),
     FloorSum(search_codes_floor, (7, 9, 10, 2), (7 + 9) * 10 * 2 + 7 * 16, 2 * 7 * 9 * 10),
     FloorSum(gather_codes_floor, (7, 9, 10, 2), (7 + 7 + 7) * 10 * 2 + 7 * 20, 3 * 7 * 10),
-    FloorSum(code_difference_floor, (7, 4, 10, 2, 4), (7 + 4) * 10 * 2 + 7 * (40 + 12), 2 * 7 * 10),
+    FloorSum(code_difference_floor, (7, 4, 10, 2, 4), (7 + 4) * 10 * 2 + 7 * (40 + 8), 2 * 7 * 10),
 )
 COMPILED = (
     Compiled("free_energy_fwd", stores=ONE_PER_ROW),
@@ -263,7 +263,7 @@ def code_inputs(case: Case, device: torch.device) -> Inputs:
     t = {"input": input, "codebook": codebook, "grad": torch.empty_like(input)}
     t["index"] = torch.randint(codes, (rows,), generator=generator, device=device)
     t["score"] = torch.zeros(rows, dtype=torch.float64, device=device)
-    t["value"], t["coefficient"] = (torch.ones(rows, dtype=acc, device=device) for _ in range(2))
+    t["value"], t["coefficient"] = (torch.ones(shape, dtype=acc, device=device) for shape in (rows, ()))
     return t
 
 
@@ -283,7 +283,7 @@ def difference(backend: str, case: Case, t: Inputs) -> None:
 
 
 def difference_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
-    return (t["coefficient"].double()[:, None] * (t["input"].double() - t["codebook"].double()[t["index"]]),)
+    return (t["coefficient"].double() * (t["input"].double() - t["codebook"].double()[t["index"]]),)
 
 
 def code_sizes(case: Case) -> tuple[int, int, int, int]:

@@ -10,15 +10,17 @@ from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import peers, providers
-from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
+from benchmarks.benchmark import Benchmark, HandSum, HostCase, compiled, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.ops.cross_entropy import make_targets
 from benchmarks.providers import EAGER, OURS
 
 CHUNKED = "F.linear_cross_entropy(options)"
+MASKED, COMPILED_MASKED = "eager on valid rows", "compiled on valid rows"
 FLOOR = "three matmuls (floor)"
 FLOOR_FORWARD = "one matmul (floor)"
 BAR_SHAPE = {"N": 2048, "D": 768, "V": 50257}
+MASKED_SHAPE = {"N": 4096, "D": 256, "V": 30000}
 MEBI = 1 << 20
 
 
@@ -27,6 +29,12 @@ def chunked(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
 
     with_bias = {} if bias is None else {"linear_bias": bias}
     return F.linear_cross_entropy(hidden, weight, target, options=LinearCrossEntropyOptions(), **with_bias)
+
+
+def on_valid_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """The two lines that people write where most targets are ignored."""
+    valid = target != -100
+    return F.cross_entropy(F.linear(hidden[valid], weight, bias), target[valid])
 
 
 def matmuls(case: Case, inputs: Inputs) -> Run:
@@ -79,7 +87,8 @@ class LinearCrossEntropy(Benchmark):
         if device == "cpu":
             sweep = [self.case({"N": 512, "D": 64, "V": v}) for v in (8192, 16384, 32768, 65536, 131072)]
             bar = [self.case(BAR_SHAPE), self.case(BAR_SHAPE, torch.bfloat16), self.case(BAR_SHAPE, ignored=0.85)]
-            return bar + sweep
+            masked = [self.case(MASKED_SHAPE, dtype, ignored=0.85) for dtype in (torch.float32, torch.bfloat16)]
+            return bar + masked + sweep
         make = functools.partial(self.case, dtype=torch.bfloat16)
         found = []
         shapes = [(8192, 2304, 256000), (8192, 4096, 128256)]
@@ -125,7 +134,13 @@ class LinearCrossEntropy(Benchmark):
         if not hasattr(F, "linear_cross_entropy"):
             missing = f"torch {torch.__version__} has no F.linear_cross_entropy"
         patience = providers.patience(device)
+        masked = []
+        if case.ignored:
+            call = functools.partial(compiled, on_valid_rows, self.dynamic[device.type])
+            masked.append(Provider(MASKED, self.run(on_valid_rows)))
+            masked.append(Provider(COMPILED_MASKED, self.run(lambda *a: call()(*a)), warmups=1))
         return [
+            *masked,
             Provider(CHUNKED, self.run(chunked), patience=patience, unavailable=missing),
             Provider(FLOOR if case.backward else FLOOR_FORWARD, matmuls, is_floor=True),
         ]
@@ -145,6 +160,11 @@ class LinearCrossEntropy(Benchmark):
                 Bar("median / the bare matmuls", case.name, providers.time_ratio(OURS, floor), limit),
                 Bar("MB beyond the gradients", case.name, providers.memory_mb, 512 * MEBI / 1e6),
                 Bar("median / fastest peer", case.name, providers.over_fastest_peer, 1.0),
+            ]
+        if case.shape == MASKED_SHAPE:
+            return [
+                Bar(f"median / {other}", case.name, providers.time_ratio(OURS, other), 1.0)
+                for other in (MASKED, COMPILED_MASKED)
             ]
         if case.shape != BAR_SHAPE:
             return []

@@ -1,6 +1,10 @@
-"""negative_sampling_loss: N pairs with K negatives each, from two tables (V, D) -> loss and dense gradients."""
+"""negative_sampling_loss: N pairs with K negatives each, from two tables (V, D) -> loss and dense gradients, or a
+step of SGD with sparse ones."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +13,7 @@ from torch import Tensor
 import sslkernels as sk
 from benchmarks import providers
 from benchmarks.benchmark import Benchmark, HandSum, HostCase, smoke_test
-from benchmarks.harness import Bar, Case, Inputs
+from benchmarks.harness import Bar, Build, Case, Inputs, Run
 from benchmarks.providers import EAGER, OURS
 
 
@@ -94,5 +98,67 @@ class NegativeSamplingLoss(Benchmark):
         return [*found, Bar(what, case.name, providers.memory_mb, negatives_mb)]
 
 
-BENCHMARKS = (NegativeSamplingLoss(),)
+class SparseStep(NegativeSamplingLoss):
+    """Forward, backward with sparse gradients of both tables, and a step of SGD in place."""
+
+    op = "negative_sampling_step"
+    public = "negative_sampling_loss"
+    results = ("loss", "center_weight", "context_weight")
+    settings = frozenset({"regime"})
+    compiles = False  # torch.compile takes no sparse gradients
+    host = None
+
+    def cost(self, case: Case) -> tuple[int, int]:
+        """Each row of the tables that may occur is read once and written once, each index read once."""
+        n, k, v, d = (case.shape[key] for key in "NKVD")
+        return 2 * (min(n, v) + min(n * (1 + k), v)) * d * case.dtype.itemsize + 8 * n * (2 + k), 0
+
+    def hand_sums(self) -> list[HandSum]:
+        case = self.case({"N": 10, "K": 2, "V": 20, "D": 4})
+        return [HandSum(case, 2 * (10 + 20) * 4 * 4 + 8 * 40, 0)]
+
+    def cases(self, device: str) -> list[Case]:
+        shape = {"N": 8192, "K": 5, "V": 500_000, "D": 128}
+        return [self.case(shape), self.case(shape, regime="peaked")]
+
+    def smoke_cases(self, device: str) -> list[Case]:
+        return [self.case({"N": 65, "K": 3, "V": 101, "D": 20})]
+
+    def run(self, function: Callable[..., Tensor]) -> Build:
+        def build(case: Case, inputs: Inputs) -> Run:
+            tables = [inputs[name].clone().requires_grad_() for name in self.leaves]
+            optimizer = torch.optim.SGD(tables, lr=float(case.shape["N"]))
+            indices = [inputs[name] for name in ("center", "context", "negatives")]
+
+            def step() -> tuple[Tensor, ...]:
+                optimizer.zero_grad()
+                loss = function(*indices, *tables)
+                loss.backward()
+                optimizer.step()
+                return (loss.detach(), *(table.detach() for table in tables))
+
+            def restore() -> None:
+                for name, table in zip(self.leaves, tables, strict=True):
+                    table.detach().copy_(inputs[name])
+
+            return Run(step, restore, tuple(table.detach() for table in tables))
+
+        return build
+
+    @staticmethod
+    def plain(center: Tensor, context: Tensor, negatives: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        rows = F.embedding(center, u, sparse=True)
+        positive = (rows * F.embedding(context, v, sparse=True)).sum(1)
+        negative = torch.bmm(F.embedding(negatives, v, sparse=True), rows.unsqueeze(2)).squeeze(2)
+        return -(F.logsigmoid(positive) + F.logsigmoid(-negative).sum(1)).mean()
+
+    fused = staticmethod(functools.partial(sk.negative_sampling_loss, sparse=True))
+
+    def limits(self, case: Case, device: str) -> list[Bar]:
+        return [
+            Bar("times faster than nn.Embedding(sparse=True)", case.name, providers.time_ratio(EAGER, OURS), 1, True)
+        ]
+
+
+BENCHMARKS = (NegativeSamplingLoss(), SparseStep())
 test_negative_sampling_loss = smoke_test(BENCHMARKS)

@@ -1,6 +1,7 @@
-// Column sums of a matrix on a GPU: the gradient of a bias. `stream` is a cudaStream_t.
+// Column sums of a matrix: the gradient of a bias. `stream` is a cudaStream_t.
 #pragma once
 
+#include "core/cpu/isa.h"
 #include "core/element.h"
 
 namespace sslkernels {
@@ -12,10 +13,15 @@ struct ColumnSums {
   int64_t stride;
   int64_t rows;
   int64_t columns;
-  void* partials;  // A (column_sums_row_blocks, columns)
+  void* partials;  // A (column_sums_row_blocks, columns), on a GPU
   void* total;     // A (columns)
   bool add;        // to the values of `total`
 };
+
+constexpr int64_t kColumnSumsBlock = 1024;  // columns of a task on a CPU
+
+// Blocks [begin, end) of columns.
+SSLKERNELS_CPU_KERNELS(void column_sums(const ColumnSums& sums, int64_t begin, int64_t end);)
 
 int64_t column_sums_row_blocks(const ColumnSums& sums);
 void launch_column_sums(const ColumnSums& sums, void* stream);

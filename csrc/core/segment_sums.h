@@ -25,6 +25,25 @@ struct SortRows {
   int64_t* starts;  // (rows + 1)
 };
 
+// The keys that occur, in ascending order, and the entries of each: `order` holds the entries by key, those of index[r]
+// at [starts[r], starts[r + 1]). Entries whose key is out of range are left out, and the end of `order` is unspecified.
+struct CompactRows {
+  const void* keys;  // (entries)
+  bool wide_keys;    // int64, else int32
+  int64_t entries;
+  int64_t rows;
+  int64_t room;     // the most keys that can occur
+  int64_t* order;   // (entries)
+  int64_t* index;   // (room): 0 beyond the keys that occur
+  int64_t* starts;  // (room + 1)
+  int64_t* count;   // (1): how many keys occur
+};
+
+struct KeyedEntry {
+  int64_t key;
+  int64_t entry;
+};
+
 // All arrays are contiguous; A is the accumulation type of `out`.
 struct WeightedRowSums {
   Element source_element;  // type of `out`, or A
@@ -72,7 +91,9 @@ SSLKERNELS_HD int64_t source_row(const WeightedRowSums& sums, int64_t entry) {
 
 // weighted_row_sums computes the rows of `out` that end at positions [begin, end) of the work. One thread sums each
 // row, so the sums do not depend on how the work is split. An entry whose source row is out of range counts as NaN.
+// compact_rows: work (2 * entries).
 SSLKERNELS_CPU_KERNELS(void sort_rows(const SortRows& sort);
+                       void compact_rows(const CompactRows& compact, KeyedEntry* work);
                        void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end);)
 
 // Number of partial sums, which have the accumulation type of `out`.

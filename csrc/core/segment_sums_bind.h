@@ -17,6 +17,23 @@ inline SortRows parse_sort_rows(const Tensor& keys, const Tensor& order, const T
   return sort;
 }
 
+inline CompactRows parse_compact_rows(const Tensor& keys, int64_t rows, const Tensor& order, const Tensor& index,
+                                      const Tensor& starts, const Tensor& count) {
+  CompactRows compact{};
+  compact.entries = keys.numel();
+  compact.rows = rows;
+  compact.room = index.numel();
+  STD_TORCH_CHECK(compact.room >= (rows < compact.entries ? rows : compact.entries),
+                  "sslkernels: index must have room for all keys");
+  compact.wide_keys = is_wide(keys, "keys");
+  compact.keys = readable(keys, {compact.entries}, keys.scalar_type(), "keys");
+  compact.order = writable<int64_t>(order, {compact.entries}, ScalarType::Long, "order");
+  compact.index = writable<int64_t>(index, {compact.room}, ScalarType::Long, "index");
+  compact.starts = writable<int64_t>(starts, {compact.room + 1}, ScalarType::Long, "starts");
+  compact.count = writable<int64_t>(count, {}, ScalarType::Long, "count");
+  return compact;
+}
+
 inline WeightedRowSums parse_weighted_row_sums(const Tensor& starts, const Tensor& order, const Tensor& coefficient,
                                                const Tensor& source, const OptionalTensor& source_index,
                                                const Tensor& out, int64_t entries_of_source) {

@@ -36,6 +36,43 @@ void sort_by(const SortRows& sort) {
   }
 }
 
+// A radix sort: unlike the counting sort it does not take time for rows without entries.
+template <class Index>
+void compact_by(const CompactRows& compact, KeyedEntry* from) {
+  constexpr int kBits = 11;
+  constexpr int64_t kDigits = int64_t(1) << kBits;
+  const Index* keys = static_cast<const Index*>(compact.keys);
+  KeyedEntry* to = from + compact.entries;
+  int64_t entries = 0;
+  for (int64_t e = 0; e < compact.entries; ++e) {
+    if (in_range(keys[e], compact.rows)) from[entries++] = {int64_t(keys[e]), e};
+  }
+  for (int shift = 0; shift < 63 && (compact.rows - 1) >> shift > 0; shift += kBits) {
+    int64_t next[kDigits] = {};
+    for (int64_t n = 0; n < entries; ++n) ++next[from[n].key >> shift & (kDigits - 1)];
+    int64_t start = 0;
+    for (int64_t d = 0; d < kDigits; ++d) {
+      const int64_t count = next[d];
+      next[d] = start;
+      start += count;
+    }
+    for (int64_t n = 0; n < entries; ++n) to[next[from[n].key >> shift & (kDigits - 1)]++] = from[n];
+    KeyedEntry* const sorted = to;
+    to = from;
+    from = sorted;
+  }
+  int64_t count = 0;
+  for (int64_t n = 0; n < entries; ++n) {
+    compact.order[n] = from[n].entry;
+    if (n > 0 && from[n].key == from[n - 1].key) continue;
+    compact.index[count] = from[n].key;
+    compact.starts[count++] = n;
+  }
+  *compact.count = count;
+  for (int64_t r = count; r < compact.room; ++r) compact.index[r] = 0;
+  for (int64_t r = count; r <= compact.room; ++r) compact.starts[r] = entries;
+}
+
 template <class Source, class Out>
 void run(const WeightedRowSums& sums, int64_t begin, int64_t end) {
   using A = typename Accumulation<Out>::type;
@@ -101,6 +138,10 @@ void run_for(const WeightedRowSums& sums, int64_t begin, int64_t end) {
 }  // namespace
 
 void sort_rows(const SortRows& sort) { return sort.wide_keys ? sort_by<int64_t>(sort) : sort_by<int32_t>(sort); }
+
+void compact_rows(const CompactRows& compact, KeyedEntry* work) {
+  return compact.wide_keys ? compact_by<int64_t>(compact, work) : compact_by<int32_t>(compact, work);
+}
 
 void weighted_row_sums(const WeightedRowSums& sums, int64_t begin, int64_t end) {
   with_element(sums.out_element, [&](auto zero) { run_for<decltype(zero)>(sums, begin, end); });

@@ -65,12 +65,17 @@ void run_probability_sums(const ProbabilitySums& sums) {
            SSLKERNELS_CURRENT_ISA(probability_sums), sums);
 }
 
+constexpr int64_t kShortRow = 128;  // rows of floats up to this length are multiplied by a kernel of our own
+
 // The CPU as a Device of search_in_tiles; each thread has its own.
 struct CodeSearchOnCpu {
   static constexpr bool kGain = false;
   static constexpr int64_t kPitch = 1;
   std::vector<std::unique_ptr<Line[]>> buffers;
   std::vector<double> work, block_norm;
+  std::unique_ptr<Line[]> panels, multiply_work;  // the codes of the tile, packed
+  const void* rows = nullptr;                     // the factors of the last product
+  const void* codes = nullptr;
 
   template <class A>
   A* buffer(int64_t count) {
@@ -78,18 +83,40 @@ struct CodeSearchOnCpu {
     buffers.push_back(scratch_of(count * int64_t(sizeof(A))));
     return reinterpret_cast<A*>(buffers.back().get());
   }
+  template <class A>
+  A* products(int64_t dim, int64_t count) {
+    return sizeof(A) == sizeof(float) && dim <= kShortRow ? nullptr : buffer<A>(count);
+  }
   void code_tile(const CodeTile& tile) { SSLKERNELS_CURRENT_ISA(code_tile)(tile, 0, tile.source.rows); }
   template <class A>
   void multiply(const CodeVectors& a, const CodeVectors& b, A* products, int64_t pitch) {
+    rows = a.data;
+    codes = b.data;
+    if (products == nullptr) return;  // best_codes multiplies
     static const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
     multiply_vectors(a, b, products, pitch, cpu);
   }
   void best_codes(const CodeScores& scores) {
     if (work.empty() || scores.first_code != summarised_) {
-      block_norm.resize(code_blocks(scores.codes));
+      block_norm.resize(code_blocks(scores.codes) + 1);
       work.resize(std::max<size_t>(work.size(), 2 * scores.input.dim + block_norm.size()));
       SSLKERNELS_CURRENT_ISA(code_block_norms)(scores, block_norm.data());
       summarised_ = scores.first_code;
+      if (scores.products == nullptr) {
+        const auto floats = [&](auto size) {
+          return scratch_of(size(scores.codes, scores.input.dim) * int64_t(sizeof(float)));
+        };
+        panels = floats(SSLKERNELS_CURRENT_ISA(packed_codes_size));
+        multiply_work = floats(SSLKERNELS_CURRENT_ISA(multiply_work_size));
+        SSLKERNELS_CURRENT_ISA(pack_codes)(static_cast<const float*>(codes),
+                                           static_cast<const float*>(scores.code_half_square), scores.codes,
+                                           scores.input.dim, reinterpret_cast<float*>(panels.get()));
+      }
+    }
+    if (scores.products == nullptr) {
+      return SSLKERNELS_CURRENT_ISA(multiply_and_find)(
+          scores, static_cast<const float*>(rows), reinterpret_cast<const float*>(panels.get()),
+          reinterpret_cast<const float*>(block_norm.data()), reinterpret_cast<float*>(multiply_work.get()));
     }
     SSLKERNELS_CURRENT_ISA(best_codes)(scores, block_norm.data(), 0, scores.input.rows, work.data());
   }
@@ -98,8 +125,18 @@ struct CodeSearchOnCpu {
   int64_t summarised_ = 0;  // first code of the tile that block_norm describes
 };
 
-void run_search_codes(const CodeSearch& search) {
+// Searches, and calls then(begin, end) in the thread that searched for these rows. For the squared distance the mean of
+// the codes is subtracted from rows and codes if no center is given, so that a common offset costs neither accuracy nor
+// scores in double.
+template <class Then>
+void search_codes(CodeSearch search, Then then) {
   const bool is_double = type_of_products(search.input, search.codebook) == ScalarType::Double;
+  std::unique_ptr<Line[]> center;
+  if (search.metric == CodeMetric::kSquaredDistance && search.center == nullptr) {
+    center = scratch_of(search.codebook.dim * int64_t(is_double ? sizeof(double) : sizeof(float)));
+    SSLKERNELS_CURRENT_ISA(code_center)(search.codebook, is_double, center.get());
+    search.center = center.get();
+  }
   torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
     CodeSearchOnCpu cpu;
     if (is_double) {
@@ -107,7 +144,42 @@ void run_search_codes(const CodeSearch& search) {
     } else {
       search_in_tiles<float>(search, begin, end, cpu);
     }
+    then(begin, end);
   });
+}
+
+void run_search_codes(const CodeSearch& search) {
+  search_codes(search, [](int64_t, int64_t) {});
+}
+
+// Each thread gathers the codes of the rows that it searched for.
+void run_quantize_rows(const RowQuantization& arguments) {
+  CodeSearch search = arguments.search;
+  CodeGather gather = arguments.gather;
+  const CodeVectors& input = search.input;
+  const auto numbers = scratch_of(2 * input.rows * int64_t(sizeof(double)));
+  search.score = reinterpret_cast<double*>(numbers.get());
+  double* distance = search.score + input.rows;
+  gather.score = search.score;
+  gather.distance = distance;
+  gather.is_double = true;
+  advise_output(gather.values, input.rows * input.dim, input.element);
+  search_codes(search, [&](int64_t begin, int64_t end) {
+    const auto scratch = scratch_of(2 * input.dim * int64_t(sizeof(double)));
+    SSLKERNELS_CURRENT_ISA(gather_codes)(gather, begin, end, scratch.get());
+  });
+  std::fill_n(arguments.usage, search.codebook.rows, 0);
+  double total = 0;
+  for (int64_t i = 0; i < input.rows; ++i) {
+    arguments.usage[search.index[i]] += 1;
+    total += distance[i];
+  }
+  const double commitment = total / double(input.rows * input.dim);
+  if (arguments.is_double) {
+    *static_cast<double*>(arguments.commitment) = commitment;
+  } else {
+    *static_cast<float*>(arguments.commitment) = float(commitment);
+  }
 }
 
 void run_gather_codes(const CodeGather& gather) {
@@ -183,6 +255,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "search_codes(Tensor input, Tensor codebook, int metric, float matmul_rounding, Tensor? center, bool as_given, "
       "int tile_rows, int tile_codes, Tensor(a!) index, Tensor(b!) score) -> ()");
   m.def(
+      "quantize_rows(Tensor input, Tensor codebook, int metric, float matmul_rounding, int tile_rows, int tile_codes, "
+      "Tensor(a!) values, Tensor(b!) index, Tensor(c!) commitment, Tensor(d!) usage) -> ()");
+  m.def(
       "gather_codes(Tensor input, Tensor codebook, Tensor index, Tensor score, Tensor(a!) values, "
       "Tensor(b!) distance) -> ()");
   m.def("code_difference(Tensor coefficient, Tensor input, Tensor codebook, Tensor index, Tensor(a!) out) -> ()");
@@ -207,6 +282,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_gumbel_rows_bwd, run_gumbel_rows_bwd>(m, "gumbel_rows_bwd");
   bind_cpu<parse_probability_sums, run_probability_sums>(m, "probability_sums");
   bind_cpu<parse_search_codes, run_search_codes>(m, "search_codes");
+  bind_cpu<parse_quantize_rows, run_quantize_rows>(m, "quantize_rows");
   bind_cpu<parse_gather_codes, run_gather_codes>(m, "gather_codes");
   bind_cpu<parse_code_difference, run_code_difference>(m, "code_difference");
   bind_cpu<parse_free_energy_fwd, run_free_energy_fwd>(m, "free_energy_fwd");
@@ -231,6 +307,10 @@ struct CodeSearchOnCuda {
     if (count == 0) return nullptr;
     buffers.push_back(workspace(like, count, sizeof(A) == sizeof(double) ? ScalarType::Double : ScalarType::Float));
     return static_cast<A*>(buffers.back().mutable_data_ptr());
+  }
+  template <class A>
+  A* products(int64_t, int64_t count) {
+    return buffer<A>(count);
   }
   void code_tile(const CodeTile& tile) { launch_code_tile(tile, stream); }
   template <class A>

@@ -26,9 +26,9 @@ inline CodeVectors rows_of(const CodeVectors& vectors, int64_t first, int64_t la
 }
 
 // Searches for the rows [begin, end). A Device has `A* buffer(count)`, memory that lives until the end of the search,
-// null for 0; the kernels `code_tile` and `best_codes`; `multiply(a, b, products, pitch)` with products (a.rows,
-// b.rows) in A; kGain, whether a cosine is a gain instead of a division of the codes; and kPitch: the pitch of the
-// products and the capacity of per-code arrays are multiples of it.
+// null for 0; `A* products(dim, count)`, the buffer of the products or null; the kernels `code_tile` and `best_codes`;
+// `multiply(a, b, products, pitch)` with products (a.rows, b.rows) in A; kGain, whether a cosine is a gain instead of a
+// division of the codes; and kPitch: the pitch of the products and the capacity of per-code arrays are multiples of it.
 template <class A, class Device>
 void search_in_tiles(const CodeSearch& search, int64_t begin, int64_t end, Device& device) {
   if (begin >= end) return;
@@ -43,7 +43,7 @@ void search_in_tiles(const CodeSearch& search, int64_t begin, int64_t end, Devic
   const auto pitch_of = [](int64_t codes) { return (codes + Device::kPitch - 1) / Device::kPitch * Device::kPitch; };
   const auto buffer = [&](int64_t count) { return device.template buffer<A>(count); };
   const int64_t room = pitch_of(tile_codes);
-  A* products = buffer(tile_rows * room);
+  A* products = device.template products<A>(dim, tile_rows * room);
   A* bound = buffer(end - begin);
   A* row_tile = buffer(is_factor(search.input) ? 0 : tile_rows * dim);
   A* row_norm = buffer(tile_rows);

@@ -337,7 +337,7 @@ __device__ __forceinline__ void finish_row(const GaussianBackward& backward, con
   const Gaussian& inputs = backward.inputs;
   const A low = A(inputs.low), high = A(inputs.high), free_bits = A(inputs.free_bits);
   const bool has_z = backward.grad_z != nullptr && inputs.samples > 0, has_kl = backward.grad_kl != nullptr;
-  const A* grad_kl = static_cast<const A*>(backward.grad_kl) + row * (backward.by_row ? 1 : inputs.columns);
+  const A* grad_kl = static_cast<const A*>(backward.grad_kl) + row * backward.kl_stride;
   Row<T> values;
   values.has_prior = kPrior;  // a compile-time constant, to save registers
   load_row(inputs.logvar, row, place, values.logvar);

@@ -59,6 +59,7 @@ struct GaussianBackward {
   const void* grad_z;
   GaussianSamples z_strides;
   const void* grad_kl;  // A (rows, columns), or if by_row (rows)
+  int64_t kl_stride;    // from one row of grad_kl to the next
   bool by_row;
   void* grad_mean;  // (rows, columns), like the others
   void* grad_logvar;

@@ -81,8 +81,16 @@ inline GaussianBackward parse_gaussian_bwd(const Tensor& mean, const Tensor& log
     backward.grad_z = grad_z->const_data_ptr();
   }
   backward.by_row = by_row;
-  backward.grad_kl = by_row ? readable(grad_kl, {inputs.rows}, type, "grad_kl")
-                            : readable(grad_kl, {inputs.rows, inputs.columns}, type, "grad_kl");
+  if (grad_kl) {
+    if (by_row) {
+      check_shape(*grad_kl, {inputs.rows}, type, "grad_kl");
+    } else {
+      check_shape(*grad_kl, {inputs.rows, inputs.columns}, type, "grad_kl");
+      check_unit_stride(*grad_kl, "grad_kl");
+    }
+    backward.grad_kl = grad_kl->const_data_ptr();
+    backward.kl_stride = grad_kl->stride(0);
+  }
   STD_TORCH_CHECK((!grad_prior_mean && !grad_prior_logvar) || (grad_kl && inputs.prior_mean.data != nullptr),
                   "sslkernels: the gradient of a prior needs one, and that of kl");
   const auto gradient = [&](const OptionalTensor& tensor, bool shared, const char* name) {

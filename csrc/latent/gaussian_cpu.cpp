@@ -404,11 +404,11 @@ class Backward {
     const A* grad = static_cast<const A*>(backward_.grad_kl);
     if (grad == nullptr) return;
     if (!backward_.by_row) {
-      kl_ = gather(kComputed<A>, grad, backward_.inputs.columns, batch, grad_kl_);
+      kl_ = gather(kComputed<A>, grad, backward_.kl_stride, batch, grad_kl_);
       return;
     }
     for (int64_t i = 0; i < batch.rows; ++i) {
-      std::fill_n(grad_kl_ + i * batch.pitch, batch.pitch, grad[batch.row + i]);
+      std::fill_n(grad_kl_ + i * batch.pitch, batch.pitch, grad[(batch.row + i) * backward_.kl_stride]);
     }
     kl_ = grad_kl_;
   }

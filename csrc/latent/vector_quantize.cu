@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kVectorThreads, sizeof(A) == 8 ? 2 : 4)
   const VectorPlace<N> place(difference.input.rows, dim, team);
   if (!place.in_range) return;
   const int64_t code = difference.index[place.row];
-  const A coefficient = static_cast<const A*>(difference.coefficient)[place.row];
+  const A coefficient = *static_cast<const A*>(difference.coefficient);
   for (int chunk = place.lane; chunk < place.chunks; chunk += place.step) {
     const int column = chunk * N;
     A x[N], values[N];

@@ -79,7 +79,7 @@ struct CodeDifference {
   CodeVectors input;
   CodeVectors codebook;
   const int64_t* index;
-  const void* coefficient;  // (rows) A
+  const void* coefficient;  // (1) A
   Element out_element;
   void* out;
   bool is_double;
@@ -177,9 +177,16 @@ inline int64_t code_blocks(int64_t codes) { return (codes + kCodeGroup - 1) / kC
 }  // namespace
 
 SSLKERNELS_CPU_KERNELS(void code_tile(const CodeTile& tile, int64_t begin, int64_t end);
+                       void code_center(const CodeVectors& codebook, bool is_double, void* center);
                        void code_block_norms(const CodeScores& scores, void* block_norm);
                        void best_codes(const CodeScores& scores, const void* block_norm, int64_t begin, int64_t end,
                                        void* work);
+                       int64_t packed_codes_size(int64_t codes, int64_t dim);
+                       void pack_codes(const float* codes, const float* half_square, int64_t count, int64_t dim,
+                                       float* panels);
+                       int64_t multiply_work_size(int64_t codes, int64_t dim);
+                       void multiply_and_find(const CodeScores& scores, const float* rows, const float* panels,
+                                              const float* block_norm, float* work);
                        void gather_codes(const CodeGather& gather, int64_t begin, int64_t end, void* work);
                        void code_difference(const CodeDifference& difference, int64_t begin, int64_t end, void* work);)
 

@@ -50,23 +50,28 @@ void multiply_vectors(const CodeVectors& a, const CodeVectors& b, A* products, i
   (void)torch::stable::detail::to<Tensor>(result);  // takes ownership of the returned handle, an alias of `out`
 }
 
+inline void parse_tiles(CodeSearch& search, int64_t metric, double matmul_rounding, int64_t tile_rows,
+                        int64_t tile_codes) {
+  STD_TORCH_CHECK(metric >= 0 && metric <= 2, "sslkernels: unknown metric ", metric);
+  STD_TORCH_CHECK(tile_rows > 0 && tile_codes > 0, "sslkernels: tiles must have rows and codes");
+  search.metric = CodeMetric(metric);
+  search.matmul_rounding = matmul_rounding;
+  search.tile_rows = tile_rows;
+  search.tile_codes = tile_codes;
+}
+
 inline CodeSearch parse_search_codes(const Tensor& input, const Tensor& codebook, int64_t metric,
                                      double matmul_rounding, const OptionalTensor& center, bool as_given,
                                      int64_t tile_rows, int64_t tile_codes, const Tensor& index, const Tensor& score) {
   CodeSearch search{};
   search.input = parse_code_vectors(input, "input");
   search.codebook = parse_code_vectors(codebook, "codebook");
-  STD_TORCH_CHECK(metric >= 0 && metric <= 2, "sslkernels: unknown metric ", metric);
-  STD_TORCH_CHECK(tile_rows > 0 && tile_codes > 0, "sslkernels: tiles must have rows and codes");
+  parse_tiles(search, metric, matmul_rounding, tile_rows, tile_codes);
   const bool halves = search.input.element == search.codebook.element && bytes_of(search.input.element) == 2;
   STD_TORCH_CHECK(!as_given || (halves && !center && input.is_cuda()),
                   "sslkernels: only half precision on a GPU is multiplied as it is given");
-  search.metric = CodeMetric(metric);
-  search.matmul_rounding = matmul_rounding;
   search.center = readable(center, {search.input.dim}, type_of_products(search.input, search.codebook), "center");
   search.as_given = as_given;
-  search.tile_rows = tile_rows;
-  search.tile_codes = tile_codes;
   search.index = writable<int64_t>(index, {search.input.rows}, ScalarType::Long, "index");
   search.score = writable<double>(score, {search.input.rows}, ScalarType::Double, "score");
   return search;
@@ -87,6 +92,34 @@ inline CodeGather parse_gather_codes(const Tensor& input, const Tensor& codebook
   return gather;
 }
 
+// The whole forward pass on a CPU: search, values, the mean squared difference of rows and codes, and usage.
+struct RowQuantization {
+  CodeSearch search;
+  CodeGather gather;
+  bool is_double;    // A
+  void* commitment;  // A (1)
+  int64_t* usage;    // (codes)
+};
+
+inline RowQuantization parse_quantize_rows(const Tensor& input, const Tensor& codebook, int64_t metric,
+                                           double matmul_rounding, int64_t tile_rows, int64_t tile_codes,
+                                           const Tensor& values, const Tensor& index, const Tensor& commitment,
+                                           const Tensor& usage) {
+  RowQuantization all{};
+  all.search.input = all.gather.input = parse_code_vectors(input, "input");
+  all.search.codebook = all.gather.codebook = parse_code_vectors(codebook, "codebook");
+  parse_tiles(all.search, metric, matmul_rounding, tile_rows, tile_codes);
+  const CodeVectors& rows = all.search.input;
+  const auto type = type_of_products(rows, all.search.codebook);
+  all.is_double = type == ScalarType::Double;
+  all.search.index = writable<int64_t>(index, {rows.rows}, ScalarType::Long, "index");
+  all.gather.index = all.search.index;
+  all.gather.values = writable(values, {rows.rows, rows.dim}, input.scalar_type(), "values");
+  all.commitment = writable(commitment, {}, type, "commitment");
+  all.usage = writable<int64_t>(usage, {all.search.codebook.rows}, ScalarType::Long, "usage");
+  return all;
+}
+
 inline CodeDifference parse_code_difference(const Tensor& coefficient, const Tensor& input, const Tensor& codebook,
                                             const Tensor& index, const Tensor& out) {
   CodeDifference difference{};
@@ -96,7 +129,7 @@ inline CodeDifference parse_code_difference(const Tensor& coefficient, const Ten
   const auto type = type_of_products(difference.input, difference.codebook);
   difference.is_double = type == ScalarType::Double;
   difference.index = readable<int64_t>(index, {rows}, ScalarType::Long, "index");
-  difference.coefficient = readable(coefficient, {rows}, type, "coefficient");
+  difference.coefficient = readable(coefficient, {}, type, "coefficient");
   difference.out_element = element_of(out);
   difference.out = writable(out, {rows, difference.input.dim}, out.scalar_type(), "out");
   return difference;

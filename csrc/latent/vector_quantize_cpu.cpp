@@ -1,6 +1,9 @@
 // A tile of products is read once: codes are summarised in blocks, one per lane of a group of codes, by their largest
-// score. The codes of a block are examined again only if its largest score + its largest e reaches L.
+// score. Almost always a single block, and a single code of it, can be the best with the largest e of the tile: that
+// code is taken without a score in double. Otherwise the codes of a block are examined again with an e of their own, if
+// its largest score + its largest e reaches L.
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/cpu/element.h"
@@ -123,7 +126,23 @@ void tile_rows_of(const CodeTile& tile, int64_t begin, int64_t end) {
   return tile.is_double ? tile_rows<T, double>(tile, begin, end) : tile_rows<T, float>(tile, begin, end);
 }
 
-// Largest norm among the codes of each block; infinite if one is NaN.
+// The mean of the codes; 0 in place of what is not finite.
+template <class T, class A>
+void mean_row(const CodeVectors& codebook, A* mean) {
+  const int64_t dim = codebook.dim;
+  for (int64_t j = 0; j < dim; ++j) mean[j] = 0;
+  for (int64_t i = 0; i < codebook.rows; ++i) {
+    const T* code = static_cast<const T*>(codebook.data) + i * dim;
+#pragma omp simd
+    for (int64_t j = 0; j < dim; ++j) mean[j] += A(to_float(code[j]));
+  }
+  for (int64_t j = 0; j < dim; ++j) {
+    mean[j] /= A(codebook.rows);
+    mean[j] = std::fabs(mean[j]) < kInfinity<A> ? mean[j] : A(0);
+  }
+}
+
+// Largest norm among the codes of each block, and after the blocks of the tile; infinite if one is NaN.
 template <class A>
 void block_norms(const CodeScores& scores, A* block_norm) {
   const A* norm = static_cast<const A*>(scores.code_norm);
@@ -137,6 +156,9 @@ void block_norms(const CodeScores& scores, A* block_norm) {
       largest[l] = known > largest[l] ? known : largest[l];
     }
   }
+  A largest = 0;
+  for (int64_t b = 0; b < code_blocks(scores.codes); ++b) largest = block_norm[b] > largest ? block_norm[b] : largest;
+  block_norm[code_blocks(scores.codes)] = largest;
 }
 
 // Largest score of each block.
@@ -170,11 +192,36 @@ void block_maxima(const CodeScores& scores, const A* products, A* maxima) {
   }
 }
 
+// The only code of a tile whose score + e is not below the bound, or -1 if there are more or none. e: at least the
+// error of any score of the row; finite, so that no score is NaN.
 template <class A>
-void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block_norm, int64_t i, A* maxima, double* x,
-               double* code) {
+int64_t only_candidate(const CodeScores& scores, const A* products, const A* maxima, A e, A bound) {
+  const int64_t blocks = code_blocks(scores.codes);
+  const A* half_square = static_cast<const A*>(scores.code_half_square);
+  int32_t open = 0, block = -1;
+#pragma omp simd reduction(+ : open) reduction(max : block)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const bool reaches = !(maxima[b] + e < bound);
+    open += reaches;
+    block = reaches && int32_t(b) > block ? int32_t(b) : block;
+  }
+  if (open != 1) return -1;
+  const int64_t first = block / kCodeLanes * kCodeGroup + block % kCodeLanes;
+  int64_t only = -1;
+  for (int64_t j = first; j < first + kDepth * kCodeLanes && j < scores.codes; j += kCodeLanes) {
+    const A score = half_square == nullptr ? products[j] : products[j] - half_square[j];
+    if (score + e < bound) continue;
+    if (only >= 0) return -1;
+    only = j;
+  }
+  return only;
+}
+
+// products, maxima: of row i.
+template <class A>
+void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block_norm, int64_t i, const A* products,
+               const A* maxima, double* x, double* code) {
   const int64_t blocks = code_blocks(scores.codes), dim = scores.input.dim;
-  const A* products = static_cast<const A*>(scores.products) + i * scores.pitch;
   const A* half_square = static_cast<const A*>(scores.code_half_square);
   const A* code_norm = static_cast<const A*>(scores.code_norm);
   const A input_norm = static_cast<const A*>(scores.input_norm)[i];
@@ -182,11 +229,19 @@ void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block
   A bound = begun ? static_cast<A*>(scores.bound)[i] : -kInfinity<A>;
   double best = begun ? scores.best[i] : -kInfinity<double>;
   int64_t index = begun ? scores.index[i] : -1;
-  load_row(scores.input, i, x);
+  const auto score_of = [&](int64_t j) {
+    load_row(scores.codebook, j, code);
+    return exact_score(scores.metric, x, code, dim);
+  };
+  bool loaded = false;
   const auto consider = [&](int64_t j) {
     if (std::isnan(best) && j > index) return;
-    load_row(scores.codebook, j, code);
-    const double score = exact_score(scores.metric, x, code, dim);
+    if (!loaded) {
+      load_row(scores.input, i, x);
+      loaded = true;
+      if (best == kInfinity<double>) best = score_of(index);  // the only candidate of earlier tiles
+    }
+    const double score = score_of(j);
     if (!ranks_before(score, j, best, index)) return;
     best = score;
     index = j;
@@ -195,18 +250,28 @@ void best_code(const CodeScores& scores, const Margin<A>& margin, const A* block
   if (input_norm != input_norm) {  // every score is NaN
     consider(scores.first_code);
   } else {
-    block_maxima(scores, products, maxima);
+    A largest = -kInfinity<A>;
+#pragma omp simd reduction(max : largest)
+    for (int64_t b = 0; b < blocks; ++b) largest = maxima[b] > largest ? maxima[b] : largest;
+    const A e = margin(input_norm, block_norm[blocks]);
+    bound = largest - e > bound ? largest - e : bound;
+    const int64_t only = !begun && e < kInfinity<A> ? only_candidate(scores, products, maxima, e, bound) : -1;
+    if (only >= 0) {
+      best = kInfinity<double>;
+      index = only;
+    } else if (!(largest + e < bound)) {
 #pragma omp simd reduction(max : bound)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const A lower = maxima[b] - margin(input_norm, block_norm[b]);
-      bound = lower > bound ? lower : bound;
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-      if (maxima[b] + margin(input_norm, block_norm[b]) < bound) continue;
-      const int64_t first = b / kCodeLanes * kCodeGroup + b % kCodeLanes;
-      for (int64_t j = first; j < first + kDepth * kCodeLanes && j < scores.codes; j += kCodeLanes) {
-        const A score = half_square == nullptr ? products[j] : products[j] - half_square[j];
-        if (!(score + margin(input_norm, code_norm[j]) < bound)) consider(scores.first_code + j);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const A lower = maxima[b] - margin(input_norm, block_norm[b]);
+        bound = lower > bound ? lower : bound;
+      }
+      for (int64_t b = 0; b < blocks; ++b) {
+        if (maxima[b] + margin(input_norm, block_norm[b]) < bound) continue;
+        const int64_t first = b / kCodeLanes * kCodeGroup + b % kCodeLanes;
+        for (int64_t j = first; j < first + kDepth * kCodeLanes && j < scores.codes; j += kCodeLanes) {
+          const A score = half_square == nullptr ? products[j] : products[j] - half_square[j];
+          if (!(score + margin(input_norm, code_norm[j]) < bound)) consider(scores.first_code + j);
+        }
       }
     }
   }
@@ -222,7 +287,49 @@ void best_codes_of(const CodeScores& scores, const void* block_norm, int64_t beg
   double* code = x + scores.input.dim;
   A* maxima = reinterpret_cast<A*>(code + scores.input.dim);
   for (int64_t i = begin; i < end; ++i) {
-    best_code(scores, margin, static_cast<const A*>(block_norm), i, maxima, x, code);
+    const A* products = static_cast<const A*>(scores.products) + i * scores.pitch;
+    block_maxima(scores, products, maxima);
+    best_code(scores, margin, static_cast<const A*>(block_norm), i, products, maxima, x, code);
+  }
+}
+
+// Short rows are multiplied here: a matmul of torch takes as long to start and to write and read its products as to
+// multiply. The codes are packed in panels of kPanel columns, each row of a panel one element of the codes, after a row
+// of what is subtracted from the products.
+#if defined(__AVX512F__)
+constexpr int64_t kWidth = 16, kRowsAtOnce = 4;
+#else
+constexpr int64_t kWidth = 8, kRowsAtOnce = 2;
+#endif
+typedef float Lanes __attribute__((vector_size(kWidth * sizeof(float)), may_alias));
+constexpr int64_t kVectors = 4, kPanel = kVectors * kWidth;
+constexpr int64_t kRowsOfBatch = 32;  // a panel stays in the L1 cache for so many rows
+
+int64_t panels_of(int64_t codes) { return (codes + kPanel - 1) / kPanel; }
+
+// Products of kRowsAtOnce rows, dim apart, with a panel; the largest score of each lane is raised.
+void multiply_panel(const float* rows, int64_t dim, const float* panel, float* products, int64_t pitch, float* maxima,
+                    int64_t blocks, int64_t lane) {
+  Lanes sums[kRowsAtOnce][kVectors] = {};
+  for (int64_t k = 0; k < dim; ++k) {
+    const Lanes* codes = reinterpret_cast<const Lanes*>(panel + (k + 1) * kPanel);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const float x = rows[r * dim + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += codes[v] * x;
+    }
+  }
+  const Lanes* offset = reinterpret_cast<const Lanes*>(panel);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      reinterpret_cast<Lanes*>(products + r * pitch)[v] = sums[r][v];
+      auto* largest = reinterpret_cast<Lanes*>(maxima + r * blocks + (lane + v * kWidth) % kCodeLanes);
+      const Lanes score = sums[r][v] - offset[v];
+      *largest = score > *largest ? score : *largest;
+    }
   }
 }
 
@@ -240,6 +347,59 @@ void code_block_norms(const CodeScores& scores, void* block_norm) {
 void best_codes(const CodeScores& scores, const void* block_norm, int64_t begin, int64_t end, void* work) {
   return scores.is_double ? best_codes_of<double>(scores, block_norm, begin, end, static_cast<double*>(work))
                           : best_codes_of<float>(scores, block_norm, begin, end, static_cast<double*>(work));
+}
+
+void code_center(const CodeVectors& codebook, bool is_double, void* center) {
+  with_element(codebook.element, [&](auto zero) {
+    return is_double ? mean_row<decltype(zero)>(codebook, static_cast<double*>(center))
+                     : mean_row<decltype(zero)>(codebook, static_cast<float*>(center));
+  });
+}
+
+int64_t packed_codes_size(int64_t codes, int64_t dim) { return panels_of(codes) * (dim + 1) * kPanel; }
+
+void pack_codes(const float* codes, const float* half_square, int64_t count, int64_t dim, float* panels) {
+  for (int64_t first = 0; first < count; first += kPanel, panels += (dim + 1) * kPanel) {
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const bool exists = first + j < count;  // padding never has the largest score
+      panels[j] = !exists ? kInfinity<float> : half_square == nullptr ? 0.0f : half_square[first + j];
+      for (int64_t k = 0; k < dim; ++k) panels[(k + 1) * kPanel + j] = exists ? codes[(first + j) * dim + k] : 0.0f;
+    }
+  }
+}
+
+int64_t multiply_work_size(int64_t codes, int64_t dim) {
+  return kRowsOfBatch * (panels_of(codes) * kPanel + code_blocks(codes)) + kRowsAtOnce * dim + 4 * dim;
+}
+
+void multiply_and_find(const CodeScores& scores, const float* rows, const float* panels, const float* block_norm,
+                       float* work) {
+  const int64_t dim = scores.input.dim, blocks = code_blocks(scores.codes), pitch = panels_of(scores.codes) * kPanel;
+  const Margin<float> margin(dim, scores.matmul_rounding, scores.metric == CodeMetric::kSquaredDistance);
+  float* products = work;  // vectors of it and of maxima are aligned
+  float* maxima = products + kRowsOfBatch * pitch;
+  float* last = maxima + kRowsOfBatch * blocks;
+  double* row_and_code = reinterpret_cast<double*>(last + kRowsAtOnce * dim);
+  for (int64_t first = 0; first < scores.input.rows; first += kRowsOfBatch) {
+    const int64_t left = scores.input.rows - first, count = left < kRowsOfBatch ? left : kRowsOfBatch;
+    for (int64_t b = 0; b < kRowsOfBatch * blocks; ++b) maxima[b] = -kInfinity<float>;
+    for (int64_t code = 0; code < scores.codes; code += kPanel) {
+      const float* panel = panels + code / kPanel * (dim + 1) * kPanel;
+      for (int64_t r = 0; r < count; r += kRowsAtOnce) {
+        const float* x = rows + (first + r) * dim;
+        if (r + kRowsAtOnce > count) {
+          std::memcpy(last, x, size_t((count - r) * dim) * sizeof(float));
+          x = last;
+        }
+        multiply_panel(x, dim, panel, products + r * pitch + code, pitch,
+                       maxima + r * blocks + code / kCodeGroup * kCodeLanes, blocks, code % kCodeLanes);
+      }
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      best_code(scores, margin, block_norm, first + r, products + r * pitch, maxima + r * blocks, row_and_code,
+                row_and_code + dim);
+    }
+  }
 }
 
 void gather_codes(const CodeGather& gather, int64_t begin, int64_t end, void* work) {
@@ -264,9 +424,9 @@ void code_difference(const CodeDifference& difference, int64_t begin, int64_t en
   const int64_t dim = difference.input.dim;
   double* x = static_cast<double*>(work);
   double* code = x + dim;
+  const double coefficient = difference.is_double ? *static_cast<const double*>(difference.coefficient)
+                                                  : *static_cast<const float*>(difference.coefficient);
   for (int64_t i = begin; i < end; ++i) {
-    const double coefficient = difference.is_double ? static_cast<const double*>(difference.coefficient)[i]
-                                                    : static_cast<const float*>(difference.coefficient)[i];
     load_row(difference.input, i, x);
     load_row(difference.codebook, difference.index[i], code);
 #pragma omp simd

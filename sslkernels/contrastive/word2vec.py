@@ -14,6 +14,7 @@ from sslkernels.core import checks, segment_sum
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.operator import operator
+from sslkernels.core.segment_sum import SparseRows
 
 NAME = "negative_sampling_loss"
 NATIVE_OPS = ("negative_sampling_fwd", "weighted_row_sums")
@@ -124,18 +125,63 @@ def _fill_triton(tables: Tables, indices: Indices, exclude_positive: bool, outpu
     negative_sampling_fwd(tables, indices, exclude_positive, outputs)
 
 
+class Entries(NamedTuple):
+    """The entries of the segment sum that is the gradient of a table: see `segment_sum`."""
+
+    keys: Tensor
+    coefficient: Tensor
+    source: Tensor
+    source_index: Tensor | None
+
+
+def _entries_of_center(grad_loss: Tensor, outputs: Outputs, indices: Indices) -> Entries:
+    return Entries(indices.center, grad_loss, outputs.direction, None)
+
+
+def _entries_of_context(grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs) -> Entries:
+    keys = torch.cat([indices.context[:, None], indices.negatives], dim=1).flatten()
+    coefficient = (outputs.slopes * grad_loss[:, None]).flatten()
+    return Entries(keys, coefficient, tables.center_weight, indices.center)
+
+
 def _bwd(
     sum_rows: Callable[..., None], grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
 ) -> Tables:
     gradients = _empty_gradients(tables, wanted)
-    center, context, negatives = indices
     if wanted.center_weight:
-        sum_rows(center, grad_loss, outputs.direction, None, gradients.center_weight)
+        sum_rows(*_entries_of_center(grad_loss, outputs, indices), gradients.center_weight)
     if wanted.context_weight:
-        keys = torch.cat([context[:, None], negatives], dim=1).flatten()
-        coefficient = (outputs.slopes * grad_loss[:, None]).flatten()
-        sum_rows(keys, coefficient, tables.center_weight, center, gradients.context_weight)
+        sum_rows(*_entries_of_context(grad_loss, tables, indices, outputs), gradients.context_weight)
     return gradients
+
+
+def _empty_sparse_gradients(tables: Tables, indices: Indices, wanted: Wanted) -> tuple[SparseRows, SparseRows]:
+    pairs, candidates = indices.center.numel(), indices.context.numel() + indices.negatives.numel()
+    return (
+        SparseRows.empty(tables.center_weight, pairs if wanted.center_weight else 0),
+        SparseRows.empty(tables.context_weight, candidates if wanted.context_weight else 0),
+    )
+
+
+def _sparse_bwd(
+    sum_rows: Callable[..., None], grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
+) -> tuple[SparseRows, SparseRows]:
+    gradients = in_center, in_context = _empty_sparse_gradients(tables, indices, wanted)
+    if wanted.center_weight:
+        entries = _entries_of_center(grad_loss, outputs, indices)
+        sum_rows(*entries, tables.center_weight.shape[0], in_center)
+    if wanted.context_weight:
+        entries = _entries_of_context(grad_loss, tables, indices, outputs)
+        sum_rows(*entries, tables.context_weight.shape[0], in_context)
+    return gradients
+
+
+SUMS = {
+    "reference": segment_sum.reference,
+    "cpu": segment_sum.native,
+    "triton": segment_sum.triton,
+    "cuda": segment_sum.native,
+}
 
 
 @operator(
@@ -154,12 +200,7 @@ def negative_sampling_fwd(tables: Tables, indices: Indices, exclude_positive: bo
 
 @operator(
     NAME,
-    {
-        "reference": partial(_bwd, segment_sum.reference),
-        "cpu": partial(_bwd, segment_sum.native),
-        "triton": partial(_bwd, segment_sum.triton),
-        "cuda": partial(_bwd, segment_sum.native),
-    },
+    {name: partial(_bwd, sum_rows) for name, sum_rows in SUMS.items()},
     native_ops=NATIVE_OPS,
 )
 def negative_sampling_bwd(
@@ -169,6 +210,22 @@ def negative_sampling_bwd(
     return _empty_gradients(tables, wanted)
 
 
+SPARSE_SUMS = {
+    "reference": partial(segment_sum.sparse, segment_sum.reference),
+    "cpu": segment_sum.native_sparse,
+    "triton": partial(segment_sum.sparse, segment_sum.triton),
+    "cuda": segment_sum.native_sparse,
+}
+
+
+@operator(NAME, {name: partial(_sparse_bwd, sums) for name, sums in SPARSE_SUMS.items()}, native_ops=NATIVE_OPS)
+def negative_sampling_sparse_bwd(
+    grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
+) -> tuple[SparseRows, SparseRows]:
+    """The rows of the gradients that are not zero; those of a table that is not wanted are not filled."""
+    return _empty_sparse_gradients(tables, indices, wanted)
+
+
 class _PairLosses(Function):
     """The loss of each pair. Forward reads the negatives once and keeps what the center's gradient needs of them, a row
     of D numbers per pair. grad_output multiplies in float32, inside the sums of backward."""
@@ -176,12 +233,12 @@ class _PairLosses(Function):
     differentiable = 1
 
     @staticmethod
-    def forward(tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted) -> Outputs:
+    def forward(tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted, sparse: bool) -> Outputs:
         return negative_sampling_fwd(tables, indices, exclude_positive, wanted)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        tables, indices, _, ctx.computed = inputs
+        tables, indices, _, ctx.computed, ctx.sparse = inputs
         (pairs,) = outputs
         save(ctx, tables, indices, pairs)
 
@@ -194,13 +251,27 @@ class _PairLosses(Function):
         for name in Wanted._fields:
             if getattr(wanted, name) and not getattr(ctx.computed, name):
                 raise RuntimeError(f"{NAME}: forward saw no gradient wanted for {name}")
-        gradients = _gradients(grads.loss.contiguous(), *saved(ctx), wanted)
+        compute = _sparse_gradients if ctx.sparse else _gradients
+        tables, indices, pairs = saved(ctx)
+        gradients = compute(grads.loss.contiguous(), tables, indices, pairs, wanted)
+        if ctx.sparse:
+            gradients = (
+                grad.tensor(table.shape[0]) if want else None
+                for grad, table, want in zip(gradients, tables, wanted, strict=True)
+            )
         return (Tables(*(grad if want else None for grad, want in zip(gradients, wanted, strict=True))),)
 
 
 @once_differentiable(NAME)
 def _gradients(grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted) -> Tables:
     return negative_sampling_bwd(grad_loss, tables, indices, outputs, wanted)
+
+
+@once_differentiable(NAME)
+def _sparse_gradients(
+    grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
+) -> tuple[SparseRows, SparseRows]:
+    return negative_sampling_sparse_bwd(grad_loss, tables, indices, outputs, wanted)
 
 
 def negative_sampling_loss(
@@ -210,6 +281,7 @@ def negative_sampling_loss(
     center_weight: Tensor,
     context_weight: Tensor,
     *,
+    sparse: bool = False,
     reduction: str = "mean",
     exclude_positive: bool = False,
 ) -> Tensor:
@@ -218,8 +290,7 @@ def negative_sampling_loss(
     With `u = center_weight` and `v = context_weight` the loss of a pair is `-logsigmoid(<u[center], v[context]>)` plus
     the sum over its negatives of `-logsigmoid(-<u[center], v[negative]>)`. Neither the `(N, K, D)` rows of the
     negatives nor their gradients are ever materialised: forward reads each row once and keeps D + 1 + K numbers per
-    pair until backward. The gradients are dense; their rows are summed in float32, in the order of the pairs, without
-    atomics.
+    pair until backward. The rows of the gradients are summed in float32, in the order of the pairs, without atomics.
 
     Args:
         center: index of each pair's center word `(...)`, int64 or int32.
@@ -228,6 +299,9 @@ def negative_sampling_loss(
         center_weight: table of center words `(V, D)`; float32, bfloat16, float16 or float64.
         context_weight: table of context words `(V2, D)`, of the dtype of `center_weight` outside autocast; it may be
             the same tensor. Either table may be frozen.
+        sparse: gradients are coalesced sparse tensors of the rows that occur, as the optimisers take them that take
+            those of `nn.Embedding(sparse=True)`: `SGD`, `SparseAdam`, `Adagrad`. Time and memory then do not grow with
+            the tables. Backward reads the number of rows, which synchronises on a GPU. Not inside `torch.compile`.
         reduction: "mean" over the pairs (NaN where there are none), "sum", or "none", of the shape of `center`.
         exclude_positive: leave out negatives that equal the context of their pair, as word2vec and gensim do.
 
@@ -248,6 +322,9 @@ def negative_sampling_loss(
     >>> sk.negative_sampling_loss(center, context, torch.randint(1000, (2, 5)), u, v).backward()
     """
     _check(center, context, negatives, center_weight, context_weight, reduction, exclude_positive)
+    checks.boolean(NAME, "sparse", sparse)
+    if sparse and torch.compiler.is_compiling():
+        raise NotImplementedError(f"{NAME}: sparse=True is not supported inside torch.compile; use sparse=False")
     if center_weight.dtype != context_weight.dtype:  # under autocast
         dtype = torch.promote_types(center_weight.dtype, context_weight.dtype)
         center_weight, context_weight = center_weight.to(dtype), context_weight.to(dtype)
@@ -257,7 +334,7 @@ def negative_sampling_loss(
     indices = Indices(*map(contiguous, indices))
     tables = Tables(center_weight.contiguous(), context_weight.contiguous())
     wanted = Wanted(*(torch.is_grad_enabled() and table.requires_grad for table in tables))
-    loss = _PairLosses.run(tables, indices, exclude_positive, wanted).loss
+    loss = _PairLosses.run(tables, indices, exclude_positive, wanted, sparse).loss
     if reduction == "none":
         return loss.reshape(center.shape)
     return loss.sum() if reduction == "sum" else loss.mean()

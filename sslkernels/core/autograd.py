@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sslkernels.core.operator import Layout, holds_tensor, is_record, result_types
+from sslkernels.core.operator import Layout, grad_disabled, holds_tensor, is_record, result_types
 
 
 class Function(torch.autograd.Function):
     """The methods of `torch.autograd.Function`, over records.
 
     forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): tuples of the
-    parameters and results of forward. backward(ctx, *gradients): one gradient, or record of gradients, for each result,
-    None where autograd has none; gives a tuple with one for each of the first parameters, or None for no gradient at
-    all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a bool or a record of bools a parameter.
+    parameters and results of forward; only called if autograd records them. backward(ctx, *gradients): one gradient, or
+    record of gradients, for each result, None where autograd has none; gives a tuple with one for each of the first
+    parameters, or None for no gradient at all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a
+    bool or a record of bools a parameter.
     """
 
     generate_vmap_rule = True
@@ -65,6 +66,9 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
             for i in tensors:
                 if alive[i] is not None:
                     alive[i] = torch._C._functorch.unwrap_if_dead(alive[i])
+            if not records([alive[i] for i in tensors]):
+                with grad_disabled():
+                    return forward(*inputs.unpack(alive))
             results = apply(*alive)
         values = outputs.unpack(results if isinstance(results, tuple) else (results,))
         return values[0] if single else values
@@ -91,6 +95,13 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
     cls.forward = staticmethod(_with_arity(flat_forward, len(inputs.leaf_types)))
     cls.setup_context = staticmethod(flat_setup_context)
     cls.backward = staticmethod(flat_backward)
+
+
+def records(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd, of either mode, records what is computed from these tensors."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def save(ctx: Any, *values: Any) -> None:
@@ -144,6 +155,18 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
         return call
 
     return decorate
+
+
+def unit_columns(grad: Tensor) -> Tensor:
+    """A grad_output whose last dimension is contiguous, for kernels that take any stride of the others.
+
+    The gradient of a sum or a mean is expanded: it is one number in memory. It becomes one row, expanded over the rows,
+    which stays in the cache: to materialise it all takes longer than many a kernel.
+    """
+    if grad.dim() == 0 or grad.stride(-1) == 1 or grad.shape[-1] <= 1 or grad.numel() == 0:
+        return grad
+    first = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in grad.stride()[:-1])
+    return grad[first].contiguous().expand(grad.shape)
 
 
 def empty_gradients(inputs: Iterable[Tensor | None], wanted: Iterable[bool]) -> list[Tensor]:

@@ -149,15 +149,32 @@ class Operator:
     def _run(self, flat: Sequence[Any], args: Sequence[Any]) -> Any:
         device = flat[self._located].device
         implementation = self.implementations.functions[self.implementations.choose(device)]
-        if device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            return implementation(*args)
+        with grad_disabled():
+            if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+                return implementation(*args)
+            return self._run_elsewhere(implementation, args, device)
+
+    def _run_elsewhere(self, implementation: Callable[..., Any], args: Sequence[Any], device: torch.device) -> Any:
+        """Without autocast, and with the device as the current one."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
             if device.type != "meta" and torch.is_autocast_enabled(device.type):
                 stack.enter_context(torch.autocast(device.type, enabled=False))
             if device.type == "cuda":
                 stack.enter_context(torch.cuda.device(device))
             return implementation(*args)
+
+
+class grad_disabled:
+    """`torch.no_grad()`, which takes ten times as long to enter and leave."""
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled()
+        if self.before:
+            torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before:
+            torch._C._set_grad_enabled(True)
 
 
 def _schema(names: Sequence[str], inputs: Layout, outputs: Layout) -> str:

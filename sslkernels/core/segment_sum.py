@@ -2,12 +2,16 @@
 
     out[r] = sum over the entries e with keys[e] == r, in their order, of coefficient[e] * source[row(e)]
 
-where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. Keys outside
+where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. A source without an
+index may be one row, expanded. Keys outside
 [0, rows) are ignored. An entry whose source row is out of range must have coefficient NaN; any row may then be read in
 its place. Sums are in the accumulation dtype and rounded once to the dtype of `out`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +26,69 @@ def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return keys, order, torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device))
 
 
+class SparseRows(NamedTuple):
+    """The rows of a sparse gradient of (rows, dim), room for as many as can differ: index (R,), int64, and values
+    (R, dim), of which the first count (0-d) are filled, in ascending order of their index."""
+
+    index: Tensor
+    values: Tensor
+    count: Tensor
+
+    @classmethod
+    def empty(cls, table: Tensor, entries: int) -> SparseRows:
+        most = min(entries, table.shape[0])
+        index = table.new_empty(most, dtype=torch.int64)
+        return cls(index, table.new_empty((most, table.shape[1])), table.new_empty((), dtype=torch.int64))
+
+    def tensor(self, rows: int) -> Tensor:
+        """A coalesced sparse tensor of `rows` rows. Reads the count on the host."""
+        count, size = int(self.count), (rows, self.values.shape[1])
+        return torch.sparse_coo_tensor(
+            self.index[None, :count], self.values[:count], size, is_coalesced=True, check_invariants=False
+        )
+
+
+def sparse(
+    sum_rows: Callable[..., None],
+    keys: Tensor,
+    coefficient: Tensor,
+    source: Tensor,
+    source_index: Tensor | None,
+    rows: int,
+    out: SparseRows,
+) -> None:
+    """Fills `out` with the sums over `rows` rows that have entries, by the segment sum of one backend. Nothing
+    synchronises and nothing is as long as there are rows."""
+    narrow = rows < 2**31 - 1
+    outside = (keys < 0) | (keys >= rows)
+    ordered, order = torch.sort((keys.int() if narrow else keys.long()).masked_fill(outside, rows), stable=True)
+    begins = ordered < rows
+    begins[1:] &= ordered[1:] != ordered[:-1]
+    number = begins.cumsum(0)
+    torch.sum(begins, 0, out=out.count)
+    number = (number - 1).masked_fill_(ordered >= rows, out.index.shape[0])
+    # The entry after the last takes the number of keys that are ignored.
+    index = torch.zeros(out.index.shape[0] + 1, dtype=torch.int64, device=keys.device)
+    out.index.copy_(index.scatter_(0, number, ordered.long())[:-1])
+    sum_rows(torch.empty_like(number).scatter_(0, order, number), coefficient, source, source_index, out.values)
+
+
+def native_sparse(
+    keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, rows: int, out: SparseRows
+) -> None:
+    if keys.is_cuda:
+        return sparse(native, keys, coefficient, source, source_index, rows, out)
+    source = _stored_rows(source, source_index)
+    order, starts = (keys.new_empty(n, dtype=torch.int64) for n in (keys.numel(), out.index.shape[0] + 1))
+    torch.ops.sslkernels_native.compact_rows(keys, rows, order, out.index, starts, out.count)
+    per_source = _entries_per_source(keys, source, source_index)
+    torch.ops.sslkernels_native.weighted_row_sums(
+        starts, order, coefficient, source, source_index, out.values, per_source
+    )
+
+
 def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    source = _stored_rows(source, source_index)
     _, order, starts = sort_rows(keys, out.shape[0])
     row = order // _entries_per_source(keys, source, source_index)
     if source_index is not None:
@@ -32,6 +98,7 @@ def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: T
 
 
 def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+    source = _stored_rows(source, source_index)
     if keys.is_cuda:
         _, order, starts = sort_rows(keys, out.shape[0])
     else:
@@ -44,9 +111,17 @@ def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tens
 def triton(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
     from sslkernels.core.triton.segment_sum import weighted_row_sums
 
+    source = _stored_rows(source, source_index)
     keys, order, starts = sort_rows(keys, out.shape[0])
     per_source = _entries_per_source(keys, source, source_index)
     weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_source)
+
+
+def _stored_rows(source: Tensor, source_index: Tensor | None) -> Tensor:
+    """One row of an expanded source, to which all entries then belong; contiguous otherwise."""
+    if source_index is None and source.shape[0] > 1 and source.stride(0) == 0:
+        source = source[:1]
+    return source.contiguous()
 
 
 def _entries_per_source(keys: Tensor, source: Tensor, source_index: Tensor | None) -> int:

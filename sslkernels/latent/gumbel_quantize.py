@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, wanted_only
+from sslkernels.core.autograd import (
+    Function,
+    empty_gradients,
+    once_differentiable,
+    save,
+    saved,
+    unit_columns,
+    wanted_only,
+)
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 from sslkernels.latent.gumbel_rows import (
@@ -287,7 +295,7 @@ class _Quantize(Function):
 def _gradients(
     grads: OutputGrads, source: NoisyLogits, codebook: Tensor, mask: Tensor | None, codes: CodeState, wanted: Wanted
 ) -> Gradients:
-    grads = OutputGrads(*(None if grad is None else grad.contiguous() for grad in grads))
+    grads = OutputGrads(*(None if grad is None else unit_columns(grad) for grad in grads))
     return gumbel_quantize_bwd(grads, source, codebook, mask, codes, wanted)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sslkernels.core.autograd import unit_columns
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.random import transforms
 from sslkernels.random.philox import random_words
@@ -78,8 +79,7 @@ NO_STATE = State(None, None)
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """The rows of the last dimension, which is contiguous: a view if there is one."""
-    rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return unit_columns(tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
 
 
 class GumbelRows:

@@ -8,6 +8,8 @@ only a NaN flag: it is NaN if the score of the best code is, and otherwise undef
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -66,12 +68,19 @@ def _center(codebook: Tensor, acc: torch.dtype) -> Tensor:
     return codebook.mean(0, dtype=torch.float64).to(acc).nan_to_num(0.0, 0.0, 0.0)
 
 
-def native(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+class CpuPlan(NamedTuple):
+    """The error of a matmul beyond its roundings, and the rows and codes of a tile."""
+
+    rounding: float
+    rows: int
+    codes: int
+
+
+def cpu_plan(input: Tensor, codebook: Tensor) -> CpuPlan:
     """Each thread takes a share of the rows and loops over tiles: a matmul of torch, then the best codes of its
     products."""
     count, dim = input.shape
     acc = _product_dtype(input, codebook)
-    center = _center(codebook, acc) if metric == L2 else None
     rounding = 0.0
     if acc == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee"):
         rounding = REDUCED_ROUNDING
@@ -79,7 +88,12 @@ def native(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score:
     fit = max(WORKSPACE_BYTES // threads, LEAST_BYTES) // acc.itemsize
     codes = min(codebook.shape[0], TILE_CODES, max(fit // dim, MULTIPLE))
     rows = min(max(fit // max(codes, dim), MULTIPLE), max(-(-count // threads), MULTIPLE))
-    arguments = (input, codebook, metric, rounding, center, False, rows, codes, indices, score)
+    return CpuPlan(rounding, rows, codes)
+
+
+def cpu(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: Tensor) -> None:
+    rounding, rows, codes = cpu_plan(input, codebook)
+    arguments = (input, codebook, metric, rounding, None, False, rows, codes, indices, score)
     torch.ops.sslkernels_native.search_codes(*arguments)
 
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import Function, empty_gradients, once_differentiable, save, saved, wanted_only
+from sslkernels.core.autograd import (
+    Function,
+    empty_gradients,
+    once_differentiable,
+    save,
+    saved,
+    unit_columns,
+    wanted_only,
+)
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 from sslkernels.latent import nearest_code
@@ -54,11 +62,11 @@ class Operands(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """values (N, D), indices (N,), the squared distance of each row to its code (N,), usage (K,)."""
+    """values (N, D), indices (N,), the mean squared difference of rows and codes (0-d), usage (K,)."""
 
     values: Tensor
     indices: Tensor
-    distance: Tensor
+    commitment: Tensor
     usage: Tensor
 
 
@@ -82,9 +90,13 @@ def _empty_outputs(operands: Operands) -> Outputs:
     return Outputs(
         torch.empty_like(input),
         input.new_empty(rows, dtype=torch.int64),
-        input.new_empty(rows, dtype=accumulation_dtype(torch.promote_types(input.dtype, codebook.dtype))),
+        input.new_empty((), dtype=_distance_dtype(operands)),
         input.new_empty(codebook.shape[0], dtype=torch.int64),
     )
+
+
+def _distance_dtype(operands: Operands) -> torch.dtype:
+    return accumulation_dtype(torch.promote_types(operands.input.dtype, operands.codebook.dtype))
 
 
 def _empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
@@ -93,19 +105,27 @@ def _empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
 
 class Kernels(NamedTuple):
     """The kernels of one backend. search fills each row's index and its float64 score, NaN if the row has no code;
-    gather fills values and distance; difference fills coefficient * (input - code); sum_rows: see `segment_sum`."""
+    gather fills values and the squared distance of each row to its code; difference fills coefficient * (input - code)
+    for a 0-d coefficient; sum_rows: see `segment_sum`; quantize fills all outputs at once."""
 
     search: Callable[..., None]
     gather: Callable[..., None]
     difference: Callable[..., None]
     sum_rows: Callable[..., None]
+    quantize: Callable[..., None] | None = None
 
     def forward(self, operands: Operands, metric: int) -> Outputs:
         outputs = _empty_outputs(operands)
-        values, indices, distance, usage = outputs
-        score = distance.new_empty(distance.shape, dtype=torch.float64)
+        if self.quantize is not None:
+            self.quantize(operands, metric, outputs)
+            return outputs
+        values, indices, commitment, usage = outputs
+        score, distance = (
+            values.new_empty(indices.shape, dtype=dtype) for dtype in (torch.float64, _distance_dtype(operands))
+        )
         self.search(*operands, metric, indices, score)
         self.gather(*operands, indices, score, values, distance)
+        commitment.copy_(distance.sum(dtype=torch.float64) / values.numel())
         usage.zero_().scatter_add_(0, indices, torch.ones_like(indices))
         return outputs
 
@@ -143,8 +163,11 @@ def _gather_reference(
 
 
 def _difference_reference(coefficient: Tensor, input: Tensor, codebook: Tensor, indices: Tensor, out: Tensor) -> None:
-    difference = input.to(coefficient.dtype) - codebook[indices].to(coefficient.dtype)
-    out.copy_(coefficient[:, None] * difference)
+    out.copy_(coefficient * (input.to(coefficient.dtype) - codebook[indices].to(coefficient.dtype)))
+
+
+def _quantize_cpu(operands: Operands, metric: int, outputs: Outputs) -> None:
+    torch.ops.sslkernels_native.quantize_rows(*operands, metric, *nearest_code.cpu_plan(*operands), *outputs)
 
 
 def _gather_native(*arguments) -> None:
@@ -169,7 +192,7 @@ def _difference_triton(*arguments) -> None:
 
 KERNELS = {
     "reference": Kernels(nearest_code.reference, _gather_reference, _difference_reference, segment_sum.reference),
-    "cpu": Kernels(nearest_code.native, _gather_native, _difference_native, segment_sum.native),
+    "cpu": Kernels(nearest_code.cpu, _gather_native, _difference_native, segment_sum.native, _quantize_cpu),
     "cuda": Kernels(nearest_code.cuda, _gather_native, _difference_native, segment_sum.native),
     "triton": Kernels(nearest_code.triton, _gather_triton, _difference_triton, segment_sum.triton),
 }
@@ -184,7 +207,7 @@ def vector_quantize_fwd(operands: Operands, metric: int) -> Outputs:
 def vector_quantize_bwd(
     coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
 ) -> Gradients:
-    """The gradients of sum(coefficient * distance) / 2; a code gets codebook_weight times its own."""
+    """The gradients of coefficient / 2 times the sum of distances; a code gets codebook_weight times its own."""
     return _empty_gradients(operands, wanted)
 
 
@@ -218,7 +241,7 @@ class _Values(Function):
         if ctx.straight_through:
             return (Operands(grads.values, None),)
         (indices,) = saved(ctx)
-        return (Operands(None, _sum_rows_of_codes(grads.values.contiguous(), indices, ctx.codes, ctx.dtype)),)
+        return (Operands(None, _sum_rows_of_codes(unit_columns(grads.values), indices, ctx.codes, ctx.dtype)),)
 
 
 @once_differentiable(NAME)
@@ -227,17 +250,17 @@ def _sum_rows_of_codes(source: Tensor, indices: Tensor, codes: int, dtype: torch
 
 
 class _Commitment(Function):
-    """The mean squared difference of rows and codes, from the distances that the search computed. The gradient of the
-    input takes the codes as constants; a code gets `codebook_weight` times its own."""
+    """The mean squared difference of rows and codes, which the search computed, with a gradient. That of the input
+    takes the codes as constants; a code gets `codebook_weight` times its own."""
 
     @staticmethod
-    def forward(operands: Operands, indices: Tensor, distance: Tensor, codebook_weight: float) -> Tensor:
-        return (distance.sum(dtype=torch.float64) / operands.input.numel()).to(distance.dtype)
+    def forward(operands: Operands, indices: Tensor, commitment: Tensor, codebook_weight: float) -> Tensor:
+        return commitment.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        operands, indices, distance, ctx.codebook_weight = inputs
-        ctx.dtype = distance.dtype
+        operands, indices, commitment, ctx.codebook_weight = inputs
+        ctx.dtype = commitment.dtype
         save(ctx, operands, indices)
 
     @staticmethod
@@ -247,9 +270,8 @@ class _Commitment(Function):
         operands, indices = saved(ctx)
         needs, *_ = _Commitment.wanted(ctx)
         wanted = Wanted(*needs)
-        # Half of the gradient of each row's distance.
-        coefficient = 2 * (grad.double() / operands.input.numel()).to(ctx.dtype)
-        coefficient = coefficient.expand(operands.input.shape[0]).contiguous()
+        # Twice the gradient of each row's distance.
+        coefficient = grad.to(ctx.dtype) * (2 / max(operands.input.numel(), 1))
         return (wanted_only(_gradients(coefficient, operands, indices, ctx.codebook_weight, wanted), wanted),)
 
 
@@ -311,9 +333,9 @@ def vector_quantize(
     rows, codes = rows.contiguous(), codebook.contiguous()
     # An operand without a gradient is detached: a loss that would learn nothing then raises in backward.
     operands = Operands(rows, codes.detach()) if straight_through else Operands(rows.detach(), codes)
-    values, indices, distance, usage = _Values.run(operands, METRICS.index(metric), straight_through)
+    values, indices, commitment, usage = _Values.run(operands, METRICS.index(metric), straight_through)
     operands = Operands(rows, codes if codebook_weight else codes.detach())
-    commitment = _Commitment.run(operands, indices, distance, float(codebook_weight))
+    commitment = _Commitment.run(operands, indices, commitment, float(codebook_weight))
     if input.dim() != 2:
         values, indices = values.reshape(input.shape), indices.reshape(input.shape[:-1])
     return Quantized(values, indices, commitment, usage)

@@ -269,8 +269,6 @@ class NativeRows(Rows):
         torch.ops.sslkernels_native.scale_add(part, None, total, not first)
 
     def add_column_sums(self, grad_logits, total, first):
-        if not grad_logits.is_cuda:  # torch's sum has a fixed order there
-            return super().add_column_sums(grad_logits, total, first)
         torch.ops.sslkernels_native.column_sums(grad_logits, total, not first)
 
 

@@ -78,6 +78,22 @@ def test_memory_meter_sees_an_allocation():
     assert small < 4 << 20
 
 
+def test_memory_meter_sees_what_a_loop_keeps():
+    size, kept = 40 << 20, []
+
+    def call():
+        kept.append(torch.ones(size // 4))
+        return len(kept)
+
+    peak, result = memory.peak_of_steps(call, lambda: None, CPU)
+    if peak is None:
+        pytest.skip("this system has no resettable peak resident set")
+    assert result == memory.STEPS == 10
+    assert 9 * size < peak < 12 * size
+    results, _ = memory.peak_of_steps(lambda: torch.ones(size // 4), lambda: None, CPU)
+    assert results < 2 * size  # the results of one call at a time
+
+
 def test_results_that_were_there_before_do_not_count():
     owned, given = torch.empty(8), torch.empty(8)
     run = Run(lambda: (), owned=(owned,))

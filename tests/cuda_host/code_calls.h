@@ -44,6 +44,10 @@ struct CodeSearchOnHost {
     std::memset(buffers.back().data(), 0xff, buffers.back().bytes());
     return buffers.back().as<A>();
   }
+  template <class A>
+  A* products(int64_t, int64_t count) {
+    return buffer<A>(count);
+  }
   void code_tile(const sslkernels::CodeTile& tile) { sslkernels::launch_code_tile(tile, nullptr); }
   void best_codes(const sslkernels::CodeScores& scores) { sslkernels::launch_best_codes(scores, nullptr); }
   template <class A>

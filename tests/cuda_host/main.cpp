@@ -77,8 +77,8 @@ struct GaussianForwardCall : GaussianForward {
 struct GaussianBackwardCall : GaussianBackward {
   explicit GaussianBackwardCall(const Call& call) : GaussianBackward{} {
     inputs = GaussianCall(call);
-    FIELDS(call, grad_z, z_strides.row_stride, z_strides.sample_stride, grad_kl, by_row, grad_mean, grad_logvar,
-           grad_prior_mean, grad_prior_logvar);
+    FIELDS(call, grad_z, z_strides.row_stride, z_strides.sample_stride, grad_kl, kl_stride, by_row, grad_mean,
+           grad_logvar, grad_prior_mean, grad_prior_logvar);
   }
 };
 

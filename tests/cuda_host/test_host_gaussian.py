@@ -43,6 +43,7 @@ class Latent:
     samples: int = 1
     first: bool = False
     kl: int = ROWS
+    expanded: bool = False  # both gradients are one row for all
     free_bits: float = 0.0
     low: float = -math.inf
     high: float = math.inf
@@ -80,6 +81,9 @@ class Latent:
         grad_z = draw(self.rows, self.samples, self.columns) if self.samples >= 0 else None
         grad_kl = {NO_KL: None, ROWS: draw(self.rows, dtype=acc), BY_ELEMENT: draw(*shape, dtype=acc)}[self.kl]
         seed = torch.tensor(SEED) if self.samples >= 0 else None
+        if self.expanded:
+            grad_z = grad_z[:1, :1].expand(grad_z.shape)
+            grad_kl = grad_kl[:1].expand(grad_kl.shape)
         return Inputs(mean, logvar, *priors, row_ids, seed), grad_z, grad_kl
 
     def common(self, inputs: Inputs) -> tuple[dict[str, int], dict[str, float], dict[str, Tensor]]:
@@ -88,6 +92,7 @@ class Latent:
         outer, inner = self.columns, max(self.samples, 1) * self.columns
         strides = (outer, self.rows * outer) if self.first else (inner, outer)
         ints |= dict(zip(("row_stride", "sample_stride"), strides, strict=True))
+        ints["kl_stride"] = 1 if self.kl == ROWS else self.columns
         arrays = {}
         for name, tensor in zip(NAMES, inputs, strict=False):
             if tensor is not None:
@@ -124,6 +129,9 @@ class Latent:
             arrays["grad_z"] = grad_z.transpose(0, 1).contiguous() if self.first else grad_z
         if grad_kl is not None:
             arrays["grad_kl"] = grad_kl
+        if self.expanded:
+            ints |= dict.fromkeys(("row_stride", "sample_stride", "kl_stride"), 0)
+            arrays |= {name: arrays[name].flatten()[: self.columns] for name in ("grad_z", "grad_kl")}
         for name, want in zip(NAMES, self.wanted, strict=False):
             if want:
                 arrays[f"grad_{name}"] = torch.full((self.rows, self.columns), 7.0, dtype=self.dtype)
@@ -180,6 +188,8 @@ def cases() -> dict[str, Latent]:
         "no_samples": Latent(samples=0, columns=8),
         "kl_alone": Latent(samples=-1, columns=20, statistics=True, rows=130),
         "kl_alone_elements": Latent(torch.bfloat16, samples=-1, columns=20, kl=BY_ELEMENT, statistics=True),
+        "expanded": Latent(samples=2, columns=20, kl=BY_ELEMENT, expanded=True),
+        "expanded_rows": Latent(torch.bfloat16, samples=1, columns=12, expanded=True),
         "z_alone": Latent(kl=NO_KL, columns=12, samples=2),
         "statistics_alone": Latent(kl=NO_KL, samples=-1, columns=9, statistics=True, rows=70),
         "frozen_logvar": Latent(wanted=(True, False), samples=2, row_ids=True),

@@ -212,9 +212,23 @@ def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, 
         check(x, c, metric, ties=dtype != torch.float64)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [2, 64, 127, 128, 129])
+def test_every_panel_of_codes(backend, dim, metric, device):
+    """More codes than a group of their summary, no multiple of a vector; half of them are duplicates of others, and
+    each row is near a code."""
+    if interpreted(backend, device):
+        pytest.skip("the interpreter takes minutes")
+    x, c = draw(device, 70, 2103, dim)
+    c[1050:2100] = c[:1050]
+    x += c[torch.arange(70, device=device) * 30]
+    check(x, c, metric, ties=True)
+
+
 @contextlib.contextmanager
 def matmul_of_the_cpu(function):
-    """torch.mm(a, b, out=out) computed by out.copy_(function(a, b)); counts its calls."""
+    """torch.mm(a, b, out=out) computed by out.copy_(function(a, b)); counts its calls. It multiplies rows of more than
+    kShortRow floats (csrc/latent/bind.cpp)."""
     if "cpu" not in sk.available_backends(OP, "cpu"):
         pytest.skip("the CPU's search")
     calls = []
@@ -247,8 +261,8 @@ def test_products_with_the_largest_allowed_error(dtype, metric):
         error = sign * (a.shape[1] * 2.0**-24) * a.double().norm(dim=1)[:, None] * b.double().norm(dim=0)
         return a.double() @ b.double() + error
 
-    x, c = draw("cpu", 200, 150, 64, dtype)
-    c = torch.cat([c, c + (1e-6 if dtype == torch.float32 else 1e-2) * torch.randn(150, 64)]).to(dtype)
+    x, c = draw("cpu", 200, 150, 160, dtype)
+    c = torch.cat([c, c + (1e-6 if dtype == torch.float32 else 1e-2) * torch.randn(150, 160)]).to(dtype)
     with matmul_of_the_cpu(rough):
         check(x, c, metric)
 
@@ -284,7 +298,7 @@ def test_triton_products_with_the_largest_allowed_error(dtype, metric, monkeypat
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_matmuls_of_reduced_precision(precision):
     """The bound is wider if torch may round the operands of a float32 matmul."""
-    x, c = draw("cpu", 100, 200, 32)
+    x, c = draw("cpu", 100, 200, 160)
     c[100:] = c[:100] + 1e-4
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = precision

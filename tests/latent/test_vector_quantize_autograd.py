@@ -264,8 +264,8 @@ def test_autocast_changes_nothing(backend, device):
 def test_opcheck(backend, wanted, dtype, device):
     x, c = draw(device, 11, 6, 5, dtype)
     torch.library.opcheck(vector_quantize_fwd.raw, (x, c, 0))
-    _, indices, distance, _ = vector_quantize_fwd(Operands(x, c), 0)
-    arguments = (distance, Operands(x, c), indices, 2.0, Wanted(*wanted))
+    _, indices, commitment, _ = vector_quantize_fwd(Operands(x, c), 0)
+    arguments = (commitment, Operands(x, c), indices, 2.0, Wanted(*wanted))
     torch.library.opcheck(vector_quantize_bwd.raw, tuple(vector_quantize_bwd.inputs.pack(arguments)))
     for grad, want, tensor in zip(vector_quantize_bwd(*arguments), wanted, (x, c), strict=True):
         assert grad.shape == (tensor.shape if want else (0,))

@@ -203,7 +203,7 @@ def gaussian_bwd_kernel(
     grad_z_ptr, grad_kl_ptr, mean_ptr, logvar_ptr, prior_mean_ptr, prior_logvar_ptr, row_ids_ptr, seed_ptr,
     grad_mean_ptr, grad_logvar_ptr, grad_prior_mean_ptr, grad_prior_logvar_ptr, mean_stride, logvar_stride,
     prior_mean_stride, prior_logvar_stride, z_row_stride, z_sample_stride, rows, columns, groups, samples, tiles,
-    free_bits: tl.float64, low: tl.float64, high: tl.float64,
+    free_bits: tl.float64, low: tl.float64, high: tl.float64, kl_stride,
     SAMPLE: tl.constexpr, KL: tl.constexpr, BY_ROW: tl.constexpr, PRIOR: tl.constexpr, FREE: tl.constexpr,
     BOUNDED: tl.constexpr, HAS_ROW_IDS: tl.constexpr, PAIRS: tl.constexpr, WANT_MEAN: tl.constexpr,
     WANT_LOGVAR: tl.constexpr, WANT_PRIOR_MEAN: tl.constexpr, WANT_PRIOR_LOGVAR: tl.constexpr,
@@ -240,9 +240,10 @@ def gaussian_bwd_kernel(
                 first, column, row, col, valid, PRIOR, ACC,
             )  # fmt: skip
             if BY_ROW:
-                grad_kl = tl.load(grad_kl_ptr + first + row, mask=row < rows - first, other=0.0)
+                grad_kl = tl.load(grad_kl_ptr + (first + row) * kl_stride, mask=row < rows - first, other=0.0)
             else:
-                grad_kl = tl.load(grad_kl_ptr + first * columns + column + (row * columns + col), mask=valid, other=0.0)
+                grad_kl_at = grad_kl_ptr + first * kl_stride + column + (row * kl_stride + col)
+                grad_kl = tl.load(grad_kl_at, mask=valid, other=0.0)
             if FREE:
                 grad_kl = tl.where(kl < tl.full((), free_bits, ACC), 0.0, grad_kl)
             kl_in_mean = grad_kl * t * inverse_scale
@@ -339,6 +340,7 @@ def gaussian_bwd(inputs: Any, options: Any, grads: Any, filled: Any, by_row: boo
     shape = config(mean.dtype, mean.shape[1], sums)
     gaussian_bwd_kernel[_grid(mean, shape)](
         *grads, *inputs, *filled, *_sizes(inputs, grads.z), options.free_bits, options.low, options.high,
+        0 if grads.kl is None else grads.kl.stride(0),
         SAMPLE=grads.z is not None, KL=grads.kl is not None, **wanted, **shared,
         **_flags(inputs, options, by_row, shape),
     )  # fmt: skip

@@ -59,10 +59,10 @@ def code_difference_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = row < rows
     code = tl.load(index + row, valid, other=0)
-    scale = tl.load(coefficient + row, valid, other=0.0)
+    scale = tl.load(coefficient)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x, c, inside, at = _load_rows(input, codebook, code, valid, row, column, dim, acc)
-    tl.store(out + at, _rounded_to(scale[:, None] * (x - c), out.dtype.element_ty), inside)
+    tl.store(out + at, _rounded_to(scale * (x - c), out.dtype.element_ty), inside)
 
 
 def config(dim: int) -> Config:
@@ -85,7 +85,7 @@ def gather_codes(
 
 
 def code_difference(coefficient: Tensor, input: Tensor, codebook: Tensor, index: Tensor, out: Tensor) -> None:
-    """Fills out (N, D) with coefficient (N,) times (input - code)."""
+    """Fills out (N, D) with coefficient (0-d) times (input - code)."""
     rows, dim = input.shape
     if rows == 0:
         return
