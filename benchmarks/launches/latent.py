@@ -198,7 +198,7 @@ def looked_up(dtype: torch.dtype, dim: int, half_codes: bool = False) -> None:
     input, codebook = torch.empty(rows, dim, dtype=dtype), torch.empty(1024, dim, dtype=dtype if half_codes else acc)
     distance, out = torch.empty(rows, dtype=acc), torch.empty_like(input)
     gather_codes(input, codebook, indices(rows), torch.empty(rows, dtype=FP64), out, distance)
-    code_difference(distance, input, codebook, indices(rows), out)
+    code_difference(torch.empty((), dtype=acc), input, codebook, indices(rows), out)
 
 
 def energy_calls() -> Iterator[Call]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslkernels.contrastive.autograd import CallConfig, pair_loss
 from sslkernels.contrastive.pair_rows import HINGE, INVALID_POSITIVE, NO_POSITIVE, SIGMOID, SOFTMAX
-from sslkernels.contrastive.positives import next_of_same_id
+from sslkernels.contrastive.pair_setup import next_of_same_id
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatistics, empty_statistics
 from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks

@@ -1,8 +1,8 @@
 """What a contrastive loss computes per row, before and after the tiles of scores; in plain torch, which defines it.
 
 Before: inverse norms, and the scores of the positives. After: the losses, from sums that leave the positive out, and
-the gradients of the features, from those of the tiles. A confident pair keeps its digits: the score of the positive is
-compared with the log-sum-exp of all others, rather than subtracted from a log-sum-exp that contains it.
+the gradients of the features, from the tiles' gradients. A confident pair keeps its digits: the score of the positive
+is compared with the log-sum-exp of all others, rather than subtracted from a log-sum-exp that contains it.
 """
 
 from __future__ import annotations

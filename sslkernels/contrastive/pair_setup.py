@@ -1,4 +1,4 @@
-"""A contrastive loss before its scores: features, positives, and the weights of its rows and columns."""
+"""A contrastive loss before its scores: features, the positives and who is a candidate, weights of rows and columns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, PositivePairs, SideGrad
-from sslkernels.contrastive.positives import Positives
+from sslkernels.contrastive.pair_rows import HINGE, NO_POSITIVE, SIGMOID, SOFTMAX, PositivePairs, SideGrad
 from sslkernels.contrastive.records import PairInputs, PairOptions
 from sslkernels.contrastive.score_tiles import PairKernels
 from sslkernels.core.dtypes import accumulation_dtype
@@ -126,3 +125,170 @@ class PairSetup:
             if not (positives.in_order and self.key.shape[0] == self.count):
                 weight = positives.scatter_add(weight, weight.new_zeros(self.key.shape[0]))
             self.column = side(weight, columns=True)
+
+
+class Positives:
+    """The key that is each row's positive.
+
+    has: rows with a positive; counted: those and the invalid rows, whose loss is NaN; rows_of_key: how many rows have
+    a key as their positive. row_labels, key_labels: int32 labels of the pair, of the sample itself and of its id, as in
+    `score_tiles.Labels`. row_candidates, column_candidates: how many scores a row and a column have, the positive
+    included; row_positives, column_positives: how many of these are positives. Few losses need all of them: each is
+    computed when it is asked for.
+    """
+
+    def __init__(self, inputs: PairInputs, options: PairOptions) -> None:
+        self.inputs, self.options = inputs, options
+        positive, device = inputs.positive, inputs.query.device
+        self.rows = rows = inputs.query.shape[0]
+        self.keys = rows if inputs.key is None else inputs.key.shape[0]
+        self.in_order = positive is None
+
+        key_index = torch.arange(self.keys, dtype=torch.int32, device=device)
+        row_positive = key_index[:rows] if positive is None else positive.to(torch.int32)
+        self.row_labels: list[Tensor | None] = [row_positive, None, None]
+        self.key_labels: list[Tensor | None] = [key_index, None, None]
+        if inputs.self_index is not None:
+            self.row_labels[1], self.key_labels[1] = inputs.self_index.to(torch.int32), key_index
+        self.has_ids = inputs.query_ids is not None and options.in_batch
+        if self.has_ids:
+            self.row_labels[2], self.key_labels[2] = _codes(inputs.query_ids.long(), inputs.key_ids.long())
+
+    @functools.cached_property
+    def index(self) -> slice | Tensor:
+        positive = self.inputs.positive
+        if positive is None:
+            return slice(0, self.rows)
+        # Rows without a positive get distinct keys: sums by key process the rows of one key one after another.
+        return torch.where(positive < 0, torch.arange(self.rows, device=positive.device) % max(self.keys, 1), positive)
+
+    @functools.cached_property
+    def has(self) -> Tensor:
+        positive, device = self.inputs.positive, self.inputs.query.device
+        return torch.ones(self.rows, dtype=torch.bool, device=device) if positive is None else positive >= 0
+
+    @functools.cached_property
+    def counted(self) -> Tensor:
+        return self.has if self.inputs.positive is None else self.inputs.positive != NO_POSITIVE
+
+    @functools.cached_property
+    def rows_of_key(self) -> Tensor:
+        return self.scatter_add(self.has.long(), self.has.new_zeros(self.keys, dtype=torch.int64))
+
+    @functools.cached_property
+    def with_same_id(self) -> tuple[Tensor, Tensor]:
+        """How many keys other than the positive and itself share each row's id, and how many rows each key's."""
+        inputs = self.inputs
+        query_ids, key_ids = inputs.query_ids.long(), inputs.key_ids.long()
+        row, column = _occurrences(query_ids, key_ids), _occurrences(key_ids, query_ids)
+        if inputs.self_index is not None:
+            itself = (query_ids == key_ids[inputs.self_index]).long()
+            row, column = row - itself, _index_add(column, inputs.self_index, -itself)
+        positive = (self.has & (query_ids == self.gather(key_ids))).long()
+        return row - positive, column - self.scatter_add(positive, torch.zeros_like(column))
+
+    @functools.cached_property
+    def row_positives(self) -> Tensor:
+        row, _ = self.with_same_id if self._ids_are(positive=True) else (0, 0)
+        return self.has.long() + row
+
+    @functools.cached_property
+    def column_positives(self) -> Tensor:
+        _, column = self.with_same_id if self._ids_are(positive=True) else (0, 0)
+        return self.rows_of_key + column
+
+    @functools.cached_property
+    def row_candidates(self) -> Tensor:
+        if not self.options.in_batch:
+            return self.has.long()
+        row, _ = self.with_same_id if self._ids_are(positive=False) else (0, 0)
+        itself = 0 if self.inputs.self_index is None else 1
+        return torch.full_like(self.has, self.keys - itself, dtype=torch.int64) - row
+
+    @functools.cached_property
+    def column_candidates(self) -> Tensor:
+        _, column = self.with_same_id if self._ids_are(positive=False) else (0, 0)
+        candidates = torch.full_like(self.rows_of_key, self.rows) - column
+        if self.inputs.self_index is None:
+            return candidates
+        return _index_add(candidates, self.inputs.self_index, -torch.ones_like(self.inputs.self_index))
+
+    def _ids_are(self, positive: bool) -> bool:
+        return self.has_ids and self.options.ids_positive == positive
+
+    def gather(self, values: Tensor) -> Tensor:
+        """values (keys, ...) -> (rows, ...): the value of each row's positive, of an arbitrary key for a row without
+        one."""
+        if values.shape[0] == 0:
+            return values.new_zeros(self.rows, *values.shape[1:])
+        return values[self.index]
+
+    def scatter_add(self, values: Tensor, total: Tensor, rows: slice | None = None) -> Tensor:
+        """total (keys, ...) += values (rows, ...) of the rows with a positive, in a fixed order."""
+        rows = slice(0, self.rows) if rows is None else rows
+        if total.shape[0] == 0:
+            return total
+        if self.in_order:
+            total[rows] += values
+            return total
+        index = self.index[rows]
+        values = values.masked_fill(~self.has[rows].view(-1, *[1] * (values.dim() - 1)), 0)
+        return _index_add(total, index, values)
+
+    def log_sum_exp(self, others: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """(lse of each key's column, lse of each row's column without its own pair), from the log-sum-exp `others`
+        (keys,) of columns without positives and the scores (rows,) of the positives."""
+        score = torch.where(self.has, score, float("-inf"))
+        if self.in_order or others.shape[0] == 0:
+            lse = others.clone()
+            lse[: self.rows] = torch.logaddexp(others[: self.rows], score)
+            return lse, self.gather(others)
+        # A key may be the positive of several rows, each of which is then a candidate of the others.
+        largest = others.scatter_reduce(0, self.index, score, "amax", include_self=True)
+        shift = torch.where(largest == float("-inf"), 0, largest)
+        part = (score - shift[self.index]).exp()
+        positives = self.scatter_add(part, torch.zeros_like(shift))
+        rest = (others - shift).exp()
+        lse = shift + (rest + positives).log()
+        shared = shift[self.index] + (rest[self.index] + (positives[self.index] - part).clamp(min=0)).log()
+        return lse, torch.where(self.rows_of_key[self.index] > 1, shared, others[self.index])
+
+
+def _index_add(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """total[index] += values, in a fixed order even for an index that occurs several times."""
+    if total.is_cuda:  # index_put_ sorts; index_add_ would be atomic
+        return total.index_put_((index,), values, accumulate=True)
+    return total.index_add_(0, index, values)
+
+
+def next_of_same_id(ids: Tensor) -> Tensor:
+    """For each row the next row of its id, cyclically; `NO_POSITIVE` for an id that occurs once."""
+    count = ids.shape[0]
+    if count == 0:
+        return ids.long()
+    ordered, order = ids.sort(stable=True)
+    index = torch.arange(count, device=ids.device)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    first = torch.where(starts, index, 0).cummax(0).values
+    last = ordered.roll(-1) != ordered
+    last[-1] = True
+    following = torch.where(last, first, index + 1)
+    following = torch.where(following == index, NO_POSITIVE, order[following.clamp(max=count - 1)])
+    return torch.empty_like(following).scatter_(0, order, following)
+
+
+def _occurrences(values: Tensor, among: Tensor) -> Tensor:
+    """How often each of `values` occurs in `among`."""
+    ordered = among.sort().values
+    return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
+
+
+def _codes(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 codes, equal where the ids are; -1 for an id that no key has."""
+    ordered = key_ids.sort().values
+    if ordered.shape[0] == 0:
+        return torch.full_like(query_ids, -1, dtype=torch.int32), key_ids.to(torch.int32)
+    code = torch.searchsorted(ordered, query_ids).clamp(max=ordered.shape[0] - 1)
+    found = ordered[code] == query_ids
+    return torch.where(found, code, -1).to(torch.int32), torch.searchsorted(ordered, key_ids).to(torch.int32)

@@ -27,8 +27,7 @@ normalised copy of the features is materialised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -61,21 +60,14 @@ from sslkernels.contrastive.records import (
 )
 from sslkernels.contrastive.score_tiles import (
     GradientOutputs,
-    Labels,
     PairKernels,
     RowSums,
     Thresholds,
     Tile,
     add_scores,
-    workspace_bytes,
 )
 from sslkernels.contrastive.statistics import Statistics, running_sums
-from sslkernels.core.chunks import round_up
-
-# Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal. Fewer of
-# them where they would have few rows: each costs about 0.1 ms on a CPU.
-MUTUAL_ROW_BLOCKS = 16
-MUTUAL_ROWS = 256
+from sslkernels.contrastive.steps import Steps, TileSpec, at, length
 
 Record = TypeVar("Record", RowSums, ColumnSums, SideGrad)
 
@@ -120,45 +112,6 @@ def backward(
     return plan.grads.results()
 
 
-class _Candidates(NamedTuple):
-    """Candidates that all queries share: their features, inverse norms and labels, in the order of `Labels.pairs`.
-
-    rows, columns: whether sums over each row's candidates and over each column's queries are part of the loss; keys:
-    whether they are the keys, over which uniformity is summed; pairs: whether they have a column per pair. gradient:
-    where their gradient accumulates.
-    """
-
-    values: Tensor
-    norm: Tensor | None
-    labels: tuple[Tensor | None, ...]
-    rows: bool = False
-    columns: bool = False
-    keys: bool = False
-    pairs: bool = False
-    gradient: Tensor | None = None
-
-
-class _TileSpec(NamedTuple):
-    """A tile of a row block: which columns of the candidates, and what is summed over it. twice: the tile is on the
-    diagonal and contains each pair of its rows in both orders."""
-
-    candidates: _Candidates
-    rows: slice
-    columns: slice
-    rows_summed: bool
-    columns_summed: bool
-    twice: bool = False
-
-
-class _Step(NamedTuple):
-    """Tiles of one row block that are processed together. ends_rows: whether they are the last ones of their rows."""
-
-    number: int
-    rows: slice
-    tiles: list[tuple[_TileSpec, Tile]]
-    ends_rows: bool
-
-
 class _Plan:
     """Walks over the steps and accumulates losses, statistics and gradients."""
 
@@ -169,10 +122,7 @@ class _Plan:
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
         self.grads = FeatureGradients(kernels, setup, wanted)
-        self.steps: list[_Step] = []
-        self.keeps_all = False  # whether each step has memory of its own
-        self.computed: set[int] = set()  # the numbers of the steps whose products are in memory
-        self.candidates = list(self._shared_candidates())
+        self.steps = Steps(kernels, setup, self.grads)
 
         softmax = options.energy == SOFTMAX
         sums = running_sums(setup, setup.count, softmax)
@@ -185,41 +135,14 @@ class _Plan:
         self.loss = setup.query.new_zeros(setup.count, dtype=setup.acc)
         self.state = empty_state(setup.inputs, options)
 
-    def _shared_candidates(self) -> Iterator[_Candidates]:
-        setup, grads = self.setup, self.grads
-        options, positives = setup.options, setup.positives
-        if options.in_batch:
-            by_pair = options.energy == HINGE and options.columns and not positives.in_order and setup.key.shape[0] > 0
-            columns = options.columns and not by_pair
-            yield _Candidates(
-                setup.key, setup.key_norm, tuple(positives.key_labels), options.rows, columns, keys=True,
-                gradient=grads.key,
-            )  # fmt: skip
-            if by_pair:
-                index = positives.index
-                _, *labels = positives.key_labels
-                row_positive, *_ = positives.row_labels
-                yield _Candidates(
-                    setup.key[index],
-                    None if setup.key_norm is None else setup.key_norm[index],
-                    (row_positive, *(None if label is None else label[index] for label in labels)),
-                    columns=True,
-                    pairs=True,
-                    gradient=grads.pair_key,
-                )
-        if setup.bank is not None:
-            none = (None,) * len(positives.row_labels)
-            yield _Candidates(setup.bank, setup.bank_norm, none, rows=True, gradient=grads.bank)
-
     def walk(self, sums: bool, gradient: bool) -> None:
         """Processes the steps one after another. sums: of rows and columns, with the losses of the rows."""
         setup, query = self.setup, self.setup.query
         weighted = sums and gradient and self._candidates_are_frozen() and self.kernels.has_weighted_sums(query)
-        if not self.steps or not self.kernels.keeps_products(query):
-            self.steps = self._steps(gradient and not weighted, whole_rows=sums and gradient)
+        steps = self.steps.lay_out(gradient and not weighted, whole_rows=sums and gradient)
         self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
-        for step in self.steps if sums else reversed(self.steps):
-            self._begin(step)
+        for step in steps if sums else reversed(steps):
+            self.steps.begin(step)
             if weighted:
                 self._add_weighted(step.rows, step.tiles)
                 continue
@@ -234,61 +157,14 @@ class _Plan:
             if self.fused:
                 self._finish_rows(step.rows)
 
-    def _begin(self, step: _Step) -> None:
-        """Computes the products of a step, unless they are in memory."""
-        if step.number in self.computed:
-            return
-        for _, tile in step.tiles:
-            self.kernels.begin(tile)
-        if self.kernels.keeps_products(self.setup.query):
-            self.computed = {*self.computed, step.number} if self.keeps_all else {step.number}
-
-    def _steps(self, gradient: bool, whole_rows: bool) -> list[_Step]:
-        """The steps over all tiles, with memory for their products. whole_rows: a step has all tiles of its rows."""
-        setup, query, pitch = self.setup, self.setup.query, self.kernels.pitch
-        columns = sum(candidates.values.shape[0] for candidates in self.candidates)
-        shape, needs_products = self.kernels.tile_shape((setup.count, columns), query, gradient, whole_rows)
-        height, width = shape
-        if setup.mutual:
-            rows = round_up(-(-setup.count // MUTUAL_ROW_BLOCKS), MUTUAL_ROWS // 2)
-            height = min(height, max(rows, MUTUAL_ROWS))
-        plans: list[tuple[slice, list[_TileSpec], bool]] = []
-        for begin in range(0, setup.count, height):
-            rows = slice(begin, min(begin + height, setup.count))
-            specs = self._tile_specs(rows, columns if whole_rows else width)
-            parts = [specs] if whole_rows or not specs else [[spec] for spec in specs]
-            plans += [(rows, part, i == len(parts) - 1) for i, part in enumerate(parts)]
-
-        def size(spec: _TileSpec) -> int:
-            return length(spec.rows) * pitch(length(spec.columns), query)
-
-        sizes = [sum(map(size, specs)) for _, specs, _ in plans]
-        fits = sum(sizes) * query.element_size() <= workspace_bytes(query)
-        self.keeps_all = fits and self.kernels.keeps_products(query)
-        buffer = query.new_empty(sum(sizes) if self.keeps_all else max(sizes, default=0)) if needs_products else None
-        steps, begin = [], 0
-        for rows, specs, ends_rows in plans:
-            begin = begin if self.keeps_all else 0
-            tiles = []
-            for spec in specs:
-                products = None
-                if buffer is not None:
-                    products = at(buffer, slice(begin, begin + size(spec))).view(length(spec.rows), -1)
-                    if products.shape[1] != length(spec.columns):
-                        products = products[:, : length(spec.columns)]
-                    begin += size(spec)
-                tiles.append((spec, self._tile(spec, products)))
-            steps.append(_Step(len(steps), rows, tiles, ends_rows))
-        return steps
-
     def _candidates_are_frozen(self) -> bool:
         """Whether this is a softmax over rows of which only the queries get a gradient, made of probabilities alone."""
         plain = self.row.share is None and self.row.smoothing is None and self.statistics is None
-        frozen = all(candidates.gradient is None for candidates in self.candidates)
+        frozen = all(candidates.gradient is None for candidates in self.steps.candidates)
         softmax = self.setup.options.energy == SOFTMAX and not self.two_pass
-        return softmax and plain and frozen and self.grads.query is not None and len(self.candidates) > 0
+        return softmax and plain and frozen and self.grads.query is not None and len(self.steps.candidates) > 0
 
-    def _add_weighted(self, rows: slice, tiles: list[tuple[_TileSpec, Tile]]) -> None:
+    def _add_weighted(self, rows: slice, tiles: list[tuple[TileSpec, Tile]]) -> None:
         """Sums and gradient of rows whose candidates are frozen: the gradient is a sum of candidates weighted by
         probabilities, which are known up to one factor per row."""
         setup, sums = self.setup, _sliced(self.row_sums, rows)
@@ -304,41 +180,7 @@ class _Plan:
             factor = factor * setup.query_norm[rows]
         self.grads.query[rows] += weighted.mul_(factor.unsqueeze(1))
 
-    def _tile_specs(self, rows: slice, width: int) -> list[_TileSpec]:
-        """The tiles of a row block, at most `width` columns wide."""
-        specs = []
-        for candidates in self.candidates:
-            count, first = candidates.values.shape[0], 0
-            if self.setup.mutual:
-                specs.append(_TileSpec(candidates, rows, rows, rows_summed=True, columns_summed=False, twice=True))
-                first = rows.stop
-            for begin in range(first, count, max(width, 1)):
-                columns = slice(begin, min(begin + width, count))
-                specs.append(
-                    _TileSpec(candidates, rows, columns, candidates.rows, candidates.columns or self.setup.mutual)
-                )
-        return specs
-
-    def _tile(self, spec: _TileSpec, products: Tensor | None) -> Tile:
-        setup, candidates, rows, columns = self.setup, spec.candidates, spec.rows, spec.columns
-        labels: list[Tensor | None] = []
-        for row, column in zip(setup.positives.row_labels, candidates.labels, strict=True):
-            paired = row is not None and column is not None
-            labels += [at(row, rows), at(column, columns)] if paired else [None, None]
-        return Tile(
-            at(setup.query, rows),
-            at(candidates.values, columns),
-            products,
-            at(setup.query_norm, rows),
-            at(candidates.norm, columns),
-            setup.inputs.logit_scale,
-            setup.inputs.logit_bias,
-            setup.options.energy,
-            Labels(*labels),
-            setup.options.ids_positive,
-        )
-
-    def _add_sums(self, spec: _TileSpec, tile: Tile) -> None:
+    def _add_sums(self, spec: TileSpec, tile: Tile) -> None:
         setup, statistics, rows, columns = self.setup, self.statistics, spec.rows, spec.columns
         thresholds = Thresholds(
             at(setup.row_threshold, rows),
@@ -362,7 +204,7 @@ class _Plan:
             thresholds = thresholds._replace(row=None, column=None)
             self.kernels.sums(tile._replace(energy=SOFTMAX), row_sums(statistics.sums), None, thresholds, norms)
 
-    def _add_gradient(self, spec: _TileSpec, tile: Tile) -> None:
+    def _add_gradient(self, spec: TileSpec, tile: Tile) -> None:
         grads, candidates, rows, columns = self.grads, spec.candidates, spec.rows, spec.columns
         row = _sliced(self.row, rows) if candidates.rows else SideGrad()
         column = _sliced(self.column, columns) if candidates.columns else SideGrad()
@@ -567,15 +409,6 @@ class _Plan:
 def _sums_of(others: Tensor) -> ColumnSums:
     """Sums whose log-sum-exp is `others`."""
     return ColumnSums(others, torch.ones_like(others, dtype=torch.float64), None, None, None)
-
-
-def length(part: slice) -> int:
-    return part.stop - part.start
-
-
-def at(values: Tensor | None, part: slice) -> Tensor | None:
-    """values[part]; all of them without the microsecond that a view takes."""
-    return values if values is None or length(part) == values.shape[0] else values[part]
 
 
 def _sliced(record: Record, part: slice) -> Record:

@@ -50,7 +50,7 @@ class Statistics:
         self.above_positive = setup.score + self._rounding_of_scores()
 
     def _rounding_of_scores(self) -> Tensor:
-        """By how much the score of a tile may exceed that of the positive for the same features."""
+        """By how much a score of a tile may exceed the positive's score for the same features."""
         setup = self.setup
         sizes = torch.ones_like(setup.score)
         if not setup.options.normalize:

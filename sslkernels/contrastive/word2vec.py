@@ -222,7 +222,7 @@ SPARSE_SUMS = {
 def negative_sampling_sparse_bwd(
     grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
 ) -> tuple[SparseRows, SparseRows]:
-    """The rows of the gradients that are not zero; those of a table that is not wanted are not filled."""
+    """The rows of the gradients that are not zero, unfilled for a table whose gradient is not wanted."""
     return _empty_sparse_gradients(tables, indices, wanted)
 
 
@@ -299,8 +299,8 @@ def negative_sampling_loss(
         center_weight: table of center words `(V, D)`; float32, bfloat16, float16 or float64.
         context_weight: table of context words `(V2, D)`, of the dtype of `center_weight` outside autocast; it may be
             the same tensor. Either table may be frozen.
-        sparse: gradients are coalesced sparse tensors of the rows that occur, as the optimisers take them that take
-            those of `nn.Embedding(sparse=True)`: `SGD`, `SparseAdam`, `Adagrad`. Time and memory then do not grow with
+        sparse: gradients are coalesced sparse tensors of the rows that occur, as the optimisers take them
+            that work with `nn.Embedding(sparse=True)`: `SGD`, `SparseAdam`, `Adagrad`. Time and memory then do not grow with
             the tables. Backward reads the number of rows, which synchronises on a GPU. Not inside `torch.compile`.
         reduction: "mean" over the pairs (NaN where there are none), "sum", or "none", of the shape of `center`.
         exclude_positive: leave out negatives that equal the context of their pair, as word2vec and gensim do.
