@@ -299,9 +299,9 @@ def negative_sampling_loss(
         center_weight: table of center words `(V, D)`; float32, bfloat16, float16 or float64.
         context_weight: table of context words `(V2, D)`, of the dtype of `center_weight` outside autocast; it may be
             the same tensor. Either table may be frozen.
-        sparse: gradients are coalesced sparse tensors of the rows that occur, as the optimisers take them
-            that work with `nn.Embedding(sparse=True)`: `SGD`, `SparseAdam`, `Adagrad`. Time and memory then do not grow with
-            the tables. Backward reads the number of rows, which synchronises on a GPU. Not inside `torch.compile`.
+        sparse: gradients are coalesced sparse tensors of the rows that occur, for the optimisers that work with
+            `nn.Embedding(sparse=True)`: `SGD`, `SparseAdam`, `Adagrad`. Time and memory then do not grow with the
+            tables. Backward reads the number of rows, which synchronises on a GPU. Not inside `torch.compile`.
         reduction: "mean" over the pairs (NaN where there are none), "sum", or "none", of the shape of `center`.
         exclude_positive: leave out negatives that equal the context of their pair, as word2vec and gensim do.
 
