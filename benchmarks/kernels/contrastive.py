@@ -183,7 +183,7 @@ def _tiles(kernels: PairKernels, case: Case, t: Inputs) -> Iterator[tuple[slice,
     """The row blocks of the plan."""
     rows, columns = case.shape["N"], case.shape["M"]
     gradient = case.backward and not (case.regime == FROZEN and kernels.has_weighted_sums(t["query"]))
-    block, needs_products = kernels.row_block(rows, columns, t["query"], gradient)
+    (block, _), needs_products = kernels.tile_shape((rows, columns), t["query"], gradient, whole_rows=True)
     energy = SIGMOID if case.regime == SIGMOID_REGIME else SOFTMAX
     for begin in range(0, rows, block):
         part = slice(begin, min(begin + block, rows))
@@ -271,7 +271,7 @@ def _run(kernels: PairKernels, case: Case, t: Inputs) -> Run:
 def _matmuls(case: Case, t: Inputs) -> Run:
     """Only the products, by row blocks that fit the workspace, into preallocated memory."""
     query, key = t["query"], t["key"]
-    block, _ = PairKernels().row_block(case.shape["N"], case.shape["M"], query, case.backward)
+    (block, _), _ = PairKernels().tile_shape((case.shape["N"], case.shape["M"]), query, case.backward, whole_rows=True)
     products = torch.empty(block, len(key), dtype=case.dtype, device=key.device)
     results = torch.empty_like(query), torch.empty_like(key)
 
