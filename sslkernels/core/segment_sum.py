@@ -4,7 +4,8 @@
 
 where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. A source without an
 index may be one row, expanded. Keys outside [0, rows) are ignored. An entry whose source row is out of range must have
-coefficient NaN; any row may then be read in its place. Sums are in the accumulation dtype and rounded once to the dtype of `out`.
+coefficient NaN; any row may then be read in its place. Sums are in the accumulation dtype and rounded once to the dtype
+of `out`.
 """
 
 from __future__ import annotations
