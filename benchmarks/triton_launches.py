@@ -38,7 +38,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Specialisation(NamedTuple):
-    """What the compiler gets for a launch. name: the kernel and the first call that launches it so; binds: as in that
+    """The compiler's inputs for a launch. name: the kernel and the first call that launches it so; binds: as in that
     call."""
 
     name: str

@@ -1,4 +1,4 @@
-// What a contrastive loss computes per row, before and after the tiles of scores: inverse norms, the scores of the
+// The per-row stages of a contrastive loss, before and after the tiles of scores: inverse norms, the scores of the
 // positives, the losses, and the finished gradients of the features. The formulas are in
 // sslkernels/contrastive/pair_rows.py.
 #pragma once

@@ -1,4 +1,4 @@
-"""What a contrastive loss computes per row, before and after the tiles of scores; in plain torch, which defines it.
+"""The per-row stages of a contrastive loss, before and after the tiles of scores, in plain torch, which defines them.
 
 Before: inverse norms, and the scores of the positives. After: the losses, from sums that leave the positive out, and
 the gradients of the features, from the tiles' gradients. A confident pair keeps its digits: the score of the positive

@@ -31,7 +31,7 @@ MATMULS = {
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """What the program prints, in a process where kernels are compiled, not interpreted."""
+    """The program's output, from a process where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
@@ -68,7 +68,7 @@ def test_shared_memory_fits(compiled):
 
 
 def test_rows_are_read_and_written_in_vectors(compiled):
-    """Also rows that are not aligned to 16 bytes, like those of an odd vocabulary."""
+    """Rows that are not aligned to 16 bytes, as with an odd vocabulary, are included."""
     rows = [row for row in compiled if "VECTOR" in row["constexprs"] and not row["binds"]]
     assert rows
     assert named([row for row in rows if not row["vector_loads"]]) == []
