@@ -26,7 +26,8 @@ struct SortRows {
 };
 
 // Lists the keys that occur, in ascending order, with their entries: `order` holds the entries sorted by key, and key
-// index[r] has the entries order[starts[r]] to order[starts[r + 1] - 1]. Entries whose key is out of range are left out, and the end of `order` is unspecified.
+// index[r] has the entries order[starts[r]] to order[starts[r + 1] - 1]. Entries whose key is out of range are left
+// out, and the end of `order` is unspecified.
 struct CompactRows {
   const void* keys;  // (entries)
   bool wide_keys;    // int64, else int32
