@@ -20,6 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.repair()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Outputs of an operator that share memory are only warned of, unless the environment variable CI is set.
+torch._functorch.config.error_on_custom_op_aliasing = True
 
 
 def is_slow(item: pytest.Item) -> bool:

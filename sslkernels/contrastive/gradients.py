@@ -47,11 +47,13 @@ class FeatureGradients:
         setup, inputs, wanted = self.setup, self.setup.inputs, self.wanted
         if not setup.wants_gradients:
             return empty_gradients(inputs, PairWanted())
-        nothing = setup.query.new_empty(0, dtype=inputs.query.dtype)
-        negatives = nothing
-        if wanted.negatives and inputs.negatives is not None:
-            negatives = torch.zeros_like(inputs.negatives) if self.negatives is None else self.negatives
-        bank = nothing
+
+        def nothing() -> Tensor:  # each result has memory of its own
+            return setup.query.new_empty(0, dtype=inputs.query.dtype)
+
+        negatives, bank = self.negatives, None
+        if negatives is None and wanted.negatives and inputs.negatives is not None:
+            negatives = torch.zeros_like(inputs.negatives)
         if self.bank is not None:
             bank = self._finished(FeatureGradient(self.bank, setup.bank, setup.bank_norm), inputs.bank)
         elif wanted.bank and inputs.bank is not None:
@@ -60,10 +62,10 @@ class FeatureGradients:
         if setup.options.energy == SIGMOID:  # the other energies are invariant to a common offset
             logit_bias = self.total.sum().reshape(1).to(setup.acc)
         return PairGradients(
-            query=nothing if self.query is None else self._of_queries(),
-            key=nothing if self.key is None or setup.mutual else self._of_keys(),
-            bank=bank,
-            negatives=negatives,
+            query=nothing() if self.query is None else self._of_queries(),
+            key=nothing() if self.key is None or setup.mutual else self._of_keys(),
+            bank=nothing() if bank is None else bank,
+            negatives=nothing() if negatives is None else negatives,
             logit_scale=self.dot.sum().reshape(1).to(setup.acc),
             logit_bias=logit_bias,
             scale=setup.scale,

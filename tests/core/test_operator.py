@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from public_calls import CALLS, differentiable
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sslkernels as sk
 from sslkernels.core import backends
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
-from sslkernels.core.operator import Layout, Mutated, operator
+from sslkernels.core.operator import Layout, Mutated, Operator, operator
 
 
 class Pair(NamedTuple):
@@ -302,3 +303,34 @@ def test_return_stats_must_be_a_bool(value):
     ):
         with pytest.raises(TypeError, match="return_stats must be a bool"):
             call()
+
+
+@pytest.mark.slow_for(backend_name="triton")
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend_name", backends.BACKENDS)
+def test_every_output_has_memory_of_its_own(backend_name, name, device, monkeypatch):
+    """torch.compile reuses the memory of tensors that nothing reads any more."""
+    call = CALLS[name]
+    if backend_name not in sk.available_backends(call.op, device):
+        pytest.skip(str(backends.why_not(call.op, backend_name, torch.device(device))))
+    shared = []
+    run = Operator._run
+
+    def checked(op, flat, args):
+        results = run(op, flat, args)
+        outputs = op._flat(results)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        before = {value.untyped_storage()._cdata for value in flat if isinstance(value, Tensor)}
+        for field, value in zip(op.outputs.leaf_names, outputs, strict=False):
+            if isinstance(value, Tensor):
+                memory = value.untyped_storage()._cdata
+                if memory in before:
+                    shared.append(f"{op.name}.{field}")
+                before.add(memory)
+        return results
+
+    monkeypatch.setattr(Operator, "_run", checked)
+    with sk.use_backend(backend_name):
+        outputs = differentiable(call.run(*call.leaves(device)))
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    assert not shared
