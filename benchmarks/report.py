@@ -33,12 +33,13 @@ COLUMNS = (
 FULL_WIDTH = 132  # a narrower screen gets the table without the columns of WIDE_ONLY
 WIDE_ONLY = ("p20 - p80", "rate")
 BAR_COLUMNS = ("case", "what", "limit", "measured", "")
-HOST_COLUMNS = ("case", "sslkernels", "p20 - p80", "eager torch", "p20 - p80", "n", "ratio", "limit", "")
+HOST_COLUMNS = ("case", "sslkernels", "p20 - p80", "eager torch", "p20 - p80", "n", "ratio", "limit", "", "level from")
 NOT_MET = "not met"
 MET = {None: "", True: "met", False: NOT_MET}
 HOST_NOTE = (
     "CPU time of one thread (on a GPU: time until the call returns), for shapes so small that the host takes longer "
-    "than the kernels; n calls each, in turn. ratio: the median of this package over the median of eager torch."
+    "than the kernels; n calls each, in turn. ratio: the median of this package over the median of eager torch. "
+    "level from: the rows, doubled, from which this package takes no longer (on a GPU until the device is done)."
 )
 NOTES = (
     "median, p20 - p80: n single calls; the providers of a case take turns in random order.",
@@ -175,7 +176,7 @@ def host_rows(report: Report) -> list[list[str]]:
     for row in report.host_time:
         limit = "" if row.limit is None else f"<= {row.limit:.3g}"
         times = [text for times in (row.ours, row.eager) for text in (seconds(times[1]), _spread(times[0], times[2]))]
-        found.append([row.case, *times, str(row.n), f"{row.ratio:.2f}", limit, MET[row.met]])
+        found.append([row.case, *times, str(row.n), f"{row.ratio:.2f}", limit, MET[row.met], row.level_from])
     return found
 
 

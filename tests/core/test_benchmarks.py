@@ -312,6 +312,15 @@ def test_host_time_is_measured_on_one_thread():
     assert row.ratio == row.ours[1] / row.eager[1]
 
 
+@pytest.mark.parametrize(("slower_below", "expected"), [(10, "V=10"), (50, "V=80"), (1 << 20, "> V=2560")])
+def test_level_from_is_the_first_size_that_is_not_slower(monkeypatch, slower_below, expected):
+    def alternate(benchmark, case, *_, **__):
+        return [1.0, 2.0 if case.shape["V"] < slower_below else 1.0, 3.0], [1.0, 1.0, 1.0]
+
+    monkeypatch.setattr(host_time, "_alternate", alternate)
+    assert host_time.measure(Toy(), CPU, rounds=3).level_from == expected
+
+
 def test_selection_of_host_time():
     def ops(*arguments):
         return [b.op for b in command.host_cases(command.parse([*arguments, "--device", "cpu"]))]
