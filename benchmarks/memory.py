@@ -7,13 +7,20 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 STEPS = 10  # a loop keeps what a single call does not show: reference cycles, caches that grow
 SECONDS = 20.0  # of slow calls there are fewer
+# On a CPU memory is measured by the resident set, and glibc keeps what is freed, in holes of its heap. While memory is
+# measured, tensors from LEAST_MAPPED bytes on are mapped, so that they are given back, and the holes are occupied, so
+# that no tensor fills one. Afterwards the thresholds are those to which glibc itself moves once it has freed large
+# tensors.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LEAST_MAPPED = 1 << 18
+MOST_MAPPED = 32 << 20
 
 
 def peak_of_steps(
@@ -45,11 +52,47 @@ def peak_extra(call: Callable[[], Any], device: torch.device) -> tuple[int | Non
         result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before, result
-    if not _reset_peak():
-        return None, call()
-    before = _status("VmRSS")
-    result = call()
-    return max(0, _status("VmHWM") - before), result
+    with _large_tensors_mapped():
+        if not _reset_peak():
+            return None, call()
+        before = _status("VmRSS")
+        result = call()
+        return max(0, _status("VmHWM") - before), result
+
+
+class _HeapInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`; the fourth field counts mapped blocks."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", *"abcdef")]
+
+
+@contextlib.contextmanager
+def _large_tensors_mapped() -> Iterator[None]:
+    libc = ctypes.CDLL(None)
+    if not (sys.platform.startswith("linux") and hasattr(libc, "mallopt") and hasattr(libc, "mallinfo2")):
+        yield
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.mallinfo2.restype = _HeapInfo
+    libc.mallopt(M_MMAP_THRESHOLD, LEAST_MAPPED)
+    occupied = []
+    size = MOST_MAPPED
+    while size >= LEAST_MAPPED:
+        mapped = libc.mallinfo2().hblks
+        block = libc.malloc(size)
+        if libc.mallinfo2().hblks == mapped:
+            occupied.append(block)
+        else:
+            libc.free(block)
+            size //= 2
+    try:
+        yield
+    finally:
+        for block in occupied:
+            libc.free(block)
+        libc.mallopt(M_MMAP_THRESHOLD, MOST_MAPPED)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * MOST_MAPPED)
 
 
 def _reset_peak() -> bool:

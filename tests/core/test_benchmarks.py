@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -310,6 +311,17 @@ def test_host_time_is_measured_on_one_thread():
     assert row.met
     assert 0 < row.ours[0] <= row.ours[1] <= row.ours[2]
     assert row.ratio == row.ours[1] / row.eager[1]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="it needs glibc 2.33")
+def test_memory_in_a_fragmented_heap():
+    """A tensor that filled a hole of the heap would stay in the resident set after it is freed."""
+    size = (3 << 20) // 4
+    blocks = [torch.ones(size) for _ in range(16)]  # glibc maps no such block any more once one was freed
+    blocks = [torch.ones(size) for _ in range(16)]
+    del blocks[::2]
+    peak, _ = memory.peak_of_steps(lambda: [torch.ones(size) for _ in range(2)], lambda: None, CPU)
+    assert abs(peak - 2 * 4 * size) < 1 << 20
 
 
 @pytest.mark.parametrize(("slower_below", "expected"), [(10, "V=10"), (50, "V=80"), (1 << 20, "> V=2560")])
