@@ -78,6 +78,7 @@ def contrastive_energy(
     logit_scale: float | Tensor = 1.0,
     logit_bias: float | Tensor | None = None,
     normalize: bool = False,
+    in_batch: bool = True,
     negatives: Tensor | None = None,
     negatives_mask: Tensor | None = None,
     bank: Tensor | None = None,
@@ -88,7 +89,9 @@ def contrastive_energy(
     label_smoothing: float = 0.0,
     margin: float | None = None,
     row_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     reduction: str = "mean",
+    on_empty: str = "nan",
     process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
@@ -107,15 +110,18 @@ def contrastive_energy(
         query: `(N, D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its dtype; otherwise
             key, bank and negatives have the dtype of query. float16 on a CPU computes in float32.
         key: `(M, D)`, the candidates that all queries share.
-        positive: `(N,)` int64 or int32, the row of each query's key. Default: row i, which needs M >= N.
+        positive: `(N,)` int64 or int32, the row of each query's key; -1 for a query without a positive, which counts
+            neither in the sum nor in the mean, but in the sigmoid energy, where its pairs are negatives. Default: row i,
+            which needs M >= N.
         energy: "softmax", "sigmoid" or "hinge".
         direction: "row", over the candidates of each query; "column", over the queries of each query's key;
             "symmetric", half of each. The sigmoid energy is the same in all. `negatives` and `bank` count in the row
-            direction only.
+            direction only, and are refused in "column".
         logit_scale: a number, or a tensor of one element, which gets its exact gradient; 1 / temperature, not its
             logarithm.
         logit_bias: a number, or a tensor of one element, which gets its exact gradient.
         normalize: divide every feature by max(norm, 1e-12); no normalised copy is made.
+        in_batch: False: the keys of other queries are no candidates; `direction` is then "row", without ids.
         negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
         negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
         bank: `(B, D)`, negatives that all queries share. A queue that may hold positives belongs behind the rows of key
@@ -129,8 +135,10 @@ def contrastive_energy(
         label_smoothing: in "softmax", moves this share of the target to the mean over all candidates.
         margin: of "hinge"; default 0.2.
         row_weight: `(N,)`, multiplies the loss of each query; not part of the divisor of "mean". Differentiable.
+        num_items: int or 0-d tensor, what "mean" divides by (for gradient accumulation).
         reduction: "mean", over the queries that have a positive (in "sigmoid" over all); "sum"; "none": `(N,)`. A query
             without any positive has loss 0. With `direction="column"` row i is the loss of its key's column.
+        on_empty: the "mean" over no queries: "nan", or "zero" with gradients 0.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
             each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
             over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
@@ -157,20 +165,23 @@ def contrastive_energy(
     checks.tensor(NAME, "key", key, checks.FLOAT_DTYPES)
     tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight)
     options = EnergyOptions(
-        energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin
+        energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin, in_batch
     )
-    return pair_energy(tensors, options, CallConfig(NAME, reduction, process_group, return_stats))
+    call = CallConfig(NAME, reduction, num_items, on_empty, process_group, return_stats)
+    return pair_energy(tensors, options, call)
 
 
 def pair_energy(
     tensors: PairTensors, given: EnergyOptions, call: CallConfig
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """`contrastive_energy` under the name of the public function that calls it."""
-    if tensors.key is tensors.query and tensors.query_ids is not None and tensors.key_ids is None:
+    own = tensors.key is None or tensors.key is tensors.query
+    if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)
     _check_choices(given, call)
     _check_tensors(call.function, tensors, given.exclude_self)
     _check_numbers(tensors, given, call)
+    _check_ignored(tensors, given, call.function)
     query = tensors.query
     scale = _scalar(call.function, "logit_scale", given.logit_scale, query)
     bias = None if given.logit_bias is None else _scalar(call.function, "logit_bias", given.logit_bias, query)
@@ -289,13 +300,15 @@ def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, k
             checks.fail(ValueError, function, "positive", must, None)
         return None
     index = positive.long()
-    wrong = (index < 0) | (index >= keys)
+    none = index == NO_POSITIVE
+    wrong = (index < NO_POSITIVE) | (index >= keys)
     visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
     if index.device.type == "cpu" and visible and bool(wrong.any()):
-        checks.fail(ValueError, function, "positive", f"be in [0, {keys})", index[wrong][0].item())
+        must = f"be in [0, {keys}), or -1 for none"
+        checks.fail(ValueError, function, "positive", must, index[wrong][0].item())
     if exclude_self:
         itself = index == torch.arange(count, device=index.device)
-    index = torch.where(wrong, INVALID_POSITIVE, index + start)
+    index = torch.where(wrong, INVALID_POSITIVE, torch.where(none, NO_POSITIVE, index + start))
     return torch.where(itself, next_key, index) if exclude_self else index
 
 
@@ -331,6 +344,7 @@ def _check_choices(given: EnergyOptions, call: CallConfig) -> None:
     checks.choice(function, "same_id", given.same_id, ("ignore", "positive"))
     checks.choice(function, "reduction", call.reduction, ("none", "mean", "sum"))
     checks.boolean(function, "normalize", given.normalize)
+    checks.boolean(function, "in_batch", given.in_batch)
     checks.boolean(function, "exclude_self", given.exclude_self)
     checks.boolean(function, "return_stats", call.return_stats)
 
@@ -342,6 +356,7 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
         checks.fail(TypeError, function, "process_group", must, type(group).__name__)
     if given.same_id == "positive" and tensors.query_ids is None:
         checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
+    checks.mean_divisor(function, call.reduction, call.num_items, call.on_empty, tensors.query.device)
     checks.number(function, "label_smoothing", given.label_smoothing, low=0.0, high=1.0)
     if given.label_smoothing > 0 and given.energy != ENERGIES[SOFTMAX]:
         checks.fail(ValueError, function, "label_smoothing", 'be 0 unless energy is "softmax"', given.label_smoothing)
@@ -349,6 +364,22 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
         checks.number(function, "margin", margin)
         if given.energy != ENERGIES[HINGE]:
             checks.fail(ValueError, function, "margin", 'be None unless energy is "hinge"', margin)
+
+
+def _check_ignored(tensors: PairTensors, given: EnergyOptions, function: str) -> None:
+    """Refuses what the direction or `in_batch` would ignore."""
+    by_rows = given.direction != "column" or given.energy == ENERGIES[SIGMOID]
+    for name, value in (("negatives", tensors.negatives), ("bank", tensors.bank)):
+        if value is not None and not by_rows:
+            checks.fail(ValueError, function, name, 'be None with direction="column"', tuple(value.shape))
+    if given.in_batch:
+        return
+    if given.direction != "row" and given.energy != ENERGIES[SIGMOID]:
+        checks.fail(ValueError, function, "direction", 'be "row" with in_batch=False', repr(given.direction))
+    if given.exclude_self:
+        checks.fail(ValueError, function, "exclude_self", "be False with in_batch=False", True)
+    if tensors.query_ids is not None:
+        checks.fail(ValueError, function, "query_ids", "be None with in_batch=False", tuple(tensors.query_ids.shape))
 
 
 def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> None:

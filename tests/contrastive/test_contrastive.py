@@ -15,7 +15,8 @@ FEATURES = {
     "energy": ("sigmoid", "hinge"),
     "direction": ("column", "symmetric"),
     "shape": ("square", "wide"),
-    "positive": ("permuted", "duplicated"),
+    "positive": ("permuted", "duplicated", "missing"),
+    "in_batch": (False,),
     "normalize": (True,),
     "scale": ("tensor", 30.0, -2.0, 0.0),
     "bias": ("tensor",),
@@ -28,6 +29,7 @@ FEATURES = {
     "margin": (1.5,),
     "row_weight": (True,),
     "reduction": ("none", "sum"),
+    "num_items": (5, "tensor"),
     "frozen": ("query", "key", "both"),
 }
 DEFAULTS = {
@@ -35,6 +37,7 @@ DEFAULTS = {
     "direction": "row",
     "shape": "tall",
     "positive": None,
+    "in_batch": True,
     "normalize": False,
     "scale": 1.7,
     "bias": None,
@@ -47,6 +50,7 @@ DEFAULTS = {
     "margin": None,
     "row_weight": False,
     "reduction": "mean",
+    "num_items": None,
     "frozen": None,
 }
 
@@ -58,6 +62,14 @@ def allowed(case: dict) -> bool:
         return False
     if case["exclude_self"] and case["shape"] != "square":
         return False
+    if case["direction"] == "column" and case["energy"] != "sigmoid" and (case["negatives"] or case["bank"]):
+        return False
+    if case["num_items"] is not None and case["reduction"] != "mean":
+        return False
+    if not case["in_batch"]:
+        by_rows = case["direction"] == "row" or case["energy"] == "sigmoid"
+        if case["exclude_self"] or case["ids"] is not None or not by_rows:
+            return False
     supervised = case["ids"] is not None and case["same_id"] == "positive"
     return not (case["exclude_self"] and case["positive"] is None and not supervised)
 
@@ -98,11 +110,13 @@ def cases() -> list[dict]:
         case["same_id"] = "ignore" if ids is None else "positive"
         found["-".join(map(str, (direction, positive, ids, smoothing, weighed)))] = case
     for energy, direction, positive, ids, same_id, exclude in itertools.product(
-        ("softmax", "sigmoid", "hinge"), ("row", "column", "symmetric"), (None, "permuted", "duplicated"),
+        ("softmax", "sigmoid", "hinge"), ("row", "column", "symmetric"), (None, "permuted", "duplicated", "missing"),
         (None, "some"), ("ignore", "positive"), (False, True),
     ):  # fmt: skip
         case = {**DEFAULTS, "energy": energy, "direction": direction, "positive": positive, "ids": ids}
-        case |= {"same_id": same_id, "exclude_self": exclude, "shape": "square", "negatives": "masked", "bank": 3}
+        case |= {"same_id": same_id, "exclude_self": exclude, "shape": "square"}
+        if direction != "column" or energy == "sigmoid":
+            case |= {"negatives": "masked", "bank": 3}
         case["label_smoothing"] = 0.2 if energy == "softmax" else 0.0
         if allowed(case) and (ids is not None or same_id == "ignore"):
             found["-".join(map(str, (energy, direction, positive, ids, same_id, exclude)))] = case
@@ -119,6 +133,7 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
         "energy": case["energy"],
         "direction": case["direction"],
         "normalize": case["normalize"],
+        "in_batch": case["in_batch"],
         "same_id": case["same_id"],
         "exclude_self": case["exclude_self"],
         "label_smoothing": case["label_smoothing"],
@@ -126,9 +141,11 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
     }
     if case["positive"] == "permuted":
         options["positive"] = torch.randperm(m)[:n]
-    elif case["positive"] == "duplicated":
+    elif case["positive"] in ("duplicated", "missing"):
         options["positive"] = torch.randint(0, m, (n,)).to(torch.int32)
         options["positive"][: n // 2] = options["positive"][0]
+        if case["positive"] == "missing":
+            options["positive"][::3] = -1
     if case["scale"] == "tensor":
         leaves["logit_scale"] = torch.tensor(1.3, dtype=dtype)
     else:
@@ -154,7 +171,7 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
     return leaves, options
 
 
-def expected(leaves: dict, options: dict, reduction: str):
+def expected(leaves: dict, options: dict, reduction: str, num_items=None):
     tensors = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in leaves.items()}
     weight = tensors.get("row_weight")
     arguments = {k: v for k, v in tensors.items() if k not in ("query", "key", "row_weight")}
@@ -163,11 +180,7 @@ def expected(leaves: dict, options: dict, reduction: str):
         losses = losses * weight
     if reduction == "sum":
         return tensors, losses.sum()
-    return tensors, losses if reduction == "none" else losses.sum() / has.sum()
-
-
-def run(leaves: dict, options: dict, reduction: str):
-    return sk.contrastive_energy(**leaves, **options, reduction=reduction)
+    return tensors, losses if reduction == "none" else losses.sum() / (has.sum() if num_items is None else num_items)
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
@@ -180,8 +193,9 @@ def upstream(loss: torch.Tensor) -> torch.Tensor:
 
 def check(case: dict, dtype, rtol: float, **sizes) -> None:
     leaves, options = make(case, dtype, **sizes)
-    tensors, want = expected(leaves, options, case["reduction"])
-    loss = run(leaves, options, case["reduction"])
+    num_items = torch.tensor(7) if case["num_items"] == "tensor" else case["num_items"]
+    tensors, want = expected(leaves, options, case["reduction"], num_items)
+    loss = sk.contrastive_energy(**leaves, **options, reduction=case["reduction"], num_items=num_items)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=rtol * max(1.0, float(want.detach().abs().max())))
     wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
