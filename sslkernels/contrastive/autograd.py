@@ -80,7 +80,8 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 def _forward(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
-    fwd = contrastive_fwd if _has_shared_candidates(inputs, options) else per_query_contrastive_fwd
+    tiles = stats or _has_shared_candidates(inputs, options)  # statistics are over all keys
+    fwd = contrastive_fwd if tiles else per_query_contrastive_fwd
     return fwd(_raw_inputs(inputs), coefficient, options, wanted, stats)
 
 

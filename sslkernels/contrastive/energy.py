@@ -51,13 +51,14 @@ class EnergyOptions(NamedTuple):
 class ContrastiveStats(NamedTuple):
     """Statistics of a contrastive energy, detached; they say whether the features collapse.
 
-    Per query (N,), over its candidates (for the column direction the keys alone): lse, log-sum-exp of the
-    scores; positive, the score of the positive (with extra positives the mean over all of them); rank (int64), how many
-    candidates that are no positives score higher than the positive, by more than the rounding of a score; top1: rank is
-    0. A query without a positive has positive 0, rank -1, top1 False. Scalars, of the normalised features (Wang and
-    Isola 2020): alignment, the mean squared distance of a query and its positive; uniformity, log mean
-    exp(-2 squared distance) over the other pairs of a query and a key that is its candidate, 0 where all features have
-    become the same.
+    Per query (N,), over its candidates (for the column direction the keys alone): lse, log-sum-exp of the scores;
+    positive, the score of the positive (with extra positives the mean over all of them); rank (float), how many
+    candidates that are no positives score higher than the positive, equal ones counted half; top1 (float), 1 /
+    (1 + equal ones) if none scores higher, else 0. The scores that are compared are rounded alike: where all features
+    have become the same, rank and top1 are at chance. A query without a positive has positive 0, rank -1, top1 0.
+    Scalars, of the normalised features (Wang and Isola 2020), whatever ids say: alignment, the mean squared distance of
+    a query and its positive; uniformity, log mean exp(-2 squared distance) over the other pairs of a query and a key, 0
+    where all features have become the same. A feature of zeros stays at 0 when it is normalised.
     """
 
     lse: Tensor
@@ -111,8 +112,8 @@ def contrastive_energy(
             key, bank and negatives have the dtype of query. float16 on a CPU computes in float32.
         key: `(M, D)`, the candidates that all queries share.
         positive: `(N,)` int64 or int32, the row of each query's key; -1 for a query without a positive, which counts
-            neither in the sum nor in the mean, but in the sigmoid energy, where its pairs are negatives. Default: row i,
-            which needs M >= N.
+            neither in the sum nor in the mean; in the sigmoid energy it counts, and its pairs are negatives. Default:
+            row i, which needs M >= N.
         energy: "softmax", "sigmoid" or "hinge".
         direction: "row", over the candidates of each query; "column", over the queries of each query's key;
             "symmetric", half of each. The sigmoid energy is the same in all. `negatives` and `bank` count in the row
@@ -215,11 +216,13 @@ def pair_energy(
         loss, statistics = _over_ranks(tensors, given, call, options, scale, bias)
     if not call.return_stats:
         return loss
-    rank = statistics.num_above_positive
-    stats = ContrastiveStats(
-        statistics.lse, statistics.positive, rank, rank == 0, statistics.alignment, statistics.uniformity
-    )
-    return loss, stats
+    return loss, _stats(statistics)
+
+
+def _stats(found: PairStatistics) -> ContrastiveStats:
+    above, equal = found.num_above_positive, found.num_equal_positive.to(found.lse.dtype)
+    rank, top1 = above + equal / 2, torch.where(above == 0, 1 / (1 + equal), 0)
+    return ContrastiveStats(found.lse, found.positive, rank, top1, found.alignment, found.uniformity)
 
 
 def _inputs(

@@ -278,7 +278,7 @@ class SigLipLoss(Options):
 
 
 def _log_scale(function: str, name: str, init: Any, maximum: float | None, learnable: bool) -> nn.Parameter:
-    """The logarithm of a scale as a parameter, whose shape is (1,): fully_shard refuses parameters without dimensions."""
+    """The logarithm of a scale as a parameter of shape (1,): fully_shard refuses parameters without dimensions."""
     checks.number(function, name, init, low=0.0, low_open=True)
     if maximum is not None:
         checks.number(function, "max_logit_scale", maximum, low=0.0, low_open=True)

@@ -32,15 +32,19 @@ class PairSetup:
         options: PairOptions,
         coefficient: Tensor | None,
         wants_gradients: bool,
+        stats: bool = False,
     ) -> None:
         self.inputs = inputs
         self.options = options
         self.wants_gradients = coefficient is not None and wants_gradients
         self.mutual = inputs.key is None
         self.acc = accumulation_dtype(inputs.query.dtype)
+        self.dtype = options.compute_dtype
         # On a CPU a float16 matmul is about a thousand times slower than a float32 one.
-        cpu_half = inputs.query.device.type == "cpu" and options.compute_dtype == torch.float16
-        self.dtype = torch.float32 if cpu_half else options.compute_dtype
+        cpu_half = inputs.query.device.type == "cpu" and self.dtype == torch.float16
+        # Products that are rounded to 8 bits do not say which of two close scores is larger.
+        if cpu_half or (stats and kernels.rounds_products and self.dtype.itemsize == 2):
+            self.dtype = torch.float32
         self.count = inputs.query.shape[0]
         self.query = inputs.query.to(self.dtype)
         self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)

@@ -1,5 +1,5 @@
-"""Training flows around the contrastive losses: what may change between forward and backward, learned scales, options of
-the named losses, means over nothing."""
+"""Training flows around the contrastive losses: what may change between forward and backward, learned scales, options
+of the named losses, means over nothing."""
 
 import copy
 
