@@ -155,7 +155,7 @@ class _Plan:
                 self._finish_rows(step.rows)
             if gradient:
                 for spec, tile in step.tiles:
-                    if spec.rows_summed or spec.columns_summed:
+                    if spec.candidates.in_loss:
                         self._add_gradient(spec, tile)
             if self.fused:
                 self._finish_rows(step.rows)
@@ -196,7 +196,7 @@ class _Plan:
             norms = (at(query_norm, rows), at(key_norm, columns))
             positive = at(statistics.positive_index, rows) - columns.start
             self.kernels.positives_in_tile(tile, positive, thresholds.positive_score)
-            if not spec.rows_summed or tile.labels.row_id is not None:  # uniformity is over all pairs
+            if not spec.candidates.in_loss or tile.labels.row_id is not None:  # uniformity is over all pairs
                 every_pair = tile._replace(energy=SOFTMAX, labels=tile.labels.without_ids)
                 no_thresholds = Thresholds(None, None, None)
                 self.kernels.sums(every_pair, _sliced(statistics.uniformity_sums, rows), None, no_thresholds, norms)
@@ -210,7 +210,8 @@ class _Plan:
         by_column = _sliced(self.column_sums, columns) if spec.columns_summed else None
         if by_row is not None or by_column is not None:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
-        if statistics is not None and not statistics.shares_sums and spec.rows_summed:
+        ranked = spec.candidates.in_loss and not spec.candidates.pairs
+        if statistics is not None and not statistics.shares_sums and ranked:
             thresholds = thresholds._replace(row=None, column=None)
             self.kernels.sums(tile._replace(energy=SOFTMAX), row_sums(statistics.sums), None, thresholds, norms)
 

@@ -36,6 +36,10 @@ class Candidates(NamedTuple):
     pairs: bool = False
     gradient: Tensor | None = None
 
+    @property
+    def in_loss(self) -> bool:
+        return self.rows or self.columns
+
 
 class TileSpec(NamedTuple):
     """A tile of a row block: which columns of the candidates, and what is summed over it. twice: the tile is on the

@@ -378,16 +378,16 @@ def test_a_direction_without_loss_adds_no_nan(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_ties_do_not_rank_above_the_positive(backend, dtype, normalize):
-    """Duplicates of the positive among keys, bank and negatives, whose scores a matmul rounds differently."""
+def test_duplicates_of_the_positive_are_its_rivals(backend, dtype, normalize):
+    """They have its score, but for the rounding of a matmul of another shape."""
     x = torch.randn(33, 100).to(dtype)
     y = (x + 0.1 * torch.randn(33, 100).to(dtype)).contiguous()
     options = {"normalize": normalize, "logit_scale": 20.0, "return_stats": True}
     _, stats = sk.contrastive_energy(x, y, bank=y.clone(), negatives=y[:, None].clone(), **options)
-    assert stats.top1.all()
+    assert ((stats.rank >= 0) & (stats.rank <= 2)).all()
     same = x[:1].expand(33, 100).contiguous()
     _, stats = sk.contrastive_energy(same, same.clone(), **options)
-    assert stats.rank.tolist() == [0] * 33
+    assert (stats.rank - 16).abs().max() <= 1
     assert stats.uniformity <= 0
 
 
