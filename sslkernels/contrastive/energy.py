@@ -30,6 +30,7 @@ class PairTensors(NamedTuple):
     bank: Tensor | None = None
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
+    bank_ids: Tensor | None = None
     row_weight: Tensor | None = None
 
 
@@ -85,6 +86,7 @@ def contrastive_energy(
     bank: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
     same_id: str = "ignore",
     exclude_self: bool = False,
     label_smoothing: float = 0.0,
@@ -125,11 +127,12 @@ def contrastive_energy(
         in_batch: False: the keys of other queries are no candidates; `direction` is then "row", without ids.
         negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
         negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
-        bank: `(B, D)`, negatives that all queries share. A queue that may hold positives belongs behind the rows of key
-            instead, with ids.
+        bank: `(B, D)`, negatives that all queries share. It is read in forward alone, unless reduction is "none": a
+            queue may be overwritten before backward.
         query_ids: `(N,)` integers. A key with the id of a query, other than its positive, is left out or, with
             `same_id="positive"`, is an extra positive (in "hinge": is no negative).
         key_ids: `(M,)` integers. Default: `query_ids`, where key is query.
+        bank_ids: `(B,)` integers; they act as key_ids do, in the row direction.
         same_id: "ignore" or "positive".
         exclude_self: query is key, and the pairs (i, i) are left out. With `same_id="positive"` the positives are then
             by default all others of the id.
@@ -164,7 +167,8 @@ def contrastive_energy(
     >>> sk.contrastive_energy(image, text, direction="symmetric", logit_scale=scale, normalize=True).backward()
     """
     checks.tensor(NAME, "key", key, checks.FLOAT_DTYPES)
-    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight)
+    ids = (query_ids, key_ids, bank_ids)
+    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, *ids, row_weight)
     options = EnergyOptions(
         energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin, in_batch
     )
@@ -176,7 +180,7 @@ def pair_energy(
     tensors: PairTensors, given: EnergyOptions, call: CallConfig
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """`contrastive_energy` under the name of the public function that calls it."""
-    own = tensors.key is None or tensors.key is tensors.query
+    own = given.in_batch and (tensors.key is None or tensors.key is tensors.query)
     if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)
     _check_choices(given, call)
@@ -228,9 +232,9 @@ def _stats(found: PairStatistics) -> ContrastiveStats:
 def _inputs(
     tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, _ = tensors
+    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, _ = tensors
     return PairInputs(
-        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, scale, bias
+        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, bank_ids, scale, bias
     )
 
 
@@ -262,7 +266,7 @@ def _over_ranks(
     if not options.columns:
         return pair_loss(inputs, options, tensors.row_weight, call)
     by_row = options._replace(rows=True, columns=False)
-    keys_alone = {"bank": None, "negatives": None, "negatives_mask": None}
+    keys_alone = {"bank": None, "bank_ids": None, "negatives": None, "negatives_mask": None}
     row_loss, statistics = None, empty_statistics(query, False)
     if options.rows:
         row_loss, statistics = pair_loss(inputs, by_row, tensors.row_weight, call)
@@ -381,12 +385,12 @@ def _check_ignored(tensors: PairTensors, given: EnergyOptions, function: str) ->
         checks.fail(ValueError, function, "direction", 'be "row" with in_batch=False', repr(given.direction))
     if given.exclude_self:
         checks.fail(ValueError, function, "exclude_self", "be False with in_batch=False", True)
-    if tensors.query_ids is not None:
-        checks.fail(ValueError, function, "query_ids", "be None with in_batch=False", tuple(tensors.query_ids.shape))
+    if tensors.key_ids is not None:
+        checks.fail(ValueError, function, "key_ids", "be None with in_batch=False", tuple(tensors.key_ids.shape))
 
 
 def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> None:
-    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight = tensors
+    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, row_weight = tensors
     checks.tensor(function, "query", query, checks.FLOAT_DTYPES)
     checks.dims(function, "query", query, 2, "(N, D)", high=2)
     count, dim = query.shape
@@ -406,12 +410,18 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> N
             checks.fail(ValueError, function, "negatives_mask", "be None without negatives", shape)
         checks.shape(function, "negatives_mask", negatives_mask, negatives.shape[:2], "(N, K)")
     keys = count if key is None else key.shape[0]
-    for name, value, size, meaning in (("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)")):
+    banked = 0 if bank is None else bank.shape[0]
+    for name, value, size, meaning in (
+        ("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)"),
+        ("bank_ids", bank_ids, banked, "(B,)"),
+    ):  # fmt: skip
         checks.tensor(function, name, value, checks.INDEX_DTYPES, optional=True)
         checks.shape(function, name, value, (size,), meaning)
-    if (query_ids is None) != (key_ids is None):
-        missing = "key_ids" if key_ids is None else "query_ids"
+    if (query_ids is None) != (key_ids is None and bank_ids is None):
+        missing = "query_ids" if query_ids is None else "key_ids" if bank is None else "key_ids or bank_ids"
         checks.fail(ValueError, function, missing, "be given with the other ids", None)
+    if bank_ids is not None and bank is None:
+        checks.fail(ValueError, function, "bank_ids", "be None without bank", tuple(bank_ids.shape))
     checks.tensor(function, "positive", positive, checks.INDEX_DTYPES, optional=True)
     checks.shape(function, "positive", positive, (count,), "(N,)")
     checks.tensor(function, "row_weight", row_weight, checks.FLOAT_DTYPES, optional=True)

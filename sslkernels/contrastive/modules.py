@@ -75,6 +75,7 @@ class ContrastiveLoss(Options):
         bank: Tensor | None = None,
         query_ids: Tensor | None = None,
         key_ids: Tensor | None = None,
+        bank_ids: Tensor | None = None,
         row_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Loss:
@@ -90,6 +91,7 @@ class ContrastiveLoss(Options):
             bank=bank,
             query_ids=query_ids,
             key_ids=key_ids,
+            bank_ids=bank_ids,
             row_weight=row_weight,
             num_items=num_items,
             **options,

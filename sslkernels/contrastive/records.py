@@ -30,6 +30,7 @@ class PairInputs(NamedTuple):
     self_index: Tensor | None
     query_ids: Tensor | None
     key_ids: Tensor | None
+    bank_ids: Tensor | None
     logit_scale: Tensor
     logit_bias: Tensor | None
 

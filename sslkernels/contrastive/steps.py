@@ -198,8 +198,8 @@ def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -
     elif stats:
         yield Candidates(setup.key, setup.key_norm, tuple(positives.key_labels), keys=True)
     if setup.bank is not None:
-        none = (None,) * len(positives.row_labels)
-        yield Candidates(setup.bank, setup.bank_norm, none, rows=True, gradient=grads.bank)
+        labels = tuple(positives.bank_labels)
+        yield Candidates(setup.bank, setup.bank_norm, labels, rows=True, gradient=grads.bank)
 
 
 def length(part: slice) -> int:

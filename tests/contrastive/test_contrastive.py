@@ -23,6 +23,7 @@ FEATURES = {
     "negatives": ("plain", "masked", "none"),
     "bank": (5,),
     "ids": ("few", "some", "one", "unlike"),
+    "bank_ids": ("also", "alone"),
     "same_id": ("positive",),
     "exclude_self": (True,),
     "label_smoothing": (0.1, 1.0),
@@ -44,6 +45,7 @@ DEFAULTS = {
     "negatives": None,
     "bank": None,
     "ids": None,
+    "bank_ids": None,
     "same_id": "ignore",
     "exclude_self": False,
     "label_smoothing": 0.0,
@@ -68,7 +70,7 @@ def allowed(case: dict) -> bool:
         return False
     if not case["in_batch"]:
         by_rows = case["direction"] == "row" or case["energy"] == "sigmoid"
-        if case["exclude_self"] or case["ids"] is not None or not by_rows:
+        if case["exclude_self"] or not by_rows or (case["ids"] is not None and case["bank_ids"] != "alone"):
             return False
     supervised = case["ids"] is not None and case["same_id"] == "positive"
     return not (case["exclude_self"] and case["positive"] is None and not supervised)
@@ -78,6 +80,9 @@ def completed(case: dict) -> dict:
     """Adjusts the other features so that the case is allowed."""
     if case["shape"] == "tall":
         case["shape"] = "square" if case["positive"] is None or case["exclude_self"] else "wide"
+    if case["bank_ids"] is not None:
+        case["bank"] = case["bank"] or 5
+        case["ids"] = case["ids"] or "few"
     if case["same_id"] == "positive" and case["ids"] is None:
         case["ids"] = "few"
     if case["exclude_self"]:
@@ -163,6 +168,10 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
         kinds = {"few": 4, "some": 9, "one": 1, "unlike": 10**12}[case["ids"]]
         options["query_ids"] = torch.randint(0, kinds, (n,))
         options["key_ids"] = options["query_ids"].clone() if m == n else torch.randint(0, kinds, (m,))
+        if case["bank_ids"] is not None:
+            options["bank_ids"] = torch.randint(0, kinds, (case["bank"],))
+        if case["bank_ids"] == "alone":
+            del options["key_ids"]
     if case["row_weight"]:
         leaves["row_weight"] = torch.rand(n, dtype=dtype) - 0.3
         leaves["row_weight"][::3] = 0

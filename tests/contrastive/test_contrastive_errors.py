@@ -40,6 +40,8 @@ CONTRASTIVE = [
     (dict(negatives_mask=torch.ones(4, 2).bool()), ValueError, r"negatives_mask must be None without negatives"),
     (dict(negatives=N, negatives_mask=torch.ones(4, 2)), TypeError, r"negatives_mask must have dtype torch.bool; got"),
     (dict(negatives=N, negatives_mask=torch.ones(4).bool()), ValueError, r"negatives_mask must have shape \(N, K\)"),
+    (dict(bank_ids=IDS, query_ids=IDS), ValueError, r"bank_ids must have shape \(B,\) = \(0,\); got \(4,\)"),
+    (dict(bank=K, query_ids=IDS), ValueError, r"key_ids or bank_ids must be given with the other ids; got None"),
     (dict(bank=torch.randn(5, 2)), ValueError, r"bank must have shape \(B, D\) = \(5, 3\); got \(5, 2\)"),
     (dict(query_ids=IDS), ValueError, r"key_ids must be given with the other ids; got None"),
     (dict(key_ids=torch.arange(6)), ValueError, r"query_ids must be given with the other ids; got None"),
@@ -71,7 +73,11 @@ CONTRASTIVE = [
     (dict(negatives=N, direction="column"), ValueError, r'negatives must be None with direction="column"; got'),
     (dict(in_batch=1), TypeError, r"in_batch must be a bool; got int"),
     (dict(in_batch=False, direction="symmetric"), ValueError, r'direction must be "row" with in_batch=False; got'),
-    (dict(in_batch=False, query_ids=IDS, key_ids=torch.arange(6)), ValueError, r"query_ids must be None with in_batch"),
+    (
+        dict(in_batch=False, query_ids=IDS, key_ids=torch.arange(6)),
+        ValueError,
+        r"key_ids must be None with in_batch=False",
+    ),
     (dict(in_batch=False, key=Q, exclude_self=True), ValueError, r"exclude_self must be False with in_batch=False"),
     (dict(row_weight=torch.ones(3)), ValueError, r"row_weight must have shape \(N,\) = \(4,\); got \(3,\)"),
 ]
