@@ -25,7 +25,7 @@ class ContrastiveLoss(Options):
             tensor `logit_scale` is learned if it is a parameter.
         max_logit_scale: the largest scale that is used, with `learnable`.
 
-    The other arguments are those of `contrastive_energy`.
+    Other arguments: see `contrastive_energy`.
 
     >>> import sslkernels as sk
     >>> loss = sk.nn.ContrastiveLoss(direction="symmetric", logit_scale=20.0, normalize=True)
@@ -99,7 +99,7 @@ class ContrastiveLoss(Options):
 
 
 class InfoNCELoss(Options):
-    """Module of `info_nce`; its first arguments are those of `InfoNCE` of info-nce-pytorch.
+    """Module of `info_nce`, which begins with the arguments of `InfoNCE` of info-nce-pytorch.
 
     >>> import sslkernels as sk
     >>> loss = sk.nn.InfoNCELoss(temperature=0.05)(torch.randn(8, 16), torch.randn(8, 16))
@@ -166,7 +166,7 @@ class ClipLoss(Options):
         learnable: the parameter `log_scale`, of shape `(1,)`, gets a gradient.
         normalize: divide the features by their norms; False for features that are normalised already.
 
-    The other arguments are those of `clip_loss`.
+    Other arguments: see `clip_loss`.
 
     >>> import sslkernels as sk
     >>> loss = sk.nn.ClipLoss(normalize=True)
@@ -226,7 +226,7 @@ class SigLipLoss(Options):
         learnable: the parameters `log_scale` and `logit_bias`, of shape `(1,)`, get gradients.
         normalize: divide the features by their norms; False for features that are normalised already.
 
-    The other arguments are those of `siglip_loss`.
+    Other arguments: see `siglip_loss`.
 
     >>> import sslkernels as sk
     >>> loss = sk.nn.SigLipLoss(normalize=True)

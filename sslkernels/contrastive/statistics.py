@@ -36,7 +36,7 @@ class Statistics:
     positive_score: the key of each row's positive, and its score as its tile has it; cosine_norms: inverse norms of
     queries and keys.
 
-    The score of the positive comes from the same matmul as those of its rivals: where all features have become the
+    The score of the positive comes from the same matmul as the scores of its rivals: where all features have become the
     same, all scores are equal, and the positive is one among equals.
     """
 
