@@ -186,8 +186,9 @@ def sums(
 
     rows, width = shape
     of_rows = RowSums(
-        *fields(rows), when(statistics, numbers(rows)), when(statistics, torch.empty(rows, dtype=torch.int64))
-    )
+        *fields(rows), when(statistics, numbers(rows)),
+        *[when(statistics, torch.empty(rows, dtype=torch.int64))] * 2,
+    )  # fmt: skip
     thresholds = Thresholds(*(torch.empty(n) for n in shape), torch.empty(rows))
     cosine_norms = torch.empty(rows), torch.empty(width)
     of_columns = ColumnSums(*fields(width)) if columns else None

@@ -21,6 +21,10 @@ void run_query_negatives(const QueryNegatives& args) {
            query_negatives_scratch_bytes(args));
 }
 
+void run_pair_positives(const PairPositives& positives) {
+  parallel(positives.tile.rows, row_grain(1), SSLKERNELS_CURRENT_ISA(pair_positives_in_tile), positives);
+}
+
 void run_pair_row_sums(const PairRowSums& sums) {
   parallel(sums.tile.rows, row_grain(sums.tile.columns), SSLKERNELS_CURRENT_ISA(pair_row_sums), sums);
 }
@@ -84,12 +88,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "pair_finish_gradient(Tensor(a!) total, Tensor values, Tensor? norm, Tensor? partner, Tensor? partner_norm, "
       "Tensor? index, Tensor? score_gradient, Tensor? extra, Tensor scale, Tensor(b!) out) -> ()");
   m.def(
+      "pair_positives_in_tile(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor column, Tensor(a!) score) -> ()");
+  m.def(
       "pair_row_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
       "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor? positive_score, Tensor? "
       "cosine_row_norm, Tensor? cosine_column_norm, Tensor(a!)? max, Tensor(b!) sum, Tensor(c!)? active, "
       "Tensor(d!)? score_sum, Tensor(e!)? positive_sum, Tensor(f!)? uniformity_sum, "
-      "Tensor(g!)? num_above_positive) -> ()");
+      "Tensor(g!)? num_above_positive, Tensor(h!)? num_equal_positive) -> ()");
   m.def(
       "pair_column_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
@@ -113,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_positive_scores, run_positive_scores>(m, "pair_positive_scores");
   bind_cpu<parse_pair_losses, run_pair_losses>(m, "pair_losses");
   bind_cpu<parse_finish_gradients, run_finish_gradients>(m, "pair_finish_gradient");
+  bind_cpu<parse_pair_positives, run_pair_positives>(m, "pair_positives_in_tile");
   bind_cpu<parse_pair_row_sums, run_pair_row_sums>(m, "pair_row_sums");
   bind_cpu<parse_pair_column_sums, run_pair_column_sums>(m, "pair_column_sums");
   bind_cpu<parse_pair_gradient, run_pair_gradient>(m, "pair_gradient");

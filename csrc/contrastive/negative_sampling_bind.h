@@ -27,6 +27,9 @@ inline NegativeSampling parse_negative_sampling_fwd(const Tensor& center, const 
   pairs.center = readable(center, {pairs.count}, index, "center");
   pairs.context = readable(context, {pairs.count}, index, "context");
   pairs.negatives = readable(negatives, {pairs.count, pairs.negative_count}, index, "negatives");
+  check_indices(center, pairs.count, pairs.center_rows, "center");
+  check_indices(context, pairs.count, pairs.context_rows, "context");
+  check_indices(negatives, negatives.numel(), pairs.context_rows, "negatives");
   pairs.exclude_positive = exclude_positive;
   pairs.loss = writable(loss, {pairs.count}, type, "loss");
   pairs.slopes = writable(slopes, {pairs.count, pairs.negative_count + 1}, type, "slopes");

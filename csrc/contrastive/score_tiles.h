@@ -34,6 +34,13 @@ struct ScoreTile {
   bool ids_positive;
 };
 
+// The score of pair (i, column[i]) of each row, as the sums see it; not written where the column is outside the tile.
+struct PairPositives {
+  ScoreTile tile;
+  const int64_t* column;
+  void* score;
+};
+
 // Running sums per row, all except `max` in double. Null: not computed.
 struct PairRowSums {
   ScoreTile tile;
@@ -44,8 +51,9 @@ struct PairRowSums {
   double* positive_sum;         // sum of s over extra positives
   double* uniformity_sum;       // sum of exp(4 cosine - 4) = exp(-2 distance^2)
   int64_t* num_above_positive;  // scores above `positive_score`
+  int64_t* num_equal_positive;  // scores equal to it
   const void* threshold;        // hinge
-  const void* positive_score;   // for `num_above_positive`
+  const void* positive_score;   // for `num_above_positive` and `num_equal_positive`
   const void* cosine_row_norm;  // inverse norms, for `uniformity_sum`
   const void* cosine_column_norm;
 };
@@ -85,7 +93,8 @@ struct PairGradient {
 // Columns per block of pair_column_sums, which takes blocks [begin_block, end_block).
 constexpr int64_t kPairColumns = 256;
 
-SSLKERNELS_CPU_KERNELS(void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end);
+SSLKERNELS_CPU_KERNELS(void pair_positives_in_tile(const PairPositives& positives, int64_t begin, int64_t end);
+                       void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end);
                        void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
                        void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end);)
 

@@ -41,6 +41,22 @@ inline ScoreTile parse_score_tile(const Tensor& products, const OptionalTensor& 
   return tile;
 }
 
+inline PairPositives parse_pair_positives(const Tensor& products, const OptionalTensor& row_norm,
+                                          const OptionalTensor& column_norm, const Tensor& scale,
+                                          const OptionalTensor& bias, int64_t energy,
+                                          const OptionalTensor& row_positive, const OptionalTensor& column_positive,
+                                          const OptionalTensor& row_self, const OptionalTensor& column_self,
+                                          const OptionalTensor& row_id, const OptionalTensor& column_id,
+                                          bool ids_positive, const Tensor& column, const Tensor& score) {
+  PairPositives positives{};
+  positives.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
+                                    row_self, column_self, row_id, column_id, ids_positive);
+  const int64_t rows = positives.tile.rows;
+  positives.column = readable<int64_t>(column, {rows}, ScalarType::Long, "column");
+  positives.score = writable(score, {rows}, accumulation_type(products), "score");
+  return positives;
+}
+
 inline void check_sums(Energy energy, const OptionalTensor& max, const OptionalTensor& threshold) {
   STD_TORCH_CHECK(max.has_value() == (energy == Energy::kSoftmax), "sslkernels: softmax has maxima");
   STD_TORCH_CHECK(threshold.has_value() == (energy == Energy::kHinge), "sslkernels: hinge has thresholds");
@@ -56,14 +72,16 @@ inline PairRowSums parse_pair_row_sums(const Tensor& products, const OptionalTen
                                        const OptionalTensor& cosine_row_norm, const OptionalTensor& cosine_column_norm,
                                        const OptionalTensor& max, const Tensor& sum, const OptionalTensor& active,
                                        const OptionalTensor& score_sum, const OptionalTensor& positive_sum,
-                                       const OptionalTensor& uniformity_sum, const OptionalTensor& num_above_positive) {
+                                       const OptionalTensor& uniformity_sum, const OptionalTensor& num_above_positive,
+                                       const OptionalTensor& num_equal_positive) {
   PairRowSums sums{};
   sums.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
                                row_self, column_self, row_id, column_id, ids_positive);
   const int64_t rows = sums.tile.rows;
   const auto type = accumulation_type(products);
   check_sums(sums.tile.energy, max, threshold);
-  STD_TORCH_CHECK(!num_above_positive || positive_score, "sslkernels: num_above_positive needs positive_score");
+  STD_TORCH_CHECK(!num_above_positive || (positive_score && num_equal_positive),
+                  "sslkernels: num_above_positive needs positive_score and num_equal_positive");
   STD_TORCH_CHECK(!uniformity_sum || (cosine_row_norm && cosine_column_norm), "sslkernels: uniformity_sum needs norms");
   sums.max = writable(max, {rows}, type, "max");
   sums.sum = writable<double>(sum, {rows}, ScalarType::Double, "sum");
@@ -72,6 +90,7 @@ inline PairRowSums parse_pair_row_sums(const Tensor& products, const OptionalTen
   sums.positive_sum = writable<double>(positive_sum, {rows}, ScalarType::Double, "positive_sum");
   sums.uniformity_sum = writable<double>(uniformity_sum, {rows}, ScalarType::Double, "uniformity_sum");
   sums.num_above_positive = writable<int64_t>(num_above_positive, {rows}, ScalarType::Long, "num_above_positive");
+  sums.num_equal_positive = writable<int64_t>(num_equal_positive, {rows}, ScalarType::Long, "num_equal_positive");
   sums.threshold = readable(threshold, {rows}, type, "threshold");
   sums.positive_score = readable(positive_score, {rows}, type, "positive_score");
   sums.cosine_row_norm = readable(cosine_row_norm, {rows}, type, "cosine_row_norm");

@@ -117,6 +117,18 @@ double block_softplus(const A* s, const A* same, int64_t count) {
 }
 
 template <class A>
+void positive_in_tile(const PairPositives& positives, int64_t i) {
+  const ScoreTile& tile = positives.tile;
+  const int64_t j = positives.column[i];
+  if (j < 0 || j >= tile.columns) return;
+  ScoreTile unlabelled = tile;  // a tile leaves its positives out
+  unlabelled.positive = unlabelled.self = unlabelled.id = PairLabels{};
+  A u, s;
+  Scores<A>{unlabelled}.block(i, j, 1, &u, &s, nullptr);
+  static_cast<A*>(positives.score)[i] = s;
+}
+
+template <class A>
 void row_sums(const PairRowSums& sums, int64_t i) {
   const ScoreTile& tile = sums.tile;
   const Scores<A> scores{tile};
@@ -126,7 +138,7 @@ void row_sums(const PairRowSums& sums, int64_t i) {
   const A threshold = tile.energy == Energy::kHinge ? static_cast<const A*>(sums.threshold)[i] : A(0);
   const A positive_score = sums.num_above_positive == nullptr ? A(0) : static_cast<const A*>(sums.positive_score)[i];
   double sum = sums.sum[i], active = 0, score_sum = 0, positive_sum = 0, uniformity_sum = 0;
-  int64_t num_above_positive = 0;
+  int64_t num_above_positive = 0, num_equal_positive = 0;
   for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
     const int64_t count = at_most(tile.columns - begin, kBlock);
     scores.block(i, begin, count, u, s, same);
@@ -178,15 +190,22 @@ void row_sums(const PairRowSums& sums, int64_t i) {
       uniformity_sum += part;
     }
     if (sums.num_above_positive != nullptr) {
-      int32_t part = 0;
+      int32_t above = 0, equal = 0;
       if (same == nullptr) {
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score ? 1 : 0;
+#pragma omp simd reduction(+ : above, equal)
+        for (int64_t j = 0; j < count; ++j) {
+          above += s[j] > positive_score ? 1 : 0;
+          equal += s[j] == positive_score ? 1 : 0;
+        }
       } else {
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = 0; j < count; ++j) part += s[j] > positive_score && same[j] == A(0) ? 1 : 0;
+#pragma omp simd reduction(+ : above, equal)
+        for (int64_t j = 0; j < count; ++j) {
+          above += s[j] > positive_score && same[j] == A(0) ? 1 : 0;
+          equal += s[j] == positive_score && same[j] == A(0) ? 1 : 0;
+        }
       }
-      num_above_positive += part;
+      num_above_positive += above;
+      num_equal_positive += equal;
     }
   }
   if (tile.energy == Energy::kSoftmax) static_cast<A*>(sums.max)[i] = max;
@@ -195,7 +214,10 @@ void row_sums(const PairRowSums& sums, int64_t i) {
   if (sums.score_sum != nullptr) sums.score_sum[i] += score_sum;
   if (sums.positive_sum != nullptr) sums.positive_sum[i] += positive_sum;
   if (sums.uniformity_sum != nullptr) sums.uniformity_sum[i] += uniformity_sum;
-  if (sums.num_above_positive != nullptr) sums.num_above_positive[i] += num_above_positive;
+  if (sums.num_above_positive != nullptr) {
+    sums.num_above_positive[i] += num_above_positive;
+    sums.num_equal_positive[i] += num_equal_positive;
+  }
 }
 
 // The sums of at most kPairColumns columns.
@@ -370,6 +392,11 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
 }
 
 }  // namespace
+
+void pair_positives_in_tile(const PairPositives& positives, int64_t begin, int64_t end) {
+  const auto run = positives.tile.element == Element::kDouble ? positive_in_tile<double> : positive_in_tile<float>;
+  for (int64_t i = begin; i < end; ++i) run(positives, i);
+}
 
 void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end) {
   const auto run = sums.tile.element == Element::kDouble ? row_sums<double> : row_sums<float>;

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "core/element.h"
+#include "core/index.h"
 
 namespace sslkernels {
 
@@ -72,6 +73,16 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
 inline void check_contiguous(const Tensor& tensor, Shape shape, ScalarType dtype, const char* name) {
   check_shape(tensor, shape, dtype, name);
   STD_TORCH_CHECK(tensor.is_contiguous(), "sslkernels: ", name, " must be contiguous");
+}
+
+// Raises unless the first `count` indices of a CPU tensor are in [0, rows): its kernels follow them unchecked. On a GPU
+// the kernels check.
+inline void check_indices(const Tensor& index, int64_t count, int64_t rows, const char* name) {
+  if (index.is_cuda()) return;
+  const bool wide = is_wide(index, name);
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside &= in_range(index_at(index.const_data_ptr(), wide, i), rows);
+  STD_TORCH_CHECK(inside, "sslkernels: ", name, " must be in [0, ", rows, ")");
 }
 
 inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }

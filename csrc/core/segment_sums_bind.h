@@ -58,6 +58,14 @@ inline WeightedRowSums parse_weighted_row_sums(const Tensor& starts, const Tenso
   sums.out_element = element_of(out);
   sums.starts = readable<int64_t>(starts, {sums.rows + 1}, ScalarType::Long, "starts");
   sums.order = readable<int64_t>(order, {sums.entries}, ScalarType::Long, "order");
+  if (!starts.is_cuda()) {
+    bool ordered = sums.rows == 0 || sums.starts[0] >= 0;
+    for (int64_t r = 0; r < sums.rows; ++r) ordered &= sums.starts[r] <= sums.starts[r + 1];
+    STD_TORCH_CHECK(ordered && sums.starts[sums.rows] <= sums.entries,
+                    "sslkernels: starts must ascend from 0 to at most the number of entries");
+    check_indices(order, sums.starts[sums.rows], sums.entries, "order");
+    if (source_index) check_indices(*source_index, source_index->numel(), sums.source_rows, "source_index");
+  }
   sums.coefficient = readable(coefficient, {sums.entries}, type, "coefficient");
   sums.source = readable(source, {sums.source_rows, sums.dim}, source.scalar_type(), "source");
   sums.source_index = pointer(source_index);

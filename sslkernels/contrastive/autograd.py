@@ -32,6 +32,8 @@ class CallConfig(NamedTuple):
 
     function: str
     reduction: str = "mean"
+    num_items: int | Tensor | None = None
+    on_empty: str = "nan"
     process_group: Any = None
     return_stats: bool = False
 
@@ -42,12 +44,7 @@ def pair_loss(
     """The loss of the pairs, reduced, and its statistics."""
     acc = accumulation_dtype(inputs.query.dtype)
     inputs = PairInputs(*map(contiguous, inputs))
-    divisor = None
-    if call.reduction == "mean":
-        if inputs.positive is None or options.energy == SIGMOID:
-            divisor = torch.full((), inputs.query.shape[0], dtype=acc, device=inputs.query.device)
-        else:
-            divisor = (inputs.positive != NO_POSITIVE).sum().to(acc)
+    divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
     if call.reduction != "none" and torch.is_grad_enabled() and any(wanted):
         loss, _, statistics, _ = _ReducedLoss.run(
@@ -62,6 +59,20 @@ def pair_loss(
     return loss if divisor is None else loss / divisor, statistics
 
 
+def _divisor(inputs: PairInputs, options: PairOptions, call: CallConfig) -> Tensor:
+    """What "mean" divides by: num_items, or how many rows count."""
+    query, num_items = inputs.query, call.num_items
+    acc = accumulation_dtype(query.dtype)
+    if isinstance(num_items, Tensor):
+        divisor = num_items.detach().reshape(()).to(acc)
+    elif num_items is not None or inputs.positive is None or options.energy == SIGMOID:
+        count = query.shape[0] if num_items is None else num_items
+        divisor = torch.full((), count, dtype=acc, device=query.device)
+    else:
+        divisor = (inputs.positive != NO_POSITIVE).sum().to(acc)
+    return divisor if call.on_empty == "nan" else torch.where(divisor == 0, 1, divisor)
+
+
 def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
@@ -69,7 +80,8 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 def _forward(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
-    fwd = contrastive_fwd if _has_shared_candidates(inputs, options) else per_query_contrastive_fwd
+    tiles = stats or _has_shared_candidates(inputs, options)  # statistics are over all keys
+    fwd = contrastive_fwd if tiles else per_query_contrastive_fwd
     return fwd(_raw_inputs(inputs), coefficient, options, wanted, stats)
 
 
@@ -132,13 +144,13 @@ def _row_gradients(
 
 
 class _Leaves(NamedTuple):
-    """The tensors of a reduced loss that may want a gradient."""
+    """The tensors of a reduced loss that want a gradient, and its row weights."""
 
-    query: Tensor
+    query: Tensor | None
     key: Tensor | None
     bank: Tensor | None
     negatives: Tensor | None
-    logit_scale: Tensor
+    logit_scale: Tensor | None
     logit_bias: Tensor | None
     row_weight: Tensor | None
 
@@ -175,7 +187,9 @@ class _ReducedLoss(Function):
     def setup_context(ctx, inputs, outputs):
         pairs, row_weight, divisor, _, ctx.computed, ctx.function, _ = inputs
         _, losses, _, gradients = outputs
-        leaves = _Leaves(*(getattr(pairs, name) for name in PairWanted._fields), row_weight)
+        # A tensor without a gradient, such as a queue, may be overwritten before backward.
+        wanted = ((name, getattr(ctx.computed, name)) for name in PairWanted._fields)
+        leaves = _Leaves(*(getattr(pairs, name) if want else None for name, want in wanted), row_weight)
         save(ctx, gradients, losses, divisor, leaves)
 
     @staticmethod

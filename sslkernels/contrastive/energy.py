@@ -30,6 +30,7 @@ class PairTensors(NamedTuple):
     bank: Tensor | None = None
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
+    bank_ids: Tensor | None = None
     row_weight: Tensor | None = None
 
 
@@ -51,13 +52,14 @@ class EnergyOptions(NamedTuple):
 class ContrastiveStats(NamedTuple):
     """Statistics of a contrastive energy, detached; they say whether the features collapse.
 
-    Per query (N,), over its candidates (for the column direction the keys alone): lse, log-sum-exp of the
-    scores; positive, the score of the positive (with extra positives the mean over all of them); rank (int64), how many
-    candidates that are no positives score higher than the positive, by more than the rounding of a score; top1: rank is
-    0. A query without a positive has positive 0, rank -1, top1 False. Scalars, of the normalised features (Wang and
-    Isola 2020): alignment, the mean squared distance of a query and its positive; uniformity, log mean
-    exp(-2 squared distance) over the other pairs of a query and a key that is its candidate, 0 where all features have
-    become the same.
+    Per query (N,), over its candidates (for the column direction the keys alone): lse, log-sum-exp of the scores;
+    positive, the score of the positive (with extra positives the mean over all of them); rank (float), how many
+    candidates that are no positives score higher than the positive, equal ones counted half; top1 (float), 1 /
+    (1 + equal ones) if none scores higher, else 0. The scores that are compared are rounded alike: where all features
+    have become the same, rank and top1 are at chance. A query without a positive has positive 0, rank -1, top1 0.
+    Scalars, of the normalised features (Wang and Isola 2020), whatever ids say: alignment, the mean squared distance of
+    a query and its positive; uniformity, log mean exp(-2 squared distance) over the other pairs of a query and a key, 0
+    where all features have become the same. A feature of zeros stays at 0 when it is normalised.
     """
 
     lse: Tensor
@@ -78,17 +80,21 @@ def contrastive_energy(
     logit_scale: float | Tensor = 1.0,
     logit_bias: float | Tensor | None = None,
     normalize: bool = False,
+    in_batch: bool = True,
     negatives: Tensor | None = None,
     negatives_mask: Tensor | None = None,
     bank: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
     same_id: str = "ignore",
     exclude_self: bool = False,
     label_smoothing: float = 0.0,
     margin: float | None = None,
     row_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
     reduction: str = "mean",
+    on_empty: str = "nan",
     process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
@@ -107,30 +113,36 @@ def contrastive_energy(
         query: `(N, D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its dtype; otherwise
             key, bank and negatives have the dtype of query. float16 on a CPU computes in float32.
         key: `(M, D)`, the candidates that all queries share.
-        positive: `(N,)` int64 or int32, the row of each query's key. Default: row i, which needs M >= N.
+        positive: `(N,)` int64 or int32, the row of each query's key; -1 for a query without a positive, which counts
+            neither in the sum nor in the mean; in the sigmoid energy it counts, and its pairs are negatives. Default:
+            row i, which needs M >= N.
         energy: "softmax", "sigmoid" or "hinge".
         direction: "row", over the candidates of each query; "column", over the queries of each query's key;
             "symmetric", half of each. The sigmoid energy is the same in all. `negatives` and `bank` count in the row
-            direction only.
+            direction only, and are refused in "column".
         logit_scale: a number, or a tensor of one element, which gets its exact gradient; 1 / temperature, not its
             logarithm.
         logit_bias: a number, or a tensor of one element, which gets its exact gradient.
         normalize: divide every feature by max(norm, 1e-12); no normalised copy is made.
+        in_batch: False: the keys of other queries are no candidates; `direction` is then "row", without ids.
         negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
         negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
-        bank: `(B, D)`, negatives that all queries share. A queue that may hold positives belongs behind the rows of key
-            instead, with ids.
+        bank: `(B, D)`, negatives that all queries share. It is read in forward alone, unless reduction is "none": a
+            queue may be overwritten before backward.
         query_ids: `(N,)` integers. A key with the id of a query, other than its positive, is left out or, with
             `same_id="positive"`, is an extra positive (in "hinge": is no negative).
         key_ids: `(M,)` integers. Default: `query_ids`, where key is query.
+        bank_ids: `(B,)` integers; they act as key_ids do, in the row direction.
         same_id: "ignore" or "positive".
         exclude_self: query is key, and the pairs (i, i) are left out. With `same_id="positive"` the positives are then
             by default all others of the id.
         label_smoothing: in "softmax", moves this share of the target to the mean over all candidates.
         margin: of "hinge"; default 0.2.
         row_weight: `(N,)`, multiplies the loss of each query; not part of the divisor of "mean". Differentiable.
+        num_items: int or 0-d tensor, what "mean" divides by (for gradient accumulation).
         reduction: "mean", over the queries that have a positive (in "sigmoid" over all); "sum"; "none": `(N,)`. A query
             without any positive has loss 0. With `direction="column"` row i is the loss of its key's column.
+        on_empty: the "mean" over no queries: "nan", or "zero" with gradients 0.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
             each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
             over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
@@ -155,22 +167,26 @@ def contrastive_energy(
     >>> sk.contrastive_energy(image, text, direction="symmetric", logit_scale=scale, normalize=True).backward()
     """
     checks.tensor(NAME, "key", key, checks.FLOAT_DTYPES)
-    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight)
+    ids = (query_ids, key_ids, bank_ids)
+    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, *ids, row_weight)
     options = EnergyOptions(
-        energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin
+        energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin, in_batch
     )
-    return pair_energy(tensors, options, CallConfig(NAME, reduction, process_group, return_stats))
+    call = CallConfig(NAME, reduction, num_items, on_empty, process_group, return_stats)
+    return pair_energy(tensors, options, call)
 
 
 def pair_energy(
     tensors: PairTensors, given: EnergyOptions, call: CallConfig
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """`contrastive_energy` under the name of the public function that calls it."""
-    if tensors.key is tensors.query and tensors.query_ids is not None and tensors.key_ids is None:
+    own = given.in_batch and (tensors.key is None or tensors.key is tensors.query)
+    if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)
     _check_choices(given, call)
     _check_tensors(call.function, tensors, given.exclude_self)
     _check_numbers(tensors, given, call)
+    _check_ignored(tensors, given, call.function)
     query = tensors.query
     scale = _scalar(call.function, "logit_scale", given.logit_scale, query)
     bias = None if given.logit_bias is None else _scalar(call.function, "logit_bias", given.logit_bias, query)
@@ -204,19 +220,21 @@ def pair_energy(
         loss, statistics = _over_ranks(tensors, given, call, options, scale, bias)
     if not call.return_stats:
         return loss
-    rank = statistics.num_above_positive
-    stats = ContrastiveStats(
-        statistics.lse, statistics.positive, rank, rank == 0, statistics.alignment, statistics.uniformity
-    )
-    return loss, stats
+    return loss, _stats(statistics)
+
+
+def _stats(found: PairStatistics) -> ContrastiveStats:
+    above, equal = found.num_above_positive, found.num_equal_positive.to(found.lse.dtype)
+    rank, top1 = above + equal / 2, torch.where(above == 0, 1 / (1 + equal), 0)
+    return ContrastiveStats(found.lse, found.positive, rank, top1, found.alignment, found.uniformity)
 
 
 def _inputs(
     tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, _ = tensors
+    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, _ = tensors
     return PairInputs(
-        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, scale, bias
+        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, bank_ids, scale, bias
     )
 
 
@@ -248,7 +266,7 @@ def _over_ranks(
     if not options.columns:
         return pair_loss(inputs, options, tensors.row_weight, call)
     by_row = options._replace(rows=True, columns=False)
-    keys_alone = {"bank": None, "negatives": None, "negatives_mask": None}
+    keys_alone = {"bank": None, "bank_ids": None, "negatives": None, "negatives_mask": None}
     row_loss, statistics = None, empty_statistics(query, False)
     if options.rows:
         row_loss, statistics = pair_loss(inputs, by_row, tensors.row_weight, call)
@@ -289,13 +307,15 @@ def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, k
             checks.fail(ValueError, function, "positive", must, None)
         return None
     index = positive.long()
-    wrong = (index < 0) | (index >= keys)
+    none = index == NO_POSITIVE
+    wrong = (index < NO_POSITIVE) | (index >= keys)
     visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
     if index.device.type == "cpu" and visible and bool(wrong.any()):
-        checks.fail(ValueError, function, "positive", f"be in [0, {keys})", index[wrong][0].item())
+        must = f"be in [0, {keys}), or -1 for none"
+        checks.fail(ValueError, function, "positive", must, index[wrong][0].item())
     if exclude_self:
         itself = index == torch.arange(count, device=index.device)
-    index = torch.where(wrong, INVALID_POSITIVE, index + start)
+    index = torch.where(wrong, INVALID_POSITIVE, torch.where(none, NO_POSITIVE, index + start))
     return torch.where(itself, next_key, index) if exclude_self else index
 
 
@@ -331,6 +351,7 @@ def _check_choices(given: EnergyOptions, call: CallConfig) -> None:
     checks.choice(function, "same_id", given.same_id, ("ignore", "positive"))
     checks.choice(function, "reduction", call.reduction, ("none", "mean", "sum"))
     checks.boolean(function, "normalize", given.normalize)
+    checks.boolean(function, "in_batch", given.in_batch)
     checks.boolean(function, "exclude_self", given.exclude_self)
     checks.boolean(function, "return_stats", call.return_stats)
 
@@ -342,6 +363,7 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
         checks.fail(TypeError, function, "process_group", must, type(group).__name__)
     if given.same_id == "positive" and tensors.query_ids is None:
         checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
+    checks.mean_divisor(function, call.reduction, call.num_items, call.on_empty, tensors.query.device)
     checks.number(function, "label_smoothing", given.label_smoothing, low=0.0, high=1.0)
     if given.label_smoothing > 0 and given.energy != ENERGIES[SOFTMAX]:
         checks.fail(ValueError, function, "label_smoothing", 'be 0 unless energy is "softmax"', given.label_smoothing)
@@ -351,8 +373,24 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
             checks.fail(ValueError, function, "margin", 'be None unless energy is "hinge"', margin)
 
 
+def _check_ignored(tensors: PairTensors, given: EnergyOptions, function: str) -> None:
+    """Refuses what the direction or `in_batch` would ignore."""
+    by_rows = given.direction != "column" or given.energy == ENERGIES[SIGMOID]
+    for name, value in (("negatives", tensors.negatives), ("bank", tensors.bank)):
+        if value is not None and not by_rows:
+            checks.fail(ValueError, function, name, 'be None with direction="column"', tuple(value.shape))
+    if given.in_batch:
+        return
+    if given.direction != "row" and given.energy != ENERGIES[SIGMOID]:
+        checks.fail(ValueError, function, "direction", 'be "row" with in_batch=False', repr(given.direction))
+    if given.exclude_self:
+        checks.fail(ValueError, function, "exclude_self", "be False with in_batch=False", True)
+    if tensors.key_ids is not None:
+        checks.fail(ValueError, function, "key_ids", "be None with in_batch=False", tuple(tensors.key_ids.shape))
+
+
 def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> None:
-    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, row_weight = tensors
+    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, row_weight = tensors
     checks.tensor(function, "query", query, checks.FLOAT_DTYPES)
     checks.dims(function, "query", query, 2, "(N, D)", high=2)
     count, dim = query.shape
@@ -372,12 +410,18 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> N
             checks.fail(ValueError, function, "negatives_mask", "be None without negatives", shape)
         checks.shape(function, "negatives_mask", negatives_mask, negatives.shape[:2], "(N, K)")
     keys = count if key is None else key.shape[0]
-    for name, value, size, meaning in (("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)")):
+    banked = 0 if bank is None else bank.shape[0]
+    for name, value, size, meaning in (
+        ("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)"),
+        ("bank_ids", bank_ids, banked, "(B,)"),
+    ):  # fmt: skip
         checks.tensor(function, name, value, checks.INDEX_DTYPES, optional=True)
         checks.shape(function, name, value, (size,), meaning)
-    if (query_ids is None) != (key_ids is None):
-        missing = "key_ids" if key_ids is None else "query_ids"
+    if (query_ids is None) != (key_ids is None and bank_ids is None):
+        missing = "query_ids" if query_ids is None else "key_ids" if bank is None else "key_ids or bank_ids"
         checks.fail(ValueError, function, missing, "be given with the other ids", None)
+    if bank_ids is not None and bank is None:
+        checks.fail(ValueError, function, "bank_ids", "be None without bank", tuple(bank_ids.shape))
     checks.tensor(function, "positive", positive, checks.INDEX_DTYPES, optional=True)
     checks.shape(function, "positive", positive, (count,), "(N,)")
     checks.tensor(function, "row_weight", row_weight, checks.FLOAT_DTYPES, optional=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.contrastive.autograd import CallConfig
-from sslkernels.contrastive.energy import EnergyOptions, PairTensors, pair_energy
+from sslkernels.contrastive.energy import ContrastiveStats, EnergyOptions, PairTensors, pair_energy
 from sslkernels.core import checks
 
 
@@ -18,9 +18,16 @@ def info_nce(
     negative_keys: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
     negative_mode: str = "unpaired",
-) -> Tensor:
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    on_empty: str = "nan",
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """InfoNCE of normalised features (van den Oord et al. 2018), as the package info-nce-pytorch computes it.
 
     Neither the scores of all queries and keys nor normalised copies of the features are ever materialised.
@@ -32,8 +39,15 @@ def info_nce(
             negatives of each query, which no other query sees. With negatives given, the keys of other queries are no
             negatives.
         temperature: divides the scores; a number, or a tensor of one element, which gets its gradient.
-        reduction: "mean", "sum" or "none".
         negative_mode: "unpaired" for negatives that all queries share, "paired" for per-query ones.
+        reduction: "mean", "sum" or "none", which returns the losses `(N,)`.
+        num_items: int or 0-d tensor, what "mean" divides by (for gradient accumulation).
+        on_empty: the "mean" over no rows: "nan", or "zero" with gradients 0.
+        ids: `(N,)` integers; other pairs of the same id are left out. None with negative_keys.
+        label_smoothing: moves this share of the target to the mean over all candidates.
+        normalize: divide every feature by its norm.
+        process_group: as in `contrastive_energy`.
+        return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype, shape or range.
 
@@ -45,8 +59,11 @@ def info_nce(
     checks.choice(name, "negative_mode", negative_mode, ("unpaired", "paired"))
     checks.tensor(name, "negative_keys", negative_keys, checks.FLOAT_DTYPES, optional=True)
     _check_pair(name, "query", query, "positive_key", positive_key)
+    _check_ids(name, ids, query)
     paired = negative_mode == "paired"
     if negative_keys is not None:
+        if ids is not None:
+            checks.fail(ValueError, name, "ids", "be None with negative_keys", tuple(ids.shape))
         shape = "(N, K, D)" if paired else "(M, D)"
         dims = 3 if paired else 2
         checks.dims(name, "negative_keys", negative_keys, dims, f'{shape} in negative_mode="{negative_mode}"', dims)
@@ -56,23 +73,48 @@ def info_nce(
         _check_like(name, "negative_keys", negative_keys, "query", query)
     negatives, bank = (negative_keys, None) if paired else (None, negative_keys)
     return pair_energy(
-        PairTensors(query, positive_key, negatives=negatives, bank=bank),
-        EnergyOptions(logit_scale=_inverse(name, temperature), normalize=True, in_batch=negative_keys is None),
-        CallConfig(name, reduction),
+        PairTensors(query, positive_key, negatives=negatives, bank=bank, query_ids=ids, key_ids=ids),
+        EnergyOptions(
+            logit_scale=_inverse(name, temperature),
+            normalize=normalize,
+            label_smoothing=label_smoothing,
+            in_batch=negative_keys is None,
+        ),
+        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
     )
 
 
-def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, process_group: Any = None) -> Tensor:
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    on_empty: str = "nan",
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    process_group: Any = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """NT-Xent of SimCLR (Chen et al. 2020): each of the 2 N views against its other view and all the rest.
 
-    Mean over the 2 N views. The scores are symmetric: half of them are computed, a block of rows at a time, and each
-    serves two rows.
+    The rows are the views of z0, then the views of z1. The scores are symmetric: half of them are computed, a block of
+    rows at a time, and each serves two rows; with `return_stats` all are computed.
 
     Args:
-        z0: `(N, D)`, the first view of each sample, normalised here; float32, bfloat16, float16 or float64.
-        z1: `(N, D)`, the second view of each sample, normalised here.
+        z0: `(N, D)`, the first view of each sample; float32, bfloat16, float16 or float64.
+        z1: `(N, D)`, the second view of each sample.
         temperature: divides the scores; a number, or a tensor of one element, which gets its gradient.
+        reduction: "mean", "sum" or "none", which returns the losses `(2 N,)`.
+        num_items: int or 0-d tensor, what "mean" divides by (for gradient accumulation).
+        on_empty: the "mean" over no rows: "nan", or "zero" with gradients 0.
+        ids: `(N,)` integers; views of other samples with the same id are left out.
+        label_smoothing: moves this share of the target to the mean over all candidates.
+        normalize: divide every view by its norm.
         process_group: as in `contrastive_energy`.
+        return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
 
@@ -84,10 +126,19 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.5, proces
     _check_pair(name, "z0", z0, "z1", z1)
     count = z0.shape[0]
     partner = torch.arange(2 * count, device=z0.device).roll(count)
+    _check_ids(name, ids, z0)
+    views, view_ids = torch.cat([z0, z1]), None if ids is None else ids.repeat(2)
+    # The statistics of a row need all its candidates; symmetric scores are computed once for two rows.
+    key = views if return_stats else None
     return pair_energy(
-        PairTensors(torch.cat([z0, z1]), None, positive=partner),
-        EnergyOptions(exclude_self=True, logit_scale=_inverse(name, temperature), normalize=True),
-        CallConfig(name, process_group=process_group),
+        PairTensors(views, key, positive=partner, query_ids=view_ids),
+        EnergyOptions(
+            exclude_self=True,
+            logit_scale=_inverse(name, temperature),
+            normalize=normalize,
+            label_smoothing=label_smoothing,
+        ),
+        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
     )
 
 
@@ -97,8 +148,15 @@ def clip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    on_empty: str = "nan",
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = False,
     process_group: Any = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """The loss of CLIP (Radford et al. 2021) on features that the caller normalised, as open_clip's `ClipLoss`.
 
     Half the cross-entropy of each image over all texts plus half the cross-entropy of each text over all images; the
@@ -109,7 +167,14 @@ def clip_loss(
         text_features: `(N, D)`, row i belongs to row i of `image_features`.
         logit_scale: 1 / temperature, not clamped; a number, or a tensor of one element, which gets its exact gradient.
         logit_bias: a number, or a tensor of one element, whose gradient is 0.
+        reduction: "mean", "sum" or "none", which returns the losses `(N,)`.
+        num_items: int or 0-d tensor, what "mean" divides by (for gradient accumulation).
+        on_empty: the "mean" over no rows: "nan", or "zero" with gradients 0.
+        ids: `(N,)` integers; other pairs of the same id are left out.
+        label_smoothing: moves this share of the target to the mean over all candidates.
+        normalize: divide the features by their norms; False for features that the caller normalised.
         process_group: as in `contrastive_energy`.
+        return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
 
@@ -119,10 +184,17 @@ def clip_loss(
     """
     name = "clip_loss"
     _check_pair(name, "image_features", image_features, "text_features", text_features)
+    _check_ids(name, ids, image_features)
     return pair_energy(
-        PairTensors(image_features, text_features),
-        EnergyOptions(direction="symmetric", logit_scale=logit_scale, logit_bias=logit_bias),
-        CallConfig(name, process_group=process_group),
+        PairTensors(image_features, text_features, query_ids=ids, key_ids=ids),
+        EnergyOptions(
+            direction="symmetric",
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            normalize=normalize,
+            label_smoothing=label_smoothing,
+        ),
+        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
     )
 
 
@@ -132,8 +204,15 @@ def siglip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None,
     *,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    on_empty: str = "nan",
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = False,
     process_group: Any = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """The loss of SigLIP (Zhai et al. 2023) on features that the caller normalised, as open_clip's `SigLipLoss`.
 
     The sum over all pairs of softplus(-+ score), over N, in three matmuls; the score matrix is never materialised.
@@ -143,7 +222,14 @@ def siglip_loss(
         text_features: `(N, D)`, row i belongs to row i of `image_features`.
         logit_scale: 1 / temperature; a number, or a tensor of one element, which gets its exact gradient.
         logit_bias: a number, or a tensor of one element, which gets its exact gradient.
+        reduction: "mean", "sum" or "none", which returns the losses `(N,)`.
+        num_items: int or 0-d tensor, what "mean" divides by (for gradient accumulation).
+        on_empty: the "mean" over no rows: "nan", or "zero" with gradients 0.
+        ids: `(N,)` integers; other pairs of the same id are left out.
+        label_smoothing: must be 0: this loss has no distribution over candidates.
+        normalize: divide the features by their norms; False for features that the caller normalised.
         process_group: as in `contrastive_energy`.
+        return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
 
@@ -153,10 +239,17 @@ def siglip_loss(
     """
     name = "siglip_loss"
     _check_pair(name, "image_features", image_features, "text_features", text_features)
+    _check_ids(name, ids, image_features)
     return pair_energy(
-        PairTensors(image_features, text_features),
-        EnergyOptions(energy="sigmoid", logit_scale=logit_scale, logit_bias=logit_bias),
-        CallConfig(name, process_group=process_group),
+        PairTensors(image_features, text_features, query_ids=ids, key_ids=ids),
+        EnergyOptions(
+            energy="sigmoid",
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            normalize=normalize,
+            label_smoothing=label_smoothing,
+        ),
+        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
     )
 
 
@@ -167,6 +260,12 @@ def _check_pair(function: str, first_name: str, first: Tensor, second_name: str,
         checks.dims(function, name, value, 2, "(N, D)", high=2)
     checks.shape(function, second_name, second, first.shape, f"that of {first_name}")
     _check_like(function, second_name, second, first_name, first)
+
+
+def _check_ids(function: str, ids: Tensor | None, features: Tensor) -> None:
+    checks.tensor(function, "ids", ids, checks.INDEX_DTYPES, optional=True)
+    checks.shape(function, "ids", ids, features.shape[:1], "(N,)")
+    checks.same_device(function, "ids", ids, "the features", features.device)
 
 
 def _check_like(function: str, name: str, value: Tensor, of: str, reference: Tensor) -> None:

@@ -32,15 +32,19 @@ class PairSetup:
         options: PairOptions,
         coefficient: Tensor | None,
         wants_gradients: bool,
+        stats: bool = False,
     ) -> None:
         self.inputs = inputs
         self.options = options
         self.wants_gradients = coefficient is not None and wants_gradients
         self.mutual = inputs.key is None
         self.acc = accumulation_dtype(inputs.query.dtype)
+        self.dtype = options.compute_dtype
         # On a CPU a float16 matmul is about a thousand times slower than a float32 one.
-        cpu_half = inputs.query.device.type == "cpu" and options.compute_dtype == torch.float16
-        self.dtype = torch.float32 if cpu_half else options.compute_dtype
+        cpu_half = inputs.query.device.type == "cpu" and self.dtype == torch.float16
+        # Products that are rounded to 8 bits do not say which of two close scores is larger.
+        if cpu_half or (stats and kernels.rounds_products and self.dtype.itemsize == 2):
+            self.dtype = torch.float32
         self.count = inputs.query.shape[0]
         self.query = inputs.query.to(self.dtype)
         self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)
@@ -66,6 +70,8 @@ class PairSetup:
         candidates = self.positives.row_candidates
         if self.bank is not None:
             candidates = candidates + self.bank.shape[0]
+            if not self.options.ids_positive:
+                candidates = candidates - self.positives.of_same_id_in_bank
         if self.negatives is not None:
             mask = self.inputs.negatives_mask
             candidates = candidates + (self.negatives.shape[1] if mask is None else mask.sum(1))
@@ -132,9 +138,9 @@ class Positives:
 
     has: rows with a positive; counted: those and the invalid rows, whose loss is NaN; rows_of_key: how many rows have
     a key as their positive. row_labels, key_labels: int32 labels of the pair, of the sample itself and of its id, as in
-    `score_tiles.Labels`. row_candidates, column_candidates: how many scores a row and a column have, the positive
-    included; row_positives, column_positives: how many of these are positives. Few losses need all of them: each is
-    computed when it is asked for.
+    `score_tiles.Labels`; bank_labels: the same of the bank, which has ids alone. row_candidates, column_candidates: how
+    many scores a row and a column have, the positive included; row_positives, column_positives: how many of these are
+    positives. Few losses need all of them: each is computed when it is asked for.
     """
 
     def __init__(self, inputs: PairInputs, options: PairOptions) -> None:
@@ -150,9 +156,16 @@ class Positives:
         self.key_labels: list[Tensor | None] = [key_index, None, None]
         if inputs.self_index is not None:
             self.row_labels[1], self.key_labels[1] = inputs.self_index.to(torch.int32), key_index
-        self.has_ids = inputs.query_ids is not None and options.in_batch
-        if self.has_ids:
-            self.row_labels[2], self.key_labels[2] = _codes(inputs.query_ids.long(), inputs.key_ids.long())
+        self.bank_labels: list[Tensor | None] = [None, None, None]
+        self.has_ids = inputs.key_ids is not None and options.in_batch
+        has_bank_ids = inputs.bank_ids is not None and options.rows
+        if self.has_ids or has_bank_ids:
+            given = [inputs.key_ids] * self.has_ids + [inputs.bank_ids] * has_bank_ids
+            self.row_labels[2], *codes = _codes(inputs.query_ids.long(), [ids.long() for ids in given])
+            if has_bank_ids:
+                self.bank_labels[2] = codes.pop()
+            if self.has_ids:
+                self.key_labels[2] = codes.pop()
 
     @functools.cached_property
     def index(self) -> slice | Tensor:
@@ -188,9 +201,17 @@ class Positives:
         return row - positive, column - self.scatter_add(positive, torch.zeros_like(column))
 
     @functools.cached_property
+    def of_same_id_in_bank(self) -> Tensor | int:
+        """How many rows of the bank share each row's id."""
+        inputs = self.inputs
+        if inputs.bank_ids is None or not self.options.rows:
+            return 0
+        return _occurrences(inputs.query_ids.long(), inputs.bank_ids.long())
+
+    @functools.cached_property
     def row_positives(self) -> Tensor:
         row, _ = self.with_same_id if self._ids_are(positive=True) else (0, 0)
-        return self.has.long() + row
+        return self.has.long() + row + (self.of_same_id_in_bank if self.options.ids_positive else 0)
 
     @functools.cached_property
     def column_positives(self) -> Tensor:
@@ -284,11 +305,12 @@ def _occurrences(values: Tensor, among: Tensor) -> Tensor:
     return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
 
 
-def _codes(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 codes, equal where the ids are; -1 for an id that no key has."""
-    ordered = key_ids.sort().values
+def _codes(query_ids: Tensor, others: list[Tensor]) -> list[Tensor]:
+    """int32 codes of the queries and of each of `others`, equal where the ids are; -1 for an id that no other has."""
+    ordered = (others[0] if len(others) == 1 else torch.cat(others)).sort().values
     if ordered.shape[0] == 0:
-        return torch.full_like(query_ids, -1, dtype=torch.int32), key_ids.to(torch.int32)
+        return [torch.full_like(query_ids, -1, dtype=torch.int32), *(ids.to(torch.int32) for ids in others)]
     code = torch.searchsorted(ordered, query_ids).clamp(max=ordered.shape[0] - 1)
     found = ordered[code] == query_ids
-    return torch.where(found, code, -1).to(torch.int32), torch.searchsorted(ordered, key_ids).to(torch.int32)
+    codes = (torch.searchsorted(ordered, ids).to(torch.int32) for ids in others)
+    return [torch.where(found, code, -1).to(torch.int32), *codes]

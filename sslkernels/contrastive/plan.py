@@ -81,7 +81,7 @@ def forward(
     stats: bool,
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
     """Losses and statistics, and the gradients of sum(coefficient * loss) that are wanted."""
-    setup = PairSetup(kernels, inputs, options, coefficient, any(wanted))
+    setup = PairSetup(kernels, inputs, options, coefficient, any(wanted), stats)
     plan = _Plan(kernels, setup, wanted, stats)
     plan.walk(sums=True, gradient=setup.wants_gradients and not plan.two_pass)
     if options.columns:
@@ -122,11 +122,11 @@ class _Plan:
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
         self.grads = FeatureGradients(kernels, setup, wanted)
-        self.steps = Steps(kernels, setup, self.grads)
+        self.steps = Steps(kernels, setup, self.grads, stats)
 
         softmax = options.energy == SOFTMAX
         sums = running_sums(setup, setup.count, softmax)
-        self.row_sums = RowSums(*sums, uniformity_sum=None, num_above_positive=None)
+        self.row_sums = RowSums(*sums, uniformity_sum=None, num_above_positive=None, num_equal_positive=None)
         columns = setup.hinge_columns() if options.energy == HINGE else setup.key.shape[0]
         self.column_sums = sums if setup.mutual else running_sums(setup, columns, softmax)
         self.statistics = Statistics(kernels, setup, self.row_sums) if stats else None
@@ -139,7 +139,9 @@ class _Plan:
         """Processes the steps one after another. sums: of rows and columns, with the losses of the rows."""
         setup, query = self.setup, self.setup.query
         weighted = sums and gradient and self._candidates_are_frozen() and self.kernels.has_weighted_sums(query)
-        steps = self.steps.lay_out(gradient and not weighted, whole_rows=sums and gradient)
+        # Statistics compare the scores of a row with its positive's, which is in one of its tiles.
+        whole_rows = (sums and gradient) or self.statistics is not None
+        steps = self.steps.lay_out(gradient and not weighted, whole_rows)
         self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
         for step in steps if sums else reversed(steps):
             self.steps.begin(step)
@@ -153,7 +155,8 @@ class _Plan:
                 self._finish_rows(step.rows)
             if gradient:
                 for spec, tile in step.tiles:
-                    self._add_gradient(spec, tile)
+                    if spec.candidates.in_loss:
+                        self._add_gradient(spec, tile)
             if self.fused:
                 self._finish_rows(step.rows)
 
@@ -185,12 +188,19 @@ class _Plan:
         thresholds = Thresholds(
             at(setup.row_threshold, rows),
             at(setup.column_threshold, columns),
-            None if statistics is None else at(statistics.above_positive, rows),
+            None if statistics is None else at(statistics.positive_score, rows),
         )
         norms = None
         if statistics is not None and spec.candidates.keys:
             query_norm, key_norm = statistics.cosine_norms
             norms = (at(query_norm, rows), at(key_norm, columns))
+            positive = at(statistics.positive_index, rows) - columns.start
+            self.kernels.positives_in_tile(tile, positive, thresholds.positive_score)
+            if not spec.candidates.in_loss or tile.labels.row_id is not None:  # uniformity is over all pairs
+                every_pair = tile._replace(energy=SOFTMAX, labels=tile.labels.without_ids)
+                no_thresholds = Thresholds(None, None, None)
+                self.kernels.sums(every_pair, _sliced(statistics.uniformity_sums, rows), None, no_thresholds, norms)
+                norms = None
 
         def row_sums(sums: RowSums) -> RowSums:
             part = _sliced(sums, rows)
@@ -200,7 +210,8 @@ class _Plan:
         by_column = _sliced(self.column_sums, columns) if spec.columns_summed else None
         if by_row is not None or by_column is not None:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
-        if statistics is not None and not statistics.shares_sums and not spec.candidates.pairs:
+        ranked = spec.candidates.in_loss and not spec.candidates.pairs
+        if statistics is not None and not statistics.shares_sums and ranked:
             thresholds = thresholds._replace(row=None, column=None)
             self.kernels.sums(tile._replace(energy=SOFTMAX), row_sums(statistics.sums), None, thresholds, norms)
 
@@ -284,7 +295,35 @@ class _Plan:
         else:
             sums.sum.add_(negatives.value)
         if self.statistics is not None:
-            self.statistics.add_negatives(rows, negatives.scores)
+            self.statistics.add_negatives(rows, negatives.scores, self._positives_as_negatives(rows))
+
+    def _positives_as_negatives(self, rows: slice) -> Tensor:
+        """The scores (rows, 1) of the positives, rounded as the per-query negatives are; -inf without a positive."""
+        setup, positives = self.setup, self.setup.positives
+        count, nothing = length(rows), setup.score.new_empty(0)
+        scores, value = setup.score.new_empty(count, 1), setup.score.new_empty(count)
+        if setup.key.shape[0] == 0:
+            return scores.fill_(float("-inf"))
+        key = setup.query if setup.inputs.key is None else setup.inputs.key
+        operands = self._negative_inputs(
+            rows,
+            key[positives.index][rows].unsqueeze(1).to(setup.negatives.dtype),
+            at(positives.has, rows).unsqueeze(1),
+        )
+        outputs = NegativeOutputs(scores, value, nothing, nothing, nothing, nothing)
+        query_negatives_(operands, RowMerge(SIGMOID, None, None, None, False), outputs)
+        return scores
+
+    def _negative_inputs(self, rows: slice, negatives: Tensor, mask: Tensor | None) -> NegativeInputs:
+        setup, inputs = self.setup, self.setup.inputs
+        return NegativeInputs(
+            inputs.query[rows].to(negatives.dtype),
+            negatives,
+            mask,
+            None if setup.query_norm is None else setup.query_norm[rows],
+            inputs.logit_scale,
+            inputs.logit_bias,
+        )
 
     def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs:
         """The per-query negatives of the rows: accumulates their gradients."""
@@ -301,14 +340,8 @@ class _Plan:
             grad_scale=nothing if weight is None else torch.empty_like(value),
             grad_bias=nothing if weight is None else torch.empty_like(value),
         )
-        operands = NegativeInputs(
-            inputs.query[rows].to(setup.negatives.dtype),
-            setup.negatives[rows],
-            None if inputs.negatives_mask is None else inputs.negatives_mask[rows],
-            None if setup.query_norm is None else setup.query_norm[rows],
-            inputs.logit_scale,
-            inputs.logit_bias,
-        )
+        mask = None if inputs.negatives_mask is None else inputs.negatives_mask[rows]
+        operands = self._negative_inputs(rows, setup.negatives[rows], mask)
         smoothing = None if self.row.smoothing is None else self.row.smoothing[rows]
         query_negatives_(operands, RowMerge(setup.options.energy, reference, weight, smoothing, final), outputs)
         if weight is not None:

@@ -30,6 +30,7 @@ class PairInputs(NamedTuple):
     self_index: Tensor | None
     query_ids: Tensor | None
     key_ids: Tensor | None
+    bank_ids: Tensor | None
     logit_scale: Tensor
     logit_bias: Tensor | None
 
@@ -70,12 +71,13 @@ class PairState(NamedTuple):
 
 
 class PairStatistics(NamedTuple):
-    """Per row: lse, positive and num_above_positive (int64); the scalars alignment and uniformity. All are empty unless
-    statistics are wanted."""
+    """Per row: lse, positive, num_above_positive and num_equal_positive (int64); the scalars alignment and uniformity.
+    All are empty unless statistics are wanted."""
 
     lse: Tensor
     positive: Tensor
     num_above_positive: Tensor
+    num_equal_positive: Tensor
     alignment: Tensor
     uniformity: Tensor
 
@@ -114,6 +116,7 @@ def empty_statistics(query: Tensor, stats: bool) -> PairStatistics:
     return PairStatistics(
         query.new_empty(count, dtype=acc),
         query.new_empty(count, dtype=acc),
+        query.new_empty(count, dtype=torch.int64),
         query.new_empty(count, dtype=torch.int64),
         query.new_empty(() if stats else 0, dtype=acc),
         query.new_empty(() if stats else 0, dtype=acc),

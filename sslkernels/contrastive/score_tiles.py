@@ -55,6 +55,10 @@ class Labels(NamedTuple):
             (self.row_positive, self.column_positive), (self.row_self, self.column_self), (self.row_id, self.column_id),
         )  # fmt: skip
 
+    @property
+    def without_ids(self) -> Labels:
+        return self._replace(row_id=None, column_id=None)
+
 
 class Tile(NamedTuple):
     """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products (rows, columns) in that
@@ -74,10 +78,10 @@ class Tile(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Running sums per row: the fields of `ColumnSums`, and two statistics.
+    """Running sums per row: the fields of `ColumnSums`, and statistics.
 
-    uniformity_sum: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features. num_above_positive
-    (int64): how many s > positive_score, extra positives not counted.
+    uniformity_sum: of exp(4 cosine - 4), which is exp(-2 distance^2) of the normalised features. num_above_positive,
+    num_equal_positive (int64): how many s > positive_score and s = positive_score, extra positives not counted.
     """
 
     max: Tensor | None
@@ -87,6 +91,7 @@ class RowSums(NamedTuple):
     positive_sum: Tensor | None
     uniformity_sum: Tensor | None
     num_above_positive: Tensor | None
+    num_equal_positive: Tensor | None
 
     @property
     def without_statistics(self) -> ColumnSums:
@@ -94,7 +99,7 @@ class RowSums(NamedTuple):
 
 
 class Thresholds(NamedTuple):
-    """Scores are compared with these: row and column for hinge; positive_score (rows) for `num_above_positive`."""
+    """Scores are compared with these: row and column for hinge; positive_score (rows) for the statistics."""
 
     row: Tensor | None
     column: Tensor | None
@@ -121,7 +126,12 @@ def workspace_bytes(features: Tensor) -> int:
 
 
 class PairKernels:
-    """The kernels of one backend. Here products come from torch's matmul, and other kernels read them."""
+    """The kernels of one backend. Here products come from torch's matmul, and other kernels read them.
+
+    rounds_products: whether the products of half-precision features are rounded to their dtype.
+    """
+
+    rounds_products = True
 
     def tile_shape(
         self, scores: tuple[int, int], features: Tensor, gradient: bool, whole_rows: bool
@@ -162,6 +172,21 @@ class PairKernels:
     def begin(self, tile: Tile) -> None:
         """Called once for each tile, before its sums and gradients."""
         torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
+
+    def positives_in_tile(self, tile: Tile, column: Tensor, score: Tensor) -> None:
+        """Writes the scores of the pairs (i, column[i]) of the tile, rounded as its other scores are, so that equal
+        features give equal scores. column (rows,) int64; `score` stays where it is outside the tile."""
+        has = (column >= 0) & (column < tile.products.shape[1])
+        if tile.products.shape[1] == 0:
+            return
+        at = torch.where(has, column, 0)
+        u = tile.products.gather(1, at.unsqueeze(1)).squeeze(1).to(score.dtype)
+        if tile.row_norm is not None:
+            u = u * (tile.row_norm * tile.column_norm[at])
+        s = tile.logit_scale * u
+        if tile.logit_bias is not None:
+            s = s + tile.logit_bias
+        score.copy_(torch.where(has, s, score))
 
     def sums(
         self,
@@ -247,6 +272,7 @@ class ReferencePairs(PairKernels):
             sums.uniformity_sum.add_((4 * cosine - 4).clamp(max=0).exp().masked_fill(excluded, 0).sum(1))
         if sums.num_above_positive is not None:
             sums.num_above_positive.add_(((s > positive_score.unsqueeze(1)) & ~extra).sum(1))
+            sums.num_equal_positive.add_(((s == positive_score.unsqueeze(1)) & ~extra).sum(1))
 
     def column_sums(self, tile, threshold, sums):
         _, s, excluded, extra = _scores(tile)
@@ -351,7 +377,7 @@ class NativePairs(PairKernels):
     """The compiled extension."""
 
     ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
-    OPS = ("pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add", *ROW_OPS)
+    OPS = ("pair_positives_in_tile", "pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add", *ROW_OPS)
 
     def inverse_norm(self, values, acc):
         norm = values.new_empty(values.shape[0], dtype=acc)
@@ -369,6 +395,9 @@ class NativePairs(PairKernels):
 
     def finish_gradient(self, gradient, scale, out):
         torch.ops.sslkernels_native.pair_finish_gradient(*gradient, scale, out)
+
+    def positives_in_tile(self, tile, column, score):
+        torch.ops.sslkernels_native.pair_positives_in_tile(*_flat(tile), column, score)
 
     def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
         torch.ops.sslkernels_native.pair_row_sums(
@@ -396,6 +425,8 @@ def _flat(tile: Tile) -> tuple:
 
 class TritonPairs(ReferencePairs):
     """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
+
+    rounds_products = False
 
     def tile_shape(self, scores, features, gradient, whole_rows):
         from sslkernels.contrastive.triton import tile_gradients, tile_sums
@@ -440,6 +471,13 @@ class TritonPairs(ReferencePairs):
     def begin(self, tile):
         if tile.queries.dtype == torch.float64:
             super().begin(tile)
+
+    def positives_in_tile(self, tile, column, score):
+        from sslkernels.contrastive.triton.tile_positives import positives_in_tile
+
+        if tile.queries.dtype == torch.float64:
+            return super().positives_in_tile(tile, column, score)
+        positives_in_tile(tile, column, score)
 
     def sums(self, tile, rows, columns, thresholds, cosine_norms):
         from sslkernels.contrastive.triton.tile_sums import add_sums

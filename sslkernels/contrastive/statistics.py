@@ -3,10 +3,12 @@ and whether the features collapse."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.pair_rows import HINGE, SOFTMAX, ColumnSums, log_sum
+from sslkernels.contrastive.pair_rows import HINGE, NORM_EPS, SOFTMAX, ColumnSums, log_sum
 from sslkernels.contrastive.pair_setup import PairSetup
 from sslkernels.contrastive.records import PairStatistics
 from sslkernels.contrastive.score_tiles import PairKernels, RowSums, add_scores
@@ -30,8 +32,13 @@ def running_sums(setup: PairSetup, count: int, softmax: bool) -> ColumnSums:
 
 class Statistics:
     """row_sums: the sums of the loss, which serve here too where it is a softmax over rows. sums: those to add to;
-    above_positive: the score above which a candidate ranks before the positive; cosine_norms: inverse norms of queries
-    and keys."""
+    uniformity_sums: the same uniformity_sum, for a pass over pairs that are no candidates; positive_index,
+    positive_score: the key of each row's positive, and its score as its tile has it; cosine_norms: inverse norms of
+    queries and keys.
+
+    The score of the positive comes from the same matmul as the scores of its rivals: where all features have become the
+    same, all scores are equal, and the positive is one among equals.
+    """
 
     def __init__(self, kernels: PairKernels, setup: PairSetup, row_sums: RowSums) -> None:
         self.setup = setup
@@ -42,28 +49,22 @@ class Statistics:
             *sums,
             uniformity_sum=query.new_zeros(n, dtype=torch.float64),
             num_above_positive=query.new_zeros(n, dtype=torch.int64),
+            num_equal_positive=query.new_zeros(n, dtype=torch.int64),
         )
+        self.uniformity_sums = RowSums(*running_sums(setup, n, True), self.sums.uniformity_sum, None, None)
         self.cosine_norms = (setup.query_norm, setup.key_norm)
         if not options.normalize:
             norms = (kernels.inverse_norm(features, setup.acc) for features in (query, setup.key))
             self.cosine_norms = tuple(norms)
-        self.above_positive = setup.score + self._rounding_of_scores()
+        positive = setup.inputs.positive
+        self.positive_index = torch.arange(n, device=query.device) if positive is None else positive
+        self.positive_score = torch.full_like(setup.score, float("inf"))
 
-    def _rounding_of_scores(self) -> Tensor:
-        """By how much a score of a tile may exceed the positive's score for the same features."""
-        setup = self.setup
-        sizes = torch.ones_like(setup.score)
-        if not setup.options.normalize:
-            query_norm, key_norm = self.cosine_norms
-            sizes = 1 / (query_norm * setup.positives.gather(key_norm))
-        rounding = 8 * torch.finfo(setup.acc).eps * sizes
-        if setup.dtype.itemsize == 2:  # the products themselves are rounded
-            rounding = rounding + torch.finfo(setup.dtype).eps * setup.positive_u.abs()
-        return setup.inputs.logit_scale.abs() * rounding + torch.finfo(setup.acc).eps * setup.score.abs()
-
-    def add_negatives(self, rows: slice, scores: Tensor) -> None:
-        """Adds the per-query negatives of `rows` by their scores (rows, K), unless they are in the sums of the loss."""
-        self.sums.num_above_positive[rows] += (scores > self.above_positive[rows].unsqueeze(1)).sum(1)
+    def add_negatives(self, rows: slice, scores: Tensor, positives: Tensor) -> None:
+        """Adds the per-query negatives of `rows` by their scores (rows, K), and compares them with the scores (rows, 1)
+        of the positives as the same kernel computes them."""
+        self.sums.num_above_positive[rows] += (scores > positives).sum(1)
+        self.sums.num_equal_positive[rows] += (scores == positives).sum(1)
         if not self.shares_sums:
             sums = self.sums.without_statistics
             add_scores(ColumnSums(*(None if v is None else v[rows] for v in sums)), scores)
@@ -76,15 +77,37 @@ class Statistics:
         positive = setup.score
         if sums.positive_sum is not None:
             positive = (sums.positive_sum + setup.score) / positives.row_positives
-        cosine = setup.positive_u
-        if not setup.options.normalize:
-            query_norm, key_norm = self.cosine_norms
-            cosine = cosine * query_norm * positives.gather(key_norm)
-        pair_count = (positives.row_candidates - positives.has.long()).sum() if setup.options.in_batch else 0
+        alignment, uniformity = self._distances()
         return PairStatistics(
             lse=lse.to(setup.acc),
             positive=positive.to(setup.acc).masked_fill(~counted, 0),
             num_above_positive=sums.num_above_positive.masked_fill(~counted, -1),
-            alignment=torch.where(counted, 2 - 2 * cosine, 0).sum() / counted.sum(),
-            uniformity=(sums.uniformity_sum.sum() / pair_count).log().to(setup.acc),
+            num_equal_positive=sums.num_equal_positive.masked_fill(~counted, 0),
+            alignment=alignment,
+            uniformity=uniformity,
         )
+
+    def _distances(self) -> tuple[Tensor, Tensor]:
+        """Alignment and uniformity, from cosines; a feature that is 0 stays 0 when it is normalised."""
+        setup, positives = self.setup, self.setup.positives
+        query_norm, key_norm = self.cosine_norms
+        query_is_zero, key_is_zero = (norm * NORM_EPS >= 1 for norm in self.cosine_norms)
+        cosine = setup.positive_u
+        if not setup.options.normalize:
+            cosine = cosine * query_norm * positives.gather(key_norm)
+        squares = 2 - query_is_zero.to(cosine.dtype) - positives.gather(key_is_zero).to(cosine.dtype)
+        alignment = torch.where(positives.counted, squares - 2 * cosine, 0).sum() / positives.counted.sum()
+
+        # The sum is over exp(4 cosine - 4) of all pairs but the positive and the sample itself.
+        itself = setup.inputs.self_index
+        pairs = key_is_zero.shape[0] - positives.has.double()
+        zero_keys = key_is_zero.sum() - (positives.has & positives.gather(key_is_zero)).double()
+        if itself is not None:
+            pairs = pairs - 1
+            zero_keys = zero_keys - key_is_zero[itself].double()
+        with_one_zero = torch.where(query_is_zero, pairs - zero_keys, zero_keys)
+        with_two = torch.where(query_is_zero, zero_keys, 0)
+        counted_as = math.exp(-4)
+        total = self.sums.uniformity_sum.sum()
+        total = total + (math.exp(-2) - counted_as) * with_one_zero.sum() + (1 - counted_as) * with_two.sum()
+        return alignment, (total / pairs.sum()).log().to(setup.acc)

@@ -36,6 +36,10 @@ class Candidates(NamedTuple):
     pairs: bool = False
     gradient: Tensor | None = None
 
+    @property
+    def in_loss(self) -> bool:
+        return self.rows or self.columns
+
 
 class TileSpec(NamedTuple):
     """A tile of a row block: which columns of the candidates, and what is summed over it. twice: the tile is on the
@@ -64,10 +68,10 @@ _Order = list[tuple[slice, list[TileSpec], bool]]
 class Steps:
     """The steps of a plan. `lay_out` gives them; `begin` computes the products of one, unless they are in memory."""
 
-    def __init__(self, kernels: PairKernels, setup: PairSetup, grads: FeatureGradients) -> None:
+    def __init__(self, kernels: PairKernels, setup: PairSetup, grads: FeatureGradients, stats: bool) -> None:
         self.kernels = kernels
         self.setup = setup
-        self.candidates = list(_shared_candidates(setup, grads))
+        self.candidates = list(_shared_candidates(setup, grads, stats))
         self.steps: list[Step] = []
         self.keeps_all = False  # whether each step has memory of its own
         self.computed: set[int] = set()  # the numbers of the steps whose products are in memory
@@ -169,7 +173,8 @@ class Steps:
         )
 
 
-def _shared_candidates(setup: PairSetup, grads: FeatureGradients) -> Iterator[Candidates]:
+def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -> Iterator[Candidates]:
+    """stats: whether the keys are read for statistics, where they are no candidates."""
     options, positives = setup.options, setup.positives
     if options.in_batch:
         by_pair = options.energy == HINGE and options.columns and not positives.in_order and setup.key.shape[0] > 0
@@ -190,9 +195,11 @@ def _shared_candidates(setup: PairSetup, grads: FeatureGradients) -> Iterator[Ca
                 pairs=True,
                 gradient=grads.pair_key,
             )
+    elif stats:
+        yield Candidates(setup.key, setup.key_norm, tuple(positives.key_labels), keys=True)
     if setup.bank is not None:
-        none = (None,) * len(positives.row_labels)
-        yield Candidates(setup.bank, setup.bank_norm, none, rows=True, gradient=grads.bank)
+        labels = tuple(positives.bank_labels)
+        yield Candidates(setup.bank, setup.bank_norm, labels, rows=True, gradient=grads.bank)
 
 
 def length(part: slice) -> int:

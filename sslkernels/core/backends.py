@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,8 @@ def _checked_choice(name: str, source: str) -> str:
     return name
 
 
-_choice = _checked_choice(os.environ.get("SSLKERNELS_BACKEND", "auto"), "SSLKERNELS_BACKEND")
+_choice = _checked_choice(os.environ.get("SSLKERNELS_BACKEND") or "auto", "SSLKERNELS_BACKEND")
+_warned = False
 
 
 @contextlib.contextmanager
@@ -87,8 +89,23 @@ class Implementations:
             if name == "triton" and device.type == "cpu":
                 continue  # the interpreter is for tests: it runs only where it is asked for
             if self.why_not(name, device) is None:
+                if name == "reference":
+                    self._warn_of_reference(device)
                 return name
         raise RuntimeError(f"{self.public}: no backend can run on {device}")
+
+    def _warn_of_reference(self, device: torch.device) -> None:
+        """Says once why the kernels that this device should have cannot run."""
+        global _warned
+        kernels = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        if _warned or kernels not in self.functions:
+            return
+        _warned = True
+        reason = self.why_not(kernels, device)
+        warnings.warn(
+            f"sslkernels: {self.public} runs in plain torch on {device}, which takes more time and memory: {reason}",
+            stacklevel=2,
+        )
 
     def why_not(self, name: str, device: torch.device) -> str | None:
         """None if backend `name` can run the operator on `device`, else the reason."""

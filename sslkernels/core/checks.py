@@ -84,6 +84,21 @@ def number(
         fail(ValueError, function, argument, f"be in {bracket}{low:g}, {high:g}]", value)
 
 
+def mean_divisor(function: str, reduction: str, num_items: Any, on_empty: Any, device: torch.device) -> None:
+    """The options of a reduction "mean": num_items, a number or a tensor of one element, and on_empty."""
+    choice(function, "on_empty", on_empty, ("nan", "zero"))
+    if num_items is None:
+        return
+    if reduction != "mean":
+        fail(ValueError, function, "num_items", 'be None unless reduction is "mean"', f"reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            fail(ValueError, function, "num_items", "be an int or a 0-d tensor", tuple(num_items.shape))
+        same_device(function, "num_items", num_items, "the features", device)
+    else:
+        number(function, "num_items", num_items, low=0)
+
+
 def boolean(function: str, argument: str, value: Any) -> None:
     if not isinstance(value, bool):
         fail(TypeError, function, argument, "be a bool", type(value).__name__)

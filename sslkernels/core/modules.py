@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sslkernels.core import checks
+
 
 def options_of(parameters: dict[str, Any]) -> dict[str, Any]:
     """The options among the parameters of an `__init__`, given its `locals()`."""
@@ -20,6 +22,9 @@ class Options(nn.Module):
         self._names = tuple(options)
         for name, value in options.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                if value.requires_grad:  # a buffer would never be given to an optimiser
+                    must = "be a torch.nn.Parameter, or want no gradient"
+                    checks.fail(TypeError, type(self).__name__, name, must, "a tensor that requires grad")
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)

@@ -6,9 +6,15 @@ Importing `_C` registers the operators of the namespace `sslkernels_native`; no 
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch
+
+CPU_ISAS = ("default", "avx2", "avx512")
+_isa = os.environ.get("SSLKERNELS_CPU_ISA")
+if _isa and _isa not in CPU_ISAS:
+    raise ValueError(f"SSLKERNELS_CPU_ISA must be one of {', '.join(CPU_ISAS)}; got {_isa!r}")
 
 extension: ModuleType | None = None
 load_error: str | None = None

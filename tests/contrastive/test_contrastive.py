@@ -15,19 +15,22 @@ FEATURES = {
     "energy": ("sigmoid", "hinge"),
     "direction": ("column", "symmetric"),
     "shape": ("square", "wide"),
-    "positive": ("permuted", "duplicated"),
+    "positive": ("permuted", "duplicated", "missing"),
+    "in_batch": (False,),
     "normalize": (True,),
     "scale": ("tensor", 30.0, -2.0, 0.0),
     "bias": ("tensor",),
     "negatives": ("plain", "masked", "none"),
     "bank": (5,),
     "ids": ("few", "some", "one", "unlike"),
+    "bank_ids": ("also", "alone"),
     "same_id": ("positive",),
     "exclude_self": (True,),
     "label_smoothing": (0.1, 1.0),
     "margin": (1.5,),
     "row_weight": (True,),
     "reduction": ("none", "sum"),
+    "num_items": (5, "tensor"),
     "frozen": ("query", "key", "both"),
 }
 DEFAULTS = {
@@ -35,18 +38,21 @@ DEFAULTS = {
     "direction": "row",
     "shape": "tall",
     "positive": None,
+    "in_batch": True,
     "normalize": False,
     "scale": 1.7,
     "bias": None,
     "negatives": None,
     "bank": None,
     "ids": None,
+    "bank_ids": None,
     "same_id": "ignore",
     "exclude_self": False,
     "label_smoothing": 0.0,
     "margin": None,
     "row_weight": False,
     "reduction": "mean",
+    "num_items": None,
     "frozen": None,
 }
 
@@ -58,6 +64,14 @@ def allowed(case: dict) -> bool:
         return False
     if case["exclude_self"] and case["shape"] != "square":
         return False
+    if case["direction"] == "column" and case["energy"] != "sigmoid" and (case["negatives"] or case["bank"]):
+        return False
+    if case["num_items"] is not None and case["reduction"] != "mean":
+        return False
+    if not case["in_batch"]:
+        by_rows = case["direction"] == "row" or case["energy"] == "sigmoid"
+        if case["exclude_self"] or not by_rows or (case["ids"] is not None and case["bank_ids"] != "alone"):
+            return False
     supervised = case["ids"] is not None and case["same_id"] == "positive"
     return not (case["exclude_self"] and case["positive"] is None and not supervised)
 
@@ -66,6 +80,9 @@ def completed(case: dict) -> dict:
     """Adjusts the other features so that the case is allowed."""
     if case["shape"] == "tall":
         case["shape"] = "square" if case["positive"] is None or case["exclude_self"] else "wide"
+    if case["bank_ids"] is not None:
+        case["bank"] = case["bank"] or 5
+        case["ids"] = case["ids"] or "few"
     if case["same_id"] == "positive" and case["ids"] is None:
         case["ids"] = "few"
     if case["exclude_self"]:
@@ -98,11 +115,13 @@ def cases() -> list[dict]:
         case["same_id"] = "ignore" if ids is None else "positive"
         found["-".join(map(str, (direction, positive, ids, smoothing, weighed)))] = case
     for energy, direction, positive, ids, same_id, exclude in itertools.product(
-        ("softmax", "sigmoid", "hinge"), ("row", "column", "symmetric"), (None, "permuted", "duplicated"),
+        ("softmax", "sigmoid", "hinge"), ("row", "column", "symmetric"), (None, "permuted", "duplicated", "missing"),
         (None, "some"), ("ignore", "positive"), (False, True),
     ):  # fmt: skip
         case = {**DEFAULTS, "energy": energy, "direction": direction, "positive": positive, "ids": ids}
-        case |= {"same_id": same_id, "exclude_self": exclude, "shape": "square", "negatives": "masked", "bank": 3}
+        case |= {"same_id": same_id, "exclude_self": exclude, "shape": "square"}
+        if direction != "column" or energy == "sigmoid":
+            case |= {"negatives": "masked", "bank": 3}
         case["label_smoothing"] = 0.2 if energy == "softmax" else 0.0
         if allowed(case) and (ids is not None or same_id == "ignore"):
             found["-".join(map(str, (energy, direction, positive, ids, same_id, exclude)))] = case
@@ -119,6 +138,7 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
         "energy": case["energy"],
         "direction": case["direction"],
         "normalize": case["normalize"],
+        "in_batch": case["in_batch"],
         "same_id": case["same_id"],
         "exclude_self": case["exclude_self"],
         "label_smoothing": case["label_smoothing"],
@@ -126,9 +146,11 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
     }
     if case["positive"] == "permuted":
         options["positive"] = torch.randperm(m)[:n]
-    elif case["positive"] == "duplicated":
+    elif case["positive"] in ("duplicated", "missing"):
         options["positive"] = torch.randint(0, m, (n,)).to(torch.int32)
         options["positive"][: n // 2] = options["positive"][0]
+        if case["positive"] == "missing":
+            options["positive"][::3] = -1
     if case["scale"] == "tensor":
         leaves["logit_scale"] = torch.tensor(1.3, dtype=dtype)
     else:
@@ -146,6 +168,10 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
         kinds = {"few": 4, "some": 9, "one": 1, "unlike": 10**12}[case["ids"]]
         options["query_ids"] = torch.randint(0, kinds, (n,))
         options["key_ids"] = options["query_ids"].clone() if m == n else torch.randint(0, kinds, (m,))
+        if case["bank_ids"] is not None:
+            options["bank_ids"] = torch.randint(0, kinds, (case["bank"],))
+        if case["bank_ids"] == "alone":
+            del options["key_ids"]
     if case["row_weight"]:
         leaves["row_weight"] = torch.rand(n, dtype=dtype) - 0.3
         leaves["row_weight"][::3] = 0
@@ -154,7 +180,7 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
     return leaves, options
 
 
-def expected(leaves: dict, options: dict, reduction: str):
+def expected(leaves: dict, options: dict, reduction: str, num_items=None):
     tensors = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in leaves.items()}
     weight = tensors.get("row_weight")
     arguments = {k: v for k, v in tensors.items() if k not in ("query", "key", "row_weight")}
@@ -163,11 +189,7 @@ def expected(leaves: dict, options: dict, reduction: str):
         losses = losses * weight
     if reduction == "sum":
         return tensors, losses.sum()
-    return tensors, losses if reduction == "none" else losses.sum() / has.sum()
-
-
-def run(leaves: dict, options: dict, reduction: str):
-    return sk.contrastive_energy(**leaves, **options, reduction=reduction)
+    return tensors, losses if reduction == "none" else losses.sum() / (has.sum() if num_items is None else num_items)
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
@@ -180,8 +202,9 @@ def upstream(loss: torch.Tensor) -> torch.Tensor:
 
 def check(case: dict, dtype, rtol: float, **sizes) -> None:
     leaves, options = make(case, dtype, **sizes)
-    tensors, want = expected(leaves, options, case["reduction"])
-    loss = run(leaves, options, case["reduction"])
+    num_items = torch.tensor(7) if case["num_items"] == "tensor" else case["num_items"]
+    tensors, want = expected(leaves, options, case["reduction"], num_items)
+    loss = sk.contrastive_energy(**leaves, **options, reduction=case["reduction"], num_items=num_items)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=rtol * max(1.0, float(want.detach().abs().max())))
     wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]

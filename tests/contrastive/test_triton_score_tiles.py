@@ -81,7 +81,7 @@ def make_sums(tile, energy, *, rows=True, columns=True, extra=True, statistics=F
         values = (largest, zeros.clone(), active, *(zeros.clone() if extra else None for _ in range(2)))
         if not row:
             return ColumnSums(*values)
-        return RowSums(*values, *((zeros.clone(), zeros.long()) if statistics else (None, None)))
+        return RowSums(*values, *((zeros.clone(), zeros.long(), zeros.long()) if statistics else (None, None, None)))
 
     return (
         some(tile.queries.shape[0], True) if rows else None,
@@ -120,7 +120,7 @@ def check_sums(tile, *, times=1, tolerance=3e-6, **options):
                 value = (got.max + got.sum.log())[~empty]
                 wanted = (want.max + want.sum.log())[~empty]
                 torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance * size + 1e-6, equal_nan=True)
-            elif name in ("active", "num_above_positive"):
+            elif name in ("active", "num_above_positive", "num_equal_positive"):
                 assert float((value - wanted).abs().max()) <= 1  # a score may be within a rounding of its threshold
             else:
                 atol = tolerance * (times * terms * size if name != "uniformity_sum" else times * terms)

@@ -139,6 +139,35 @@ def test_every_compiled_instruction_set_gives_the_same_losses(isa):
     assert order.index(result.stdout.strip()) <= order.index(isa)
 
 
+@pytest.mark.parametrize("name", ["SSLKERNELS_CPU_ISA", "SSLKERNELS_BACKEND"])
+def test_environment_variables_that_name_nothing(name):
+    result = python("import sslkernels", **{name: "bogus"})
+    assert result.returncode == 1
+    assert f"ValueError: {name} must be one of " in result.stderr
+    assert "got 'bogus'" in result.stderr
+    code = "import sslkernels as sk; from sslkernels.core import backends, native; print(backends.current_choice())\n"
+    code += "print(native.extension and native.extension.build_info()['cpu_isa'])"
+    assert python(code, **{name: ""}).stdout == python(code).stdout
+
+
+def test_one_warning_where_the_extension_is_missing():
+    code = (
+        "import sys; sys.modules['sslkernels._C'] = None\n"
+        "import warnings, torch, sslkernels as sk\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    with sk.use_backend('reference'): sk.free_energy(torch.randn(3, 4))\n"
+        "    assert not caught\n"
+        "    sk.free_energy(torch.randn(3, 4)); sk.cross_entropy(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))\n"
+        "assert len(caught) == 1, caught\n"
+        "print(caught[0].message)"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "free_energy runs in plain torch on cpu" in result.stdout
+    assert "the compiled extension did not load" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("architectures", "ptx", "capability", "runs"),
     [

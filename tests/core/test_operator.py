@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -334,3 +338,15 @@ def test_every_output_has_memory_of_its_own(backend_name, name, device, monkeypa
         outputs = differentiable(call.run(*call.leaves(device)))
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     assert not shared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks")
+@pytest.mark.skipif("cpu" not in sk.available_backends("cross_entropy", "cpu"), reason="it needs the extension")
+def test_no_index_ends_the_process():
+    """Raw operators may be called by anybody, with anything."""
+    tests = Path(__file__).parent.parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    command = [sys.executable, str(tests / "raw_indices.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""

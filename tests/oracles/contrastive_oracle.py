@@ -32,6 +32,7 @@ def contrastive_losses(
     bank=None,
     query_ids=None,
     key_ids=None,
+    bank_ids=None,
     same_id="ignore",
     exclude_self=False,
     label_smoothing=0.0,
@@ -58,7 +59,7 @@ def contrastive_losses(
     has = main.any(1)
     itself = torch.eye(n, m, dtype=torch.bool) if exclude_self else torch.zeros(n, m, dtype=torch.bool)
     same = torch.zeros(n, m, dtype=torch.bool)
-    if query_ids is not None:
+    if key_ids is not None:
         same = query_ids[:, None] == key_ids[None, :]
     extras = same & ~itself & ~main
     candidate = ~itself
@@ -75,9 +76,16 @@ def contrastive_losses(
 
     all_scores = torch.cat([scores, negative_scores, bank_scores], 1)
     none = torch.zeros(n, negative_scores.shape[1] + bank_scores.shape[1], dtype=torch.bool)
-    all_candidates = torch.cat([candidate, valid, torch.ones_like(bank_scores, dtype=torch.bool)], 1)
-    all_main = torch.cat([main, none], 1)
+    in_bank = torch.ones_like(bank_scores, dtype=torch.bool)
     all_extras = torch.cat([extras, none], 1)
+    if bank_ids is not None:
+        same_in_bank = query_ids[:, None] == bank_ids
+        if supervised:
+            all_extras[:, -len(bank_ids) :] = same_in_bank
+        else:
+            in_bank = ~same_in_bank
+    all_candidates = torch.cat([candidate, valid, in_bank], 1)
+    all_main = torch.cat([main, none], 1)
     row = _energies(all_scores, all_candidates, all_main, all_extras, energy, label_smoothing, margin, supervised)
     if energy == "sigmoid":
         return row, torch.ones(n, dtype=torch.bool)

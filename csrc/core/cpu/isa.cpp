@@ -14,7 +14,8 @@ Isa detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const char* wanted = std::getenv("SSLKERNELS_CPU_ISA");
+  const char* wanted = std::getenv("SSLKERNELS_CPU_ISA");  // core/native.py has checked it
+  if (wanted != nullptr && wanted[0] == 0) wanted = nullptr;
   const bool up_to_avx512 = wanted == nullptr || std::strcmp(wanted, "avx512") == 0;
   const bool up_to_avx2 = up_to_avx512 || std::strcmp(wanted, "avx2") == 0;
   if (avx512 && up_to_avx512) return Isa::isa_avx512;

@@ -49,8 +49,8 @@ def pair_sums_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
     column_id, logit_scale, logit_bias, row_threshold, column_threshold, positive_score, row_cosine, column_cosine,
     flag, staged, row_max, row_sum, row_active, row_score_sum, row_positive_sum, row_uniformity_sum,
-    row_num_above_positive, column_max, column_sum, column_active, column_score_sum, column_positive_sum,
-    rows, columns, row_tiles, column_tiles,
+    row_num_above_positive, row_num_equal_positive, column_max, column_sum, column_active, column_score_sum,
+    column_positive_sum, rows, columns, row_tiles, column_tiles,
     DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, FIXED: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +88,7 @@ def pair_sums_kernel(
         extra_sum = tl.zeros((BLOCK_M,), tl.float32)
         uniformity = tl.zeros((BLOCK_M,), tl.float32)
         num_above = tl.zeros((BLOCK_M,), tl.float32)
+        num_equal = tl.zeros((BLOCK_M,), tl.float32)
         for column_tile in range(first_column, last_column):
             column = column_tile * BLOCK_N
             column_inside = inside_of(lane, column, columns, EVEN)
@@ -159,10 +160,12 @@ def pair_sums_kernel(
                 distance = tl.where(distance > 0.0, 0.0, distance)  # a cosine may round above 1
                 uniformity += tl.sum(masked(excluded, exp_flushed(distance), 0.0), 1)
             if row_num_above_positive is not None:
-                better = s > load_block(positive_score, row, row_lane, row_inside, 0.0)[:, None]
+                score = load_block(positive_score, row, row_lane, row_inside, 0.0)[:, None]
+                above, equal = s > score, s == score
                 if IDS_POSITIVE:
-                    better = better & ~extra
-                num_above += tl.sum(better.to(tl.float32), 1)
+                    above, equal = above & ~extra, equal & ~extra
+                num_above += tl.sum(above.to(tl.float32), 1)
+                num_equal += tl.sum(equal.to(tl.float32), 1)
 
             if column_sum is not None:
                 tl.debug_barrier()
@@ -205,6 +208,7 @@ def pair_sums_kernel(
             tl.store((row_uniformity_sum + at_row) + row_lane, uniformity, exists)
         if row_num_above_positive is not None:
             tl.store((row_num_above_positive + at_row) + row_lane, num_above, exists)
+            tl.store((row_num_equal_positive + at_row) + row_lane, num_equal, exists)
 
 
 @triton.jit
@@ -220,8 +224,8 @@ def _add_up(running, part, at, inside, count, partials):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pair_merge_kernel(
     running_max, running_sum, running_active, running_score_sum, running_positive_sum, running_uniformity_sum,
-    running_num_above_positive, part_max, part_sum, part_active, part_score_sum, part_positive_sum, part_uniformity_sum,
-    part_num_above_positive,
+    running_num_above_positive, running_num_equal_positive, part_max, part_sum, part_active, part_score_sum,
+    part_positive_sum, part_uniformity_sum, part_num_above_positive, part_num_equal_positive,
     logit_scale, logit_bias, incomplete, flag, count, partials, least, FIXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds the partials (partials, count) to the running sums. FIXED: the softmax is relative to the shift; sums below
@@ -268,3 +272,4 @@ def pair_merge_kernel(
     _add_up(running_positive_sum, part_positive_sum, at, inside, count, partials)
     _add_up(running_uniformity_sum, part_uniformity_sum, at, inside, count, partials)
     _add_up(running_num_above_positive, part_num_above_positive, at, inside, count, partials)
+    _add_up(running_num_equal_positive, part_num_equal_positive, at, inside, count, partials)

@@ -32,6 +32,7 @@ class _Sums(NamedTuple):
     positive_sum: Tensor | None = None
     uniformity_sum: Tensor | None = None
     num_above_positive: Tensor | None = None
+    num_equal_positive: Tensor | None = None
 
     def partials(self, count: int) -> "_Sums":
         return _Sums(*(None if v is None else v.new_empty(count, v.shape[0], dtype=torch.float32) for v in self))
