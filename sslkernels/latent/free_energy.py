@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 
@@ -253,7 +253,7 @@ def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str =
     if energy.shape[dim] == 0:
         checks.fail(ValueError, NAME, "energy", f"have at least one element along dim {dim}", tuple(energy.shape))
     columns, shape, order = _three_dimensional(energy, dim)
-    keep_state = torch.is_grad_enabled() and energy.requires_grad
+    keep_state = may_want_gradient(energy)
     value = _FreeEnergy.run(columns, Options(float(beta), mode == "min"), keep_state).value.reshape(shape)
     return value if order is None else value.permute(order)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import Function, once_differentiable, save, saved, wanted_only
+from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved, wanted_only
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 from sslkernels.latent.free_energy import Options, check_options, reduce_energies
@@ -211,7 +211,7 @@ def prediction_energy(
     batch, count, *features = prediction.shape
     dim = math.prod(features)
     inputs = Inputs(_unit_stride(prediction.reshape(batch, count, dim)), _unit_stride(target.reshape(batch, dim)))
-    keep_weights = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
+    keep_weights = may_want_gradient(prediction, target)
     value = _PredictionEnergy.run(inputs, Options(float(beta), mode == "min"), keep_weights).value
     if reduction == "none":
         return value

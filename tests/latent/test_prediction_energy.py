@@ -483,3 +483,20 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^prediction_energy: " + message):
         sk.prediction_energy(**{**VALID, **change})
+
+
+@pytest.mark.parametrize("mode", ["soft", "min"])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_vmap_inside_an_outer_gradient(backend, mode, argument, device):
+    """Samples one at a time, as per-sample losses are written."""
+    leaves = [torch.randn(4, 3, 5, device=device), torch.randn(4, 5, device=device)]
+
+    def total(x):
+        both = [x if i == argument else leaf for i, leaf in enumerate(leaves)]
+        each = torch.func.vmap(lambda p, y: sk.prediction_energy(p[None], y[None], mode=mode))(*both)
+        return each.square().sum()
+
+    got = torch.func.grad(total)(leaves[argument])
+    both = [leaf.clone().requires_grad_() for leaf in leaves]
+    loss = sk.prediction_energy(*both, mode=mode, reduction="none").square().sum()
+    torch.testing.assert_close(got, torch.autograd.grad(loss, both[argument])[0])
