@@ -269,7 +269,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "free_energy_bwd(Tensor grad_value, Tensor? energy, Tensor? lowest, Tensor? total, Tensor? winner, "
       "Tensor(a!) grad, float beta) -> ()");
   m.def(
-      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, float beta, "
+      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, Tensor(c!)? "
+      "energies, float beta, "
       "bool minimum) -> ()");
   m.def(
       "prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights, "

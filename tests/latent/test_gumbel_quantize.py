@@ -230,10 +230,10 @@ def test_second_backward_gives_the_same_gradients(backend, device):
 def test_double_backward_raises(device):
     for hard in (True, False):
         leaves = problem(device)
-        for leaf in leaves:
+        for leaf in leaves[:1] if hard else leaves:
             loss = loss_of(sk.gumbel_quantize(*leaves, hard=hard))
             (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-            with pytest.raises(NotImplementedError, match="^gumbel_quantize: double backward is not supported"):
+            with pytest.raises(NotImplementedError, match=r"^gumbel_quantize: double backward is not supported"):
                 grad.sum().backward()
 
 
