@@ -1,8 +1,9 @@
 """Modules: they hold options and call the function of the same name."""
 
 from sslkernels.contrastive.modules import ClipLoss, ContrastiveLoss, InfoNCELoss, NTXentLoss, SigLipLoss
-from sslkernels.latent.modules import FreeEnergy, GaussianLatent
-from sslkernels.latent.quantizers import GumbelQuantizer, VectorQuantizer
+from sslkernels.latent.modules import FreeEnergy, GaussianLatent, GumbelQuantizer
+from sslkernels.latent.quantizers import VectorQuantizer
+from sslkernels.latent.residual_quantizer import ResidualVectorQuantizer
 from sslkernels.vocabulary.modules import CrossEntropyLoss, LinearCrossEntropyLoss, TokenMasker
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "InfoNCELoss",
     "LinearCrossEntropyLoss",
     "NTXentLoss",
+    "ResidualVectorQuantizer",
     "SigLipLoss",
     "TokenMasker",
     "VectorQuantizer",

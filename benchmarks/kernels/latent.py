@@ -327,7 +327,7 @@ def free_energy_bwd(backend: str, case: Case, t: Inputs) -> None:
 
 def prediction_energy_fwd(backend: str, case: Case, t: Inputs) -> None:
     weights = t["weights"] if case.backward else None
-    outputs = prediction_energy.Outputs(t["value"], weights)
+    outputs = prediction_energy.Filled(t["value"], weights, None)
     inputs = prediction_energy.Inputs(t["prediction"], t["target"])
     fill_of(prediction_energy, "fill", backend)(inputs, outputs, SOFT_MINIMUM)
 

@@ -236,11 +236,12 @@ def free_energy(dtype: torch.dtype, shape: tuple[int, int, int], mode: str, valu
 def prediction_energy(
     dtype: torch.dtype, shape: tuple[int, int, int], mode: str, value: bool = False, frozen: bool = False
 ) -> None:
-    """value: the forward without weights, and the gradient of the target alone; frozen: not of the target."""
+    """value: the forward without weights but with energies, and the gradient of the target alone; frozen: not of the
+    target."""
     inputs = predictions.Inputs(torch.empty(shape, dtype=dtype), torch.empty(shape[0], shape[2], dtype=dtype))
     options = energies.Options(1.0, MODES[mode])
-    energy, weights = predictions.empty_outputs(inputs, keep_weights=True)
-    prediction_energy_fwd(inputs, predictions.Outputs(energy, when(not value, weights)), options)
+    energy, weights, kept, _ = predictions.empty_outputs(inputs, predictions.Kept(weights=True, stats=True))
+    prediction_energy_fwd(inputs, predictions.Filled(energy, when(not value, weights), when(value, kept)), options)
     wanted = not value, not frozen
     filled = predictions.Gradients(*(when(want, torch.empty_like(of)) for want, of in zip(wanted, inputs, strict=True)))
     prediction_energy_bwd(energy, inputs, weights, filled)

@@ -2,6 +2,7 @@
 #include "core/cpu/bind.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "latent/free_energy_bind.h"
@@ -171,7 +172,7 @@ void run_quantize_rows(const RowQuantization& arguments) {
   std::fill_n(arguments.usage, search.codebook.rows, 0);
   double total = 0;
   for (int64_t i = 0; i < input.rows; ++i) {
-    arguments.usage[search.index[i]] += 1;
+    if (!std::isnan(search.score[i])) arguments.usage[search.index[i]] += 1;
     total += distance[i];
   }
   const double commitment = total / double(input.rows * input.dim);
@@ -268,7 +269,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "free_energy_bwd(Tensor grad_value, Tensor? energy, Tensor? lowest, Tensor? total, Tensor? winner, "
       "Tensor(a!) grad, float beta) -> ()");
   m.def(
-      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, float beta, "
+      "prediction_energy_fwd(Tensor prediction, Tensor target, Tensor(a!) value, Tensor(b!)? weights, Tensor(c!)? "
+      "energies, float beta, "
       "bool minimum) -> ()");
   m.def(
       "prediction_energy_bwd(Tensor grad_value, Tensor prediction, Tensor target, Tensor weights, "

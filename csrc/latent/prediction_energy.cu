@@ -82,6 +82,10 @@ __device__ __forceinline__ void reduce_in_warp(const PredictionEnergy& inputs, c
   }
   state = combine_lanes(rule, state, kWarpSize);
   if (lane == 0) static_cast<A*>(inputs.value)[b] = rule.value(state);
+  if (inputs.energies != nullptr) {
+    A* kept = static_cast<A*>(inputs.energies) + b * count;
+    for (int k = lane; k < count; k += kWarpSize) kept[k] = energies[k];
+  }
   if (inputs.weights == nullptr) return;
   A* weights = static_cast<A*>(inputs.weights) + b * inputs.count;
   for (int k = lane; k < count; k += kWarpSize) weights[k] = rule.weight(state, energies[k], k);
@@ -147,6 +151,7 @@ __device__ __forceinline__ void finish_row(const PredictionEnergy& inputs, int64
     A energy[1] = {A(0)};
     for (int64_t part = 0; part < number; ++part) energy[0] += own[part * count + k];
     own[k] = energy[0];
+    if (inputs.energies != nullptr) static_cast<A*>(inputs.energies)[b * count + k] = energy[0];
     rule.add(state, energy, 1, k);
   }
   state = combine_lanes(rule, state, kWarpSize);

@@ -23,8 +23,9 @@ struct PredictionEnergy {
   int64_t dim;
   bool minimum;  // else soft
   double beta;
-  void* value;    // A (batch)
-  void* weights;  // A (batch, count): derivatives of value with respect to the energies
+  void* value;     // A (batch)
+  void* weights;   // A (batch, count): derivatives of value with respect to the energies
+  void* energies;  // A (batch, count)
 };
 
 struct PredictionEnergyGradient {

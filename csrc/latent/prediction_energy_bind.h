@@ -6,7 +6,8 @@
 namespace sslkernels {
 
 inline PredictionEnergy parse_prediction_energy_fwd(const Tensor& prediction, const Tensor& target, const Tensor& value,
-                                                    const OptionalTensor& weights, double beta, bool minimum) {
+                                                    const OptionalTensor& weights, const OptionalTensor& energies,
+                                                    double beta, bool minimum) {
   STD_TORCH_CHECK(prediction.dim() == 3 && target.dim() == 2 && prediction.size(1) > 0,
                   "sslkernels: prediction must be (B, K, D), K > 0, and target (B, D)");
   const auto type = accumulation_type(prediction);
@@ -27,6 +28,7 @@ inline PredictionEnergy parse_prediction_energy_fwd(const Tensor& prediction, co
   inputs.beta = beta;
   inputs.value = writable(value, {inputs.batch}, type, "value");
   inputs.weights = writable(weights, {inputs.batch, inputs.count}, type, "weights");
+  inputs.energies = writable(energies, {inputs.batch, inputs.count}, type, "energies");
   return inputs;
 }
 
@@ -35,7 +37,7 @@ inline PredictionEnergyGradient parse_prediction_energy_bwd(const Tensor& grad_v
                                                             const OptionalTensor& grad_prediction,
                                                             const OptionalTensor& grad_target) {
   PredictionEnergyGradient gradient{};
-  gradient.inputs = parse_prediction_energy_fwd(prediction, target, grad_value, weights, 1, false);
+  gradient.inputs = parse_prediction_energy_fwd(prediction, target, grad_value, weights, {}, 1, false);
   const PredictionEnergy& inputs = gradient.inputs;
   if (grad_prediction) {
     check_shape(*grad_prediction, {inputs.batch, inputs.count, inputs.dim}, prediction.scalar_type(),

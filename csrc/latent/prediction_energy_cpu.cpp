@@ -79,7 +79,13 @@ void finish(const PredictionEnergy& inputs, void* parts, int64_t begin, int64_t 
   for (int64_t b = begin; b < end; b += kRows) {
     const int64_t rows = std::min<int64_t>(end - b, kRows);
     A* energies = static_cast<A*>(parts) + b * of_features * count;
-    for (int64_t r = 0; r < rows; ++r) add_parts(energies + r * of_features * count, of_features, count);
+    for (int64_t r = 0; r < rows; ++r) {
+      A* row = energies + r * of_features * count;
+      add_parts(row, of_features, count);
+      if (inputs.energies != nullptr) {
+        std::memcpy(static_cast<A*>(inputs.energies) + (b + r) * count, row, size_t(count) * sizeof(A));
+      }
+    }
     FreeEnergy reduced{};
     reduced.element = sizeof(A) == sizeof(double) ? Element::kDouble : Element::kFloat;
     reduced.energy = energies;

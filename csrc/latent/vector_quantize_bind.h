@@ -86,6 +86,7 @@ inline CodeGather parse_gather_codes(const Tensor& input, const Tensor& codebook
   const auto type = type_of_products(gather.input, gather.codebook);
   gather.is_double = type == ScalarType::Double;
   gather.index = readable<int64_t>(index, {rows}, ScalarType::Long, "index");
+  check_indices(index, rows, gather.codebook.rows, "index");
   gather.score = readable<double>(score, {rows}, ScalarType::Double, "score");
   gather.values = writable(values, {rows, gather.input.dim}, input.scalar_type(), "values");
   gather.distance = writable(distance, {rows}, type, "distance");
@@ -129,6 +130,7 @@ inline CodeDifference parse_code_difference(const Tensor& coefficient, const Ten
   const auto type = type_of_products(difference.input, difference.codebook);
   difference.is_double = type == ScalarType::Double;
   difference.index = readable<int64_t>(index, {rows}, ScalarType::Long, "index");
+  check_indices(index, rows, difference.codebook.rows, "index");
   difference.coefficient = readable(coefficient, {}, type, "coefficient");
   difference.out_element = element_of(out);
   difference.out = writable(out, {rows, difference.input.dim}, out.scalar_type(), "out");

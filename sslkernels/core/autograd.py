@@ -104,6 +104,16 @@ def records(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def may_want_gradient(*tensors: Tensor | None) -> bool:
+    """Whether forward should keep what backward needs of these tensors. Under vmap a tensor hides whether a transform
+    outside, as `torch.func.grad`, differentiates it: it may."""
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def save(ctx: Any, *values: Any) -> None:
     """Saves tensors and records of tensors for backward."""
     ctx.layout = [type(value) if isinstance(value, tuple) else None for value in values]

@@ -1,9 +1,10 @@
-"""Base class of the modules that hold options."""
+"""Base classes of the modules that hold options or a process group."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sslkernels.core import checks
@@ -14,7 +15,47 @@ def options_of(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name not in ("self", "__class__")}
 
 
-class Options(nn.Module):
+class SharedGroup:
+    """A process group that copies share. torch can neither copy nor pickle one: a pickled one is found again by its
+    name when it is first used, so that a module can be loaded where there are no ranks."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.name = getattr(group, "group_name", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"group": None, "name": self.name}
+
+    def get(self) -> Any:
+        if self.group is None:
+            try:
+                self.group = dist.distributed_c10d._resolve_process_group(self.name)
+            except Exception as error:
+                raise RuntimeError(
+                    f"process_group: there is no group {self.name!r} in this process, where the module was loaded; set "
+                    "module.process_group"
+                ) from error
+        return self.group
+
+
+class OverRanks(nn.Module):
+    """Base class of modules with a `process_group`, which deep copies and pickles share."""
+
+    _group: SharedGroup | None = None
+
+    @property
+    def process_group(self) -> Any:
+        return None if self._group is None else self._group.get()
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._group = None if group is None else SharedGroup(group)
+
+
+class Options(OverRanks):
     """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 
     def __init__(self, **options: Any) -> None:

@@ -13,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sslkernels.core.operator import operator
+from sslkernels.core.ranks import over_ranks
 from sslkernels.latent.vector_quantize import KERNELS, NAME, NATIVE_OPS, code_sums
-from sslkernels.random.streams import random_bits
+from sslkernels.random.streams import random_bits, random_exponential
 
 _LARGEST = 2**63 - 1
 INITIAL, REVIVAL = 0, 1  # the purposes of a draw, each an independent stream
+SEED_BYTES = 8
 
 
 @operator(NAME, dict.fromkeys(KERNELS, torch.clone), native_ops=NATIVE_OPS)
@@ -25,6 +27,42 @@ def codebook_snapshot(codebook: Tensor) -> Tensor:
     """The codebook before it moves. An operator, because torch.compile would recompute a plain copy in backward, from
     the codebook that has moved."""
     return torch.empty_like(codebook)
+
+
+def bytes_of_seed(seed: Tensor) -> Tensor:
+    """The bytes of a 0-d int64 seed, (8,) float32: a floating buffer, exact in every dtype to which it may be cast, and
+    equal to itself when it is averaged."""
+    return ((seed >> _byte_shifts(seed.device)) & 255).float()
+
+
+def seed_of_bytes(seed: Tensor) -> Tensor:
+    return (seed.long() << _byte_shifts(seed.device)).sum()
+
+
+def _byte_shifts(device: torch.device) -> Tensor:
+    return torch.arange(0, 8 * SEED_BYTES, 8, device=device)
+
+
+class Rows(NamedTuple):
+    """The rows (N, D) of a batch, in the dtype of the codebook, and which of them count (N,): finite ones within the
+    mask."""
+
+    values: Tensor
+    valid: Tensor
+
+
+class Draw(NamedTuple):
+    """What the random numbers of a step depend on: the seed (0-d, int64) and the number of the step (1,)."""
+
+    seed: Tensor
+    step: Tensor
+
+
+class Start(NamedTuple):
+    """The codes to start from, and `started` (0-d, floating) after it."""
+
+    codebook: Tensor
+    started: Tensor
 
 
 class DrawnRows(NamedTuple):
@@ -52,15 +90,16 @@ class BatchSums(NamedTuple):
     drawn: Tensor | None
 
 
-def _seed_of(seed: Tensor, step: Tensor, purpose: int) -> Tensor:
+def _seed_of(draw: Draw, purpose: int) -> Tensor:
     """The seed of one draw: two words of the stream of `seed`, so that no two steps share a counter."""
-    low, high = random_bits((1, 2), seed, row_ids=step.reshape(1), sample=purpose)[0].long()
+    low, high = random_bits((1, 2), draw.seed, row_ids=draw.step.long().reshape(1), sample=purpose)[0].long()
     return (high << 32) | (low & 0xFFFFFFFF)
 
 
-def draw_rows(input: Tensor, count: int, seed: Tensor, step: Tensor, purpose: int, group: Any) -> DrawnRows:
-    """The `count` rows of input (N, D) with the smallest random keys. A key depends on seed, step, purpose and the
-    number of the row in the batch of all ranks, but not on the split over ranks. Only finite rows are drawn."""
+def draw_rows(rows: Rows, count: int, draw: Draw, purpose: int, group: Any) -> DrawnRows:
+    """The `count` valid rows with the smallest random keys. A key depends on seed, step, purpose and the number of the
+    row in the batch of all ranks, but not on the split over ranks."""
+    input, valid = rows
     rows = input.shape[0]
     number = torch.arange(rows, device=input.device)
     if group is not None:
@@ -68,12 +107,11 @@ def draw_rows(input: Tensor, count: int, seed: Tensor, step: Tensor, purpose: in
         counts = _gathered(mine, group)
         start = counts[: dist.get_rank(group)].sum()
         number = number + start
-    low, high = random_bits((rows, 2), _seed_of(seed, step, purpose), row_ids=number).long().unbind(1)
+    low, high = random_bits((rows, 2), _seed_of(draw, purpose), row_ids=number).long().unbind(1)
     key = ((high << 32) ^ low) & _LARGEST
-    finite = input.isfinite().all(1)
-    key, order = key.masked_fill(~finite, _LARGEST).sort(stable=True)
+    key, order = key.masked_fill(~valid, _LARGEST).sort(stable=True)
     size = min(rows, count)
-    known = finite.sum()
+    known = valid.sum()
     if group is None:
         drawn = input.new_zeros(count, input.shape[1])
         drawn[:size] = input[order[:size]]
@@ -99,10 +137,9 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
     return torch.cat(parts)
 
 
-def batch_sums(input: Tensor, indices: Tensor, codes: int, drawn: Tensor | None, group: Any) -> BatchSums:
-    """A row that is not finite counts for no code."""
-    finite = input.isfinite().all(1)
-    keys = torch.where(finite, indices, codes)
+def batch_sums(rows: Rows, indices: Tensor, codes: int, drawn: Tensor | None, group: Any) -> BatchSums:
+    input, valid = rows
+    keys = torch.where(valid, indices, codes)
     counts = torch.zeros(codes + 1, dtype=torch.int64, device=input.device)
     counts = counts.scatter_add_(0, keys, torch.ones_like(keys))[:codes].to(input.dtype)
     parts = [counts[:, None], code_sums(input, keys, codes, input.dtype)]
@@ -115,14 +152,19 @@ def batch_sums(input: Tensor, indices: Tensor, codes: int, drawn: Tensor | None,
     return BatchSums(counts.squeeze(1), sums, *(drawn_rows or [None]))
 
 
-def move_averages(averages: Averages, batch: BatchSums, decay: float, eps: float) -> None:
-    """Moves the averages by the batch. A code is the average sum over the average size with Laplace smoothing."""
+def move_averages(averages: Averages, batch: BatchSums, decay: float, eps: float, unit: bool) -> None:
+    """Moves the averages by the batch. A code is the average sum over the average size with Laplace smoothing; if
+    `unit`, it is divided by its norm."""
     codebook, sizes, sums = averages
     sizes.mul_(decay).add_(batch.sizes, alpha=1 - decay)
     sums.mul_(decay).add_(batch.sums, alpha=1 - decay)
     total = sizes.sum()
     smoothed = (sizes + eps) / (total + eps * sizes.shape[0]) * total
-    codebook.copy_(torch.where(smoothed[:, None] > 0, sums / smoothed[:, None], codebook))
+    moved, defined = sums / smoothed[:, None], smoothed[:, None] > 0
+    if unit:
+        moved = unit_rows(moved)
+        defined = defined & (moved != 0).any(1, keepdim=True)
+    codebook.copy_(torch.where(defined, moved, codebook))
 
 
 def revive(averages: Averages, drawn: DrawnRows, below: float) -> None:
@@ -139,7 +181,67 @@ def revive(averages: Averages, drawn: DrawnRows, below: float) -> None:
     codebook.copy_(torch.where(revived[:, None], row, codebook))
 
 
-def start_from(codebook: Tensor, drawn: DrawnRows) -> Tensor:
-    """The drawn rows as codes, repeated if they are fewer than the codes; the codebook itself if there are none."""
-    index = torch.arange(codebook.shape[0], device=codebook.device) % drawn.known.clamp(min=1)
-    return torch.where(drawn.known > 0, drawn.rows[index], codebook)
+def unit_rows(rows: Tensor) -> Tensor:
+    """The rows divided by their norms; zeros stay zeros, and no norm overflows."""
+    largest = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1)
+    norm = scaled.norm(dim=1, keepdim=True)
+    return scaled / torch.where(norm > 0, norm, 1)
+
+
+def distant_rows(rows: Rows, count: int, seed: Tensor) -> DrawnRows:
+    """`count` valid rows by k-means++: each is drawn with a probability proportional to its squared distance to the
+    nearest row drawn before. As many are known as there are different rows.
+
+    The least of exponential numbers divided by the weights is such a draw. Nothing is read on the host.
+    """
+    values, valid = rows
+    drawn, known = [], torch.zeros((), dtype=torch.int64, device=values.device)
+    weight = valid.to(values.dtype)
+    for number in range(count):
+        waiting = random_exponential((values.shape[0], 1), seed, sample=number)[:, 0]
+        at = torch.where(weight > 0, waiting / weight, float("inf")).argmin()
+        known += (weight > 0).any()
+        row = values.index_select(0, at.reshape(1))
+        drawn.append(row)
+        distance = (values - row).square().sum(1).masked_fill(~valid, 0)
+        weight = distance if number == 0 else torch.minimum(weight, distance)
+    return DrawnRows(torch.cat(drawn), known)
+
+
+def start(codebook: Tensor, rows: Rows, draw: Draw, kmeans: bool, group: Any) -> Start:
+    """The codes of a codebook that starts from the rows of all ranks. It has not started if no row is valid."""
+    count = codebook.shape[0]
+    if kmeans:
+        values = rows.values.masked_fill(~rows.valid[:, None], float("nan"))
+        if group is not None:  # k-means++ is serial: every rank draws from all rows
+            values = over_ranks(group, values)[0].gather(values)
+        if values.shape[0] == 0:
+            return Start(codebook.clone(), torch.zeros((), device=codebook.device))
+        valid = values.isfinite().all(1)
+        drawn = distant_rows(Rows(values.masked_fill(~valid[:, None], 0), valid), count, _seed_of(draw, INITIAL))
+        if group is not None and dist.get_rank(group) > 0:
+            drawn.rows.zero_()
+    else:
+        drawn = draw_rows(rows, count, draw, INITIAL, group)
+    if group is not None:
+        dist.all_reduce(drawn.rows, group=group)
+    # Repeated if they are fewer than the codes; the codebook itself if there are none.
+    index = torch.arange(count, device=codebook.device) % drawn.known.clamp(min=1)
+    any_row = drawn.known > 0
+    return Start(torch.where(any_row, drawn.rows[index], codebook), any_row.float())
+
+
+def _start_once(codebook: Tensor, rows: Rows, started: Tensor, draw: Draw, kmeans: bool) -> Start:
+    if (kmeans or started.device.type == "cpu") and started > 0:
+        return Start(codebook.clone(), started.to(torch.float32, copy=True))
+    before = started > 0
+    found = start(codebook, rows, draw, kmeans, None)
+    return Start(torch.where(before, codebook, found.codebook), torch.where(before, started.float(), found.started))
+
+
+@operator(NAME, dict.fromkeys(KERNELS, _start_once), native_ops=NATIVE_OPS)
+def start_codebook(codebook: Tensor, rows: Rows, started: Tensor, draw: Draw, kmeans: bool) -> Start:
+    """`start` if the codebook has not started, for torch.compile, whose graph cannot depend on it. On a GPU it draws
+    the rows in either case, or for k-means++ reads `started` on the host."""
+    return Start(torch.empty_like(codebook), torch.empty((), dtype=torch.float32, device=codebook.device))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 
@@ -93,8 +93,9 @@ def _bwd(
     return grad
 
 
-def reduce_energies(energy: Tensor, options: Options) -> Outputs:
-    """The definition in plain torch, over dimension 1 of energies in the accumulation dtype.
+def reduce_energies(energy: Tensor, options: Options, valid: Tensor | None = None) -> Outputs:
+    """The definition in plain torch, over dimension 1 of energies in the accumulation dtype. valid: which candidates
+    there are; the energies of the others are infinite.
 
     With d = E - lowest, the sum of exp(-beta d) loses digits where all beta d are small, and the sum of
     1 - exp(-beta d) where many are large. The mean of the latter decides: below 1/2 it is used, above 1/2 the former.
@@ -109,12 +110,16 @@ def reduce_energies(energy: Tensor, options: Options) -> Outputs:
     excess = torch.where(energy == anchor, 0, energy - anchor)
     x = beta * excess
     near = torch.where(x * x < torch.finfo(x.dtype).eps, excess * (1 - x / 2), -torch.expm1(-x) / beta)
-    deficit = torch.where(x < 0.5, near, -torch.expm1(-x) / beta).mean(1)
-    total = torch.exp(-x).sum(1)
+    deficits, exponentials = torch.where(x < 0.5, near, -torch.expm1(-x) / beta), torch.exp(-x)
+    count = energy.shape[1]
+    if valid is not None:
+        count = valid.sum(1)
+        deficits, exponentials = (torch.where(valid, terms, 0) for terms in (deficits, exponentials))
+    deficit, total = deficits.sum(1) / count, exponentials.sum(1)
     u = beta * deficit
     tiny = u * u < torch.finfo(u.dtype).eps
     small = deficit * torch.where(tiny, 1 + u / 2, -torch.log1p(-u) / u)
-    large = -torch.log(total / energy.shape[1]) / beta
+    large = -torch.log(total / count) / beta
     return Outputs(lowest + torch.where(u < 0.5, small, large), lowest, total, none)
 
 
@@ -253,7 +258,7 @@ def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str =
     if energy.shape[dim] == 0:
         checks.fail(ValueError, NAME, "energy", f"have at least one element along dim {dim}", tuple(energy.shape))
     columns, shape, order = _three_dimensional(energy, dim)
-    keep_state = torch.is_grad_enabled() and energy.requires_grad
+    keep_state = may_want_gradient(energy)
     value = _FreeEnergy.run(columns, Options(float(beta), mode == "min"), keep_state).value.reshape(shape)
     return value if order is None else value.permute(order)
 

@@ -32,7 +32,7 @@ from sslkernels.latent.gumbel_rows import (
     as_matrix,
     implementations,
 )
-from sslkernels.latent.gumbel_softmax import GumbelSoftmax, inverse_tau_tensor
+from sslkernels.latent.gumbel_softmax import gumbel_softmax_fwd, inverse_tau_tensor
 from sslkernels.random.seeds import seed_tensor
 
 NAME = "gumbel_quantize"
@@ -291,6 +291,44 @@ class _Quantize(Function):
         return NoisyLogits(found.logits, None, None, None), found.codebook
 
 
+class _SoftValues(Function):
+    """The soft sample times the codebook, (N, G, D), and the sample. The gradient of the logits is that of a drawn
+    code: the gradient of the sample, in its dtype, would overflow in half precision."""
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(source: NoisyLogits, codebook: Tensor, state: CodeState) -> tuple[Tensor, Tensor]:
+        logits = source.logits
+        y = gumbel_softmax_fwd(source._replace(logits=as_matrix(logits)), False).y.reshape(logits.shape)
+        return (y.to(codebook.dtype).transpose(0, 1) @ codebook).transpose(0, 1), y
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        source, codebook, state = inputs
+        _, y = outputs
+        save(ctx, source, codebook, state, y)
+
+    @staticmethod
+    def backward(ctx, grad_values, _):
+        if grad_values is None:
+            return None
+        source, codebook, state, y = saved(ctx)
+        needs_source, needs_codebook, *_ = _SoftValues.wanted(ctx)
+        grad_logits = grad_codebook = None
+        if needs_source.logits:
+            grads, wanted = OutputGrads(grad_values, None), Wanted(True, False)
+            grad_logits = _gradients(grads, source, codebook, None, state, wanted).logits
+        if needs_codebook:
+            grad_codebook = _soft_sums(y, grad_values.to(codebook.dtype))
+        return NoisyLogits(grad_logits, None, None, None), grad_codebook
+
+
+@once_differentiable(NAME)
+def _soft_sums(y: Tensor, grad_values: Tensor) -> Tensor:
+    return y.to(grad_values.dtype).permute(1, 2, 0) @ grad_values.transpose(0, 1)
+
+
 @once_differentiable(NAME)
 def _gradients(
     grads: OutputGrads, source: NoisyLogits, codebook: Tensor, mask: Tensor | None, codes: CodeState, wanted: Wanted
@@ -378,7 +416,7 @@ def gumbel_quantize(
     source = NoisyLogits(rows, seed if noise else None, numbers, inverse_tau)
     values, codes = _Quantize.run(source, table, valid, return_stats)
     if not gathered:
-        values = _soft_values(source, codebook)
+        values, _ = _SoftValues.run(source, codebook, codes.code_state)
     values = values.reshape(*batch, groups * dim)
     indices = codes.index.reshape(*batch, groups) if grouped else codes.index.reshape(batch)
     if not return_stats:
@@ -386,11 +424,6 @@ def gumbel_quantize(
     counted = rows.shape[0] if mask is None else mask.sum()
     usage = _usage(codes.best, count, valid).to(codes.probability.dtype)
     return GumbelQuantized(values, indices, _perplexity(usage / counted), _perplexity(codes.probability / counted))
-
-
-def _soft_values(source: NoisyLogits, codebook: Tensor) -> Tensor:
-    y = GumbelSoftmax.run(source, False, 2).y
-    return (y.to(codebook.dtype).transpose(0, 1) @ codebook).transpose(0, 1)
 
 
 def _usage(best: Tensor, count: int, valid: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.operator import operator
+from sslkernels.core.operator import operator, plain
 from sslkernels.latent.gumbel_rows import (
     HARD,
     NATIVE_OPS,
@@ -124,8 +124,9 @@ def gumbel_softmax(
     Args:
         logits: unnormalised log-probabilities, of any shape; float32, bfloat16, float16 or float64. -inf is
             probability 0: it is never drawn and has gradient 0.
-        tau: temperature, a number in [1e-30, 1e30], or a 0-d floating tensor on the device, which is never read by the
-            host. Small temperatures make y one-hot, and its gradient large.
+        tau: temperature, a number in [1e-30, 1e30], or a 0-d floating tensor on the device, which the host does
+            not read on a GPU: out of this range it makes y NaN. Small temperatures make y one-hot, and its gradient
+            large.
         hard: one-hot samples.
         dim: the dimension of the categories. Unless it is the last one, forward and backward copy the logits with it
             last, and `dim` is last in the memory of y too.
@@ -180,7 +181,11 @@ def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> 
         checks.same_device(name, "tau", tau, "logits", device)
         if tau.requires_grad:
             checks.fail(ValueError, name, "tau", "not require grad", "a tensor that does")
-        return tau.double().reciprocal()
+        readable = tau.device.type == "cpu" and not torch.compiler.is_compiling() and plain((tau,))
+        if readable and tau.item() < 0:
+            checks.fail(ValueError, name, "tau", "not be negative", tau.item())
+        tau = tau.double()  # on a GPU the host reads nothing: NaN says that it is out of range
+        return torch.where((tau >= SMALLEST_TAU) & (tau <= LARGEST_TAU), tau.reciprocal(), torch.nan)
     checks.number(name, "tau", tau, low=SMALLEST_TAU, high=LARGEST_TAU)
     if torch.compiler.is_compiling():  # `full` would compile another graph for each tau
         return torch.ones((), dtype=torch.float64, device=device) / tau

@@ -1,7 +1,8 @@
-"""Modules that hold a codebook."""
+"""The module that holds a codebook of `vector_quantize`."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,34 +10,46 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sslkernels.core import checks
+from sslkernels.core.modules import OverRanks
 from sslkernels.latent import codebook as codebooks
-from sslkernels.latent.codebook import Averages, DrawnRows
-from sslkernels.latent.gumbel_quantize import GumbelQuantized, gumbel_quantize
-from sslkernels.latent.vector_quantize import METRICS, Quantized, vector_quantize
+from sslkernels.latent.codebook import Averages, Draw, DrawnRows, Rows
+from sslkernels.latent.vector_quantize import METRICS, Quantized, check_mask, vector_quantize
 from sslkernels.random.seeds import in_backward, seed_tensor
 from sslkernels.random.streams import random_normal
 
 NAME = "VectorQuantizer"
+# What is not given: an option that a mode has no use for is refused if it is.
+EPS, REVIVE_BELOW, CODEBOOK_WEIGHT = 1e-5, 0.4, 4.0
+AVERAGES = ("codebook", "sizes", "sums")
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(OverRanks):
     """Module of `vector_quantize` that holds the codebook: moved by averages of the rows of each code, or learned.
 
     In training, a forward quantises with the current codebook and then moves the codebook once. The averages decay by
     `decay`; codes are sums over sizes with Laplace smoothing `eps` (van den Oord et al., appendix A.1). Values and
     commitment have the gradients of `vector_quantize`, and none goes to the codebook. In evaluation nothing changes.
 
+    With `metric="cosine"` and averages, rows count in them by their direction and codes have norm 1, at the start and
+    after each step; give rows of norm 1, for `commitment` is the squared distance to the row as it is.
+
     Dead codes: a code whose average size is less than `revive_below` times the mean (None: never) becomes a random row
     of the batch, with the mean size, so that it has time to be used. The rows are drawn from the package's streams by
-    `seed` and the number of the step: there is no random state but the buffers `seed` and `steps`.
+    `seed` and the number of the step: there is no random state but the buffers `seed` and `steps`. A code of the mean
+    size that no row takes any more is dead after `log(revive_below) / log(decay)` steps: 92 with the defaults, at the
+    start about 20. A code that is used steadily, but less than `revive_below` times the mean, is replaced as often.
 
     Over a `process_group` sizes, sums and drawn rows are those of the batch of all ranks. Every rank must call forward
     equally often, with any number of rows. Codebooks stay bitwise equal on all ranks, and equal those of one process
-    with all rows up to the rounding of sums. Without a process group, each process moves its own codebook.
+    with all rows up to the rounding of sums. Without a process group, each process moves its own codebook, with a
+    warning if there are several; a learned codebook then raises `RuntimeError` where it would start from the rows of
+    one process. Copies and pickles share the group.
 
-    The state is in buffers, float32 (float64 for that `dtype`) whatever the module is cast to and the input is: a
-    module that was loaded from its `state_dict` continues as if it had not been stopped. Rows that are not finite move
-    nothing. Nothing synchronises with the host but loading a state.
+    The state is in floating buffers, float32 (float64 for that `dtype`) whatever the module is cast to and the input
+    is; one that was loaded in half precision raises `TypeError` in training. The buffers alone are the state: a module
+    into which they were copied, in any way, continues as if it had not been stopped. `started` is 0 until the codebook
+    has started from rows. Rows that are not finite move nothing. On a GPU nothing is read on the host but `started`,
+    after it was written, and with `init="kmeans"` in each step that `torch.compile` compiled.
 
     Args:
         num_codes: the number of codes; the codebook is `(num_codes, dim)`.
@@ -44,24 +57,29 @@ class VectorQuantizer(nn.Module):
         metric: as in `vector_quantize`.
         decay: decay of the averages, in [0, 1). None: the codebook is a parameter; `commitment` also has a gradient in
             the codes, `codebook_weight` times as strong as in the input, and `beta * commitment` is the loss of VQ-VAE
-            for beta = 1 / codebook_weight. `eps` and `revive_below` then have no effect.
-        eps: Laplace smoothing of the sizes.
-        revive_below: the share of the mean size below which a code is dead.
-        codebook_weight: the weight of the codes in `commitment` for `decay=None`.
-        init: "data": distinct random rows of the first batch in training (repeated if it has too few; until then, and
-            if no row is finite, "normal"); "normal": standard normal numbers from `seed`; or the codes themselves,
-            `(num_codes, dim)`.
+            for beta = 1 / codebook_weight.
+        eps: Laplace smoothing of the sizes, 1e-5 by default. Only with averages.
+        revive_below: the share of the mean size below which a code is dead; "auto": 0.4 with averages. Only with
+            averages, for an optimiser knows nothing of a code that was replaced.
+        codebook_weight: the weight of the codes in `commitment` for `decay=None`, 4 by default.
+        init: "data": distinct random rows of the first batch in training (repeated if it has too few; until a batch has
+            a finite row, "normal"); "kmeans": rows of that batch drawn by k-means++, each with a probability
+            proportional to its squared distance to those before, which takes `num_codes` passes over the batch, over
+            ranks over all their rows on each; "normal": standard normal numbers from `seed`; or the codes themselves,
+            `(num_codes, dim)`. A learned codebook cannot start from rows under FSDP2, where a write in forward is lost.
         seed: seed of all draws. Modules that are to draw different rows need different seeds.
         process_group: the ranks that share the codebook.
         device: device of the codebook.
         dtype: torch.float32 or torch.float64, the dtype of the codebook and the averages.
 
     Forward takes `(..., dim)` in any floating dtype and returns `Quantized(values, indices, commitment, usage)`; usage
-    counts this rank's rows alone. In training with averages, recomputing forward in backward (activation checkpointing)
-    raises `RuntimeError`, because the codebook has moved.
+    counts this rank's rows alone. Rows that are False in its `mask`, `(...)` bool, get values and indices, but count in
+    nothing: averages, usage, revival, start and commitment. In training with averages, recomputing forward in backward
+    (activation checkpointing) raises `RuntimeError`, because the codebook has moved.
 
     Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural discrete representation learning", NeurIPS 2017; Razavi, van
-    den Oord and Vinyals, "Generating diverse high-fidelity images with VQ-VAE-2", NeurIPS 2019.
+    den Oord and Vinyals, "Generating diverse high-fidelity images with VQ-VAE-2", NeurIPS 2019; Arthur and
+    Vassilvitskii, "k-means++", SODA 2007.
 
     >>> import sslkernels as sk
     >>> quantizer = sk.nn.VectorQuantizer(512, 16)
@@ -78,9 +96,9 @@ class VectorQuantizer(nn.Module):
         *,
         metric: str = "l2",
         decay: float | None = 0.99,
-        eps: float = 1e-5,
-        revive_below: float | None = 0.01,
-        codebook_weight: float = 4.0,
+        eps: float | None = None,
+        revive_below: float | str | None = "auto",
+        codebook_weight: float | None = None,
         init: str | Tensor = "data",
         seed: int = 0,
         process_group: Any = None,
@@ -88,29 +106,37 @@ class VectorQuantizer(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        _check(num_codes, dim, metric, decay, eps, revive_below, codebook_weight, init, dtype)
+        _check_shape(num_codes, dim, metric, init, dtype)
+        _check_averages(decay, eps, revive_below, codebook_weight)
+        averages = decay is not None
         self.metric = metric
         self.decay = decay
-        self.eps = eps
-        self.revive_below = None if decay is None else revive_below
-        self.codebook_weight = codebook_weight
+        self.eps = (EPS if eps is None else eps) if averages else None
+        self.revive_below = (REVIVE_BELOW if revive_below == "auto" else revive_below) if averages else None
+        self.codebook_weight = CODEBOOK_WEIGHT if codebook_weight is None and not averages else codebook_weight
+        self.kmeans = isinstance(init, str) and init == "kmeans"
         self.process_group = process_group
         device = torch.empty(0, device=device).device
         where = {"device": device, "dtype": dtype}
-        self.register_buffer("seed", seed_tensor(NAME, seed, None, device))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        number = seed_tensor(NAME, seed, None, device)
         if isinstance(init, Tensor):
             codes = init.detach().to(copy=True, **where)
         else:
-            codes = random_normal((num_codes, dim), self.seed, dtype=dtype)
-        if decay is None:
-            self.codebook = nn.Parameter(codes)
-        else:
+            codes = random_normal((num_codes, dim), number, dtype=dtype)
+        if averages:
+            codes = codebooks.unit_rows(codes) if self._unit else codes
             self.register_buffer("codebook", codes)
             self.register_buffer("sizes", torch.ones(num_codes, **where))
             self.register_buffer("sums", codes.clone())
-        self._started = isinstance(init, Tensor) or init == "normal"
-        self.register_buffer("started", torch.tensor(self._started, device=device))
+        else:
+            self.codebook = nn.Parameter(codes)
+        # Floating, so that tools that copy or average floating buffers alone take them.
+        self.register_buffer("seed", codebooks.bytes_of_seed(number))
+        # One-dimensional: torch.compile loses what is written into a float64 scalar on a CPU.
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.float64, device=device))
+        started = isinstance(init, Tensor) or init == "normal"
+        self.register_buffer("started", torch.full((), float(started), device=device))
+        self._read: tuple[Tensor, int] | None = None
 
     @property
     def num_codes(self) -> int:
@@ -120,20 +146,26 @@ class VectorQuantizer(nn.Module):
     def dim(self) -> int:
         return self.codebook.shape[1]
 
-    def forward(self, input: Tensor) -> Quantized:
+    @property
+    def _unit(self) -> bool:
+        """Whether codes have norm 1."""
+        return self.metric == "cosine" and self.decay is not None
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Quantized:
         learned = self.decay is None
-        options = {"metric": self.metric, "codebook_weight": self.codebook_weight if learned else 0.0}
+        options = {
+            "metric": self.metric,
+            "codebook_weight": self.codebook_weight if learned else 0.0,
+            "mask": mask,
+        }
         if not self.training:
             return vector_quantize(input, self.codebook, **options)
         if not learned:
             _refuse_recomputation()
-        checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
-        checks.dims(NAME, "input", input, 1, "(..., dim)")
-        if input.shape[-1] != self.dim:
-            checks.fail(ValueError, NAME, "input", f"have shape (..., dim) with dim = {self.dim}", tuple(input.shape))
-        rows = input.detach()
-        rows = (rows.reshape(1, -1) if rows.dim() == 1 else rows.flatten(0, -2)).to(self.codebook.dtype)
+        self._check_input(input, mask)
+        self._check_state()
         with torch.no_grad():
+            rows = self._rows(input.detach(), mask)
             self._start(rows)
         codes = self.codebook if learned else codebooks.codebook_snapshot(self.codebook)
         quantized = vector_quantize(input, codes, **options)
@@ -143,50 +175,140 @@ class VectorQuantizer(nn.Module):
             self.steps.add_(1)
         return quantized
 
-    def _draw(self, rows: Tensor, purpose: int) -> DrawnRows:
-        return codebooks.draw_rows(rows, self.num_codes, self.seed, self.steps, purpose, self.process_group)
+    def decode(self, indices: Tensor) -> Tensor:
+        """The codes of indices `(...)`, int32 or int64: `(..., dim)`, in the dtype of the codebook."""
+        return codes_of(NAME, indices, self.codebook)
 
-    def _start(self, rows: Tensor) -> None:
-        if self._started or (self.process_group is None and rows.shape[0] == 0):
-            return
-        drawn = self._draw(rows, codebooks.INITIAL)
-        if self.process_group is not None:
-            dist.all_reduce(drawn.rows, group=self.process_group)
-        self.codebook.copy_(codebooks.start_from(self.codebook, drawn))
+    def _check_input(self, input: Tensor, mask: Tensor | None) -> None:
+        checks.tensor(NAME, "input", input, checks.FLOAT_DTYPES)
+        checks.dims(NAME, "input", input, 1, "(..., dim)")
+        if input.shape[-1] != self.dim:
+            checks.fail(ValueError, NAME, "input", f"have shape (..., dim) with dim = {self.dim}", tuple(input.shape))
+        check_mask(NAME, mask, input)
+
+    def _check_state(self) -> None:
+        for name, buffer in self._buffers.items():
+            if buffer.dtype not in (torch.float32, torch.float64):
+                must = "be float32 or float64 in training, for averages stop moving in half precision"
+                checks.fail(TypeError, NAME, f"buffer {name!r}", must, buffer.dtype)
+
+    def _rows(self, input: Tensor, mask: Tensor | None) -> Rows:
+        values = (input.reshape(1, -1) if input.dim() == 1 else input.flatten(0, -2)).to(self.codebook.dtype)
+        valid = values.isfinite().all(1)
+        if mask is not None:
+            valid &= mask.reshape(-1)
+        return Rows(codebooks.unit_rows(values) if self._unit else values, valid)
+
+    def _draw(self) -> Draw:
+        return Draw(codebooks.seed_of_bytes(self.seed), self.steps)
+
+    def _has_started(self) -> bool:
+        """What the buffer says. On a GPU it is read on the host only if it was written or replaced since."""
+        started = self.started
+        if started.device.type != "cpu" and self._read is not None:
+            tensor, version = self._read
+            if tensor is started and version == started._version:
+                return True
+        has = bool(started > 0)
+        self._read = (started, started._version) if has else None
+        return has
+
+    def _start(self, rows: Rows) -> None:
+        if torch.compiler.is_compiling() and self.process_group is None:
+            new = codebooks.start_codebook(self.codebook, rows, self.started, self._draw(), self.kmeans)
+            begins = (self.started <= 0) & (new.started > 0)
+        else:
+            alone = self.process_group is None and _several_ranks()
+            if alone and self.decay is not None:
+                _warn_of_ranks()
+            if self._has_started():
+                return
+            if self.decay is None:
+                self._refuse_lost_start(alone)
+            new = codebooks.start(self.codebook, rows, self._draw(), self.kmeans, self.process_group)
+            begins = new.started > 0
+        self.codebook.copy_(new.codebook)
         if self.decay is not None:
-            self.sums.copy_(self.codebook)
-        self.started.fill_(True)
-        self._started = True
+            self.sums.copy_(torch.where(begins, new.codebook, self.sums))
+        self.started.copy_(new.started)
 
-    def _move(self, rows: Tensor, indices: Tensor) -> None:
-        drawn = None if self.revive_below is None else self._draw(rows, codebooks.REVIVAL)
-        batch = codebooks.batch_sums(
-            rows, indices, self.num_codes, None if drawn is None else drawn.rows, self.process_group
-        )
+    def _refuse_lost_start(self, alone: bool) -> None:
+        if alone:
+            raise RuntimeError(
+                f"{NAME}: there are {dist.get_world_size()} ranks, each of which would start its codebook from its own "
+                "rows; pass process_group=torch.distributed.group.WORLD, or another init"
+            )
+        if _is_sharded(self):
+            raise RuntimeError(
+                f"{NAME}: fully_shard would lose the start of the codebook from rows; pass init='normal' or the codes, "
+                "or leave the module out of fully_shard"
+            )
+
+    def _move(self, rows: Rows, indices: Tensor) -> None:
+        count, group = self.num_codes, self.process_group
+        drawn: DrawnRows | None = None
+        if self.revive_below is not None:
+            drawn = codebooks.draw_rows(rows, count, self._draw(), codebooks.REVIVAL, group)
+        batch = codebooks.batch_sums(rows, indices, count, None if drawn is None else drawn.rows, group)
         averages = Averages(self.codebook, self.sizes, self.sums)
-        codebooks.move_averages(averages, batch, self.decay, self.eps)
+        codebooks.move_averages(averages, batch, self.decay, self.eps, self._unit)
         if drawn is not None:
             codebooks.revive(averages, drawn._replace(rows=batch.drawn), self.revive_below)
 
     def _apply(self, fn: Any, recurse: bool = True) -> VectorQuantizer:
-        """A cast to half precision, whose rounding would stop the averages, does not change their dtype."""
-        kept = {} if self.decay is None else {name: getattr(self, name) for name in ("codebook", "sizes", "sums")}
+        """A cast to half precision, whose rounding would stop the averages, does not change the dtype of the state, and
+        none changes that of `steps`."""
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, before.to(after.device))
+            after = self._buffers[name]
+            if after.dtype != before.dtype and (name == "steps" or after.dtype in (torch.float16, torch.bfloat16)):
+                self._buffers[name] = before.to(after.device)
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.started.device.type != "meta":
-            self._started = bool(self.started)
 
     def extra_repr(self) -> str:
         how = f"codebook_weight={self.codebook_weight}" if self.decay is None else f"decay={self.decay}"
         revival = "" if self.revive_below is None else f", revive_below={self.revive_below}"
         return f"{self.num_codes}, {self.dim}, metric={self.metric!r}, {how}{revival}"
+
+
+def codes_of(name: str, indices: Tensor, codebook: Tensor) -> Tensor:
+    checks.tensor(name, "indices", indices, checks.INDEX_DTYPES)
+    checks.same_device(name, "indices", indices, "the codebook", codebook.device)
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0:
+        least, most = (int(value) for value in indices.aminmax())
+        if least < 0 or most >= codebook.shape[0]:
+            checks.fail(ValueError, name, "indices", f"be in [0, {codebook.shape[0]})", least if least < 0 else most)
+    return nn.functional.embedding(indices, codebook)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _warn_of_ranks() -> None:
+    warnings.warn(
+        f"{NAME}: there are {dist.get_world_size()} ranks and no process_group: each moves its own codebook by its own "
+        "rows; pass process_group=torch.distributed.group.WORLD to share it",
+        stacklevel=4,
+    )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether fully_shard (FSDP2) holds the parameters of the module. In forward they are plain tensors, so that only
+    torch's own register of modules tells."""
+    if not dist.is_available():
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                if parameter._module_info.module is module:
+                    return True
+    return False
 
 
 def _refuse_recomputation() -> None:
@@ -197,127 +319,42 @@ def _refuse_recomputation() -> None:
         )
 
 
-def _check(
-    num_codes: int,
-    dim: int,
-    metric: str,
-    decay: float | None,
-    eps: float,
-    revive_below: float | None,
-    codebook_weight: float,
-    init: str | Tensor,
-    dtype: torch.dtype,
-) -> None:
+def _check_shape(num_codes: int, dim: int, metric: str, init: str | Tensor, dtype: torch.dtype) -> None:
     checks.integer(NAME, "num_codes", num_codes, low=1)
     checks.integer(NAME, "dim", dim, low=1)
     checks.choice(NAME, "metric", metric, METRICS)
+    if dtype not in (torch.float32, torch.float64):
+        checks.fail(TypeError, NAME, "dtype", "be torch.float32 or torch.float64", dtype)
+    if not isinstance(init, Tensor):
+        return checks.choice(NAME, "init", init, ("data", "kmeans", "normal"))
+    checks.tensor(NAME, "init", init, checks.FLOAT_DTYPES)
+    checks.shape(NAME, "init", init, (num_codes, dim), "(num_codes, dim)")
+    if init.requires_grad:
+        must = "not require grad, for it is copied (decay=None makes the copy a parameter)"
+        checks.fail(TypeError, NAME, "init", must, "a tensor that does")
+
+
+def _check_averages(
+    decay: float | None, eps: float | None, revive_below: float | str | None, codebook_weight: float | None
+) -> None:
     if decay is not None:
         checks.number(NAME, "decay", decay, low=0.0, high=1.0)
         if decay == 1:
             checks.fail(ValueError, NAME, "decay", "be less than 1", decay)
-    checks.number(NAME, "eps", eps, low=0.0, high=checks.LARGEST)
-    if revive_below is not None:
+    if eps is not None:
+        checks.number(NAME, "eps", eps, low=0.0, high=checks.LARGEST)
+    given = revive_below is not None and revive_below != "auto"
+    if given:
         checks.number(NAME, "revive_below", revive_below, low=0.0)
         if revive_below >= 1:
             checks.fail(ValueError, NAME, "revive_below", "be less than 1, or None", revive_below)
-    checks.number(NAME, "codebook_weight", codebook_weight, low=0.0, high=checks.LARGEST)
-    if dtype not in (torch.float32, torch.float64):
-        checks.fail(TypeError, NAME, "dtype", "be torch.float32 or torch.float64", dtype)
-    if isinstance(init, Tensor):
-        checks.tensor(NAME, "init", init, checks.FLOAT_DTYPES)
-        checks.shape(NAME, "init", init, (num_codes, dim), "(num_codes, dim)")
-    else:
-        checks.choice(NAME, "init", init, ("data", "normal"))
-
-
-class GumbelQuantizer(nn.Module):
-    """Module of `gumbel_quantize` that holds the codebook: the quantizer of wav2vec 2.0 without its projection.
-
-    In training codes are drawn; in evaluation each row takes the code with its largest logit, without noise, and
-    deterministically. `codebook` is a parameter, `(groups, num_codes, dim // groups)`, or `(num_codes, dim)` without
-    groups, drawn from [0, 1) as in fairseq.
-
-    Args:
-        num_codes: codes per group.
-        dim: size of the values, all groups together.
-        groups: None takes logits `(..., num_codes)`, a number `(..., groups, num_codes)`.
-        tau: temperature, which may be set at any time, or a schedule `(most, least, decay)`, with which
-            `set_num_updates` sets `tau` to `max(most * decay**n, least)` after n updates. It is not part of the state.
-        hard: as for `gumbel_quantize`.
-        return_stats: as for `gumbel_quantize`.
-        device: device of the codebook.
-        dtype: dtype of the codebook.
-
-    Forward also takes `mask`, `row_ids`, `seed` and `generator`.
-
-    >>> import sslkernels as sk
-    >>> project, quantizer = torch.nn.Linear(512, 640), sk.nn.GumbelQuantizer(320, 256, 2, tau=(2.0, 0.5, 0.999995))
-    >>> code = quantizer(project(torch.randn(8, 50, 512)).unflatten(-1, (2, 320)))
-    >>> quantizer.set_num_updates(1000)
-    """
-
-    def __init__(
-        self,
-        num_codes: int,
-        dim: int,
-        groups: int | None = None,
-        *,
-        tau: float | Tensor | tuple[float, float, float] = 1.0,
-        hard: bool = True,
-        return_stats: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        name = "GumbelQuantizer"
-        checks.integer(name, "num_codes", num_codes, low=1)
-        checks.integer(name, "dim", dim, low=1)
-        checks.integer(name, "groups", groups, low=1, optional=True)
-        if groups is not None and dim % groups != 0:
-            checks.fail(ValueError, name, "dim", f"be a multiple of groups, {groups}", dim)
-        self.schedule = None
-        if isinstance(tau, (tuple, list)):
-            if len(tau) != 3:
-                checks.fail(ValueError, name, "tau", "be a number or (most, least, decay)", tau)
-            for value in tau:
-                checks.number(name, "tau", value, low=0.0, low_open=True)
-            self.schedule, tau = tuple(tau), tau[0]
-        self.tau, self.hard, self.return_stats = tau, hard, return_stats
-        shape = (num_codes, dim) if groups is None else (groups, num_codes, dim // groups)
-        self.codebook = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.codebook)
-
-    def set_num_updates(self, num_updates: int) -> None:
-        """Sets `tau` by the schedule, if there is one."""
-        if self.schedule is not None:
-            most, least, decay = self.schedule
-            self.tau = max(most * decay**num_updates, least)
-
-    def forward(
-        self,
-        logits: Tensor,
-        *,
-        mask: Tensor | None = None,
-        row_ids: Tensor | None = None,
-        seed: int | Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> GumbelQuantized:
-        return gumbel_quantize(
-            logits,
-            self.codebook,
-            tau=self.tau,
-            hard=self.hard,
-            noise=self.training,
-            mask=mask,
-            row_ids=row_ids,
-            seed=seed,
-            generator=generator,
-            return_stats=self.return_stats,
-        )
-
-    def extra_repr(self) -> str:
-        shape, tau = tuple(self.codebook.shape), self.schedule or self.tau
-        return f"codebook={shape}, tau={tau}, hard={self.hard}, return_stats={self.return_stats}"
+    if codebook_weight is not None:
+        checks.number(NAME, "codebook_weight", codebook_weight, low=0.0, high=checks.LARGEST)
+    if decay is not None and codebook_weight is not None:
+        must = "be None with averages, which take no gradient (decay=None learns the codebook)"
+        checks.fail(ValueError, NAME, "codebook_weight", must, codebook_weight)
+    if decay is None and eps is not None:
+        checks.fail(ValueError, NAME, "eps", "be None with decay=None, which has no averages", eps)
+    if decay is None and given:
+        must = "be None or 'auto' with decay=None: the codebook is the optimiser's"
+        checks.fail(ValueError, NAME, "revive_below", must, revive_below)

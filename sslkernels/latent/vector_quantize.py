@@ -8,6 +8,7 @@ cannot separate (`nearest_code`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ class Quantized(NamedTuple):
 
     values: rows of the codebook, in the shape and dtype of the input.
     indices: `(...)`, int64, the index of each row's code.
-    commitment: 0-d, the mean squared difference of input and code.
-    usage: `(K,)`, int64, the number of rows with each code.
+    commitment: 0-d, the mean squared difference of input and code over the rows that count.
+    usage: `(K,)`, int64, the number of those rows with each code.
     """
 
     values: Tensor
@@ -62,7 +63,7 @@ class Operands(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """values (N, D), indices (N,), the mean squared difference of rows and codes (0-d), usage (K,)."""
+    """values (N, D), indices (N,), the mean squared difference of valid rows and codes (0-d), usage (K,)."""
 
     values: Tensor
     indices: Tensor
@@ -114,9 +115,9 @@ class Kernels(NamedTuple):
     sum_rows: Callable[..., None]
     quantize: Callable[..., None] | None = None
 
-    def forward(self, operands: Operands, metric: int) -> Outputs:
+    def forward(self, operands: Operands, valid: Tensor | None, metric: int) -> Outputs:
         outputs = _empty_outputs(operands)
-        if self.quantize is not None:
+        if self.quantize is not None and valid is None:
             self.quantize(operands, metric, outputs)
             return outputs
         values, indices, commitment, usage = outputs
@@ -125,21 +126,35 @@ class Kernels(NamedTuple):
         )
         self.search(*operands, metric, indices, score)
         self.gather(*operands, indices, score, values, distance)
-        commitment.copy_(distance.sum(dtype=torch.float64) / values.numel())
-        usage.zero_().scatter_add_(0, indices, torch.ones_like(indices))
+        counted = score.isnan().logical_not_()
+        rows = values.shape[0]
+        if valid is not None:
+            distance.masked_fill_(~valid, 0)
+            counted &= valid
+            rows = valid.sum()
+        commitment.copy_(distance.sum(dtype=torch.float64) / (rows * values.shape[1]))
+        usage.zero_().scatter_add_(0, indices, counted.long())
         return outputs
 
     def backward(
-        self, coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
+        self,
+        coefficient: Tensor,
+        operands: Operands,
+        valid: Tensor | None,
+        indices: Tensor,
+        codebook_weight: float,
+        wanted: Wanted,
     ) -> Gradients:
         input, codebook = operands
         gradients = _empty_gradients(operands, wanted)
         if not wanted.codebook:
             if wanted.input:
                 self.difference(coefficient, input, codebook, indices, gradients.input)
+                _clear_invalid(gradients.input, valid)
             return gradients
         rows = input.new_empty(input.shape, dtype=coefficient.dtype)
         self.difference(coefficient, input, codebook, indices, rows)
+        _clear_invalid(rows, valid)
         weight = rows.new_full(indices.shape, -codebook_weight, dtype=accumulation_dtype(codebook.dtype))
         self.sum_rows(indices, weight, rows.to(weight.dtype), None, gradients.codebook)
         return gradients._replace(input=rows.to(input.dtype)) if wanted.input else gradients
@@ -150,6 +165,11 @@ class Kernels(NamedTuple):
         ones = torch.ones(indices.shape, dtype=acc, device=source.device)
         self.sum_rows(indices, ones, source if source.dtype == dtype else source.to(acc), None, out)
         return out
+
+
+def _clear_invalid(rows: Tensor, valid: Tensor | None) -> None:
+    if valid is not None:
+        rows.masked_fill_(~valid[:, None], 0)
 
 
 def _gather_reference(
@@ -199,15 +219,21 @@ KERNELS = {
 
 
 @operator(NAME, {name: kernels.forward for name, kernels in KERNELS.items()}, native_ops=NATIVE_OPS)
-def vector_quantize_fwd(operands: Operands, metric: int) -> Outputs:
+def vector_quantize_fwd(operands: Operands, valid: Tensor | None, metric: int) -> Outputs:
     return _empty_outputs(operands)
 
 
 @operator(NAME, {name: kernels.backward for name, kernels in KERNELS.items()}, native_ops=NATIVE_OPS)
 def vector_quantize_bwd(
-    coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
+    coefficient: Tensor,
+    operands: Operands,
+    valid: Tensor | None,
+    indices: Tensor,
+    codebook_weight: float,
+    wanted: Wanted,
 ) -> Gradients:
-    """The gradients of coefficient / 2 times the sum of distances; a code gets codebook_weight times its own."""
+    """The gradients of coefficient / 2 times the sum of distances of valid rows; a code gets codebook_weight times its
+    own."""
     return _empty_gradients(operands, wanted)
 
 
@@ -224,12 +250,12 @@ class _Values(Function):
     differentiable = 1
 
     @staticmethod
-    def forward(operands: Operands, metric: int, straight_through: bool) -> Outputs:
-        return vector_quantize_fwd(operands, metric)
+    def forward(operands: Operands, valid: Tensor | None, metric: int, straight_through: bool) -> Outputs:
+        return vector_quantize_fwd(operands, valid, metric)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        operands, _, ctx.straight_through = inputs
+        operands, _, _, ctx.straight_through = inputs
         (found,) = outputs
         ctx.codes, ctx.dtype = operands.codebook.shape[0], operands.codebook.dtype
         save(ctx, None if ctx.straight_through else found.indices)
@@ -254,32 +280,42 @@ class _Commitment(Function):
     takes the codes as constants; a code gets `codebook_weight` times its own."""
 
     @staticmethod
-    def forward(operands: Operands, indices: Tensor, commitment: Tensor, codebook_weight: float) -> Tensor:
+    def forward(
+        operands: Operands, valid: Tensor | None, indices: Tensor, commitment: Tensor, codebook_weight: float
+    ) -> Tensor:
         return commitment.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        operands, indices, commitment, ctx.codebook_weight = inputs
+        operands, valid, indices, commitment, ctx.codebook_weight = inputs
         ctx.dtype = commitment.dtype
-        save(ctx, operands, indices)
+        save(ctx, operands, valid, indices)
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return None
-        operands, indices = saved(ctx)
+        operands, valid, indices = saved(ctx)
         needs, *_ = _Commitment.wanted(ctx)
         wanted = Wanted(*needs)
         # Twice the gradient of each row's distance.
-        coefficient = grad.to(ctx.dtype) * (2 / max(operands.input.numel(), 1))
-        return (wanted_only(_gradients(coefficient, operands, indices, ctx.codebook_weight, wanted), wanted),)
+        if valid is None:
+            coefficient = grad.to(ctx.dtype) * (2 / max(operands.input.numel(), 1))
+        else:
+            coefficient = grad.to(ctx.dtype) * 2 / (valid.sum() * operands.input.shape[1]).clamp(min=1)
+        return (wanted_only(_gradients(coefficient, operands, valid, indices, ctx.codebook_weight, wanted), wanted),)
 
 
 @once_differentiable(NAME)
 def _gradients(
-    coefficient: Tensor, operands: Operands, indices: Tensor, codebook_weight: float, wanted: Wanted
+    coefficient: Tensor,
+    operands: Operands,
+    valid: Tensor | None,
+    indices: Tensor,
+    codebook_weight: float,
+    wanted: Wanted,
 ) -> Gradients:
-    return vector_quantize_bwd(coefficient, operands, indices, codebook_weight, wanted)
+    return vector_quantize_bwd(coefficient, operands, valid, indices, codebook_weight, wanted)
 
 
 def vector_quantize(
@@ -288,7 +324,8 @@ def vector_quantize(
     *,
     metric: str = "l2",
     straight_through: bool = True,
-    codebook_weight: float = 0.0,
+    codebook_weight: float | None = None,
+    mask: Tensor | None = None,
 ) -> Quantized:
     """The nearest of K codes to each row, with a straight-through gradient and the commitment of VQ-VAE.
 
@@ -304,19 +341,21 @@ def vector_quantize(
         straight_through: the gradient of `values` goes to `input` as through the identity, and none to `codebook`.
             False: it goes to the codes that were taken, and none to `input`.
         codebook_weight: how strongly `commitment` draws codes to the rows that took them, relative to rows to codes.
-            0: codes are constants in it.
+            0: codes are constants in it. None: 0, with a warning if the codebook requires a gradient and gets none.
+        mask: `(...)` bool, True for the rows that count in `commitment` and `usage`. The others also get a value and an
+            index, and no gradient from `commitment`. None: all count.
 
-    A codebook that is trained by gradient needs one of the last two options: with `straight_through=True` and
-    `codebook_weight=0` it gets none, as in `nn.VectorQuantizer`, which moves it by averages. The loss of VQ-VAE,
+    A codebook that is trained by gradient needs `straight_through=False` or a `codebook_weight`: otherwise it gets no
+    gradient, as in `nn.VectorQuantizer`, which moves it by averages. The loss of VQ-VAE,
     `|sg(x) - c|^2 + beta |x - sg(c)|^2`, has the gradients of `beta * commitment` with `codebook_weight=1 / beta`.
 
     Returns:
         `Quantized(values, indices, commitment, usage)`, see there. `commitment` is float32 (float64 if input or
-        codebook is) and NaN for an empty input; its gradient and the codebook's are summed in this dtype in a fixed
+        codebook is) and NaN if no row counts; its gradient and the codebook's are summed in this dtype in a fixed
         order. `Quantized.perplexity` tells how many codes are in use.
 
-    A row whose score with some code is NaN takes the first such code (index 0 if the row itself holds NaN), and has NaN
-    values and a NaN commitment.
+    A row whose score with some code is NaN takes the first such code (index 0 if the row itself holds NaN), has NaN
+    values and a NaN commitment, and is no use of that code.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
@@ -328,14 +367,20 @@ def vector_quantize(
     >>> quantized = sk.vector_quantize(x, codebook, codebook_weight=4.0)
     >>> (quantized.values.square().mean() + 0.25 * quantized.commitment).backward()
     """
+    if codebook_weight is None:
+        codebook_weight = 0.0
+        if straight_through is True:
+            _warn_of_no_gradient(codebook)
     _check(input, codebook, metric, straight_through, codebook_weight)
+    check_mask(NAME, mask, input)
+    valid = None if mask is None else mask.reshape(-1).contiguous()
     rows = input if input.dim() == 2 else input.reshape(input.shape[:-1].numel(), input.shape[-1])
     rows, codes = rows.contiguous(), codebook.contiguous()
     # An operand without a gradient is detached: a loss that would learn nothing then raises in backward.
     operands = Operands(rows, codes.detach()) if straight_through else Operands(rows.detach(), codes)
-    values, indices, commitment, usage = _Values.run(operands, METRICS.index(metric), straight_through)
+    values, indices, commitment, usage = _Values.run(operands, valid, METRICS.index(metric), straight_through)
     operands = Operands(rows, codes if codebook_weight else codes.detach())
-    commitment = _Commitment.run(operands, indices, commitment, float(codebook_weight))
+    commitment = _Commitment.run(operands, valid, indices, commitment, float(codebook_weight))
     if input.dim() != 2:
         values, indices = values.reshape(input.shape), indices.reshape(input.shape[:-1])
     return Quantized(values, indices, commitment, usage)
@@ -354,3 +399,20 @@ def _check(input: Tensor, codebook: Tensor, metric: str, straight_through: bool,
     checks.choice(NAME, "metric", metric, METRICS)
     checks.boolean(NAME, "straight_through", straight_through)
     checks.number(NAME, "codebook_weight", codebook_weight, low=0.0, high=checks.LARGEST)
+
+
+def check_mask(name: str, mask: Tensor | None, input: Tensor) -> None:
+    checks.tensor(name, "mask", mask, (torch.bool,), optional=True)
+    checks.shape(name, "mask", mask, input.shape[:-1], "(...)")
+    checks.same_device(name, "mask", mask, "input", input.device)
+
+
+def _warn_of_no_gradient(codebook: Tensor) -> None:
+    if torch.compiler.is_compiling() or not (isinstance(codebook, Tensor) and codebook.requires_grad):
+        return
+    if torch.is_grad_enabled():
+        warnings.warn(
+            f"{NAME}: codebook requires a gradient and gets none; pass codebook_weight (4.0 in nn.VectorQuantizer) or "
+            "straight_through=False to train it, codebook_weight=0.0 not to",
+            stacklevel=3,
+        )

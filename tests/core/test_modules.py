@@ -21,6 +21,7 @@ MODULES = {
     "InfoNCELoss": {},
     "LinearCrossEntropyLoss": {"softcap": 30.0},
     "NTXentLoss": {},
+    "ResidualVectorQuantizer": {"num_levels": 2, "num_codes": 4, "dim": 2},
     "SigLipLoss": {},
     "TokenMasker": {"mask_id": 3, "vocab_size": 10},
     "VectorQuantizer": {"num_codes": 4, "dim": 2},

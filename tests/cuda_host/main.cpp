@@ -183,7 +183,7 @@ struct FreeEnergyGradientCall : FreeEnergyGradient {
 struct PredictionEnergyCall : PredictionEnergy {
   explicit PredictionEnergyCall(const Call& call) : PredictionEnergy{} {
     FIELDS(call, element, prediction, batch_stride, count_stride, target, target_stride, batch, count, dim, minimum,
-           beta, value, weights);
+           beta, value, weights, energies);
   }
 };
 

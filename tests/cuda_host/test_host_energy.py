@@ -169,6 +169,8 @@ class Predictions:
             arrays["value"] = torch.full(value.shape, 7.0, dtype=acc)
             if self.want[0]:
                 arrays["weights"] = torch.full(weights.shape, 7.0, dtype=acc)
+            if self.want[1]:
+                arrays["energies"] = torch.full(weights.shape, 7.0, dtype=acc)
             return Call("prediction_energy_fwd", ints, {"beta": self.beta}, arrays)
         ints |= {"grad_batch_stride": view.stride(0), "grad_count_stride": view.stride(1)}
         arrays |= {"value": upstream, "weights": weights.to(acc)}
@@ -309,6 +311,10 @@ def test_prediction_energy(name, results):
     value, weights, _, grad, grad_target = case.truth()
     if not case.backward:
         assert oracle.error(result.arrays["value"], value) <= roundings(accumulation_dtype(case.dtype))
+        if "energies" in result.arrays:
+            _, view, target = case.inputs()
+            energies = (view.double() - target.double().unsqueeze(1)).square().sum(2)
+            assert oracle.error(result.arrays["energies"], energies) <= roundings(accumulation_dtype(case.dtype))
         if "weights" in result.arrays:
             # The relative error of a weight is the absolute error of its energy.
             limit = roundings(accumulation_dtype(case.dtype)) * (1 + case.beta * 4 * case.shape[2])

@@ -43,8 +43,9 @@ def test_prediction_energy(backend, dtype, shape, minimum):
     skip_without_kernel(backend)
     g = torch.Generator().manual_seed(0)
     tensors = [torch.randn(s, generator=g).to(dtype) for s in (shape, (shape[0], shape[2]))]
-    inputs, options = prediction_energy.Inputs(*tensors), free_energy.Options(1 / shape[2], minimum)
-    value, weights = assert_equal_to_reference(prediction_energy_fwd, (inputs, options, True), dtype)
+    inputs, reduction = prediction_energy.Inputs(*tensors), prediction_energy.Reduction(1 / shape[2], int(minimum))
+    kept = prediction_energy.Kept(weights=True, stats=True)
+    value, weights, *_ = assert_equal_to_reference(prediction_energy_fwd, (inputs, None, reduction, kept), dtype)
     wanted = prediction_energy.Wanted(True, True)
     assert_equal_to_reference(prediction_energy_bwd, (value.sign(), inputs, weights, wanted), dtype)
 

@@ -402,3 +402,16 @@ def test_errors(change, kind, message):
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match=re.escape("free_energy() takes 1 positional argument")):
         sk.free_energy(torch.ones(3), 1.0)
+
+
+@pytest.mark.parametrize("mode", ["soft", "min"])
+def test_vmap_inside_an_outer_gradient(backend, mode, device):
+    x = torch.randn(4, 3, 5, device=device)
+
+    def total(call):
+        return lambda x: torch.func.vmap(call)(x).square().sum()
+
+    got = torch.func.grad(total(lambda row: sk.free_energy(row, beta=2.0, mode=mode)))(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sk.free_energy(leaf, beta=2.0, mode=mode).square().sum(), leaf)
+    torch.testing.assert_close(got, expected)

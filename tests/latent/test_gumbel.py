@@ -361,7 +361,18 @@ def test_tau_as_a_tensor(backend, device):
     for dtype in DTYPES:
         y = sk.gumbel_softmax(logits, torch.tensor(0.5, dtype=dtype, device=device), seed=1)
         assert torch.equal(y, sk.gumbel_softmax(logits, 0.5, seed=1))
-    assert sk.gumbel_softmax(logits, torch.tensor(0.0, device=device), seed=1).isnan().all()
+    for out_of_range in (0.0, float("nan"), float("inf")):
+        assert sk.gumbel_softmax(logits, torch.tensor(out_of_range, device=device), seed=1).isnan().all()
+    negative = torch.tensor(-1.0, device=device)
+    if device != "cpu":
+        assert sk.gumbel_softmax(logits, negative, seed=1).isnan().all()
+        return
+    for call in (
+        lambda: sk.gumbel_softmax(logits, negative),
+        lambda: sk.gumbel_quantize(logits, logits.t(), tau=negative),
+    ):
+        with pytest.raises(ValueError, match=r"^gumbel_\w+: tau must not be negative; got -1\.0"):
+            call()
 
 
 def test_only_the_logits_and_two_numbers_a_row_are_saved(backend, device):

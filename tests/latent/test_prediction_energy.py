@@ -21,8 +21,14 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.core import native
 from sslkernels.latent import prediction_energy as module
-from sslkernels.latent.free_energy import Options
-from sslkernels.latent.prediction_energy import Inputs, Wanted, prediction_energy_bwd, prediction_energy_fwd
+from sslkernels.latent.prediction_energy import (
+    Inputs,
+    Kept,
+    Reduction,
+    Wanted,
+    prediction_energy_bwd,
+    prediction_energy_fwd,
+)
 
 OP = "prediction_energy"
 MODES = ("soft", "min")
@@ -82,7 +88,7 @@ def test_only_wanted_results_are_computed_and_saved(monkeypatch, device):
     """Saved for backward: the inputs and B x K weights."""
     asked = []
     outputs, grads = module.empty_outputs, module._empty_gradients
-    monkeypatch.setattr(module, "empty_outputs", lambda *a: asked.append(a[-1:]) or outputs(*a))
+    monkeypatch.setattr(module, "empty_outputs", lambda *a: asked.append(tuple(a[-1])) or outputs(*a))
     monkeypatch.setattr(module, "_empty_gradients", lambda *a: asked.append(a[-1]) or grads(*a))
     for name, expected in (("prediction", (True, False)), ("target", (False, True))):
         asked.clear()
@@ -91,13 +97,13 @@ def test_only_wanted_results_are_computed_and_saved(monkeypatch, device):
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             loss = sk.prediction_energy(**inputs)
         loss.backward()
-        assert asked == [(True,), expected]
+        assert asked == [(True, False), expected]
         own = [t for t in kept if t.numel() > 1 and t.data_ptr() not in {x.data_ptr() for x in inputs.values()}]
         assert [tuple(t.shape) for t in own] == [(5, 4)]
     asked.clear()
     with torch.no_grad():
         sk.prediction_energy(**inputs)
-    assert asked == [(False,)]
+    assert asked == [(False, False)]
 
 
 @pytest.mark.parametrize("features", [(), (1,), (16,), (3, 5, 2)], ids=str)
@@ -417,10 +423,11 @@ def test_autocast_takes_mixed_dtypes(device):
 def test_opcheck(backend, wanted, device):
     inputs = problem(device, requires_grad=(), dtype=torch.float16)
     tensors = Inputs(**inputs)
-    for minimum in (False, True):
-        arguments = (tensors, Options(0.5, minimum), wanted[0])
+    mask = torch.arange(4, device=device).expand(5, 4) < 3
+    for mode, given in itertools.product(range(3), (None, mask)):
+        arguments = (tensors, given, Reduction(0.5, mode), Kept(*wanted))
         torch.library.opcheck(prediction_energy_fwd.raw, tuple(prediction_energy_fwd.inputs.pack(arguments)))
-    value, weights = prediction_energy_fwd(tensors, Options(0.5, False), True)
+    value, weights, _, _ = prediction_energy_fwd(tensors, None, Reduction(0.5, 0), Kept(True, False))
     arguments = (value, tensors, weights, Wanted(*wanted))
     torch.library.opcheck(prediction_energy_bwd.raw, tuple(prediction_energy_bwd.inputs.pack(arguments)))
     for grad, want, tensor in zip(prediction_energy_bwd(*arguments), wanted, tensors, strict=True):
@@ -472,7 +479,7 @@ ERRORS = [
     (dict(target=torch.ones(5, 7, device="meta")), ValueError, "target must be on the device of prediction, cpu"),
     (dict(beta=0), ValueError, r"beta must be in \[1e-37, 1e\+37\]; got 0"),
     (dict(beta=None), TypeError, "beta must be a number; got NoneType"),
-    (dict(mode="mean"), ValueError, "mode must be 'soft' or 'min'; got 'mean'"),
+    (dict(mode="max"), ValueError, "mode must be 'soft', 'min' or 'mean'; got 'max'"),
     (dict(reduction="avg"), ValueError, "reduction must be 'none', 'mean' or 'sum'; got 'avg'"),
 ]
 
@@ -483,3 +490,155 @@ ERRORS = [
 def test_errors(change, kind, message):
     with pytest.raises(kind, match=r"^prediction_energy: " + message):
         sk.prediction_energy(**{**VALID, **change})
+
+
+@pytest.mark.parametrize("mode", ["soft", "min"])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_vmap_inside_an_outer_gradient(backend, mode, argument, device):
+    """Samples one at a time, as per-sample losses are written."""
+    leaves = [torch.randn(4, 3, 5, device=device), torch.randn(4, 5, device=device)]
+
+    def total(x):
+        both = [x if i == argument else leaf for i, leaf in enumerate(leaves)]
+        each = torch.func.vmap(lambda p, y: sk.prediction_energy(p[None], y[None], mode=mode))(*both)
+        return each.square().sum()
+
+    got = torch.func.grad(total)(leaves[argument])
+    both = [leaf.clone().requires_grad_() for leaf in leaves]
+    loss = sk.prediction_energy(*both, mode=mode, reduction="none").square().sum()
+    torch.testing.assert_close(got, torch.autograd.grad(loss, both[argument])[0])
+
+
+SHAPES = [(5, 4, 12), (3, 40, 7), (2, 3, 9000)]  # reduced by one block, over several, and from parts of the features
+
+
+def masked(device, shape, dtype=torch.float32):
+    """Predictions, targets and a mask with rows of none, of one, and of all hypotheses; junk outside the mask."""
+    batch, count, dim = shape
+    g = torch.Generator().manual_seed(7)
+    prediction, target = torch.randn(batch, count, dim, generator=g), torch.randn(batch, dim, generator=g)
+    mask = torch.rand(batch, count, generator=g) < 0.6
+    mask[0, 1:], mask[0, 0], mask[1] = False, True, True
+    mask[2:3] = False
+    prediction = torch.where(mask.unsqueeze(2), prediction, math.nan)
+    return (t.to(device, dtype) for t in (prediction, target)), mask.to(device)
+
+
+def row_energy(energies, mode, beta):
+    if mode == "min":
+        return energies.amin()
+    if mode == "mean":
+        return energies.mean()
+    return -(torch.logsumexp(-beta * energies, 0) - math.log(len(energies))) / beta
+
+
+@pytest.mark.slow_for(backend="triton", shape=SHAPES[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["soft", "min", "mean"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_mask_leaves_hypotheses_out(backend, shape, mode, dtype, device):
+    """Row by row against the definition in float64 on the hypotheses alone, whatever the others hold."""
+    (prediction, target), mask = masked(device, shape, dtype)
+    beta = 1 / shape[2]
+    leaves = [t.clone().requires_grad_() for t in (prediction, target)]
+    exact = [t.double().nan_to_num(0.0).requires_grad_() for t in (prediction, target)]
+    got = sk.prediction_energy(*leaves, mask=mask, mode=mode, beta=beta, reduction="none")
+    energies = (exact[0] - exact[1].unsqueeze(1)).square().sum(2)
+    rows = [
+        row_energy(e[m], mode, beta) if m.any() else e.new_tensor(math.nan) for e, m in zip(energies, mask, strict=True)
+    ]
+    expected = torch.stack(rows)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=2e-5, atol=0, equal_nan=True)
+    some = mask.any(1)
+    upstream = torch.randn(shape[0], dtype=torch.float64, device=device)
+    found = torch.autograd.grad(got[some], leaves, upstream[some].to(got.dtype))
+    truth = torch.autograd.grad(expected[some], exact, upstream[some])
+    tolerance = 8 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-10
+    torch.testing.assert_close(found[1].double(), truth[1], rtol=tolerance, atol=16 * tolerance)
+    torch.testing.assert_close(found[0].double(), truth[0], rtol=max(tolerance, 3e-5), atol=tolerance)
+    assert not found[0][~mask].any()
+    full = torch.ones_like(mask)
+    options = {"mode": mode, "beta": beta, "reduction": "none"}
+    prediction = prediction.nan_to_num(0.5)
+    torch.testing.assert_close(
+        sk.prediction_energy(prediction, target, mask=full, **options),
+        sk.prediction_energy(prediction, target, **options),
+    )
+
+
+@pytest.mark.slow_for(backend="triton", shape=SHAPES[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["soft", "min", "mean"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_statistics(backend, with_mask, shape, mode, dtype, device):
+    (prediction, target), mask = masked(device, shape, dtype)
+    if not with_mask:
+        prediction, mask = prediction.nan_to_num(0.25), None
+    leaf = prediction.clone().requires_grad_()
+    options = {"mode": mode, "beta": 0.01, "mask": mask}
+    loss, stats = sk.prediction_energy(leaf, target, return_stats=True, **options)
+    plain = sk.prediction_energy(leaf, target, **options)
+    assert torch.equal(loss, plain) or (loss.isnan() and plain.isnan())
+    assert not any(part.requires_grad for part in stats)
+    valid = torch.ones(shape[:2], dtype=torch.bool, device=device) if mask is None else mask
+    exact = prediction.double()
+    energies = (exact - target.double().unsqueeze(1)).square().sum(2).masked_fill(~valid, math.inf)
+    torch.testing.assert_close(stats.energies.double(), energies, rtol=2e-5, atol=0)
+    winner = torch.where(valid.any(1), energies.argmin(1), -1)
+    assert torch.equal(stats.winner, winner)
+    assert torch.equal(stats.usage, torch.bincount(winner[winner >= 0], minlength=shape[1]))
+    share = stats.usage[stats.usage > 0].double() / stats.usage.sum()
+    torch.testing.assert_close(stats.perplexity.double(), (-(share * share.log()).sum()).exp())
+    pairs = []
+    for row, there in zip(exact, valid, strict=True):
+        if there.sum() > 1:
+            pairs.append(torch.pdist(row[there]).square().mean())
+    torch.testing.assert_close(stats.diversity.double(), torch.stack(pairs).mean(), rtol=1e-5, atol=0)
+
+
+def test_the_diversity_of_collapsed_predictions(backend, device):
+    """Exactly 0 far from the origin and the target, and right for small differences there."""
+    base = 1000 + torch.randn(6, 1, 50, device=device)
+    target = torch.zeros(6, 50, device=device)
+    _, stats = sk.prediction_energy(base.expand(6, 8, 50).contiguous(), target, return_stats=True)
+    assert stats.diversity == 0
+    assert torch.equal(stats.winner, torch.zeros(6, dtype=torch.int64, device=device))
+    assert stats.perplexity == 1
+    near = base + torch.randn(6, 8, 50, device=device)
+    _, stats = sk.prediction_energy(near, target, return_stats=True)
+    truth = torch.stack([torch.pdist(row).square().mean() for row in near.double()]).mean()
+    torch.testing.assert_close(stats.diversity.double(), truth, rtol=1e-5, atol=0)
+    _, alone = sk.prediction_energy(near[:, :1], target, return_stats=True)
+    assert alone.diversity.isnan()
+    bad = near.clone()
+    bad[2, 3, 0] = math.nan
+    _, stats = sk.prediction_energy(bad, target, return_stats=True)
+    assert stats.usage.sum() == 5
+    assert stats.diversity.isnan()
+
+
+def test_statistics_and_masks_compile_and_vmap(device):
+    (prediction, target), mask = masked(device, (5, 4, 6))
+    torch._dynamo.reset()
+
+    def loss(p, y, m):
+        return sk.prediction_energy(p, y, mask=m, mode="mean", reduction="none", return_stats=True)
+
+    for got in (torch.compile(loss, fullgraph=True)(prediction, target, mask),):
+        torch.testing.assert_close(got, loss(prediction, target, mask), equal_nan=True)
+    each = torch.func.vmap(lambda p, y, m: loss(p[None], y[None], m[None])[0][0])(prediction, target, mask)
+    torch.testing.assert_close(each, loss(prediction, target, mask)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"mask": torch.ones(5, 4)}, TypeError, "mask must have dtype torch.bool; got torch.float32"),
+        ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ValueError, r"mask must have shape \(B, K\) = \(5, 4\)"),
+        ({"return_stats": 1}, TypeError, "return_stats must be a bool; got int"),
+    ],
+)
+def test_errors_of_masks_and_statistics(change, kind, message):
+    with pytest.raises(kind, match="^prediction_energy: " + message):
+        sk.prediction_energy(torch.zeros(5, 4, 3), torch.zeros(5, 3), **change)

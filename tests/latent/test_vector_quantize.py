@@ -413,3 +413,11 @@ def test_every_instruction_set_gives_the_same_codes():
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         _, *printed[isa] = done.stdout.split()
     assert printed["default"] == printed["avx2"] == printed["avx512"]
+
+
+def test_a_row_that_is_not_a_number_is_no_use_of_a_code(backend, device):
+    x, c = draw(device, 20, 5, 4)
+    x[::4, 1] = float("nan")
+    got = sk.vector_quantize(x, c)
+    assert torch.equal(got.usage, sk.vector_quantize(x[x.isfinite().all(1)], c).usage)
+    assert got.values[::4].isnan().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import code_oracle
 import oracle
@@ -81,7 +82,14 @@ def test_every_subset_of_inputs_gets_the_same_gradients(backend, straight_throug
 def test_a_loss_without_a_codebook_gradient_raises(backend, device):
     """Straight-through values have no gradient in the codebook: backward raises instead of training nothing."""
     x, c = draw(device, 30, 7, 5)
-    got = sk.vector_quantize(x, c.requires_grad_())
+    with pytest.warns(UserWarning, match="codebook requires a gradient and gets none"):
+        got = sk.vector_quantize(x, c.requires_grad_())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a codebook that is frozen on purpose
+        sk.vector_quantize(x, c, codebook_weight=0.0)
+        sk.vector_quantize(x, c, straight_through=False)
+        with torch.no_grad():
+            sk.vector_quantize(x, c)
     for loss in (got.values.sum(), got.commitment):
         with pytest.raises(RuntimeError, match="does not require grad"):
             loss.backward()
@@ -263,9 +271,9 @@ def test_autocast_changes_nothing(backend, device):
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, dtype, device):
     x, c = draw(device, 11, 6, 5, dtype)
-    torch.library.opcheck(vector_quantize_fwd.raw, (x, c, 0))
-    _, indices, commitment, _ = vector_quantize_fwd(Operands(x, c), 0)
-    arguments = (commitment, Operands(x, c), indices, 2.0, Wanted(*wanted))
+    torch.library.opcheck(vector_quantize_fwd.raw, (x, c, None, 0))
+    _, indices, commitment, _ = vector_quantize_fwd(Operands(x, c), None, 0)
+    arguments = (commitment, Operands(x, c), None, indices, 2.0, Wanted(*wanted))
     torch.library.opcheck(vector_quantize_bwd.raw, tuple(vector_quantize_bwd.inputs.pack(arguments)))
     for grad, want, tensor in zip(vector_quantize_bwd(*arguments), wanted, (x, c), strict=True):
         assert grad.shape == (tensor.shape if want else (0,))
@@ -275,3 +283,47 @@ def test_opcheck(backend, wanted, dtype, device):
         torch.testing.assert_close(
             code_sums(x, indices, 6, out), F.one_hot(indices, 6).t().to(out) @ x.to(out), rtol=1e-2, atol=1e-2
         )
+
+
+@pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_mask_leaves_rows_out_of_commitment_and_usage(backend, dtype, straight_through, weight, device):
+    """As if the rows were not there, but that they also get a value, even if they are not numbers."""
+    x, c = draw(device, 30, 7, 5, dtype)
+    x[3, 1] = float("nan")
+    mask = torch.arange(30, device=device) % 3 != 0
+    leaves = [t.clone().requires_grad_() for t in (x, c)]
+    shaped = leaves[0].unflatten(0, (5, 6))
+    got = sk.vector_quantize(
+        shaped, leaves[1], straight_through=straight_through, codebook_weight=weight, mask=mask.view(5, 6)
+    )
+    kept = [t.clone().requires_grad_() for t in (x[mask], c)]
+    expected = sk.vector_quantize(*kept, straight_through=straight_through, codebook_weight=weight)
+    everything = sk.vector_quantize(x, c)
+    assert torch.equal(got.indices.reshape(-1), everything.indices)
+    torch.testing.assert_close(got.values.flatten(0, 1), everything.values, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(got.usage, expected.usage)
+    torch.testing.assert_close(got.commitment, expected.commitment)
+    grads = torch.autograd.grad(3 * got.commitment, leaves, allow_unused=True)
+    expected = torch.autograd.grad(3 * expected.commitment, kept, allow_unused=True)
+    torch.testing.assert_close(grads[0][mask], expected[0])
+    assert not grads[0][~mask].any()
+    assert (grads[1] is None) == (expected[1] is None)
+    if grads[1] is not None:
+        torch.testing.assert_close(grads[1], expected[1])
+    nothing = sk.vector_quantize(leaves[0], c, mask=torch.zeros_like(mask))
+    assert nothing.commitment.isnan()
+    assert not nothing.usage.any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "message"),
+    [
+        (torch.ones(3), TypeError, "mask must have dtype torch.bool; got torch.float32"),
+        (torch.ones(2, dtype=torch.bool), ValueError, r"mask must have shape \(...\) = \(3,\); got \(2,\)"),
+        ([True] * 3, TypeError, "mask must be a torch.Tensor or None; got list"),
+    ],
+)
+def test_errors_of_the_mask(mask, kind, message):
+    with pytest.raises(kind, match="^vector_quantize: " + message):
+        sk.vector_quantize(torch.zeros(3, 2), torch.zeros(4, 2), mask=mask)

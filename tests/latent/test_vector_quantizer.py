@@ -48,11 +48,12 @@ def test_the_averages_of_van_den_oord(backend, metric, device):
         assert torch.equal(got.values, before[got.indices])
         assert torch.equal(got.indices, code_oracle.indices(x, before, metric))
         assert not any(buffer.requires_grad for buffer in module.buffers())  # no graph grows from step to step
-        x = x.detach()
+        x = F.normalize(x.detach(), dim=1) if metric == "cosine" else x.detach()
         hot = F.one_hot(got.indices.cpu(), 12).double()
         size = 0.8 * size + 0.2 * hot.sum(0)
         sums = 0.8 * sums + 0.2 * hot.t() @ x.double().cpu()
         code = sums / ((size + 1e-3) / (size.sum() + 12e-3) * size.sum())[:, None]
+        code = F.normalize(code, dim=1) if metric == "cosine" else code
         torch.testing.assert_close(module.codebook.double().cpu(), code, rtol=1e-5, atol=1e-5)
 
 
@@ -270,13 +271,15 @@ def test_rows_that_are_not_finite_move_nothing(backend, device):
 @pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 def test_codes_stay_within_the_rows(backend, metric, device):
-    """With the cosine, too, codes are averages of unnormalised rows (vector-quantize-pytorch#26)."""
+    """With the cosine they have norm 1, at the start and where a dead code was revived, too."""
     module = quantizer(device, metric=metric, decay=0.5)
     largest = torch.zeros((), device=device)
     for x in batches(device, 10):
         module(x)
         largest = torch.maximum(largest, x.norm(dim=1).max())
         assert module.codebook.norm(dim=1).max() <= largest * 1.001
+        if metric == "cosine":
+            torch.testing.assert_close(module.codebook.norm(dim=1), torch.ones(12, device=device))
 
 
 @pytest.mark.slow_for(backend="triton")
@@ -332,10 +335,11 @@ def test_recomputation_is_refused(use_reentrant, device):
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.parametrize("init", ["data", "kmeans", "normal"])
 @pytest.mark.parametrize("decay", [0.9, None])
-def test_compile_equals_eager(decay, device):
+def test_compile_equals_eager(decay, init, device):
     torch._dynamo.reset()
-    eager, compiled = (quantizer(device, decay=decay, revive_below=0.3) for _ in range(2))
+    eager, compiled = (quantizer(device, decay=decay, init=init) for _ in range(2))
     step = torch.compile(compiled, fullgraph=True)
     for x in batches(device, 3):
         one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -368,9 +372,13 @@ ERRORS = [
     (dict(eps=float("inf")), ValueError, "eps must be in"),  # which would leave the codebook as it is
     (dict(revive_below=1.0), ValueError, "revive_below must be less than 1, or None; got 1.0"),
     (dict(codebook_weight=-1.0), ValueError, "codebook_weight must be in"),
-    (dict(init="kmeans"), ValueError, "init must be 'data' or 'normal'; got 'kmeans'"),
+    (dict(init="pca"), ValueError, "init must be 'data', 'kmeans' or 'normal'; got 'pca'"),
     (dict(init=torch.zeros(2, 2)), ValueError, r"init must have shape \(num_codes, dim\) = \(4, 3\); got \(2, 2\)"),
     (dict(seed=1.0), TypeError, "seed must be an int, .*; got float"),
+    (dict(decay=None, revive_below=0.1), ValueError, "revive_below must be None or 'auto' with decay=None"),
+    (dict(decay=None, eps=1e-3), ValueError, "eps must be None with decay=None"),
+    (dict(codebook_weight=1.0), ValueError, "codebook_weight must be None with averages"),
+    (dict(init=torch.zeros(4, 3, requires_grad=True)), TypeError, "init must not require grad"),
     (dict(dtype=torch.float16), TypeError, "dtype must be torch.float32 or torch.float64; got torch.float16"),
 ]
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import socket
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel
 
 import sslkernels as sk
+from sslkernels.core.modules import SharedGroup
 
 STEPS = 5
 OPTIONS = {
@@ -19,6 +26,9 @@ OPTIONS = {
     "half": {"revive_below": 0.6, "decay": 0.5, "half": True},
     "learned": {"decay": None},
     "more_codes_than_rows": {"revive_below": 0.6, "decay": 0.5, "codes": 60},
+    "kmeans": {"revive_below": 0.6, "decay": 0.5, "init": "kmeans"},
+    "cosine": {"revive_below": 0.6, "decay": 0.5, "metric": "cosine"},
+    "residual": {"revive_below": 0.6, "decay": 0.5, "levels": 3},
 }
 
 
@@ -39,6 +49,9 @@ def data(world: int, half: bool):
 def module_of(name: str, group) -> sk.nn.VectorQuantizer:
     options = {"codes": 8, **OPTIONS[name]}
     options.pop("half", None)
+    if "levels" in options:
+        levels, codes = options.pop("levels"), options.pop("codes")
+        return sk.nn.ResidualVectorQuantizer(levels, codes, 3, seed=5, process_group=group, **options)
     return sk.nn.VectorQuantizer(options.pop("codes"), 3, seed=5, process_group=group, **options)
 
 
@@ -74,6 +87,53 @@ def train_ddp(rank: int, steps, group):
     return ddp.state_dict()
 
 
+def outcome(call) -> str:
+    """The error or the first warning of a call, as text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return next((str(warning.message) for warning in caught if "VectorQuantizer" in str(warning.message)), "")
+
+
+def sharded(rows, group, init):
+    """A learned quantizer under FSDP2: on a CPU, in a root that holds it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = torch.nn.Sequential(sk.nn.VectorQuantizer(8, 3, decay=None, init=init, process_group=group))
+    fully_shard(model, mesh=mesh)
+    model(rows)
+
+
+def copies(rows, group):
+    """Deep copies and pickles train with the group of the module."""
+    module = sk.nn.VectorQuantizer(8, 3, decay=0.5, process_group=group)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    twins = [copy.deepcopy(module), AveragedModel(module).module, torch.load(file, weights_only=False)]
+    assert all(twin.process_group is group for twin in twins)
+    module(rows)
+    for twin in twins:
+        twin(rows)
+        assert all(torch.equal(value, twin.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def flows(rows, group):
+    alone = sk.nn.VectorQuantizer
+    copies(rows, group)
+    return {
+        "averages": outcome(lambda: alone(8, 3)(rows)),
+        "averages in eval": outcome(lambda: alone(8, 3).eval()(rows)),
+        "averages of a group": outcome(lambda: alone(8, 3, process_group=group)(rows)),
+        "learned": outcome(lambda: alone(8, 3, decay=None)(rows)),
+        "learned, normal": outcome(lambda: alone(8, 3, decay=None, init="normal")(rows)),
+        "sharded": outcome(lambda: sharded(rows, group, "data")),
+        "sharded, normal": outcome(lambda: sharded(rows, group, "normal")),
+    }
+
+
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -83,6 +143,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         batches = [parts[rank] for parts in data(world, options.get("half", False))]
         results[name] = train(name, dist.group.WORLD, batches)
     results["ddp"] = train_ddp(rank, data(world, False), dist.group.WORLD)
+    results["flows"] = flows(data(world, False)[0][rank], dist.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -132,3 +193,31 @@ def test_codes_are_drawn_from_the_rows_of_all_ranks(ranks, name):
     owners = [int((values[:, None] == part).all(2).any().item()) for part in first]
     assert (values[:, None] == torch.cat(first)).all(2).any(1).all()
     assert sum(owners) > 1 or world == 1
+
+
+def test_what_would_differ_between_ranks_is_said(ranks):
+    world, results = ranks
+    for result in results:
+        found = result["flows"]
+        several = world > 1
+        assert ("no process_group" in found["averages"]) == several
+        assert found["learned"].startswith("RuntimeError: VectorQuantizer: there are") == several
+        assert found["sharded"].startswith("RuntimeError: VectorQuantizer: fully_shard would lose the start")
+        quiet = ("averages in eval", "averages of a group", "learned, normal", "sharded, normal")
+        assert not any(found[name] for name in quiet)
+
+
+def test_a_module_is_loaded_where_there_are_no_ranks():
+    """Its group is missed in training alone, where it is used."""
+    module = sk.nn.VectorQuantizer(8, 3)
+    module._group = SharedGroup(None)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    rows = torch.randn(20, 3)
+    assert torch.equal(loaded.eval()(rows).values, module.eval()(rows).values)
+    with pytest.raises(RuntimeError, match=r"^process_group: there is no group .*; set module\.process_group"):
+        loaded.train()(rows)
+    loaded.process_group = None
+    loaded(rows)

@@ -67,10 +67,10 @@ def plan_bwd(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int
 
 @triton.jit
 def prediction_energy_fwd_kernel(
-    prediction_ptr, target_ptr, value_ptr, weights_ptr, parts_ptr,
+    prediction_ptr, target_ptr, value_ptr, weights_ptr, energies_ptr, parts_ptr,
     batch, count, dim, parts, batch_stride, count_stride, target_stride, beta: tl.float64, inverse: tl.float64,
-    MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, FUSED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, ENERGIES: tl.constexpr, FUSED: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Energies of a tile summed over the features of a part, and reduced if FUSED."""
     ACC: tl.constexpr = value_ptr.dtype.element_ty
@@ -100,6 +100,8 @@ def prediction_energy_fwd_kernel(
         inverse = tl.full((), inverse, ACC)
         lowest = tl.full((BLOCK_B,), float("inf"), ACC)
         at = b[:, None] * count + k[None, :]
+        if ENERGIES:
+            tl.store(energies_ptr + at, energy, mask=valid)
         if MINIMUM:
             winner = tl.zeros((BLOCK_B,), tl.int64)
             lowest, winner = lower_energies(energy, valid, k[None, :], lowest, winner)
@@ -127,8 +129,8 @@ def _energies(parts_ptr, k, valid, parts, count):
 
 @triton.jit
 def prediction_energy_finish_kernel(
-    parts_ptr, value_ptr, weights_ptr, count, parts, beta: tl.float64, inverse: tl.float64,
-    MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    parts_ptr, value_ptr, weights_ptr, energies_ptr, count, parts, beta: tl.float64, inverse: tl.float64,
+    MINIMUM: tl.constexpr, WEIGHTS: tl.constexpr, ENERGIES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Reduces the energies of one target per program, summed over `parts` parts."""
     ACC: tl.constexpr = value_ptr.dtype.element_ty
@@ -144,7 +146,10 @@ def prediction_energy_finish_kernel(
     for start in range(0, count, BLOCK_K):
         k = start + lane
         valid = k < count
-        energy = _energies(parts_ptr, k, valid, parts, count)[None, :]
+        energy = _energies(parts_ptr, k, valid, parts, count)
+        if ENERGIES:
+            tl.store(energies_ptr + b * count + k, energy, mask=valid)
+        energy = energy[None, :]
         if MINIMUM:
             lowest, winner = lower_energies(energy, valid[None, :], k[None, :], lowest, winner)
         else:
@@ -207,11 +212,11 @@ def prediction_energy_bwd_kernel(
         tl.store(grad_target_ptr + at, target_sum.to(grad_target_ptr.dtype.element_ty), mask=inside)
 
 
-def prediction_energy_fwd(inputs: Any, outputs: Any, options: Any) -> None:
-    """Fills value (B,) and weights (B, K, or None) from prediction (B, K, D) and target (B, D). The arguments are the
-    records `Inputs`, `Outputs` and `Options`."""
+def prediction_energy_fwd(inputs: Any, filled: Any, options: Any) -> None:
+    """Fills value (B,), weights and energies (B, K, or None) from prediction (B, K, D) and target (B, D). The arguments
+    are the records `Inputs`, `Filled` and `Options`."""
     prediction, target = inputs
-    value, weights = outputs
+    value, weights, energies = filled
     beta, minimum = float(options.beta), options.minimum
     batch, count, dim = prediction.shape
     if batch == 0:
@@ -219,17 +224,27 @@ def prediction_energy_fwd(inputs: Any, outputs: Any, options: Any) -> None:
     plan = plan_fwd(prediction.dtype, batch, count, dim, 4 * processors(prediction))
     blocks = triton.cdiv(batch, plan.constexprs["BLOCK_B"]) * triton.cdiv(count, plan.constexprs["BLOCK_K"])
     parts = None if plan.constexprs["FUSED"] else value.new_empty((batch, plan.parts, count))
-    flags = {"MINIMUM": minimum, "WEIGHTS": weights is not None}
+    flags = {"MINIMUM": minimum, "WEIGHTS": weights is not None, "ENERGIES": energies is not None}
     with on_device_of(prediction):
         prediction_energy_fwd_kernel[(blocks * plan.parts,)](
-            prediction, target, value, weights, parts, batch, count, dim, plan.parts,
+            prediction, target, value, weights, energies, parts, batch, count, dim, plan.parts,
             *prediction.stride()[:2], target.stride(0), beta, 1 / beta, **flags, **plan.constexprs,
             **plan.options,
         )  # fmt: skip
         if parts is not None:
             block_k = min(next_power_of_2(count), FINISH_BLOCK[value.dtype])
             prediction_energy_finish_kernel[(batch,)](
-                parts, value, weights, count, plan.parts, beta, 1 / beta, **flags, BLOCK_K=block_k, num_warps=4
+                parts,
+                value,
+                weights,
+                energies,
+                count,
+                plan.parts,
+                beta,
+                1 / beta,
+                **flags,
+                BLOCK_K=block_k,
+                num_warps=4,
             )
 
 
