@@ -94,6 +94,8 @@ def integer(function: str, argument: str, value: Any, *, low: int | None = None,
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(TypeError, function, argument, "be an int" + (" or None" if optional else ""), type(value).__name__)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        fail(ValueError, function, argument, "fit in 64 bits", value)
     if low is not None and value < low:
         fail(ValueError, function, argument, f"be at least {low}", value)
 

@@ -15,11 +15,15 @@ def options_of(parameters: dict[str, Any]) -> dict[str, Any]:
 class Options(nn.Module):
     """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 
+    tensors: tuple[str, ...] = ()  # options that are buffers from the start, also while they are None
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter):
+                setattr(self, name, value)
+            elif name in self.tensors or isinstance(value, Tensor):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)

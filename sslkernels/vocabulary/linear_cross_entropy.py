@@ -11,10 +11,11 @@ from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.scale import scaled
-from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, check_weight, row_stats, valid_weight
+from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, row_stats
 from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted
-from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState
+from sslkernels.vocabulary.reduction import check_reduction, check_token_weight, check_weight, mean_divisor, reduced
+from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState, comparable_target
 
 
 class _RowLosses(Function):
@@ -152,6 +153,7 @@ def linear_cross_entropy(
     vocab_start: int = 0,
     capacity: int | None = None,
     workspace_bytes: int | None = None,
+    on_empty: str = "nan",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, never materialised as a whole.
@@ -173,8 +175,10 @@ def linear_cross_entropy(
             `num_items`; "sum"; or "none", which returns the shape of the target.
         ignore_index: rows with this target do not contribute to the loss, the gradients or the divisor.
         label_smoothing: in [0, 1]; the fraction of the target probability that is distributed over all classes.
-        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5).
-        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024).
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5); this part of
+            a mean is divided by the number of valid rows or by `num_items`, whatever the class weights.
+        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024); None
+            or infinity: none.
         logit_scale: multiplies the product before the bias is added.
         token_weight: `(...)`, multiplies the loss of each row; not part of the divisor of "mean". Differentiable.
         num_items: int or 0-d tensor, overrides the divisor of "mean" (for gradient accumulation).
@@ -189,6 +193,7 @@ def linear_cross_entropy(
         workspace_bytes: upper bound of the bytes of the logits buffer, which holds at least 16 rows. Default: 512 MiB
             on CUDA; on a CPU 80 MiB or, if the gradient of the weight is computed in half precision, the bytes of the
             weight in float32, whichever is more.
+        on_empty: loss of a mean over no valid rows: "nan", as in torch, or "zero", with gradients of zero.
         return_stats: also return `CrossEntropyStats`, from the same pass.
 
     Returns:
@@ -210,7 +215,8 @@ def linear_cross_entropy(
     >>> target = torch.tensor([3, -100, 7, 999, -100, -100, 0, 1])
     >>> sk.linear_cross_entropy(hidden, embedding, target).backward()
     """
-    _check(input, linear_weight, target, linear_bias, token_weight, num_items, reduction, mode)
+    _check(input, linear_weight, target, linear_bias, token_weight, mode)
+    check_reduction(NAME, reduction, num_items, on_empty, input.device)
     vocab = linear_weight.shape[0]
     check_weight(NAME, weight, vocab, input.device)
     checks.boolean(NAME, "return_stats", return_stats)
@@ -235,7 +241,7 @@ def linear_cross_entropy(
         (input if input.dim() == 2 else input.reshape(target.numel(), input.shape[-1])).contiguous(),
         linear_weight.contiguous(),
         contiguous(linear_bias),
-        (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
+        comparable_target(target if target.dim() == 1 else target.reshape(-1), ignore_index).contiguous(),
         contiguous(weight),
     )
     tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
@@ -243,22 +249,15 @@ def linear_cross_entropy(
 
     divisor = None
     if reduction == "mean":
-        if num_items is None:
-            divisor = valid_weight(operands.target, operands.weight, vocab, ignore_index, acc)
-        elif isinstance(num_items, Tensor):
-            divisor = num_items.detach().reshape(()).to(acc)
-        else:
-            divisor = torch.full((), float(num_items), dtype=acc, device=input.device)
+        divisor, weight = mean_divisor(operands.target, operands.weight, vocab, options, num_items, on_empty, acc)
+        operands = operands._replace(weight=weight)
 
     wanted = Wanted(*[_wants_gradient(getattr(operands, name)) for name in Wanted._fields])
     if mode != "compact" and reduction != "none" and any(wanted):
         loss, rows, _ = _ReducedLoss.run(operands, tokens, divisor, options, plan, wanted, return_stats)
     else:
         rows = _RowLosses.run(operands, options, plan, return_stats)
-        loss = rows.loss if tokens is None else rows.loss * tokens.to(acc)
-        loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
-        if divisor is not None:
-            loss = loss / divisor
+        loss = reduced(rows.loss, tokens, divisor, reduction, target.shape)
     if not return_stats:
         return loss
     return loss, row_stats(operands.target, rows, ignore_index, target.shape)
@@ -274,29 +273,14 @@ def _check(
     target: Tensor,
     linear_bias: Tensor | None,
     token_weight: Tensor | None,
-    num_items: int | Tensor | None,
-    reduction: str,
     mode: str,
 ) -> None:
     check_projection(NAME, input, linear_weight, linear_bias)
     checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
     checks.shape(NAME, "target", target, input.shape[:-1], "that of input without its last dimension")
-    checks.tensor(NAME, "token_weight", token_weight, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "token_weight", token_weight, target.shape, "that of target")
     checks.same_device(NAME, "target", target, "input", input.device)
-    checks.same_device(NAME, "token_weight", token_weight, "input", input.device)
+    check_token_weight(NAME, token_weight, target.shape, input.device, "that of target")
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
-    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
-    if num_items is None:
-        return
-    if reduction != "mean":
-        checks.fail(ValueError, NAME, "num_items", 'be None unless reduction is "mean"', f"reduction={reduction!r}")
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            checks.fail(ValueError, NAME, "num_items", "be an int or a 0-d tensor", tuple(num_items.shape))
-        checks.same_device(NAME, "num_items", num_items, "input", input.device)
-    else:
-        checks.number(NAME, "num_items", num_items, low=0)
 
 
 def check_projection(function: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:

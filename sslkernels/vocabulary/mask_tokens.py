@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -294,7 +295,7 @@ def mask_tokens(
         ids, mask_id, vocab_size, float(probability), replace_mask, replace_random, span, ignore_index
     )
     columns = input_ids.shape[-1]
-    rows = input_ids.shape[:-1].numel()
+    rows = math.prod(input_ids.shape[:-1])
 
     def as_rows(tensor: Tensor | None, *shape: int) -> Any:
         return None if tensor is None else tensor.reshape(shape).contiguous()
@@ -317,11 +318,9 @@ def _special_ids(special_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
         if special_ids.device.type != "cpu":
             must = "be ints or a tensor on the CPU (reading it from a GPU would synchronise)"
             checks.fail(ValueError, NAME, "special_ids", must, special_ids.device)
-        return tuple(special_ids.tolist())
+        special_ids = special_ids.tolist()
     if not isinstance(special_ids, Sequence) or isinstance(special_ids, str):
         checks.fail(TypeError, NAME, "special_ids", "be a sequence of ints", type(special_ids).__name__)
-    for i in special_ids:
-        checks.integer(NAME, "special_ids", i)
     return tuple(special_ids)
 
 
@@ -335,6 +334,10 @@ def _check_options(
     mean_span: float | None,
     ignore_index: int,
 ) -> None:
+    for i in special_ids:
+        checks.integer(NAME, "special_ids", i)
+        if i == 2**63 - 1:  # the end of its range would not fit in 64 bits
+            checks.fail(ValueError, NAME, "special_ids", "be less than 2**63 - 1", i)
     checks.integer(NAME, "vocab_size", vocab_size, low=1)
     if vocab_size > _MAX_VOCAB:
         checks.fail(ValueError, NAME, "vocab_size", f"be at most {_MAX_VOCAB}", vocab_size)

@@ -24,12 +24,17 @@ class CrossEntropyLoss(Options):
         label_smoothing: fraction of the target probability that is distributed over all classes.
         z_loss: adds `z_loss * logsumexp(logits)**2` to each row.
         softcap: replaces the logits by `softcap * tanh(logits / softcap)`.
+        logit_scale: multiplies the logits before the softcap.
+        class_dim: dimension of the logits that holds the classes; None: found from the shapes.
+        on_empty: loss of a mean over no valid rows, "nan" or "zero".
         return_stats: also return `CrossEntropyStats`.
 
     >>> import sslkernels as sk
     >>> sk.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).shape
     torch.Size([])
     """
+
+    tensors = ("weight",)
 
     def __init__(
         self,
@@ -40,12 +45,22 @@ class CrossEntropyLoss(Options):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
+        logit_scale: float = 1.0,
+        class_dim: int | None = None,
+        on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-        return cross_entropy(input, target, **self.options())
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        return cross_entropy(input, target, token_weight=token_weight, num_items=num_items, **self.options())
 
 
 class LinearCrossEntropyLoss(Options):
@@ -64,6 +79,7 @@ class LinearCrossEntropyLoss(Options):
         vocab_start: not implemented yet, must be 0.
         capacity: upper bound of the number of valid rows.
         workspace_bytes: upper bound of the bytes of the logits buffer.
+        on_empty: loss of a mean over no valid rows, "nan" or "zero".
         return_stats: also return `CrossEntropyStats`.
 
     >>> import sslkernels as sk
@@ -71,6 +87,8 @@ class LinearCrossEntropyLoss(Options):
     >>> loss = sk.nn.LinearCrossEntropyLoss()
     >>> loss(torch.randn(4, 16), embedding.weight, torch.tensor([1, 2, -100, 4])).backward()
     """
+
+    tensors = ("weight",)
 
     def __init__(
         self,
@@ -87,6 +105,7 @@ class LinearCrossEntropyLoss(Options):
         vocab_start: int = 0,
         capacity: int | None = None,
         workspace_bytes: int | None = None,
+        on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))

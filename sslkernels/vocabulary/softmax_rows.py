@@ -39,7 +39,8 @@ class RowOptions(NamedTuple):
     @classmethod
     def checked(cls, function: str, *, softcap: float | None, **given: Any) -> RowOptions:
         """The record of options as the public `function` takes them, which have no softcap as None."""
-        options = cls(softcap=0.0 if softcap is None else softcap, **given)
+        unbounded = softcap is None or (isinstance(softcap, float) and softcap == math.inf)
+        options = cls(softcap=0.0 if unbounded else softcap, **given)
         checks.integer(function, "ignore_index", options.ignore_index)
         checks.number(function, "label_smoothing", options.label_smoothing, low=0.0, high=1.0)
         checks.number(function, "z_loss", options.z_loss, low=0.0)
@@ -102,6 +103,12 @@ def check_target_range(function: str, loss: Tensor, target: Tensor, vocab: int, 
     if bool(wrong.any()):
         got = target[wrong][0].item()
         checks.fail(ValueError, function, "target", f"be in [0, {vocab}) or ignore_index={ignore_index}", got)
+
+
+def comparable_target(target: Tensor, ignore_index: int) -> Tensor:
+    """The target in a dtype that holds `ignore_index`: a comparison of int32 with more bits would wrap around."""
+    fits = target.dtype == torch.int64 or -(2**31) <= ignore_index < 2**31
+    return target if fits else target.long()
 
 
 class Rows:
@@ -234,8 +241,9 @@ def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tupl
         z = z + bias.to(z.dtype)
     if options.softcap == 0.0:
         return z, None
-    tanh = torch.tanh(z / options.softcap)
-    return options.softcap * tanh, 1 - tanh.square()
+    scaled = z / options.softcap
+    e = torch.exp(-2 * scaled.abs())  # 1 - tanh^2 would cancel where the tanh is near 1
+    return options.softcap * torch.tanh(scaled), 4 * e / (1 + e).square()
 
 
 def _split_target(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -524,3 +524,32 @@ def test_all_ids_special_is_fine_without_random_ids(backend, device):
     ids = torch.full((2, 5), 30, device=device)
     got = sk.mask_tokens(ids, mask_id=4, vocab_size=10, special_ids=range(10), probability=1, replace=(0.5, 0), seed=0)
     assert (got.labels == 30).all()
+
+
+def test_special_ids_at_the_edge_of_64_bits(backend, device):
+    ids = torch.tensor([[2**63 - 2, 5, -(2**63), 6]], device=device)
+    masked = sk.mask_tokens(ids, mask_id=1, vocab_size=9, probability=1.0, special_ids=[2**63 - 2, -(2**63)], seed=0)
+    assert masked.labels.tolist() == [[-100, 5, -100, 6]]
+    for special, must in ((2**63 - 1, r"be less than 2\*\*63 - 1"), (2**70, "fit in 64 bits")):
+        with pytest.raises(ValueError, match=f"mask_tokens: special_ids must {must}; got {special}"):
+            sk.mask_tokens(ids, mask_id=1, vocab_size=9, special_ids=[special])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_masker_takes_any_batch(strict):
+    class Mask(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.masker = sk.nn.TokenMasker(mask_id=4, vocab_size=60, special_ids=(0, 1))
+
+        def forward(self, ids, seed):
+            return self.masker(ids, seed=seed)
+
+    ids, seed = torch.randint(0, 60, (3, 16)), torch.tensor(5)
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+    shapes = {"ids": {0: batch, 1: length}, "seed": None}
+    module = torch.export.export(Mask(), (ids, seed), dynamic_shapes=shapes, strict=strict).module()
+    for shape in ((3, 16), (7, 13)):
+        ids = torch.randint(0, 60, shape)
+        for got, want in zip(module(ids, seed), Mask()(ids, seed), strict=True):
+            assert torch.equal(got, want)
