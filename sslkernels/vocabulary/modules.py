@@ -69,11 +69,12 @@ class LinearCrossEntropyLoss(Options):
     Args:
         weight: weight of each class `(V,)`; becomes a buffer.
         reduction: "mean", "sum" or "none".
-        ignore_index: rows with this target do not contribute.
+        ignore_index: rows with this target do not contribute; None: -100.
         label_smoothing: fraction of the target probability that is distributed over all classes.
         z_loss: adds `z_loss * logsumexp(logits)**2` to each row.
         softcap: replaces the logits by `softcap * tanh(logits / softcap)`.
-        logit_scale: multiplies the product before the bias is added.
+        logit_scale: multiplies the product before the bias is added; a number, a tensor (a buffer) or a parameter.
+        shift: the row at position t predicts the target at t + `shift` of its sequence.
         mode: "auto", "fast" or "compact".
         process_group: not implemented yet, must be None.
         vocab_start: not implemented yet, must be 0.
@@ -95,11 +96,12 @@ class LinearCrossEntropyLoss(Options):
         weight: Tensor | None = None,
         *,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
-        logit_scale: float = 1.0,
+        logit_scale: float | Tensor = 1.0,
+        shift: int = 0,
         mode: str = "auto",
         process_group: Any = None,
         vocab_start: int = 0,

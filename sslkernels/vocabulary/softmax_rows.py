@@ -170,7 +170,7 @@ class ReferenceRows(Rows):
     """Plain torch: it defines the row loss."""
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
-        z, _ = _transform(logits, bias, options)
+        z, _ = transform(logits, bias, options)
         vocab = z.shape[1]
         ignored, wrong, index = _split_target(target, vocab, options.ignore_index)
 
@@ -209,7 +209,7 @@ class ReferenceRows(Rows):
         return outputs._replace(row_max=valid_only(row_max), sum_exp=valid_only(sum_exp, 1))
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
-        z, slope = _transform(logits, bias, options)
+        z, slope = transform(logits, bias, options)
         vocab = z.shape[1]
         ignored, wrong, index = _split_target(target, vocab, options.ignore_index)
 
@@ -232,7 +232,7 @@ class ReferenceRows(Rows):
         grad.copy_(result.masked_fill(ignored.unsqueeze(1), 0))
 
 
-def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor | None]:
+def transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor | None]:
     """z, and dz/dl if there is a softcap."""
     z = logits.to(accumulation_dtype(logits.dtype))
     if options.logit_scale != 1.0:
