@@ -1,6 +1,7 @@
 """Gumbel-max over a linear projection: logits are computed tile by tile, perturbed by noise, and reduced at once.
 
-The classes are cut into splits. A program takes a block of rows and a split, and keeps per row the largest logit, the
+The classes are cut into splits. A program takes a block of rows, a split and the number of a draw; the draws of a row
+share nothing, each multiplies again. It keeps per row the largest logit, the
 sum of exponentials relative to it, and the largest sum of logit and noise with its logit and class. These few numbers
 per row and split are then combined in the order of the splits.
 """
@@ -21,19 +22,19 @@ NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
 
 
 @triton.jit
-def _noise_of_tile(seed, row_id, groups, first_group, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+def _noise_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
     """Gumbel numbers (BLOCK_M, BLOCK_V); the first column is 4 * first_group."""
     number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_V // 4))[None, :]
-    w0, w1, w2, w3 = group_words(seed, number, tl.full((), 0, tl.int64))
+    w0, w1, w2, w3 = group_words(seed, number, draw)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return transforms.gumbel(tl.reshape(words, (BLOCK_M, BLOCK_V)))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def linear_sample_kernel(
-    input, linear_weight, bias, seed_ptr, row_ids,
+    input, linear_weight, bias, seed_ptr, row_ids, scale_ptr,
     row_max_out, sum_exp_out, best_out, logit_out, column_out,
-    count, vocab, tiles_per_split, input_stride, weight_stride, scale,
+    count, vocab, tiles_per_split, input_stride, weight_stride,
     DIM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -41,6 +42,10 @@ def linear_sample_kernel(
     source = tl.where(valid, rows, 0).to(tl.int64)
     row_id = tl.load(row_ids + source)
     seed = tl.load(seed_ptr)
+    draw = tl.program_id(2).to(tl.int64)
+    given_scale = tl.load(scale_ptr + source)
+    greedy = given_scale == float("inf")
+    scale = tl.where(greedy, 1.0, given_scale)
     groups = tl.cdiv(vocab, 4).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
     input_at = input + source[:, None] * input_stride + depth[None, :]
@@ -59,14 +64,16 @@ def linear_sample_kernel(
         z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
         if HAS_BIAS:
             z += tl.load(bias + columns, inside, other=0.0)[None, :]
-        z = tl.where(inside[None, :], z * scale, float("-inf"))
+        scaled = tl.where(z == float("-inf"), z, z * scale[:, None])  # 0 * -inf is NaN
+        z = tl.where(inside[None, :], scaled, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(z, 1))
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
         sum_exp = sum_exp * tl.exp(row_max - anchor) + tl.sum(tl.exp(z - anchor[:, None]), 1)
         row_max = new_max
 
-        perturbed = z + _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), BLOCK_M, BLOCK_V)
+        noise = _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), draw, BLOCK_M, BLOCK_V)
+        perturbed = z + tl.where(greedy[:, None], 0.0, noise)
         perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
         winner = tl.max(perturbed, 1)
         at_winner = perturbed == winner[:, None]
@@ -77,7 +84,7 @@ def linear_sample_kernel(
         column = tl.where(better, winner_column, column)
         logit = tl.where(better, winner_logit, logit)
 
-    at = split.to(tl.int64) * count + rows
+    at = (draw * tl.num_programs(1) + split) * count + rows
     tl.store(row_max_out + at, row_max, valid)
     tl.store(sum_exp_out + at, sum_exp, valid)
     tl.store(best_out + at, best, valid)
@@ -103,17 +110,21 @@ def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
         return
     chosen = config(count, dim, x.dtype, capability(x))
     splits, tiles_per_split = split_vocab(count, vocab, chosen, processors(x))
-    row_max, sum_exp, best, logit = (x.new_empty(splits, count, dtype=torch.float32) for _ in range(4))
-    column = x.new_empty(splits, count, dtype=torch.int32)
-    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits)](
-        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, row_max, sum_exp, best, logit, column),
-        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0), 1 / options.temperature),
+    samples = options.samples
+    row_max, sum_exp, best, logit = (x.new_empty(samples, splits, count, dtype=torch.float32) for _ in range(4))
+    column = x.new_empty(samples, splits, count, dtype=torch.int32)
+    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits, samples)](
+        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, inputs.scale),
+        *(row_max, sum_exp, best, logit, column),
+        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0)),
         DIM=dim,
         HAS_BIAS=inputs.linear_bias is not None,
         **chosen.constexprs,
         **chosen.options,
     )
-    winner = best.argmax(0, keepdim=True)  # ties go to the first split
-    lse = (row_max + sum_exp.log()).logsumexp(0)
-    outputs.index.copy_(column.gather(0, winner)[0])
-    torch.sub(logit.gather(0, winner)[0], lse, out=outputs.logprob)
+    winner = best.argmax(1, keepdim=True)  # ties go to the first split
+    lse = (row_max + sum_exp.log()).logsumexp(1)
+    outputs.index.copy_(column.gather(1, winner)[:, 0])
+    torch.sub(logit.gather(1, winner)[:, 0], lse, out=outputs.logprob)
+    # Where the largest logit is drawn its log-probability is 0, unless a NaN or the lack of classes made it NaN.
+    outputs.logprob.masked_fill_(torch.isinf(inputs.scale) & ~outputs.logprob.isnan(), 0)
