@@ -28,7 +28,7 @@ LEAST_TEMPERATURE = 1e-30  # the inverse is finite in float32
 
 
 class LinearSample(NamedTuple):
-    """index `(...)`, int64, and logprob `(...)`, of that index under the softmax; with a last dimension `num_samples`."""
+    """index `(...)`, int64, and logprob `(...)`, of that index under the softmax; given `num_samples`, `(..., K)`."""
 
     index: Tensor
     logprob: Tensor

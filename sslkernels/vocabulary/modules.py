@@ -143,6 +143,7 @@ class TokenMasker(Options):
         replace: fractions of the chosen tokens that become `mask_id` and a random id; the rest stay.
         special_ids: ids that are never chosen and never drawn.
         mean_span: mean length of a span, in units; None: units are chosen independently.
+        min_per_row: least number of chosen units of a row that has so many.
         ignore_index: label of the tokens that were not chosen.
 
     >>> import sslkernels as sk
@@ -159,6 +160,7 @@ class TokenMasker(Options):
         replace: tuple[float, float] = (0.8, 0.1),
         special_ids: Sequence[int] | Tensor = (),
         mean_span: float | None = None,
+        min_per_row: int = 0,
         ignore_index: int = -100,
     ) -> None:
         if isinstance(special_ids, Tensor):
@@ -170,6 +172,7 @@ class TokenMasker(Options):
             replace=tuple(replace),
             special_ids=tuple(special_ids),
             mean_span=mean_span,
+            min_per_row=min_per_row,
             ignore_index=ignore_index,
         )
 
@@ -178,7 +181,8 @@ class TokenMasker(Options):
         input_ids: Tensor,
         *,
         special_mask: Tensor | None = None,
-        word_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        word_ids: Tensor | Sequence[Any] | None = None,
         row_ids: Tensor | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -186,6 +190,7 @@ class TokenMasker(Options):
         return mask_tokens(
             input_ids,
             special_mask=special_mask,
+            attention_mask=attention_mask,
             word_ids=word_ids,
             row_ids=row_ids,
             seed=seed,
