@@ -42,10 +42,7 @@ def linear_sample_kernel(
     source = tl.where(valid, rows, 0).to(tl.int64)
     row_id = tl.load(row_ids + source)
     seed = tl.load(seed_ptr)
-    draw = tl.program_id(2).to(tl.int64)
-    given_scale = tl.load(scale_ptr + source)
-    greedy = given_scale == float("inf")
-    scale = tl.where(greedy, 1.0, given_scale)
+    scale = tl.load(scale_ptr + source)
     groups = tl.cdiv(vocab, 4).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
     input_at = input + source[:, None] * input_stride + depth[None, :]
@@ -64,7 +61,9 @@ def linear_sample_kernel(
         z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
         if HAS_BIAS:
             z += tl.load(bias + columns, inside, other=0.0)[None, :]
-        scaled = tl.where(z == float("-inf"), z, z * scale[:, None])  # 0 * -inf is NaN
+        greedy = scale == float("inf")
+        # 0 * -inf is NaN.
+        scaled = tl.where(z == float("-inf"), z, z * tl.where(greedy, 1.0, scale)[:, None])
         z = tl.where(inside[None, :], scaled, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(z, 1))
@@ -72,6 +71,7 @@ def linear_sample_kernel(
         sum_exp = sum_exp * tl.exp(row_max - anchor) + tl.sum(tl.exp(z - anchor[:, None]), 1)
         row_max = new_max
 
+        draw = tl.program_id(2).to(tl.int64)
         noise = _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), draw, BLOCK_M, BLOCK_V)
         perturbed = z + tl.where(greedy[:, None], 0.0, noise)
         perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
@@ -84,7 +84,7 @@ def linear_sample_kernel(
         column = tl.where(better, winner_column, column)
         logit = tl.where(better, winner_logit, logit)
 
-    at = (draw * tl.num_programs(1) + split) * count + rows
+    at = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + split) * count + rows
     tl.store(row_max_out + at, row_max, valid)
     tl.store(sum_exp_out + at, sum_exp, valid)
     tl.store(best_out + at, best, valid)
