@@ -6,9 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sslkernels.core.operator import operator
 from sslkernels.vocabulary import chunked_linear, linear_reference
@@ -85,20 +83,3 @@ def linear_cross_entropy_bwd(
 ) -> Gradients:
     """The gradients of sum(grad_loss * loss), from recomputed logits."""
     return empty_gradients(operands, wanted)
-
-
-def _matmul_flops(input: tuple[int, ...], linear_weight: tuple[int, ...], matmuls: int) -> int:
-    return 2 * input[0] * linear_weight[0] * linear_weight[1] * matmuls
-
-
-@register_flop_formula(torch.ops.sslkernels.linear_cross_entropy_fwd)
-def _fwd_flops(*flat: Any, out_shape: Any = None, **_: Any) -> int:
-    """Logits, and the wanted gradients of input and weight. Ignored rows, which only the data tells, count too."""
-    operands, _, _, _, wanted, _ = linear_cross_entropy_fwd.inputs.unpack(flat)
-    return _matmul_flops(operands.input, operands.linear_weight, 1 + wanted.input + wanted.linear_weight)
-
-
-@register_flop_formula(torch.ops.sslkernels.linear_cross_entropy_bwd)
-def _bwd_flops(*flat: Any, out_shape: Any = None, **_: Any) -> int:
-    _, operands, _, _, _, wanted = linear_cross_entropy_bwd.inputs.unpack(flat)
-    return _matmul_flops(operands.input, operands.linear_weight, 1 + wanted.input + wanted.linear_weight)
