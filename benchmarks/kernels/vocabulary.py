@@ -124,12 +124,12 @@ def sample_inputs(case: Case, device: torch.device) -> Inputs:
     t = {"products": normal(case, device)}
     t |= {name: torch.empty(rows, device=device) for name in ("row_max", "sum_exp", "best", "logprob")}
     t |= {"row_ids": torch.arange(rows, device=device), "index": torch.empty(rows, dtype=torch.int64, device=device)}
-    return {**t, "seed": torch.tensor(SEED, device=device)}
+    return {**t, "seed": torch.tensor(SEED, device=device), "scale": torch.ones(rows, device=device)}
 
 
 def sample(backend: str, case: Case, t: Inputs) -> None:
     state = (t[name] for name in ("row_max", "sum_exp", "best", "logprob", "index"))
-    native_op("sample_rows")(t["products"], None, t["seed"], t["row_ids"], 0, case.shape["V"], 1.0, *state)
+    native_op("sample_rows")(t["products"], None, t["seed"], t["row_ids"], 0, case.shape["V"], t["scale"], 0, *state)
 
 
 def sample_plain(case: Case, t: Inputs, dtype: torch.dtype = torch.float32) -> None:

@@ -120,8 +120,10 @@ def sample(dtype: torch.dtype, shape: tuple[int, int], vocab: int, bias: bool) -
         linear_bias,
         indices(),
         indices(count),
+        torch.empty(count),
     )
-    linear_sample(inputs, LinearSample(indices(count), torch.empty(count)), SampleOptions(dtype, 0.7))
+    outputs = LinearSample(indices(2, count), torch.empty(2, count))
+    linear_sample(inputs, outputs, SampleOptions(dtype, samples=2))
 
 
 def mask(

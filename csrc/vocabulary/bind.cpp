@@ -52,7 +52,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "float[] options) -> ()");
   m.def(
       "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
-      "float scale, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) index) -> "
+      "Tensor scale, int draw, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) "
+      "index) -> "
       "()");
   m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "

@@ -37,6 +37,31 @@ struct Row {
   }
 
   A* block_copy(int64_t begin, int64_t count, A* buffer) const {
+    uncapped(begin, count, buffer);
+    if (softcap != A(0)) {
+      const A cap = softcap, inverse = A(1) / softcap;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) buffer[j] = cap * vector_tanh(buffer[j] * inverse);
+    }
+    return buffer;
+  }
+
+  // Like block_copy with a softcap; dz/dl in `slope`.
+  A* block_and_slope(int64_t begin, int64_t count, A* buffer, A* slope) const {
+    uncapped(begin, count, buffer);
+    const A cap = softcap, inverse = A(1) / softcap;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const A scaled = buffer[j] * inverse;
+      buffer[j] = cap * vector_tanh(scaled);
+      slope[j] = tanh_slope(scaled);
+    }
+    return buffer;
+  }
+
+ private:
+  // l = scale * logit + bias.
+  void uncapped(int64_t begin, int64_t count, A* buffer) const {
     load(logits + begin, count, buffer);
     if (scale != A(1)) {
       const A factor = scale;
@@ -48,12 +73,6 @@ struct Row {
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) buffer[j] += add[j];
     }
-    if (softcap != A(0)) {
-      const A cap = softcap, inverse = A(1) / softcap;
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) buffer[j] = cap * vector_tanh(buffer[j] * inverse);
-    }
-    return buffer;
   }
 };
 
@@ -130,10 +149,11 @@ void write_gradient(const CrossEntropyRows& rows, int64_t i, const Row<T>& row, 
   const A exp_scale = gradient.exp_scale, smooth = gradient.smooth;
   const bool weighted = smooth != A(0) && weight != nullptr;
   T* grad = static_cast<T*>(rows.grad) + i * rows.grad_stride;
-  A z_buffer[kBlock], grad_buffer[kBlock];
+  A z_buffer[kBlock], grad_buffer[kBlock], slope[kBlock];
   for (int64_t begin = 0; begin < rows.vocab; begin += kBlock) {
     const int64_t count = block_count(rows.vocab - begin);
-    const A* z = row.block(begin, count, z_buffer);
+    const A* z =
+        row.softcap == A(0) ? row.block(begin, count, z_buffer) : row.block_and_slope(begin, count, z_buffer, slope);
     const bool here = target >= begin && target < begin + count;
     const A target_grad =
         here ? gradient.target_constant + gradient.target_exp_scale * exp_nonpositive(z[target - begin] - row_max)
@@ -152,9 +172,8 @@ void write_gradient(const CrossEntropyRows& rows, int64_t i, const Row<T>& row, 
     }
     if (here) out[target - begin] = target_grad;
     if (row.softcap != A(0)) {
-      const A inverse = A(1) / row.softcap;
 #pragma omp simd
-      for (int64_t j = 0; j < count; ++j) out[j] *= A(1) - (z[j] * inverse) * (z[j] * inverse);
+      for (int64_t j = 0; j < count; ++j) out[j] *= slope[j];
     }
     if (out == grad_buffer) store(grad_buffer, count, grad + begin);
   }

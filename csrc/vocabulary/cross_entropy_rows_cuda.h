@@ -1,10 +1,11 @@
 // Kernels of the cross-entropy of rows of logits: loss, statistics and gradient.
 //
 // A row belongs to a block, or to the blocks of a cluster that share its columns. One pass over it keeps, per thread, a
-// running maximum and sums relative to it. For the gradient a row is either cached in shared memory, as the transformed
-// logits in the accumulation type (one read, one write, no second transform), or read again: with so few rows in flight
-// that they fit in the L2 cache, and from the end, which L2 keeps longest. Nothing of the size of the logits is
-// materialised except the gradient. Every reduction has a fixed order.
+// running maximum and sums relative to it. For the gradient a row is either cached in shared memory, scaled and biased
+// in the accumulation type (one read, one write; a softcap is applied again, since its derivative needs what it was
+// applied to), or read again: with so few rows in flight that they fit in the L2 cache, and from the end, which L2
+// keeps longest. Nothing of the size of the logits is materialised except the gradient. Every reduction has a fixed
+// order.
 #pragma once
 
 #include <type_traits>
@@ -60,6 +61,18 @@ __device__ __forceinline__ A row_tanh(A x) {
     return std::fabs(x) < 0.625f ? tanh_near_zero(x) : large;
   } else {
     return std::tanh(x);
+  }
+}
+
+// The derivative of tanh: 1 - tanh(x)^2 would cancel where tanh(x) is near 1.
+template <class T, class A>
+__device__ __forceinline__ A row_tanh_slope(A x) {
+  const A t = row_exp<T>(A(-2) * std::fabs(x));
+  if constexpr (sizeof(T) == 2) {
+    const A r = reciprocal_approx(A(1) + t);
+    return A(4) * t * r * r;
+  } else {
+    return A(4) * t / ((A(1) + t) * (A(1) + t));
   }
 }
 
@@ -133,46 +146,57 @@ struct Row {
 
   __device__ __forceinline__ A capped(A value) const { return softcap * row_tanh<T>(value * inverse_softcap); }
 
+  // l = scale * logit + bias of one column.
+  __device__ __forceinline__ A uncapped(int column) const {
+    A value = to_float(logits[column]);
+    if constexpr (F::kTransform) value = value * scale + (bias == nullptr ? A(0) : bias[column]);
+    return value;
+  }
+
   // The transformed logit of one column.
   __device__ __forceinline__ A z(int column) const {
-    A value = to_float(logits[column]);
+    const A value = uncapped(column);
     if constexpr (F::kTransform) {
-      value = value * scale + (bias == nullptr ? A(0) : bias[column]);
-      if (softcap != A(0)) value = capped(value);
+      if (softcap != A(0)) return capped(value);
     }
     return value;
   }
 
-  // Transformed logits of a complete group.
-  __device__ __forceinline__ void transform(const Words& words, int column, A (&z)[kSize]) const {
-    unpack_group<T>(words, z);
+  // l of a complete group.
+  __device__ __forceinline__ void uncapped(const Words& words, int column, A (&l)[kSize]) const {
+    unpack_group<T>(words, l);
     if constexpr (F::kTransform) {
       if (bias == nullptr) {
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) z[k] *= scale;
+        for (int k = 0; k < kSize; ++k) l[k] *= scale;
       } else {
         A add[kSize];
         load_elements(bias + column, add);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) z[k] = z[k] * scale + add[k];
-      }
-      if (softcap != A(0)) {
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) z[k] = capped(z[k]);
+        for (int k = 0; k < kSize; ++k) l[k] = l[k] * scale + add[k];
       }
     }
   }
 
-  // Transformed logits of the columns that a group shares with `groups`, -inf for the others.
-  __device__ __forceinline__ void gather(const Groups<T>& groups, int column, A (&z)[kSize]) const {
+  // l of the columns that a group shares with `groups`, -inf for the others.
+  __device__ __forceinline__ void gather(const Groups<T>& groups, int column, A (&l)[kSize]) const {
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) z[k] = groups.contains(column + k) ? this->z(column + k) : A(-INFINITY);
+    for (int k = 0; k < kSize; ++k) l[k] = groups.contains(column + k) ? uncapped(column + k) : A(-INFINITY);
+  }
+
+  // Turns l into z, and into -inf where it belongs to no column of `groups`.
+  __device__ __forceinline__ void cap(const Groups<T>& groups, int column, A (&l)[kSize]) const {
+    if constexpr (F::kTransform) {
+      if (softcap == A(0)) return;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) l[k] = groups.contains(column + k) ? capped(l[k]) : A(-INFINITY);
+    }
   }
 };
 
-// The transformed logits of a block's part of a row, cached in shared memory as S: the accumulation type, or the type
-// of the logits if there is no transform. A group of 16-bit logits as float takes 32 bytes: its halves are stored in
-// two planes, so that the threads of a warp access different banks.
+// The logits of a block's part of a row, scaled and biased but not capped, cached in shared memory as S: the
+// accumulation type, or the type of the logits if there is no transform. A group of 16-bit logits as float takes 32
+// bytes: its halves are stored in two planes, so that the threads of a warp access different banks.
 template <class T, class S>
 struct HeldRow {
   using A = typename Accumulation<T>::type;
@@ -296,11 +320,12 @@ __device__ __forceinline__ RowPartial<T, F::kSums> sum_part(const CrossEntropyRo
       const bool whole = part.whole(group);
       A z[kSize];
       if (whole) {
-        row.transform(words[b], column, z);
+        row.uncapped(words[b], column, z);
       } else {
         row.gather(part, column, z);
       }
       if constexpr (kCached) cached.store(group, z);
+      row.cap(part, column, z);
       accumulate<T, F>(rows, row, part, column, whole, anchor, z, sums);
     }
   }
@@ -344,9 +369,17 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
           z[k] = out.contains(column + k) ? cached.element(column + k - part.first) : A(0);
         }
       } else if (alike && out.whole(group)) {
-        row.transform(words[b], column, z);
+        row.uncapped(words[b], column, z);
       } else {
         row.gather(out, column, z);
+      }
+      A slope[kSize];
+      if constexpr (F::kTransform) {
+        if (row.softcap != A(0)) {
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) slope[k] = row_tanh_slope<T>(z[k] * row.inverse_softcap);
+          row.cap(out, column, z);
+        }
       }
       A value[kSize];
 #pragma unroll
@@ -372,10 +405,7 @@ __device__ __forceinline__ void write_part(const CrossEntropyRows& rows, int64_t
       if constexpr (F::kTransform) {
         if (row.softcap != A(0)) {
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            const A t = z[k] * row.inverse_softcap;
-            value[k] *= A(1) - t * t;
-          }
+          for (int k = 0; k < kSize; ++k) value[k] *= slope[k];
         }
       }
       if (out.whole(group)) {

@@ -60,16 +60,16 @@ template <class A>
 struct TileRow {
   const A* products;  // at the current group
   const A* bias;      // for the tile, or null
-  A scale;
-  int column;  // first column of the group, in the tile
-  int left;    // columns from there to the end; negative beyond the end or if the row is out of range
+  A scale;            // infinite: greedy
+  int column;         // first column of the group, in the tile
+  int left;           // columns from there to the end; negative beyond the end or if the row is out of range
   uint64_t seed;
   uint64_t group;  // for Philox
 
-  __device__ __forceinline__ TileRow(const SampleRows& sample, A scale, const TeamPlace<kGroup>& place)
+  __device__ __forceinline__ TileRow(const SampleRows& sample, const TeamPlace<kGroup>& place)
       : products(static_cast<const A*>(sample.products) + place.row * sample.stride + kGroup * place.lane),
         bias(static_cast<const A*>(sample.bias)),
-        scale(scale),
+        scale(place.in_range ? static_cast<const A*>(sample.scale)[place.row] : A(1)),
         column(kGroup * place.lane),
         left(place.in_range ? int(sample.columns) - column : -1),
         seed(uint64_t(*sample.seed)),
@@ -85,6 +85,13 @@ struct TileRow {
     group += groups;
   }
 
+  __device__ __forceinline__ bool greedy() const { return scale == A(INFINITY); }
+
+  __device__ __forceinline__ A scaled(A l) const {
+    // 0 * -inf is NaN.
+    return greedy() || (scale == A(0) && l == A(-INFINITY)) ? l : exact_multiply(l, scale);
+  }
+
   // Pads with -inf beyond the end of the row.
   __device__ __forceinline__ void logits(A (&z)[kGroup]) const {
     if (left >= kGroup) {
@@ -96,14 +103,13 @@ struct TileRow {
         for (int k = 0; k < kGroup; ++k) z[k] = exact_add(z[k], add[k]);
       }
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) z[k] = exact_multiply(z[k], scale);
+      for (int k = 0; k < kGroup; ++k) z[k] = scaled(z[k]);
       return;
     }
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       z[k] = A(-INFINITY);
-      if (k < left)
-        z[k] = exact_multiply(bias == nullptr ? products[k] : exact_add(products[k], bias[column + k]), scale);
+      if (k < left) z[k] = scaled(bias == nullptr ? products[k] : exact_add(products[k], bias[column + k]));
     }
   }
 };
@@ -129,10 +135,11 @@ __device__ __forceinline__ float reach_of(A anchor, A best) {
 // Grid: one team per row. The threads of a row read its state, and one of them writes it at the end.
 template <class A>
 __global__ void __launch_bounds__(kThreads, kBlocks<A>)
-    sample_rows_kernel(const __grid_constant__ SampleRows sample, A scale, int team) {
+    sample_rows_kernel(const __grid_constant__ SampleRows sample, int team) {
   using Reduced = TeamReduction<Drawn<A>>;
   const TeamPlace<kGroup> place(sample.rows, int(sample.columns), team);
-  TileRow<A> row(sample, scale, place);
+  TileRow<A> row(sample, place);
+  const bool greedy = row.greedy();
   const bool begun = place.in_range && !is_first_tile(sample);
   A* const row_max = static_cast<A*>(sample.row_max) + place.row;
   A* const sum_exp = static_cast<A*>(sample.sum_exp) + place.row;
@@ -159,8 +166,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
 
     bool open = false;
     uint32_t words[kGroup] = {};
-    if (top + A(kLargestGumbel) > bar) {
-      draw_words(row.seed, row.group, 0, words);
+    if (greedy) {
+      open = top > bar;
+    } else if (top + A(kLargestGumbel) > bar) {
+      draw_words(row.seed, row.group, uint64_t(sample.draw), words);
       const float reach = reach_of(anchor, bar);
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) open |= may_win(words[k], float(part[k]), reach);
@@ -169,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
     if (open) {
 #pragma unroll
       for (int k = 0; k < kGroup; ++k) {
-        const A sum = exact_add(z[k], A(gumbel_of_word(words[k])));
+        const A sum = greedy ? z[k] : exact_add(z[k], A(gumbel_of_word(words[k])));
         if (sum > bar) {
           bar = own.best = sum;
           own.column = row.column + k;
@@ -190,7 +199,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A>)
   const bool found = all.column != kNone;
   if (found ? own.column == all.column : place.first()) {
     if (!found && begun) logit = *logprob;
-    *logprob = is_last_tile(sample) ? (logit - all.max) - std::log(all.sum) : logit;
+    const A relative = logit - all.max;  // NaN in a row without a finite logit
+    const A in_full = greedy ? relative + A(0) * all.sum : relative - std::log(all.sum);
+    *logprob = is_last_tile(sample) ? in_full : logit;
     if (found || !begun) {
       *best = all.best;
       sample.index[place.row] = found ? sample.first_column + all.column : 0;
@@ -208,7 +219,7 @@ void launch_one(const SampleRows& sample, void* stream) {
   const SamplePlan plan = plan_sample_rows(sample.rows, sample.columns, limits);
   const int64_t scratch = sizeof(typename Reduction<Drawn<A>>::Scratch);
   launch(kName, kernel, shape_of_teams(sample.rows, plan.team, plan.threads, plan.cluster, scratch), stream, sample,
-         A(sample.scale), plan.team);
+         plan.team);
 }
 
 }  // namespace

@@ -9,9 +9,11 @@
 namespace sslkernels {
 
 // Logits are (product + bias) * scale for columns [first_column, first_column + columns) of rows of `vocab` columns;
-// first_column is a multiple of 4. The state of a row is carried from tile to tile in column order, in the accumulation
-// type: the largest logit, the sum of exponentials relative to it, the largest logit + noise, its logit and its column.
-// The first tile initialises it; the last one turns the logit into its log-probability.
+// first_column is a multiple of 4. An infinite scale, of temperature 0, draws the largest logit: without noise, with
+// log-probability 0. A logit of -inf stays -inf at scale 0. The state of a row is carried from tile to tile in column
+// order, in the accumulation type: the largest logit, the sum of exponentials relative to it, the largest logit +
+// noise, its logit and its column. The first tile initialises it; the last one turns the logit into its
+// log-probability.
 struct SampleRows {
   Element element;
   const void* products;
@@ -20,8 +22,9 @@ struct SampleRows {
   int64_t columns;
   int64_t first_column;
   int64_t vocab;
-  const void* bias;  // (vocab), accumulation type, or null
-  double scale;
+  const void* bias;        // (vocab), accumulation type, or null
+  const void* scale;       // (rows), accumulation type
+  int64_t draw;            // which of the samples of a row; the third coordinate of the noise
   const int64_t* row_ids;  // (rows)
   const int64_t* seed;
   void* row_max;

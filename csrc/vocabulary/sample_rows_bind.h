@@ -6,8 +6,8 @@
 namespace sslkernels {
 
 inline SampleRows parse_sample_rows(const Tensor& products, const OptionalTensor& bias, const Tensor& seed,
-                                    const Tensor& row_ids, int64_t first_column, int64_t vocab, double scale,
-                                    const Tensor& row_max, const Tensor& sum_exp, const Tensor& best,
+                                    const Tensor& row_ids, int64_t first_column, int64_t vocab, const Tensor& scale,
+                                    int64_t draw, const Tensor& row_max, const Tensor& sum_exp, const Tensor& best,
                                     const Tensor& logprob, const Tensor& index) {
   check_matrix(products, "products");
   const auto type = accumulation_type(products);
@@ -21,7 +21,8 @@ inline SampleRows parse_sample_rows(const Tensor& products, const OptionalTensor
   sample.first_column = first_column;
   sample.vocab = vocab;
   sample.bias = readable(bias, {vocab}, type, "bias");
-  sample.scale = scale;
+  sample.scale = readable(scale, {sample.rows}, type, "scale");
+  sample.draw = draw;
   sample.row_ids = parse_row_ids(row_ids, sample.rows);
   sample.seed = parse_seed(seed);
   sample.row_max = writable(row_max, {sample.rows}, type, "row_max");

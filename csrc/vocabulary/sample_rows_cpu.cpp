@@ -36,7 +36,9 @@ void sample_row(const SampleRows& sample, int64_t row) {
   using A = typename Accumulation<T>::type;
   const T* products = static_cast<const T*>(sample.products) + row * sample.stride;
   const A* bias = sample.bias == nullptr ? nullptr : static_cast<const A*>(sample.bias) + sample.first_column;
-  const A scale = A(sample.scale);
+  const A given_scale = static_cast<const A*>(sample.scale)[row];
+  const bool greedy = given_scale == std::numeric_limits<A>::infinity();
+  const A scale = greedy ? A(1) : given_scale;
   const uint64_t seed = uint64_t(*sample.seed);
   const uint64_t first_group = uint64_t(sample.row_ids[row]) * uint64_t((sample.vocab + 3) / 4);
   A& row_max = static_cast<A*>(sample.row_max)[row];
@@ -60,19 +62,33 @@ void sample_row(const SampleRows& sample, int64_t row) {
 #pragma omp simd
       for (int64_t j = 0; j < count; ++j) logits[j] = (A(to_float(products[begin + j])) + bias[begin + j]) * scale;
     }
+    if (scale == A(0)) {
+      for (int64_t j = 0; j < count; ++j) {
+        const A product = A(to_float(products[begin + j])), l = bias == nullptr ? product : product + bias[begin + j];
+        if (l == -std::numeric_limits<A>::infinity()) logits[j] = l;  // 0 * -inf is NaN
+      }
+    }
     const A block_max = largest_of(logits, count);
     const A new_max = block_max > row_max ? block_max : row_max;
     const A moved = row_max == new_max ? A(1) : A(exp_nonpositive(row_max - new_max));
     const A anchor = new_max == -std::numeric_limits<A>::infinity() ? A(0) : new_max;  // -inf - -inf is NaN
     sum_exp = sum_exp * moved + sum_of_exponentials(logits, anchor, count);
     row_max = new_max;
+    if (greedy) {
+      if (!(block_max > best)) continue;
+      int64_t j = 0;
+      while (logits[j] != block_max) ++j;
+      best = block_max;
+      sample.index[row] = sample.first_column + begin + j;
+      continue;
+    }
     if (!(block_max + A(kLargestGumbel) > best)) continue;
 
     const int64_t groups = (count + 3) / 4;
     for (int64_t i = 0; i < groups; ++i) {
       group[i] = first_group + uint64_t((sample.first_column + begin) / 4 + i);
     }
-    gumbels_of_groups(seed, group, 0, groups, noise);
+    gumbels_of_groups(seed, group, uint64_t(sample.draw), groups, noise);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) perturbed[j] = logits[j] + A(noise[j]);
     const A winner = largest_of(perturbed, count);
@@ -83,7 +99,10 @@ void sample_row(const SampleRows& sample, int64_t row) {
     logprob = logits[j];
     sample.index[row] = sample.first_column + begin + j;
   }
-  if (is_last_tile(sample)) logprob = (logprob - row_max) - std::log(sum_exp);
+  if (!is_last_tile(sample)) return;
+  if (greedy) logprob = row_max;
+  const A relative = logprob - row_max;  // NaN in a row without a finite logit
+  logprob = greedy ? relative + A(0) * sum_exp : relative - std::log(sum_exp);
 }
 
 }  // namespace

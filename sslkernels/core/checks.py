@@ -84,7 +84,9 @@ def number(
         fail(ValueError, function, argument, f"be in {bracket}{low:g}, {high:g}]", value)
 
 
-def mean_divisor(function: str, reduction: str, num_items: Any, on_empty: Any, device: torch.device) -> None:
+def mean_divisor(
+    function: str, reduction: str, num_items: Any, on_empty: Any, other: str, device: torch.device
+) -> None:
     """The options of a reduction "mean": num_items, a number or a tensor of one element, and on_empty."""
     choice(function, "on_empty", on_empty, ("nan", "zero"))
     if num_items is None:
@@ -94,7 +96,7 @@ def mean_divisor(function: str, reduction: str, num_items: Any, on_empty: Any, d
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             fail(ValueError, function, "num_items", "be an int or a 0-d tensor", tuple(num_items.shape))
-        same_device(function, "num_items", num_items, "the features", device)
+        same_device(function, "num_items", num_items, other, device)
     else:
         number(function, "num_items", num_items, low=0)
 
@@ -109,6 +111,8 @@ def integer(function: str, argument: str, value: Any, *, low: int | None = None,
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(TypeError, function, argument, "be an int" + (" or None" if optional else ""), type(value).__name__)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        fail(ValueError, function, argument, "fit in 64 bits", value)
     if low is not None and value < low:
         fail(ValueError, function, argument, f"be at least {low}", value)
 

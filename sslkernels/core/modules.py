@@ -58,12 +58,16 @@ class OverRanks(nn.Module):
 class Options(OverRanks):
     """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 
+    tensors: tuple[str, ...] = ()  # options that are buffers from the start, also while they are None
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                if value.requires_grad:  # a buffer would never be given to an optimiser
+            if isinstance(value, nn.Parameter):
+                setattr(self, name, value)
+            elif name in self.tensors or isinstance(value, Tensor):
+                if value is not None and value.requires_grad:  # a buffer would never be given to an optimiser
                     must = "be a torch.nn.Parameter, or want no gradient"
                     checks.fail(TypeError, type(self).__name__, name, must, "a tensor that requires grad")
                 self.register_buffer(name, value)

@@ -258,7 +258,8 @@ def _look_up(codebook: Tensor, codes: Codes) -> Tensor:
     groups, count, dim = codebook.shape
     keys = (codes.index + torch.arange(groups, device=codebook.device) * count).flatten()
     values = codebook.reshape(groups * count, dim).index_select(0, keys).reshape(*codes.index.shape, dim)
-    return values.masked_fill_(codes.sum.isnan()[..., None], torch.nan)
+    # Not in place: torch.compile of torch 2.11 would return the values twice, and their gradient for the wrong one.
+    return values.masked_fill(codes.sum.isnan()[..., None], torch.nan)
 
 
 class _Quantize(Function):

@@ -17,6 +17,7 @@ from torch import Tensor
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
+from sslkernels.vocabulary.probability_rows import rows_for
 from sslkernels.vocabulary.selection import IGNORED_ROW, Selection
 from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, RowState, empty_outputs
 
@@ -43,17 +44,18 @@ def forward(
         coefficient = None
         gradients.scale.fill_(1)
         projection = (input.to(plan.compute_dtype), linear_weight.to(plan.compute_dtype))
-        outputs = rows.evaluate(*projection, target, bias, weight, options, stats=stats)
+        outputs = rows_for(target, rows).evaluate(*projection, target, bias, weight, options, stats=stats)
         if outputs is not None:
             return outputs, gradients
     chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
     if coefficient is not None:
         coefficient = chunks.coefficient_of_slots(coefficient, plan)
+    row_kernels = rows_for(target, rows)
     parts: list[RowOutputs] = []
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
         part, grad = (None, None) if coefficient is None else (coefficient[chunk], logits)
-        parts.append(rows.forward(logits, y, bias, weight, options, stats=stats, coefficient=part, grad=grad))
+        parts.append(row_kernels.forward(logits, y, bias, weight, options, stats=stats, coefficient=part, grad=grad))
         if grad is not None:
             chunks.accumulate(grad, x, chunk.start or 0)
     chunks.finish()
@@ -70,7 +72,8 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """The gradients of sum(grad_loss * loss), from recomputed logits."""
-    _, _, bias, _, weight = operands
+    _, _, bias, target, weight = operands
+    row_kernels = rows_for(target, rows)
     gradients = empty_gradients(operands, wanted)
     chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
     coefficient = chunks.coefficient_of_slots(grad_loss, plan)
@@ -79,7 +82,7 @@ def backward(
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
         part = RowState(*(values[chunk] for values in state))
-        rows.backward(logits, y, bias, weight, options, part, coefficient[chunk], logits)
+        row_kernels.backward(logits, y, bias, weight, options, part, coefficient[chunk], logits)
         chunks.accumulate(logits, x, chunk.start or 0)
     chunks.finish()
     return gradients
@@ -108,7 +111,8 @@ class _Chunks:
         self.selection = Selection(target, options.ignore_index, plan.capacity)
         # Zero in an empty slot: its logits have gradient 0, and 0 times a NaN would reach the weight's gradient.
         self.input = self.selection.to_slots(input, 0).to(self.dtype)
-        self.target = self.selection.to_slots(target.long(), options.ignore_index)
+        probabilities = target.is_floating_point()
+        self.target = target if probabilities else self.selection.to_slots(target.long(), options.ignore_index)
         self.weight = linear_weight.to(self.dtype)
         self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]

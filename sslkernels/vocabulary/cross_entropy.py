@@ -7,14 +7,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import cross_entropy as torch_cross_entropy  # the user may put ours in its place
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.operator import operator
 from sslkernels.core.scale import scaled
+from sslkernels.vocabulary.reduction import (
+    check_probabilities,
+    check_reduction,
+    check_token_weight,
+    check_weight,
+    mean_divisor,
+    reduced,
+)
 from sslkernels.vocabulary.softmax_rows import (
     NativeRows,
     ReferenceRows,
@@ -24,6 +32,7 @@ from sslkernels.vocabulary.softmax_rows import (
     RowState,
     TritonRows,
     check_target_range,
+    comparable_target,
     empty_outputs,
 )
 
@@ -57,6 +66,11 @@ def _implementations(function: Callable[..., Any]) -> dict[str, Callable[..., An
     }
 
 
+def _factor(coefficient: Tensor, options: RowOptions) -> Tensor:
+    """The factor of a row's gradient with respect to its raw logits, of which the row kernels see the scaled ones."""
+    return coefficient if options.logit_scale == 1.0 else coefficient * options.logit_scale
+
+
 def _empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -71,6 +85,7 @@ def _fwd(
     stats: bool,
 ) -> tuple[RowOutputs, Tensor]:
     grad = None if coefficient is None else _empty_gradient(logits)
+    coefficient = None if coefficient is None else _factor(coefficient, options)
     outputs = rows.forward(logits, target, None, weight, options, stats=stats, coefficient=coefficient, grad=grad)
     check_target_range(NAME, outputs.loss, target, logits.shape[1], options.ignore_index)
     return outputs, logits.new_empty(0) if grad is None else grad
@@ -86,7 +101,7 @@ def _bwd(
     options: RowOptions,
 ) -> Tensor:
     grad = _empty_gradient(logits)
-    rows.backward(logits, target, None, weight, options, state, grad_loss, grad)
+    rows.backward(logits, target, None, weight, options, state, _factor(grad_loss, options), grad)
     return grad
 
 
@@ -248,6 +263,11 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    class_dim: int | None = None,
+    on_empty: str = "nan",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy between logits and targets; a drop-in for `torch.nn.functional.cross_entropy`.
@@ -258,16 +278,24 @@ def cross_entropy(
 
     Args:
         input: logits `(N, V)` or `(V,)`; `(N, V, d1, ...)` as in torch; or `(..., V)` with a target `(...)`, if the
-            shapes do not fit torch's convention. float32, bfloat16, float16 or float64.
-        target: class indices `(N,)`, `()`, `(N, d1, ...)` or `(...)`, int64 or int32; or class probabilities of the
-            shape of `input`, which torch's own cross-entropy handles.
+            shapes do not fit torch's convention or `class_dim` says so. float32, bfloat16, float16 or float64.
+        target: class indices of the shape of `input` without its class dimension, int64 or int32; or class
+            probabilities of the shape of `input`, which torch's own cross-entropy handles.
         weight: weight of each class `(V,)`.
         ignore_index: rows with this target do not contribute to the loss, the gradient or the divisor.
-        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN without valid rows), "sum",
-            or "none", which returns the shape of the target.
+        reduction: "mean" divides by the sum of the class weights of the valid rows (class probabilities: their number)
+            or by `num_items`; "sum"; or "none", which returns the shape of the target.
         label_smoothing: in [0, 1]; the fraction of the target probability that is distributed over all classes.
-        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5).
-        softcap: replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024).
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5); this part of
+            a mean is divided by the number of valid rows or by `num_items`, whatever the class weights.
+        softcap: replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024); None or infinity: none.
+        logit_scale: multiplies the logits before the softcap.
+        token_weight: float tensor of the shape of the row losses, multiplies the loss of each row; not part of the
+            divisor of "mean". Differentiable.
+        num_items: int or 0-d tensor, overrides the divisor of "mean" (for gradient accumulation).
+        class_dim: dimension of `input` that holds the classes. None: the second one (the only one of `(V,)`) if
+            `target` fits that, else the last one.
+        on_empty: loss of a mean over no valid rows: "nan", as in torch, or "zero", with gradients of zero.
         return_stats: also return `CrossEntropyStats`, from the same pass.
 
     Returns:
@@ -285,19 +313,14 @@ def cross_entropy(
     checks.dims(NAME, "input", input, 1, "(V,), (N, V), (N, V, d1, ...) or (..., V)")
     checks.tensor(NAME, "target", target, (*checks.INDEX_DTYPES, *checks.FLOAT_DTYPES))
     checks.same_device(NAME, "target", target, "input", input.device)
-    class_dim = 1 if input.dim() > 1 else 0
-    if target.is_floating_point():
-        checks.shape(NAME, "target (class probabilities)", target, input.shape, "that of input")
-    else:
-        torch_shape = (*input.shape[:class_dim], *input.shape[class_dim + 1 :])
-        if tuple(target.shape) != torch_shape and tuple(target.shape) == tuple(input.shape[:-1]):
-            class_dim = input.dim() - 1
-        elif tuple(target.shape) != torch_shape:
-            must = f"have shape {torch_shape} (or that of input, for class probabilities)"
-            checks.fail(ValueError, NAME, "target", must, tuple(target.shape))
+    class_dim = _class_dim(input, target, class_dim)
     vocab = input.shape[class_dim]
+    if vocab == 0:
+        checks.fail(ValueError, NAME, "input", "have at least one class", tuple(input.shape))
+    rows_shape = (*input.shape[:class_dim], *input.shape[class_dim + 1 :])
     check_weight(NAME, weight, vocab, input.device)
-    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
+    check_token_weight(NAME, token_weight, rows_shape, input.device, "that of the row losses")
+    check_reduction(NAME, reduction, num_items, on_empty, input.device)
     checks.boolean(NAME, "return_stats", return_stats)
     options = RowOptions.checked(
         NAME,
@@ -305,54 +328,66 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        logit_scale=logit_scale,
     )
-
     if target.is_floating_point():
-        if return_stats:
-            checks.fail(ValueError, NAME, "return_stats", "be False with class probabilities", True)
-        return _with_probabilities(input, target, weight, options, reduction)
+        check_probabilities(NAME, ignore_index, return_stats)
 
     logits = input
     if input.dim() != 2:
         logits = input.movedim(class_dim, -1).reshape(-1, vocab)
+    elif class_dim == 0:
+        logits = input.t()
+    if target.is_floating_point():
+        rows = target if target.dim() == 2 and class_dim == 1 else target.movedim(class_dim, -1).reshape(-1, vocab)
+    else:
+        rows = comparable_target(target if target.dim() == 1 else target.reshape(-1), ignore_index).contiguous()
+    divisor = None
+    if reduction == "mean":
+        acc = accumulation_dtype(logits.dtype)
+        divisor, weight = mean_divisor(rows, weight, vocab, options, num_items, on_empty, acc)
+    if target.is_floating_point():
+        losses = _probability_losses(logits, rows, weight, options)
+        return reduced(losses, token_weight, divisor, reduction, rows_shape)
+
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    rows = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
     weight = contiguous(weight)
-    if reduction == "none":
+    if reduction == "none" or token_weight is not None:
         outputs = _RowLosses.run(logits, rows, weight, options, return_stats)
-        loss = outputs.loss.reshape(target.shape)
+        loss = reduced(outputs.loss, token_weight, divisor, reduction, rows_shape)
+    elif _keeps_gradient(logits):
+        anchor = logits[:0].clone()
+        loss, outputs, _ = _KeptLoss.run(logits, anchor, rows, weight, divisor, options, return_stats)
     else:
-        mean = reduction == "mean"
-        acc = accumulation_dtype(logits.dtype)
-        divisor = valid_weight(rows, weight, vocab, ignore_index, acc) if mean else None
-        if _keeps_gradient(logits):
-            anchor = logits[:0].clone()
-            loss, outputs, _ = _KeptLoss.run(logits, anchor, rows, weight, divisor, options, return_stats)
-        else:
-            loss, outputs = _ReducedLoss.run(logits, rows, weight, divisor, options, return_stats)
+        loss, outputs = _ReducedLoss.run(logits, rows, weight, divisor, options, return_stats)
     if not return_stats:
         return loss
-    return loss, row_stats(rows, outputs, ignore_index, target.shape)
+    return loss, row_stats(rows, outputs, ignore_index, rows_shape)
 
 
-def check_weight(function: str, weight: Tensor | None, vocab: int, device: torch.device) -> None:
-    """Checks the class weights of `cross_entropy` and `linear_cross_entropy`."""
-    checks.tensor(function, "weight", weight, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(function, "weight", weight, (vocab,), "(V,)")
-    checks.same_device(function, "weight", weight, "input", device)
-    if weight is not None and weight.requires_grad:
-        must = "not require grad (class weights are constants)"
-        checks.fail(ValueError, function, "weight", must, "requires_grad=True")
-
-
-def valid_weight(target: Tensor, weight: Tensor | None, vocab: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """The divisor of "mean": the sum of the class weights of the rows that are not ignored."""
-    valid = target != ignore_index
-    if weight is None:
-        return valid.count_nonzero().to(dtype)
-    index = torch.where(valid, target, 0).clamp(0, vocab - 1).long()
-    return torch.where(valid, weight.to(dtype)[index], 0).sum()
+def _class_dim(input: Tensor, target: Tensor, class_dim: int | None) -> int:
+    """The dimension of the classes, and the check of the target's shape."""
+    dims = input.dim()
+    checks.integer(NAME, "class_dim", class_dim, optional=True)
+    if class_dim is not None and not -dims <= class_dim < dims:
+        checks.fail(ValueError, NAME, "class_dim", f"be in [{-dims}, {dims}) for input of {dims} dimensions", class_dim)
+    found = min(1, dims - 1) if class_dim is None else class_dim % dims
+    if target.is_floating_point():
+        checks.shape(NAME, "target (class probabilities)", target, input.shape, "that of input")
+        return found
+    expected = (*input.shape[:found], *input.shape[found + 1 :])
+    if tuple(target.shape) == expected:
+        return found
+    if class_dim is None and tuple(target.shape) == tuple(input.shape[:-1]):
+        return dims - 1
+    checks.fail(
+        ValueError,
+        NAME,
+        "target",
+        f"have shape {expected} (or that of input, for class probabilities)",
+        tuple(target.shape),
+    )
 
 
 def row_stats(target: Tensor, rows: RowOutputs, ignore_index: int, shape: torch.Size) -> CrossEntropyStats:
@@ -362,26 +397,19 @@ def row_stats(target: Tensor, rows: RowOutputs, ignore_index: int, shape: torch.
     return CrossEntropyStats(*(part.detach().reshape(shape) for part in parts))
 
 
-def _with_probabilities(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, reduction: str
-) -> Tensor:
-    """Class probabilities as target: torch's own cross-entropy in the accumulation dtype."""
+def _probability_losses(input: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions) -> Tensor:
+    """Class probabilities (N, V) as target: torch's own cross-entropy in the accumulation dtype."""
     acc = accumulation_dtype(input.dtype)
     logits = input.to(acc)
+    if options.logit_scale != 1.0:
+        logits = logits * options.logit_scale
     if options.softcap > 0:
         logits = options.softcap * torch.tanh(logits / options.softcap)
-    class_dim = 1 if input.dim() > 1 else 0
-    loss = F.cross_entropy(
+    loss = torch_cross_entropy(
         logits,
         target.to(acc),
         None if weight is None else weight.to(acc),
-        ignore_index=options.ignore_index,
         reduction="none",
         label_smoothing=options.label_smoothing,
     )
-    if options.z_loss > 0:
-        loss = loss + options.z_loss * logits.logsumexp(class_dim).square()
-    if reduction == "none":
-        return loss
-    # Here torch divides the mean by the number of rows, regardless of class weights.
-    return loss.sum() if reduction == "sum" else loss.sum() / loss.numel()
+    return loss + options.z_loss * logits.logsumexp(1).square() if options.z_loss > 0 else loss

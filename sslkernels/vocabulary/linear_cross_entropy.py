@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.scale import scaled
-from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, check_weight, row_stats, valid_weight
+from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy, row_stats
 from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted
-from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState
+from sslkernels.vocabulary.reduction import (
+    check_probabilities,
+    check_reduction,
+    check_token_weight,
+    check_weight,
+    mean_divisor,
+    reduced,
+)
+from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, RowState, comparable_target
 
 
 class _RowLosses(Function):
@@ -87,7 +97,8 @@ class _ReducedLoss(Function):
         stats: bool,
     ) -> tuple[Tensor, RowOutputs, Gradients]:
         acc = accumulation_dtype(operands.input.dtype)
-        coefficient = torch.ones_like(operands.target, dtype=acc) if token_weight is None else token_weight.to(acc)
+        count = operands.input.shape[0]
+        coefficient = operands.input.new_ones(count, dtype=acc) if token_weight is None else token_weight.to(acc)
         if divisor is not None:
             coefficient = coefficient / divisor
         rows, gradients = linear_cross_entropy_fwd(operands, coefficient, options, plan, wanted, stats)
@@ -140,19 +151,22 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
+    shift: int = 0,
     mode: str = "auto",
     process_group: Any = None,
     vocab_start: int = 0,
     capacity: int | None = None,
     workspace_bytes: int | None = None,
+    on_empty: str = "nan",
     return_stats: bool = False,
+    options: Any = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """Cross-entropy of the logits `logit_scale * input @ linear_weight.T + linear_bias`, never materialised as a whole.
 
@@ -165,19 +179,27 @@ def linear_cross_entropy(
         input: hidden states `(..., D)`; float32, bfloat16, float16 or float64. Under autocast the matmuls run in its
             dtype, whatever the dtypes of input and weight; otherwise the two must be equal. float16 on a CPU computes
             in float32.
-        linear_weight: `(V, D)`, may be tied to an embedding.
-        target: class indices `(...)`, int64 or int32.
-        linear_bias: `(V,)`, any float dtype.
+        linear_weight: `(V, D)`, may be tied to an embedding. `(V, d1, ..., D)` with an input of `(N, D)` is torch's
+            K-dimensional loss, of which the logits `(N, V, d1, ...)` are materialised.
+        target: class indices `(...)` (`(N, d1, ...)`), int64 or int32; or class probabilities `(..., V)`
+            (`(N, V, d1, ...)`) of any float dtype, which are read chunk by chunk. If they require grad, all logits are
+            materialised.
+        linear_bias: `(V,)` (`(V, d1, ...)`), any float dtype.
         weight: weight of each class `(V,)`.
-        reduction: "mean" divides by the sum of the class weights of the valid rows (NaN without valid rows) or by
-            `num_items`; "sum"; or "none", which returns the shape of the target.
-        ignore_index: rows with this target do not contribute to the loss, the gradients or the divisor.
+        reduction: "mean" divides by the sum of the class weights of the valid rows (class probabilities: their number)
+            or by `num_items`; "sum"; or "none", which returns the shape of the rows.
+        ignore_index: rows with this target do not contribute to the loss, the gradients or the divisor. None: -100.
         label_smoothing: in [0, 1]; the fraction of the target probability that is distributed over all classes.
-        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5).
-        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024).
-        logit_scale: multiplies the product before the bias is added.
+        z_loss: adds `z_loss * logsumexp(logits)**2` to each row (PaLM, Chowdhery et al. 2022, section 5); this part of
+            a mean is divided by the number of valid rows or by `num_items`, whatever the class weights.
+        softcap: after scale and bias, replaces the logits by `softcap * tanh(logits / softcap)` (Gemma 2, 2024); None
+            or infinity: none.
+        logit_scale: multiplies the product before the bias is added; a float, or a float tensor of one element, as of a
+            learned scale. Differentiable: it then multiplies the input.
         token_weight: `(...)`, multiplies the loss of each row; not part of the divisor of "mean". Differentiable.
         num_items: int or 0-d tensor, overrides the divisor of "mean" (for gradient accumulation).
+        shift: the row at position t predicts the target at t + `shift` of its sequence, the last dimension of `target`;
+            its last `shift` rows are ignored. Losses, statistics and `token_weight` belong to the row, at t.
         mode: "fast": three matmuls, the gradients are computed in forward and kept until backward; "compact": four
             matmuls, no buffer of the size of a gradient before backward; "auto": fast if a gradient is wanted. With
             `reduction="none"` forward does not know the weights of the rows, and every mode runs the compact plan.
@@ -189,7 +211,9 @@ def linear_cross_entropy(
         workspace_bytes: upper bound of the bytes of the logits buffer, which holds at least 16 rows. Default: 512 MiB
             on CUDA; on a CPU 80 MiB or, if the gradient of the weight is computed in half precision, the bytes of the
             weight in float32, whichever is more.
+        on_empty: loss of a mean over no valid rows: "nan", as in torch, or "zero", with gradients of zero.
         return_stats: also return `CrossEntropyStats`, from the same pass.
+        options: a `torch.nn.LinearCrossEntropyOptions`, as torch takes it; it changes nothing.
 
     Returns:
         The loss, float32 (float64 for float64 input); with `return_stats` the pair (loss, statistics).
@@ -210,17 +234,22 @@ def linear_cross_entropy(
     >>> target = torch.tensor([3, -100, 7, 999, -100, -100, 0, 1])
     >>> sk.linear_cross_entropy(hidden, embedding, target).backward()
     """
-    _check(input, linear_weight, target, linear_bias, token_weight, num_items, reduction, mode)
+    check_torch_options(options)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    _check(input, linear_weight, target, linear_bias, token_weight, logit_scale)
+    check_reduction(NAME, reduction, num_items, on_empty, input.device)
     vocab = linear_weight.shape[0]
     check_weight(NAME, weight, vocab, input.device)
     checks.boolean(NAME, "return_stats", return_stats)
-    options = RowOptions.checked(
+    checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
+    scaled_by = logit_scale if isinstance(logit_scale, Tensor) else None
+    row_options = RowOptions.checked(
         NAME,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
-        logit_scale=logit_scale,
+        logit_scale=logit_scale if scaled_by is None else 1.0,
     )
     if process_group is not None:
         raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weight on every rank")
@@ -229,39 +258,131 @@ def linear_cross_entropy(
     checks.integer(NAME, "capacity", capacity, low=0, optional=True)
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
+    probabilities = target.is_floating_point()
+    if probabilities:
+        check_probabilities(NAME, ignore_index, return_stats)
+        if capacity is not None:
+            checks.fail(ValueError, NAME, "capacity", "be None with class probabilities (all rows are valid)", capacity)
+    target = _shifted(target, shift, ignore_index, probabilities or linear_weight.dim() > 2)
+
+    if linear_weight.dim() > 2 or _wants_gradient(target):
+        plan = {
+            "mode": mode != "auto",
+            "capacity": capacity is not None,
+            "workspace_bytes": workspace_bytes is not None,
+        }
+        for argument in (name for name, given in plan.items() if given):
+            must = (
+                "not be given for K-dimensional weights or a target that requires grad, whose logits are materialised"
+            )
+            checks.fail(ValueError, NAME, argument, must, "a value")
+        return cross_entropy(
+            _logits(input, linear_weight, linear_bias, logit_scale),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            token_weight=token_weight,
+            num_items=num_items,
+            class_dim=1 if linear_weight.dim() > 2 else -1,
+            on_empty=on_empty,
+            return_stats=return_stats,
+        )
 
     acc = accumulation_dtype(input.dtype)
-    operands = Operands(
-        (input if input.dim() == 2 else input.reshape(target.numel(), input.shape[-1])).contiguous(),
-        linear_weight.contiguous(),
-        contiguous(linear_bias),
-        (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
-        contiguous(weight),
-    )
+    rows_shape = input.shape[:-1]
+    x = input if input.dim() == 2 else input.reshape(math.prod(rows_shape), input.shape[-1])
+    if probabilities:
+        y = target if target.dim() == 2 else target.reshape(x.shape[0], vocab)
+    else:
+        y = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
+    if scaled_by is not None:
+        x = _ScaledRows.run(x, scaled_by, None if probabilities else y == ignore_index)
+    operands = Operands(x.contiguous(), linear_weight.contiguous(), contiguous(linear_bias), y, contiguous(weight))
     tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
     plan = PlanOptions(compute_dtype, capacity, workspace_bytes)
 
     divisor = None
     if reduction == "mean":
-        if num_items is None:
-            divisor = valid_weight(operands.target, operands.weight, vocab, ignore_index, acc)
-        elif isinstance(num_items, Tensor):
-            divisor = num_items.detach().reshape(()).to(acc)
-        else:
-            divisor = torch.full((), float(num_items), dtype=acc, device=input.device)
+        divisor, weight = mean_divisor(y, operands.weight, vocab, row_options, num_items, on_empty, acc)
+        operands = operands._replace(weight=weight)
 
     wanted = Wanted(*[_wants_gradient(getattr(operands, name)) for name in Wanted._fields])
     if mode != "compact" and reduction != "none" and any(wanted):
-        loss, rows, _ = _ReducedLoss.run(operands, tokens, divisor, options, plan, wanted, return_stats)
+        loss, rows, _ = _ReducedLoss.run(operands, tokens, divisor, row_options, plan, wanted, return_stats)
     else:
-        rows = _RowLosses.run(operands, options, plan, return_stats)
-        loss = rows.loss if tokens is None else rows.loss * tokens.to(acc)
-        loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
-        if divisor is not None:
-            loss = loss / divisor
+        rows = _RowLosses.run(operands, row_options, plan, return_stats)
+        loss = reduced(rows.loss, tokens, divisor, reduction, rows_shape)
     if not return_stats:
         return loss
-    return loss, row_stats(operands.target, rows, ignore_index, target.shape)
+    return loss, row_stats(y, rows, ignore_index, rows_shape)
+
+
+def check_torch_options(options: Any) -> None:
+    """torch's options of its chunks: the plan here does not need them."""
+    kind = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is not None and (kind is None or not isinstance(options, kind)):
+        must = "be a torch.nn.LinearCrossEntropyOptions or None"
+        checks.fail(TypeError, NAME, "options", must, type(options).__name__)
+
+
+def _shifted(target: Tensor, shift: int, ignore_index: int, unordered: bool) -> Tensor:
+    """Each row's target is the one `shift` positions later in its sequence; the last rows are ignored. unordered: the
+    last dimension of the target is no sequence."""
+    checks.integer(NAME, "shift", shift, low=0)
+    if not target.is_floating_point():
+        target = comparable_target(target, ignore_index)
+    if shift == 0:
+        return target
+    if unordered or target.dim() == 0:
+        must = "be 0 with class probabilities, K-dimensional weights or a single row"
+        checks.fail(ValueError, NAME, "shift", must, shift)
+    length = target.shape[-1]
+    gone = min(shift, length)
+    ends = target.new_full((*target.shape[:-1], gone), ignore_index)
+    return torch.cat([target[..., gone:], ends], dim=-1)
+
+
+def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, logit_scale: float | Tensor) -> Tensor:
+    """All logits (N, V, d1, ...), or (..., V)."""
+    logits = linear(input, linear_weight.flatten(0, -2))
+    if linear_weight.dim() > 2:
+        logits = logits.unflatten(-1, linear_weight.shape[:-1])
+    if isinstance(logit_scale, Tensor) or logit_scale != 1.0:
+        logits = logits * logit_scale
+    return logits if linear_bias is None else logits + linear_bias
+
+
+class _ScaledRows(Function):
+    """scale * input, (N, D), rounded once, with the gradients of both. Rows that are `ignored` may hold anything."""
+
+    @staticmethod
+    def forward(input: Tensor, scale: Tensor, ignored: Tensor | None) -> Tensor:
+        acc = accumulation_dtype(input.dtype)
+        return (input.to(acc) * scale.to(acc).reshape(())).to(input.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None
+        input, scale, ignored = saved(ctx)
+        needs_input, needs_scale, _ = _ScaledRows.wanted(ctx)
+        acc = accumulation_dtype(input.dtype)
+        grad_input = grad_scale = None
+        if needs_input:
+            grad_input = (grad.to(acc) * scale.to(acc).reshape(())).to(input.dtype)
+        if needs_scale:
+            by_row = (grad.to(acc) * input.to(acc)).sum(1)
+            by_row = by_row if ignored is None else by_row.masked_fill(ignored, 0)
+            grad_scale = by_row.sum().to(scale.dtype).reshape(scale.shape)
+        return grad_input, grad_scale
 
 
 def _wants_gradient(tensor: Tensor | None) -> bool:
@@ -274,40 +395,49 @@ def _check(
     target: Tensor,
     linear_bias: Tensor | None,
     token_weight: Tensor | None,
-    num_items: int | Tensor | None,
-    reduction: str,
-    mode: str,
+    logit_scale: float | Tensor,
 ) -> None:
-    check_projection(NAME, input, linear_weight, linear_bias)
-    checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
-    checks.shape(NAME, "target", target, input.shape[:-1], "that of input without its last dimension")
-    checks.tensor(NAME, "token_weight", token_weight, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "token_weight", token_weight, target.shape, "that of target")
-    checks.same_device(NAME, "target", target, "input", input.device)
-    checks.same_device(NAME, "token_weight", token_weight, "input", input.device)
-    checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
-    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
-    if num_items is None:
-        return
-    if reduction != "mean":
-        checks.fail(ValueError, NAME, "num_items", 'be None unless reduction is "mean"', f"reduction={reduction!r}")
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            checks.fail(ValueError, NAME, "num_items", "be an int or a 0-d tensor", tuple(num_items.shape))
-        checks.same_device(NAME, "num_items", num_items, "input", input.device)
+    check_projection(NAME, input, linear_weight, linear_bias, k_dimensional=True)
+    checks.tensor(NAME, "target", target, (*checks.INDEX_DTYPES, *checks.FLOAT_DTYPES))
+    classes, *outer = linear_weight.shape[:-1]
+    rows = (*input.shape[:-1], *outer)
+    if target.is_floating_point():
+        if tuple(target.shape) == rows:  # indices in a dtype of probabilities
+            checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
+        shape = (input.shape[0], classes, *outer) if outer else (*rows, classes)
+        checks.shape(NAME, "target (class probabilities)", target, shape, "(..., V)")
     else:
-        checks.number(NAME, "num_items", num_items, low=0)
+        checks.shape(NAME, "target", target, rows, "that of the rows")
+    checks.same_device(NAME, "target", target, "input", input.device)
+    check_token_weight(NAME, token_weight, rows, input.device, "that of the rows")
+    if isinstance(logit_scale, Tensor):
+        checks.tensor(NAME, "logit_scale", logit_scale, checks.FLOAT_DTYPES)
+        checks.same_device(NAME, "logit_scale", logit_scale, "input", input.device)
+        if logit_scale.numel() != 1:
+            must = "be a number or a tensor of one element"
+            checks.fail(ValueError, NAME, "logit_scale", must, tuple(logit_scale.shape))
 
 
-def check_projection(function: str, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def check_projection(
+    function: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    *,
+    k_dimensional: bool = False,
+) -> None:
+    """k_dimensional: whether the weight may have the shape (V, d1, ..., D), for an input of (N, D)."""
     checks.tensor(function, "input", input, checks.FLOAT_DTYPES)
     checks.dims(function, "input", input, 1, "(..., D)")
     checks.tensor(function, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
-    checks.dims(function, "linear_weight", linear_weight, 2, "(V, D)", high=2)
-    checks.shape(function, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "(V, D)")
+    checks.dims(function, "linear_weight", linear_weight, 2, "(V, D)", high=None if k_dimensional else 2)
+    if linear_weight.dim() > 2:
+        checks.dims(function, "input", input, 2, "(N, D) for a K-dimensional linear_weight", high=2)
+    expected = (*linear_weight.shape[:-1], input.shape[-1])
+    checks.shape(function, "linear_weight", linear_weight, expected, "(V, D)")
     if linear_weight.shape[0] == 0:
         checks.fail(ValueError, function, "linear_weight", "have at least one row", tuple(linear_weight.shape))
     checks.tensor(function, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(function, "linear_bias", linear_bias, (linear_weight.shape[0],), "(V,)")
+    checks.shape(function, "linear_bias", linear_bias, linear_weight.shape[:-1], "(V,)")
     checks.same_device(function, "linear_weight", linear_weight, "input", input.device)
     checks.same_device(function, "linear_bias", linear_bias, "input", input.device)

@@ -34,7 +34,8 @@ def _fwd(
 ) -> tuple[RowOutputs, Gradients]:
     check_capacity(NAME, operands.target, options.ignore_index, plan.capacity)
     outputs, gradients = forward(operands, coefficient, options, plan, wanted, stats)
-    check_target_range(NAME, outputs.loss, operands.target, operands.linear_weight.shape[0], options.ignore_index)
+    if not operands.target.is_floating_point():
+        check_target_range(NAME, outputs.loss, operands.target, operands.linear_weight.shape[0], options.ignore_index)
     void_overflow(operands.target, options.ignore_index, plan.capacity, gradients.scale, outputs)
     return outputs, gradients
 

@@ -13,7 +13,8 @@ NAME = "linear_cross_entropy"
 
 
 class Operands(NamedTuple):
-    """input (N, D), linear_weight (V, D), linear_bias (V,), target (N,), class weights `weight` (V,)."""
+    """input (N, D), linear_weight (V, D), linear_bias (V,), target (N,) or class probabilities (N, V), class weights
+    `weight` (V,)."""
 
     input: Tensor
     linear_weight: Tensor

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
+from sslkernels.vocabulary.probability_rows import rows_for
 from sslkernels.vocabulary.softmax_rows import ReferenceRows, RowOptions, RowOutputs, RowState
-
-ROWS = ReferenceRows()
 
 
 def forward(
@@ -23,14 +22,15 @@ def forward(
     x, w = _rounded(operands, options, plan)
     rows = (operands.target, operands.linear_bias, operands.weight, options)
     logits = x @ w.t()
+    kernels = rows_for(operands.target, ReferenceRows())
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
         gradients.scale.fill_(1)
-        return ROWS.forward(logits, *rows, stats=stats), gradients
+        return kernels.forward(logits, *rows, stats=stats), gradients
     # The coefficient of an ignored row may be anything, 1 / 0 where no row is valid.
-    coefficient = torch.where(operands.target != options.ignore_index, coefficient, 0)
+    coefficient = coefficient.masked_fill(_ignored(operands, options), 0)
     coefficient = normalise(coefficient, gradients.scale, operands.input.dtype)
-    outputs = ROWS.forward(logits, *rows, stats=stats, coefficient=coefficient, grad=logits)
+    outputs = kernels.forward(logits, *rows, stats=stats, coefficient=coefficient, grad=logits)
     _fill_gradients(logits, operands, options, plan, wanted, gradients)
     return outputs, gradients
 
@@ -40,18 +40,26 @@ def backward(
 ) -> Gradients:
     x, w = _rounded(operands, options, plan)
     logits = x @ w.t()
-    ROWS.backward(logits, operands.target, operands.linear_bias, operands.weight, options, state, grad_loss, logits)
+    kernels = rows_for(operands.target, ReferenceRows())
+    kernels.backward(logits, operands.target, operands.linear_bias, operands.weight, options, state, grad_loss, logits)
     gradients = empty_gradients(operands, wanted)
     gradients.scale.fill_(1)
     _fill_gradients(logits, operands, options, plan, wanted, gradients)
     return gradients
 
 
+def _ignored(operands: Operands, options: RowOptions) -> Tensor:
+    target = operands.target
+    if target.is_floating_point():  # class probabilities
+        return torch.zeros(target.shape[0], dtype=torch.bool, device=target.device)
+    return target == options.ignore_index
+
+
 def _rounded(operands: Operands, options: RowOptions, plan: PlanOptions) -> tuple[Tensor, Tensor]:
     """Input and weight rounded to the dtype of the matmuls, then converted to the accumulation dtype. Ignored rows of
     the input, which may hold anything, become 0."""
     acc = accumulation_dtype(operands.input.dtype)
-    input = operands.input.masked_fill((operands.target == options.ignore_index).unsqueeze(1), 0)
+    input = operands.input.masked_fill(_ignored(operands, options).unsqueeze(1), 0)
     return input.to(plan.compute_dtype).to(acc), operands.linear_weight.to(plan.compute_dtype).to(acc)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,75 +28,86 @@ LEAST_TEMPERATURE = 1e-30  # the inverse is finite in float32
 
 
 class LinearSample(NamedTuple):
-    """index `(...)`, int64; logprob `(...)`, of that index under the softmax."""
+    """index `(...)`, int64, and logprob `(...)`, of that index under the softmax; given `num_samples`, `(..., K)`."""
 
     index: Tensor
     logprob: Tensor
 
 
 class SampleInputs(NamedTuple):
-    """input (N, D), linear_weight (V, D), linear_bias (V,) in the accumulation dtype, seed (), row_ids (N,)."""
+    """input (N, D), linear_weight (V, D), linear_bias (V,) in the accumulation dtype, seed (), row_ids (N,), and in the
+    accumulation dtype scale (N,), one over the temperature; infinity draws the largest logit."""
 
     input: Tensor
     linear_weight: Tensor
     linear_bias: Tensor | None
     seed: Tensor
     row_ids: Tensor
+    scale: Tensor
 
 
 class SampleOptions(NamedTuple):
     compute_dtype: torch.dtype
-    temperature: float
+    samples: int
 
 
-def _empty_outputs(inputs: SampleInputs) -> LinearSample:
+def _empty_outputs(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
+    """(samples, N)."""
     acc = accumulation_dtype(inputs.input.dtype)
-    return LinearSample(torch.empty_like(inputs.row_ids), inputs.input.new_empty(inputs.input.shape[0], dtype=acc))
+    shape = (options.samples, inputs.input.shape[0])
+    return LinearSample(inputs.row_ids.new_empty(shape), inputs.input.new_empty(shape, dtype=acc))
 
 
 def _reference(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
-    input, linear_weight, linear_bias, seed, row_ids = inputs
+    input, linear_weight, linear_bias, seed, row_ids, scale = inputs
     acc = accumulation_dtype(input.dtype)
     logits = input.to(options.compute_dtype).to(acc) @ linear_weight.to(options.compute_dtype).to(acc).t()
     if linear_bias is not None:
         logits = logits + linear_bias
-    logits = logits * (1 / options.temperature)
-    noise = stream_values("gumbel", seed, row_ids, *logits.shape, 0, torch.float32)
-    perturbed = torch.where(logits.isnan(), float("-inf"), logits + noise)
-    index = perturbed.argmax(1)
-    return LinearSample(index, logits.log_softmax(1).gather(1, index[:, None]).squeeze(1))
+    greedy = torch.isinf(scale)[:, None]
+    scaled = logits * torch.where(greedy, 1, scale[:, None])
+    logits = torch.where(logits == float("-inf"), logits, scaled)  # 0 * -inf is NaN
+    log_softmax = logits.log_softmax(1)
+    drawn = []
+    for sample in range(options.samples):
+        noise = stream_values("gumbel", seed, row_ids, *logits.shape, sample, torch.float32)
+        perturbed = logits + torch.where(greedy, 0, noise)
+        index = torch.where(logits.isnan(), float("-inf"), perturbed).argmax(1, keepdim=True)
+        logprob = log_softmax.gather(1, index)
+        drawn.append((index[:, 0], logprob.masked_fill(greedy & ~logprob.isnan(), 0)[:, 0]))
+    return LinearSample(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
 
 def _native(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
     """torch's matmul computes tiles of products, and one kernel reduces each at once. A tile of classes is multiplied
     with all rows before the next one, so that it is converted once and stays in the cache.
 
-    On a GPU the products of half precision are float32, like Triton's: the tile is small enough for the cache all the
-    same, and rounding them to bfloat16 would change the probability of a class by several per cent.
+    The products of half precision are float32, like Triton's: the tile is small enough for the cache all the same, and
+    rounding them to bfloat16 would change the probability of a class by several per cent.
     """
-    input, linear_weight, linear_bias, seed, row_ids = inputs
-    compute_dtype = options.compute_dtype
-    half = compute_dtype.itemsize == 2
-    if compute_dtype == torch.float16 and not input.is_cuda:
-        compute_dtype = torch.float32  # a CPU has no fast float16 matmul
-    products_dtype = torch.float32 if half and input.is_cuda else compute_dtype
-    outputs = _empty_outputs(inputs)
+    input, linear_weight, linear_bias, seed, row_ids, scale = inputs
+    rounded_to = options.compute_dtype
+    half = rounded_to.itemsize == 2
+    products_dtype = torch.float32 if half else rounded_to
+    compute_dtype = rounded_to if input.is_cuda else products_dtype  # a CPU's matmul has no float32 output for them
+    outputs = _empty_outputs(inputs, options)
     count, vocab = input.shape[0], linear_weight.shape[0]
-    row_max, sum_exp, best = outputs.logprob.new_empty((3, count))
+    row_max, sum_exp, best = outputs.logprob.new_empty((3, options.samples, count))
     rows, columns = tile_shape(count, vocab, products_dtype.itemsize, input.device)
     buffer = input.new_empty((rows, row_pitch(columns)), dtype=products_dtype)
     state = (row_max, sum_exp, best, outputs.logprob, outputs.index)
     row_blocks = [
-        (input[block], row_ids[block], [tensor[block] for tensor in state])
+        (input[block], row_ids[block], scale[block], [[t[k][block] for t in state] for k in range(options.samples)])
         for block in (slice(first, first + rows) for first in range(0, count, rows))
     ]
     for column in range(0, vocab, columns):
-        weight = linear_weight[column : column + columns].to(compute_dtype).t()
-        for x, ids, block_state in row_blocks:
-            products = _multiply(x.to(compute_dtype), weight, buffer[: len(x), : weight.shape[1]])
-            torch.ops.sslkernels_native.sample_rows(
-                products, linear_bias, seed, ids, column, vocab, 1 / options.temperature, *block_state
-            )
+        weight = linear_weight[column : column + columns].to(rounded_to).to(compute_dtype).t()
+        for x, ids, row_scale, states in row_blocks:
+            products = _multiply(x.to(rounded_to).to(compute_dtype), weight, buffer[: len(x), : weight.shape[1]])
+            for draw, sample_state in enumerate(states):
+                torch.ops.sslkernels_native.sample_rows(
+                    products, linear_bias, seed, ids, column, vocab, row_scale, draw, *sample_state
+                )
     return outputs
 
 
@@ -126,18 +139,31 @@ def _triton(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
 
     if options.compute_dtype == torch.float64:  # only tests use it, and it has no kernel
         return _reference(inputs, options)
-    outputs = _empty_outputs(inputs)
+    outputs = _empty_outputs(inputs, options)
     linear_sample(inputs, outputs, options)
     return outputs
 
 
+def _checked(
+    function: Callable[[SampleInputs, SampleOptions], LinearSample], inputs: SampleInputs, options: SampleOptions
+) -> LinearSample:
+    """Raises `ValueError` for temperatures on a CPU that are none, which have made their row's scale NaN."""
+    if inputs.scale.device.type == "cpu" and bool(inputs.scale.isnan().any()):
+        row = int(inputs.scale.isnan().nonzero()[0])
+        checks.fail(ValueError, NAME, "temperature", "be in [0, inf] in every row", f"another value in row {row}")
+    return function(inputs, options)
+
+
 @operator(
     NAME,
-    {"reference": _reference, "cpu": _native, "cuda": _native, "triton": _triton},
+    {
+        name: partial(_checked, function)
+        for name, function in (("reference", _reference), ("cpu", _native), ("cuda", _native), ("triton", _triton))
+    },
     native_ops=("sample_rows",),
 )
 def linear_sample_fwd(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
-    return _empty_outputs(inputs)
+    return _empty_outputs(inputs, options)
 
 
 class _NoGradient(Function):
@@ -158,7 +184,8 @@ def linear_sample(
     linear_weight: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    num_samples: int | None = None,
     row_ids: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -176,7 +203,11 @@ def linear_sample(
             dtype, whatever the dtypes of input and weight; otherwise the two must be equal.
         linear_weight: `(V, D)`.
         linear_bias: `(V,)`, any float dtype.
-        temperature: divides the logits; at least 1e-30, infinity for uniform draws.
+        temperature: divides the logits; a float in [0, inf] or a float tensor `(...)`, one for each row. 0 (and what is
+            below 1e-30) draws the largest logit, the lowest index of equals, with logprob 0 and no gradient; infinity
+            draws uniformly among the classes whose logit is not -inf. On a GPU a negative one makes logprob NaN.
+        num_samples: independent draws of each row, a last dimension of the results; None: one, without it. Draw k has
+            the noise of `random_gumbel(..., sample=k)`.
         row_ids: int64 `(...)`, the number of each row for the noise, in place of its flattened index.
         seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device of `input`.
         generator: draws the seed if `seed` is None; default: torch's default generator of the device.
@@ -198,33 +229,84 @@ def linear_sample(
     >>> index, logprob = sk.linear_sample(hidden, embedding, temperature=0.7, seed=0)
     """
     check_projection(NAME, input, linear_weight, linear_bias)
-    checks.number(NAME, "temperature", temperature, low=LEAST_TEMPERATURE)
+    shape = input.shape[:-1]
+    _check_temperature(temperature, shape, input.device)
+    checks.integer(NAME, "num_samples", num_samples, low=1, optional=True)
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(NAME, "row_ids", row_ids, input.shape[:-1], "that of input without its last dimension")
+    checks.shape(NAME, "row_ids", row_ids, shape, "that of input without its last dimension")
     checks.same_device(NAME, "row_ids", row_ids, "input", input.device)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
-    temperature = float(temperature)
-    shape = input.shape[:-1]
+    acc = accumulation_dtype(input.dtype)
     x = input.reshape(math.prod(shape), input.shape[-1]).contiguous()
-    bias = None if linear_bias is None else linear_bias.to(accumulation_dtype(input.dtype))
+    scale = _row_scale(temperature, x, acc)
+    bias = None if linear_bias is None else linear_bias.to(acc)
     inputs = SampleInputs(
         x.detach(),
         linear_weight.detach().contiguous(),
         None if bias is None else contiguous(bias.detach()),
         seed_tensor(NAME, seed, generator, x.device),
         torch.arange(x.shape[0], device=x.device) if row_ids is None else row_ids.reshape(-1).contiguous(),
+        scale,
     )
-    index, logprob = linear_sample_fwd(inputs, SampleOptions(compute_dtype, temperature))
+    index, logprob = drawn = linear_sample_fwd(inputs, SampleOptions(compute_dtype, num_samples or 1))
     leaves = (input, linear_weight, linear_bias)
     if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
-        logprob = -linear_cross_entropy(
-            x,
-            linear_weight,
-            index,
-            linear_bias=None if bias is None else bias / temperature,
-            logit_scale=1 / temperature,
-            reduction="none",
-        )
+        logprob = _differentiable(drawn, inputs._replace(input=x, linear_weight=linear_weight), bias, temperature)
     else:
         logprob = _NoGradient.run(logprob, *leaves)
-    return LinearSample(index.reshape(shape), logprob.reshape(shape))
+    drawn_shape = shape if num_samples is None else (*shape, num_samples)
+    return LinearSample(index.t().reshape(drawn_shape), logprob.t().reshape(drawn_shape))
+
+
+def _check_temperature(temperature: float | Tensor, shape: torch.Size, device: torch.device) -> None:
+    if not isinstance(temperature, Tensor):
+        checks.number(NAME, "temperature", temperature, low=0.0)
+        return
+    checks.tensor(NAME, "temperature", temperature, checks.FLOAT_DTYPES)
+    checks.shape(NAME, "temperature", temperature, shape, "that of input without its last dimension")
+    checks.same_device(NAME, "temperature", temperature, "input", device)
+    if temperature.requires_grad:
+        checks.fail(ValueError, NAME, "temperature", "not require grad", "requires_grad=True")
+
+
+def _row_scale(temperature: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the temperature of each row (N,): infinite for 0, and NaN for what is no temperature."""
+    if not isinstance(temperature, Tensor):
+        scale = math.inf if temperature < LEAST_TEMPERATURE else 1 / temperature
+        return x.new_full(x.shape[:1], scale, dtype=dtype)
+    given = temperature.reshape(-1).to(dtype)
+    scale = torch.where(given < LEAST_TEMPERATURE, math.inf, 1 / given)
+    return scale.masked_fill(~(given >= 0), math.nan)
+
+
+def _differentiable(
+    drawn: LinearSample, inputs: SampleInputs, bias: Tensor | None, temperature: float | Tensor
+) -> Tensor:
+    """The log-probabilities (samples, N) of the indices, by `linear_cross_entropy`; 0 without a gradient where the
+    largest logit was drawn. inputs, bias: as autograd records them."""
+    x, weight, scale = inputs.input, inputs.linear_weight, inputs.scale
+    samples, greedy = drawn.index.shape[0], torch.isinf(scale)
+    options: dict[str, Any] = {"linear_bias": bias}
+    if isinstance(temperature, Tensor):
+        # The scale of a row multiplies its input and the bias, which becomes one more column of the weight.
+        row_scale = torch.where(greedy, 1, scale)[:, None]
+        x = (x * row_scale).to(weight.dtype)
+        if bias is not None:
+            masked = bias.detach() == float("-inf")
+            options["linear_bias"] = torch.where(masked, bias.detach(), 0)
+            column = bias.masked_fill(masked, 0).to(weight.dtype)
+            x = torch.cat([x, row_scale.to(weight.dtype)], 1)
+            weight = torch.cat([weight, column[:, None]], 1)
+    elif temperature >= LEAST_TEMPERATURE:
+        options["logit_scale"] = 1 / temperature
+        if bias is not None:
+            masked = bias.detach() == float("-inf")  # 0 * -inf is NaN, also as a gradient
+            options["linear_bias"] = (bias.masked_fill(masked, 0) / temperature).masked_fill(masked, float("-inf"))
+    losses = linear_cross_entropy(
+        x.expand(samples, *x.shape).reshape(samples * x.shape[0], x.shape[1]),
+        weight,
+        torch.where(greedy, -100, drawn.index).reshape(-1),
+        reduction="none",
+        **options,
+    )
+    return torch.where(greedy, drawn.logprob, -losses.view(samples, -1))

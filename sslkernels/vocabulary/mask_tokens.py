@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from sslkernels.random.philox import random_words
 from sslkernels.random.seeds import seed_tensor
 
 NAME = "mask_tokens"
+ID_DTYPES = (*checks.INDEX_DTYPES, torch.int16, torch.uint16)
+MASK_DTYPES = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MAX_VOCAB = 2**31 - 1  # so that word * vocab_size stays below 2**63
 
 
@@ -111,23 +114,11 @@ def span_start_probability(probability: float, mean_span: float) -> float:
 def _reference(inputs: MaskInputs, options: MaskOptions) -> MaskedTokens:
     rule = mask_rule(options)
     ranges = list(zip(rule.ranges[::2], rule.ranges[1::2], strict=True))
-    input_ids, seed, special_mask, word_ids, row_ids = inputs
+    input_ids, seed, _, _, row_ids = inputs
     rows, columns = input_ids.shape
 
-    eligible = torch.ones_like(input_ids, dtype=torch.bool)
-    for start, end in ranges:
-        eligible &= (input_ids < start) | (input_ids >= end)
-    if special_mask is not None:
-        eligible &= ~special_mask
-    if word_ids is not None:
-        eligible &= word_ids >= 0
-
-    word = random_words(seed, row_ids, rows, columns, 0)
-    if _chains_units(inputs, options):
-        chosen = eligible & _chain(word, eligible, word_ids, rule)
-    else:
-        chosen = eligible & (word < rule.select)
-
+    eligible = _eligible(inputs, options)
+    chosen = eligible & _states(inputs, options, eligible)
     action = random_words(seed, row_ids, rows, columns, 1)
     random_id = (random_words(seed, row_ids, rows, columns, 2) * rule.allowed) >> 32
     for start, end in ranges:
@@ -138,6 +129,54 @@ def _reference(inputs: MaskInputs, options: MaskOptions) -> MaskedTokens:
     replaced = torch.where(action < rule.to_mask, rule.mask_id, replaced)
     labels = torch.where(chosen, input_ids, rule.ignore_index)
     return MaskedTokens(torch.where(chosen, replaced, input_ids), labels)
+
+
+def _eligible(inputs: MaskInputs, options: MaskOptions) -> Tensor:
+    ids, ranges = inputs.input_ids, mask_rule(options).ranges
+    eligible = torch.ones_like(ids, dtype=torch.bool)
+    for start, end in zip(ranges[::2], ranges[1::2], strict=True):
+        eligible &= (ids < start) | (ids >= end)
+    if inputs.special_mask is not None:
+        eligible &= ~inputs.special_mask
+    return eligible if inputs.word_ids is None else eligible & (inputs.word_ids >= 0)
+
+
+def _states(inputs: MaskInputs, options: MaskOptions, eligible: Tensor) -> Tensor:
+    """Whether the unit of each token is chosen, whether the token is eligible or not."""
+    word, rule = random_words(inputs.seed, inputs.row_ids, *inputs.input_ids.shape, 0), mask_rule(options)
+    if _chains_units(inputs, options):
+        return _chain(word, eligible, inputs.word_ids, rule)
+    return word < rule.select
+
+
+def _at_least(inputs: MaskInputs, options: MaskOptions, least: int) -> tuple[MaskInputs, MaskOptions]:
+    """Inputs and options that choose what these choose and, in rows with fewer than `least` chosen units, those of the
+    others that have the smallest draws.
+
+    The choice is made here, in plain torch, for every backend. It becomes the mask of special tokens: all other tokens
+    are chosen with probability 1, and their actions and random ids, which have draws of their own, stay what they were.
+    """
+    rows, columns = inputs.input_ids.shape
+    eligible = _eligible(inputs, options)
+    chosen = eligible & _states(inputs, options, eligible)
+    unit = torch.arange(columns, device=eligible.device).expand(rows, columns)
+    if inputs.word_ids is not None:
+        begins = torch.ones_like(eligible)
+        begins[:, 1:] = (inputs.word_ids[:, 1:] != inputs.word_ids[:, :-1]) | (inputs.word_ids[:, 1:] < 0)
+        unit = torch.where(begins, unit, 0).cummax(1).values  # the first column of the unit
+
+    def of_units(tokens: Tensor) -> Tensor:
+        """Whether any token of the unit, which is addressed by its first column, is one of these."""
+        return torch.zeros_like(unit).scatter_reduce(1, unit, tokens.long(), "amax").bool()
+
+    # Chosen units come first, then the others by draw and column, then columns that are no unit with eligible tokens.
+    draw = random_words(inputs.seed, inputs.row_ids, rows, columns, 0)
+    order = torch.where(of_units(chosen), -1, torch.where(of_units(eligible), draw, 2**32))
+    first = order.sort(dim=1, stable=True).indices[:, :least]
+    among_first = torch.zeros_like(eligible).scatter(1, first, True)
+    chosen |= eligible & among_first.gather(1, unit)
+    special = inputs._replace(special_mask=~chosen, word_ids=None)
+    return special, options._replace(probability=1.0, mean_span=0.0)
 
 
 def _chains_units(inputs: MaskInputs, options: MaskOptions) -> bool:
@@ -213,8 +252,10 @@ def mask_tokens(
     replace: tuple[float, float] = (0.8, 0.1),
     special_ids: Sequence[int] | Tensor = (),
     special_mask: Tensor | None = None,
-    word_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    word_ids: Tensor | Sequence[Any] | None = None,
     mean_span: float | None = None,
+    min_per_row: int = 0,
     ignore_index: int = -100,
     row_ids: Tensor | None = None,
     seed: int | Tensor | None = None,
@@ -222,10 +263,10 @@ def mask_tokens(
 ) -> MaskedTokens:
     """Choose tokens at random, replace them by BERT's rule, and return the labels to predict them from the rest.
 
-    A token is eligible unless its id is `mask_id` or in `special_ids`, `special_mask` is True there, or its word id is
-    negative. Only eligible tokens are chosen or changed. All draws are words of `random_bits` (row, column; sample 0
-    chooses, 1 decides the action, 2 is the random id) compared with `round(probability * 2**32)`, so that every backend
-    gives the same labels bit for bit, for any batch split.
+    A token is eligible unless its id is `mask_id` or in `special_ids`, `special_mask` is not 0 there, `attention_mask`
+    is, or its word id is negative. Only eligible tokens are chosen or changed. All draws are words of `random_bits`
+    (row, column; sample 0 chooses, 1 decides the action, 2 is the random id) compared with
+    `round(probability * 2**32)`, so that every backend gives the same labels bit for bit, for any batch split.
 
     - Tokens form units. Without `word_ids` a unit is a token; with it, each run of consecutive tokens of a row with
       equal non-negative word ids is one unit, decided by the draw of its first token.
@@ -235,24 +276,32 @@ def mask_tokens(
       with `probability`, at the start of a row and after an ineligible token, unless that token belongs to the same
       word. Hence every unit is chosen with `probability`, and uninterrupted spans have geometric length with mean L.
       (L = 1 / (1 - probability) is the independent choice; L = 1 never chooses two neighbours.)
+    - With `min_per_row` m, rows in which fewer than m units were chosen get those of their other units that have the
+      smallest draws, up to m units or all with an eligible token. Beside the fused pass this sorts each row, in plain
+      torch.
     - A chosen token becomes `mask_id` with probability `replace[0]`, a uniform id of the vocabulary that is neither
       special nor `mask_id` with `replace[1]` (which may be the token itself), and stays as it is otherwise; each token
       of a word or span has its own draw.
 
-    Time and memory are O(tokens); beyond the two results the fused backends allocate nothing of the size of the input.
+    Time and memory are O(tokens) without `min_per_row`; beyond the two results the fused backends allocate nothing of
+    the size of the input, but for a byte a token where a mask is not bool or `attention_mask` is given.
     A choice that chains units (`word_ids`, `mean_span`) runs the rows in parallel, each from left to right.
 
     Args:
-        input_ids: token ids `(..., T)`, int64 or int32; never modified. Ids outside [0, vocab_size) are ordinary ids.
+        input_ids: token ids `(..., T)`, int64, int32, int16 or uint16; never modified. Ids outside [0, vocab_size) are
+            ordinary ids.
         mask_id: id of the mask token, in [0, vocab_size).
         vocab_size: number of ids, at most 2**31 - 1.
         probability: probability that an eligible token is chosen.
         replace: fractions of the chosen tokens that become `mask_id` and a random id; the rest stay.
         special_ids: ids that are never chosen and never drawn: ints, or a 1-d int tensor on the CPU. Under
             `torch.compile` pass ints.
-        special_mask: bool `(..., T)`; tokens where it is True are never chosen.
+        special_mask: bool or int `(..., T)`; tokens where it is not 0 are never chosen.
+        attention_mask: bool or int `(..., T)`; tokens where it is 0, the padding, are never chosen.
         word_ids: int64 or int32 `(..., T)`, the word of each token; negative: belongs to no word and is never chosen.
+            Or (nested) sequences of ints and None, which is no word, as tokenizers give them; copied to the device.
         mean_span: mean length of a span, in units, 1 or more; at least `probability / (1 - probability)`.
+        min_per_row: least number of chosen units (tokens, or words) of a row that has so many.
         ignore_index: label of the tokens that were not chosen.
         row_ids: int64 `(...)`, the number of each row for the random stream, in place of its flattened index: with a
             number per example, the labels of an example do not depend on its batch. They do depend on T, the row length
@@ -261,7 +310,8 @@ def mask_tokens(
         generator: draws the seed if `seed` is None; default: torch's default generator of the device.
 
     Returns:
-        `MaskedTokens(input_ids, labels)`, both of the shape and dtype of `input_ids`, contiguous.
+        `MaskedTokens(input_ids, labels)`, both of the shape and dtype of `input_ids`, contiguous; but the labels of
+        uint16 ids are int32, which holds `ignore_index`.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range; also if
@@ -275,16 +325,21 @@ def mask_tokens(
     >>> bool(((masked.labels == -100) | (masked.labels == ids)).all())
     True
     """
-    checks.tensor(NAME, "input_ids", input_ids, checks.INDEX_DTYPES)
+    checks.tensor(NAME, "input_ids", input_ids, ID_DTYPES)
     checks.dims(NAME, "input_ids", input_ids, 1, "(..., T)")
-    checks.tensor(NAME, "special_mask", special_mask, (torch.bool,), optional=True)
+    checks.tensor(NAME, "special_mask", special_mask, MASK_DTYPES, optional=True)
+    checks.tensor(NAME, "attention_mask", attention_mask, MASK_DTYPES, optional=True)
+    word_ids = _word_ids(word_ids, input_ids.device)
     checks.tensor(NAME, "word_ids", word_ids, checks.INDEX_DTYPES, optional=True)
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
     checks.shape(NAME, "special_mask", special_mask, input_ids.shape, "that of input_ids")
+    checks.shape(NAME, "attention_mask", attention_mask, input_ids.shape, "that of input_ids")
     checks.shape(NAME, "word_ids", word_ids, input_ids.shape, "that of input_ids")
     checks.shape(NAME, "row_ids", row_ids, input_ids.shape[:-1], "input_ids.shape[:-1]")
-    for argument, value in (("special_mask", special_mask), ("word_ids", word_ids), ("row_ids", row_ids)):
+    given = {"special_mask": special_mask, "attention_mask": attention_mask, "word_ids": word_ids, "row_ids": row_ids}
+    for argument, value in given.items():
         checks.same_device(NAME, argument, value, "input_ids", input_ids.device)
+    checks.integer(NAME, "min_per_row", min_per_row, low=0)
     ids = _special_ids(special_ids)
     _check_options(input_ids.dtype, ids, mask_id, vocab_size, probability, replace, mean_span, ignore_index)
 
@@ -294,20 +349,56 @@ def mask_tokens(
         ids, mask_id, vocab_size, float(probability), replace_mask, replace_random, span, ignore_index
     )
     columns = input_ids.shape[-1]
-    rows = input_ids.shape[:-1].numel()
+    rows = math.prod(input_ids.shape[:-1])
 
     def as_rows(tensor: Tensor | None, *shape: int) -> Any:
         return None if tensor is None else tensor.reshape(shape).contiguous()
 
+    wide = input_ids.to(torch.int32) if input_ids.dtype in (torch.int16, torch.uint16) else input_ids
+    if special_mask is not None and special_mask.dtype != torch.bool:
+        special_mask = special_mask != 0
+    if attention_mask is not None:
+        padding = attention_mask == 0
+        special_mask = padding if special_mask is None else padding | special_mask
     inputs = MaskInputs(
-        as_rows(input_ids, rows, columns),
+        as_rows(wide, rows, columns),
         seed_tensor(NAME, seed, generator, input_ids.device),
         as_rows(special_mask, rows, columns),
         as_rows(word_ids, rows, columns),
         as_rows(row_ids, rows),
     )
-    masked = mask_tokens_fwd(inputs, options)
-    return MaskedTokens(*(result.reshape(input_ids.shape) for result in masked))
+    if min_per_row > 0:
+        inputs, options = _at_least(inputs, options, min_per_row)
+    new_ids, labels = (result.reshape(input_ids.shape) for result in mask_tokens_fwd(inputs, options))
+    return MaskedTokens(new_ids.to(input_ids.dtype), labels.to(_label_dtype(input_ids.dtype)))
+
+
+def _label_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.uint16 else dtype
+
+
+def _word_ids(word_ids: Any, device: torch.device) -> Tensor | None:
+    """A tensor as it is; (nested) sequences of ints and None as a tensor, -1 for None."""
+    if word_ids is None or isinstance(word_ids, Tensor):
+        return word_ids
+
+    def numbers(words: Any) -> Any:
+        if words is None:
+            return -1
+        if isinstance(words, Sequence) and not isinstance(words, str):
+            return [numbers(word) for word in words]
+        checks.integer(NAME, "word_ids", words)
+        return words
+
+    if not isinstance(word_ids, Sequence) or isinstance(word_ids, str):
+        must = "be a tensor, or sequences of ints and None"
+        checks.fail(TypeError, NAME, "word_ids", must, type(word_ids).__name__)
+    try:
+        return torch.tensor(numbers(word_ids), dtype=torch.int64, device=device)
+    except (ValueError, TypeError) as error:
+        if str(error).startswith(NAME):
+            raise
+        checks.fail(ValueError, NAME, "word_ids", "have rows of equal length", "ragged ones")
 
 
 def _special_ids(special_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
@@ -317,11 +408,9 @@ def _special_ids(special_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
         if special_ids.device.type != "cpu":
             must = "be ints or a tensor on the CPU (reading it from a GPU would synchronise)"
             checks.fail(ValueError, NAME, "special_ids", must, special_ids.device)
-        return tuple(special_ids.tolist())
+        special_ids = special_ids.tolist()
     if not isinstance(special_ids, Sequence) or isinstance(special_ids, str):
         checks.fail(TypeError, NAME, "special_ids", "be a sequence of ints", type(special_ids).__name__)
-    for i in special_ids:
-        checks.integer(NAME, "special_ids", i)
     return tuple(special_ids)
 
 
@@ -335,6 +424,10 @@ def _check_options(
     mean_span: float | None,
     ignore_index: int,
 ) -> None:
+    for i in special_ids:
+        checks.integer(NAME, "special_ids", i)
+        if i == 2**63 - 1:  # the end of its range would not fit in 64 bits
+            checks.fail(ValueError, NAME, "special_ids", "be less than 2**63 - 1", i)
     checks.integer(NAME, "vocab_size", vocab_size, low=1)
     if vocab_size > _MAX_VOCAB:
         checks.fail(ValueError, NAME, "vocab_size", f"be at most {_MAX_VOCAB}", vocab_size)
@@ -342,8 +435,11 @@ def _check_options(
     if mask_id >= vocab_size:
         checks.fail(ValueError, NAME, "mask_id", f"be less than vocab_size = {vocab_size}", mask_id)
     checks.integer(NAME, "ignore_index", ignore_index)
-    if not torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
-        checks.fail(ValueError, NAME, "ignore_index", f"fit in {dtype}, the dtype of labels", ignore_index)
+    if vocab_size - 1 > torch.iinfo(dtype).max:
+        checks.fail(ValueError, NAME, "vocab_size", f"be at most {torch.iinfo(dtype).max + 1} for {dtype}", vocab_size)
+    labels = torch.iinfo(_label_dtype(dtype))
+    if not labels.min <= ignore_index <= labels.max:
+        checks.fail(ValueError, NAME, "ignore_index", f"fit in torch.{labels.dtype}, the dtype of labels", ignore_index)
     checks.number(NAME, "probability", probability, low=0.0, high=1.0)
     if not isinstance(replace, (tuple, list)) or len(replace) != 2:
         checks.fail(TypeError, NAME, "replace", "be two numbers, the parts replaced by mask_id and at random", replace)

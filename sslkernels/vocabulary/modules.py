@@ -24,12 +24,17 @@ class CrossEntropyLoss(Options):
         label_smoothing: fraction of the target probability that is distributed over all classes.
         z_loss: adds `z_loss * logsumexp(logits)**2` to each row.
         softcap: replaces the logits by `softcap * tanh(logits / softcap)`.
+        logit_scale: multiplies the logits before the softcap.
+        class_dim: dimension of the logits that holds the classes; None: found from the shapes.
+        on_empty: loss of a mean over no valid rows, "nan" or "zero".
         return_stats: also return `CrossEntropyStats`.
 
     >>> import sslkernels as sk
     >>> sk.nn.CrossEntropyLoss(label_smoothing=0.1)(torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).shape
     torch.Size([])
     """
+
+    tensors = ("weight",)
 
     def __init__(
         self,
@@ -40,12 +45,22 @@ class CrossEntropyLoss(Options):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
+        logit_scale: float = 1.0,
+        class_dim: int | None = None,
+        on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-        return cross_entropy(input, target, **self.options())
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        return cross_entropy(input, target, token_weight=token_weight, num_items=num_items, **self.options())
 
 
 class LinearCrossEntropyLoss(Options):
@@ -54,16 +69,18 @@ class LinearCrossEntropyLoss(Options):
     Args:
         weight: weight of each class `(V,)`; becomes a buffer.
         reduction: "mean", "sum" or "none".
-        ignore_index: rows with this target do not contribute.
+        ignore_index: rows with this target do not contribute; None: -100.
         label_smoothing: fraction of the target probability that is distributed over all classes.
         z_loss: adds `z_loss * logsumexp(logits)**2` to each row.
         softcap: replaces the logits by `softcap * tanh(logits / softcap)`.
-        logit_scale: multiplies the product before the bias is added.
+        logit_scale: multiplies the product before the bias is added; a number, a tensor (a buffer) or a parameter.
+        shift: the row at position t predicts the target at t + `shift` of its sequence.
         mode: "auto", "fast" or "compact".
         process_group: not implemented yet, must be None.
         vocab_start: not implemented yet, must be 0.
         capacity: upper bound of the number of valid rows.
         workspace_bytes: upper bound of the bytes of the logits buffer.
+        on_empty: loss of a mean over no valid rows, "nan" or "zero".
         return_stats: also return `CrossEntropyStats`.
 
     >>> import sslkernels as sk
@@ -72,21 +89,25 @@ class LinearCrossEntropyLoss(Options):
     >>> loss(torch.randn(4, 16), embedding.weight, torch.tensor([1, 2, -100, 4])).backward()
     """
 
+    tensors = ("weight",)
+
     def __init__(
         self,
         weight: Tensor | None = None,
         *,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
-        logit_scale: float = 1.0,
+        logit_scale: float | Tensor = 1.0,
+        shift: int = 0,
         mode: str = "auto",
         process_group: Any = None,
         vocab_start: int = 0,
         capacity: int | None = None,
         workspace_bytes: int | None = None,
+        on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))
@@ -122,6 +143,7 @@ class TokenMasker(Options):
         replace: fractions of the chosen tokens that become `mask_id` and a random id; the rest stay.
         special_ids: ids that are never chosen and never drawn.
         mean_span: mean length of a span, in units; None: units are chosen independently.
+        min_per_row: least number of chosen units of a row that has so many.
         ignore_index: label of the tokens that were not chosen.
 
     >>> import sslkernels as sk
@@ -138,6 +160,7 @@ class TokenMasker(Options):
         replace: tuple[float, float] = (0.8, 0.1),
         special_ids: Sequence[int] | Tensor = (),
         mean_span: float | None = None,
+        min_per_row: int = 0,
         ignore_index: int = -100,
     ) -> None:
         if isinstance(special_ids, Tensor):
@@ -149,6 +172,7 @@ class TokenMasker(Options):
             replace=tuple(replace),
             special_ids=tuple(special_ids),
             mean_span=mean_span,
+            min_per_row=min_per_row,
             ignore_index=ignore_index,
         )
 
@@ -157,7 +181,8 @@ class TokenMasker(Options):
         input_ids: Tensor,
         *,
         special_mask: Tensor | None = None,
-        word_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        word_ids: Tensor | Sequence[Any] | None = None,
         row_ids: Tensor | None = None,
         seed: int | Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -165,6 +190,7 @@ class TokenMasker(Options):
         return mask_tokens(
             input_ids,
             special_mask=special_mask,
+            attention_mask=attention_mask,
             word_ids=word_ids,
             row_ids=row_ids,
             seed=seed,

@@ -20,7 +20,7 @@ IGNORED_ROW = RowOutputs(0, 0, 1, 0, -1, 0)
 
 
 class Selection:
-    """The valid rows of `target` (N,), in order, in `slots` slots; with a capacity, surplus slots are empty.
+    """The valid rows of `target` (N,) or (N, V), in order, in `slots` slots; with a capacity, surplus slots are empty.
 
     Without a capacity the valid rows are counted, which synchronises on CUDA. That is impossible while a CUDA graph is
     captured: the capacity is then N.
@@ -28,6 +28,9 @@ class Selection:
 
     def __init__(self, target: Tensor, ignore_index: int, capacity: int | None) -> None:
         self.rows = target.shape[0]
+        if target.is_floating_point():  # class probabilities, of which no row is ignored
+            self.slots, self.all_rows = self.rows, True
+            return
         if capacity is None and target.is_cuda and torch.cuda.is_current_stream_capturing():
             capacity = self.rows
         self.valid = target != ignore_index

@@ -39,7 +39,8 @@ class RowOptions(NamedTuple):
     @classmethod
     def checked(cls, function: str, *, softcap: float | None, **given: Any) -> RowOptions:
         """The record of options as the public `function` takes them, which have no softcap as None."""
-        options = cls(softcap=0.0 if softcap is None else softcap, **given)
+        unbounded = softcap is None or (isinstance(softcap, float) and softcap == math.inf)
+        options = cls(softcap=0.0 if unbounded else softcap, **given)
         checks.integer(function, "ignore_index", options.ignore_index)
         checks.number(function, "label_smoothing", options.label_smoothing, low=0.0, high=1.0)
         checks.number(function, "z_loss", options.z_loss, low=0.0)
@@ -104,6 +105,12 @@ def check_target_range(function: str, loss: Tensor, target: Tensor, vocab: int, 
         checks.fail(ValueError, function, "target", f"be in [0, {vocab}) or ignore_index={ignore_index}", got)
 
 
+def comparable_target(target: Tensor, ignore_index: int) -> Tensor:
+    """The target in a dtype that holds `ignore_index`: a comparison of int32 with more bits would wrap around."""
+    fits = target.dtype == torch.int64 or -(2**31) <= ignore_index < 2**31
+    return target if fits else target.long()
+
+
 class Rows:
     """The row kernels of a backend. `coefficient` (rows,) multiplies the gradient of each row; `grad` may be `logits`
     itself."""
@@ -163,7 +170,7 @@ class ReferenceRows(Rows):
     """Plain torch: it defines the row loss."""
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
-        z, _ = _transform(logits, bias, options)
+        z, _ = transform(logits, bias, options)
         vocab = z.shape[1]
         ignored, wrong, index = _split_target(target, vocab, options.ignore_index)
 
@@ -202,7 +209,7 @@ class ReferenceRows(Rows):
         return outputs._replace(row_max=valid_only(row_max), sum_exp=valid_only(sum_exp, 1))
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
-        z, slope = _transform(logits, bias, options)
+        z, slope = transform(logits, bias, options)
         vocab = z.shape[1]
         ignored, wrong, index = _split_target(target, vocab, options.ignore_index)
 
@@ -225,7 +232,7 @@ class ReferenceRows(Rows):
         grad.copy_(result.masked_fill(ignored.unsqueeze(1), 0))
 
 
-def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor | None]:
+def transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tuple[Tensor, Tensor | None]:
     """z, and dz/dl if there is a softcap."""
     z = logits.to(accumulation_dtype(logits.dtype))
     if options.logit_scale != 1.0:
@@ -234,8 +241,9 @@ def _transform(logits: Tensor, bias: Tensor | None, options: RowOptions) -> tupl
         z = z + bias.to(z.dtype)
     if options.softcap == 0.0:
         return z, None
-    tanh = torch.tanh(z / options.softcap)
-    return options.softcap * tanh, 1 - tanh.square()
+    scaled = z / options.softcap
+    e = torch.exp(-2 * scaled.abs())  # 1 - tanh^2 would cancel where the tanh is near 1
+    return options.softcap * torch.tanh(scaled), 4 * e / (1 + e).square()
 
 
 def _split_target(target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

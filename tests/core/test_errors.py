@@ -49,6 +49,11 @@ LINEAR_CROSS_ENTROPY = [
     ),
     (dict(target=Y.float()), TypeError, r"target must have dtype torch.int64 or torch.int32; got torch.float32"),
     (dict(target=Y[:2]), ValueError, r"target must have shape .* = \(4,\); got \(2,\)"),
+    (
+        dict(target=torch.rand(4, 6)),
+        ValueError,
+        r"target \(class probabilities\) must have shape \(..., V\) = \(4, 5\); got",
+    ),
     (dict(target=torch.tensor([0, 1, 2, 5])), ValueError, r"target must be in \[0, 5\) or ignore_index=-100; got 5"),
     (dict(linear_bias=torch.randn(4)), ValueError, r"linear_bias must have shape \(V,\) = \(5,\); got \(4,\)"),
     (dict(weight=torch.randn(4)), ValueError, r"weight must have shape \(V,\) = \(5,\); got \(4,\)"),

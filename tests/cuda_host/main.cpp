@@ -136,7 +136,7 @@ struct ColumnSumsCall : ColumnSums {
 
 struct SampleRowsCall : SampleRows {
   explicit SampleRowsCall(const Call& call) : SampleRows{} {
-    FIELDS(call, element, products, stride, rows, vocab, bias, scale, row_ids, seed, row_max, sum_exp, best, logprob,
+    FIELDS(call, element, products, stride, rows, vocab, bias, scale, draw, row_ids, seed, row_max, sum_exp, best, logprob,
            index);
   }
 };

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -40,6 +41,8 @@ class Case:
     bias: bool = False
     temperature: float = 1.0
     kind: str = "normal"
+    mixed: bool = False
+    draw: int = 0
 
     def products(self) -> Tensor:
         g = torch.Generator().manual_seed(self.rows * 1009 + self.vocab)
@@ -70,7 +73,20 @@ class Case:
     def logits(self) -> Tensor:
         """With the rounding of the reference."""
         products, bias = self.products(), self.column_bias()
-        return (products if bias is None else products + bias) * (1 / self.temperature)
+        z = products if bias is None else products + bias
+        scale = torch.where(self.greedy(), 1, self.scale())[:, None]
+        return torch.where(z == -torch.inf, z, z * scale)
+
+    def scale(self) -> Tensor:
+        """One over the temperature; "mixed": of every kind."""
+        scale = torch.full((self.rows,), math.inf if self.temperature == 0 else 1 / self.temperature, dtype=self.dtype)
+        if self.mixed:
+            kinds = torch.tensor([1.0, torch.inf, 0.0, 3.0], dtype=self.dtype)
+            scale = kinds.repeat(self.rows)[: self.rows]
+        return scale
+
+    def greedy(self) -> Tensor:
+        return self.scale().isinf()
 
     def call(self) -> run.Call:
         stride = self.vocab + self.pad
@@ -82,10 +98,10 @@ class Case:
         arrays = {"products": stored, "bias": self.column_bias(), "row_ids": self.ids(), "seed": torch.tensor([SEED])}
         arrays |= {**state, "index": torch.full((self.rows,), 7)}
         sizes = {"rows": self.rows, "vocab": self.vocab, "tile": self.tile, "stride": stride}
-        sizes |= {"element": run.ELEMENTS[self.dtype], **DEVICES[self.device]}
-        reals = {"scale": 1 / self.temperature}
+        sizes |= {"draw": self.draw, "element": run.ELEMENTS[self.dtype], **DEVICES[self.device]}
+        arrays["scale"] = self.scale()
         arrays = {k: a for k, a in arrays.items() if a is not None}
-        return run.Call("sample_rows", sizes, reals, arrays, {"products": self.offset})
+        return run.Call("sample_rows", sizes, {}, arrays, {"products": self.offset})
 
 
 # Teams of a part of a warp, of a warp, of some of them, and of several blocks.
@@ -114,6 +130,9 @@ def cases() -> dict[str, Case]:
         found.append(Case(dtype, rows, vocab, tile, next(devices), offset, pad, len(found) % 2 == 1, temperature, kind))
     for kind, tile in itertools.product(["masked", "bad", "equal", "far"], [1 << 20, 128]):
         found.append(Case(torch.float32, 6, 330, tile, "spread", kind=kind))
+    for kind, tile in itertools.product(["masked", "bad", "equal", "normal"], [1 << 20, 128]):
+        found.append(Case(torch.float32, 9, 330, tile, "spread", bias=True, kind=kind, mixed=True, draw=3))
+    found.append(Case(torch.float64, 5, 1030, bias=True, kind="normal", temperature=0.0))
     # Few classes, many rows: the largest logit often draws a small number, and a lower one wins.
     found += [Case(dtype, rows, 3 * (rows > 0) + 2, temperature=2.0) for dtype in DTYPES for rows in (0, 300)]
     return {label(case): case for case in found}
@@ -157,7 +176,9 @@ def test_equals_the_reference(name, results):
     if case.rows == 0:
         return
     with sk.use_backend("reference"):
-        gumbel = sk.random_gumbel(z.shape, SEED, row_ids=case.ids())
+        gumbel = sk.random_gumbel(z.shape, SEED, row_ids=case.ids(), sample=case.draw)
+    greedy = case.greedy()
+    gumbel = torch.where(greedy[:, None], 0, gumbel)
     perturbed = torch.where(z.isnan(), -torch.inf, z + gumbel)
     best, index = perturbed.max(1)
     known = z.masked_fill(z.isnan(), -torch.inf)
@@ -165,6 +186,7 @@ def test_equals_the_reference(name, results):
     assert torch.equal(got["best"], best)
     assert torch.equal(got["row_max"], known.amax(1))
     exact = z.double().log_softmax(1).gather(1, index[:, None])[:, 0]
+    exact[greedy & ~exact.isnan()] = 0
     exact[got["best"] == -torch.inf] = torch.nan
     eps = torch.finfo(case.dtype).eps
     # Relative to the maximum, so that a large common offset of the logits does not count.

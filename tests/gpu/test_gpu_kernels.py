@@ -100,9 +100,10 @@ def test_sample_rows(backend, dtype, shape):
             state = [torch.empty(rows, dtype=dtype, device=device) for _ in range(4)]
             index = torch.empty(rows, dtype=torch.int64, device=device)
             inputs = [tensor.to(device) for tensor in (bias, seed, ids)]
+            scale = torch.tensor([0.7, torch.inf, 0.0]).repeat(rows)[:rows].to(device, dtype)
             for first in range(0, vocab, tile):
                 part = products[:, first : first + tile].contiguous().to(device)
-                torch.ops.sslkernels_native.sample_rows(part, *inputs, first, vocab, 0.7, *state, index)
+                torch.ops.sslkernels_native.sample_rows(part, *inputs, first, vocab, scale, 2, *state, index)
             found.append([tensor.cpu() for tensor in (index, *state)])
         for got, want in zip(found[1], found[0], strict=True):
             torch.testing.assert_close(got, want, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)

@@ -22,10 +22,12 @@ def cross_entropy(
     softcap: float | None = None,
     token_weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    on_empty: str = "nan",
 ) -> Tensor:
     """Logits (..., V), targets (...)."""
     vocab = input.shape[-1]
-    z = input.reshape(-1, vocab)
+    z = logit_scale * input.reshape(-1, vocab)
     y = target.reshape(-1).long()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -37,17 +39,18 @@ def cross_entropy(
     loss = (1 - label_smoothing) * w[index] * nll
     if label_smoothing:
         loss = loss + label_smoothing / vocab * -(w * log_probability).sum(1)
-    if z_loss:
-        loss = loss + z_loss * torch.logsumexp(z, dim=-1) ** 2
-    loss = torch.where(valid, loss, 0)
-    if token_weight is not None:
-        loss = loss * token_weight.reshape(-1)
+    z_part = z_loss * torch.logsumexp(z, dim=-1) ** 2 if z_loss else torch.zeros_like(loss)
+    tokens = 1 if token_weight is None else token_weight.reshape(-1)
+    loss, z_part = (torch.where(valid, part, 0) * tokens for part in (loss, z_part))
     if reduction == "none":
-        return loss.reshape(target.shape)
+        return (loss + z_part).reshape(target.shape)
     if reduction == "sum":
-        return loss.sum()
-    divisor = torch.where(valid, w[index], 0).sum() if num_items is None else num_items
-    return loss.sum() / divisor
+        return (loss + z_part).sum()
+    if not valid.any() and on_empty == "zero":
+        return (loss + z_part).sum()
+    if num_items is not None:
+        return (loss + z_part).sum() / num_items
+    return loss.sum() / torch.where(valid, w[index], 0).sum() + z_part.sum() / valid.sum()
 
 
 def linear_cross_entropy(

@@ -470,7 +470,7 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
     ("options", "error", "message"),
     [
         ({"input_ids": [[1]]}, TypeError, "input_ids must be a torch.Tensor; got list"),
-        ({"input_ids": IDS.float()}, TypeError, "input_ids must have dtype torch.int64 or torch.int32"),
+        ({"input_ids": IDS.float()}, TypeError, "input_ids must have dtype torch.int64, torch.int32, torch.int16 or"),
         ({"input_ids": IDS[0, 0]}, ValueError, r"input_ids must have shape \(..., T\)"),
         ({"mask_id": 4.0}, TypeError, "mask_id must be an int; got float"),
         ({"mask_id": -1}, ValueError, "mask_id must be at least 0"),
@@ -494,7 +494,8 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
         ({"special_ids": torch.ones(2)}, TypeError, "special_ids must have dtype"),
         ({"special_ids": torch.ones(2, dtype=torch.int64, device="meta")}, ValueError, "special_ids must be ints or"),
         ({"special_ids": range(10)}, ValueError, r"replace\[1\] must be 0 where all ids of the vocabulary are special"),
-        ({"special_mask": IDS}, TypeError, "special_mask must have dtype torch.bool"),
+        ({"special_mask": IDS.float()}, TypeError, "special_mask must have dtype torch.bool, torch.int64"),
+        ({"attention_mask": IDS.float()}, TypeError, "attention_mask must have dtype torch.bool, torch.int64"),
         ({"special_mask": IDS[0].bool()}, ValueError, "special_mask must have shape that of input_ids"),
         ({"special_mask": IDS.bool().to("meta")}, ValueError, "special_mask must be on the device of input_ids"),
         ({"word_ids": IDS.float()}, TypeError, "word_ids must have dtype torch.int64 or torch.int32"),
@@ -524,3 +525,124 @@ def test_all_ids_special_is_fine_without_random_ids(backend, device):
     ids = torch.full((2, 5), 30, device=device)
     got = sk.mask_tokens(ids, mask_id=4, vocab_size=10, special_ids=range(10), probability=1, replace=(0.5, 0), seed=0)
     assert (got.labels == 30).all()
+
+
+def test_special_ids_at_the_edge_of_64_bits(backend, device):
+    ids = torch.tensor([[2**63 - 2, 5, -(2**63), 6]], device=device)
+    masked = sk.mask_tokens(ids, mask_id=1, vocab_size=9, probability=1.0, special_ids=[2**63 - 2, -(2**63)], seed=0)
+    assert masked.labels.tolist() == [[-100, 5, -100, 6]]
+    for special, must in ((2**63 - 1, r"be less than 2\*\*63 - 1"), (2**70, "fit in 64 bits")):
+        with pytest.raises(ValueError, match=f"mask_tokens: special_ids must {must}; got {special}"):
+            sk.mask_tokens(ids, mask_id=1, vocab_size=9, special_ids=[special])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_masker_takes_any_batch(strict):
+    class Mask(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.masker = sk.nn.TokenMasker(mask_id=4, vocab_size=60, special_ids=(0, 1))
+
+        def forward(self, ids, seed):
+            return self.masker(ids, seed=seed)
+
+    ids, seed = torch.randint(0, 60, (3, 16)), torch.tensor(5)
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
+    shapes = {"ids": {0: batch, 1: length}, "seed": None}
+    module = torch.export.export(Mask(), (ids, seed), dynamic_shapes=shapes, strict=strict).module()
+    for shape in ((3, 16), (7, 13)):
+        ids = torch.randint(0, 60, shape)
+        for got, want in zip(module(ids, seed), Mask()(ids, seed), strict=True):
+            assert torch.equal(got, want)
+
+
+def few(device):
+    """Rows of 0, 1, 2, 5 and 40 eligible tokens."""
+    ids = torch.randint(12, 50, (5, 40), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([0, 1, 2, 5, 40])
+    attention = (torch.arange(40) < lengths[:, None]).long()
+    return ids.to(device), attention.to(device), lengths
+
+
+@pytest.mark.parametrize("span", [None, 3.0])
+@pytest.mark.parametrize("least", [0, 1, 3, 60])
+def test_at_least_so_many_tokens_of_a_row(backend, device, least, span):
+    ids, attention, lengths = few(device)
+    options = {"mask_id": MASK, "vocab_size": VOCAB, "special_ids": SPECIAL, "seed": 5, "attention_mask": attention}
+    masked = sk.mask_tokens(ids, min_per_row=least, mean_span=span, **options)
+    plain = sk.mask_tokens(ids, mean_span=span, **options)
+    chosen, before = (m.labels.cpu() != IGNORE for m in (masked, plain))
+    assert not (before & ~chosen).any()
+    assert torch.equal(chosen.sum(1), torch.maximum(before.sum(1), lengths.clamp(max=least)))
+    both = before.to(device)
+    assert torch.equal(masked.input_ids[both], plain.input_ids[both])
+    draws = [[word(5, r, c, 40, 0) for c in range(40)] for r in range(5)]
+    for r in range(5):  # the further ones have the smallest draws
+        added = (chosen & ~before)[r].nonzero()[:, 0].tolist()
+        left = (~chosen[r] & (attention[r].cpu() == 1)).nonzero()[:, 0].tolist()
+        assert not added or not left or max(draws[r][c] for c in added) < min(draws[r][c] for c in left)
+
+
+def test_at_least_so_many_words_of_a_row(backend, device):
+    ids, _, _ = few(device)
+    words = torch.arange(40, device=device).div(3, rounding_mode="floor").repeat(5, 1)
+    words[1], words[2, 6:] = -1, -1
+    options = {"mask_id": MASK, "vocab_size": VOCAB, "probability": 0.05, "seed": 3, "word_ids": words}
+    masked = sk.mask_tokens(ids, min_per_row=4, **options)
+    before = sk.mask_tokens(ids, **options).labels != IGNORE
+    chosen = masked.labels != IGNORE
+    assert not (before & ~chosen).any()
+    for r, most in enumerate((14, 0, 2, 14, 14)):
+        found = {int(w) for w in words[r][chosen[r]]}
+        assert len(found) == min(most, max(4, len({int(w) for w in words[r][before[r]]})))
+        assert all(bool(chosen[r][words[r] == w].all()) for w in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8], ids=str)
+def test_masks_of_ints(backend, device, dtype):
+    ids, attention, _ = few(device)
+    special = torch.rand(5, 40, generator=torch.Generator().manual_seed(0)).to(device) < 0.3
+    options = {"mask_id": MASK, "vocab_size": VOCAB, "probability": 0.7, "seed": 2}
+    got = sk.mask_tokens(ids, special_mask=special.to(dtype), attention_mask=attention.to(dtype), **options)
+    want = sk.mask_tokens(ids, special_mask=special | (attention == 0), **options)
+    assert torch.equal(got.labels, want.labels)
+    assert torch.equal(got.input_ids, want.input_ids)
+    module = sk.nn.TokenMasker(mask_id=MASK, vocab_size=VOCAB, probability=0.7, min_per_row=1)
+    again = module(ids, special_mask=special, attention_mask=attention, seed=2)
+    assert ((again.labels == got.labels) | (got.labels == IGNORE)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint16], ids=str)
+def test_dtypes_of_ids(backend, device, dtype):
+    ids = torch.randint(0, 30000, (4, 33), device=device)
+    options = {"mask_id": 29999, "vocab_size": 30000, "probability": 0.5, "seed": 1}
+    want, got = sk.mask_tokens(ids, **options), sk.mask_tokens(ids.to(dtype), **options)
+    assert got.input_ids.dtype == dtype
+    assert got.labels.dtype == (torch.int32 if dtype == torch.uint16 else dtype)
+    assert torch.equal(got.input_ids.long(), want.input_ids)
+    assert torch.equal(got.labels.long(), want.labels)
+    if dtype == torch.int16:
+        with pytest.raises(ValueError, match=r"vocab_size must be at most 32768 for torch.int16; got 40000"):
+            sk.mask_tokens(ids.to(dtype), mask_id=1, vocab_size=40000)
+
+
+def test_word_ids_as_tokenizers_give_them(backend, device):
+    lists = [[None, 0, 0, 1, 2, None], [None, 0, 1, 1, 1, None]]
+    tensor = torch.tensor([[-1, 0, 0, 1, 2, -1], [-1, 0, 1, 1, 1, -1]], device=device)
+    ids = torch.arange(12, 24, device=device).view(2, 6)
+    options = {"mask_id": MASK, "vocab_size": VOCAB, "probability": 0.5, "seed": 4}
+    want = sk.mask_tokens(ids, word_ids=tensor, **options)
+    assert torch.equal(sk.mask_tokens(ids, word_ids=lists, **options).labels, want.labels)
+    row = sk.mask_tokens(ids[0], word_ids=tuple(lists[0]), **options)
+    assert torch.equal(row.labels, want.labels[0])
+    for words, kind, message in (
+        ([[0, 1], [0]], ValueError, "word_ids must have rows of equal length; got ragged ones"),
+        ([[0.5] * 6] * 2, TypeError, "word_ids must be an int; got float"),
+        ("words", TypeError, "word_ids must be a tensor, or sequences of ints and None; got str"),
+        ([[0] * 6], ValueError, "word_ids must have shape that of input_ids"),
+    ):
+        with pytest.raises(kind, match=message):
+            sk.mask_tokens(ids, word_ids=words, **options)
+    for change in ({"min_per_row": -1}, {"attention_mask": torch.ones(2, 5, device=device).long()}):
+        with pytest.raises(ValueError, match=f"mask_tokens: {next(iter(change))} must"):
+            sk.mask_tokens(ids, **options, **change)

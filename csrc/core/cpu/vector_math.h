@@ -92,5 +92,12 @@ SSLKERNELS_HD float vector_tanh(float x) {
 
 inline double vector_tanh(double x) { return std::tanh(x); }
 
+// The derivative of tanh: 1 - tanh(x)^2 would cancel where tanh(x) is near 1.
+template <class A>
+SSLKERNELS_HD A tanh_slope(A x) {
+  const A t = exp_nonpositive(A(-2) * std::fabs(x));
+  return A(4) * t / ((A(1) + t) * (A(1) + t));
+}
+
 }  // namespace
 }  // namespace sslkernels

@@ -1,6 +1,7 @@
 """Gumbel-max over a linear projection: logits are computed tile by tile, perturbed by noise, and reduced at once.
 
-The classes are cut into splits. A program takes a block of rows and a split, and keeps per row the largest logit, the
+The classes are cut into splits. A program takes a block of rows, a split and the number of a draw; the draws of a row
+share nothing, each multiplies again. It keeps per row the largest logit, the
 sum of exponentials relative to it, and the largest sum of logit and noise with its logit and class. These few numbers
 per row and split are then combined in the order of the splits.
 """
@@ -21,19 +22,19 @@ NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
 
 
 @triton.jit
-def _noise_of_tile(seed, row_id, groups, first_group, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+def _noise_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
     """Gumbel numbers (BLOCK_M, BLOCK_V); the first column is 4 * first_group."""
     number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_V // 4))[None, :]
-    w0, w1, w2, w3 = group_words(seed, number, tl.full((), 0, tl.int64))
+    w0, w1, w2, w3 = group_words(seed, number, draw)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return transforms.gumbel(tl.reshape(words, (BLOCK_M, BLOCK_V)))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def linear_sample_kernel(
-    input, linear_weight, bias, seed_ptr, row_ids,
+    input, linear_weight, bias, seed_ptr, row_ids, scale_ptr,
     row_max_out, sum_exp_out, best_out, logit_out, column_out,
-    count, vocab, tiles_per_split, input_stride, weight_stride, scale,
+    count, vocab, tiles_per_split, input_stride, weight_stride,
     DIM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -41,6 +42,7 @@ def linear_sample_kernel(
     source = tl.where(valid, rows, 0).to(tl.int64)
     row_id = tl.load(row_ids + source)
     seed = tl.load(seed_ptr)
+    scale = tl.load(scale_ptr + source)
     groups = tl.cdiv(vocab, 4).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
     input_at = input + source[:, None] * input_stride + depth[None, :]
@@ -59,14 +61,19 @@ def linear_sample_kernel(
         z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
         if HAS_BIAS:
             z += tl.load(bias + columns, inside, other=0.0)[None, :]
-        z = tl.where(inside[None, :], z * scale, float("-inf"))
+        greedy = scale == float("inf")
+        # 0 * -inf is NaN.
+        scaled = tl.where(z == float("-inf"), z, z * tl.where(greedy, 1.0, scale)[:, None])
+        z = tl.where(inside[None, :], scaled, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(z, 1))
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
         sum_exp = sum_exp * tl.exp(row_max - anchor) + tl.sum(tl.exp(z - anchor[:, None]), 1)
         row_max = new_max
 
-        perturbed = z + _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), BLOCK_M, BLOCK_V)
+        draw = tl.program_id(2).to(tl.int64)
+        noise = _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), draw, BLOCK_M, BLOCK_V)
+        perturbed = z + noise * tl.where(greedy, 0.0, 1.0)[:, None]
         perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
         winner = tl.max(perturbed, 1)
         at_winner = perturbed == winner[:, None]
@@ -77,7 +84,7 @@ def linear_sample_kernel(
         column = tl.where(better, winner_column, column)
         logit = tl.where(better, winner_logit, logit)
 
-    at = split.to(tl.int64) * count + rows
+    at = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + split) * count + rows
     tl.store(row_max_out + at, row_max, valid)
     tl.store(sum_exp_out + at, sum_exp, valid)
     tl.store(best_out + at, best, valid)
@@ -89,7 +96,8 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
     """Smaller tiles than a plain matmul: the noise needs registers beside the products."""
     rows = min(max(16, next_power_of_2(count)), 64)
     if dtype == torch.float32:
-        return Config({"BLOCK_M": rows, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 3})
+        # A third stage makes ptxas spill 8 bytes.
+        return Config({"BLOCK_M": rows, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 2})
     depth = 64 if capability >= (9, 0) and dim % 64 == 0 else 32
     return Config({"BLOCK_M": rows, "BLOCK_V": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
 
@@ -103,17 +111,21 @@ def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
         return
     chosen = config(count, dim, x.dtype, capability(x))
     splits, tiles_per_split = split_vocab(count, vocab, chosen, processors(x))
-    row_max, sum_exp, best, logit = (x.new_empty(splits, count, dtype=torch.float32) for _ in range(4))
-    column = x.new_empty(splits, count, dtype=torch.int32)
-    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits)](
-        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, row_max, sum_exp, best, logit, column),
-        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0), 1 / options.temperature),
+    samples = options.samples
+    row_max, sum_exp, best, logit = (x.new_empty(samples, splits, count, dtype=torch.float32) for _ in range(4))
+    column = x.new_empty(samples, splits, count, dtype=torch.int32)
+    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits, samples)](
+        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, inputs.scale),
+        *(row_max, sum_exp, best, logit, column),
+        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0)),
         DIM=dim,
         HAS_BIAS=inputs.linear_bias is not None,
         **chosen.constexprs,
         **chosen.options,
     )
-    winner = best.argmax(0, keepdim=True)  # ties go to the first split
-    lse = (row_max + sum_exp.log()).logsumexp(0)
-    outputs.index.copy_(column.gather(0, winner)[0])
-    torch.sub(logit.gather(0, winner)[0], lse, out=outputs.logprob)
+    winner = best.argmax(1, keepdim=True)  # ties go to the first split
+    lse = (row_max + sum_exp.log()).logsumexp(1)
+    outputs.index.copy_(column.gather(1, winner)[:, 0])
+    torch.sub(logit.gather(1, winner)[:, 0], lse, out=outputs.logprob)
+    # Where the largest logit is drawn its log-probability is 0, unless a NaN or the lack of classes made it NaN.
+    outputs.logprob.masked_fill_(torch.isinf(inputs.scale) & ~outputs.logprob.isnan(), 0)

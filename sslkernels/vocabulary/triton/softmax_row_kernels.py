@@ -16,20 +16,38 @@ NOT_SPECIALIZED = ["vocab", "coefficient_stride", "ignore_index"]
 
 
 @triton.jit
+def _uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
+    """l of raw logits in the accumulation dtype."""
+    value = raw * logit_scale
+    if HAS_BIAS:
+        value += tl.load(bias + cols, mask, other=0.0).to(value.dtype)
+    return value
+
+
+@triton.jit
+def _capped(value, mask, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z from l; -inf outside the mask."""
+    if HAS_SOFTCAP:
+        value = softcap * tanh(value / softcap)
+    return tl.where(mask, value, float("-inf"))
+
+
+@triton.jit
 def transformed(raw, bias, cols, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z of raw logits in the accumulation dtype; -inf outside the mask."""
-    z = raw * logit_scale
-    if HAS_BIAS:
-        z += tl.load(bias + cols, mask, other=0.0).to(z.dtype)
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return tl.where(mask, z, float("-inf"))
+    return _capped(_uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS), mask, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def _load_uncapped(logits, at, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
+    raw = tl.load(logits + at, mask, other=0.0).to(logit_scale.dtype)
+    return _uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS)
 
 
 @triton.jit
 def _load_z(logits, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    raw = tl.load(logits + at, mask, other=0.0).to(logit_scale.dtype)
-    return transformed(raw, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    value = _load_uncapped(logits, at, bias, cols, mask, logit_scale, HAS_BIAS)
+    return _capped(value, mask, softcap, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -164,9 +182,10 @@ def _gradient_factors(
 
 @triton.jit
 def _write(
-    grad, at, z, cols, mask, y, row_max, exp_factor, weight_factor, at_target, weight, softcap,
+    grad, at, uncapped, cols, mask, y, row_max, exp_factor, weight_factor, at_target, weight, softcap,
     HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
+    z = _capped(uncapped, mask, softcap, HAS_SOFTCAP)
     g = exp_factor * tl.exp(z - row_max)
     if SMOOTHING:
         if HAS_WEIGHT:
@@ -175,8 +194,9 @@ def _write(
             g -= weight_factor
     g = tl.where(cols == y, at_target, g)
     if HAS_SOFTCAP:
-        t = z / softcap
-        g *= 1.0 - t * t
+        # 1 - tanh^2 would cancel where the tanh is near 1.
+        e = tl.exp(-2.0 * tl.abs(uncapped / softcap))
+        g *= 4.0 * e / ((1.0 + e) * (1.0 + e))
     tl.store(grad + at, g.to(grad.dtype.element_ty), mask)
 
 
@@ -236,20 +256,20 @@ def cross_entropy_rows_fwd_kernel(
     smooth_anchor = tl.where(tl.abs(target_z) < float("inf"), target_z, 0.0)
 
     edge_cols, edge_mask = _edge(head, length, vocab, VECTOR)
-    edge_z = _load_z(
-        row_logits, edge_cols, bias, edge_cols, edge_mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )  # fmt: skip
+    edge = _load_uncapped(row_logits, edge_cols, bias, edge_cols, edge_mask, logit_scale, HAS_BIAS)
+    edge_z = _capped(edge, edge_mask, softcap, HAS_SOFTCAP)
     row_max = tl.max(edge_z, 0)
     others = tl.zeros((BLOCK,), ACC)
     moment = tl.zeros((BLOCK if STATS else 1,), ACC)
     smooth = tl.zeros((BLOCK if SMOOTHING else 1,), ACC)
     best = tl.full((BLOCK if STATS else 1,), float("-inf"), ACC)
     best_col = tl.full((BLOCK if STATS else 1,), -1, tl.int32)
-    z = others
+    uncapped = others
     if ONE_TILE:
         at, mask = _tile(0, length, BLOCK, VECTOR)
         cols = head + at
-        z = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        uncapped = _load_uncapped(logits + body, at, bias, cols, mask, logit_scale, HAS_BIAS)
+        z = _capped(uncapped, mask, softcap, HAS_SOFTCAP)
         row_max, others, moment, smooth, best, best_col = _accumulate(
             z, cols, mask, y, smooth_anchor, weight, row_max, others, moment, smooth, best, best_col,
             STATS, SMOOTHING, HAS_WEIGHT,
@@ -302,23 +322,23 @@ def cross_entropy_rows_fwd_kernel(
             tl.where(wrong, float("nan"), factor), vocab, label_smoothing, z_loss,
         )  # fmt: skip
         _write(
-            grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, anchor,
+            grad + grad_offset, edge_cols, edge, edge_cols, edge_mask, y, anchor,
             exp_factor, weight_factor, at_target, weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
         )  # fmt: skip
         if ONE_TILE:
             at, mask = _tile(0, length, BLOCK, VECTOR)
             _write(
-                grad_body, at, z, head + at, mask, y, anchor, exp_factor, weight_factor, at_target,
+                grad_body, at, uncapped, head + at, mask, y, anchor, exp_factor, weight_factor, at_target,
                 weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
             )  # fmt: skip
         else:
             tiles = tl.cdiv(length, BLOCK)
-            for tile in range(0, tiles):
-                at, mask = _tile((tiles - 1 - tile) * BLOCK, length, BLOCK, VECTOR)
+            for step in range(0, tiles):
+                at, mask = _tile((tiles - 1 - step) * BLOCK, length, BLOCK, VECTOR)
                 cols = head + at
-                tile_z = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                tile = _load_uncapped(logits + body, at, bias, cols, mask, logit_scale, HAS_BIAS)
                 _write(
-                    grad_body, at, tile_z, cols, mask, y, anchor, exp_factor, weight_factor, at_target,
+                    grad_body, at, tile, cols, mask, y, anchor, exp_factor, weight_factor, at_target,
                     weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
                 )  # fmt: skip
 
@@ -357,18 +377,16 @@ def cross_entropy_rows_bwd_kernel(
         tl.where(wrong, float("nan"), factor), vocab, label_smoothing, z_loss,
     )  # fmt: skip
     edge_cols, edge_mask = _edge(head, length, vocab, VECTOR)
-    edge_z = _load_z(
-        row_logits, edge_cols, bias, edge_cols, edge_mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )  # fmt: skip
+    edge = _load_uncapped(row_logits, edge_cols, bias, edge_cols, edge_mask, logit_scale, HAS_BIAS)
     _write(
-        grad + grad_offset, edge_cols, edge_z, edge_cols, edge_mask, y, row_max, exp_factor, weight_factor, at_target,
+        grad + grad_offset, edge_cols, edge, edge_cols, edge_mask, y, row_max, exp_factor, weight_factor, at_target,
         weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
     )  # fmt: skip
     for start in range(0, length, BLOCK):
         at, mask = _tile(start, length, BLOCK, VECTOR)
         cols = head + at
-        z = _load_z(logits + body, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        uncapped = _load_uncapped(logits + body, at, bias, cols, mask, logit_scale, HAS_BIAS)
         _write(
-            grad_body, at, z, cols, mask, y, row_max, exp_factor, weight_factor, at_target,
+            grad_body, at, uncapped, cols, mask, y, row_max, exp_factor, weight_factor, at_target,
             weight, softcap, HAS_WEIGHT, HAS_SOFTCAP, SMOOTHING,
         )  # fmt: skip

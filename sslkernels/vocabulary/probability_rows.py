@@ -1,0 +1,105 @@
+"""Cross-entropy of rows of logits against class probabilities: the row loss of every backend, in plain torch.
+
+For transformed logits z as in `softmax_rows`, given probabilities p, class weights w and label smoothing s:
+
+    q_j = w_j ((1 - s) p_j + s / V)        loss = sum_j q_j (lse - z_j) + z_loss lse^2
+
+The gradient with respect to l is (sum_j q_j + 2 z_loss lse) softmax(z) - q. A matmul produced the logits, which are
+many times the work of this; blocks of a few rows keep the intermediate results in the cache and the memory bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslkernels.vocabulary.softmax_rows import RowOptions, Rows, RowState, empty_outputs, transform
+
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+class _Block(NamedTuple):
+    """z, dz/dl if there is a softcap, and q, of a block of rows."""
+
+    z: Tensor
+    slope: Tensor | None
+    q: Tensor
+
+
+class ProbabilityRows(Rows):
+    """`target` holds class probabilities (N, V) of any float dtype. The field `logprob` of the outputs and of the state
+    is the sum of q. The logits are overwritten, also without a gradient."""
+
+    def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
+        outputs = empty_outputs(logits, logits.shape[0], False)
+        for rows in _blocks(logits):
+            z, slope, q = _block(logits[rows], target[rows], bias, weight, options)
+            row_max, largest = z.max(1, keepdim=True)
+            shifted = z.sub_(row_max)
+            total = q.sum(1)
+            to_max = torch.mul(q, shifted).masked_fill_(q == 0, 0).sum(1)  # 0 where a logit is -inf and q is 0
+            exp = shifted.exp_()
+            # The sum leaves the largest term, 1, out and adds it last. An infinite maximum makes the row NaN.
+            others = exp.scatter_(1, largest, 0).sum(1) + (row_max - row_max).squeeze(1)
+            exp.scatter_(1, largest, 1)
+            log_sum = torch.log1p(others)
+            loss = total * log_sum - to_max
+            if options.z_loss > 0:
+                loss += options.z_loss * (row_max.squeeze(1) + log_sum).square()
+            state = RowState(row_max.squeeze(1), 1 + others, total)
+            for out, values in zip(outputs, (loss, *state), strict=False):
+                out[rows] = values
+            if grad is not None:
+                _write(exp, q, slope, options, state, coefficient[rows], grad[rows])
+        return outputs
+
+    def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
+        for rows in _blocks(logits):
+            z, slope, q = _block(logits[rows], target[rows], bias, weight, options)
+            part = RowState(*(values[rows] for values in state))
+            exp = z.sub_(part.row_max.unsqueeze(1)).exp_()
+            _write(exp, q, slope, options, part, coefficient[rows], grad[rows])
+
+
+def rows_for(target: Tensor, rows: Rows) -> Rows:
+    """The row kernels for this target: `rows` for class indices."""
+    return ProbabilityRows() if target.is_floating_point() else rows
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    count, vocab = logits.shape
+    step = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // vocab, 1)
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
+
+
+def _block(logits: Tensor, target: Tensor, bias: Tensor | None, weight: Tensor | None, options: RowOptions) -> _Block:
+    z, slope = transform(logits, bias, options)
+    q = target.to(z.dtype)
+    if options.label_smoothing > 0:
+        q = q * (1 - options.label_smoothing) + options.label_smoothing / z.shape[1]
+    return _Block(z, slope, q if weight is None else q * weight.to(z.dtype))
+
+
+def _write(
+    exp: Tensor,
+    q: Tensor,
+    slope: Tensor | None,
+    options: RowOptions,
+    state: RowState,
+    coefficient: Tensor,
+    grad: Tensor,
+) -> None:
+    """Fills grad, which may be the memory of exp, from exp = exp(z - row_max)."""
+    factor = state.logprob
+    if options.z_loss > 0:
+        factor = factor + 2 * options.z_loss * (state.row_max + state.sum_exp.log())
+    coefficient = coefficient.to(exp.dtype)
+    result = exp.mul_((factor / state.sum_exp * coefficient).unsqueeze(1))
+    result.addcmul_(q, coefficient.unsqueeze(1), value=-1)
+    if slope is not None:
+        result.mul_(slope)
+    grad.copy_(result)
