@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkernels.core import checks, segment_sum
-from sslkernels.core.autograd import Function, once_differentiable, save, saved
+from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.operator import operator
 from sslkernels.core.segment_sum import SparseRows
@@ -333,7 +333,7 @@ def negative_sampling_loss(
         indices = Indices(*(index.long() for index in indices))
     indices = Indices(*map(contiguous, indices))
     tables = Tables(center_weight.contiguous(), context_weight.contiguous())
-    wanted = Wanted(*(torch.is_grad_enabled() and table.requires_grad for table in tables))
+    wanted = Wanted(*map(may_want_gradient, tables))
     loss = _PairLosses.run(tables, indices, exclude_positive, wanted, sparse).loss
     if reduction == "none":
         return loss.reshape(center.shape)

@@ -544,3 +544,14 @@ def test_compile_with_one_table_and_one_index_twice():
     got, want = torch.compile(loss, fullgraph=True)(table, index), loss(table, index)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, table), torch.autograd.grad(want, table))
+
+
+def test_vmap_inside_an_outer_gradient():
+    center, context, negatives = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), torch.randint(0, 4, (3, 2))
+    tables, other = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(table):
+        return sk.negative_sampling_loss(center, context, negatives, table, other)
+
+    got = torch.func.grad(lambda tables: torch.func.vmap(loss)(tables).sum())(tables)
+    torch.testing.assert_close(got, torch.func.grad(lambda tables: sum(map(loss, tables)))(tables))

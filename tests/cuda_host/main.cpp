@@ -136,8 +136,8 @@ struct ColumnSumsCall : ColumnSums {
 
 struct SampleRowsCall : SampleRows {
   explicit SampleRowsCall(const Call& call) : SampleRows{} {
-    FIELDS(call, element, products, stride, rows, vocab, bias, scale, draw, row_ids, seed, row_max, sum_exp, best, logprob,
-           index);
+    FIELDS(call, element, products, stride, rows, vocab, bias, scale, draw, row_ids, seed, row_max, sum_exp, best,
+           logprob, index);
   }
 };
 
