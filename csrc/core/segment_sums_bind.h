@@ -64,12 +64,6 @@ inline WeightedRowSums parse_weighted_row_sums(const Tensor& starts, const Tenso
     STD_TORCH_CHECK(ordered && sums.starts[sums.rows] <= sums.entries,
                     "sslkernels: starts must ascend from 0 to at most the number of entries");
     check_indices(order, sums.starts[sums.rows], sums.entries, "order");
-    bool inside = true;
-    for (int64_t n = 0; source_index && n < sums.starts[sums.rows]; ++n) {
-      const int64_t row = index_at(source_index->const_data_ptr(), sums.wide_index, sums.order[n] / entries_of_source);
-      inside &= in_range(row, sums.source_rows);
-    }
-    STD_TORCH_CHECK(inside, "sslkernels: source_index must be in [0, ", sums.source_rows, ")");
   }
   sums.coefficient = readable(coefficient, {sums.entries}, type, "coefficient");
   sums.source = readable(source, {sums.source_rows, sums.dim}, source.scalar_type(), "source");
