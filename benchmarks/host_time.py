@@ -88,7 +88,7 @@ def _alternate(
 
 
 def _level_from(benchmark: Benchmark, case: Case, device: torch.device, rounds: int) -> str:
-    """The least number of rows, doubled from those of `case`, at which the fused call takes no longer."""
+    """The least number of rows, doubled from the rows of `case`, at which the fused call takes no longer."""
     rows, *_ = case.shape
     for doublings in range(LARGEST_MULTIPLE.bit_length()):
         shape = case.shape | {rows: case.shape[rows] << doublings}

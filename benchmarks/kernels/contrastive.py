@@ -203,7 +203,7 @@ def _sums(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
         found.append(torch.zeros(size, dtype=torch.float64, device=device))
     row_max, row_sum, column_max, column_sum = found
     for part, tile in _tiles(kernels, case, t):
-        rows = RowSums(row_max[part], row_sum[part], *[None] * 5)
+        rows = RowSums(row_max[part], row_sum[part], *[None] * 6)
         kernels.sums(tile, rows, ColumnSums(column_max, column_sum, *[None] * 3), Thresholds(None, None, None), None)
     return row_max + row_sum.log(), column_max + column_sum.log()
 
@@ -230,7 +230,7 @@ def _sigmoid(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
     grad_query, grad_key = t["grad_query"].zero_(), t["grad_key"].zero_()
     fused, nothing = kernels.fuses_sums(t["query"]), Thresholds(None, None, None)
     for part, tile in _tiles(kernels, case, t):
-        sums = RowSums(None, cost[part], *[None] * 5)
+        sums = RowSums(None, cost[part], *[None] * 6)
         if not fused:
             kernels.sums(tile, sums, None, nothing, None)
         outputs = GradientOutputs(dot[part], total[part], grad_query[part], grad_key, sums if fused else None)
@@ -245,7 +245,7 @@ def _frozen(kernels: PairKernels, case: Case, t: Inputs) -> tuple[Tensor, ...]:
     grad_query = t["grad_query"].zero_()
     weighted, nothing = kernels.has_weighted_sums(t["query"]), Thresholds(None, None, None)
     for part, tile in _tiles(kernels, case, t):
-        sums = RowSums(largest[part], summed[part], *[None] * 5)
+        sums = RowSums(largest[part], summed[part], *[None] * 6)
         if weighted:
             dot_part = torch.zeros_like(largest[part])
             kernels.weighted_sums(tile, sums, grad_query[part], dot_part)

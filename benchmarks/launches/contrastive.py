@@ -245,7 +245,7 @@ def gradients(
     row, column = side(rows), side(width) if columns else SideGrad()
     outputs = GradientOutputs(
         numbers(rows), numbers(rows), when("queries" in of, torch.empty(rows, dim)),
-        when("candidates" in of, torch.empty(width, dim)), RowSums(None, numbers(rows), *[None] * 5) if cost else None,
+        when("candidates" in of, torch.empty(width, dim)), RowSums(None, numbers(rows), *[None] * 6) if cost else None,
     )  # fmt: skip
     add_gradients(tile_of(dtype, dim, energy, shape, parts), row, column, outputs)
 
@@ -274,7 +274,7 @@ def weighted_calls() -> Iterator[Call]:
 
 def weighted_sums(dtype: torch.dtype, dim: int, shape: tuple[int, int], parts: str) -> None:
     tile = tile_of(dtype, dim, "softmax", shape, parts)._replace(ids_positive=False)
-    rows = RowSums(torch.empty(shape[0]), numbers(shape[0]), *[None] * 5)
+    rows = RowSums(torch.empty(shape[0]), numbers(shape[0]), *[None] * 6)
     add_weighted_sums(tile, rows, torch.empty(shape[0], dim), torch.empty(shape[0]))
 
 

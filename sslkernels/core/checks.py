@@ -106,12 +106,15 @@ def boolean(function: str, argument: str, value: Any) -> None:
         fail(TypeError, function, argument, "be a bool", type(value).__name__)
 
 
-def integer(function: str, argument: str, value: Any, *, low: int | None = None, optional: bool = False) -> None:
+def integer(
+    function: str, argument: str, value: Any, *, low: int | None = None, optional: bool = False, unsigned: bool = False
+) -> None:
+    """`value` is an int of 64 bits, or None if `optional`; unsigned: the caller checks its upper bound."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(TypeError, function, argument, "be an int" + (" or None" if optional else ""), type(value).__name__)
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    if not unsigned and isinstance(value, int) and not -(2**63) <= value < 2**63:
         fail(ValueError, function, argument, "fit in 64 bits", value)
     if low is not None and value < low:
         fail(ValueError, function, argument, f"be at least {low}", value)

@@ -321,12 +321,13 @@ class _SoftValues(Function):
             grads, wanted = OutputGrads(grad_values, None), Wanted(True, False)
             grad_logits = _gradients(grads, source, codebook, None, state, wanted).logits
         if needs_codebook:
-            grad_codebook = _soft_sums(y, grad_values.to(codebook.dtype))
+            grad_codebook = _soft_sums(y, grad_values.to(codebook.dtype), source.logits)
         return NoisyLogits(grad_logits, None, None, None), grad_codebook
 
 
 @once_differentiable(NAME)
-def _soft_sums(y: Tensor, grad_values: Tensor) -> Tensor:
+def _soft_sums(y: Tensor, grad_values: Tensor, logits: Tensor) -> Tensor:
+    """logits: y depends on them, although it is saved without a gradient; to differentiate again must raise."""
     return y.to(grad_values.dtype).permute(1, 2, 0) @ grad_values.transpose(0, 1)
 
 

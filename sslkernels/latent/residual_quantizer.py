@@ -50,7 +50,7 @@ class ResidualVectorQuantizer(nn.Module):
         **options: of each `VectorQuantizer`; `init` is a name, or codes `(num_levels, num_codes, dim)`.
 
     Forward takes `(..., dim)` and `mask`, `(...)` bool, as there, and returns `ResidualQuantized`. Residuals are in the
-    dtype of the codebooks, whatever that of the input is.
+    dtype of the codebooks, whatever the dtype of the input is.
 
     Source: Zeghidour et al., "SoundStream: an end-to-end neural audio codec", 2021.
 

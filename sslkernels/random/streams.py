@@ -295,7 +295,7 @@ def _draw(
     checks.shape(name, "row_ids", row_ids, size[:-1], "shape[:-1]")
     if seed is None:
         checks.fail(TypeError, name, "seed", "be an int or a 0-d int64 tensor", "NoneType")
-    checks.integer(name, "sample", sample, low=0)
+    checks.integer(name, "sample", sample, low=0, unsigned=True)
     if sample >= 2**64:
         checks.fail(ValueError, name, "sample", "be less than 2**64", sample)
     if stream != "bits" and dtype not in checks.FLOAT_DTYPES:

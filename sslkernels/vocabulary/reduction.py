@@ -85,7 +85,7 @@ def check_probabilities(function: str, ignore_index: int, return_stats: bool) ->
 def reduced(
     losses: Tensor, token_weight: Tensor | None, divisor: Tensor | None, reduction: str, shape: tuple[int, ...]
 ) -> Tensor:
-    """The loss from those of the rows (N,); `shape` is that of the rows, divisor None unless it is a mean."""
+    """The loss from the losses of the rows (N,); `shape` is the shape of the rows, divisor None unless it is a mean."""
     if token_weight is not None:
         losses = losses * token_weight.reshape(-1).to(losses.dtype)
     if reduction == "none":

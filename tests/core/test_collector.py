@@ -93,6 +93,7 @@ def modules():
     yield "GaussianLatent", nn.GaussianLatent(), (x, y)
     yield "GumbelQuantizer", nn.GumbelQuantizer(11, DIM), (logits,)
     yield "VectorQuantizer", nn.VectorQuantizer(11, DIM), (x,)
+    yield "ResidualVectorQuantizer", nn.ResidualVectorQuantizer(2, 11, DIM), (x,)
     yield "FreeEnergy", nn.FreeEnergy(), (logits,)
 
 

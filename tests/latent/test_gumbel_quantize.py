@@ -598,7 +598,7 @@ def test_errors_of_the_module(arguments, options, error, message):
 
 @pytest.mark.parametrize("codes", [torch.float32, torch.float16], ids=str)
 def test_a_large_gradient_of_soft_values_stays_a_number(backend, codes, device):
-    """The gradient of the soft sample exceeds float16, that of the logits need not."""
+    """The gradient of the soft sample exceeds float16; the gradient of the logits need not."""
     logits, codebook = torch.randn(5, 4), torch.rand(4, 64)
     grad = torch.full((5, 64), 6e4 if codes == torch.float16 else 1e6)
     found = []

@@ -46,7 +46,7 @@ def cross_entropy(
         return (loss + z_part).reshape(target.shape)
     if reduction == "sum":
         return (loss + z_part).sum()
-    if not valid.any() and on_empty == "zero":
+    if on_empty == "zero" and not valid.any():
         return (loss + z_part).sum()
     if num_items is not None:
         return (loss + z_part).sum() / num_items
