@@ -31,6 +31,7 @@ from sslkernels.contrastive.score_tiles import (
 from sslkernels.contrastive.triton import pair_rows
 from sslkernels.contrastive.triton.query_negatives import query_negatives
 from sslkernels.contrastive.triton.tile_gradients import add_gradients
+from sslkernels.contrastive.triton.tile_positives import positives_in_tile
 from sslkernels.contrastive.triton.tile_sums import add_sums
 from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
 from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
@@ -168,10 +169,23 @@ def sum_calls() -> Iterator[Call]:
         (FP32, 19, "hinge", RAGGED, NONE, {"columns": True}),
     ):
         yield call(sums, dtype, dim, energy, shape, parts, **options)
+    for dtype, dim, shape, parts in (
+        (BF16, 512, LARGE, "norm bias"),
+        (FP16, 19, RAGGED, NONE),
+        (FP32, 128, SMALL, "norm"),
+    ):
+        yield call(positives, dtype, dim, "softmax", shape, parts)
     yield binding(sums, FP16, 64, "softmax", (1, 1), BARE, columns=True)
     yield binding(sums, FP16, 64, "softmax", (1, 1), EVERY, columns=True, statistics=True)
     yield binding(sums, BF16, 400, "sigmoid", (2, 1003), BARE)
     yield binding(sums, BF16, 400, "sigmoid", (2, 16), EVERY)
+
+
+def positives(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str) -> None:
+    """The scores of the positives of a tile."""
+    rows, _ = shape
+    column = torch.empty(rows, dtype=torch.int64)
+    positives_in_tile(tile_of(dtype, dim, energy, shape, parts), column, torch.empty(rows))
 
 
 def sums(
