@@ -60,7 +60,7 @@ def pair_loss(
 
 
 def _divisor(inputs: PairInputs, options: PairOptions, call: CallConfig) -> Tensor:
-    """What "mean" divides by: num_items, or how many rows count."""
+    """The divisor of "mean": num_items, or the number of rows that count."""
     query, num_items = inputs.query, call.num_items
     acc = accumulation_dtype(query.dtype)
     if isinstance(num_items, Tensor):

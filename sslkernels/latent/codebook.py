@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What the random numbers of a step depend on: the seed (0-d, int64) and the number of the step (1,)."""
+    """The seed (0-d, int64) and the number of the step (1,), which determine the random numbers of a step."""
 
     seed: Tensor
     step: Tensor

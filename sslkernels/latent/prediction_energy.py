@@ -154,7 +154,7 @@ def lowest_energies(energies: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
     lowest, winner = energies.min(1)
     if mask is None:
         return lowest, winner
-    # Where all are infinite, the first is not always one of the mask.
+    # If all energies are infinite, the first candidate may be one that the mask leaves out.
     winner = torch.where(lowest == math.inf, mask.int().argmax(1), winner)
     return lowest, torch.where(mask.any(1), winner, -1)
 

@@ -18,7 +18,7 @@ from sslkernels.random.seeds import in_backward, seed_tensor
 from sslkernels.random.streams import random_normal
 
 NAME = "VectorQuantizer"
-# What is not given: an option that a mode has no use for is refused if it is.
+# Defaults of options that only one mode uses: the other mode refuses them.
 EPS, REVIVE_BELOW, CODEBOOK_WEIGHT = 1e-5, 0.4, 4.0
 AVERAGES = ("codebook", "sizes", "sums")
 
@@ -203,7 +203,7 @@ class VectorQuantizer(OverRanks):
         return Draw(codebooks.seed_of_bytes(self.seed), self.steps)
 
     def _has_started(self) -> bool:
-        """What the buffer says. On a GPU it is read on the host only if it was written or replaced since."""
+        """Whether the buffer `started` is set. On a GPU it is read on the host only if it was written or replaced since."""
         started = self.started
         if started.device.type != "cpu" and self._read is not None:
             tensor, version = self._read
