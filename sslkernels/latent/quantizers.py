@@ -203,7 +203,7 @@ class VectorQuantizer(OverRanks):
         return Draw(codebooks.seed_of_bytes(self.seed), self.steps)
 
     def _has_started(self) -> bool:
-        """Whether the buffer `started` is set. On a GPU it is read on the host only if it was written or replaced since."""
+        """Whether the buffer `started` is set. On a GPU the host reads it only after it was written or replaced."""
         started = self.started
         if started.device.type != "cpu" and self._read is not None:
             tensor, version = self._read
