@@ -138,7 +138,7 @@ void search_codes(CodeSearch search, Then then) {
     SSLKERNELS_CURRENT_ISA(code_center)(search.codebook, is_double, center.get());
     search.center = center.get();
   }
-  torch::stable::parallel_for(0, search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
+  parallel_ranges(search.input.rows, search.tile_rows, [&](int64_t begin, int64_t end) {
     CodeSearchOnCpu cpu;
     if (is_double) {
       search_in_tiles<double>(search, begin, end, cpu);
@@ -213,8 +213,7 @@ void run_prediction_energy_fwd(const PredictionEnergy& inputs) {
   const int64_t rows = inputs.batch * feature_parts(inputs);
   const auto parts = scratch_of(rows * inputs.count * bytes_of(accumulation_element(inputs.element)));
   const auto run = [&](int64_t units, int64_t grain, auto kernel) {
-    torch::stable::parallel_for(0, units, grain,
-                                [&](int64_t begin, int64_t end) { kernel(inputs, parts.get(), begin, end); });
+    parallel_ranges(units, grain, [&](int64_t begin, int64_t end) { kernel(inputs, parts.get(), begin, end); });
   };
   const int64_t features = std::min(inputs.dim, kFeaturePart), candidates = std::min(inputs.count, kCandidatePart);
   run(rows * candidate_parts(inputs), row_grain(candidates * features),

@@ -350,3 +350,34 @@ def test_no_index_ends_the_process():
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it limits the address space")
+@pytest.mark.skipif("cpu" not in sk.available_backends("vector_quantize", "cpu"), reason="it needs the extension")
+def test_scratch_that_does_not_fit_says_so():
+    """In the calling thread and in torch's threads alike."""
+    code = """
+import resource, torch
+import sslkernels as sk
+torch.set_num_threads(2)
+rows, codes, keys = torch.randn(4096, 200), torch.randn(2048, 200), torch.arange(1 << 22)
+order, index, starts, count = (torch.empty(n, dtype=torch.int64) for n in (1 << 22, 1 << 22, (1 << 22) + 1, 1))
+sk.vector_quantize(rows[:1], codes[:1])
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (4 << 20), resource.RLIM_INFINITY))
+for call in (
+    lambda: torch.ops.sslkernels_native.compact_rows(keys, 1 << 22, order, index, starts, count.reshape(())),
+    lambda: sk.vector_quantize(rows, codes),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("memory ran out") == 2, result.stdout
+    assert result.stdout.count("bytes of scratch were asked for") == 2

@@ -3,7 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <exception>
 #include <memory>
+#include <mutex>
+#include <new>
 
 #include "core/bind.h"
 #include "core/cpu/isa.h"
@@ -15,10 +18,27 @@ constexpr int64_t kGrain = 32768;  // elements that are worth handing to another
 
 inline int64_t row_grain(int64_t columns) { return kGrain / (columns + 1) + 1; }
 
+// run(begin, end) over ranges of [0, count), in torch's threads. torch replaces what is thrown in them by a message
+// that names only its own function, so the first exception is kept and thrown again here.
+template <class Run>
+void parallel_ranges(int64_t count, int64_t grain, Run run) {
+  std::exception_ptr thrown;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      run(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!thrown) thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
+}
+
 // kernel(arguments, begin, end) over [0, count). Pass SSLKERNELS_CURRENT_ISA(function) for `kernel`.
 template <class Kernel, class Arguments>
 void parallel(int64_t count, int64_t grain, Kernel kernel, const Arguments& arguments) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+  parallel_ranges(count, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 // Uninitialised memory of one thread, aligned to a cache line because the kernels access it by vectors.
@@ -26,15 +46,16 @@ struct alignas(kLine) Line {
   char bytes[kLine];
 };
 inline std::unique_ptr<Line[]> scratch_of(int64_t bytes) {
-  return std::unique_ptr<Line[]>(new Line[(bytes + kLine - 1) / kLine]);
+  std::unique_ptr<Line[]> scratch(new (std::nothrow) Line[(bytes + kLine - 1) / kLine]);
+  STD_TORCH_CHECK(scratch != nullptr, "sslkernels: memory ran out: ", bytes, " bytes of scratch were asked for");
+  return scratch;
 }
 
 // The same for kernel(arguments, begin, end, scratch).
 template <class Kernel, class Arguments>
 void parallel(int64_t count, int64_t grain, Kernel kernel, const Arguments& arguments, int64_t scratch_bytes) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    kernel(arguments, begin, end, scratch_of(scratch_bytes).get());
-  });
+  parallel_ranges(count, grain,
+                  [&](int64_t begin, int64_t end) { kernel(arguments, begin, end, scratch_of(scratch_bytes).get()); });
 }
 
 // Requests huge pages for an output. Only for passes that are write-bound: see advise_huge_pages.
