@@ -10,7 +10,8 @@ from sslkernels.latent.free_energy import free_energy
 from sslkernels.latent.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
 from sslkernels.latent.gumbel_quantize import GumbelQuantized, gumbel_quantize
 from sslkernels.latent.gumbel_softmax import gumbel_softmax
-from sslkernels.latent.prediction_energy import prediction_energy
+from sslkernels.latent.prediction_energy import PredictionStats, prediction_energy
+from sslkernels.latent.residual_quantizer import ResidualQuantized
 from sslkernels.latent.vector_quantize import Quantized, vector_quantize
 from sslkernels.random.streams import random_bits, random_exponential, random_gumbel, random_normal, random_uniform
 from sslkernels.version import __version__
@@ -27,7 +28,9 @@ __all__ = [
     "LatentStats",
     "LinearSample",
     "MaskedTokens",
+    "PredictionStats",
     "Quantized",
+    "ResidualQuantized",
     "__version__",
     "available_backends",
     "clip_loss",

@@ -24,6 +24,7 @@ from sslkernels.contrastive.records import (
 )
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
+from sslkernels.core.operator import full
 from sslkernels.core.scale import scaled
 
 
@@ -67,7 +68,7 @@ def _divisor(inputs: PairInputs, options: PairOptions, call: CallConfig) -> Tens
         divisor = num_items.detach().reshape(()).to(acc)
     elif num_items is not None or inputs.positive is None or options.energy == SIGMOID:
         count = query.shape[0] if num_items is None else num_items
-        divisor = torch.full((), count, dtype=acc, device=query.device)
+        divisor = full((), count, acc, query.device)
     else:
         divisor = (inputs.positive != NO_POSITIVE).sum().to(acc)
     return divisor if call.on_empty == "nan" else torch.where(divisor == 0, 1, divisor)

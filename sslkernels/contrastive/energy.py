@@ -14,6 +14,7 @@ from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatisti
 from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.operator import full
 from sslkernels.core.ranks import over_ranks
 
 NAME = "contrastive_energy"
@@ -70,6 +71,7 @@ class ContrastiveStats(NamedTuple):
     uniformity: Tensor
 
 
+@checks.with_python_numbers
 def contrastive_energy(
     query: Tensor,
     key: Tensor,
@@ -327,7 +329,7 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor) -> T
         checks.same_device(function, name, value, "query", query.device)
         return value
     checks.number(function, name, value)
-    return torch.full((), float(value), dtype=accumulation_dtype(query.dtype), device=query.device)
+    return full((), float(value), accumulation_dtype(query.dtype), query.device)
 
 
 def _compute_dtype(function: str, tensors: PairTensors) -> torch.dtype:

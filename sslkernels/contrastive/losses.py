@@ -12,6 +12,7 @@ from sslkernels.contrastive.energy import ContrastiveStats, EnergyOptions, PairT
 from sslkernels.core import checks
 
 
+@checks.with_python_numbers
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -84,6 +85,7 @@ def info_nce(
     )
 
 
+@checks.with_python_numbers
 def nt_xent(
     z0: Tensor,
     z1: Tensor,
@@ -142,6 +144,7 @@ def nt_xent(
     )
 
 
+@checks.with_python_numbers
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -198,6 +201,7 @@ def clip_loss(
     )
 
 
+@checks.with_python_numbers
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,

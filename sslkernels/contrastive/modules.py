@@ -32,6 +32,7 @@ class ContrastiveLoss(Options):
     >>> loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         *,
@@ -105,6 +106,7 @@ class InfoNCELoss(Options):
     >>> loss = sk.nn.InfoNCELoss(temperature=0.05)(torch.randn(8, 16), torch.randn(8, 16))
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         temperature: float | Tensor = 0.1,
@@ -138,6 +140,7 @@ class NTXentLoss(Options):
     >>> loss = sk.nn.NTXentLoss(temperature=0.1)(torch.randn(8, 16), torch.randn(8, 16))
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         temperature: float | Tensor = 0.5,
@@ -173,6 +176,7 @@ class ClipLoss(Options):
     >>> loss(torch.randn(8, 16), torch.randn(8, 16)).backward()
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         init_logit_scale: float = 1 / 0.07,
@@ -233,6 +237,7 @@ class SigLipLoss(Options):
     >>> loss(torch.randn(8, 16), torch.randn(8, 16)).backward()
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         init_logit_scale: float = 10.0,

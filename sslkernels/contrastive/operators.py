@@ -60,7 +60,33 @@ def _implementations(function: Callable[..., Any], kernels: dict[str, PairKernel
     return {backend: partial(function, k) for backend, k in kernels.items()}
 
 
-@operator("contrastive_energy", _implementations(_fwd, WITH_TILES), native_ops=NativePairs.OPS)
+def _flops(inputs: PairInputs, options: PairOptions, wanted: PairWanted) -> int:
+    """One matmul for the scores of each kind of candidate, and one for each wanted gradient that they have."""
+    rows, dim = inputs.query.shape
+    keys = 0 if inputs.key is None else inputs.key.shape[0] if options.in_batch else 1
+    bank = 0 if inputs.bank is None else inputs.bank.shape[0]
+    negatives = 0 if inputs.negatives is None else inputs.negatives.shape[1]
+    matmuls = (
+        keys * (1 + wanted.query + wanted.key)
+        + bank * (1 + wanted.query + wanted.bank)
+        + negatives * (1 + wanted.query + wanted.negatives)
+    )
+    return 2 * rows * dim * matmuls
+
+
+def _fwd_flops(
+    inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
+) -> int:
+    return _flops(inputs, options, wanted if coefficient is not None else PairWanted())
+
+
+def _bwd_flops(
+    grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
+) -> int:
+    return _flops(inputs, options, wanted)
+
+
+@operator("contrastive_energy", _implementations(_fwd, WITH_TILES), native_ops=NativePairs.OPS, flops=_fwd_flops)
 def contrastive_fwd(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
@@ -68,7 +94,9 @@ def contrastive_fwd(
     return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
-@operator("contrastive_energy", _implementations(plan.backward, WITH_TILES), native_ops=NativePairs.OPS)
+@operator(
+    "contrastive_energy", _implementations(plan.backward, WITH_TILES), native_ops=NativePairs.OPS, flops=_bwd_flops
+)
 def contrastive_bwd(
     grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
 ) -> PairGradients:
@@ -76,7 +104,7 @@ def contrastive_bwd(
     return empty_gradients(inputs, wanted)
 
 
-@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=("own_negatives",))
+@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=("own_negatives",), flops=_fwd_flops)
 def per_query_contrastive_fwd(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
@@ -84,7 +112,7 @@ def per_query_contrastive_fwd(
     return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
-@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=("own_negatives",))
+@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=("own_negatives",), flops=_bwd_flops)
 def per_query_contrastive_bwd(
     grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
 ) -> PairGradients:

@@ -184,6 +184,12 @@ SUMS = {
 }
 
 
+def _flops(tables: Tables, indices: Indices) -> int:
+    """The dot products of each pair and its negatives."""
+    count, negative_count = indices.negatives.shape
+    return 2 * count * (1 + negative_count) * tables.center_weight.shape[1]
+
+
 @operator(
     NAME,
     {
@@ -193,6 +199,7 @@ SUMS = {
         "cuda": partial(_fwd, _fill_native),
     },
     native_ops=NATIVE_OPS,
+    flops=lambda tables, indices, exclude_positive, wanted: _flops(tables, indices) * (1 + wanted.center_weight),
 )
 def negative_sampling_fwd(tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted) -> Outputs:
     return _empty_outputs(tables, indices, wanted)
@@ -202,6 +209,7 @@ def negative_sampling_fwd(tables: Tables, indices: Indices, exclude_positive: bo
     NAME,
     {name: partial(_bwd, sum_rows) for name, sum_rows in SUMS.items()},
     native_ops=NATIVE_OPS,
+    flops=lambda grad_loss, tables, indices, outputs, wanted: _flops(tables, indices) * wanted.context_weight,
 )
 def negative_sampling_bwd(
     grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
@@ -218,7 +226,12 @@ SPARSE_SUMS = {
 }
 
 
-@operator(NAME, {name: partial(_sparse_bwd, sums) for name, sums in SPARSE_SUMS.items()}, native_ops=NATIVE_OPS)
+@operator(
+    NAME,
+    {name: partial(_sparse_bwd, sums) for name, sums in SPARSE_SUMS.items()},
+    native_ops=NATIVE_OPS,
+    flops=lambda grad_loss, tables, indices, outputs, wanted: _flops(tables, indices) * wanted.context_weight,
+)
 def negative_sampling_sparse_bwd(
     grad_loss: Tensor, tables: Tables, indices: Indices, outputs: Outputs, wanted: Wanted
 ) -> tuple[SparseRows, SparseRows]:
@@ -274,6 +287,7 @@ def _sparse_gradients(
     return negative_sampling_sparse_bwd(grad_loss, tables, indices, outputs, wanted)
 
 
+@checks.with_python_numbers
 def negative_sampling_loss(
     center: Tensor,
     context: Tensor,

@@ -5,15 +5,47 @@ Every message reads ``"<function>: <argument> must <what>; got <what it was>"``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+try:
+    from numpy import generic as numpy_scalar
+except ImportError:  # torch runs without it
+    numpy_scalar = ()
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 LARGEST = torch.finfo(torch.float32).max
+
+
+_Callable = TypeVar("_Callable", bound=Callable[..., Any])
+
+
+def with_python_numbers(function: _Callable) -> _Callable:
+    """Decorates a public function: NumPy scalars in its arguments, their tuples and lists, become Python's."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, numpy_scalar) or type(value) in (tuple, list):
+                args = tuple(map(_python_number, args))
+                kwargs = {name: _python_number(given) for name, given in kwargs.items()}
+                break
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, numpy_scalar):
+        return value.item()
+    if type(value) in (tuple, list) and any([isinstance(item, numpy_scalar) for item in value]):
+        return type(value)(map(_python_number, value))
+    return value
 
 
 def fail(kind: type[Exception], function: str, argument: str, must: str, got: object) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sslkernels.core.backends import Implementations
+from sslkernels.core.flops import add_formula
 
 Mutated = Annotated[Tensor, "mutated"]  # the annotation of a tensor that an operator writes into
 
@@ -42,14 +43,26 @@ _SCHEMA_TYPES = {
 
 
 def operator(
-    public: str, implementations: dict[str, Callable[..., Any]], *, native_ops: tuple[str, ...] = ()
+    public: str,
+    implementations: dict[str, Callable[..., Any]],
+    *,
+    native_ops: tuple[str, ...] = (),
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Decorates the annotated function that allocates an operator's outputs.
 
     public: the public function that the operator belongs to; implementations: backend name -> function; native_ops: the
-    operators of the compiled extension that the implementations "cpu" and "cuda" call.
+    operators of the compiled extension that the implementations "cpu" and "cuda" call; flops: of the arguments, the
+    floating-point operations of the matmuls, for torch's `FlopCounterMode`.
     """
-    return lambda allocate: Operator(allocate, Implementations(public, implementations, native_ops))
+
+    def decorate(allocate: Callable[..., Any]) -> Operator:
+        made = Operator(allocate, Implementations(public, implementations, native_ops))
+        if flops is not None:
+            add_formula(made.name, lambda *flat: flops(*made.inputs.unpack(flat)))
+        return made
+
+    return decorate
 
 
 class Layout:
@@ -105,22 +118,41 @@ class Operator:
         self.implementations = implementations
         hints = typing.get_type_hints(allocate, include_extras=True)
         results, self.single = result_types(hints.pop("return"))
-        names = list(inspect.signature(allocate).parameters)
-        self.inputs = Layout(hints[name] for name in names)
+        self._names = list(inspect.signature(allocate).parameters)
+        self.inputs = Layout(hints[name] for name in self._names)
         self.outputs = Layout(results)
         self._tensors = [i for i, kind in enumerate(self.inputs.leaf_types) if holds_tensor(kind)]
         self._located = next(i for i in self._tensors if self.inputs.leaf_types[i] in (Tensor, Mutated))  # never None
-        self.schema = self.name + _schema(names, self.inputs, self.outputs)
-        _library.define(self.schema)
-        _library.impl(self.name, self._from_dispatcher, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sslkernels::{self.name}", self._fake, lib=_library)
-        self.raw = getattr(torch.ops.sslkernels, self.name).default
+        self._floats = [i for i, kind in enumerate(self.inputs.leaf_types) if kind is float]
+        self.raw = self._registered("default", self.inputs.leaf_types, self._from_dispatcher, self._fake)
+        if self._floats:
+            of_tensors = [Tensor if kind is float else kind for kind in self.inputs.leaf_types]
+            self._raw_of_tensors = self._registered(
+                "float_tensors", of_tensors, self._from_dispatcher_of_tensors, self._fake_of_tensors
+            )
+
+    def _registered(
+        self, overload: str, types: Sequence[Any], implementation: Callable[..., Any], fake: Callable[..., Any]
+    ) -> Any:
+        """An overload in torch's dispatcher, whose arguments have these types."""
+        name = self.name if overload == "default" else f"{self.name}.{overload}"
+        _library.define(name + _schema(self._names, self.inputs, types, self.outputs))
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sslkernels::{name}", fake, lib=_library)
+        if Mutated not in types:
+            torch.library.register_autograd(f"sslkernels::{name}", self._refuse_backward, lib=_library)
+        return getattr(getattr(torch.ops.sslkernels, self.name), overload)
 
     def __call__(self, *args: Any) -> Any:
         flat = self.inputs.pack(args)
-        if not torch.compiler.is_compiling() and plain([flat[i] for i in self._tensors]):
+        raw = self.raw
+        if torch.compiler.is_compiling():
+            if any([varies(flat[i]) for i in self._floats]):
+                raw = self._raw_of_tensors
+                flat = [float_tensor(leaf) if i in self._floats else leaf for i, leaf in enumerate(flat)]
+        elif plain([flat[i] for i in self._tensors]):
             return self._run(flat, args)  # the dispatcher would only call it back, 15 us later
-        results = self.raw(*flat)
+        results = raw(*flat)
         return self._results(results if isinstance(results, (tuple, list)) else () if results is None else (results,))
 
     def choose(self, device: torch.device) -> str:
@@ -145,6 +177,18 @@ class Operator:
 
     def _from_dispatcher(self, *flat: Any) -> Any:
         return self._flat(self._run(flat, self.inputs.unpack(flat)))
+
+    def _fake_of_tensors(self, *flat: Any) -> Any:
+        return self._fake(*[_Unread() if i in self._floats else leaf for i, leaf in enumerate(flat)])
+
+    def _from_dispatcher_of_tensors(self, *flat: Any) -> Any:
+        return self._from_dispatcher(*[leaf.item() if i in self._floats else leaf for i, leaf in enumerate(flat)])
+
+    def _refuse_backward(self, ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{self.implementations.public}: the graph holds the raw operator {self.name}, which has no gradient, as "
+            "torch.export and make_fx leave it; trace forward and backward together, or train with torch.compile"
+        )
 
     def _run(self, flat: Sequence[Any], args: Sequence[Any]) -> Any:
         device = flat[self._located].device
@@ -177,11 +221,35 @@ class grad_disabled:
             torch._C._set_grad_enabled(True)
 
 
-def _schema(names: Sequence[str], inputs: Layout, outputs: Layout) -> str:
+class _Unread:
+    """A float whose value `allocate` cannot know. It has no operators: what asks for the value raises."""
+
+
+def varies(value: float) -> bool:
+    """While torch.compile traces: whether the number is an input of the graph, and may be another in the next call."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(value)
+
+
+def float_tensor(value: float) -> Tensor:
+    """A number that is an input of a traced graph, as a tensor in the host's memory: a schema's `float` would make it a
+    constant, and each of its values another graph. A product is what torch.compile can trace this as."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
+def full(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.full`, which would make of a number that is an input of a traced graph a constant of that graph."""
+    if torch.compiler.is_compiling() and varies(value):
+        return torch.ones(shape, dtype=dtype, device=device) * value
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def _schema(names: Sequence[str], inputs: Layout, types: Sequence[Any], outputs: Layout) -> str:
     """As in `(Tensor x, SymInt? count) -> (Tensor, Tensor)`; a field's name is its record's parameter and its own."""
     arguments: list[str] = []
     for parameter, at in zip(names, inputs.slices, strict=True):
-        for kind, field in zip(inputs.leaf_types[at], inputs.leaf_names[at], strict=True):
+        for kind, field in zip(types[at], inputs.leaf_names[at], strict=True):
             name = f"{parameter}_{field}" if field else parameter
             arguments.append(f"{_schema_type(kind, len(arguments))} {name}")
     results = ", ".join(_schema_type(kind, 0) for kind in outputs.leaf_types)

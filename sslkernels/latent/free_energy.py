@@ -217,6 +217,7 @@ def _gradient(
     return free_energy_bwd(grad_value, energy, state, options, count, dtype)
 
 
+@checks.with_python_numbers
 def free_energy(energy: Tensor, *, beta: float = 1.0, dim: int = -1, mode: str = "soft") -> Tensor:
     """The free energy of K candidates: `-1/beta log mean exp(-beta E)`, or with `mode="min"` the lowest energy.
 

@@ -134,6 +134,7 @@ def _by_row(inputs: Inputs) -> Inputs:
     return Inputs(mean.reshape(rows), logvar.reshape(rows), *others)
 
 
+@checks.with_python_numbers
 def gaussian_rsample(
     mean: Tensor,
     logvar: Tensor,
@@ -202,6 +203,7 @@ def gaussian_rsample(
     return sample if stats is None else (sample, stats)
 
 
+@checks.with_python_numbers
 def gaussian_kl(
     mean: Tensor,
     logvar: Tensor,

@@ -339,6 +339,7 @@ def _gradients(
     return gumbel_quantize_bwd(grads, source, codebook, mask, codes, wanted)
 
 
+@checks.with_python_numbers
 def gumbel_quantize(
     logits: Tensor,
     codebook: Tensor,

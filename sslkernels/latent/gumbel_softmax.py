@@ -11,7 +11,7 @@ from torch import Tensor
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.operator import operator, plain
+from sslkernels.core.operator import full, operator, plain
 from sslkernels.latent.gumbel_rows import (
     HARD,
     NATIVE_OPS,
@@ -102,6 +102,7 @@ def _gradient(grad: Tensor, source: NoisyLogits, state: State, dim: int) -> Tens
     return rows.reshape(moved.shape).movedim(-1, dim)
 
 
+@checks.with_python_numbers
 def gumbel_softmax(
     logits: Tensor,
     tau: float | Tensor = 1.0,
@@ -157,7 +158,7 @@ def gumbel_softmax(
     if not -dims <= dim < dims:
         checks.fail(ValueError, NAME, "dim", f"be in [{-dims}, {dims - 1}]", dim)
     if eps != 1e-10:
-        warnings.warn(f"{NAME}: eps is deprecated and has no effect", stacklevel=2)
+        warnings.warn(f"{NAME}: eps is deprecated and has no effect", stacklevel=3)
     if logits.dim() == 0:
         logits = logits.reshape(1)
         return gumbel_softmax(logits, tau, hard, row_ids=row_ids, seed=seed, generator=generator).reshape(())
@@ -187,6 +188,4 @@ def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> 
         tau = tau.double()  # on a GPU the host reads nothing: NaN says that it is out of range
         return torch.where((tau >= SMALLEST_TAU) & (tau <= LARGEST_TAU), tau.reciprocal(), torch.nan)
     checks.number(name, "tau", tau, low=SMALLEST_TAU, high=LARGEST_TAU)
-    if torch.compiler.is_compiling():  # `full` would compile another graph for each tau
-        return torch.ones((), dtype=torch.float64, device=device) / tau
-    return torch.full((), 1.0 / tau, dtype=torch.float64, device=device)
+    return full((), 1.0 / tau, torch.float64, device)

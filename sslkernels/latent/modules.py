@@ -20,6 +20,7 @@ class FreeEnergy(Options):
     torch.Size([32])
     """
 
+    @checks.with_python_numbers
     def __init__(self, beta: float = 1.0, dim: int = -1, mode: str = "soft") -> None:
         super().__init__(**options_of(locals()))
 
@@ -37,6 +38,7 @@ class GaussianLatent(Options):
     >>> embedding, _ = latent(torch.randn(4, 8), torch.randn(4, 8), sample=False)
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         num_samples: int | None = None,
@@ -99,6 +101,7 @@ class GumbelQuantizer(nn.Module):
     >>> quantizer.set_num_updates(1000)
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         num_codes: int,

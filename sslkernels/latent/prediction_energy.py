@@ -283,6 +283,7 @@ def _gradients(grad_value: Tensor, inputs: Inputs, weights: Tensor, wanted: Want
     return prediction_energy_bwd(grad_value, inputs, weights, wanted)
 
 
+@checks.with_python_numbers
 def prediction_energy(
     prediction: Tensor,
     target: Tensor,

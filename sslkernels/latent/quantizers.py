@@ -89,6 +89,7 @@ class VectorQuantizer(OverRanks):
     >>> codes_in_use = quantized.perplexity
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         num_codes: int,

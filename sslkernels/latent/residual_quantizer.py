@@ -62,6 +62,7 @@ class ResidualVectorQuantizer(nn.Module):
     >>> coarse = quantizer.decode(quantized.indices[..., :2])
     """
 
+    @checks.with_python_numbers
     def __init__(self, num_levels: int, num_codes: int, dim: int, **options: Any) -> None:
         super().__init__()
         checks.integer(NAME, "num_levels", num_levels, low=1)

@@ -26,7 +26,7 @@ from sslkernels.core.autograd import (
     wanted_only,
 )
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.operator import operator
+from sslkernels.core.operator import full, operator
 from sslkernels.latent import nearest_code
 from sslkernels.latent.nearest_code import METRICS
 
@@ -155,7 +155,7 @@ class Kernels(NamedTuple):
         rows = input.new_empty(input.shape, dtype=coefficient.dtype)
         self.difference(coefficient, input, codebook, indices, rows)
         _clear_invalid(rows, valid)
-        weight = rows.new_full(indices.shape, -codebook_weight, dtype=accumulation_dtype(codebook.dtype))
+        weight = full(indices.shape, -codebook_weight, accumulation_dtype(codebook.dtype), rows.device)
         self.sum_rows(indices, weight, rows.to(weight.dtype), None, gradients.codebook)
         return gradients._replace(input=rows.to(input.dtype)) if wanted.input else gradients
 
@@ -218,7 +218,12 @@ KERNELS = {
 }
 
 
-@operator(NAME, {name: kernels.forward for name, kernels in KERNELS.items()}, native_ops=NATIVE_OPS)
+@operator(
+    NAME,
+    {name: kernels.forward for name, kernels in KERNELS.items()},
+    native_ops=NATIVE_OPS,
+    flops=lambda operands, valid, metric: 2 * operands.input.numel() * operands.codebook.shape[0],
+)
 def vector_quantize_fwd(operands: Operands, valid: Tensor | None, metric: int) -> Outputs:
     return _empty_outputs(operands)
 
@@ -318,6 +323,7 @@ def _gradients(
     return vector_quantize_bwd(coefficient, operands, valid, indices, codebook_weight, wanted)
 
 
+@checks.with_python_numbers
 def vector_quantize(
     input: Tensor,
     codebook: Tensor,
@@ -414,5 +420,5 @@ def _warn_of_no_gradient(codebook: Tensor) -> None:
         warnings.warn(
             f"{NAME}: codebook requires a gradient and gets none; pass codebook_weight (4.0 in nn.VectorQuantizer) or "
             "straight_through=False to train it, codebook_weight=0.0 not to",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -94,6 +94,7 @@ def _stream_operator(stream: str) -> Operator:
 _OPERATORS = {stream: _stream_operator(stream) for stream in STREAMS}
 
 
+@checks.with_python_numbers
 def random_bits(
     shape: Sequence[int],
     seed: int | Tensor,
@@ -133,6 +134,7 @@ def random_bits(
     return _draw("bits", shape, seed, row_ids, sample, torch.int32, device)
 
 
+@checks.with_python_numbers
 def random_normal(
     shape: Sequence[int],
     seed: int | Tensor,
@@ -174,6 +176,7 @@ def random_normal(
     return _draw("normal", shape, seed, row_ids, sample, dtype, device)
 
 
+@checks.with_python_numbers
 def random_uniform(
     shape: Sequence[int],
     seed: int | Tensor,
@@ -209,6 +212,7 @@ def random_uniform(
     return _draw("uniform", shape, seed, row_ids, sample, dtype, device)
 
 
+@checks.with_python_numbers
 def random_exponential(
     shape: Sequence[int],
     seed: int | Tensor,
@@ -244,6 +248,7 @@ def random_exponential(
     return _draw("exponential", shape, seed, row_ids, sample, dtype, device)
 
 
+@checks.with_python_numbers
 def random_gumbel(
     shape: Sequence[int],
     seed: int | Tensor,

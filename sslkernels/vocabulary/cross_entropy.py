@@ -253,6 +253,7 @@ def _keeps_gradient(logits: Tensor) -> bool:
     )
 
 
+@checks.with_python_numbers
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -143,6 +143,7 @@ def _operand_gradients(found: dict[str, Tensor]) -> Operands:
     return Operands(*[found.get(name) for name in Operands._fields])
 
 
+@checks.with_python_numbers
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -64,7 +64,18 @@ def _implementations(adapt: Callable[..., Any], name: str) -> dict[str, Callable
     }
 
 
-@operator(NAME, _implementations(_fwd, "forward"), native_ops=NativeRows.OPS)
+def _flops(operands: Operands, wanted: Wanted) -> int:
+    """Logits, and the wanted gradients of input and weight, as if no row were ignored: which are, the data tells."""
+    (rows, dim), vocab = operands.input.shape, operands.linear_weight.shape[0]
+    return 2 * rows * dim * vocab * (1 + wanted.input + wanted.linear_weight)
+
+
+@operator(
+    NAME,
+    _implementations(_fwd, "forward"),
+    native_ops=NativeRows.OPS,
+    flops=lambda operands, coefficient, options, plan, wanted, stats: _flops(operands, wanted),
+)
 def linear_cross_entropy_fwd(
     operands: Operands,
     coefficient: Tensor | None,
@@ -77,7 +88,12 @@ def linear_cross_entropy_fwd(
     return empty_outputs(operands.input, operands.input.shape[0], stats), empty_gradients(operands, wanted)
 
 
-@operator(NAME, _implementations(_bwd, "backward"), native_ops=NativeRows.OPS)
+@operator(
+    NAME,
+    _implementations(_bwd, "backward"),
+    native_ops=NativeRows.OPS,
+    flops=lambda grad_loss, operands, state, options, plan, wanted: _flops(operands, wanted),
+)
 def linear_cross_entropy_bwd(
     grad_loss: Tensor, operands: Operands, state: RowState, options: RowOptions, plan: PlanOptions, wanted: Wanted
 ) -> Gradients:

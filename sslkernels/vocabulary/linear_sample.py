@@ -15,7 +15,7 @@ from sslkernels.core import checks
 from sslkernels.core.autograd import Function
 from sslkernels.core.chunks import TILE, equal_rows, row_pitch, waves
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
-from sslkernels.core.operator import operator
+from sslkernels.core.operator import full, operator
 from sslkernels.random.seeds import seed_tensor
 from sslkernels.random.streams import stream_values
 from sslkernels.vocabulary.linear_cross_entropy import check_projection, linear_cross_entropy
@@ -161,6 +161,7 @@ def _checked(
         for name, function in (("reference", _reference), ("cpu", _native), ("cuda", _native), ("triton", _triton))
     },
     native_ops=("sample_rows",),
+    flops=lambda inputs, options: 2 * inputs.input.numel() * inputs.linear_weight.shape[0],
 )
 def linear_sample_fwd(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
     return _empty_outputs(inputs, options)
@@ -179,6 +180,7 @@ class _NoGradient(Function):
         pass
 
 
+@checks.with_python_numbers
 def linear_sample(
     input: Tensor,
     linear_weight: Tensor,
@@ -273,7 +275,7 @@ def _row_scale(temperature: float | Tensor, x: Tensor, dtype: torch.dtype) -> Te
     """One over the temperature of each row (N,): infinite for 0, and NaN for what is no temperature."""
     if not isinstance(temperature, Tensor):
         scale = math.inf if temperature < LEAST_TEMPERATURE else 1 / temperature
-        return x.new_full(x.shape[:1], scale, dtype=dtype)
+        return full(x.shape[:1], scale, dtype, x.device)
     given = temperature.reshape(-1).to(dtype)
     scale = torch.where(given < LEAST_TEMPERATURE, math.inf, 1 / given)
     return scale.masked_fill(~(given >= 0), math.nan)

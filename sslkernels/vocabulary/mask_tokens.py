@@ -243,6 +243,7 @@ def mask_tokens_fwd(inputs: MaskInputs, options: MaskOptions) -> MaskedTokens:
     return _empty_outputs(inputs)
 
 
+@checks.with_python_numbers
 def mask_tokens(
     input_ids: Tensor,
     *,
@@ -447,7 +448,8 @@ def _check_options(
         checks.number(NAME, "replace", part, low=0.0, high=1.0)
     if replace[0] + replace[1] > 1:
         checks.fail(ValueError, NAME, "replace", "have a sum of at most 1", tuple(replace))
-    if replace[1] > 0 and len({i for i in (*special_ids, mask_id) if 0 <= i < vocab_size}) == vocab_size:
+    others = {i for i in special_ids if 0 <= i < vocab_size}
+    if replace[1] > 0 and len(others) + all([i != mask_id for i in others]) == vocab_size:
         must = "be 0 where all ids of the vocabulary are special"
         checks.fail(ValueError, NAME, "replace[1]", must, replace[1])
     if mean_span is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sslkernels.core import checks
 from sslkernels.core.modules import Options, options_of
 from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
@@ -36,6 +37,7 @@ class CrossEntropyLoss(Options):
 
     tensors = ("weight",)
 
+    @checks.with_python_numbers
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -91,6 +93,7 @@ class LinearCrossEntropyLoss(Options):
 
     tensors = ("weight",)
 
+    @checks.with_python_numbers
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -151,6 +154,7 @@ class TokenMasker(Options):
     >>> masked = masker(torch.randint(1000, 30522, (2, 16)))
     """
 
+    @checks.with_python_numbers
     def __init__(
         self,
         *,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
+from sslkernels.core.operator import full
 from sslkernels.vocabulary.softmax_rows import RowOptions
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -61,7 +62,7 @@ def mean_divisor(
     if isinstance(num_items, Tensor):
         divisor = num_items.detach().reshape(()).to(dtype)
     elif num_items is not None:
-        divisor = torch.full((), float(num_items), dtype=dtype, device=target.device)
+        divisor = full((), float(num_items), dtype, target.device)
     elif weight is None or valid is None:
         divisor = count
     else:
