@@ -1,0 +1,100 @@
+"""Python numbers and NumPy scalars as arguments: one compiled graph for all values, and the same results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sslkernels as sk
+
+X, Y, W = torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 4)
+TARGET = torch.randint(0, 9, (6,))
+IDS = torch.randint(5, 20, (6, 8))
+CODES = torch.randn(2, 4, 3)
+
+# Each takes one number that a schedule might change, in [0.05, 0.4] or, by name, an int.
+FLOATS = {
+    "cross_entropy-label_smoothing": lambda x, v: sk.cross_entropy(x @ W.t(), TARGET, label_smoothing=v),
+    "cross_entropy-z_loss": lambda x, v: sk.cross_entropy(x @ W.t(), TARGET, z_loss=v),
+    "cross_entropy-softcap": lambda x, v: sk.cross_entropy(x @ W.t(), TARGET, softcap=v),
+    "cross_entropy-logit_scale": lambda x, v: sk.cross_entropy(x @ W.t(), TARGET, logit_scale=v),
+    "linear_cross_entropy-z_loss": lambda x, v: sk.linear_cross_entropy(x, W, TARGET, z_loss=v),
+    "linear_cross_entropy-logit_scale": lambda x, v: sk.linear_cross_entropy(x, W, TARGET, logit_scale=v),
+    "contrastive_energy-logit_bias": lambda x, v: sk.contrastive_energy(x, Y, logit_bias=v),
+    "contrastive_energy-label_smoothing": lambda x, v: sk.contrastive_energy(x, Y, label_smoothing=v),
+    "contrastive_energy-margin": lambda x, v: sk.contrastive_energy(x, Y, energy="hinge", margin=v),
+    "nt_xent-temperature": lambda x, v: sk.nt_xent(x, Y, temperature=v),
+    "siglip_loss": lambda x, v: sk.siglip_loss(x, Y, v, -v),
+    "gumbel_softmax-tau": lambda x, v: sk.gumbel_softmax(x, v, seed=1),
+    "gumbel_quantize-tau": lambda x, v: sk.gumbel_quantize(x.view(3, 2, 4), CODES, tau=v, hard=False, seed=1).values,
+    "gaussian_rsample-free_bits": lambda x, v: sk.gaussian_rsample(x, Y, free_bits=v, seed=1).kl,
+    "vector_quantize-codebook_weight": lambda x, v: sk.vector_quantize(x, W, codebook_weight=v).commitment,
+    "free_energy-beta": lambda x, v: sk.free_energy(x, beta=v),
+    "prediction_energy-beta": lambda x, v: sk.prediction_energy(x.view(2, 3, 4), Y[:2], beta=v, mode="soft"),
+    "linear_sample-temperature": lambda x, v: sk.linear_sample(x, W, temperature=v, seed=1).logprob,
+    "mask_tokens-probability": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, probability=v, seed=1).labels,
+}
+INTS = {
+    "cross_entropy-num_items": lambda x, v: sk.cross_entropy(x @ W.t(), TARGET, num_items=v),
+    "cross_entropy-ignore_index": lambda x, v: sk.cross_entropy(x @ W.t(), TARGET, ignore_index=v),
+    "linear_cross_entropy-num_items": lambda x, v: sk.linear_cross_entropy(x, W, TARGET, num_items=v),
+    "contrastive_energy-num_items": lambda x, v: sk.contrastive_energy(x, Y, num_items=v),
+    "gaussian_rsample-seed": lambda x, v: sk.gaussian_rsample(x, Y, seed=v).z,
+    "mask_tokens-mask_id": lambda x, v: sk.mask_tokens(IDS, mask_id=v, vocab_size=30, seed=1).labels,
+    "mask_tokens-seed": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, seed=v).labels,
+    "random_normal-sample": lambda x, v: sk.random_normal((3, 4), 1, sample=v),
+}
+CASES = [(FLOATS[name], (0.05, 0.2, 0.4, 0.3), name) for name in FLOATS] + [
+    (INTS[name], (2, 5, 9, 7), name) for name in INTS
+]
+
+
+def _value_and_gradient(call, x, number):
+    result = call(x, number)
+    gradient = torch.autograd.grad(result.sum(), x)[0] if result.requires_grad else None
+    return result.detach(), gradient
+
+
+@pytest.mark.parametrize(("call", "numbers"), [case[:2] for case in CASES], ids=[case[2] for case in CASES])
+def test_a_changing_number_compiles_once(call, numbers):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(call, backend="aot_eager", dynamic=True, fullgraph=True)
+    x = X.clone().requires_grad_()
+    for number in numbers:
+        torch.testing.assert_close(_value_and_gradient(compiled, x, number), _value_and_gradient(call, x, number))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(("call", "numbers"), [case[:2] for case in CASES], ids=[case[2] for case in CASES])
+def test_numpy_scalars_are_numbers(call, numbers):
+    x = X.clone().requires_grad_()
+    for number in numbers:
+        numpy = (np.float32, np.float64) if isinstance(number, float) else (np.int64, np.uint8)
+        for kind in numpy:
+            value = kind(number)
+            expected = _value_and_gradient(call, x, value.item())
+            torch.testing.assert_close(_value_and_gradient(call, x, value), expected, rtol=0, atol=0)
+
+
+def test_numpy_scalars_in_tuples_and_constructors():
+    masker = sk.nn.TokenMasker(
+        mask_id=np.int64(3),
+        vocab_size=np.int32(30),
+        replace=(np.float32(0.5), np.float32(0.5)),
+        special_ids=[np.int64(7)],
+    )
+    plain = sk.nn.TokenMasker(mask_id=3, vocab_size=30, replace=(0.5, 0.5), special_ids=[7])
+    assert torch.equal(masker(IDS, seed=np.int64(2)).input_ids, plain(IDS, seed=2).input_ids)
+    quantizer = sk.nn.VectorQuantizer(np.int64(8), np.int64(4), decay=np.float32(0.5))
+    quantizer(X)
+    assert quantizer.decay == 0.5
+    bits = sk.random_bits((np.int64(2), np.int32(3)), np.uint64(2**63))
+    assert torch.equal(bits, sk.random_bits((2, 3), 2**63))
+
+
+def test_a_numpy_bool_is_no_number():
+    with pytest.raises(TypeError, match=r"gaussian_rsample: num_samples must be an int or None; got bool"):
+        sk.gaussian_rsample(X, Y, np.bool_(True))
