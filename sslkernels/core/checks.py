@@ -61,8 +61,11 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
             TypeError, function, argument, "be a torch.Tensor" + (" or None" if optional else ""), type(value).__name__
         )
     plain = type(value) in (Tensor, torch.nn.Parameter)  # torch.compile traces no further than this
-    if not plain and type(value).__module__.startswith("torch.distributed"):
-        must = "be a plain tensor (pass the local shard, or gather it with full_tensor())"
+    if not plain and type(value).__module__.startswith("torch.distributed") and not _is_awaited(value):
+        must = (
+            "be a plain tensor (of activations pass to_local(); use a sharded parameter in the module that owns it, or "
+            "pass full_tensor(grad_placements=[Partial('avg')]), whose gradient is averaged over data-parallel ranks)"
+        )
         fail(TypeError, function, argument, must, type(value).__name__)
     if value.is_nested:
         fail(TypeError, function, argument, "be a plain tensor", "a nested one")
@@ -70,6 +73,13 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
         fail(TypeError, function, argument, "have a strided layout", value.layout)
     if value.dtype not in dtypes:
         fail(TypeError, function, argument, f"have dtype {_either(dtypes)}", value.dtype)
+
+
+def _is_awaited(value: Tensor) -> bool:
+    """Whether it is the result of an asynchronous collective, which torch waits for when an operator reads it."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return isinstance(value, AsyncCollectiveTensor)
 
 
 def shape(function: str, argument: str, value: Tensor | None, expected: Sequence[int], meaning: str) -> None:

@@ -17,7 +17,7 @@ _formulas: dict[str, Callable[..., int]] = {}
 
 
 def add_formula(operator: str, formula: Callable[..., int]) -> None:
-    """formula: of the dispatcher's arguments, the floating-point operations; a multiplication with its addition is two."""
+    """formula: of the dispatcher's arguments, the FLOPs; a multiplication with its addition is two."""
     _formulas[operator] = formula
     if MODULE in sys.modules:
         _register(sys.modules[MODULE], operator)

@@ -7,6 +7,7 @@ import os
 import oracle
 import pytest
 import torch
+from public_calls import CALLS, differentiable
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -80,6 +81,20 @@ def test_export(tensors):
     x, target = tensors[0].detach(), tensors[3]
     exported = torch.export.export(head, (x, target)).module()
     torch.testing.assert_close(exported(x, target), head(x, target))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "-" not in name])
+def test_training_an_exported_graph_raises(name, device):
+    """An exported graph holds raw operators, whose gradients would be None, or without those of the parameters."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *leaves):
+            return CALLS[name].run(*leaves)
+
+    leaves = CALLS[name].leaves(device)
+    results = torch.export.export(Module(), tuple(leaves)).module()(*leaves)
+    with pytest.raises(RuntimeError, match=r"the graph holds the raw operator \w+, which has no gradient"):
+        sum(tensor.sum() for tensor in differentiable(results)).backward()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

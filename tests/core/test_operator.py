@@ -14,6 +14,7 @@ from public_calls import CALLS, differentiable
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -381,3 +382,25 @@ for call in (
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("memory ran out") == 2, result.stdout
     assert result.stdout.count("bytes of scratch were asked for") == 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_of_asynchronous_collectives_are_inputs(name, device):
+    leaves = CALLS[name].leaves(device)
+    awaited = [AsyncCollectiveTensor(leaf.detach()).requires_grad_() for leaf in leaves]
+    results = [differentiable(CALLS[name].run(*inputs)) for inputs in (leaves, awaited)]
+    for got, expected in zip(*reversed(results), strict=True):
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    for inputs, outputs in zip((leaves, awaited), results, strict=True):
+        torch.autograd.backward(sum(tensor.sum() for tensor in outputs), inputs=inputs)
+    for got, expected in zip(awaited, leaves, strict=True):
+        assert (got.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad.to_dense() + 0, expected.grad.to_dense())
+
+
+def test_targets_from_an_asynchronous_collective(device):
+    logits, target = torch.randn(6, 4, device=device), torch.tensor([1, 0, 2, 1, 3, 3], device=device)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(sk.cross_entropy(logits, AsyncCollectiveTensor(target)), expected)
