@@ -46,6 +46,18 @@ class CMakeBuild(build_ext):
                 raise
             print(f"sslkernels: the extension was not built ({error}).", file=sys.stderr)
             print("sslkernels: the package works without it, on its reference and Triton backends.", file=sys.stderr)
+            print(
+                "sslkernels: it needs torch: pip install --no-build-isolation (SSLKERNELS_BUILD_EXT=1).",
+                file=sys.stderr,
+            )
+            self._without_extension()
+
+    def _without_extension(self) -> None:
+        """Makes the wheel that is being built one for any platform, which is what its name then says."""
+        self.extensions = self.distribution.ext_modules = []
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None:
+            wheel.root_is_pure = True
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -132,6 +132,8 @@ def test_install_without_a_compiler_gives_a_working_package(source):
     assert result.returncode == 0, result.stderr
     target = source.parent / "installed"
     assert (target / "sslkernels" / "py.typed").exists()
+    (wheel,) = target.glob("sslkernels-*.dist-info/WHEEL")
+    assert "Tag: py3-none-any" in wheel.read_text()
     code = (
         # An editable install of this checkout would provide its extension.
         "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"

@@ -110,3 +110,9 @@ def test_comments_use_the_words_of_the_field():
             f"{path.relative_to(ROOT)}:{number} {line}" for path, number, line in lines if re.search(pattern, line)
         ]
         assert len(found) <= most, "\n".join(found)
+
+
+def test_no_file_holds_a_merge_conflict():
+    for path in [*SOURCES, *ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md")]:
+        if path.is_file():
+            assert not re.search(r"^(<<<<<<<|>>>>>>>) ", path.read_text(), re.MULTILINE), path
