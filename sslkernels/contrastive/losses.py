@@ -10,6 +10,8 @@ from torch import Tensor
 from sslkernels.contrastive.autograd import CallConfig
 from sslkernels.contrastive.energy import ContrastiveStats, EnergyOptions, PairTensors, pair_energy
 from sslkernels.core import checks
+from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.operator import full
 
 
 @checks.with_python_numbers
@@ -76,7 +78,7 @@ def info_nce(
     return pair_energy(
         PairTensors(query, positive_key, negatives=negatives, bank=bank, query_ids=ids, key_ids=ids),
         EnergyOptions(
-            logit_scale=_inverse(name, temperature),
+            logit_scale=_inverse(name, temperature, query),
             normalize=normalize,
             label_smoothing=label_smoothing,
             in_batch=negative_keys is None,
@@ -136,7 +138,7 @@ def nt_xent(
         PairTensors(views, key, positive=partner, query_ids=view_ids),
         EnergyOptions(
             exclude_self=True,
-            logit_scale=_inverse(name, temperature),
+            logit_scale=_inverse(name, temperature, z0),
             normalize=normalize,
             label_smoothing=label_smoothing,
         ),
@@ -280,11 +282,12 @@ def _check_like(function: str, name: str, value: Tensor, of: str, reference: Ten
         checks.fail(TypeError, function, name, must, value.dtype)
 
 
-def _inverse(function: str, temperature: float | Tensor) -> float | Tensor:
+def _inverse(function: str, temperature: float | Tensor, query: Tensor) -> Tensor:
+    """One over the temperature, as a tensor: torch 2.11 compiles a graph for each value of what Python divides."""
     if isinstance(temperature, Tensor):
         checks.tensor(function, "temperature", temperature, checks.FLOAT_DTYPES)
         return temperature.reciprocal()
     checks.number(function, "temperature", temperature)
     if temperature == 0:
         checks.fail(ValueError, function, "temperature", "not be 0", temperature)
-    return 1.0 / temperature
+    return full((), temperature, accumulation_dtype(query.dtype), query.device, reciprocal=True)

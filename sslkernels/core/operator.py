@@ -238,11 +238,17 @@ def float_tensor(value: float) -> Tensor:
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
-def full(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.full`, which would make of a number that is an input of a traced graph a constant of that graph."""
+def full(
+    shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device, *, reciprocal: bool = False
+) -> Tensor:
+    """`torch.full` of the value, or of one over it; the value may be an input of a traced graph.
+
+    `torch.full` would make it a constant of that graph, as torch 2.11 does with what is computed from it in Python.
+    """
     if torch.compiler.is_compiling() and varies(value):
-        return torch.ones(shape, dtype=dtype, device=device) * value
-    return torch.full(shape, value, dtype=dtype, device=device)
+        ones = torch.ones(shape, dtype=dtype, device=device)
+        return ones / value if reciprocal else ones * value
+    return torch.full(shape, 1.0 / value if reciprocal else value, dtype=dtype, device=device)
 
 
 def _schema(names: Sequence[str], inputs: Layout, types: Sequence[Any], outputs: Layout) -> str:

@@ -188,4 +188,4 @@ def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> 
         tau = tau.double()  # on a GPU the host reads nothing: NaN says that it is out of range
         return torch.where((tau >= SMALLEST_TAU) & (tau <= LARGEST_TAU), tau.reciprocal(), torch.nan)
     checks.number(name, "tau", tau, low=SMALLEST_TAU, high=LARGEST_TAU)
-    return full((), 1.0 / tau, torch.float64, device)
+    return full((), tau, torch.float64, device, reciprocal=True)
