@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 
 import interpreter
 import pytest
+import tiers
+from cases import BACKENDS
 
 import sslkernels as sk
 from sslkernels.core import backends
@@ -24,24 +26,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch._functorch.config.error_on_custom_op_aliasing = True
 
 
-def is_slow(item: pytest.Item) -> bool:
-    """Whether the parameters of the test have the values that one of its marks `slow_for` names."""
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return any(
-        all(parameters[name] in (v if isinstance(v, tuple) else (v,)) for name, v in mark.kwargs.items())
-        for mark in item.iter_markers("slow_for")
-    )
+if not torch.cuda.is_available():
+    collect_ignore = ["gpu"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if is_slow(item):
-            item.add_marker(pytest.mark.slow)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    tiers.assign(items)
 
 
 @pytest.fixture
@@ -49,7 +43,7 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Runs the test on every backend that can run the module's `OP` here."""
     op = getattr(request.module, "OP", None)

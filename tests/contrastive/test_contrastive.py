@@ -9,6 +9,8 @@ from contrastive_oracle import contrastive_losses
 import sslkernels as sk
 from sslkernels.contrastive import score_tiles
 
+pytestmark = pytest.mark.pairwise
+
 DIM = 19
 # feature -> its values other than the default; every pair of values of two features is a case.
 FEATURES = {

@@ -13,6 +13,8 @@ from sslkernels.contrastive.operators import contrastive_bwd, contrastive_fwd
 from sslkernels.contrastive.pair_rows import SOFTMAX
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairWanted
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 NAMES = ("query", "key", "bank", "negatives", "logit_scale", "logit_bias", "row_weight")
 OPTIONS = (
@@ -168,7 +170,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"))
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("dynamic", "reduction"), [(False, "mean"), (True, "none")])
 def test_compile_equals_eager(backend, dynamic, reduction):

@@ -8,6 +8,8 @@ import torch
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 NAMED = {
     "info_nce": (lambda x, y, **o: sk.info_nce(x, y, temperature=0.2, **o), sk.nn.InfoNCELoss(0.2)),

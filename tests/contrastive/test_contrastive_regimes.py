@@ -13,6 +13,8 @@ from sslkernels.contrastive import score_tiles
 from sslkernels.contrastive.score_tiles import ReferencePairs
 from sslkernels.core.chunks import row_pitch
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
@@ -256,7 +258,7 @@ def test_float16_gradients_of_a_large_batch(energy):
         assert error(half, single) < torch.finfo(torch.float16).eps
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_rows_of_a_batch_of_65536_against_float64(energy):
     """Statistics and gradients of sampled rows against a dense float64 computation of their scores."""

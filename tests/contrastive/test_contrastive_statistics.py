@@ -8,6 +8,8 @@ from torch import Tensor
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import BACKENDS
 from query_negatives_oracle import (
     FEATURES,
     NAMES,
@@ -32,13 +33,15 @@ from sslkernels.contrastive.query_negatives import (
     empty_outputs,
     query_negatives_,
 )
-from sslkernels.core import backends, native
+from sslkernels.core import native
+
+pytestmark = pytest.mark.pairwise
 
 ENERGIES = (SOFTMAX, SIGMOID, HINGE)
 CASES = {str(case): case for case in pairwise_cases()}
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """The backends of this operator, which has more than the functions that use it."""
     reason = query_negatives_.implementations.why_not(request.param, torch.device(device))

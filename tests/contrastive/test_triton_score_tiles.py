@@ -22,7 +22,7 @@ from sslkernels.contrastive.triton import score_tiles as launcher
 from sslkernels.contrastive.triton import tile_gradients, tile_sums, tile_weighted_sums
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.pairwise, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
@@ -493,7 +493,7 @@ def test_partials_fit_the_workspace():
     assert tile_sums.row_block(0, 5, 512 << 20) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", cases()[::3])
 def test_energies_against_dense_float64(case):
     with sk.use_backend("triton"):

@@ -25,6 +25,8 @@ from sslkernels.contrastive.word2vec import (
 )
 from sslkernels.core import segment_sum
 
+pytestmark = pytest.mark.pairwise
+
 OP = "negative_sampling_loss"
 TABLES = ("center_weight", "context_weight")
 
@@ -96,7 +98,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=NOT_FLOAT32)(
     error_is_at_most_that_of_eager(CASES)
 )
 test_shapes_without_data = shapes_without_data(CASES)

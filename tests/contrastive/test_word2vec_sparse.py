@@ -14,6 +14,8 @@ from sslkernels.contrastive import word2vec
 from sslkernels.contrastive.word2vec import Indices, Tables, Wanted, negative_sampling_fwd, negative_sampling_sparse_bwd
 from sslkernels.core.segment_sum import SparseRows
 
+pytestmark = pytest.mark.pairwise
+
 OP = "negative_sampling_loss"
 
 
@@ -27,7 +29,7 @@ def check(got, dense):
     assert torch.equal(got.to_dense(), dense)
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.full_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [3, 11, 400])
 def test_rows_of_the_dense_gradient(backend, words, dtype, device):

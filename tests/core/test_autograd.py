@@ -11,6 +11,8 @@ import torch
 import sslkernels as sk
 from sslkernels.vocabulary import chunked_linear
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 MODES = ("fast", "compact")
 NAMES = ("input", "linear_weight", "linear_bias", "token_weight")

@@ -16,6 +16,8 @@ from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, lin
 from sslkernels.vocabulary.linear_records import Operands, PlanOptions, Wanted
 from sslkernels.vocabulary.softmax_rows import RowOptions
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 MODES = ("fast", "compact")
 

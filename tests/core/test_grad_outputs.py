@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import BACKENDS
 from public_calls import CALLS, differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +26,7 @@ def layouts(shape):
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gumbel_quantize-soft"])  # torch's matmuls
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 def test_layouts_agree(backend_name, name, device):
     call = CALLS[name]
     if backend_name not in sk.available_backends(call.op, device):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import BACKENDS
 from public_calls import CALLS, differentiable
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -309,9 +310,9 @@ def test_return_stats_must_be_a_bool(value):
             call()
 
 
-@pytest.mark.slow_for(backend_name="triton")
+@pytest.mark.full_for(backend_name="triton")
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 def test_every_output_has_memory_of_its_own(backend_name, name, device, monkeypatch):
     """torch.compile reuses the memory of tensors that nothing reads any more."""
     call = CALLS[name]

@@ -18,6 +18,8 @@ import sslkernels as sk
 from sslkernels.latent import free_energy as module
 from sslkernels.latent.free_energy import Options, free_energy_bwd, free_energy_fwd
 
+pytestmark = pytest.mark.pairwise
+
 OP = "free_energy"
 MODES = ("soft", "min")
 INF, NAN = math.inf, math.nan
@@ -61,7 +63,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=NOT_FLOAT32)(
     error_is_at_most_that_of_eager(CASES, energy_oracle)
 )
 test_shapes_without_data = shapes_without_data(CASES)
@@ -303,7 +305,7 @@ def test_bitwise_equal_from_run_to_run(backend, shape, device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"))
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()

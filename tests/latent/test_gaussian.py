@@ -18,6 +18,8 @@ from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.latent import gaussian as module
 from sslkernels.latent.gaussian_operators import NO_KL, ROWS, OutputGrads, Wanted
 
+pytestmark = pytest.mark.pairwise
+
 OP = "gaussian_rsample"
 LONG_ROWS = next(case for case in CASES if str(case) == "long_rows")
 
@@ -42,7 +44,7 @@ def differentiate(function, leaves, options, requires_grad=LEAVES):
     return outputs, dict(zip([n for n, leaf in leaves.items() if leaf.requires_grad], grads, strict=True))
 
 
-@pytest.mark.slow_for(backend="triton", case=LONG_ROWS, dtype=NOT_FLOAT32)
+@pytest.mark.full_for(backend="triton", case=LONG_ROWS, dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_against_float64(backend, case, dtype, device):

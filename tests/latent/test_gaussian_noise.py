@@ -20,6 +20,8 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.latent.gaussian_operators import Inputs, Options, OutputGrads, Wanted, gaussian_bwd, gaussian_fwd
 
+pytestmark = pytest.mark.pairwise
+
 OP = "gaussian_rsample"
 
 
@@ -175,7 +177,7 @@ def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve,
         torch.testing.assert_close(leaf.grad, true)
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"), dynamic=True)
+@pytest.mark.full_for(backend=("triton", "reference"), dynamic=True)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()

@@ -19,6 +19,8 @@ from benchmarks import memory
 from sslkernels.latent.gumbel_rows import NoisyLogits
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 
+pytestmark = pytest.mark.pairwise
+
 OP = "gumbel_softmax"
 HALF = (torch.bfloat16, torch.float16)
 
@@ -64,7 +66,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.full_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
 def test_values_and_gradients(backend, device, shape, dim, dtype):
@@ -83,7 +85,7 @@ def test_values_and_gradients(backend, device, shape, dim, dtype):
         assert_close(got, true_grad, dtype, 8 / tau)
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.full_for(backend="triton", dtype=NOT_FLOAT32)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_longer_than_a_tile(backend, device, dtype):
     logits = draw(1, 8197, dtype=dtype, device=device).requires_grad_()
@@ -425,7 +427,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"))
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
     torch._dynamo.reset()

@@ -30,6 +30,8 @@ from sslkernels.latent.prediction_energy import (
     prediction_energy_fwd,
 )
 
+pytestmark = pytest.mark.pairwise
+
 OP = "prediction_energy"
 MODES = ("soft", "min")
 INF, NAN = math.inf, math.nan
@@ -62,7 +64,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=NOT_FLOAT32)(
     error_is_at_most_that_of_eager(CASES, energy_oracle)
 )
 test_shapes_without_data = shapes_without_data(CASES)
@@ -352,7 +354,7 @@ def test_memory(backend, mode, device):
     assert peak - sum(grad.nbytes for grad in grads) < 8 << 20
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"))
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -532,7 +534,7 @@ def row_energy(energies, mode, beta):
     return -(torch.logsumexp(-beta * energies, 0) - math.log(len(energies))) / beta
 
 
-@pytest.mark.slow_for(backend="triton", shape=SHAPES[1:])
+@pytest.mark.full_for(backend="triton", shape=SHAPES[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["soft", "min", "mean"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -566,7 +568,7 @@ def test_a_mask_leaves_hypotheses_out(backend, shape, mode, dtype, device):
     )
 
 
-@pytest.mark.slow_for(backend="triton", shape=SHAPES[1:])
+@pytest.mark.full_for(backend="triton", shape=SHAPES[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["soft", "min", "mean"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

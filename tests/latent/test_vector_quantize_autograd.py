@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from sslkernels.latent.vector_quantize import Operands, Wanted, code_sums, vector_quantize_bwd, vector_quantize_fwd
 
+pytestmark = pytest.mark.pairwise
+
 OP = "vector_quantize"
 
 
@@ -47,7 +49,7 @@ def ours(x, c, straight_through, weight):
     return got.values, got.commitment
 
 
-@pytest.mark.slow_for(backend="triton")
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
 def test_gradients_against_float64(backend, straight_through, weight, dtype, device):
@@ -182,7 +184,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"), dynamic=True)
+@pytest.mark.full_for(backend=("triton", "reference"), dynamic=True)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -265,8 +267,8 @@ def test_autocast_changes_nothing(backend, device):
             assert torch.equal(a, b)
 
 
-@pytest.mark.slow_for(backend="triton", wanted=((False, False), (False, True), (True, False)))
-@pytest.mark.slow_for(backend="triton", dtype=torch.float16)
+@pytest.mark.full_for(backend="triton", wanted=((False, False), (False, True), (True, False)))
+@pytest.mark.full_for(backend="triton", dtype=torch.float16)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, dtype, device):

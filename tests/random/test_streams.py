@@ -11,6 +11,8 @@ import sslkernels as sk
 from sslkernels.random.seeds import seed_tensor
 from sslkernels.random.streams import _OPERATORS
 
+pytestmark = pytest.mark.pairwise
+
 OP = "random_bits"
 
 SEEDS = [0, 12345, 2**32 + 7, 2**63 + 5, -1, -(2**40)]

@@ -21,6 +21,8 @@ from sslkernels.core import native
 from sslkernels.random import transforms
 from sslkernels.random.philox import random_words
 
+pytestmark = pytest.mark.pairwise
+
 OP = "random_normal"
 STREAMS = ("uniform", "exponential", "gumbel", "normal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

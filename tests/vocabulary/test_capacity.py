@@ -12,6 +12,8 @@ import sslkernels as sk
 from sslkernels.core.chunks import equal_rows, wave_rows, waves
 from sslkernels.vocabulary import chunked_linear, linear_operators
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 MODES = ("fast", "compact")
 REDUCTIONS = ("mean", "sum", "none")

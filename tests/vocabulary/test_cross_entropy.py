@@ -16,6 +16,8 @@ from cases import Case, Tensors, error_is_at_most_that_of_eager, shapes_without_
 import sslkernels as sk
 from benchmarks import memory
 
+pytestmark = pytest.mark.pairwise
+
 OP = "cross_entropy"
 
 

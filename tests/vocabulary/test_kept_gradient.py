@@ -11,6 +11,8 @@ import sslkernels as sk
 from sslkernels.core.scale import scale_gradient, scale_gradient_
 from sslkernels.vocabulary import cross_entropy as module
 
+pytestmark = pytest.mark.pairwise
+
 OP = "cross_entropy"
 DTYPES = (torch.float32, torch.bfloat16)
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0}

@@ -14,6 +14,8 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.vocabulary import linear_sample as module
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_sample"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(1, 1, 1), (5, 3, 2), (19, 517, 19), (3, 130, 64), (70, 66, 33), (1, 1100, 8), (0, 7, 3), (4, 5, 0)]
@@ -124,7 +126,7 @@ def test_the_tail_is_drawn_at_its_rate(device):
     assert_tail(device, rows=1 << 16, vocab=4096, gap=16.0, low=8, high=64)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_tail_20_nats_behind_is_drawn_at_its_rate(device):
     """32767 classes 20 nats behind: 35.4 of 2^19 draws are expected, below 11 or above 71 once in a million."""
     assert_tail(device, rows=1 << 19, vocab=32768, gap=20.0, low=11, high=71)

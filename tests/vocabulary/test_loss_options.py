@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "cross_entropy"
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 
@@ -130,7 +132,7 @@ GRID = [
 ]
 
 
-@pytest.mark.slow_for(backend="triton")
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_grid_of_options(backend, name, dtype, device):

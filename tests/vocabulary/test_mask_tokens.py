@@ -11,6 +11,8 @@ from philox_oracle import chi_square_limit, word
 import sslkernels as sk
 from sslkernels.vocabulary.mask_tokens import mask_tokens_fwd, special_ranges
 
+pytestmark = pytest.mark.pairwise
+
 OP = "mask_tokens"
 IGNORE = -100
 VOCAB, MASK, SPECIAL = 60, 4, (0, 1, 2, 10, 11, 59, 70, -1)

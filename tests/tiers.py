@@ -1,0 +1,94 @@
+"""The tiers of the tests: which cases `make test` runs, and which `make test-rest` runs after it.
+
+Marks in the test files say it; `conftest.py` calls `assign` on what pytest collected:
+
+    full                   the test is left to `make test-rest`
+    full_for(name=value)   so are its cases with these parameters; a tuple is any of its values
+    pairwise               of the other cases, `make test` runs a few that hold every pair of values of two parameters
+    costly(why)            the test takes more than 5 s of CPU time in `make test`, and why it is worth that
+
+Several parameters in one `full_for` must all match, and a test may have several such marks. A parameter that is a dict
+or a record counts as its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+COSTLY_SECONDS = 5
+
+
+def assign(items: Iterable[pytest.Item]) -> None:
+    """Marks as `full` what the marks of the tests leave out of `make test`."""
+    products: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if _left_out(item):
+            item.add_marker(pytest.mark.full)
+        elif item.get_closest_marker("pairwise") and parameters(item):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in products.values():
+        chosen = set(covering([parameters(item) for item in cases]))
+        for number, item in enumerate(cases):
+            if number not in chosen:
+                item.add_marker(pytest.mark.full)
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+def _left_out(item: pytest.Item) -> bool:
+    given = parameters(item)
+    return item.get_closest_marker("full") is not None or any(
+        all(given[name] in (value if isinstance(value, tuple) else (value,)) for name, value in mark.kwargs.items())
+        for mark in item.iter_markers("full_for")
+    )
+
+
+def covering(cases: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The numbers of cases that together hold every pair of values of two features, and every value, that occurs.
+
+    Greedy: the next case is the one that adds most, the first of several; what a case adds only shrinks, so that only
+    the cases at the top of the heap are counted again.
+    """
+    sets = [_pairs(case) for case in cases]
+    missing = set().union(*sets)
+    heap = [(-len(pairs), number) for number, pairs in enumerate(sets)]
+    heapq.heapify(heap)
+    chosen = []
+    while missing:
+        _, number = heapq.heappop(heap)
+        gain = len(sets[number] & missing)
+        if heap and (-gain, number) > heap[0]:
+            heapq.heappush(heap, (-gain, number))
+            continue
+        missing -= sets[number]
+        chosen.append(number)
+    return sorted(chosen)
+
+
+def product(**features: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of the product of the features, the cases that hold every pair of values of two."""
+    cases = [dict(zip(features, values, strict=True)) for values in itertools.product(*features.values())]
+    return [cases[number] for number in covering(cases)]
+
+
+def _pairs(case: Mapping[str, Any]) -> set[Hashable]:
+    values = [(name, repr(value)) for key, whole in case.items() for name, value in _fields(key, whole)]
+    return {*values, *itertools.combinations(values, 2)}
+
+
+def _fields(name: str, value: Any) -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [pair for key, part in value.items() for pair in _fields(f"{name}.{key}", part)]
