@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -73,10 +74,41 @@ def covering(cases: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted(chosen)
 
 
-def product(**features: Sequence[Any]) -> list[dict[str, Any]]:
-    """Of the product of the features, the cases that hold every pair of values of two."""
-    cases = [dict(zip(features, values, strict=True)) for values in itertools.product(*features.values())]
-    return [cases[number] for number in covering(cases)]
+def pairwise_cases(
+    features: Mapping[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], dict[str, Any] | None] = dict
+) -> list[dict[str, Any]]:
+    """Cases that hold every pair of values of two features; each is the best of several that are drawn.
+
+    A value that is named more often is drawn more often. allowed: completes the features of a case, or returns None; a
+    pair that it does not keep beside the first values of the other features is left out.
+    """
+    first = {name: values[0] for name, values in features.items()}
+    missing: dict[Hashable, dict[str, Any]] = {}
+    for one, two in itertools.combinations(features, 2):
+        for a, b in itertools.product(features[one], features[two]):
+            case = allowed({**first, one: a, two: b})
+            if case is not None and case[one] is a and case[two] is b:
+                missing.setdefault(_pair(case, one, two), case)
+    draw, cases = random.Random(0), []
+    while missing:
+        (one, _), (two, _) = pair = next(iter(missing))
+        drawn = [{name: draw.choice(values) for name, values in features.items()} for _ in range(30)]
+        fixed = {name: missing[pair][name] for name in (one, two)}
+        found = [case for case in (allowed(each | fixed) for each in drawn) if case is not None]
+        new = [[p for p in _all_pairs(case) if p in missing] for case in (*found, missing[pair])]
+        number, gone = max(((n, p) for n, p in enumerate(new) if pair in p), key=lambda each: len(each[1]))
+        cases.append([*found, missing[pair]][number])
+        for each in gone:
+            del missing[each]
+    return cases
+
+
+def _pair(case: Mapping[str, Any], one: str, two: str) -> Hashable:
+    return (one, repr(case[one])), (two, repr(case[two]))
+
+
+def _all_pairs(case: Mapping[str, Any]) -> list[Hashable]:
+    return [_pair(case, one, two) for one, two in itertools.combinations(case, 2)]
 
 
 def _pairs(case: Mapping[str, Any]) -> set[Hashable]:

@@ -171,6 +171,8 @@ def _fresh_dynamo():
 
 
 @pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("dynamic", "reduction"), [(False, "mean"), (True, "none")])
 def test_compile_equals_eager(backend, dynamic, reduction):

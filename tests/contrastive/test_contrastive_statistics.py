@@ -36,6 +36,7 @@ def statistics(x, y, **options):
     return stats
 
 
+@pytest.mark.full_for(backend="triton", dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -142,6 +143,7 @@ def test_a_query_without_a_positive(backend):
         assert stats.top1[~has].tolist() == [0, 0]
 
 
+@pytest.mark.full_for(dtype=torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_that_collapses_is_seen_at_every_step(dtype):
     """Attraction alone draws the features of an encoder together; the statistics follow float64 all the way."""

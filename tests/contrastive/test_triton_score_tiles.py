@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_contrastive import DEFAULTS, cases, check
+from test_contrastive import DEFAULTS, cases, check, packed_cases
 
 import sslkernels as sk
 from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, ColumnSums, SideGrad
@@ -381,6 +381,7 @@ def check_weighted(*tiles):
     assert bool((error <= (2 * eps + 2 * close) * sizes[1][some] + 1e-30).all())
 
 
+@pytest.mark.full_for(splits="many", rows=(130, 256))
 @pytest.mark.parametrize("splits", ["few", "many"])
 @pytest.mark.parametrize(("rows", "columns", "dim"), [*SHAPES, (40, 300, 250)])
 def test_weighted_sums(device, request, splits, rows, columns, dim):
@@ -493,13 +494,13 @@ def test_partials_fit_the_workspace():
     assert tile_sums.row_block(0, 5, 512 << 20) == 1
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", cases()[::3])
+@pytest.mark.parametrize("case", packed_cases()[::4] + cases()[::3])
 def test_energies_against_dense_float64(case):
     with sk.use_backend("triton"):
         check(case, torch.float32, 2e-5)
 
 
+@pytest.mark.full_for(dim=400, energy=("sigmoid", "hinge"))
 @pytest.mark.parametrize("dim", [1, 64, 400])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
 def test_energies_of_many_rows(small_supertiles, fixed_shift, energy, dim):
