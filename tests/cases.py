@@ -24,8 +24,8 @@ from sslkernels.core import backends
 # Without a GPU there are no cases of "cuda", which could only be skipped.
 BACKENDS = tuple(name for name in backends.BACKENDS if name != "cuda" or torch.cuda.is_available())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Triton's interpreter takes most of its time for these, which run the code of float32: tests mark them `full_for`.
-NOT_FLOAT32 = DTYPES[1:]
+# Tests on Triton's interpreter mark these `full_for`: there they run the code of float32 and bfloat16.
+REPEATED_DTYPES = (torch.float16, torch.float64)
 
 Tensors = dict[str, Tensor]
 

@@ -34,6 +34,7 @@ def assign(items: Iterable[pytest.Item]) -> None:
         elif item.get_closest_marker("pairwise") and parameters(item):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in products.values():
+        cases.sort(key=lambda item: "triton" in parameters(item).values())  # the slowest, where others hold as much
         chosen = set(covering([parameters(item) for item in cases]))
         for number, item in enumerate(cases):
             if number not in chosen:

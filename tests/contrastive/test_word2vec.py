@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import oracle
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+from cases import DTYPES, REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from cuda_graphs import captured
 from torch.utils.checkpoint import checkpoint
 
@@ -98,12 +98,13 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES)
 )
 test_shapes_without_data = shapes_without_data(CASES)
 
 
+@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exclude_positive", [False, True])
 def test_zipf_distributed_words(backend, exclude_positive, dtype, device):
@@ -134,6 +135,7 @@ def test_excluded_negatives_equal_fewer_negatives(backend, device):
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_subset_of_tables_gets_the_same_gradients(backend, reduction, device):
     indices, tables = problem(device)
@@ -312,6 +314,7 @@ def test_half_precision_mean_over_many_pairs(backend, words, device):
         assert oracle.error(got, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bitwise_equal_from_run_to_run(backend, dtype, device):
     pairs = 40 if backend == "triton" and device == "cpu" else 20000
@@ -342,6 +345,9 @@ def test_memory(backend, device):
     assert peak - sum(grad.nbytes for grad in grads) < 32 << 20
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -409,6 +415,7 @@ def test_autocast_keeps_the_tables(device):
         assert oracle.error(got, true) < 2 * torch.finfo(table.dtype).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     indices, tables = problem(device, requires_grad=(), dtype=torch.float16)

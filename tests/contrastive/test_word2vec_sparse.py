@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 from test_word2vec import TABLES, gradients, problem
 
 import sslkernels as sk
@@ -29,7 +29,7 @@ def check(got, dense):
     assert torch.equal(got.to_dense(), dense)
 
 
-@pytest.mark.full_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [3, 11, 400])
 def test_rows_of_the_dense_gradient(backend, words, dtype, device):

@@ -33,6 +33,7 @@ def call(tensors, target, **options):
     return sk.linear_cross_entropy(**tensors, target=target, **options)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, mode, reduction, device):

@@ -37,6 +37,10 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.full_for(mode="compact")
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, mode, dynamic, tensors):
@@ -186,6 +190,7 @@ def raw_calls(tensors):
     }
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize(
     "name",
     [

@@ -25,6 +25,7 @@ def layouts(shape):
         yield "every other", torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
 
 
+@pytest.mark.full_for(backend_name="triton")
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gumbel_quantize-soft"])  # torch's matmuls
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_layouts_agree(backend_name, name, device):

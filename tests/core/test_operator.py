@@ -217,6 +217,7 @@ def test_transforms_of_torch_func():
     assert batched.tolist() == [[6.0, 10.0]] * 2
 
 
+@pytest.mark.full_for(dynamic=False)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_functions_give_the_gradients_of_eager(dynamic):
     compiled = torch.compile(lambda left, right: Scaled.run(Pair(left, right), 2.0)[0], fullgraph=True, dynamic=dynamic)

@@ -177,7 +177,9 @@ def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve,
         torch.testing.assert_close(leaf.grad, true)
 
 
-@pytest.mark.full_for(backend=("triton", "reference"), dynamic=True)
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -302,6 +304,7 @@ def test_autocast_takes_any_mix_of_dtypes(dtype, device):
             assert oracle.error(grad, true) < 2 * torch.finfo(leaf.dtype).eps + 2e-6
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("odd", "bounds", "shared_prior", "no_kl")], ids=str)
 def test_opcheck(backend, case, device):
     leaves, options = case.arguments(torch.bfloat16, device)

@@ -8,7 +8,7 @@ import gumbel_oracle
 import oracle
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +60,7 @@ def tolerance(dtype: torch.dtype) -> float:
 SIZES = [((3, 4), 2, 5, 6), ((5,), 1, 1, 3), ((2, 1, 3), 3, 33, 1), ((), 2, 4, 4), ((9,), 2, 130, 16)]
 
 
-@pytest.mark.full_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_against_the_one_hot_product(backend, device, sizes, dtype):
@@ -426,6 +426,8 @@ def test_bitwise_equal_from_run_to_run(backend, device):
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):

@@ -13,7 +13,7 @@ import energy_oracle
 import oracle
 import pytest
 import torch
-from cases import NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+from cases import REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from energy_oracle import NAMES, exact, gradients, problem
 from torch.utils.checkpoint import checkpoint
 
@@ -64,7 +64,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES, energy_oracle)
 )
 test_shapes_without_data = shapes_without_data(CASES)
@@ -354,6 +354,8 @@ def test_memory(backend, mode, device):
     assert peak - sum(grad.nbytes for grad in grads) < 8 << 20
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
@@ -421,6 +423,7 @@ def test_autocast_takes_mixed_dtypes(device):
         assert oracle.error(got, true) < 2 * torch.finfo(tensor.dtype).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     inputs = problem(device, requires_grad=(), dtype=torch.float16)
