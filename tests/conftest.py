@@ -21,6 +21,7 @@ from sslkernels.core import backends
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     interpreter.repair()
 
+STARTED = pytest.StashKey[float]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Outputs of an operator that share memory are only warned of, unless the environment variable CI is set.
 torch._functorch.config.error_on_custom_op_aliasing = True
@@ -36,6 +37,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     tiers.assign(items)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[STARTED] = cpu_seconds()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    item.user_properties.append(("cpu_seconds", cpu_seconds() - item.stash[STARTED]))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names the tests that cost much and do not say why. They pass: a busy machine counts more seconds."""
+    for report in terminalreporter.stats.get("", []):
+        seconds = dict(report.user_properties).get("cpu_seconds", 0.0)
+        if report.when == "teardown" and seconds > tiers.COSTLY_SECONDS and not {"costly", "full"} & {*report.keywords}:
+            terminalreporter.write_line(f"COSTLY, without a reason: {seconds:.1f} s of CPU time, {report.nodeid}")
 
 
 @pytest.fixture

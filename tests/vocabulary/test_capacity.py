@@ -159,6 +159,9 @@ def test_an_overflow_that_cannot_raise_is_nan(backend, mode, reduction, capacity
         assert sk.linear_cross_entropy(**tensors, target=target, reduction="sum", capacity=capacity).isnan()
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(mode="compact")
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_with_a_capacity_that_depends_on_a_shape(backend, mode, device):
     torch._dynamo.reset()
