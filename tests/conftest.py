@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """The CPU time of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
