@@ -450,3 +450,16 @@ def test_symmetric_scores_are_kept_as_a_triangle(products_computed):
     products_computed.clear()
     sk.nt_xent(x.detach(), y.detach())
     assert products_computed == triangle
+
+
+@pytest.mark.parametrize("direction", ["row", "symmetric"])
+def test_float16_gradients_of_a_loss_that_counts_nothing_are_zero(backend, direction):
+    """float16 gradients are held relative to the largest coefficient, which is 0 here."""
+    x, y = (torch.randn(5, 8, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    options = {"direction": direction, "row_weight": torch.zeros(5)}
+    for loss in (
+        sk.contrastive_energy(x, y, reduction="sum", **options),
+        0 * sk.contrastive_energy(x, y, direction=direction, reduction="none").sum(),
+    ):
+        grads = torch.autograd.grad(loss, (x, y))
+        assert not any(grad.any() for grad in grads)

@@ -77,3 +77,22 @@ def test_an_expanded_gradient_is_not_stored(name):
             with Copies() as copies:
                 torch.autograd.grad(output, leaves, grad, retain_graph=True, allow_unused=True)
             assert copies.largest < output.numel() or output.dim() < 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_batch_of_gradients_is_the_gradients_one_by_one(name, device):
+    """Also at the last use of the graph, where a gradient that a forward keeps may be scaled in place."""
+    call = CALLS[name]
+    leaves = call.leaves(device)
+    outputs = [output for output in differentiable(call.run(*leaves)) if output.numel()]
+    for i, output in enumerate(outputs):
+        batch = torch.randn(3, *output.shape).to(output)
+        want = [torch.autograd.grad(output, leaves, g, retain_graph=True, allow_unused=True) for g in batch]
+        if any(g is not None and g.is_sparse for g in want[0]):
+            pytest.skip("vmap has no sparse tensors")
+        last = i == len(outputs) - 1
+        got = torch.autograd.grad(
+            output, leaves, batch, is_grads_batched=True, retain_graph=not last, allow_unused=True
+        )
+        for a, *e in zip(got, *want, strict=True):
+            assert (a is None and e[0] is None) or torch.allclose(a, torch.stack(e), rtol=1e-4, atol=1e-6)
