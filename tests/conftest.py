@@ -58,7 +58,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
     """Names the tests that cost much and do not say why. They pass: a busy machine counts more seconds."""
     for report in terminalreporter.stats.get("", []):
         seconds = dict(report.user_properties).get("cpu_seconds", 0.0)
-        if report.when == "teardown" and seconds > tiers.COSTLY_SECONDS and not {"costly", "full"} & {*report.keywords}:
+        if (
+            report.when == "teardown"
+            and seconds > tiers.COSTLY_SECONDS
+            and not {"costly", "full", "slow"} & {*report.keywords}
+        ):
             terminalreporter.write_line(f"COSTLY, without a reason: {seconds:.1f} s of CPU time, {report.nodeid}")
 
 

@@ -1,14 +1,15 @@
-"""The tiers of the tests: which cases `make test` runs, and which `make test-rest` runs after it.
+"""The tiers of the tests: what `make test` runs, what `make test-rest` adds, which CI runs too, and `make test-slow`.
 
 Marks in the test files say it; `conftest.py` calls `assign` on what pytest collected:
 
-    full                   the test is left to `make test-rest`
-    full_for(name=value)   so are its cases with these parameters; a tuple is any of its values
-    pairwise               of the other cases, `make test` runs a few that hold every pair of values of two parameters
-    costly(why)            the test takes more than 5 s of CPU time in `make test`, and why it is worth that
+    full, full_for(name=value)   the test, or its cases with these parameters, is left to `make test-rest`
+    slow, slow_for(name=value)   to `make test-slow`: it takes long and shows little more
+    pairwise                     of the other cases, `make test` runs a few that hold every pair of values of two
+                                 parameters; the rest is full, and slow on Triton's interpreter
+    costly(why)                  takes more than 5 s of CPU time in `make test`, and why it is worth that
 
-Several parameters in one `full_for` must all match, and a test may have several such marks. A parameter that is a dict
-or a record counts as its fields.
+Several parameters in one mark must all match, a tuple is any of its values, and a test may have several such marks. A
+parameter that is a dict or a record counts as its fields.
 """
 
 from __future__ import annotations
@@ -21,35 +22,42 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 COSTLY_SECONDS = 5
 
 
 def assign(items: Iterable[pytest.Item]) -> None:
-    """Marks as `full` what the marks of the tests leave out of `make test`."""
+    """Marks as `full` or `slow` what the marks of the tests leave out of `make test`."""
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if _left_out(item):
-            item.add_marker(pytest.mark.full)
+        tier = next((tier for tier in ("slow", "full") if _is(item, tier)), None)
+        if tier is not None:
+            item.add_marker(tier)
         elif item.get_closest_marker("pairwise") and parameters(item):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in products.values():
-        cases.sort(key=lambda item: "triton" in parameters(item).values())  # the slowest, where others hold as much
+        cases.sort(key=_interpreted)  # the slowest, where others hold as much
         chosen = set(covering([parameters(item) for item in cases]))
         for number, item in enumerate(cases):
             if number not in chosen:
-                item.add_marker(pytest.mark.full)
+                item.add_marker("slow" if _interpreted(item) else "full")
+
+
+def _interpreted(item: pytest.Item) -> bool:
+    return "triton" in parameters(item).values() and not torch.cuda.is_available()
 
 
 def parameters(item: pytest.Item) -> dict[str, Any]:
     return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
-def _left_out(item: pytest.Item) -> bool:
+def _is(item: pytest.Item, tier: str) -> bool:
+    """Whether the marks of the test say that the case is in `tier`."""
     given = parameters(item)
-    return item.get_closest_marker("full") is not None or any(
+    return item.get_closest_marker(tier) is not None or any(
         all(given[name] in (value if isinstance(value, tuple) else (value,)) for name, value in mark.kwargs.items())
-        for mark in item.iter_markers("full_for")
+        for mark in item.iter_markers(f"{tier}_for")
     )
 
 

@@ -170,7 +170,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
 @pytest.mark.usefixtures("_fresh_dynamo")

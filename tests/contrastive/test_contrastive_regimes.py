@@ -259,7 +259,7 @@ def test_float16_gradients_of_a_large_batch(energy, count, num_items):
         assert error(half, single) < torch.finfo(torch.float16).eps
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_rows_of_a_batch_of_65536_against_float64(energy):
     """Statistics and gradients of sampled rows against a dense float64 computation of their scores."""

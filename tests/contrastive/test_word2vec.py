@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=REPEATED_DTYPES)(
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES)
 )
 test_shapes_without_data = shapes_without_data(CASES)
@@ -135,7 +135,7 @@ def test_excluded_negatives_equal_fewer_negatives(backend, device):
         torch.testing.assert_close(got, true)
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_subset_of_tables_gets_the_same_gradients(backend, reduction, device):
     indices, tables = problem(device)
@@ -314,7 +314,7 @@ def test_half_precision_mean_over_many_pairs(backend, words, device):
         assert oracle.error(got, true) < torch.finfo(torch.float16).eps
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bitwise_equal_from_run_to_run(backend, dtype, device):
     pairs = 40 if backend == "triton" and device == "cpu" else 20000
@@ -415,7 +415,7 @@ def test_autocast_keeps_the_tables(device):
         assert oracle.error(got, true) < 2 * torch.finfo(table.dtype).eps
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     indices, tables = problem(device, requires_grad=(), dtype=torch.float16)

@@ -29,7 +29,7 @@ def check(got, dense):
     assert torch.equal(got.to_dense(), dense)
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [3, 11, 400])
 def test_rows_of_the_dense_gradient(backend, words, dtype, device):

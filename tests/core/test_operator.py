@@ -311,7 +311,7 @@ def test_return_stats_must_be_a_bool(value):
             call()
 
 
-@pytest.mark.full_for(backend_name="triton")
+@pytest.mark.slow_for(backend_name="triton")
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_every_output_has_memory_of_its_own(backend_name, name, device, monkeypatch):

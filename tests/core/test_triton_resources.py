@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for every architecture as its launchers call it, within its registers and memory.
 
-`make test` compiles each branch of each kernel once, for sm_90.
+`make test` compiles each branch of each kernel once, for sm_90; `make test-rest` for the other architectures.
 """
 
 import json
@@ -36,9 +36,11 @@ MATMULS = {
     scope="module",
     params=[
         pytest.param(
-            ("--few=90",), id="few", marks=pytest.mark.costly("a compiler sees what the interpreter lets pass")
+            ("--few=90",), id="sm_90", marks=pytest.mark.costly("a compiler sees what the interpreter lets pass")
         ),
-        pytest.param((), id="all", marks=pytest.mark.full),
+        pytest.param(("--few=80",), id="sm_80", marks=pytest.mark.full),
+        pytest.param(("--few=100",), id="sm_100", marks=pytest.mark.full),
+        pytest.param((), id="all", marks=pytest.mark.slow),
     ],
 )
 def compiled(request) -> list[dict[str, Any]]:
@@ -60,7 +62,7 @@ def test_every_kernel_is_launched_and_compiles(compiled, request):
     kernels = triton_launches.kernels()
     assert kernels
     covered = {(row["kernel"], row["architecture"]) for row in compiled}
-    architectures = SHARED_LIMIT if request.node.callspec.id == "all" else (90,)
+    architectures = {"sm_80": [80], "sm_90": [90], "sm_100": [100], "all": SHARED_LIMIT}[request.node.callspec.id]
     assert covered == {(kernel, architecture) for kernel in kernels for architecture in architectures}
 
 

@@ -44,7 +44,7 @@ def differentiate(function, leaves, options, requires_grad=LEAVES):
     return outputs, dict(zip([n for n, leaf in leaves.items() if leaf.requires_grad], grads, strict=True))
 
 
-@pytest.mark.full_for(backend="triton", case=LONG_ROWS, dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", case=LONG_ROWS, dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_against_float64(backend, case, dtype, device):

@@ -66,7 +66,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
 def test_values_and_gradients(backend, device, shape, dim, dtype):
@@ -85,7 +85,7 @@ def test_values_and_gradients(backend, device, shape, dim, dtype):
         assert_close(got, true_grad, dtype, 8 / tau)
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_longer_than_a_tile(backend, device, dtype):
     logits = draw(1, 8197, dtype=dtype, device=device).requires_grad_()
@@ -429,7 +429,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
 
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
-@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
     torch._dynamo.reset()

@@ -60,7 +60,7 @@ def tolerance(dtype: torch.dtype) -> float:
 SIZES = [((3, 4), 2, 5, 6), ((5,), 1, 1, 3), ((2, 1, 3), 3, 33, 1), ((), 2, 4, 4), ((9,), 2, 130, 16)]
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_against_the_one_hot_product(backend, device, sizes, dtype):
@@ -90,7 +90,7 @@ def test_against_the_one_hot_product(backend, device, sizes, dtype):
             assert float((grad.double() - true_grad.double()).norm()) < bound
 
 
-@pytest.mark.full_for(backend="triton", hard=False)
+@pytest.mark.slow_for(backend="triton", hard=False)
 @pytest.mark.parametrize("hard", [False, True])
 def test_mixed_dtypes(backend, device, hard):
     """Half-precision logits with a codebook in float32, as a model under autocast has them, and the other way round."""
@@ -428,7 +428,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
 
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
-@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
     torch._dynamo.reset()

@@ -69,7 +69,7 @@ def test_frequencies(device, codes, tau, dtype):
         assert_frequencies(logits, 1 << 15, device, tau=tau)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_frequencies_of_many_codes(device):
     with sk.use_backend(native(device)):
         logits = 3 * torch.randn(32768, generator=torch.Generator().manual_seed(0)).to(device)
@@ -95,7 +95,7 @@ def test_a_tail_of_16_nats(device):
         assert_tail(device, 16.0, 65536, 5000, 1)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_tail_of_20_nats(device):
     with sk.use_backend(native(device)):
         assert_tail(device, 20.0, 262144, 60000, 1)

@@ -64,7 +64,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.full_for(name="triton", dtype=REPEATED_DTYPES)(
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES, energy_oracle)
 )
 test_shapes_without_data = shapes_without_data(CASES)
@@ -356,7 +356,7 @@ def test_memory(backend, mode, device):
 
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
-@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -538,7 +538,7 @@ def row_energy(energies, mode, beta):
     return -(torch.logsumexp(-beta * energies, 0) - math.log(len(energies))) / beta
 
 
-@pytest.mark.full_for(backend="triton", shape=SHAPES[1:])
+@pytest.mark.slow_for(backend="triton", shape=SHAPES[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["soft", "min", "mean"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -572,7 +572,7 @@ def test_a_mask_leaves_hypotheses_out(backend, shape, mode, dtype, device):
     )
 
 
-@pytest.mark.full_for(backend="triton", shape=SHAPES[1:])
+@pytest.mark.slow_for(backend="triton", shape=SHAPES[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["soft", "min", "mean"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

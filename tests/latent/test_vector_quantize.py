@@ -44,7 +44,7 @@ def check(x, c, metric, *, ties=False):
     return quantized
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_against_brute_force(backend, shape, dtype, metric, device):
     torch.testing.assert_close(got.perplexity, perplexity)
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("code_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +75,7 @@ def test_input_and_codebook_of_different_dtypes(backend, dtype, code_dtype, metr
     assert got.commitment.dtype == (torch.float64 if torch.float64 in (dtype, code_dtype) else torch.float32)
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
@@ -91,7 +91,7 @@ def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
     assert not check(x, c[:1].expand(130, 20), metric, ties=True).indices.any()
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
@@ -113,7 +113,7 @@ def test_a_large_common_offset(backend, offset, metric, device):
     check(x + offset, c + offset, metric)
 
 
-@pytest.mark.full_for(backend="triton", scale=(1e-30, 1e-16, 1e25))
+@pytest.mark.slow_for(backend="triton", scale=(1e-30, 1e-16, 1e25))
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-16, 1e12, 1e25, 1e37])
 def test_squares_that_overflow_or_underflow_float32(backend, scale, metric, device):
@@ -125,7 +125,7 @@ def test_squares_that_overflow_or_underflow_float32(backend, scale, metric, devi
     check(x * spread[: len(x)], c, metric)
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e155, 1e300])
 def test_squares_that_overflow_or_underflow_float64(backend, scale, metric, device):
@@ -150,7 +150,7 @@ def test_zero_rows_and_zero_codes(backend, metric, device):
     check(-x.abs(), c.abs(), metric)  # all scores are negative but those of zero codes
 
 
-@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nonfinite_inputs(backend, dtype, metric, device):
@@ -267,7 +267,7 @@ def test_products_with_the_largest_allowed_error(dtype, metric):
         check(x, c, metric)
 
 
-@pytest.mark.full_for(dtype=torch.bfloat16)
+@pytest.mark.slow_for(dtype=torch.bfloat16)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_products_with_the_largest_allowed_error(dtype, metric, monkeypatch, device):
@@ -404,7 +404,7 @@ print(native.extension.build_info()["cpu_isa"] if native.extension else "none", 
 """
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_codes():
     printed = {}
     for isa in ("default", "avx2", "avx512"):

@@ -49,7 +49,7 @@ def ours(x, c, straight_through, weight):
     return got.values, got.commitment
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
 def test_gradients_against_float64(backend, straight_through, weight, dtype, device):
@@ -269,8 +269,8 @@ def test_autocast_changes_nothing(backend, device):
             assert torch.equal(a, b)
 
 
-@pytest.mark.full_for(backend="triton", wanted=((False, False), (False, True), (True, False)))
-@pytest.mark.full_for(backend="triton", dtype=torch.float16)
+@pytest.mark.slow_for(backend="triton", wanted=((False, False), (False, True), (True, False)))
+@pytest.mark.slow_for(backend="triton", dtype=torch.float16)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, dtype, device):

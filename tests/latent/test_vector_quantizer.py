@@ -36,7 +36,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.full_for(backend="triton", metric=("cosine", "dot"))
+@pytest.mark.slow_for(backend="triton", metric=("cosine", "dot"))
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 def test_the_averages_of_van_den_oord(backend, metric, device):
     """Compared with the formulas in float64, written with a one-hot."""
@@ -90,7 +90,7 @@ def test_the_gradient_uses_the_codebook_that_quantised(backend, device):
     torch.testing.assert_close(grad, torch.autograd.grad(values.sum() + commitment, x)[0])
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_starts_from_distinct_rows_of_the_first_batch(backend, decay, device):
     module = quantizer(device, decay=decay, seed=3)
@@ -131,7 +131,7 @@ def test_starts_with_fewer_rows_than_codes_and_with_none(backend, device):
     assert torch.equal(nothing.codebook, before)
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_dead_codes_become_rows_that_the_next_step_keeps(backend, device):
     """espnet#6284: stale averages would move a revived code back at once."""
     rows = list(batches(device, 3))
@@ -160,7 +160,7 @@ def test_dead_codes_become_rows_that_the_next_step_keeps(backend, device):
     assert (kept.codebook[4:] > 100).all()
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_revival_takes_distinct_rows_and_each_step_others(backend, device):
     rows = next(batches(device, 1, rows=40))
     far = torch.full((6, 5), 1e4, device=device)
@@ -180,7 +180,7 @@ def test_revival_takes_distinct_rows_and_each_step_others(backend, device):
         assert not any(torch.equal(one, other) for other in drawn[i + 1 :])
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_no_state_of_torch_is_used(backend, device):
     """torch's generators are neither read nor advanced."""
     results = []
@@ -203,7 +203,7 @@ def test_the_averages_keep_no_graph(device):
     assert not any(buffer.requires_grad for buffer in module.buffers())
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_a_saved_state_resumes_exactly(backend, device):
     whole, stopped = (quantizer(device, revive_below=0.5) for _ in range(2))
     data = list(batches(device, 6))
@@ -224,7 +224,7 @@ def test_a_saved_state_resumes_exactly(backend, device):
     assert fresh.started  # a state from before the first batch starts there
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_averages_stay_in_float32(backend, dtype, device):
     """In half precision an update of a hundredth would round to nothing."""
@@ -245,7 +245,7 @@ def test_averages_stay_in_float32(backend, dtype, device):
     assert torch.equal(twin.codebook, module.codebook)
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_autocast(backend, device):
     modules = [quantizer(device, revive_below=0.3) for _ in range(2)]
     for x in batches(device, 3):
@@ -256,7 +256,7 @@ def test_autocast(backend, device):
     assert equal(*(state(module) for module in modules))
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_rows_that_are_not_finite_move_nothing(backend, device):
     whole, part = (quantizer(device, revive_below=0.3) for _ in range(2))
     for x in batches(device, 3):
@@ -268,7 +268,7 @@ def test_rows_that_are_not_finite_move_nothing(backend, device):
     assert equal(state(whole), state(part))
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
 def test_codes_stay_within_the_rows(backend, metric, device):
     """With the cosine they have norm 1, at the start and where a dead code was revived, too."""
@@ -282,7 +282,7 @@ def test_codes_stay_within_the_rows(backend, metric, device):
             torch.testing.assert_close(module.codebook.norm(dim=1), torch.ones(12, device=device))
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 def test_decay_zero_and_batches_without_rows(backend, device):
     module = quantizer(device, init="normal", decay=0.0, eps=0.0, revive_below=None)
     before = module.codebook.clone()

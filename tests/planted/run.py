@@ -43,7 +43,18 @@ def build(copy: Path) -> bool:
 
 def finds(copy: Path, tests: list[str], log: Path) -> bool:
     """Whether the tests fail. Nothing selected is no failure."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not full", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not full and not slow",
+        *tests,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     with open(log, "w") as out:
         try:

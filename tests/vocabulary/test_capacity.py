@@ -226,7 +226,7 @@ def buffers(monkeypatch):
     return seen
 
 
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_workspace_is_a_bound(backend, dtype, device, buffers):
     """Also if the weight's gradient accumulates in float32, which raises the default on a CPU."""

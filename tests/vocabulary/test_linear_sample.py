@@ -126,7 +126,7 @@ def test_the_tail_is_drawn_at_its_rate(device):
     assert_tail(device, rows=1 << 16, vocab=4096, gap=16.0, low=8, high=64)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_tail_20_nats_behind_is_drawn_at_its_rate(device):
     """32767 classes 20 nats behind: 35.4 of 2^19 draws are expected, below 11 or above 71 once in a million."""
     assert_tail(device, rows=1 << 19, vocab=32768, gap=20.0, low=11, high=71)

@@ -75,7 +75,7 @@ def torchs_samples(monkeypatch):
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["", "chunked", "chunked_none"])
 def test_sample_inputs_of_torchs_operator(backend, variant, dtype):
@@ -102,7 +102,7 @@ def test_sample_inputs_of_torchs_operator(backend, variant, dtype):
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.full_for(backend="triton")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sample_inputs_of_torchs_module(backend, dtype):
     from torch.testing._internal.common_modules import module_db
