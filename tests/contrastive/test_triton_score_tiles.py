@@ -494,7 +494,10 @@ def test_partials_fit_the_workspace():
     assert tile_sums.row_block(0, 5, 512 << 20) == 1
 
 
-@pytest.mark.parametrize("case", packed_cases()[::4] + cases()[::3])
+@pytest.mark.parametrize(
+    "case",
+    packed_cases()[::4] + [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in cases()[::3]],
+)
 def test_energies_against_dense_float64(case):
     with sk.use_backend("triton"):
         check(case, torch.float32, 2e-5)
