@@ -49,6 +49,7 @@ def test_a_mean_over_no_query(backend, energy, on_empty):
         assert loss.isnan()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_num_items_is_the_divisor_of_accumulated_micro_batches(backend):
     x, y = pairs(8)
     whole = sk.contrastive_energy(x, y, positive=torch.arange(8), reduction="sum") / 8

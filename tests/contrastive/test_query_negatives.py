@@ -165,6 +165,7 @@ def test_error_is_at_most_that_of_eager(backend, device, dtype, normalise):
         assert error <= eager_error + rounding + 4 * torch.finfo(torch.float32).eps, name
 
 
+@pytest.mark.full_for(backend="triton")
 def test_repeats_to_the_bit(backend, device):
     inputs = make(OwnCase(shape=(5, 33, 65), normalise=True, mask="some", dtype=torch.bfloat16))
     first, second = (compute(inputs, device) for _ in range(2))

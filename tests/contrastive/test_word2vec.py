@@ -204,6 +204,7 @@ def test_grad_output_of_every_kind(backend, device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_second_backward_gives_the_same_gradients(backend, device):
     indices, tables = problem(device, dtype=torch.float32)
     loss = sk.negative_sampling_loss(**indices, **tables)
@@ -366,6 +367,7 @@ def test_compile_equals_eager(backend, dynamic, device):
             torch.testing.assert_close(got, true)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     indices, tables = problem(device)

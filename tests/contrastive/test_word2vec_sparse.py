@@ -45,6 +45,7 @@ def test_rows_of_the_dense_gradient(backend, words, dtype, device):
     assert torch.equal(context, torch.cat([indices["context"], indices["negatives"].flatten()]).unique())
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wanted", [TABLES, *((name,) for name in TABLES)], ids=str)
 def test_every_subset_of_tables(backend, wanted, reduction, device):
@@ -160,6 +161,7 @@ def test_double_backward_raises(device):
         grad.to_dense().square().sum().backward()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     indices, tables = problem(device, requires_grad=(), dtype=torch.float32)

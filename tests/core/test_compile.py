@@ -88,6 +88,7 @@ def test_export(tensors):
     torch.testing.assert_close(exported(x, target), head(x, target))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpoint(backend, mode, use_reentrant, tensors):
@@ -208,6 +209,7 @@ def test_opcheck(backend, name, tensors):
     torch.library.opcheck(operator.raw, tuple(operator.inputs.pack(args)))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_bitwise_equal_from_run_to_run(backend, mode, device):
     rows = 9 if os.environ.get("TRITON_INTERPRET") == "1" and backend == "triton" else 301

@@ -140,7 +140,6 @@ def test_every_compiled_instruction_set_gives_the_same_losses(isa):
     assert order.index(result.stdout.strip()) <= order.index(isa)
 
 
-@pytest.mark.full_for(name="SSLKERNELS_BACKEND")
 @pytest.mark.parametrize("name", ["SSLKERNELS_CPU_ISA", "SSLKERNELS_BACKEND"])
 def test_environment_variables_that_name_nothing(name):
     result = python("import sslkernels", **{name: "bogus"})

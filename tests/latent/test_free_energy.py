@@ -214,6 +214,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
         value.sum().backward()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_raises(backend, device):
     energy = energies(8, 5, device=device)
     grad = grad_of(sk.free_energy(energy), energy, create_graph=True)
@@ -221,6 +222,7 @@ def test_double_backward_raises(backend, device):
         (grad.square().sum() + energy.square().sum()).backward()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_of_the_minimum(backend, device):
     """The gradient depends on the winner alone, so its derivative in the energies is 0; in grad_output it raises."""
     energy = energies(8, 5, device=device)
@@ -287,6 +289,7 @@ def test_half_precision_gradient_rounds_once(backend, device):
     assert oracle.error(grad, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("shape", [(50, 7), (3, 5000), (30, 40, 50)], ids=str)
 def test_bitwise_equal_from_run_to_run(backend, shape, device):
     if backend == "triton" and device == "cpu":
@@ -330,6 +333,7 @@ def test_compile_equals_eager(backend, dynamic, device):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     energy = energies(6, 5, device=device)
@@ -357,6 +361,7 @@ def test_autocast_keeps_float32(device):
     assert half.dtype == torch.float32
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("minimum", [False, True])
 def test_opcheck(backend, minimum, device):
     energy = energies(3, 5, 2, device=device, dtype=torch.float16, requires_grad=False)

@@ -90,6 +90,7 @@ def test_the_divergence_alone_is_that_of_the_samples(backend, case, device):
 SUBSETS = list(itertools.product([False, True], repeat=4))[1:]
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("name", ["mixed_prior", "shared_prior", "prior"])
 def test_every_subset_of_leaves_gets_the_same_gradients(backend, name, device):
     case = next(c for c in CASES if c.name == name)
@@ -166,6 +167,7 @@ def test_gradients_of_any_layout_and_of_either_output_alone(backend, device):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_a_retained_graph_gives_the_same_gradients_again(backend, device):
     case = CASES[2]
     leaves, options = case.arguments(torch.float32, device)
@@ -176,6 +178,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_raises(backend, device):
     mean, logvar = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(2))
     z, kl = sk.gaussian_rsample(mean, logvar, seed=0)

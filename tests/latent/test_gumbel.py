@@ -256,6 +256,7 @@ def test_grad_output_of_every_kind(backend, device):
     torch.testing.assert_close(gradient(7 * y[2, 3]), 7 * gradient(y[2, 3]))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_second_backward_gives_the_same_gradient(backend, device):
     logits, weight = draw(5, 8, device=device).requires_grad_(), draw(5, 8, device=device)
     loss = (sk.gumbel_softmax(logits, 0.5, True) * weight).sum()
@@ -406,6 +407,7 @@ def test_memory(backend, device):
     assert peak - sum(result.nbytes for result in results) < 8 << 20
 
 
+@pytest.mark.full_for(backend="triton")
 def test_bitwise_equal_from_run_to_run(backend, device):
     rows = {"reference": 50, "triton": 9}.get(backend, 3000)
     threads = torch.get_num_threads()
@@ -476,6 +478,7 @@ def test_a_compiled_graph_draws_anew(device):
     assert not torch.equal(compiled(logits), compiled(logits))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, device, use_reentrant):
     """The recomputed forward draws the same: torch restores its default generators, or a seed is given."""
@@ -526,6 +529,7 @@ def test_autocast_changes_nothing(device, dtype):
     assert torch.autograd.grad(y.sum(), logits)[0].dtype == dtype
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend, device):
     logits, seed = draw(3, 6, dtype=torch.bfloat16, device=device), torch.tensor(3, device=device)
     inverse_tau = torch.tensor(2.0, dtype=torch.float64, device=device)

@@ -155,6 +155,7 @@ def test_without_noise(backend, device):
         torch.testing.assert_close(alone, true_grads[1])
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("hard", [False, True])
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, device, hard):
     options = {"hard": hard, "seed": 5, "tau": 0.6}
@@ -217,6 +218,7 @@ def test_grad_output_of_every_kind(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_second_backward_gives_the_same_gradients(backend, device):
     tensors = problem(device, dtype=torch.float32)
     loss = loss_of(sk.gumbel_quantize(*tensors, return_stats=True))
@@ -406,6 +408,7 @@ def test_memory(backend, device):
         assert peak - sum(result.nbytes for result in results) < 20 << 20
 
 
+@pytest.mark.full_for(backend="triton")
 def test_bitwise_equal_from_run_to_run(backend, device):
     rows = {"reference": 50, "triton": 9}.get(backend, 3000)
     threads = torch.get_num_threads()
@@ -501,6 +504,7 @@ def test_autocast(device):
     assert [g.dtype for g in torch.autograd.grad(soft.values.float().sum(), tensors)] == [t.dtype for t in tensors]
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend, device):
     logits, codebook = problem(device, batch=(3,), dtype=torch.bfloat16, requires_grad=())
     seed, mask = torch.tensor(3, device=device), mask_of((6,), device)

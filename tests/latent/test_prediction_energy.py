@@ -70,6 +70,7 @@ test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=
 test_shapes_without_data = shapes_without_data(CASES)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, mode, reduction, device):
@@ -160,6 +161,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_double_backward_raises(backend, mode, device):
     inputs = problem(device)
@@ -310,6 +312,7 @@ def test_half_precision_is_squared_and_summed_in_float32(backend, dtype, feature
             assert oracle.error(got, true) < torch.finfo(dtype).eps
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_mean_over_many_rows(backend, mode, device):
     """1/B is below the smallest float16, and so is a row's gradient until the loss scale multiplies it."""
@@ -322,6 +325,7 @@ def test_half_precision_mean_over_many_rows(backend, mode, device):
         assert oracle.error(got, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("shape", [(300, 8, 16), (2, 3, 30000), (1, 2000, 8)], ids=str)
 def test_bitwise_equal_from_run_to_run(backend, shape, device):
     if backend == "triton" and device == "cpu":
@@ -383,6 +387,7 @@ def test_compile_with_one_tensor_for_both():
     assert not torch.autograd.grad(got, rows)[0].any()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     inputs = problem(device)

@@ -186,6 +186,7 @@ def test_codes_that_are_all_nan(backend, metric, device):
     assert got.values.isnan().all()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 def test_one_code_and_many(backend, metric, device):
     x, c = draw(device, 25, 1, 16)
@@ -212,6 +213,7 @@ def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, 
         check(x, c, metric, ties=dtype != torch.float64)
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", [2, 64, 127, 128, 129])
 def test_every_panel_of_codes(backend, dim, metric, device):

@@ -79,6 +79,7 @@ def test_a_nan_in_an_ignored_row_reaches_no_gradient(backend, mode, capacity, de
         assert torch.equal(one, other)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_frozen_inputs(backend, mode, device):
     tensors, target = problem(device)
@@ -100,6 +101,7 @@ def test_int32_targets_with_a_64_bit_ignore_index(backend, device):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_retained_graph(backend, mode, device):
     tensors, target = problem(device)

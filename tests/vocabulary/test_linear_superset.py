@@ -72,6 +72,8 @@ def torchs_samples(monkeypatch):
         monkeypatch.setitem(sys.modules, "expecttest", stub)
 
 
+@pytest.mark.full_for(backend="reference")
+@pytest.mark.full_for(variant="chunked_none")
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
@@ -99,6 +101,7 @@ def test_sample_inputs_of_torchs_operator(backend, variant, dtype):
     assert count > 20
 
 
+@pytest.mark.full_for(backend="reference")
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
