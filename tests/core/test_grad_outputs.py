@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as sk
 from sslkernels.core import backends
+from sslkernels.core.scale import scaled
 
 COPIES = ("aten::clone", "aten::contiguous", "aten::_to_copy", "aten::copy_")
 
@@ -96,3 +97,14 @@ def test_a_batch_of_gradients_is_the_gradients_one_by_one(name, device):
         )
         for a, *e in zip(got, *want, strict=True):
             assert (a is None and e[0] is None) or torch.allclose(a, torch.stack(e), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_kept_gradient_of_another_dtype_is_converted_once(dtype, factor, device):
+    gradient = torch.randn(3, 5, device=device)
+    kept, scale = gradient.clone(), torch.tensor(factor, device=device)
+    result = scaled(gradient, scale, dtype)
+    assert result.dtype == dtype
+    assert torch.equal(result, (kept * scale).to(dtype))
+    assert torch.equal(gradient, kept) == (dtype != torch.float32 or factor == 1)

@@ -19,7 +19,7 @@ class Mistake(NamedTuple):
 PLAN = "sslkernels/contrastive/plan.py"
 SETUP = "sslkernels/contrastive/pair_setup.py"
 CHUNKS = "sslkernels/vocabulary/chunked_linear.py"
-PAIRS = "tests/contrastive/test_contrastive.py"
+PAIRS = "tests/contrastive/test_contrastive.py tests/contrastive/test_contrastive_losses.py"
 REGIMES = "tests/contrastive/test_contrastive_regimes.py"
 LINEAR = "tests/vocabulary/test_linear_cross_entropy.py tests/vocabulary/test_capacity.py"
 
@@ -44,7 +44,7 @@ PYTHON = [
         "sslkernels/core/scale.py",
         "        and gradient.dtype == dtype\n",
         "",
-        "tests/vocabulary/test_kept_gradient.py tests/core/test_autograd.py",
+        "tests/core/test_grad_outputs.py",
     ),
     Mistake("half of a two-sided loss", SETUP, "self.half = 0.5 if", "self.half = 1.0 if", PAIRS),
     Mistake(
@@ -76,7 +76,7 @@ PYTHON = [
         "",
         "tests/contrastive/test_triton_score_tiles.py -k frozen",
     ),
-    Mistake("a tile that is read twice counts twice", PLAN, "outputs.dot, alpha=0.5)", "outputs.dot)", PAIRS),
+    X,
     Mistake(
         "per-query negatives give no gradient to the bias",
         PLAN,
