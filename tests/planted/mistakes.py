@@ -76,7 +76,7 @@ PYTHON = [
         "",
         "tests/contrastive/test_triton_score_tiles.py -k frozen",
     ),
-    X,
+    Mistake("a tile that is read twice counts twice", PLAN, "outputs.dot, alpha=0.5)", "outputs.dot)", PAIRS),
     Mistake(
         "per-query negatives give no gradient to the bias",
         PLAN,
