@@ -4,16 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-slow bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
+.PHONY: test test-rest test-all test-slow cuda-host bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
-test: $(VENV)/built
-	$(BIN)/python -m pytest $(or $(ARGS),tests benchmarks --benchmark-disable -m "not slow" -n auto --maxprocesses 8 --dist loadfile)
+PYTEST = $(BIN)/python -m pytest tests benchmarks --benchmark-disable -n auto --maxprocesses 8 --dist loadfile
+test: $(VENV)/built $(if $(ARGS),,cuda-host)
+	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(PYTEST) -m "not full and not slow")
 
-# What takes minutes and shows little more.
-test-slow: $(VENV)/built
-	$(BIN)/python -m pytest tests -m slow -n auto --maxprocesses 8 --dist loadfile
+# What `make test` leaves out: the tests that are marked full. test-all: both, as in CI.
+test-rest: $(VENV)/built cuda-host
+	$(PYTEST) -m "full and not slow"
+
+test-all:
+	$(MAKE) test ARGS=
+	$(MAKE) test-rest
+
+# What takes long and shows little more.
+test-slow: $(VENV)/built cuda-host
+	$(PYTEST) -m slow
+
+# The CUDA kernels for the host, under two sanitizers; the tests build them too where they are missing.
+cuda-host: $(VENV)/built
+	@! command -v "$${CXX:-g++}" > /dev/null || PYTHONPATH=tests $(BIN)/python -m cuda_host.run
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,34 @@ def recorded() -> list[Specialisation]:
                 if architecture == BINDING or not call.binds:
                     recorder.run(call, architecture)
     return list(recorder.found.values())
+
+
+def each_branch_once(found: list[Specialisation], architecture: int) -> list[Specialisation]:
+    """A few of them for one architecture: of each kernel those that hold each value of each constexpr parameter that it
+    branches on, and float32, 16-bit types and float64. Among equals the smallest tile, which compiles fastest."""
+    chosen, seen = [], set()
+    rest = {id(each): each for each in found if each.architecture == architecture and not each.binds}
+    branches = {number: _branches(each) for number, each in rest.items()}
+
+    def worth(number: int) -> tuple[int, int]:
+        sizes = [value for value in rest[number].constexprs.values() if isinstance(value, int)]
+        return len(branches[number] - seen), -math.prod(max(size, 1) for size in sizes)
+
+    while rest:
+        best = max(rest, key=worth)
+        seen |= branches[best]
+        chosen.append(rest[best])
+        rest = {number: each for number, each in rest.items() if branches[number] - seen}
+    return chosen
+
+
+def _branches(launch: Specialisation) -> set[tuple[str, str, str]]:
+    """(kernel, parameter, value) of flags and modes, which are numbers up to 2; and the type of the first tensor."""
+    kernel = launch.kernel.__name__
+    types = (kind for kind in launch.signature.values() if kind.startswith("*"))
+    first = next(types, "").replace("bf16", "fp16")
+    values = {(name, value) for name, value in launch.constexprs.items() if not isinstance(value, int) or value <= 2}
+    return {(kernel, "type", first), *((kernel, name, str(value)) for name, value in values)}
 
 
 class _Recorder:

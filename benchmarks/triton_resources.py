@@ -22,7 +22,7 @@ from typing import Any
 import triton
 
 from benchmarks.resources import REGISTERS, WARPS, cuobjdump
-from benchmarks.triton_launches import Specialisation, recorded
+from benchmarks.triton_launches import Specialisation, each_branch_once, recorded
 
 # Bytes of shared memory per multiprocessor; every block reserves 1 KiB of it.
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
@@ -70,10 +70,10 @@ def resident_warps(architecture: int, registers: int, shared: int, num_warps: in
     return min(by_registers // num_warps, by_shared, WARPS // num_warps) * num_warps
 
 
-def results() -> list[dict[str, Any]]:
+def results(found: list[Specialisation]) -> list[dict[str, Any]]:
     """A thread compiles while others wait for the assembler, which takes most of the time."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return list(threads.map(resources, recorded()))
+        return list(threads.map(resources, found))
 
 
 COLUMNS = {
@@ -112,11 +112,13 @@ def shown(architectures: Iterable[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources", description=__doc__.split("\n")[0])
     parser.add_argument("file", nargs="?", type=Path, help="write a table there instead")
+    parser.add_argument("--few", type=int, metavar="ARCHITECTURE", help="each branch once, for one architecture")
     options = parser.parse_args()
+    found = recorded() if options.few is None else each_branch_once(recorded(), options.few)
     if options.file is None:
-        json.dump(results(), sys.stdout)
+        json.dump(results(found), sys.stdout)
     else:
-        text = f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}\n\n{table(results())}\n"
+        text = f"# Machine code of the Triton kernels\n\nTriton {triton.__version__}\n\n{table(results(found))}\n"
         options.file.write_text(text)
 
 

@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 
 import interpreter
 import pytest
+import tiers
+from cases import BACKENDS
 
 import sslkernels as sk
 from sslkernels.core import backends
@@ -19,29 +21,49 @@ from sslkernels.core import backends
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     interpreter.repair()
 
+STARTED = pytest.StashKey[float]()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Outputs of an operator that share memory are only warned of, unless the environment variable CI is set.
 torch._functorch.config.error_on_custom_op_aliasing = True
 
 
-def is_slow(item: pytest.Item) -> bool:
-    """Whether the parameters of the test have the values that one of its marks `slow_for` names."""
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return any(
-        all(parameters[name] in (v if isinstance(v, tuple) else (v,)) for name, v in mark.kwargs.items())
-        for mark in item.iter_markers("slow_for")
-    )
+if not torch.cuda.is_available():
+    collect_ignore = ["gpu"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if is_slow(item):
-            item.add_marker(pytest.mark.slow)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    tiers.assign(items)
+
+
+def cpu_seconds() -> float:
+    """The CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[STARTED] = cpu_seconds()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    item.user_properties.append(("cpu_seconds", cpu_seconds() - item.stash[STARTED]))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names the tests that cost much and do not say why. They pass: a busy machine counts more seconds."""
+    for report in terminalreporter.stats.get("", []):
+        seconds = dict(report.user_properties).get("cpu_seconds", 0.0)
+        if (
+            report.when == "teardown"
+            and seconds > tiers.COSTLY_SECONDS
+            and not {"costly", "full", "slow"} & {*report.keywords}
+        ):
+            terminalreporter.write_line(f"COSTLY, without a reason: {seconds:.1f} s of CPU time, {report.nodeid}")
 
 
 @pytest.fixture
@@ -49,7 +71,7 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Runs the test on every backend that can run the module's `OP` here."""
     op = getattr(request.module, "OP", None)

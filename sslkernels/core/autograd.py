@@ -175,6 +175,8 @@ def unit_columns(grad: Tensor) -> Tensor:
     """
     if grad.dim() == 0 or grad.stride(-1) == 1 or grad.shape[-1] <= 1 or grad.numel() == 0:
         return grad
+    if 0 not in grad.stride()[:-1]:
+        return grad.contiguous()  # a gradient of `is_grads_batched` has no views
     first = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in grad.stride()[:-1])
     return grad[first].contiguous().expand(grad.shape)
 

@@ -13,6 +13,8 @@ from sslkernels.contrastive.operators import contrastive_bwd, contrastive_fwd
 from sslkernels.contrastive.pair_rows import SOFTMAX
 from sslkernels.contrastive.records import PairInputs, PairOptions, PairWanted
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 NAMES = ("query", "key", "bank", "negatives", "logit_scale", "logit_bias", "row_weight")
 OPTIONS = (
@@ -40,6 +42,7 @@ def call(tensors, **options):
     return sk.contrastive_energy(**tensors, **options)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, options):
     if backend == "triton":
@@ -76,6 +79,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch):
     assert computed == [PairWanted(query=True, logit_scale=True), PairWanted()]
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_a_retained_graph_gives_the_same_gradients(backend, options):
     tensors = problem(dtype=torch.float32)
@@ -93,6 +97,7 @@ def test_a_retained_graph_gives_the_same_gradients(backend, options):
         torch.testing.assert_close(2 * one, three)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_backward_after_release_and_double_backward_raise(backend, options):
     tensors = problem(dtype=torch.float32)
@@ -113,6 +118,7 @@ def test_double_backward_names_the_function_that_was_called():
         grad.sum().backward()
 
 
+@pytest.mark.full_for(backend="reference")
 @pytest.mark.parametrize("options", OPTIONS, ids=OPTION_NAMES)
 def test_gradcheck(backend, options):
     if backend == "triton":
@@ -169,6 +175,8 @@ def _fresh_dynamo():
 
 
 @pytest.mark.slow_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("dynamic", "reduction"), [(False, "mean"), (True, "none")])
 def test_compile_equals_eager(backend, dynamic, reduction):
@@ -202,6 +210,7 @@ def test_a_compiled_graph_sees_an_index_out_of_range():
         compiled(query, query, positive=torch.tensor([0, 1, 3]))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant):
     x, y = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
@@ -269,6 +278,7 @@ def raw_arguments():
     return inputs, options, PairWanted(*[True] * len(PairWanted._fields))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend):
     inputs, options, wanted = raw_arguments()
     forward = (inputs, torch.rand(11), options, wanted, True)
@@ -280,6 +290,7 @@ def test_opcheck(backend):
         assert gradient.shape == other.shape
 
 
+@pytest.mark.full_for(backend="triton")
 def test_bitwise_equal_from_run_to_run(backend):
     rows = 9 if backend == "triton" else 301
     x, y = (torch.randn(rows, 33, requires_grad=True) for _ in range(2))

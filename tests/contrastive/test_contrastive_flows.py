@@ -8,6 +8,8 @@ import torch
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 NAMED = {
     "info_nce": (lambda x, y, **o: sk.info_nce(x, y, temperature=0.2, **o), sk.nn.InfoNCELoss(0.2)),
@@ -47,6 +49,7 @@ def test_a_mean_over_no_query(backend, energy, on_empty):
         assert loss.isnan()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_num_items_is_the_divisor_of_accumulated_micro_batches(backend):
     x, y = pairs(8)
     whole = sk.contrastive_energy(x, y, positive=torch.arange(8), reduction="sum") / 8

@@ -33,6 +33,7 @@ def same_gradients(got, want, leaves, rtol=1e-9):
         torch.testing.assert_close(one, two, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("negatives", [None, "unpaired", "paired"])
 def test_info_nce_equals_its_namesake(negatives, reduction):

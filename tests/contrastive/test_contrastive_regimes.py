@@ -13,6 +13,8 @@ from sslkernels.contrastive import score_tiles
 from sslkernels.contrastive.score_tiles import ReferencePairs
 from sslkernels.core.chunks import row_pitch
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
@@ -240,16 +242,17 @@ def float16_case(rows, dtype, energy):
     return x, y, {**options, "logit_scale": 10.0}
 
 
+@pytest.mark.parametrize(("count", "num_items"), [(1024, 2**18), pytest.param(16384, None, marks=pytest.mark.full)])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
-def test_float16_gradients_of_a_large_batch(energy):
-    """With a loss scale, as in float16 training, the gradients equal those of float32 to float16's precision. With
-    N = 16384, 1 / N times a probability underflows in float16: 1 / N must not enter the half-precision tile."""
+def test_float16_gradients_of_a_large_batch(energy, count, num_items):
+    """With a loss scale, as in float16 training, the gradients equal those of float32 to float16's precision. 1 / N
+    times a probability underflows in float16: 1 / N must not enter the half-precision tile."""
     loss_scale = 2.0**16
     results = {}
     for dtype in (torch.float16, torch.float32):
-        x, y, options = float16_case(16384, torch.float16, energy)
+        x, y, options = float16_case(count, torch.float16, energy)
         x, y = x.detach().to(dtype).requires_grad_(), y.detach().to(dtype).requires_grad_()
-        loss = sk.contrastive_energy(x, y, **options)
+        loss = sk.contrastive_energy(x, y, num_items=num_items, **options)
         results[dtype] = torch.autograd.grad(loss * loss_scale, (x, y))
     for half, single in zip(results[torch.float16], results[torch.float32], strict=True):
         assert half.dtype == torch.float16
@@ -447,3 +450,16 @@ def test_symmetric_scores_are_kept_as_a_triangle(products_computed):
     products_computed.clear()
     sk.nt_xent(x.detach(), y.detach())
     assert products_computed == triangle
+
+
+@pytest.mark.parametrize("direction", ["row", "symmetric"])
+def test_float16_gradients_of_a_loss_that_counts_nothing_are_zero(backend, direction):
+    """float16 gradients are held relative to the largest coefficient, which is 0 here."""
+    x, y = (torch.randn(5, 8, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    options = {"direction": direction, "row_weight": torch.zeros(5)}
+    for loss in (
+        sk.contrastive_energy(x, y, reduction="sum", **options),
+        0 * sk.contrastive_energy(x, y, direction=direction, reduction="none").sum(),
+    ):
+        grads = torch.autograd.grad(loss, (x, y))
+        assert not any(grad.any() for grad in grads)

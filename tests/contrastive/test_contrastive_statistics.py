@@ -8,6 +8,8 @@ from torch import Tensor
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 
 
@@ -34,6 +36,8 @@ def statistics(x, y, **options):
     return stats
 
 
+@pytest.mark.full_for(backend="triton")
+@pytest.mark.full_for(backend="triton", dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
 @pytest.mark.parametrize("normalize", [True, False])
@@ -140,6 +144,7 @@ def test_a_query_without_a_positive(backend):
         assert stats.top1[~has].tolist() == [0, 0]
 
 
+@pytest.mark.full_for(dtype=torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_that_collapses_is_seen_at_every_step(dtype):
     """Attraction alone draws the features of an encoder together; the statistics follow float64 all the way."""

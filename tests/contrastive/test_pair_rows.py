@@ -27,6 +27,8 @@ from sslkernels.contrastive.pair_rows import (
 from sslkernels.contrastive.records import gradient_dtype
 from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
 
+pytestmark = pytest.mark.pairwise
+
 OP = "contrastive_energy"
 KERNELS = {"reference": ReferencePairs(), "cpu": NativePairs(), "triton": TritonPairs()}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import BACKENDS
 from query_negatives_oracle import (
     FEATURES,
     NAMES,
@@ -32,13 +33,15 @@ from sslkernels.contrastive.query_negatives import (
     empty_outputs,
     query_negatives_,
 )
-from sslkernels.core import backends, native
+from sslkernels.core import native
+
+pytestmark = pytest.mark.pairwise
 
 ENERGIES = (SOFTMAX, SIGMOID, HINGE)
 CASES = {str(case): case for case in pairwise_cases()}
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def backend(request, device):
     """The backends of this operator, which has more than the functions that use it."""
     reason = query_negatives_.implementations.why_not(request.param, torch.device(device))
@@ -162,6 +165,7 @@ def test_error_is_at_most_that_of_eager(backend, device, dtype, normalise):
         assert error <= eager_error + rounding + 4 * torch.finfo(torch.float32).eps, name
 
 
+@pytest.mark.full_for(backend="triton")
 def test_repeats_to_the_bit(backend, device):
     inputs = make(OwnCase(shape=(5, 33, 65), normalise=True, mask="some", dtype=torch.bfloat16))
     first, second = (compute(inputs, device) for _ in range(2))
@@ -189,6 +193,7 @@ def test_unaligned_negatives(backend, device):
         assert_results(inputs, wanted_outputs(inputs, compute(inputs, device)))
 
 
+@pytest.mark.full_for(isa=("avx2", "avx512"))
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_compiled_instruction_set(isa):
     if native.extension is None:

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_contrastive import DEFAULTS, cases, check
+from test_contrastive import DEFAULTS, cases, check, packed_cases
 
 import sslkernels as sk
 from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, ColumnSums, SideGrad
@@ -22,7 +22,7 @@ from sslkernels.contrastive.triton import score_tiles as launcher
 from sslkernels.contrastive.triton import tile_gradients, tile_sums, tile_weighted_sums
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.pairwise, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
@@ -381,6 +381,7 @@ def check_weighted(*tiles):
     assert bool((error <= (2 * eps + 2 * close) * sizes[1][some] + 1e-30).all())
 
 
+@pytest.mark.full_for(splits="many", rows=(130, 256))
 @pytest.mark.parametrize("splits", ["few", "many"])
 @pytest.mark.parametrize(("rows", "columns", "dim"), [*SHAPES, (40, 300, 250)])
 def test_weighted_sums(device, request, splits, rows, columns, dim):
@@ -493,13 +494,16 @@ def test_partials_fit_the_workspace():
     assert tile_sums.row_block(0, 5, 512 << 20) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases()[::3])
+@pytest.mark.parametrize(
+    "case",
+    packed_cases()[::4] + [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in cases()[::3]],
+)
 def test_energies_against_dense_float64(case):
     with sk.use_backend("triton"):
         check(case, torch.float32, 2e-5)
 
 
+@pytest.mark.full_for(dim=400, energy=("sigmoid", "hinge"))
 @pytest.mark.parametrize("dim", [1, 64, 400])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
 def test_energies_of_many_rows(small_supertiles, fixed_shift, energy, dim):

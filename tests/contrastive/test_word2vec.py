@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import oracle
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+from cases import DTYPES, REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from cuda_graphs import captured
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,8 @@ from sslkernels.contrastive.word2vec import (
     negative_sampling_fwd,
 )
 from sslkernels.core import segment_sum
+
+pytestmark = pytest.mark.pairwise
 
 OP = "negative_sampling_loss"
 TABLES = ("center_weight", "context_weight")
@@ -96,12 +98,13 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES)
 )
 test_shapes_without_data = shapes_without_data(CASES)
 
 
+@pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exclude_positive", [False, True])
 def test_zipf_distributed_words(backend, exclude_positive, dtype, device):
@@ -132,6 +135,7 @@ def test_excluded_negatives_equal_fewer_negatives(backend, device):
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_subset_of_tables_gets_the_same_gradients(backend, reduction, device):
     indices, tables = problem(device)
@@ -200,6 +204,7 @@ def test_grad_output_of_every_kind(backend, device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_second_backward_gives_the_same_gradients(backend, device):
     indices, tables = problem(device, dtype=torch.float32)
     loss = sk.negative_sampling_loss(**indices, **tables)
@@ -310,6 +315,7 @@ def test_half_precision_mean_over_many_pairs(backend, words, device):
         assert oracle.error(got, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bitwise_equal_from_run_to_run(backend, dtype, device):
     pairs = 40 if backend == "triton" and device == "cpu" else 20000
@@ -340,6 +346,9 @@ def test_memory(backend, device):
     assert peak - sum(grad.nbytes for grad in grads) < 32 << 20
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -358,6 +367,7 @@ def test_compile_equals_eager(backend, dynamic, device):
             torch.testing.assert_close(got, true)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     indices, tables = problem(device)
@@ -407,6 +417,7 @@ def test_autocast_keeps_the_tables(device):
         assert oracle.error(got, true) < 2 * torch.finfo(table.dtype).eps
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     indices, tables = problem(device, requires_grad=(), dtype=torch.float16)

@@ -6,13 +6,15 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 from test_word2vec import TABLES, gradients, problem
 
 import sslkernels as sk
 from sslkernels.contrastive import word2vec
 from sslkernels.contrastive.word2vec import Indices, Tables, Wanted, negative_sampling_fwd, negative_sampling_sparse_bwd
 from sslkernels.core.segment_sum import SparseRows
+
+pytestmark = pytest.mark.pairwise
 
 OP = "negative_sampling_loss"
 
@@ -27,7 +29,7 @@ def check(got, dense):
     assert torch.equal(got.to_dense(), dense)
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [3, 11, 400])
 def test_rows_of_the_dense_gradient(backend, words, dtype, device):
@@ -43,6 +45,7 @@ def test_rows_of_the_dense_gradient(backend, words, dtype, device):
     assert torch.equal(context, torch.cat([indices["context"], indices["negatives"].flatten()]).unique())
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wanted", [TABLES, *((name,) for name in TABLES)], ids=str)
 def test_every_subset_of_tables(backend, wanted, reduction, device):
@@ -158,6 +161,7 @@ def test_double_backward_raises(device):
         grad.to_dense().square().sum().backward()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     indices, tables = problem(device, requires_grad=(), dtype=torch.float32)

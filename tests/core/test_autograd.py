@@ -11,6 +11,8 @@ import torch
 import sslkernels as sk
 from sslkernels.vocabulary import chunked_linear
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 MODES = ("fast", "compact")
 NAMES = ("input", "linear_weight", "linear_bias", "token_weight")
@@ -31,6 +33,7 @@ def call(tensors, target, **options):
     return sk.linear_cross_entropy(**tensors, target=target, **options)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, mode, reduction, device):
@@ -73,6 +76,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch, device):
     assert requests == [(True, False, False)]
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_second_backward_gives_the_same_gradients(backend, mode, device):
     tensors, target = problem(device)
@@ -86,6 +90,7 @@ def test_second_backward_gives_the_same_gradients(backend, mode, device):
         torch.testing.assert_close(2 * one, three, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_accumulate_over_a_retained_graph(backend, mode, device):
     tensors, target = problem(device, dtype=torch.float32)
@@ -154,6 +159,7 @@ def test_gradcheck(backend, mode, reduction, device):
     assert torch.autograd.gradcheck(lambda z: sk.cross_entropy(z, target, reduction=reduction, z_loss=0.01), logits)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_double_backward_raises(backend, mode, device):
     tensors, target = problem(device)

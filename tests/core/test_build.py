@@ -127,6 +127,7 @@ def install(source: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_install_without_a_compiler_gives_a_working_package(source):
     result = install(source, CMAKE_ARGS="-DCMAKE_CXX_COMPILER=/nonexistent/c++")
     assert result.returncode == 0, result.stderr
@@ -149,6 +150,7 @@ def test_install_without_a_compiler_gives_a_working_package(source):
     assert str(target) in ran.stdout
 
 
+@pytest.mark.full
 def test_a_required_extension_that_fails_is_fatal(source):
     result = install(source, CMAKE_ARGS="-DCMAKE_CXX_COMPILER=/nonexistent/c++", SSLKERNELS_BUILD_EXT="1")
     assert result.returncode != 0

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from cases import BACKENDS
 from public_calls import CALLS, DIM, ROWS, differentiable, indices
 
 import sslkernels as sk
@@ -30,8 +31,9 @@ def left_over(step) -> int:
     return gc.collect()
 
 
+@pytest.mark.full_for(backend_name="reference")
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 def test_a_call_leaves_nothing(backend_name, name, device):
     call = CALLS[name]
     if backend_name not in sk.available_backends(call.op, device):

@@ -8,6 +8,8 @@ from cases import DTYPES
 
 from sslkernels.core import native
 
+pytestmark = pytest.mark.pairwise
+
 
 @pytest.mark.skipif(native.extension is None, reason="the extension is not built")
 @pytest.mark.parametrize("add", [False, True])

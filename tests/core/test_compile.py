@@ -17,6 +17,8 @@ from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, lin
 from sslkernels.vocabulary.linear_records import Operands, PlanOptions, Wanted
 from sslkernels.vocabulary.softmax_rows import RowOptions
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 MODES = ("fast", "compact")
 
@@ -36,6 +38,10 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.full_for(mode="compact")
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, mode, dynamic, tensors):
@@ -97,6 +103,7 @@ def test_training_an_exported_graph_raises(name, device):
         sum(tensor.sum() for tensor in differentiable(results)).backward()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpoint(backend, mode, use_reentrant, tensors):
@@ -199,6 +206,7 @@ def raw_calls(tensors):
     }
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize(
     "name",
     [
@@ -216,6 +224,7 @@ def test_opcheck(backend, name, tensors):
     torch.library.opcheck(operator.raw, tuple(operator.inputs.pack(args)))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_bitwise_equal_from_run_to_run(backend, mode, device):
     rows = 9 if os.environ.get("TRITON_INTERPRET") == "1" and backend == "triton" else 301

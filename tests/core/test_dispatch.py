@@ -115,6 +115,7 @@ def test_report_names_every_op_and_reason():
     assert torch.__version__ in result.stdout
 
 
+@pytest.mark.full_for(isa=("avx2", "avx512"))
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_compiled_instruction_set_gives_the_same_losses(isa):
     """An environment variable restricts the instruction set; the results agree to rounding."""

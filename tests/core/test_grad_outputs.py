@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import BACKENDS
 from public_calls import CALLS, differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkernels as sk
 from sslkernels.core import backends
+from sslkernels.core.scale import scaled
 
 COPIES = ("aten::clone", "aten::contiguous", "aten::_to_copy", "aten::copy_")
 
@@ -24,8 +26,9 @@ def layouts(shape):
         yield "every other", torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
 
 
+@pytest.mark.full_for(backend_name="triton")
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "gumbel_quantize-soft"])  # torch's matmuls
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 def test_layouts_agree(backend_name, name, device):
     call = CALLS[name]
     if backend_name not in sk.available_backends(call.op, device):
@@ -75,3 +78,33 @@ def test_an_expanded_gradient_is_not_stored(name):
             with Copies() as copies:
                 torch.autograd.grad(output, leaves, grad, retain_graph=True, allow_unused=True)
             assert copies.largest < output.numel() or output.dim() < 2
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_batch_of_gradients_is_the_gradients_one_by_one(name, device):
+    """Also at the last use of the graph, where a gradient that a forward keeps may be scaled in place."""
+    call = CALLS[name]
+    leaves = call.leaves(device)
+    outputs = [output for output in differentiable(call.run(*leaves)) if output.numel()]
+    for i, output in enumerate(outputs):
+        batch = torch.randn(3, *output.shape).to(output)
+        want = [torch.autograd.grad(output, leaves, g, retain_graph=True, allow_unused=True) for g in batch]
+        if any(g is not None and g.is_sparse for g in want[0]):
+            pytest.skip("vmap has no sparse tensors")
+        last = i == len(outputs) - 1
+        got = torch.autograd.grad(
+            output, leaves, batch, is_grads_batched=True, retain_graph=not last, allow_unused=True
+        )
+        for a, *e in zip(got, *want, strict=True):
+            assert (a is None and e[0] is None) or torch.allclose(a, torch.stack(e), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_kept_gradient_of_another_dtype_is_converted_once(dtype, factor, device):
+    gradient = torch.randn(3, 5, device=device)
+    kept, scale = gradient.clone(), torch.tensor(factor, device=device)
+    result = scaled(gradient, scale, dtype)
+    assert result.dtype == dtype
+    assert torch.equal(result, (kept * scale).to(dtype))
+    assert torch.equal(gradient, kept) == (dtype != torch.float32 or factor == 1)

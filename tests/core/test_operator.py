@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import BACKENDS
 from public_calls import CALLS, differentiable
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -217,6 +218,7 @@ def test_transforms_of_torch_func():
     assert batched.tolist() == [[6.0, 10.0]] * 2
 
 
+@pytest.mark.full_for(dynamic=False)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_functions_give_the_gradients_of_eager(dynamic):
     compiled = torch.compile(lambda left, right: Scaled.run(Pair(left, right), 2.0)[0], fullgraph=True, dynamic=dynamic)
@@ -312,7 +314,7 @@ def test_return_stats_must_be_a_bool(value):
 
 @pytest.mark.slow_for(backend_name="triton")
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("backend_name", backends.BACKENDS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 def test_every_output_has_memory_of_its_own(backend_name, name, device, monkeypatch):
     """torch.compile reuses the memory of tensors that nothing reads any more."""
     call = CALLS[name]

@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for every architecture as its launchers call it, within its registers and memory."""
+"""Every Triton kernel compiles for every architecture as its launchers call it, within its registers and memory.
+
+`make test` compiles each branch of each kernel once, for sm_90; `make test-rest` for the other architectures.
+"""
 
 import json
 import os
@@ -29,13 +32,23 @@ MATMULS = {
 }
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            ("--few=90",), id="sm_90", marks=pytest.mark.costly("a compiler sees what the interpreter lets pass")
+        ),
+        pytest.param(("--few=80",), id="sm_80", marks=pytest.mark.full),
+        pytest.param(("--few=100",), id="sm_100", marks=pytest.mark.full),
+        pytest.param((), id="all", marks=pytest.mark.slow),
+    ],
+)
+def compiled(request) -> list[dict[str, Any]]:
     """The program's output, from a process where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    program = [sys.executable, "-m", "benchmarks.triton_resources"]
+    program = [sys.executable, "-m", "benchmarks.triton_resources", *request.param]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -45,11 +58,12 @@ def named(rows: list[dict[str, Any]]) -> list[str]:
     return [f"{row['name']} sm_{row['architecture']}" for row in rows]
 
 
-def test_every_kernel_is_launched_and_compiles(compiled):
+def test_every_kernel_is_launched_and_compiles(compiled, request):
     kernels = triton_launches.kernels()
     assert kernels
     covered = {(row["kernel"], row["architecture"]) for row in compiled}
-    assert covered == {(kernel, architecture) for kernel in kernels for architecture in SHARED_LIMIT}
+    architectures = {"sm_80": [80], "sm_90": [90], "sm_100": [100], "all": SHARED_LIMIT}[request.node.callspec.id]
+    assert covered == {(kernel, architecture) for kernel in kernels for architecture in architectures}
 
 
 def test_names_are_unique():

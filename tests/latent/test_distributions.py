@@ -12,6 +12,8 @@ from torch.distributions import Independent, MixtureSameFamily, Normal, kl_diver
 import sslkernels as sk
 from sslkernels.latent.distributions import FusedNormal
 
+pytestmark = pytest.mark.pairwise
+
 OP = "gaussian_rsample"
 
 

@@ -11,12 +11,14 @@ import energy_oracle
 import oracle
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+from cases import DTYPES, REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from sslkernels.latent import free_energy as module
 from sslkernels.latent.free_energy import Options, free_energy_bwd, free_energy_fwd
+
+pytestmark = pytest.mark.pairwise
 
 OP = "free_energy"
 MODES = ("soft", "min")
@@ -61,7 +63,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES, energy_oracle)
 )
 test_shapes_without_data = shapes_without_data(CASES)
@@ -212,6 +214,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
         value.sum().backward()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_raises(backend, device):
     energy = energies(8, 5, device=device)
     grad = grad_of(sk.free_energy(energy), energy, create_graph=True)
@@ -219,6 +222,7 @@ def test_double_backward_raises(backend, device):
         (grad.square().sum() + energy.square().sum()).backward()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_of_the_minimum(backend, device):
     """The gradient depends on the winner alone, so its derivative in the energies is 0; in grad_output it raises."""
     energy = energies(8, 5, device=device)
@@ -285,6 +289,7 @@ def test_half_precision_gradient_rounds_once(backend, device):
     assert oracle.error(grad, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("shape", [(50, 7), (3, 5000), (30, 40, 50)], ids=str)
 def test_bitwise_equal_from_run_to_run(backend, shape, device):
     if backend == "triton" and device == "cpu":
@@ -303,6 +308,8 @@ def test_bitwise_equal_from_run_to_run(backend, shape, device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
@@ -326,6 +333,7 @@ def test_compile_equals_eager(backend, dynamic, device):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     energy = energies(6, 5, device=device)
@@ -353,6 +361,7 @@ def test_autocast_keeps_float32(device):
     assert half.dtype == torch.float32
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("minimum", [False, True])
 def test_opcheck(backend, minimum, device):
     energy = energies(3, 5, 2, device=device, dtype=torch.float16, requires_grad=False)

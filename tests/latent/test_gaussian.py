@@ -10,13 +10,15 @@ import mpmath
 import oracle
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 from gaussian_oracle import CASES, LEAVES, Case, call
 
 import sslkernels as sk
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.latent import gaussian as module
 from sslkernels.latent.gaussian_operators import NO_KL, ROWS, OutputGrads, Wanted
+
+pytestmark = pytest.mark.pairwise
 
 OP = "gaussian_rsample"
 LONG_ROWS = next(case for case in CASES if str(case) == "long_rows")
@@ -42,7 +44,7 @@ def differentiate(function, leaves, options, requires_grad=LEAVES):
     return outputs, dict(zip([n for n, leaf in leaves.items() if leaf.requires_grad], grads, strict=True))
 
 
-@pytest.mark.slow_for(backend="triton", case=LONG_ROWS, dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", case=LONG_ROWS, dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_against_float64(backend, case, dtype, device):
@@ -88,6 +90,7 @@ def test_the_divergence_alone_is_that_of_the_samples(backend, case, device):
 SUBSETS = list(itertools.product([False, True], repeat=4))[1:]
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("name", ["mixed_prior", "shared_prior", "prior"])
 def test_every_subset_of_leaves_gets_the_same_gradients(backend, name, device):
     case = next(c for c in CASES if c.name == name)
@@ -164,6 +167,7 @@ def test_gradients_of_any_layout_and_of_either_output_alone(backend, device):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_a_retained_graph_gives_the_same_gradients_again(backend, device):
     case = CASES[2]
     leaves, options = case.arguments(torch.float32, device)
@@ -174,6 +178,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_raises(backend, device):
     mean, logvar = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(2))
     z, kl = sk.gaussian_rsample(mean, logvar, seed=0)

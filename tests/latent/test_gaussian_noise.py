@@ -20,6 +20,8 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.latent.gaussian_operators import Inputs, Options, OutputGrads, Wanted, gaussian_bwd, gaussian_fwd
 
+pytestmark = pytest.mark.pairwise
+
 OP = "gaussian_rsample"
 
 
@@ -58,6 +60,7 @@ def test_the_first_samples_are_the_same_for_every_number_of_them(backend, device
         assert torch.equal(sk.gaussian_rsample(mean, logvar, count, seed=2).z, five[:, :count])
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("columns", [5, 16])
 def test_a_batch_in_parts_or_in_another_order_is_the_same(backend, columns, device):
     """Bit for bit: samples, divergence and gradients; rows are numbered as in the whole batch."""
@@ -156,6 +159,7 @@ def test_memory(backend, device):
     assert peak - sum(r.nbytes for r in results) < 7 << 20
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("preserve", [False, True])
 def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve, device):
@@ -175,7 +179,9 @@ def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve,
         torch.testing.assert_close(leaf.grad, true)
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"), dynamic=True)
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -300,6 +306,7 @@ def test_autocast_takes_any_mix_of_dtypes(dtype, device):
             assert oracle.error(grad, true) < 2 * torch.finfo(leaf.dtype).eps + 2e-6
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("odd", "bounds", "shared_prior", "no_kl")], ids=str)
 def test_opcheck(backend, case, device):
     leaves, options = case.arguments(torch.bfloat16, device)
@@ -317,6 +324,7 @@ def test_opcheck(backend, case, device):
     torch.library.opcheck(gaussian_bwd.raw, tuple(gaussian_bwd.inputs.pack(arguments)))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("columns", [33, 1500])
 def test_bitwise_equal_for_any_number_of_threads(backend, columns, device):
     if backend == "triton" and device == "cpu":

@@ -9,7 +9,7 @@ import gumbel_oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 from cuda_graphs import captured
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,8 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.latent.gumbel_rows import NoisyLogits
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
+
+pytestmark = pytest.mark.pairwise
 
 OP = "gumbel_softmax"
 HALF = (torch.bfloat16, torch.float16)
@@ -64,7 +66,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
 def test_values_and_gradients(backend, device, shape, dim, dtype):
@@ -83,7 +85,7 @@ def test_values_and_gradients(backend, device, shape, dim, dtype):
         assert_close(got, true_grad, dtype, 8 / tau)
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_longer_than_a_tile(backend, device, dtype):
     logits = draw(1, 8197, dtype=dtype, device=device).requires_grad_()
@@ -254,6 +256,7 @@ def test_grad_output_of_every_kind(backend, device):
     torch.testing.assert_close(gradient(7 * y[2, 3]), 7 * gradient(y[2, 3]))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_second_backward_gives_the_same_gradient(backend, device):
     logits, weight = draw(5, 8, device=device).requires_grad_(), draw(5, 8, device=device)
     loss = (sk.gumbel_softmax(logits, 0.5, True) * weight).sum()
@@ -404,6 +407,7 @@ def test_memory(backend, device):
     assert peak - sum(result.nbytes for result in results) < 8 << 20
 
 
+@pytest.mark.full_for(backend="triton")
 def test_bitwise_equal_from_run_to_run(backend, device):
     rows = {"reference": 50, "triton": 9}.get(backend, 3000)
     threads = torch.get_num_threads()
@@ -425,6 +429,8 @@ def test_bitwise_equal_from_run_to_run(backend, device):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
@@ -472,6 +478,7 @@ def test_a_compiled_graph_draws_anew(device):
     assert not torch.equal(compiled(logits), compiled(logits))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, device, use_reentrant):
     """The recomputed forward draws the same: torch restores its default generators, or a seed is given."""
@@ -522,6 +529,7 @@ def test_autocast_changes_nothing(device, dtype):
     assert torch.autograd.grad(y.sum(), logits)[0].dtype == dtype
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend, device):
     logits, seed = draw(3, 6, dtype=torch.bfloat16, device=device), torch.tensor(3, device=device)
     inverse_tau = torch.tensor(2.0, dtype=torch.float64, device=device)

@@ -8,7 +8,7 @@ import gumbel_oracle
 import oracle
 import pytest
 import torch
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +17,8 @@ from benchmarks import memory
 from sslkernels.latent import gumbel_quantize as module
 from sslkernels.latent.gumbel_quantize import OutputGrads, Wanted, gumbel_quantize_bwd, gumbel_quantize_fwd
 from sslkernels.latent.gumbel_rows import NoisyLogits
+
+pytestmark = pytest.mark.pairwise
 
 OP = "gumbel_quantize"
 NAMES = ("logits", "codebook")
@@ -58,7 +60,7 @@ def tolerance(dtype: torch.dtype) -> float:
 SIZES = [((3, 4), 2, 5, 6), ((5,), 1, 1, 3), ((2, 1, 3), 3, 33, 1), ((), 2, 4, 4), ((9,), 2, 130, 16)]
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_against_the_one_hot_product(backend, device, sizes, dtype):
@@ -153,6 +155,7 @@ def test_without_noise(backend, device):
         torch.testing.assert_close(alone, true_grads[1])
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("hard", [False, True])
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, device, hard):
     options = {"hard": hard, "seed": 5, "tau": 0.6}
@@ -215,6 +218,7 @@ def test_grad_output_of_every_kind(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_second_backward_gives_the_same_gradients(backend, device):
     tensors = problem(device, dtype=torch.float32)
     loss = loss_of(sk.gumbel_quantize(*tensors, return_stats=True))
@@ -404,6 +408,7 @@ def test_memory(backend, device):
         assert peak - sum(result.nbytes for result in results) < 20 << 20
 
 
+@pytest.mark.full_for(backend="triton")
 def test_bitwise_equal_from_run_to_run(backend, device):
     rows = {"reference": 50, "triton": 9}.get(backend, 3000)
     threads = torch.get_num_threads()
@@ -424,6 +429,8 @@ def test_bitwise_equal_from_run_to_run(backend, device):
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, device, dynamic):
@@ -497,6 +504,7 @@ def test_autocast(device):
     assert [g.dtype for g in torch.autograd.grad(soft.values.float().sum(), tensors)] == [t.dtype for t in tensors]
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend, device):
     logits, codebook = problem(device, batch=(3,), dtype=torch.bfloat16, requires_grad=())
     seed, mask = torch.tensor(3, device=device), mask_of((6,), device)

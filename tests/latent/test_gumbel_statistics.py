@@ -14,6 +14,8 @@ from philox_oracle import chi_square_limit
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "gumbel_quantize"
 
 

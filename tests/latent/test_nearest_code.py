@@ -13,6 +13,8 @@ from sslkernels.core import native
 from sslkernels.latent import nearest_code
 from sslkernels.latent.nearest_code import METRICS
 
+pytestmark = pytest.mark.pairwise
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("input", "codebook", "metric", "rounding", "center", "as_given", "rows", "codes", "index", "score")
 

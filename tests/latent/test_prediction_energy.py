@@ -13,7 +13,7 @@ import energy_oracle
 import oracle
 import pytest
 import torch
-from cases import NOT_FLOAT32, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+from cases import REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from energy_oracle import NAMES, exact, gradients, problem
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +29,8 @@ from sslkernels.latent.prediction_energy import (
     prediction_energy_bwd,
     prediction_energy_fwd,
 )
+
+pytestmark = pytest.mark.pairwise
 
 OP = "prediction_energy"
 MODES = ("soft", "min")
@@ -62,12 +64,13 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=NOT_FLOAT32)(
+test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=REPEATED_DTYPES)(
     error_is_at_most_that_of_eager(CASES, energy_oracle)
 )
 test_shapes_without_data = shapes_without_data(CASES)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, mode, reduction, device):
@@ -158,6 +161,7 @@ def test_grad_output_of_every_kind(backend, mode, device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_double_backward_raises(backend, mode, device):
     inputs = problem(device)
@@ -308,6 +312,7 @@ def test_half_precision_is_squared_and_summed_in_float32(backend, dtype, feature
             assert oracle.error(got, true) < torch.finfo(dtype).eps
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_mean_over_many_rows(backend, mode, device):
     """1/B is below the smallest float16, and so is a row's gradient until the loss scale multiplies it."""
@@ -320,6 +325,7 @@ def test_half_precision_mean_over_many_rows(backend, mode, device):
         assert oracle.error(got, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("shape", [(300, 8, 16), (2, 3, 30000), (1, 2000, 8)], ids=str)
 def test_bitwise_equal_from_run_to_run(backend, shape, device):
     if backend == "triton" and device == "cpu":
@@ -352,6 +358,8 @@ def test_memory(backend, mode, device):
     assert peak - sum(grad.nbytes for grad in grads) < 8 << 20
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
@@ -379,6 +387,7 @@ def test_compile_with_one_tensor_for_both():
     assert not torch.autograd.grad(got, rows)[0].any()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     inputs = problem(device)
@@ -419,6 +428,7 @@ def test_autocast_takes_mixed_dtypes(device):
         assert oracle.error(got, true) < 2 * torch.finfo(tensor.dtype).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
     inputs = problem(device, requires_grad=(), dtype=torch.float16)
@@ -434,6 +444,7 @@ def test_opcheck(backend, wanted, device):
         assert (grad.shape == tensor.shape) == want
 
 
+@pytest.mark.full_for(isa=("avx2", "avx512"))
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_agrees(isa):
     """The other tests run the best instruction set."""

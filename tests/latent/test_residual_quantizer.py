@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 
 def rows(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

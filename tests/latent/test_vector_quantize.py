@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, NOT_FLOAT32
+from cases import DTYPES, REPEATED_DTYPES
 
 import sslkernels as sk
 from benchmarks import memory
@@ -44,7 +44,7 @@ def check(x, c, metric, *, ties=False):
     return quantized
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_input_and_codebook_of_different_dtypes(backend, dtype, code_dtype, metr
     assert got.commitment.dtype == (torch.float64 if torch.float64 in (dtype, code_dtype) else torch.float32)
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
@@ -91,7 +91,7 @@ def test_exact_ties_take_the_lowest_index(backend, dtype, metric, device):
     assert not check(x, c[:1].expand(130, 20), metric, ties=True).indices.any()
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", BELOW_FLOAT64, ids=str)
 def test_codes_that_differ_by_one_ulp(backend, dtype, metric, device):
@@ -150,7 +150,7 @@ def test_zero_rows_and_zero_codes(backend, metric, device):
     check(-x.abs(), c.abs(), metric)  # all scores are negative but those of zero codes
 
 
-@pytest.mark.slow_for(backend="triton", dtype=NOT_FLOAT32)
+@pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nonfinite_inputs(backend, dtype, metric, device):
@@ -186,6 +186,7 @@ def test_codes_that_are_all_nan(backend, metric, device):
     assert got.values.isnan().all()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 def test_one_code_and_many(backend, metric, device):
     x, c = draw(device, 25, 1, 16)
@@ -212,6 +213,7 @@ def test_any_tiles_give_the_same_codes(backend, workspace, metric, monkeypatch, 
         check(x, c, metric, ties=dtype != torch.float64)
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", [2, 64, 127, 128, 129])
 def test_every_panel_of_codes(backend, dim, metric, device):

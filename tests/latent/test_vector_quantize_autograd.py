@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import sslkernels as sk
 from sslkernels.latent.vector_quantize import Operands, Wanted, code_sums, vector_quantize_bwd, vector_quantize_fwd
 
+pytestmark = pytest.mark.pairwise
+
 OP = "vector_quantize"
 
 
@@ -64,6 +66,7 @@ def test_gradients_against_float64(backend, straight_through, weight, dtype, dev
         assert oracle.error(grad, true) < 2 * torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
 def test_every_subset_of_inputs_gets_the_same_gradients(backend, straight_through, weight, device):
     x, c = draw(device, 30, 7, 5)
@@ -120,6 +123,7 @@ def test_the_straight_through_gradient_is_the_identity(backend, device):
         assert torch.equal(got, grad)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize(("straight_through", "weight"), OPTIONS)
 def test_second_backward_gives_the_same_gradients(backend, straight_through, weight, device):
     x, c = (t.requires_grad_() for t in draw(device, 30, 7, 5))
@@ -150,6 +154,7 @@ def test_half_precision_gradient_of_a_mean_over_many_rows(backend, device):
         assert oracle.error(grad, true) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward(backend, device):
     """Straight-through values are the identity; gradients of the codebook raise."""
     x, c = (t.requires_grad_() for t in draw(device, 10, 4, 3))
@@ -165,6 +170,7 @@ def test_double_backward(backend, device):
             (grad.square().sum() + c.square().sum()).backward()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_bitwise_equal_from_run_to_run(backend, device):
     rows = 40 if interpreted(backend, device) else 4000
     x, c = (t.requires_grad_() for t in draw(device, rows, 30, 33, torch.float16))
@@ -182,7 +188,9 @@ def test_bitwise_equal_from_run_to_run(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.slow_for(backend=("triton", "reference"), dynamic=True)
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()
@@ -212,6 +220,7 @@ def test_compile_with_one_tensor_twice(device):
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x))
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant, device):
     x, c = (t.requires_grad_() for t in draw(device, 20, 6, 5))
@@ -257,6 +266,7 @@ def test_functional_transforms(device):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_autocast_changes_nothing(backend, device):
     x, c = draw(device, 30, 20, 8)
     expected = sk.vector_quantize(x, c)

@@ -335,6 +335,9 @@ def test_recomputation_is_refused(use_reentrant, device):
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.full_for(decay=None, init=("data", "kmeans"))
+@pytest.mark.full_for(decay=0.9, init="normal")
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("init", ["data", "kmeans", "normal"])
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_compile_equals_eager(decay, init, device):

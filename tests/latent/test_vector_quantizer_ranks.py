@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 import sslkernels as sk
 from sslkernels.core.modules import SharedGroup
 
+pytestmark = pytest.mark.costly("processes start")
 STEPS = 5
 OPTIONS = {
     "averages": {"revive_below": None},
@@ -154,7 +155,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(world, marks=pytest.mark.full) for world in (1, 4))])
 def ranks(request, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (world, free_port(), str(folder)), world)

@@ -21,6 +21,8 @@ from sslkernels.core import native
 from sslkernels.random import transforms
 from sslkernels.random.philox import random_words
 
+pytestmark = pytest.mark.pairwise
+
 OP = "random_normal"
 STREAMS = ("uniform", "exponential", "gumbel", "normal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -249,6 +251,7 @@ print(native.extension.build_info()["cpu_isa"])
 """
 
 
+@pytest.mark.full_for(isa=("avx2", "avx512"))
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_gives_the_same_bits(isa):
     """The other tests run only the best one."""

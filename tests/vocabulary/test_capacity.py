@@ -12,6 +12,8 @@ import sslkernels as sk
 from sslkernels.core.chunks import equal_rows, wave_rows, waves
 from sslkernels.vocabulary import chunked_linear, linear_operators
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 MODES = ("fast", "compact")
 REDUCTIONS = ("mean", "sum", "none")
@@ -77,6 +79,7 @@ def test_a_nan_in_an_ignored_row_reaches_no_gradient(backend, mode, capacity, de
         assert torch.equal(one, other)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_frozen_inputs(backend, mode, device):
     tensors, target = problem(device)
@@ -98,6 +101,7 @@ def test_int32_targets_with_a_64_bit_ignore_index(backend, device):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_retained_graph(backend, mode, device):
     tensors, target = problem(device)
@@ -157,6 +161,9 @@ def test_an_overflow_that_cannot_raise_is_nan(backend, mode, reduction, capacity
         assert sk.linear_cross_entropy(**tensors, target=target, reduction="sum", capacity=capacity).isnan()
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
+@pytest.mark.full_for(mode="compact")
+@pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_with_a_capacity_that_depends_on_a_shape(backend, mode, device):
     torch._dynamo.reset()
@@ -221,6 +228,7 @@ def buffers(monkeypatch):
     return seen
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_workspace_is_a_bound(backend, dtype, device, buffers):
     """Also if the weight's gradient accumulates in float32, which raises the default on a CPU."""

@@ -16,6 +16,8 @@ from cases import Case, Tensors, error_is_at_most_that_of_eager, shapes_without_
 import sslkernels as sk
 from benchmarks import memory
 
+pytestmark = pytest.mark.pairwise
+
 OP = "cross_entropy"
 
 
@@ -184,6 +186,7 @@ def test_minus_infinity_is_probability_zero(backend, device):
     torch.testing.assert_close(stats.entropy.double(), torch.special.entr(p).sum(1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_masked_by_the_lowest_number(backend, dtype, device):
     """Running sums before a larger logit underflow, and their moment with them."""
@@ -275,6 +278,8 @@ def test_statistics_are_of_the_capped_and_scaled_logits(backend, device):
         torch.testing.assert_close(got.to(want.dtype), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full_for(backend="reference")
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_half_precision_gradients_at_a_large_batch(backend, scale, device):
     """1/N and the loss scale are not applied to the half-precision tile: it neither under- nor overflows."""
@@ -308,6 +313,7 @@ def test_the_weight_of_an_ignored_token_does_not_set_the_float16_scale(backend, 
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow_for(backend="triton")
 def test_rows_are_independent_of_the_batch_and_of_the_chunks(backend, device):
     x = torch.randn(70, 9, device=device, requires_grad=True)
     w = torch.randn(67, 9, device=device, requires_grad=True)
@@ -323,6 +329,7 @@ def test_rows_are_independent_of_the_batch_and_of_the_chunks(backend, device):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow_for(backend="triton")
 def test_bfloat16_weight_gradient_accumulates_in_float32(backend, device):
     """A bfloat16 sum over many chunks would lose small terms."""
     rows = 512 if backend == "triton" and device == "cpu" else 4096
@@ -352,6 +359,7 @@ def test_ignored_rows_may_hold_anything(backend, device):
         assert torch.equal(grads[0][4], torch.zeros(5, device=device))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_inputs_are_never_modified(backend, device):
     """In-place gradients of other packages corrupted logits that were still needed."""
     x, w = torch.randn(9, 5, device=device, requires_grad=True), torch.randn(31, 5, device=device, requires_grad=True)

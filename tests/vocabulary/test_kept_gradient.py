@@ -11,6 +11,8 @@ import sslkernels as sk
 from sslkernels.core.scale import scale_gradient, scale_gradient_
 from sslkernels.vocabulary import cross_entropy as module
 
+pytestmark = pytest.mark.pairwise
+
 OP = "cross_entropy"
 DTYPES = (torch.float32, torch.bfloat16)
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 8.0}
@@ -73,6 +75,7 @@ def test_a_scale_of_one_costs_nothing(backend, device, kept):
     assert grad.data_ptr() == kept[0].data_ptr()
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("scale", [1.0, 0.5, 65536.0])
 def test_a_retained_graph_keeps_its_gradient(backend, scale, device, kept):
     logits, target = problem(device)
@@ -89,6 +92,7 @@ def test_a_retained_graph_keeps_its_gradient(backend, scale, device, kept):
     assert torch.equal(third, 2 * first_copy)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_gradients_accumulate(backend, device):
     logits, target = problem(device)
     loss = sk.cross_entropy(logits, target)
@@ -106,6 +110,7 @@ def test_backward_after_release_raises(backend, device):
         loss.backward()
 
 
+@pytest.mark.full_for(backend="triton")
 def test_double_backward_raises(backend, device):
     logits, target = problem(device)
     (grad,) = torch.autograd.grad(sk.cross_entropy(logits, target), logits, create_graph=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pytest
 import torch
 from cases import Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
+
+pytestmark = pytest.mark.pairwise
 
 OP = "linear_cross_entropy"
 

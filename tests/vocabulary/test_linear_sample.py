@@ -14,6 +14,8 @@ import sslkernels as sk
 from benchmarks import memory
 from sslkernels.vocabulary import linear_sample as module
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_sample"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(1, 1, 1), (5, 3, 2), (19, 517, 19), (3, 130, 64), (70, 66, 33), (1, 1100, 8), (0, 7, 3), (4, 5, 0)]
@@ -101,6 +103,7 @@ def test_layouts(backend, device):
     assert int(single.index) == int(expected.index[2])
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("vocab", [2, 17, 320])
 def test_frequencies_are_the_softmax(backend, device, vocab):
     """Chi-square over classes expected at least 5 times; a random seed would fail once in 1000."""
@@ -262,6 +265,7 @@ def test_seeds(backend, device):
     assert torch.equal(sk.linear_sample(x, w).index, default)
 
 
+@pytest.mark.full_for(dynamic=False)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(device, dynamic):
     torch._dynamo.reset()
@@ -355,6 +359,7 @@ def test_no_logits(device):
     assert peak is None or peak < 20e6
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend, device):
     x, w, bias = inputs(device, 5, 13, 4)
     ids, seed = torch.arange(5, device=device), torch.tensor(1, device=device)
@@ -407,6 +412,7 @@ def test_masked_classes_are_never_drawn_at_any_temperature(backend, device, temp
     assert grad[2] == 0
 
 
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_draws_from_float32_products(backend, device, dtype):
     """Chi-square; products rounded to bfloat16 would merge classes: chi2(7) = 4659 at 200,000 draws."""

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 import sslkernels as sk
 from benchmarks import memory
 
+pytestmark = pytest.mark.pairwise
+
 OP = "linear_cross_entropy"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 torchs = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
@@ -70,6 +72,8 @@ def torchs_samples(monkeypatch):
         monkeypatch.setitem(sys.modules, "expecttest", stub)
 
 
+@pytest.mark.full_for(backend="reference")
+@pytest.mark.full_for(variant="chunked_none")
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
@@ -97,6 +101,7 @@ def test_sample_inputs_of_torchs_operator(backend, variant, dtype):
     assert count > 20
 
 
+@pytest.mark.full_for(backend="reference")
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 import sslkernels as sk
 
+pytestmark = pytest.mark.pairwise
+
 OP = "cross_entropy"
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 

@@ -11,6 +11,8 @@ from philox_oracle import chi_square_limit, word
 import sslkernels as sk
 from sslkernels.vocabulary.mask_tokens import mask_tokens_fwd, special_ranges
 
+pytestmark = pytest.mark.pairwise
+
 OP = "mask_tokens"
 IGNORE = -100
 VOCAB, MASK, SPECIAL = 60, 4, (0, 1, 2, 10, 11, 59, 70, -1)
@@ -111,6 +113,7 @@ def test_every_backend_equals_the_oracle(backend, device, shape, mode, masked, d
     assert torch.equal(got.input_ids.cpu(), expected_ids)
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_many_short_rows(backend, device, mode):
     """More rows than a block of a kernel covers, each shorter than a group of four."""
@@ -139,6 +142,7 @@ def test_nothing_to_mask(backend, device, shape, mode):
     assert got.input_ids.shape == got.labels.shape == shape
 
 
+@pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("mode", MODES)
 def test_labels_do_not_depend_on_the_batch(backend, device, mode):
     rows, columns = 6, 37
@@ -424,6 +428,8 @@ def test_special_ranges(special_ids, ranges, allowed):
     assert special_ranges(special_ids, 4, 10) == (ranges, allowed)
 
 
+@pytest.mark.full_for(dynamic=False)
+@pytest.mark.full_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, device, dynamic):
     def f(ids, word_ids, seed, span):
@@ -455,6 +461,7 @@ def test_compile_draws_anew_on_each_call(device):
     assert torch.equal(f(ids), first)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_opcheck(backend, device):
     data = {k: v.to(device) for k, v in example(3, 10).items()}
     seed = torch.tensor(3, device=device)

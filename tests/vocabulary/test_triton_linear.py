@@ -15,7 +15,7 @@ from sslkernels.vocabulary.triton.linear_cross_entropy import config as stream_c
 from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab, stream_forward
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.pairwise, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def linear_case(device, count, vocab, dim, dtype=torch.float32):

@@ -27,7 +27,7 @@ from sslkernels.vocabulary.softmax_rows import RowOutputs, TritonRows
 from sslkernels.vocabulary.triton import softmax_rows as row_launcher
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.pairwise, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def check(logits, target, bias, weight, options, coefficient, *, stats=True, gradient_tolerance=None):

@@ -1,0 +1,21 @@
+"""Every planted mistake still applies. `run.py` says which of them the tests find."""
+
+from pathlib import Path
+
+import pytest
+from planted.mistakes import MISTAKES
+from planted.run import planted
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY = [mistake for mistakes in MISTAKES.values() for mistake in mistakes]
+
+
+@pytest.mark.parametrize("mistake", EVERY, ids=lambda mistake: mistake.name)
+def test_it_applies(mistake):
+    planted((ROOT / mistake.file).read_text(), mistake)
+    assert all((ROOT / part).exists() for part in mistake.tests.split() if part.startswith("tests/"))
+
+
+def test_there_are_enough_in_every_layer():
+    assert all(len(mistakes) >= 15 for mistakes in MISTAKES.values())
+    assert len({mistake.name for mistake in EVERY}) == len(EVERY)
