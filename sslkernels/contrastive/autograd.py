@@ -43,7 +43,8 @@ def pair_loss(
 ) -> tuple[Tensor, PairStatistics]:
     """The loss of the pairs, reduced, and its statistics."""
     acc = accumulation_dtype(inputs.query.dtype)
-    inputs = PairInputs(*map(contiguous, inputs))
+    mask = inputs.candidate_mask  # read where it is, whatever its strides
+    inputs = PairInputs(*map(contiguous, inputs._replace(candidate_mask=None)))._replace(candidate_mask=mask)
     divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
     if call.reduction != "none" and torch.is_grad_enabled() and any(wanted):

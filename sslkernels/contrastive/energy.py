@@ -31,6 +31,9 @@ class PairTensors(NamedTuple):
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
     bank_ids: Tensor | None = None
+    candidate_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    bank_mask: Tensor | None = None
     row_weight: Tensor | None = None
 
 
@@ -81,9 +84,12 @@ def contrastive_energy(
     logit_bias: float | Tensor | None = None,
     normalize: bool = False,
     in_batch: bool = True,
+    candidate_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     negatives: Tensor | None = None,
     negatives_mask: Tensor | None = None,
     bank: Tensor | None = None,
+    bank_mask: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
@@ -125,10 +131,16 @@ def contrastive_energy(
         logit_bias: a number, or a tensor of one element, which gets its exact gradient.
         normalize: divide every feature by max(norm, 1e-12); no normalised copy is made.
         in_batch: False: the keys of other queries are no candidates; `direction` is then "row", without ids.
+        candidate_mask: `(N, M)` bool, True where key j is a candidate of query i, and in the column direction query i
+            one of key j; the positive always is. It is read as it is, with any strides, and never copied.
+        key_mask: `(M,)` bool, True where a key is a candidate of the queries whose positive it is not. A key that it
+            leaves out and that is no positive may hold anything. (What candidate_mask leaves out has no part in a loss;
+            features that are not finite still make NaN of the gradients that they are multiplied with, as in torch.)
         negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
         negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
         bank: `(B, D)`, negatives that all queries share. It is read in forward alone, unless reduction is "none": a
             queue may be overwritten before backward.
+        bank_mask: `(B,)` bool, True where a row of the bank counts. What it leaves out may hold anything.
         query_ids: `(N,)` integers. A key with the id of a query, other than its positive, is left out or, with
             `same_id="positive"`, is an extra positive (in "hinge": is no negative).
         key_ids: `(M,)` integers. Default: `query_ids`, where key is query.
@@ -146,7 +158,8 @@ def contrastive_energy(
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
             each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
             over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
-            rank has its own `bank`. How many rows the ranks have is read on the host.
+            rank has its own `bank`, and `key_mask` of its own keys; `candidate_mask` has a column for each key of all
+            ranks, in their order, and is refused over columns. How many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Returns:
@@ -167,8 +180,8 @@ def contrastive_energy(
     >>> sk.contrastive_energy(image, text, direction="symmetric", logit_scale=scale, normalize=True).backward()
     """
     checks.tensor(NAME, "key", key, checks.FLOAT_DTYPES)
-    ids = (query_ids, key_ids, bank_ids)
-    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, *ids, row_weight)
+    ids, masks = (query_ids, key_ids, bank_ids), (candidate_mask, key_mask, bank_mask)
+    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, *ids, *masks, row_weight)
     options = EnergyOptions(
         energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin, in_batch
     )
@@ -184,7 +197,7 @@ def pair_energy(
     if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)
     _check_choices(given, call)
-    _check_tensors(call.function, tensors, given.exclude_self)
+    _check_tensors(call.function, tensors, given.exclude_self, call.process_group is not None)
     _check_numbers(tensors, given, call)
     _check_ignored(tensors, given, call.function)
     query = tensors.query
@@ -232,10 +245,8 @@ def _stats(found: PairStatistics) -> ContrastiveStats:
 def _inputs(
     tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, _ = tensors
-    return PairInputs(
-        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, bank_ids, scale, bias
-    )
+    query, key, _, negatives, negatives_mask, bank, *ids_and_masks, _ = tensors
+    return PairInputs(query, key, bank, negatives, negatives_mask, positive, self_index, *ids_and_masks, scale, bias)
 
 
 def _over_ranks(
@@ -253,12 +264,18 @@ def _over_ranks(
     query = tensors.query
     if tensors.positive is not None and tensors.key is not None and options.columns:
         checks.fail(ValueError, call.function, "positive", "be None with a process_group over columns", "a tensor")
+    if tensors.candidate_mask is not None and options.columns:
+        must = "be None with a process_group over columns, whose queries are on other ranks (key_mask may be given)"
+        checks.fail(ValueError, call.function, "candidate_mask", must, tuple(tensors.candidate_mask.shape))
     local_key = query if tensors.key is None else tensors.key
     query_ranks, key_ranks = over_ranks(call.process_group, query, local_key)
     key = key_ranks.gather(local_key)
     key_ids = None if tensors.key_ids is None else key_ranks.gather(tensors.key_ids)
-    tensors = tensors._replace(key=key, key_ids=key_ids)
+    key_mask = None if tensors.key_mask is None else key_ranks.gather(tensors.key_mask)
+    tensors = tensors._replace(key=key, key_ids=key_ids, key_mask=key_mask)
     rows, start = query.shape[0], key_ranks.start
+    meaning = "(N, M) with the keys of all ranks"
+    checks.shape(call.function, "candidate_mask", tensors.candidate_mask, (rows, key.shape[0]), meaning)
     index = _positive_index(tensors, given, call.function, local_key.shape[0], start)
     local_rows = torch.arange(start, start + rows, device=query.device)
     index = local_rows if index is None else index
@@ -266,7 +283,7 @@ def _over_ranks(
     if not options.columns:
         return pair_loss(inputs, options, tensors.row_weight, call)
     by_row = options._replace(rows=True, columns=False)
-    keys_alone = {"bank": None, "bank_ids": None, "negatives": None, "negatives_mask": None}
+    keys_alone = {"bank": None, "bank_ids": None, "bank_mask": None, "negatives": None, "negatives_mask": None}
     row_loss, statistics = None, empty_statistics(query, False)
     if options.rows:
         row_loss, statistics = pair_loss(inputs, by_row, tensors.row_weight, call)
@@ -281,6 +298,8 @@ def _over_ranks(
         self_index=at if given.exclude_self else None,
         query_ids=None if key_ids is None else key_ids[at],
         key_ids=None if tensors.query_ids is None else query_ranks.gather(tensors.query_ids),
+        candidate_mask=None if key_mask is None else key_mask[at].unsqueeze(1).expand(-1, sum(query_ranks.counts)),
+        key_mask=None,
         **keys_alone,
     )
     column_loss, _ = pair_loss(transposed, by_row, tensors.row_weight, call._replace(return_stats=False))
@@ -385,12 +404,14 @@ def _check_ignored(tensors: PairTensors, given: EnergyOptions, function: str) ->
         checks.fail(ValueError, function, "direction", 'be "row" with in_batch=False', repr(given.direction))
     if given.exclude_self:
         checks.fail(ValueError, function, "exclude_self", "be False with in_batch=False", True)
-    if tensors.key_ids is not None:
-        checks.fail(ValueError, function, "key_ids", "be None with in_batch=False", tuple(tensors.key_ids.shape))
+    for name in ("key_ids", "candidate_mask", "key_mask"):
+        value = getattr(tensors, name)
+        if value is not None:
+            checks.fail(ValueError, function, name, "be None with in_batch=False", tuple(value.shape))
 
 
-def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> None:
-    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, row_weight = tensors
+def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over_ranks: bool) -> None:
+    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, *masks, row_weight = tensors
     checks.tensor(function, "query", query, checks.FLOAT_DTYPES)
     checks.dims(function, "query", query, 2, "(N, D)", high=2)
     count, dim = query.shape
@@ -422,6 +443,13 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> N
         checks.fail(ValueError, function, missing, "be given with the other ids", None)
     if bank_ids is not None and bank is None:
         checks.fail(ValueError, function, "bank_ids", "be None without bank", tuple(bank_ids.shape))
+    shapes = ((count, keys), "(N, M)"), ((keys,), "(M,)"), ((banked,), "(B,)")
+    for name, mask, (shape, meaning) in zip(("candidate_mask", "key_mask", "bank_mask"), masks, shapes, strict=True):
+        checks.tensor(function, name, mask, (torch.bool,), optional=True)
+        if mask is not None and name == "bank_mask" and bank is None:
+            checks.fail(ValueError, function, name, "be None without bank", tuple(mask.shape))
+        if name != "candidate_mask" or not over_ranks:  # which has a column for each key of all ranks
+            checks.shape(function, name, mask, shape, meaning)
     checks.tensor(function, "positive", positive, checks.INDEX_DTYPES, optional=True)
     checks.shape(function, "positive", positive, (count,), "(N,)")
     checks.tensor(function, "row_weight", row_weight, checks.FLOAT_DTYPES, optional=True)

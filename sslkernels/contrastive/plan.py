@@ -196,8 +196,8 @@ class _Plan:
             norms = (at(query_norm, rows), at(key_norm, columns))
             positive = at(statistics.positive_index, rows) - columns.start
             self.kernels.positives_in_tile(tile, positive, thresholds.positive_score)
-            if not spec.candidates.in_loss or tile.labels.row_id is not None:  # uniformity is over all pairs
-                every_pair = tile._replace(energy=SOFTMAX, labels=tile.labels.without_ids)
+            if not spec.candidates.in_loss or tile.leaves_out_more:  # uniformity is over all pairs
+                every_pair = tile.of_every_pair
                 no_thresholds = Thresholds(None, None, None)
                 self.kernels.sums(every_pair, _sliced(statistics.uniformity_sums, rows), None, no_thresholds, norms)
                 norms = None

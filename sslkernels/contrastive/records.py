@@ -31,6 +31,9 @@ class PairInputs(NamedTuple):
     query_ids: Tensor | None
     key_ids: Tensor | None
     bank_ids: Tensor | None
+    candidate_mask: Tensor | None
+    key_mask: Tensor | None
+    bank_mask: Tensor | None
     logit_scale: Tensor
     logit_bias: Tensor | None
 

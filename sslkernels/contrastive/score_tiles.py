@@ -60,6 +60,16 @@ class Labels(NamedTuple):
         return self._replace(row_id=None, column_id=None)
 
 
+class Masks(NamedTuple):
+    """bool masks of a tile, False for pairs that are left out. pair (rows, width): of pairs, with any strides; index
+    (columns,) int64: which of its columns belongs to each column of the tile, None for the same; column (columns,): of
+    whole columns."""
+
+    pair: Tensor | None = None
+    index: Tensor | None = None
+    column: Tensor | None = None
+
+
 class Tile(NamedTuple):
     """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products (rows, columns) in that
     dtype: scratch memory, None where the kernels need none; row_norm, column_norm: inverse norms of normalised
@@ -75,6 +85,17 @@ class Tile(NamedTuple):
     energy: int
     labels: Labels
     ids_positive: bool
+    masks: Masks = Masks()
+
+    @property
+    def of_every_pair(self) -> Tile:
+        """The tile of a sum over all pairs, candidates or not, but for the positive and the sample itself."""
+        return self._replace(energy=SOFTMAX, labels=self.labels.without_ids, masks=Masks())
+
+    @property
+    def leaves_out_more(self) -> bool:
+        """Whether ids or masks leave pairs out."""
+        return any(part is not None for part in (self.labels.row_id, *self.masks))
 
 
 class RowSums(NamedTuple):
@@ -331,6 +352,11 @@ def _scores(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         none if row is None else row.unsqueeze(1) == column for row, column in tile.labels.pairs
     )
     excluded = positive | itself
+    if tile.masks.column is not None:
+        excluded = excluded | ~tile.masks.column
+    if tile.masks.pair is not None:
+        pair, index = tile.masks.pair, tile.masks.index
+        excluded = excluded | ~(pair if index is None else pair[:, index])
     extra = same_id & ~excluded
     if not tile.ids_positive:
         excluded, extra = excluded | extra, none
@@ -419,8 +445,8 @@ class NativePairs(PairKernels):
 
 def _flat(tile: Tile) -> tuple:
     """The arguments of the native operators that describe a tile."""
-    _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive = tile
-    return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
+    _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive, masks = tile
+    return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive, *masks
 
 
 class TritonPairs(ReferencePairs):

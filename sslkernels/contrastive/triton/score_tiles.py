@@ -104,6 +104,36 @@ def excluded_pairs(
 
 
 @triton.jit
+def masked_pairs(
+    excluded, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask, row, row_lane,
+    row_inside, column, lane, column_inside,
+):  # fmt: skip
+    """`excluded`, and the pairs, rows and columns whose byte in a mask is 0. row_index, column_index: where the rows
+    and columns of the tile are in pair_mask; at the same place without them."""
+    if row_mask is not None:
+        excluded = _or(excluded, load_block(row_mask, row, row_lane, row_inside, 1)[:, None] == 0)
+    if column_mask is not None:
+        excluded = _or(excluded, load_block(column_mask, column, lane, column_inside, 1)[None, :] == 0)
+    if pair_mask is not None:
+        row_at = _places(row_index, row, row_lane, row_inside)
+        column_at = _places(column_index, column, lane, column_inside)
+        out = tl.load(pair_mask + (row_at * row_step)[:, None] + (column_at * column_step)[None, :]) == 0
+        excluded = _or(excluded, out)
+    return excluded
+
+
+@triton.jit
+def _places(index, start, lane, inside):
+    """The places (int64) of a block in a mask; the first of the block for lanes outside."""
+    if index is not None:
+        return load_block(index, start, lane, inside, 0)
+    else:
+        if inside is not None:
+            lane = tl.where(inside, lane, 0)
+        return start + lane.to(tl.int64)
+
+
+@triton.jit
 def extra_positives(excluded, row_id, column_id, IDS_POSITIVE: tl.constexpr):
     if IDS_POSITIVE:
         same = row_id[:, None] == column_id[None, :]
@@ -164,13 +194,23 @@ def shift_of_bound(logit_scale, logit_bias):
     return shift
 
 
-def operands(tile: Any, transposed: bool = False) -> tuple[Tensor | None, ...]:
+def operands(tile: Any, transposed: bool = False) -> tuple[Any, ...]:
     """The tensors of a tile, in the order of every kernel's parameters; transposed: with rows and columns swapped."""
     pairs = ((tile.row_norm, tile.column_norm), *tile.labels.pairs)
     vectors = [value for pair in pairs for value in (reversed(pair) if transposed else pair)]
     queries, candidates = tile.queries.contiguous(), tile.candidates.contiguous()
     features = (candidates, queries) if transposed else (queries, candidates)
-    return *features, *vectors, tile.logit_scale, tile.logit_bias
+    return *features, *vectors, *_masks(tile.masks, transposed), tile.logit_scale, tile.logit_bias
+
+
+def _masks(masks: Any, transposed: bool) -> tuple[Any, ...]:
+    """The parameters of `masked_pairs` that belong to a tile."""
+    pair, index, column = masks
+    steps = (0, 0) if pair is None else pair.stride()
+    pair, column = (None if mask is None else mask.view(torch.uint8) for mask in (pair, column))
+    if transposed:
+        return pair, *reversed(steps), index, None, column, None
+    return pair, *steps, None, index, None, column
 
 
 def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | None:
@@ -187,11 +227,11 @@ def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | N
     return torch.exp2(exponent.round().clamp(-60, 60))
 
 
-def burden_of(labels: tuple[Tensor | None, ...], *more: Tensor | None) -> int:
-    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: any of `more`, too."""
-    if any(value is not None for value in more):
+def burden_of(tile: Any, *more: Tensor | None) -> int:
+    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: masks or any of `more`, too."""
+    if any(value is not None for value in (*tile.masks, *more)):
         return 2
-    return int(sum(label is not None for label in labels) > 2)
+    return int(sum(label is not None for label in tile.labels) > 2)
 
 
 def config(
