@@ -310,6 +310,11 @@ def negative_calls() -> Iterator[Call]:
         (FP32, (256, 768), "softmax", every),
         (FP64, (8, 100), "softmax", every),
         (FP64, (33, 3000), "sigmoid", every),
+        (FP32, (100, 256), "softmax", f"{plain} index"),
+        (BF16, (100, 256), "softmax", f"{every} index bank"),
+        (FP16, (16, 1000), "sigmoid", "norm gradient index int32"),
+        (BF16, (7, 40000), "hinge", f"{every} index bank int32"),
+        (FP64, (33, 100), "softmax", f"{every} index bank"),
     ):
         yield call(negatives, dtype, shape, energy, parts)
     yield binding(negatives, BF16, (1, 1), "softmax", every)
@@ -324,10 +329,14 @@ def negatives(dtype: torch.dtype, shape: tuple[int, int], energy: str, parts: st
         return when(part in parts, torch.empty(rows, dtype=acc))
 
     query, candidates = torch.empty(rows, dim, dtype=dtype), torch.empty(rows, count, dim, dtype=dtype)
+    index = bank = None
+    if "index" in parts:
+        index = torch.empty(rows, count, dtype=torch.int32 if "int32" in parts else torch.int64)
+        candidates, bank = torch.empty(8191, dim, dtype=dtype), when("bank" in parts, torch.empty(77, dim, dtype=dtype))
     mask, one = when("mask" in parts, torch.empty(rows, count, dtype=torch.bool)), torch.empty(1, dtype=acc)
-    inputs = NegativeInputs(query, candidates, mask, of_rows("norm"), one, when("bias" in parts, one))
+    inputs = NegativeInputs(query, candidates, index, bank, mask, of_rows("norm"), one, when("bias" in parts, one))
     merge = (of_rows("reference"), of_rows("gradient"), of_rows("smoothing"), "final" in parts)
-    outputs = empty_outputs(query, candidates, "gradient" in parts, True, True, "scores" in parts)
+    outputs = empty_outputs(inputs, "gradient" in parts, True, True, "scores" in parts)
     query_negatives(inputs, RowMerge(ENERGIES[energy], *merge), outputs)
 
 

@@ -16,7 +16,7 @@ namespace sslkernels {
 namespace {
 
 void run_query_negatives(const QueryNegatives& args) {
-  advise_output(args.grad_negatives, args.rows * args.count * args.dim, args.element);
+  if (args.index == nullptr) advise_output(args.grad_negatives, args.rows * args.count * args.dim, args.element);
   parallel(args.rows, row_grain(args.count * args.dim), SSLKERNELS_CURRENT_ISA(query_negatives), args,
            query_negatives_scratch_bytes(args));
 }
@@ -71,7 +71,8 @@ void run_negative_sampling_fwd(const NegativeSampling& pairs) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
-      "own_negatives(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
+      "own_negatives(Tensor query, Tensor negatives, Tensor? index, Tensor? bank, Tensor? mask, Tensor? "
+      "query_inverse_norm, Tensor logit_scale, "
       "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
       "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
       "Tensor(f!) grad_bias) -> ()");

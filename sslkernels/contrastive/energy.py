@@ -14,7 +14,7 @@ from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatisti
 from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
-from sslkernels.core.ranks import over_ranks
+from sslkernels.core.ranks import Ranks, over_ranks
 
 NAME = "contrastive_energy"
 
@@ -136,10 +136,13 @@ def contrastive_energy(
         key_mask: `(M,)` bool, True where a key is a candidate of the queries whose positive it is not. A key that it
             leaves out and that is no positive may hold anything. (What candidate_mask leaves out has no part in a loss;
             features that are not finite still make NaN of the gradients that they are multiplied with, as in torch.)
-        negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
+        negatives: `(N, K, D)`, K negatives of each query, which no other query sees; or `(N, K)` int64 or int32, the
+            rows of key, and after them of bank, that they are, and -1 for none. Rows are gathered as they are read and
+            never stored as `(N, K, D)`; one that occurs twice counts twice; ids, `in_batch` and masks of keys and bank
+            do not matter to them.
         negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
-        bank: `(B, D)`, negatives that all queries share. It is read in forward alone, unless reduction is "none": a
-            queue may be overwritten before backward.
+        bank: `(B, D)`, negatives that all queries share, whether or not `negatives` are drawn from it. It is read in
+            forward alone, unless reduction is "none": a queue may be overwritten before backward.
         bank_mask: `(B,)` bool, True where a row of the bank counts. What it leaves out may hold anything.
         query_ids: `(N,)` integers. A key with the id of a query, other than its positive, is left out or, with
             `same_id="positive"`, is an extra positive (in "hinge": is no negative).
@@ -157,9 +160,10 @@ def contrastive_energy(
         on_empty: the "mean" over no queries: "nan", or "zero" with gradients 0.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
             each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
-            over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
-            rank has its own `bank`, and `key_mask` of its own keys; `candidate_mask` has a column for each key of all
-            ranks, in their order, and is refused over columns. How many rows the ranks have is read on the host.
+            over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses.
+            `positive`, `negatives` by index and `key_mask` are about the rank's own keys, the `bank` is its own;
+            `candidate_mask` has a column for each key of all ranks, in their order, and is refused over columns. How
+            many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Returns:
@@ -272,7 +276,8 @@ def _over_ranks(
     key = key_ranks.gather(local_key)
     key_ids = None if tensors.key_ids is None else key_ranks.gather(tensors.key_ids)
     key_mask = None if tensors.key_mask is None else key_ranks.gather(tensors.key_mask)
-    tensors = tensors._replace(key=key, key_ids=key_ids, key_mask=key_mask)
+    negatives = _indices_over_ranks(tensors, call.function, local_key.shape[0], key_ranks)
+    tensors = tensors._replace(key=key, key_ids=key_ids, key_mask=key_mask, negatives=negatives)
     rows, start = query.shape[0], key_ranks.start
     meaning = "(N, M) with the keys of all ranks"
     checks.shape(call.function, "candidate_mask", tensors.candidate_mask, (rows, key.shape[0]), meaning)
@@ -306,6 +311,25 @@ def _over_ranks(
     return column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss, statistics
 
 
+def _indices_over_ranks(tensors: PairTensors, function: str, keys: int, ranks: Ranks) -> Tensor | None:
+    """Negatives by index among the keys of all ranks and this rank's bank, from those among this rank's `keys`."""
+    negatives = tensors.negatives
+    if negatives is None or negatives.is_floating_point():
+        return negatives
+    index, rows = negatives.long(), keys + (0 if tensors.bank is None else tensors.bank.shape[0])
+    wrong = (index < NO_POSITIVE) | (index >= rows)
+    _check_visible(function, "negatives", index, wrong, rows)
+    shifted = index + torch.where(index < keys, ranks.start, sum(ranks.counts) - keys)
+    return torch.where(wrong, INVALID_POSITIVE, torch.where(index < 0, index, shifted))
+
+
+def _check_visible(function: str, name: str, index: Tensor, wrong: Tensor, rows: int) -> None:
+    """Raises for a wrong index that can be read here without a synchronisation."""
+    visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
+    if index.device.type == "cpu" and visible and bool(wrong.any()):
+        checks.fail(ValueError, function, name, f"be in [0, {rows}), or -1 for none", index[wrong][0].item())
+
+
 def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, keys: int, start: int) -> Tensor | None:
     """The positive of each row (int64) among the keys of all ranks; None for row i in a single process.
 
@@ -328,10 +352,7 @@ def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, k
     index = positive.long()
     none = index == NO_POSITIVE
     wrong = (index < NO_POSITIVE) | (index >= keys)
-    visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
-    if index.device.type == "cpu" and visible and bool(wrong.any()):
-        must = f"be in [0, {keys}), or -1 for none"
-        checks.fail(ValueError, function, "positive", must, index[wrong][0].item())
+    _check_visible(function, "positive", index, wrong, keys)
     if exclude_self:
         itself = index == torch.arange(count, device=index.device)
     index = torch.where(wrong, INVALID_POSITIVE, torch.where(none, NO_POSITIVE, index + start))
@@ -352,12 +373,13 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor) -> T
 def _compute_dtype(function: str, tensors: PairTensors) -> torch.dtype:
     """The dtype of the matmuls: autocast's, else the dtype of the features."""
     query = tensors.query
-    others = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
-    dtypes = [query.dtype, *(tensor.dtype for tensor in others.values() if tensor is not None)]
+    given = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
+    others = {name: tensor for name, tensor in given.items() if tensor is not None and tensor.is_floating_point()}
+    dtypes = [query.dtype, *(tensor.dtype for tensor in others.values())]
     if checks.autocast(query.device) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(query.device.type)
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != query.dtype:
+        if tensor.dtype != query.dtype:
             must = f"have the dtype of query, {query.dtype}, outside autocast"
             checks.fail(TypeError, function, name, must, tensor.dtype)
     return query.dtype
@@ -420,10 +442,13 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over
         if value is not None:
             checks.dims(function, name, value, 2, meaning, high=2)
             checks.shape(function, name, value, (value.shape[0], dim), meaning)
-    checks.tensor(function, "negatives", negatives, checks.FLOAT_DTYPES, optional=True)
-    if negatives is not None:
+    checks.tensor(function, "negatives", negatives, (*checks.FLOAT_DTYPES, *checks.INDEX_DTYPES), optional=True)
+    if negatives is not None and negatives.is_floating_point():
         checks.dims(function, "negatives", negatives, 3, "(N, K, D)", high=3)
         checks.shape(function, "negatives", negatives, (count, negatives.shape[1], dim), "(N, K, D)")
+    elif negatives is not None:
+        checks.dims(function, "negatives", negatives, 2, "(N, K) with indices", high=2)
+        checks.shape(function, "negatives", negatives, (count, negatives.shape[1]), "(N, K) with indices")
     checks.tensor(function, "negatives_mask", negatives_mask, (torch.bool,), optional=True)
     if negatives_mask is not None:
         if negatives is None:

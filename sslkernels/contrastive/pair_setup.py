@@ -19,7 +19,8 @@ class PairSetup:
     """The parts of a contrastive loss that are known before the first tile.
 
     query, key, bank: features in the dtype of the matmuls; query_norm, key_norm, bank_norm: their inverse norms where
-    they are normalised; mutual: key is query; negatives: the per-query negatives, as they are. positive_u, score: u and
+    they are normalised; mutual: key is query; negatives: the per-query negatives, as they are; by_index: whether these
+    are indices of rows, drawn_from: of these keys and this bank. positive_u, score: u and
     s of the positives. row_threshold, column_threshold: for hinge, the score above which a negative costs. has_loss:
     rows that have a loss; half: the share of one direction in the loss. row, column: what each side adds to the
     gradient of sum(coefficient * loss) / scale, without the references of a softmax; weight: coefficient * half / scale
@@ -51,11 +52,13 @@ class PairSetup:
         self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)
         self.bank = None if inputs.bank is None or not options.rows else inputs.bank.to(self.dtype)
         self.positives = Positives(inputs, options)
+        self.drawn_from = (self.key, self.bank)
         if inputs.key_mask is not None:
             self.key = _without_garbage(self.key, inputs.key_mask | (self.positives.rows_of_key > 0))
         if inputs.bank_mask is not None:
             self.bank = _without_garbage(self.bank, inputs.bank_mask)
         self.negatives = inputs.negatives if options.rows else None
+        self.by_index = self.negatives is not None and not self.negatives.is_floating_point()
 
         self.query_norm = self.key_norm = self.bank_norm = None
         if options.normalize:
@@ -80,6 +83,8 @@ class PairSetup:
                 candidates = candidates - self.positives.of_same_id_in_bank
         if self.negatives is not None:
             mask = self.inputs.negatives_mask
+            if self.by_index:
+                mask = self.negatives >= 0 if mask is None else (self.negatives >= 0) & mask
             candidates = candidates + (self.negatives.shape[1] if mask is None else mask.sum(1))
         return candidates
 
@@ -140,7 +145,7 @@ class PairSetup:
 
 
 class _Counts(NamedTuple):
-    """Of rows and columns, each without positives: candidates, and pairs that the masks keep and that share an id."""
+    """How many candidates rows and columns have without positives, and how many pairs of one id the masks keep."""
 
     row_candidates: Tensor
     column_candidates: Tensor
@@ -350,7 +355,7 @@ def next_of_same_id(ids: Tensor) -> Tensor:
 
 
 def _occurrences(values: Tensor, among: Tensor, counted: Tensor | None = None) -> Tensor:
-    """How often each of `values` occurs in `among`, or in those of its elements that are `counted`."""
+    """How often each of `values` occurs in `among`, in its `counted` elements alone where these are given."""
     ordered, order = among.sort()
     begin, end = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
     if counted is None:

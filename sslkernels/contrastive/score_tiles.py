@@ -28,6 +28,7 @@ from sslkernels.contrastive.pair_rows import (
     PositivePairs,
     SideGrad,
 )
+from sslkernels.core import segment_sum
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
 
 # Bytes of the buffer for the products of tiles.
@@ -193,6 +194,10 @@ class PairKernels:
     def begin(self, tile: Tile) -> None:
         """Called once for each tile, before its sums and gradients."""
         torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
+
+    def sum_rows(self, index: Tensor, coefficient: Tensor, source: Tensor, out: Tensor) -> None:
+        """out[r] = sum of coefficient[i, k] * source[i] over the pairs (i, k) with index[i, k] == r, in their order."""
+        segment_sum.reference(index.flatten(), coefficient.flatten(), source, None, out)
 
     def positives_in_tile(self, tile: Tile, column: Tensor, score: Tensor) -> None:
         """Writes the scores of the pairs (i, column[i]) of the tile, rounded as its other scores are, so that equal
@@ -403,7 +408,8 @@ class NativePairs(PairKernels):
     """The compiled extension."""
 
     ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
-    OPS = ("pair_positives_in_tile", "pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add", *ROW_OPS)
+    TILE_OPS = ("pair_positives_in_tile", "pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add")
+    OPS = (*TILE_OPS, *ROW_OPS, "sort_rows", "weighted_row_sums")
 
     def inverse_norm(self, values, acc):
         norm = values.new_empty(values.shape[0], dtype=acc)
@@ -421,6 +427,9 @@ class NativePairs(PairKernels):
 
     def finish_gradient(self, gradient, scale, out):
         torch.ops.sslkernels_native.pair_finish_gradient(*gradient, scale, out)
+
+    def sum_rows(self, index, coefficient, source, out):
+        segment_sum.native(index.flatten(), coefficient.flatten(), source, None, out)
 
     def positives_in_tile(self, tile, column, score):
         torch.ops.sslkernels_native.pair_positives_in_tile(*_flat(tile), column, score)
@@ -487,6 +496,9 @@ class TritonPairs(ReferencePairs):
         from sslkernels.contrastive.triton.pair_rows import finish_gradient
 
         finish_gradient(gradient, scale, out)
+
+    def sum_rows(self, index, coefficient, source, out):
+        segment_sum.triton(index.flatten(), coefficient.flatten(), source, None, out)
 
     def keeps_products(self, features):
         return features.dtype == torch.float64

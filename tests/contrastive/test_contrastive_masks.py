@@ -52,7 +52,7 @@ def test_masks_in_half_precision(backend, dtype):
 
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
 def test_a_row_with_its_positive_alone(backend, energy):
-    """Its loss is that of one pair, and the gradients of the pairs that are left out are 0."""
+    """Only its pair has a loss, and the gradients of the pairs that are left out are 0."""
     x, y, bank = (torch.randn(n, 5, requires_grad=True) for n in (4, 6, 3))
     options = {"candidate_mask": torch.zeros(4, 6, dtype=torch.bool), "bank_mask": torch.zeros(3, dtype=torch.bool)}
     scores = (x.detach() * y.detach()[:4]).sum(1)

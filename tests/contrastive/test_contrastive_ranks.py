@@ -21,6 +21,7 @@ OPTIONS = {
     "ragged": {"direction": "symmetric", "ragged": True},
     "keys masked": {"direction": "symmetric", "ragged": True, "mask": "key_mask"},
     "pairs masked": {"energy": "sigmoid", "ragged": True, "mask": "candidate_mask"},
+    "drawn": {"direction": "symmetric", "ragged": True, "mask": "negatives"},
 }
 
 
@@ -34,12 +35,16 @@ def data(world: int, ragged: bool):
 
 
 def masks_of(counts: list[int], rank: int | None = None):
-    """The masks of all rows, or what a rank passes of them: its keys, and its rows with the keys of all ranks."""
+    """The masks of all rows and negatives by index, or what a rank passes: of its keys, or its rows and all keys."""
     generator = torch.Generator().manual_seed(1)
     pairs, keys = (torch.rand(size, generator=generator) < 0.6 for size in ((sum(counts),) * 2, (sum(counts),)))
+    drawn = [torch.randint(-1, n, (n, 4), generator=generator) for n in counts]  # from the rank's own keys
     if rank is None:
-        return {"candidate_mask": pairs, "key_mask": keys}
-    return {"candidate_mask": pairs.split(counts)[rank], "key_mask": keys.split(counts)[rank]}
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        shifted = [torch.where(i < 0, i, i + start) for i, start in zip(drawn, starts, strict=True)]
+        return {"candidate_mask": pairs, "key_mask": keys, "negatives": torch.cat(shifted)}
+    masks = {"candidate_mask": pairs.split(counts)[rank], "key_mask": keys.split(counts)[rank]}
+    return masks | {"negatives": drawn[rank]}
 
 
 def encoders():
