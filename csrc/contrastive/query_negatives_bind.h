@@ -16,11 +16,7 @@ inline void parse_negative_index(const Tensor& query, const Tensor& negatives, c
   args.bank = readable(bank, {bank_rows, dim}, element, "bank");
   args.wide_index = is_wide(index, "index");
   args.index = readable(index, {rows, count}, index.scalar_type(), "index");
-  bool inside = true;
-  for (int64_t i = 0; i < rows * count; ++i) {
-    inside &= in_range(index_at(args.index, args.wide_index, i) + 1, args.table_rows + bank_rows + 1);
-  }
-  STD_TORCH_CHECK(inside, "sslkernels: index must be in [-1, ", args.table_rows + bank_rows, ")");
+  check_optional_indices(index, rows * count, args.table_rows + bank_rows, "index");
 }
 
 // An output without elements is not wanted.
