@@ -336,7 +336,7 @@ def negative_calls() -> Iterator[Call]:
         (FP32, (100, 256), "softmax", f"{plain} index"),
         (BF16, (100, 256), "softmax", f"{every} index bank"),
         (FP16, (16, 1000), "sigmoid", "norm gradient index int32"),
-        (BF16, (7, 40000), "hinge", f"{every} index bank int32"),
+        (BF16, (300, 768), "hinge", f"{every} index bank int32"),
         (FP64, (33, 100), "softmax", f"{every} index bank"),
     ):
         yield call(negatives, dtype, shape, energy, parts)

@@ -197,6 +197,12 @@ def test_softmax_of_normalised_features(device, small_supertiles, fixed_shift, s
     check_sums(tile._replace(row_norm=next(norms), column_norm=next(norms)), times=2)
 
 
+def test_steps_of_a_mask_that_need_64_bits(device, monkeypatch):
+    monkeypatch.setattr(launcher, "WIDE_STEP", 2)
+    check_sums(make_tile(device, 40, 70, 19, torch.float32, SOFTMAX, masks=True))
+    check_gradients(make_tile(device, 70, 40, 19, torch.float32, SOFTMAX, masks=True))
+
+
 def test_far_scores(device, small_supertiles):
     """|s| of ten thousand, where exponentials without a maximum are inf or 0."""
     for scale in (300.0, -300.0):

@@ -23,6 +23,8 @@ SIGMOID = tl.constexpr(ENERGY_SIGMOID)
 
 # Largest padded D for which a block of output rows stays in registers.
 OWNED_DIM = 256
+# Steps of a mask from which the places in a block of 128 need more than 32 bits.
+WIDE_STEP = 1 << 24
 # log2 of what float16 kernels scale a gradient of 1 to, for a score of a pair with average norms.
 GAIN = 8
 
@@ -115,22 +117,24 @@ def masked_pairs(
     if column_mask is not None:
         excluded = _or(excluded, load_block(column_mask, column, lane, column_inside, 1)[None, :] == 0)
     if pair_mask is not None:
-        row_at = _places(row_index, row, row_lane, row_inside)
-        column_at = _places(column_index, column, lane, column_inside)
-        out = tl.load(pair_mask + (row_at * row_step)[:, None] + (column_at * column_step)[None, :]) == 0
-        excluded = _or(excluded, out)
+        row_start, row_at = _places(row_index, row, row_lane, row_inside)
+        column_start, column_at = _places(column_index, column, lane, column_inside)
+        block = pair_mask + row_start * row_step + column_start * column_step
+        kept = tl.load(block + (row_at * row_step)[:, None] + (column_at * column_step)[None, :])
+        excluded = _or(excluded, kept == 0)
     return excluded
 
 
 @triton.jit
 def _places(index, start, lane, inside):
-    """The places (int64) of a block in a mask; the first of the block for lanes outside."""
+    """(start, int64; place from there, the first one for lanes outside) of a block in a mask of pairs. Without an index
+    places have 32 bits: `_masks` gives one where they would need more."""
     if index is not None:
-        return load_block(index, start, lane, inside, 0)
+        return tl.full((), 0, tl.int64), load_block(index, start, lane, inside, 0)
     else:
         if inside is not None:
             lane = tl.where(inside, lane, 0)
-        return start + lane.to(tl.int64)
+        return start.to(tl.int64), lane
 
 
 @triton.jit
@@ -206,11 +210,16 @@ def operands(tile: Any, transposed: bool = False) -> tuple[Any, ...]:
 def _masks(masks: Any, transposed: bool) -> tuple[Any, ...]:
     """The parameters of `masked_pairs` that belong to a tile."""
     pair, index, column = masks
-    steps = (0, 0) if pair is None else pair.stride()
+    steps, indices = (0, 0), (None, index)
+    if pair is not None:
+        steps = pair.stride()
+        if max(steps) >= WIDE_STEP:
+            every = (torch.arange(n, device=pair.device) for n in pair.shape)
+            indices = tuple(i if given is None else given for i, given in zip(every, indices, strict=True))
     pair, column = (None if mask is None else mask.view(torch.uint8) for mask in (pair, column))
     if transposed:
-        return pair, *reversed(steps), index, None, column, None
-    return pair, *steps, None, index, None, column
+        return pair, *reversed(steps), *reversed(indices), column, None
+    return pair, *steps, *indices, None, column
 
 
 def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | None:
@@ -228,10 +237,14 @@ def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | N
 
 
 def burden_of(tile: Any, *more: Tensor | None) -> int:
-    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: masks or any of `more`, too."""
-    if any(value is not None for value in (*tile.masks, *more)):
-        return 2
-    return int(sum(label is not None for label in tile.labels) > 2)
+    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: any of `more`, or masks, too; 3:
+    masks beside any of these, or with an index."""
+    burden = int(sum(label is not None for label in tile.labels) > 2)
+    if any(value is not None for value in more):
+        burden = 2
+    if any(mask is not None for mask in tile.masks):
+        burden = 3 if burden > 0 or tile.masks.index is not None else 2
+    return burden
 
 
 def config(
@@ -260,7 +273,8 @@ def config(
     if kernel == "owner":
         small = depth <= 128 and burden < 2
         narrow = energy == ENERGY_SIGMOID and capability >= (10, 0)
-        height = 128 if small and hopper and not narrow else 64 if hopper or burden < 2 else 32
+        medium = burden < 2 or (hopper and burden < 3)
+        height = 128 if small and hopper and not narrow else 64 if medium else 32
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
     if kernel == "weighted":
@@ -270,13 +284,15 @@ def config(
         elements = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
         return Config(blocks, {"num_warps": 8 if elements >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
-        blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
+        width = 32 if burden > 2 else 64
+        blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, width), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
     sums = kernel == "sums"
     wide = burden == 0 and whole and (sums or (energy == ENERGY_SOFTMAX and capability[0] == 9))
+    medium = burden < 3 and (sums or whole or burden < 2)
     blocks = {
         "BLOCK_M": min(block_m, 128 if burden < 2 and (sums or whole) else 64),
-        "BLOCK_N": min(block_n, 128 if wide else 64 if sums or whole or burden < 2 else 32),
+        "BLOCK_N": min(block_n, 128 if wide else 64 if medium else 32),
         "BLOCK_D": min(depth, 64 if hopper else 32),
     }
     options = {"num_warps": 8, "num_stages": 3}
