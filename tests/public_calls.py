@@ -64,6 +64,20 @@ def _pairs(function: str, *others: tuple[int, ...], **options: Any) -> PublicCal
     return PublicCall("contrastive_energy", run, (*((ROWS, DIM),) * 2, *others))
 
 
+def _masked_pairs() -> PublicCall:
+    """Masks of pairs, keys and bank, where each pair has a column of its own; and negatives by index."""
+
+    def run(query: Tensor, key: Tensor, bank: Tensor) -> Any:
+        pairs, positive = indices(query, (ROWS, ROWS), 2) > 0, indices(query, ROWS, ROWS)
+        options = {"candidate_mask": pairs, "key_mask": pairs[0], "bank_mask": pairs[:2, 0], "positive": positive}
+        drawn = indices(query, (ROWS, 3), ROWS + 2)
+        return sk.contrastive_energy(
+            query, key, bank=bank, negatives=drawn, energy="hinge", direction="symmetric", **options
+        )
+
+    return PublicCall("contrastive_energy", run, ((ROWS, DIM), (ROWS, DIM), (2, DIM)))
+
+
 def _word2vec(**options: Any) -> PublicCall:
     def run(center: Tensor, context: Tensor) -> Any:
         pairs = (indices(center, ROWS, CODES), indices(center, ROWS, CODES), indices(center, (ROWS, 3), CODES))
@@ -97,6 +111,7 @@ CALLS = {
     "contrastive_energy-none": _pairs("contrastive_energy", reduction="none", return_stats=True),
     "contrastive_energy-symmetric": _pairs("contrastive_energy", direction="symmetric", normalize=True),
     "contrastive_energy-hinge": _pairs("contrastive_energy", energy="hinge", reduction="none"),
+    "contrastive_energy-masks": _masked_pairs(),
     "contrastive_energy-negatives": _pairs("contrastive_energy", (ROWS, 2, DIM)),
     "info_nce": _pairs("info_nce"),
     "info_nce-none": _pairs("info_nce", reduction="none"),

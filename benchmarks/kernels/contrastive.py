@@ -106,8 +106,8 @@ def per_query_inputs(case: Case, device: torch.device) -> Inputs:
 def per_query(backend: str, case: Case, t: Inputs) -> None:
     coefficient = t["coefficient"] if case.backward else None
     with use_backend(chosen(backend, t["query"].device)):
-        inputs = NegativeInputs(t["query"], t["negatives"], None, None, t["scale"], None)
-        outputs = empty_outputs(t["query"], t["negatives"], case.backward, True, True, False)
+        inputs = NegativeInputs(t["query"], t["negatives"], None, None, None, None, t["scale"], None)
+        outputs = empty_outputs(inputs, case.backward, True, True, False)
         query_negatives_(inputs, RowMerge(SOFTMAX, t["reference"], coefficient, None, False), outputs)
     t["value"], t["grad_query"], t["grad_negatives"] = outputs.value, outputs.grad_query, outputs.grad_negatives
 

@@ -24,6 +24,7 @@ from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, emp
 from sslkernels.contrastive.score_tiles import (
     GradientOutputs,
     Labels,
+    Masks,
     RowSums,
     Thresholds,
     Tile,
@@ -40,6 +41,7 @@ from sslkernels.core.dtypes import accumulation_dtype
 
 ENERGIES = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "hinge": HINGE}
 NONE, EVERY, BARE = "", "norm bias self id", "bare"  # parts of a tile
+MASKS = "pairs columns"
 LARGE, SMALL = (65536, 8192), (2048, 4096)  # SMALL has too few pairs for a fixed shift
 RAGGED, SMALL_RAGGED = (65532, 8188), (2044, 4092)
 
@@ -61,7 +63,8 @@ def calls() -> Iterator[Call]:
 
 
 def tile_of(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str) -> Tile:
-    """parts: which of the norms, the bias, the labels of a sample itself and the ids there are, or BARE: no labels."""
+    """parts: which of the norms, the bias, the labels of a sample itself, the ids and the masks there are, or BARE: no
+    labels. A mask of pairs is contiguous, or "transposed"; "index": the columns of the tile are some of its."""
 
     def pair(part: str, dtype: torch.dtype) -> list[Tensor | None]:
         return [when(part in parts, torch.empty(n, dtype=dtype)) for n in shape]
@@ -71,7 +74,15 @@ def tile_of(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], p
     labels = Labels(*positives, *pair("self", torch.int32), *pair("id", torch.int32))
     products, bias = torch.empty(shape, dtype=dtype), when("bias" in parts, torch.empty(1))
     norms = pair("norm", FP32)
-    return Tile(queries, candidates, products, *norms, torch.empty(1), bias, ENERGIES[energy], labels, "id" in parts)
+    columns, order = shape[1], shape[::-1] if "transposed" in parts else shape
+    pairs = when("pairs" in parts, torch.empty(order, dtype=torch.bool))
+    masks = Masks(
+        pairs.t() if "transposed" in parts else pairs,
+        when("index" in parts, torch.empty(columns, dtype=torch.int64)),
+        when("columns" in parts, torch.empty(columns, dtype=torch.bool)),
+    )
+    numbers = (torch.empty(1), bias, ENERGIES[energy])
+    return Tile(queries, candidates, products, *norms, *numbers, labels, "id" in parts, masks)
 
 
 def numbers(count: int) -> Tensor:
@@ -167,6 +178,10 @@ def sum_calls() -> Iterator[Call]:
         (FP16, 768, "sigmoid", LARGE, "norm bias id", {}),
         (BF16, 768, "hinge", LARGE, "norm", {"columns": True}),
         (FP32, 19, "hinge", RAGGED, NONE, {"columns": True}),
+        (BF16, 512, "softmax", LARGE, f"norm {MASKS}", {"columns": True}),
+        (FP16, 770, "softmax", SMALL_RAGGED, f"{EVERY} {MASKS} transposed", {"columns": True, "statistics": True}),
+        (FP32, 128, "hinge", SMALL, "norm pairs index", {"columns": True}),
+        (BF16, 128, "sigmoid", LARGE, "norm bias columns", {}),
     ):
         yield call(sums, dtype, dim, energy, shape, parts, **options)
     for dtype, dim, shape, parts in (
@@ -239,6 +254,12 @@ def gradient_calls() -> Iterator[Call]:
         (BF16, 256, "sigmoid", LARGE[::-1], "norm bias", {"of": "candidates"}),
         (FP16, 128, "hinge", LARGE, "norm", {"columns": True, "of": "queries"}),
         (BF16, 1, "softmax", RAGGED, NONE, {"of": "queries"}),
+        # Masks.
+        (BF16, 768, "softmax", LARGE, f"norm {MASKS}", {"columns": True}),
+        (FP32, 128, "sigmoid", RAGGED, f"{EVERY} {MASKS} transposed", {"cost": True}),
+        (BF16, 256, "softmax", LARGE, f"norm {MASKS}", {"columns": True, "of": "queries"}),
+        (BF16, 128, "softmax", LARGE[::-1], f"norm {MASKS} transposed", {"columns": True, "of": "candidates"}),
+        (FP16, 250, "hinge", RAGGED, "norm pairs index", {"columns": True, "of": "queries candidates"}),
     ):
         yield call(gradients, dtype, dim, energy, shape, parts, **options)
     for dtype, dim in ((FP16, 64), (BF16, 400)):
@@ -280,6 +301,8 @@ def weighted_calls() -> Iterator[Call]:
         (FP32, 250, EVERY),
         (FP32, 128, "norm"),
         (FP32, 64, "norm"),
+        (BF16, 256, f"norm {MASKS}"),
+        (FP32, 128, f"{EVERY} {MASKS}"),
     ):
         yield call(weighted_sums, dtype, dim, LARGE if dim % 16 == 0 else RAGGED, parts)
     yield binding(weighted_sums, FP16, 64, (1, 1), BARE)
@@ -310,6 +333,11 @@ def negative_calls() -> Iterator[Call]:
         (FP32, (256, 768), "softmax", every),
         (FP64, (8, 100), "softmax", every),
         (FP64, (33, 3000), "sigmoid", every),
+        (FP32, (100, 256), "softmax", f"{plain} index"),
+        (BF16, (100, 256), "softmax", f"{every} index bank"),
+        (FP16, (16, 1000), "sigmoid", "norm gradient index int32"),
+        (BF16, (300, 768), "hinge", f"{every} index bank int32"),
+        (FP64, (33, 100), "softmax", f"{every} index bank"),
     ):
         yield call(negatives, dtype, shape, energy, parts)
     yield binding(negatives, BF16, (1, 1), "softmax", every)
@@ -324,10 +352,14 @@ def negatives(dtype: torch.dtype, shape: tuple[int, int], energy: str, parts: st
         return when(part in parts, torch.empty(rows, dtype=acc))
 
     query, candidates = torch.empty(rows, dim, dtype=dtype), torch.empty(rows, count, dim, dtype=dtype)
+    index = bank = None
+    if "index" in parts:
+        index = torch.empty(rows, count, dtype=torch.int32 if "int32" in parts else torch.int64)
+        candidates, bank = torch.empty(8191, dim, dtype=dtype), when("bank" in parts, torch.empty(77, dim, dtype=dtype))
     mask, one = when("mask" in parts, torch.empty(rows, count, dtype=torch.bool)), torch.empty(1, dtype=acc)
-    inputs = NegativeInputs(query, candidates, mask, of_rows("norm"), one, when("bias" in parts, one))
+    inputs = NegativeInputs(query, candidates, index, bank, mask, of_rows("norm"), one, when("bias" in parts, one))
     merge = (of_rows("reference"), of_rows("gradient"), of_rows("smoothing"), "final" in parts)
-    outputs = empty_outputs(query, candidates, "gradient" in parts, True, True, "scores" in parts)
+    outputs = empty_outputs(inputs, "gradient" in parts, True, True, "scores" in parts)
     query_negatives(inputs, RowMerge(ENERGIES[energy], *merge), outputs)
 
 

@@ -1,4 +1,5 @@
-"""info_nce with per-query negatives: (N, D), (N, D), (N, K, D) -> loss and all gradients."""
+"""info_nce with per-query negatives: (N, D), (N, D), (N, K, D) -> loss and all gradients; and negatives by index, drawn
+from the keys: (N, D), (M, D), (N, K) -> loss and the gradients of queries and keys."""
 
 from __future__ import annotations
 
@@ -68,5 +69,60 @@ class InfoNCE(Benchmark):
         return [Bar("median / time at the speed of light", case.name, providers.over_light, 1.3)]
 
 
-BENCHMARKS = (InfoNCE(),)
+class NegativesByIndex(Benchmark):
+    op = "negatives_by_index"
+    public = "contrastive_energy"
+    shape_keys = ("N", "K", "M", "D")
+    leaves = ("query", "key")
+    names = ("query", "key", "index")
+    results = ("loss", "grad query", "grad key")
+    settings = frozenset()
+
+    def cost(self, case: Case) -> tuple[int, int]:
+        """All features and indices are read once, all gradients written once. Repeated reads of a row are left out."""
+        rows, count, keys, width = (case.shape[key] for key in self.shape_keys)
+        return 2 * (rows + keys) * width * case.dtype.itemsize + 8 * rows * count, 0
+
+    def hand_sums(self) -> list[HandSum]:
+        case = self.case({"N": 10, "K": 3, "M": 12, "D": 4})
+        return [HandSum(case, 2 * (10 * 4 + 12 * 4) * 4 + 10 * 3 * 8, 0)]
+
+    def cases(self, device: str) -> list[Case]:
+        shape = {"N": 4096, "K": 100, "M": 8192, "D": 256}
+        return [self.case(shape)] if device == "cpu" else [self.case(shape), self.case(shape, torch.bfloat16)]
+
+    def smoke_cases(self, device: str) -> list[Case]:
+        shape = {"N": 13, "K": 5, "M": 17, "D": 24}
+        return [self.case(shape), self.case(shape, torch.bfloat16)]
+
+    def inputs(self, case: Case, device: torch.device) -> Inputs:
+        """The first N keys are the positives."""
+        generator = torch.Generator(device).manual_seed(1)
+        rows, count, keys, width = (case.shape[key] for key in self.shape_keys)
+        query, key = (torch.randn(n, width, generator=generator, device=device) for n in (rows, keys))
+        index = torch.randint(keys, (rows, count), generator=generator, device=device)
+        return {"query": query.to(case.dtype), "key": key.to(case.dtype), "index": index}
+
+    @staticmethod
+    def plain(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
+        negative = torch.einsum("nd,nkd->nk", query, key[index])
+        scores = torch.cat([(query * key[: len(query)]).sum(1, keepdim=True), negative], 1)
+        target = torch.zeros(len(query), dtype=torch.long, device=query.device)
+        return F.cross_entropy(TEMPERATURE * scores, target)
+
+    @staticmethod
+    def fused(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
+        return sk.contrastive_energy(query, key, negatives=index, in_batch=False, logit_scale=TEMPERATURE)
+
+    def limits(self, case: Case, device: str) -> list[Bar]:
+        faster = providers.time_ratio(EAGER, OURS)
+        gathered = 4 * case.shape["N"] * case.shape["K"] * case.shape["D"] / 1e6
+        return [
+            Bar("times faster than eager torch", case.name, faster, 4, True),
+            # Eager torch holds the gathered rows and their gradient.
+            Bar("MB beyond the gradients", case.name, providers.memory_mb, 0.05 * 2 * gathered),
+        ]
+
+
+BENCHMARKS = (InfoNCE(), NegativesByIndex())
 test_info_nce = smoke_test(BENCHMARKS)

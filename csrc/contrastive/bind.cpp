@@ -16,7 +16,7 @@ namespace sslkernels {
 namespace {
 
 void run_query_negatives(const QueryNegatives& args) {
-  advise_output(args.grad_negatives, args.rows * args.count * args.dim, args.element);
+  if (args.index == nullptr) advise_output(args.grad_negatives, args.rows * args.count * args.dim, args.element);
   parallel(args.rows, row_grain(args.count * args.dim), SSLKERNELS_CURRENT_ISA(query_negatives), args,
            query_negatives_scratch_bytes(args));
 }
@@ -71,7 +71,8 @@ void run_negative_sampling_fwd(const NegativeSampling& pairs) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
-      "own_negatives(Tensor query, Tensor negatives, Tensor? mask, Tensor? query_inverse_norm, Tensor logit_scale, "
+      "own_negatives(Tensor query, Tensor negatives, Tensor? index, Tensor? bank, Tensor? mask, Tensor? "
+      "query_inverse_norm, Tensor logit_scale, "
       "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
       "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
       "Tensor(f!) grad_bias) -> ()");
@@ -90,23 +91,27 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
       "pair_positives_in_tile(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
-      "row_id, Tensor? column_id, bool ids_positive, Tensor column, Tensor(a!) score) -> ()");
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? pair_mask, Tensor? mask_index, Tensor? column_mask, "
+      "Tensor column, Tensor(a!) score) -> ()");
   m.def(
       "pair_row_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
-      "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor? positive_score, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? pair_mask, Tensor? mask_index, Tensor? column_mask, "
+      "Tensor? threshold, Tensor? positive_score, Tensor? "
       "cosine_row_norm, Tensor? cosine_column_norm, Tensor(a!)? max, Tensor(b!) sum, Tensor(c!)? active, "
       "Tensor(d!)? score_sum, Tensor(e!)? positive_sum, Tensor(f!)? uniformity_sum, "
       "Tensor(g!)? num_above_positive, Tensor(h!)? num_equal_positive) -> ()");
   m.def(
       "pair_column_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
-      "row_id, Tensor? column_id, bool ids_positive, Tensor? threshold, Tensor(a!)? max, Tensor(b!) sum, "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? pair_mask, Tensor? mask_index, Tensor? column_mask, "
+      "Tensor? threshold, Tensor(a!)? max, Tensor(b!) sum, "
       "Tensor(c!)? active, Tensor(d!)? score_sum, Tensor(e!)? positive_sum) -> ()");
   m.def(
       "pair_gradient(Tensor(a!) products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
-      "row_id, Tensor? column_id, bool ids_positive, Tensor? row_weight, Tensor? row_reference, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? pair_mask, Tensor? mask_index, Tensor? column_mask, "
+      "Tensor? row_weight, Tensor? row_reference, Tensor? "
       "row_share, Tensor? row_smoothing, Tensor? column_weight, Tensor? column_reference, Tensor? column_share, "
       "Tensor? column_smoothing, Tensor(b!) dot, Tensor(c!) total, Tensor(d!)? cost) -> ()");
   m.def(

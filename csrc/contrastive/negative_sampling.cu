@@ -33,7 +33,7 @@ struct Sum {
   static __device__ __forceinline__ Sum combine(Sum a, Sum b) { return {a.value + b.value}; }
 };
 
-// Candidate 0 is the context; the others are the negatives.
+// Candidate 0 is the context; the others are the negatives, -1 for none.
 __device__ __forceinline__ int64_t candidate(const NegativeSampling& pairs, int64_t i, int64_t k) {
   return k == 0 ? index_at(pairs.context, pairs.wide_index, i)
                 : index_at(pairs.negatives, pairs.wide_index, i * pairs.negative_count + k - 1);
@@ -62,7 +62,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
 
   const int64_t center = index_at(pairs.center, pairs.wide_index, i), context = candidate(pairs, i, 0);
   int wrong = !in_range(center, pairs.center_rows);
-  for (int64_t k = lane; k < candidates; k += kWarpSize) wrong += !in_range(candidate(pairs, i, k), pairs.context_rows);
+  for (int64_t k = lane; k < candidates; k += kWarpSize) {
+    const int64_t index = candidate(pairs, i, k);
+    wrong += !in_range(index, pairs.context_rows) && (k == 0 || index != -1);
+  }
   if (Reduction<Sum<int>>::over_warp({wrong}).value > 0) {
     fill_with_nan(loss, 1, lane);
     if (slopes != nullptr) fill_with_nan(slopes, candidates, lane);
@@ -81,7 +84,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
       const T* rows[kAtOnce];
       A parts[kAtOnce] = {};
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) rows[j] = table + shuffle(own, t + j < count ? t + j : t) * dim;
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t index = shuffle(own, t + j < count ? t + j : t);
+        rows[j] = table + (index < 0 ? 0 : index) * dim;
+      }
       for (int column = lane * kSize; column < int(dim); column += kTile) {
         A of_center[kSize];
         load_columns(u, column, int(dim), of_center);
@@ -101,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     }
 
     ScoreTerm<A> term = score_term<Math>(score, first + lane == 0);
-    const bool excluded = pairs.exclude_positive && first + lane > 0 && own == context;
+    const bool excluded = own < 0 || (pairs.exclude_positive && first + lane > 0 && own == context);
     if (lane >= count || excluded) term = {A(0), A(0)};
     losses += term.loss;
     if (slopes != nullptr && lane < count) slopes[first + lane] = term.slope;
@@ -113,7 +119,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
       if (first > 0) load_columns(direction, column, int(dim), sum);
 #pragma unroll(kAtOnce)
       for (int t = 0; t < count; ++t) {
-        const T* row = table + shuffle(own, t) * dim;
+        const int64_t index = shuffle(own, t);
+        if (index < 0) continue;  // for all lanes alike
+        const T* row = table + index * dim;
         const A slope = shuffle(term.slope, t);
         A of_row[kSize];
         load_columns(row, column, int(dim), of_row);

@@ -20,7 +20,7 @@ struct NegativeSampling {
   int64_t dim;
   const void* center;     // (count)
   const void* context;    // (count)
-  const void* negatives;  // (count, negative_count)
+  const void* negatives;  // (count, negative_count); -1: none
   bool wide_index;        // int64, else int32
   int64_t count;
   int64_t negative_count;
@@ -50,7 +50,7 @@ SSLKERNELS_HD ScoreTerm<A> score_term(A score, bool positive) {
 
 }  // namespace
 
-// Pairs [begin, end). Every index must be in range.
+// Pairs [begin, end). Every index must be in range, or -1 in negatives.
 SSLKERNELS_CPU_KERNELS(void negative_sampling_fwd(const NegativeSampling& pairs, int64_t begin, int64_t end);)
 
 // A pair with an index out of range has NaN loss, slopes and direction; its rows are not read.

@@ -29,7 +29,7 @@ inline NegativeSampling parse_negative_sampling_fwd(const Tensor& center, const 
   pairs.negatives = readable(negatives, {pairs.count, pairs.negative_count}, index, "negatives");
   check_indices(center, pairs.count, pairs.center_rows, "center");
   check_indices(context, pairs.count, pairs.context_rows, "context");
-  check_indices(negatives, negatives.numel(), pairs.context_rows, "negatives");
+  check_optional_indices(negatives, negatives.numel(), pairs.context_rows, "negatives");
   pairs.exclude_positive = exclude_positive;
   pairs.loss = writable(loss, {pairs.count}, type, "loss");
   pairs.slopes = writable(slopes, {pairs.count, pairs.negative_count + 1}, type, "slopes");

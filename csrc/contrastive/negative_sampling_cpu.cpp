@@ -68,8 +68,11 @@ void run(const NegativeSampling& pairs, int64_t begin, int64_t end) {
       A scores[kBatch] = {}, losses[kBatch], used[kBatch] = {};
       for (int t = 0; t < count; ++t) {
         const int64_t k = first + t;
-        if (i + ahead < end) prefetch_row(context_weight + int64_t(candidate(i + ahead, k)) * dim, dim);
+        if (i + ahead < end && candidate(i + ahead, k) >= 0) {
+          prefetch_row(context_weight + int64_t(candidate(i + ahead, k)) * dim, dim);
+        }
         const Index index = candidate(i, k);
+        if (index < 0) continue;
         rows[t] = context_weight + int64_t(index) * dim;
         if (k > 0 && pairs.exclude_positive && index == context[i]) continue;
         used[t] = 1;

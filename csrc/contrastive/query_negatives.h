@@ -9,6 +9,7 @@
 #include "contrastive/energy.h"
 #include "core/cpu/isa.h"
 #include "core/element.h"
+#include "core/index.h"
 
 namespace sslkernels {
 
@@ -17,10 +18,16 @@ namespace sslkernels {
 struct QueryNegatives {
   Element element;        // type of query, negatives and grad_negatives
   const void* query;      // (rows, dim)
-  const void* negatives;  // (rows, count, dim)
+  const void* negatives;  // (rows, count, dim), or with an index (table_rows, dim)
   int64_t rows;
   int64_t count;
   int64_t dim;
+  // (rows, count): which row of `negatives`, followed by `bank`, a negative is; -1: none. Null: negatives have memory
+  // of their own.
+  const void* index;
+  bool wide_index;   // int64, else int32
+  const void* bank;  // (bank_rows, dim)
+  int64_t table_rows;
   const uint8_t* mask;             // (rows, count); null: all are valid
   const void* query_inverse_norm;  // A (rows); null: nothing is normalised
   const void* logit_scale;         // A (1)
@@ -33,7 +40,7 @@ struct QueryNegatives {
   void* scores;             // A (rows, count)
   void* value;              // A (rows)
   void* grad_query;         // A (rows, dim)
-  void* grad_negatives;     // (rows, count, dim)
+  void* grad_negatives;     // (rows, count, dim); with an index, A (rows, count): of_query in NegativeFactors
   void* grad_scale;         // A (rows), like the next
   void* grad_bias;
 };
@@ -46,7 +53,8 @@ SSLKERNELS_HD bool weights_are_apart(const QueryNegatives& args) {
 }
 
 SSLKERNELS_HD bool is_valid(const QueryNegatives& args, int64_t negative) {
-  return args.mask == nullptr || args.mask[negative] != 0;
+  if (args.mask != nullptr && args.mask[negative] == 0) return false;
+  return args.index == nullptr || index_at(args.index, args.wide_index, negative) >= 0;
 }
 
 // Values that the negatives of a row share.

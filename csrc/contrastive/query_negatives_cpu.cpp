@@ -6,6 +6,7 @@
 
 #include "contrastive/query_negatives.h"
 #include "core/cpu/element.h"
+#include "core/cpu/prefetch.h"
 
 namespace sslkernels {
 namespace SSLKERNELS_ISA {
@@ -64,6 +65,18 @@ void write_grad_negative(const A* query, const T* negative, int64_t dim, const N
   }
 }
 
+constexpr int64_t kAhead = 8;  // rows of a table in flight
+
+// Negative k of row i, which must be valid.
+template <class T>
+const T* negative_of(const QueryNegatives& args, int64_t i, int64_t k) {
+  const T* negatives = static_cast<const T*>(args.negatives);
+  if (args.index == nullptr) return negatives + (i * args.count + k) * args.dim;
+  const int64_t row = index_at(args.index, args.wide_index, i * args.count + k);
+  if (row < args.table_rows) return negatives + row * args.dim;
+  return static_cast<const T*>(args.bank) + (row - args.table_rows) * args.dim;
+}
+
 template <class T>
 void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulation<T>::type;
@@ -71,15 +84,17 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
   Negative<A>* negatives = reinterpret_cast<Negative<A>*>(query + args.dim);
   for (int64_t i = begin; i < end; ++i) {
     const QueryRow<A> row = query_row<A>(args, i);
-    const T* row_negatives = static_cast<const T*>(args.negatives) + i * args.count * args.dim;
     load(static_cast<const T*>(args.query) + i * args.dim, args.dim, query);
 
     NegativeSums<A> sums = NegativeSums<A>::identity();
     for (int64_t k = 0; k < args.count; ++k) {
       Negative<A>& negative = negatives[k];
       negative.score = A(-INFINITY);
+      if (args.index != nullptr && k + kAhead < args.count && is_valid(args, i * args.count + k + kAhead)) {
+        prefetch_row(negative_of<T>(args, i, k + kAhead), args.dim);
+      }
       if (is_valid(args, i * args.count + k)) {
-        negative = dot_and_square(query, row_negatives + k * args.dim, args.dim, row.normalise);
+        negative = dot_and_square(query, negative_of<T>(args, i, k), args.dim, row.normalise);
         negative.score = score_of(row, negative.dot, negative.square).score;
         sums.add(row, negative.score);
       }
@@ -92,13 +107,19 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
     A* grad_query = args.grad_query == nullptr ? nullptr : static_cast<A*>(args.grad_query) + i * args.dim;
     if (grad_query != nullptr) std::memset(grad_query, 0, size_t(args.dim) * sizeof(A));
     for (int64_t k = 0; k < args.count; ++k) {
-      const T* negative = row_negatives + k * args.dim;
-      T* grad = args.grad_negatives == nullptr ? nullptr
-                                               : static_cast<T*>(args.grad_negatives) + (i * args.count + k) * args.dim;
+      const bool by_index = args.index != nullptr;
+      A* of_query = args.grad_negatives == nullptr || !by_index
+                        ? nullptr
+                        : static_cast<A*>(args.grad_negatives) + i * args.count + k;
+      T* grad = args.grad_negatives == nullptr || by_index
+                    ? nullptr
+                    : static_cast<T*>(args.grad_negatives) + (i * args.count + k) * args.dim;
       if (!is_valid(args, i * args.count + k)) {
         if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, size_t(args.dim) * sizeof(T));
+        if (of_query != nullptr) *of_query = A(0);
         continue;
       }
+      const T* negative = negative_of<T>(args, i, k);
       const NegativeScore<A> score = score_of(row, negatives[k].dot, negatives[k].square);
       const A weight = weight_of(row, score.score, value);
       const NegativeFactors<A> factors = factors_of(row, score, weight);
@@ -108,6 +129,7 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
         add_to_grad_query(negative, args.dim, row.scale * row.query_inverse_norm * factors.of_negative, grad_query);
       }
       if (grad != nullptr) write_grad_negative(query, negative, args.dim, factors, grad);
+      if (of_query != nullptr) *of_query = factors.of_query;
     }
     static_cast<A*>(args.grad_scale)[i] = sums.scale;
     static_cast<A*>(args.grad_bias)[i] = sums.bias;

@@ -32,6 +32,12 @@ struct ScoreTile {
   PairLabels self;      // left out
   PairLabels id;        // left out or, if `ids_positive`, an extra positive
   bool ids_positive;
+  // Bytes that are 0 for pairs, and for columns, that are left out; null: none are.
+  const uint8_t* pair_mask;  // byte (i, j) at i * pair_mask_row + j * pair_mask_column
+  int64_t pair_mask_row;
+  int64_t pair_mask_column;
+  const int64_t* mask_index;  // which column of `pair_mask` belongs to each column; null: the same
+  const uint8_t* column_mask;
 };
 
 // The score of pair (i, column[i]) of each row, as the sums see it; not written where the column is outside the tile.

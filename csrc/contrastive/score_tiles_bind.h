@@ -12,13 +12,30 @@ inline PairLabels pair_labels(const OptionalTensor& row, const OptionalTensor& c
           readable<int32_t>(column, {tile.columns}, ScalarType::Int, name)};
 }
 
-// The arguments that the three operators share.
+// A mask of pairs has any strides: it is the caller's tensor, or a part of it.
+inline void parse_masks(const OptionalTensor& pair_mask, const OptionalTensor& mask_index,
+                        const OptionalTensor& column_mask, ScoreTile& tile) {
+  tile.column_mask = readable<uint8_t>(column_mask, {tile.columns}, ScalarType::Bool, "column_mask");
+  STD_TORCH_CHECK(pair_mask || !mask_index, "sslkernels: mask_index needs pair_mask");
+  if (!pair_mask) return;
+  const int64_t width = mask_index ? pair_mask->size(1) : tile.columns;
+  check_shape(*pair_mask, {tile.rows, width}, ScalarType::Bool, "pair_mask");
+  tile.pair_mask = static_cast<const uint8_t*>(pair_mask->const_data_ptr());
+  tile.pair_mask_row = pair_mask->stride(0);
+  tile.pair_mask_column = pair_mask->stride(1);
+  if (!mask_index) return;
+  tile.mask_index = readable<int64_t>(*mask_index, {tile.columns}, ScalarType::Long, "mask_index");
+  check_indices(*mask_index, tile.columns, width, "mask_index");
+}
+
+// The arguments that the four operators share.
 inline ScoreTile parse_score_tile(const Tensor& products, const OptionalTensor& row_norm,
                                   const OptionalTensor& column_norm, const Tensor& scale, const OptionalTensor& bias,
                                   int64_t energy, const OptionalTensor& row_positive,
                                   const OptionalTensor& column_positive, const OptionalTensor& row_self,
                                   const OptionalTensor& column_self, const OptionalTensor& row_id,
-                                  const OptionalTensor& column_id, bool ids_positive) {
+                                  const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& pair_mask,
+                                  const OptionalTensor& mask_index, const OptionalTensor& column_mask) {
   check_matrix(products, "products");
   STD_TORCH_CHECK(row_norm.has_value() == column_norm.has_value(), "sslkernels: norms go together");
   STD_TORCH_CHECK(energy >= 0 && energy <= 2, "sslkernels: unknown energy ", energy);
@@ -38,19 +55,20 @@ inline ScoreTile parse_score_tile(const Tensor& products, const OptionalTensor& 
   tile.self = pair_labels(row_self, column_self, tile, "self");
   tile.id = pair_labels(row_id, column_id, tile, "id");
   tile.ids_positive = ids_positive;
+  parse_masks(pair_mask, mask_index, column_mask, tile);
   return tile;
 }
 
-inline PairPositives parse_pair_positives(const Tensor& products, const OptionalTensor& row_norm,
-                                          const OptionalTensor& column_norm, const Tensor& scale,
-                                          const OptionalTensor& bias, int64_t energy,
-                                          const OptionalTensor& row_positive, const OptionalTensor& column_positive,
-                                          const OptionalTensor& row_self, const OptionalTensor& column_self,
-                                          const OptionalTensor& row_id, const OptionalTensor& column_id,
-                                          bool ids_positive, const Tensor& column, const Tensor& score) {
+inline PairPositives parse_pair_positives(
+    const Tensor& products, const OptionalTensor& row_norm, const OptionalTensor& column_norm, const Tensor& scale,
+    const OptionalTensor& bias, int64_t energy, const OptionalTensor& row_positive,
+    const OptionalTensor& column_positive, const OptionalTensor& row_self, const OptionalTensor& column_self,
+    const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& pair_mask,
+    const OptionalTensor& mask_index, const OptionalTensor& column_mask, const Tensor& column, const Tensor& score) {
   PairPositives positives{};
-  positives.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
-                                    row_self, column_self, row_id, column_id, ids_positive);
+  positives.tile =
+      parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive, row_self,
+                       column_self, row_id, column_id, ids_positive, pair_mask, mask_index, column_mask);
   const int64_t rows = positives.tile.rows;
   positives.column = readable<int64_t>(column, {rows}, ScalarType::Long, "column");
   positives.score = writable(score, {rows}, accumulation_type(products), "score");
@@ -62,21 +80,21 @@ inline void check_sums(Energy energy, const OptionalTensor& max, const OptionalT
   STD_TORCH_CHECK(threshold.has_value() == (energy == Energy::kHinge), "sslkernels: hinge has thresholds");
 }
 
-inline PairRowSums parse_pair_row_sums(const Tensor& products, const OptionalTensor& row_norm,
-                                       const OptionalTensor& column_norm, const Tensor& scale,
-                                       const OptionalTensor& bias, int64_t energy, const OptionalTensor& row_positive,
-                                       const OptionalTensor& column_positive, const OptionalTensor& row_self,
-                                       const OptionalTensor& column_self, const OptionalTensor& row_id,
-                                       const OptionalTensor& column_id, bool ids_positive,
-                                       const OptionalTensor& threshold, const OptionalTensor& positive_score,
-                                       const OptionalTensor& cosine_row_norm, const OptionalTensor& cosine_column_norm,
-                                       const OptionalTensor& max, const Tensor& sum, const OptionalTensor& active,
-                                       const OptionalTensor& score_sum, const OptionalTensor& positive_sum,
-                                       const OptionalTensor& uniformity_sum, const OptionalTensor& num_above_positive,
-                                       const OptionalTensor& num_equal_positive) {
+inline PairRowSums parse_pair_row_sums(
+    const Tensor& products, const OptionalTensor& row_norm, const OptionalTensor& column_norm, const Tensor& scale,
+    const OptionalTensor& bias, int64_t energy, const OptionalTensor& row_positive,
+    const OptionalTensor& column_positive, const OptionalTensor& row_self, const OptionalTensor& column_self,
+    const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& pair_mask,
+    const OptionalTensor& mask_index, const OptionalTensor& column_mask, const OptionalTensor& threshold,
+    const OptionalTensor& positive_score, const OptionalTensor& cosine_row_norm,
+    const OptionalTensor& cosine_column_norm, const OptionalTensor& max, const Tensor& sum,
+    const OptionalTensor& active, const OptionalTensor& score_sum, const OptionalTensor& positive_sum,
+    const OptionalTensor& uniformity_sum, const OptionalTensor& num_above_positive,
+    const OptionalTensor& num_equal_positive) {
   PairRowSums sums{};
-  sums.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
-                               row_self, column_self, row_id, column_id, ids_positive);
+  sums.tile =
+      parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive, row_self,
+                       column_self, row_id, column_id, ids_positive, pair_mask, mask_index, column_mask);
   const int64_t rows = sums.tile.rows;
   const auto type = accumulation_type(products);
   check_sums(sums.tile.energy, max, threshold);
@@ -98,18 +116,18 @@ inline PairRowSums parse_pair_row_sums(const Tensor& products, const OptionalTen
   return sums;
 }
 
-inline PairColumnSums parse_pair_column_sums(const Tensor& products, const OptionalTensor& row_norm,
-                                             const OptionalTensor& column_norm, const Tensor& scale,
-                                             const OptionalTensor& bias, int64_t energy,
-                                             const OptionalTensor& row_positive, const OptionalTensor& column_positive,
-                                             const OptionalTensor& row_self, const OptionalTensor& column_self,
-                                             const OptionalTensor& row_id, const OptionalTensor& column_id,
-                                             bool ids_positive, const OptionalTensor& threshold,
-                                             const OptionalTensor& max, const Tensor& sum, const OptionalTensor& active,
-                                             const OptionalTensor& score_sum, const OptionalTensor& positive_sum) {
+inline PairColumnSums parse_pair_column_sums(
+    const Tensor& products, const OptionalTensor& row_norm, const OptionalTensor& column_norm, const Tensor& scale,
+    const OptionalTensor& bias, int64_t energy, const OptionalTensor& row_positive,
+    const OptionalTensor& column_positive, const OptionalTensor& row_self, const OptionalTensor& column_self,
+    const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& pair_mask,
+    const OptionalTensor& mask_index, const OptionalTensor& column_mask, const OptionalTensor& threshold,
+    const OptionalTensor& max, const Tensor& sum, const OptionalTensor& active, const OptionalTensor& score_sum,
+    const OptionalTensor& positive_sum) {
   PairColumnSums sums{};
-  sums.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
-                               row_self, column_self, row_id, column_id, ids_positive);
+  sums.tile =
+      parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive, row_self,
+                       column_self, row_id, column_id, ids_positive, pair_mask, mask_index, column_mask);
   const int64_t columns = sums.tile.columns;
   const auto type = accumulation_type(products);
   check_sums(sums.tile.energy, max, threshold);
@@ -136,13 +154,15 @@ inline PairGradient parse_pair_gradient(
     const Tensor& products, const OptionalTensor& row_norm, const OptionalTensor& column_norm, const Tensor& scale,
     const OptionalTensor& bias, int64_t energy, const OptionalTensor& row_positive,
     const OptionalTensor& column_positive, const OptionalTensor& row_self, const OptionalTensor& column_self,
-    const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& row_weight,
+    const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& pair_mask,
+    const OptionalTensor& mask_index, const OptionalTensor& column_mask, const OptionalTensor& row_weight,
     const OptionalTensor& row_reference, const OptionalTensor& row_share, const OptionalTensor& row_smoothing,
     const OptionalTensor& column_weight, const OptionalTensor& column_reference, const OptionalTensor& column_share,
     const OptionalTensor& column_smoothing, const Tensor& dot, const Tensor& total, const OptionalTensor& cost) {
   PairGradient gradient{};
-  gradient.tile = parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive,
-                                   row_self, column_self, row_id, column_id, ids_positive);
+  gradient.tile =
+      parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive, row_self,
+                       column_self, row_id, column_id, ids_positive, pair_mask, mask_index, column_mask);
   const ScoreTile& tile = gradient.tile;
   STD_TORCH_CHECK(tile.energy != Energy::kSigmoid || !column_weight, "sslkernels: sigmoid has no column side");
   gradient.row = parse_pair_side(row_weight, row_reference, row_share, row_smoothing, tile.rows, tile);

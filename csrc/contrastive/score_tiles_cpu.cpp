@@ -42,6 +42,7 @@ struct Scores {
       scores_of(products, count, [=](int64_t j) { return norm * norms[j]; }, positive, positives, u, s);
     });
     leave_out(tile.self, i, begin, count, u, s);
+    leave_out_masked(i, begin, count, u, s);
     if (tile.id.row == nullptr) return;
     if (!tile.ids_positive) return leave_out(tile.id, i, begin, count, u, s);
     const int32_t label = tile.id.row[i];
@@ -70,6 +71,36 @@ struct Scores {
       const A product = to_float(products[j]) * factor(j);
       u[j] = out ? A(0) : product;
       s[j] = out ? kLeftOut<A> : scale * product + bias;
+    }
+  }
+
+  void leave_out_masked(int64_t i, int64_t begin, int64_t count, A* u, A* s) const {
+    if (tile.column_mask != nullptr) {
+      const uint8_t* mask = tile.column_mask + begin;
+      keep_where([=](int64_t j) { return mask[j]; }, count, u, s);
+    }
+    if (tile.pair_mask == nullptr) return;
+    const uint8_t* mask = tile.pair_mask + i * tile.pair_mask_row;
+    const int64_t step = tile.pair_mask_column;
+    if (tile.mask_index != nullptr) {
+      const int64_t* index = tile.mask_index + begin;
+      keep_where([=](int64_t j) { return mask[index[j] * step]; }, count, u, s);
+    } else if (step == 1) {
+      mask += begin;
+      keep_where([=](int64_t j) { return mask[j]; }, count, u, s);
+    } else {
+      mask += begin * step;
+      keep_where([=](int64_t j) { return mask[j * step]; }, count, u, s);
+    }
+  }
+
+  template <class Keep>
+  static void keep_where(Keep keep, int64_t count, A* u, A* s) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const bool out = keep(j) == 0;
+      u[j] = out ? A(0) : u[j];
+      s[j] = out ? kLeftOut<A> : s[j];
     }
   }
 
@@ -123,6 +154,7 @@ void positive_in_tile(const PairPositives& positives, int64_t i) {
   if (j < 0 || j >= tile.columns) return;
   ScoreTile unlabelled = tile;  // a tile leaves its positives out
   unlabelled.positive = unlabelled.self = unlabelled.id = PairLabels{};
+  unlabelled.pair_mask = unlabelled.column_mask = nullptr;
   A u, s;
   Scores<A>{unlabelled}.block(i, j, 1, &u, &s, nullptr);
   static_cast<A*>(positives.score)[i] = s;

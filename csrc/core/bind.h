@@ -77,12 +77,19 @@ inline void check_contiguous(const Tensor& tensor, Shape shape, ScalarType dtype
 
 // Raises unless the first `count` indices of a CPU tensor are in [0, rows): its kernels follow them unchecked. On a GPU
 // the kernels check.
-inline void check_indices(const Tensor& index, int64_t count, int64_t rows, const char* name) {
+inline void check_indices(const Tensor& index, int64_t count, int64_t rows, const char* name, int64_t first = 0) {
   if (index.is_cuda()) return;
   const bool wide = is_wide(index, name);
   bool inside = true;
-  for (int64_t i = 0; i < count; ++i) inside &= in_range(index_at(index.const_data_ptr(), wide, i), rows);
-  STD_TORCH_CHECK(inside, "sslkernels: ", name, " must be in [0, ", rows, ")");
+  for (int64_t i = 0; i < count; ++i) {
+    inside &= in_range(index_at(index.const_data_ptr(), wide, i) - first, rows - first);
+  }
+  STD_TORCH_CHECK(inside, "sslkernels: ", name, " must be in [", first, ", ", rows, ")");
+}
+
+// The same, where -1 stands for none.
+inline void check_optional_indices(const Tensor& index, int64_t count, int64_t rows, const char* name) {
+  check_indices(index, count, rows, name, -1);
 }
 
 inline const void* pointer(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }

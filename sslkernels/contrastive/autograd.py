@@ -44,7 +44,8 @@ def pair_loss(
 ) -> tuple[Tensor, PairStatistics]:
     """The loss of the pairs, reduced, and its statistics."""
     acc = accumulation_dtype(inputs.query.dtype)
-    inputs = PairInputs(*map(contiguous, inputs))
+    mask = inputs.candidate_mask  # read where it is, whatever its strides
+    inputs = PairInputs(*map(contiguous, inputs._replace(candidate_mask=None)))._replace(candidate_mask=mask)
     divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
     if call.reduction != "none" and torch.is_grad_enabled() and any(wanted):
@@ -87,7 +88,9 @@ def _forward(
 
 
 def _has_shared_candidates(inputs: PairInputs, options: PairOptions) -> bool:
-    return options.in_batch or inputs.bank is not None
+    """Whether there are keys or a bank to compare with; else queries have negatives of their own alone."""
+    by_index = inputs.negatives is not None and not inputs.negatives.is_floating_point()
+    return options.in_batch or inputs.bank is not None or by_index
 
 
 def _raw_inputs(inputs: PairInputs) -> PairInputs:

@@ -15,7 +15,7 @@ from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import full
-from sslkernels.core.ranks import over_ranks
+from sslkernels.core.ranks import Ranks, over_ranks
 
 NAME = "contrastive_energy"
 
@@ -32,6 +32,9 @@ class PairTensors(NamedTuple):
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
     bank_ids: Tensor | None = None
+    candidate_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    bank_mask: Tensor | None = None
     row_weight: Tensor | None = None
 
 
@@ -83,9 +86,12 @@ def contrastive_energy(
     logit_bias: float | Tensor | None = None,
     normalize: bool = False,
     in_batch: bool = True,
+    candidate_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
     negatives: Tensor | None = None,
     negatives_mask: Tensor | None = None,
     bank: Tensor | None = None,
+    bank_mask: Tensor | None = None,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
@@ -127,10 +133,19 @@ def contrastive_energy(
         logit_bias: a number, or a tensor of one element, which gets its exact gradient.
         normalize: divide every feature by max(norm, 1e-12); no normalised copy is made.
         in_batch: False: the keys of other queries are no candidates; `direction` is then "row", without ids.
-        negatives: `(N, K, D)`, K negatives of each query, which no other query sees.
+        candidate_mask: `(N, M)` bool, True where key j is a candidate of query i, and in the column direction query i
+            one of key j; the positive always is. It is read as it is, with any strides, and never copied.
+        key_mask: `(M,)` bool, True where a key is a candidate of the queries whose positive it is not. A key that it
+            leaves out and that is no positive may hold anything. (What candidate_mask leaves out has no part in a loss;
+            features that are not finite still make NaN of the gradients that they are multiplied with, as in torch.)
+        negatives: `(N, K, D)`, K negatives of each query, which no other query sees; or `(N, K)` int64 or int32, the
+            rows of key, and after them of bank, that they are, and -1 for none. Rows are gathered as they are read and
+            never stored as `(N, K, D)`; one that occurs twice counts twice; ids, `in_batch` and masks of keys and bank
+            do not matter to them.
         negatives_mask: `(N, K)` bool, True where a negative counts. A masked negative may hold anything.
-        bank: `(B, D)`, negatives that all queries share. It is read in forward alone, unless reduction is "none": a
-            queue may be overwritten before backward.
+        bank: `(B, D)`, negatives that all queries share, whether or not `negatives` are drawn from it. It is read in
+            forward alone, unless reduction is "none": a queue may be overwritten before backward.
+        bank_mask: `(B,)` bool, True where a row of the bank counts. What it leaves out may hold anything.
         query_ids: `(N,)` integers. A key with the id of a query, other than its positive, is left out or, with
             `same_id="positive"`, is an extra positive (in "hinge": is no negative).
         key_ids: `(M,)` integers. Default: `query_ids`, where key is query.
@@ -147,8 +162,10 @@ def contrastive_energy(
         on_empty: the "mean" over no queries: "nan", or "zero" with gradients 0.
         process_group: every rank passes its own rows, not always equally many; the keys of all ranks are candidates of
             each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
-            over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses. Each
-            rank has its own `bank`. How many rows the ranks have is read on the host.
+            over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses.
+            `positive`, `negatives` by index and `key_mask` are about the rank's own keys, the `bank` is its own;
+            `candidate_mask` has a column for each key of all ranks, in their order, and is refused over columns. How
+            many rows the ranks have is read on the host.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Returns:
@@ -169,8 +186,8 @@ def contrastive_energy(
     >>> sk.contrastive_energy(image, text, direction="symmetric", logit_scale=scale, normalize=True).backward()
     """
     checks.tensor(NAME, "key", key, checks.FLOAT_DTYPES)
-    ids = (query_ids, key_ids, bank_ids)
-    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, *ids, row_weight)
+    ids, masks = (query_ids, key_ids, bank_ids), (candidate_mask, key_mask, bank_mask)
+    tensors = PairTensors(query, key, positive, negatives, negatives_mask, bank, *ids, *masks, row_weight)
     options = EnergyOptions(
         energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin, in_batch
     )
@@ -186,7 +203,7 @@ def pair_energy(
     if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)
     _check_choices(given, call)
-    _check_tensors(call.function, tensors, given.exclude_self)
+    _check_tensors(call.function, tensors, given.exclude_self, call.process_group is not None)
     _check_numbers(tensors, given, call)
     _check_ignored(tensors, given, call.function)
     query = tensors.query
@@ -234,10 +251,8 @@ def _stats(found: PairStatistics) -> ContrastiveStats:
 def _inputs(
     tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, _ = tensors
-    return PairInputs(
-        query, key, bank, negatives, negatives_mask, positive, self_index, query_ids, key_ids, bank_ids, scale, bias
-    )
+    query, key, _, negatives, negatives_mask, bank, *ids_and_masks, _ = tensors
+    return PairInputs(query, key, bank, negatives, negatives_mask, positive, self_index, *ids_and_masks, scale, bias)
 
 
 def _over_ranks(
@@ -255,12 +270,19 @@ def _over_ranks(
     query = tensors.query
     if tensors.positive is not None and tensors.key is not None and options.columns:
         checks.fail(ValueError, call.function, "positive", "be None with a process_group over columns", "a tensor")
+    if tensors.candidate_mask is not None and options.columns:
+        must = "be None with a process_group over columns, whose queries are on other ranks (key_mask may be given)"
+        checks.fail(ValueError, call.function, "candidate_mask", must, tuple(tensors.candidate_mask.shape))
     local_key = query if tensors.key is None else tensors.key
     query_ranks, key_ranks = over_ranks(call.process_group, query, local_key)
     key = key_ranks.gather(local_key)
     key_ids = None if tensors.key_ids is None else key_ranks.gather(tensors.key_ids)
-    tensors = tensors._replace(key=key, key_ids=key_ids)
+    key_mask = None if tensors.key_mask is None else key_ranks.gather(tensors.key_mask)
+    negatives = _indices_over_ranks(tensors, call.function, local_key.shape[0], key_ranks)
+    tensors = tensors._replace(key=key, key_ids=key_ids, key_mask=key_mask, negatives=negatives)
     rows, start = query.shape[0], key_ranks.start
+    meaning = "(N, M) with the keys of all ranks"
+    checks.shape(call.function, "candidate_mask", tensors.candidate_mask, (rows, key.shape[0]), meaning)
     index = _positive_index(tensors, given, call.function, local_key.shape[0], start)
     local_rows = torch.arange(start, start + rows, device=query.device)
     index = local_rows if index is None else index
@@ -268,7 +290,7 @@ def _over_ranks(
     if not options.columns:
         return pair_loss(inputs, options, tensors.row_weight, call)
     by_row = options._replace(rows=True, columns=False)
-    keys_alone = {"bank": None, "bank_ids": None, "negatives": None, "negatives_mask": None}
+    keys_alone = {"bank": None, "bank_ids": None, "bank_mask": None, "negatives": None, "negatives_mask": None}
     row_loss, statistics = None, empty_statistics(query, False)
     if options.rows:
         row_loss, statistics = pair_loss(inputs, by_row, tensors.row_weight, call)
@@ -283,10 +305,31 @@ def _over_ranks(
         self_index=at if given.exclude_self else None,
         query_ids=None if key_ids is None else key_ids[at],
         key_ids=None if tensors.query_ids is None else query_ranks.gather(tensors.query_ids),
+        candidate_mask=None if key_mask is None else key_mask[at].unsqueeze(1).expand(-1, sum(query_ranks.counts)),
+        key_mask=None,
         **keys_alone,
     )
     column_loss, _ = pair_loss(transposed, by_row, tensors.row_weight, call._replace(return_stats=False))
     return column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss, statistics
+
+
+def _indices_over_ranks(tensors: PairTensors, function: str, keys: int, ranks: Ranks) -> Tensor | None:
+    """Negatives by index among the keys of all ranks and this rank's bank, from those among this rank's `keys`."""
+    negatives = tensors.negatives
+    if negatives is None or negatives.is_floating_point():
+        return negatives
+    index, rows = negatives.long(), keys + (0 if tensors.bank is None else tensors.bank.shape[0])
+    wrong = (index < NO_POSITIVE) | (index >= rows)
+    _check_visible(function, "negatives", index, wrong, rows)
+    shifted = index + torch.where(index < keys, ranks.start, sum(ranks.counts) - keys)
+    return torch.where(wrong, INVALID_POSITIVE, torch.where(index < 0, index, shifted))
+
+
+def _check_visible(function: str, name: str, index: Tensor, wrong: Tensor, rows: int) -> None:
+    """Raises for a wrong index that can be read here without a synchronisation."""
+    visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
+    if index.device.type == "cpu" and visible and bool(wrong.any()):
+        checks.fail(ValueError, function, name, f"be in [0, {rows}), or -1 for none", index[wrong][0].item())
 
 
 def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, keys: int, start: int) -> Tensor | None:
@@ -311,10 +354,7 @@ def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, k
     index = positive.long()
     none = index == NO_POSITIVE
     wrong = (index < NO_POSITIVE) | (index >= keys)
-    visible = not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index))
-    if index.device.type == "cpu" and visible and bool(wrong.any()):
-        must = f"be in [0, {keys}), or -1 for none"
-        checks.fail(ValueError, function, "positive", must, index[wrong][0].item())
+    _check_visible(function, "positive", index, wrong, keys)
     if exclude_self:
         itself = index == torch.arange(count, device=index.device)
     index = torch.where(wrong, INVALID_POSITIVE, torch.where(none, NO_POSITIVE, index + start))
@@ -335,12 +375,13 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor) -> T
 def _compute_dtype(function: str, tensors: PairTensors) -> torch.dtype:
     """The dtype of the matmuls: autocast's, else the dtype of the features."""
     query = tensors.query
-    others = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
-    dtypes = [query.dtype, *(tensor.dtype for tensor in others.values() if tensor is not None)]
+    given = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
+    others = {name: tensor for name, tensor in given.items() if tensor is not None and tensor.is_floating_point()}
+    dtypes = [query.dtype, *(tensor.dtype for tensor in others.values())]
     if checks.autocast(query.device) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(query.device.type)
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != query.dtype:
+        if tensor.dtype != query.dtype:
             must = f"have the dtype of query, {query.dtype}, outside autocast"
             checks.fail(TypeError, function, name, must, tensor.dtype)
     return query.dtype
@@ -387,12 +428,14 @@ def _check_ignored(tensors: PairTensors, given: EnergyOptions, function: str) ->
         checks.fail(ValueError, function, "direction", 'be "row" with in_batch=False', repr(given.direction))
     if given.exclude_self:
         checks.fail(ValueError, function, "exclude_self", "be False with in_batch=False", True)
-    if tensors.key_ids is not None:
-        checks.fail(ValueError, function, "key_ids", "be None with in_batch=False", tuple(tensors.key_ids.shape))
+    for name in ("key_ids", "candidate_mask", "key_mask"):
+        value = getattr(tensors, name)
+        if value is not None:
+            checks.fail(ValueError, function, name, "be None with in_batch=False", tuple(value.shape))
 
 
-def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> None:
-    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, row_weight = tensors
+def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over_ranks: bool) -> None:
+    query, key, positive, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, *masks, row_weight = tensors
     checks.tensor(function, "query", query, checks.FLOAT_DTYPES)
     checks.dims(function, "query", query, 2, "(N, D)", high=2)
     count, dim = query.shape
@@ -401,10 +444,13 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> N
         if value is not None:
             checks.dims(function, name, value, 2, meaning, high=2)
             checks.shape(function, name, value, (value.shape[0], dim), meaning)
-    checks.tensor(function, "negatives", negatives, checks.FLOAT_DTYPES, optional=True)
-    if negatives is not None:
+    checks.tensor(function, "negatives", negatives, (*checks.FLOAT_DTYPES, *checks.INDEX_DTYPES), optional=True)
+    if negatives is not None and negatives.is_floating_point():
         checks.dims(function, "negatives", negatives, 3, "(N, K, D)", high=3)
         checks.shape(function, "negatives", negatives, (count, negatives.shape[1], dim), "(N, K, D)")
+    elif negatives is not None:
+        checks.dims(function, "negatives", negatives, 2, "(N, K) with indices", high=2)
+        checks.shape(function, "negatives", negatives, (count, negatives.shape[1]), "(N, K) with indices")
     checks.tensor(function, "negatives_mask", negatives_mask, (torch.bool,), optional=True)
     if negatives_mask is not None:
         if negatives is None:
@@ -424,6 +470,13 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool) -> N
         checks.fail(ValueError, function, missing, "be given with the other ids", None)
     if bank_ids is not None and bank is None:
         checks.fail(ValueError, function, "bank_ids", "be None without bank", tuple(bank_ids.shape))
+    shapes = ((count, keys), "(N, M)"), ((keys,), "(M,)"), ((banked,), "(B,)")
+    for name, mask, (shape, meaning) in zip(("candidate_mask", "key_mask", "bank_mask"), masks, shapes, strict=True):
+        checks.tensor(function, name, mask, (torch.bool,), optional=True)
+        if mask is not None and name == "bank_mask" and bank is None:
+            checks.fail(ValueError, function, name, "be None without bank", tuple(mask.shape))
+        if name != "candidate_mask" or not over_ranks:  # which has a column for each key of all ranks
+            checks.shape(function, name, mask, shape, meaning)
     checks.tensor(function, "positive", positive, checks.INDEX_DTYPES, optional=True)
     checks.shape(function, "positive", positive, (count,), "(N,)")
     checks.tensor(function, "row_weight", row_weight, checks.FLOAT_DTYPES, optional=True)

@@ -16,7 +16,8 @@ class FeatureGradients:
 
     query, key, bank: gradients of the features as they are, in the accumulation dtype, before logit_scale; key is query
     where the queries are the keys. pair_key: for hinge, gradients of the keys gathered by pair. negatives,
-    query_of_negatives: gradients of the per-query negatives, and what these add to the queries. dot, total: per row the
+    query_of_negatives: gradients of the per-query negatives (by index: as in `query_negatives`), and what these add to
+    the queries. dot, total: per row the
     sum of gradient * u and the sum of the gradient, float64. positive_score: gradient of the positives' scores.
     """
 
@@ -39,7 +40,10 @@ class FeatureGradients:
         self.query_of_negatives = self.negatives = None
         if setup.negatives is not None and setup.wants_gradients:
             self.query_of_negatives = torch.empty_like(self.query) if wanted.query else None
-            self.negatives = torch.empty_like(setup.negatives) if wanted.negatives else None
+            if setup.by_index and (wanted.key or wanted.bank):
+                self.negatives = setup.query.new_empty(setup.negatives.shape, dtype=acc)
+            elif wanted.negatives:
+                self.negatives = torch.empty_like(setup.negatives)
         self.dot, self.total = setup.query.new_zeros((2, setup.count), dtype=torch.float64)
         self.positive_score = setup.query.new_zeros(setup.count, dtype=acc)
 
@@ -51,11 +55,12 @@ class FeatureGradients:
         def nothing() -> Tensor:  # each result has memory of its own
             return setup.query.new_empty(0, dtype=inputs.query.dtype)
 
-        negatives, bank = self.negatives, None
+        negatives, bank = None if setup.by_index else self.negatives, None
         if negatives is None and wanted.negatives and inputs.negatives is not None:
             negatives = torch.zeros_like(inputs.negatives)
         if self.bank is not None:
-            bank = self._finished(FeatureGradient(self.bank, setup.bank, setup.bank_norm), inputs.bank)
+            extra = self._of_indices(setup.key.shape[0], self.bank)
+            bank = self._finished(FeatureGradient(self.bank, setup.bank, setup.bank_norm, extra=extra), inputs.bank)
         elif wanted.bank and inputs.bank is not None:
             bank = torch.zeros_like(inputs.bank, dtype=gradient_dtype(inputs.bank))
         logit_bias = self.dot.new_zeros(1, dtype=setup.acc)
@@ -85,7 +90,7 @@ class FeatureGradients:
 
     def _of_keys(self) -> Tensor:
         setup, positives = self.setup, self.setup.positives
-        gradient = FeatureGradient(self.key, setup.key, setup.key_norm)
+        gradient = FeatureGradient(self.key, setup.key, setup.key_norm, extra=self._of_indices(0, self.key))
         if positives.in_order:
             gradient = gradient._replace(
                 partner=setup.query, partner_norm=setup.query_norm, score_gradient=self.positive_score
@@ -95,6 +100,18 @@ class FeatureGradients:
         if self.pair_key is not None:
             positives.scatter_add(self.pair_key, self.key)
         return self._finished(gradient, setup.inputs.key)
+
+    def _of_indices(self, first: int, like: Tensor) -> Tensor | None:
+        """What negatives by index add to rows that begin at the index `first`; nothing without any."""
+        setup = self.setup
+        if not setup.by_index:
+            return None
+        index, queries = setup.negatives, setup.query.to(setup.acc)
+        if first > 0:
+            index = torch.where(index >= 0, index - first, -1)
+        out = torch.empty_like(like)
+        self.kernels.sum_rows(index, self.negatives, queries, out)
+        return out
 
     def _add_positives_by_key(self) -> None:
         """Adds the gradients of the positives' scores to keys that may be the positives of several rows."""

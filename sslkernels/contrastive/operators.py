@@ -22,6 +22,7 @@ from sslkernels.contrastive.records import (
     empty_statistics,
 )
 from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
+from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 
@@ -39,12 +40,21 @@ def _fwd(
     wanted: PairWanted,
     stats: bool,
 ) -> Results:
-    positive = inputs.positive
+    negatives, positive = inputs.negatives, inputs.positive
+    keys = inputs.query.shape[0] if inputs.key is None else inputs.key.shape[0]
+    if negatives is not None and not negatives.is_floating_point() and negatives.device.type == "cpu":
+        _check_negatives(negatives, keys + (0 if inputs.bank is None else inputs.bank.shape[0]))
     if positive is not None and positive.device.type == "cpu" and bool((positive == INVALID_POSITIVE).any()):
         # The public function names the index, but cannot read it in a compiled graph or under vmap.
-        keys = inputs.query.shape[0] if inputs.key is None else inputs.key.shape[0]
         raise ValueError(f"contrastive_energy: positive must be in [0, {keys}); got an index out of range")
     return plan.forward(kernels, inputs, coefficient, options, wanted, stats)
+
+
+def _check_negatives(negatives: Tensor, rows: int) -> None:
+    for index in map(int, negatives.aminmax() if negatives.numel() else ()):
+        if not -1 <= index < rows:
+            must = f"be in [0, {rows}), or -1 for none"
+            checks.fail(ValueError, "contrastive_energy", "negatives", must, index)
 
 
 def _empty_results(

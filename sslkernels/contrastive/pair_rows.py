@@ -117,10 +117,10 @@ class FeatureGradient(NamedTuple):
     extra: Tensor | None = None
 
 
-def row_blocks(values: Tensor) -> list[slice]:
-    """Slices of the rows of `values` (rows, width) whose temporaries are small."""
+def row_blocks(values: Tensor, share: int = 1) -> list[slice]:
+    """Slices of the rows of `values` (rows, width) whose temporaries are small; share: that many times smaller."""
     count, width = values.shape
-    rows = max(BLOCK_ELEMENTS.get(values.device.type, BLOCK_ELEMENTS["cuda"]) // max(width, 1), 1)
+    rows = max(BLOCK_ELEMENTS.get(values.device.type, BLOCK_ELEMENTS["cuda"]) // share // max(width, 1), 1)
     return [slice(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
 
 

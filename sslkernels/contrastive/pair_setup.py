@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslkernels.contrastive.pair_rows import HINGE, NO_POSITIVE, SIGMOID, SOFTMAX, PositivePairs, SideGrad
+from sslkernels.contrastive.pair_rows import HINGE, NO_POSITIVE, SIGMOID, SOFTMAX, PositivePairs, SideGrad, row_blocks
 from sslkernels.contrastive.records import PairInputs, PairOptions
 from sslkernels.contrastive.score_tiles import PairKernels
 from sslkernels.core.dtypes import accumulation_dtype
@@ -18,7 +19,8 @@ class PairSetup:
     """The parts of a contrastive loss that are known before the first tile.
 
     query, key, bank: features in the dtype of the matmuls; query_norm, key_norm, bank_norm: their inverse norms where
-    they are normalised; mutual: key is query; negatives: the per-query negatives, as they are. positive_u, score: u and
+    they are normalised; mutual: key is query; negatives: the per-query negatives, as they are; by_index: whether these
+    are indices of rows, drawn_from: of these keys and this bank. positive_u, score: u and
     s of the positives. row_threshold, column_threshold: for hinge, the score above which a negative costs. has_loss:
     rows that have a loss; half: the share of one direction in the loss. row, column: what each side adds to the
     gradient of sum(coefficient * loss) / scale, without the references of a softmax; weight: coefficient * half / scale
@@ -49,14 +51,20 @@ class PairSetup:
         self.query = inputs.query.to(self.dtype)
         self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)
         self.bank = None if inputs.bank is None or not options.rows else inputs.bank.to(self.dtype)
+        self.positives = Positives(inputs, options)
+        self.drawn_from = (self.key, self.bank)
+        if inputs.key_mask is not None:
+            self.key = _without_garbage(self.key, inputs.key_mask | (self.positives.rows_of_key > 0))
+        if inputs.bank_mask is not None:
+            self.bank = _without_garbage(self.bank, inputs.bank_mask)
         self.negatives = inputs.negatives if options.rows else None
+        self.by_index = self.negatives is not None and not self.negatives.is_floating_point()
 
         self.query_norm = self.key_norm = self.bank_norm = None
         if options.normalize:
             self.query_norm = kernels.inverse_norm(self.query, self.acc)
             self.key_norm = self.query_norm if self.mutual else kernels.inverse_norm(self.key, self.acc)
             self.bank_norm = None if self.bank is None else kernels.inverse_norm(self.bank, self.acc)
-        self.positives = Positives(inputs, options)
         self.positive_u = self.query.new_empty(self.count, dtype=self.acc)
         self.score = torch.empty_like(self.positive_u)
         pairs = PositivePairs(self.query, self.key, self.query_norm, self.key_norm, inputs.positive)
@@ -69,11 +77,14 @@ class PairSetup:
         """How many scores each row has, the positive included."""
         candidates = self.positives.row_candidates
         if self.bank is not None:
-            candidates = candidates + self.bank.shape[0]
+            mask = self.inputs.bank_mask
+            candidates = candidates + (self.bank.shape[0] if mask is None else mask.sum())
             if not self.options.ids_positive:
                 candidates = candidates - self.positives.of_same_id_in_bank
         if self.negatives is not None:
             mask = self.inputs.negatives_mask
+            if self.by_index:
+                mask = self.negatives >= 0 if mask is None else (self.negatives >= 0) & mask
             candidates = candidates + (self.negatives.shape[1] if mask is None else mask.sum(1))
         return candidates
 
@@ -131,6 +142,15 @@ class PairSetup:
             if not (positives.in_order and self.key.shape[0] == self.count):
                 weight = positives.scatter_add(weight, weight.new_zeros(self.key.shape[0]))
             self.column = side(weight, columns=True)
+
+
+class _Counts(NamedTuple):
+    """How many candidates rows and columns have without positives, and how many pairs of one id the masks keep."""
+
+    row_candidates: Tensor
+    column_candidates: Tensor
+    row_same_id: Tensor
+    column_same_id: Tensor
 
 
 class Positives:
@@ -192,6 +212,8 @@ class Positives:
     def with_same_id(self) -> tuple[Tensor, Tensor]:
         """How many keys other than the positive and itself share each row's id, and how many rows each key's."""
         inputs = self.inputs
+        if self.under_masks is not None:
+            return self.under_masks.row_same_id, self.under_masks.column_same_id
         query_ids, key_ids = inputs.query_ids.long(), inputs.key_ids.long()
         row, column = _occurrences(query_ids, key_ids), _occurrences(key_ids, query_ids)
         if inputs.self_index is not None:
@@ -206,7 +228,36 @@ class Positives:
         inputs = self.inputs
         if inputs.bank_ids is None or not self.options.rows:
             return 0
-        return _occurrences(inputs.query_ids.long(), inputs.bank_ids.long())
+        return _occurrences(inputs.query_ids.long(), inputs.bank_ids.long(), inputs.bank_mask)
+
+    @functools.cached_property
+    def under_masks(self) -> _Counts | None:
+        """What the masks leave of rows and columns, counted a block of rows at a time; None without masks."""
+        pair, column = self.inputs.candidate_mask, self.inputs.key_mask
+        if pair is None and column is None:
+            return None
+        counts = _Counts(*(self.has.new_zeros(n, dtype=torch.int64) for n in (self.rows, self.keys) * 2))
+        if self.rows == 0 or self.keys == 0:
+            return counts
+        masks = [mask for mask in (pair, None if column is None else column.expand(self.rows, -1)) if mask is not None]
+        for rows in row_blocks(masks[0], share=8):  # the sums of a block are over int64
+            candidate = masks[0][rows] if len(masks) == 1 else masks[0][rows] & masks[1][rows]
+            positive, itself, same = (
+                None if row is None or key is None else row[rows].unsqueeze(1) == key
+                for row, key in zip(self.row_labels, self.key_labels, strict=True)
+            )
+            candidate = candidate & ~positive
+            if itself is not None:
+                candidate &= ~itself
+            if same is not None:
+                same &= candidate
+                counts.row_same_id[rows] = same.sum(1)
+                counts.column_same_id.add_(same.sum(0))
+                if not self.options.ids_positive:
+                    candidate &= ~same
+            counts.row_candidates[rows] = candidate.sum(1)
+            counts.column_candidates.add_(candidate.sum(0))
+        return counts
 
     @functools.cached_property
     def row_positives(self) -> Tensor:
@@ -222,12 +273,16 @@ class Positives:
     def row_candidates(self) -> Tensor:
         if not self.options.in_batch:
             return self.has.long()
+        if self.under_masks is not None:
+            return self.has.long() + self.under_masks.row_candidates
         row, _ = self.with_same_id if self._ids_are(positive=False) else (0, 0)
         itself = 0 if self.inputs.self_index is None else 1
         return torch.full_like(self.has, self.keys - itself, dtype=torch.int64) - row
 
     @functools.cached_property
     def column_candidates(self) -> Tensor:
+        if self.under_masks is not None:
+            return self.rows_of_key + self.under_masks.column_candidates
         _, column = self.with_same_id if self._ids_are(positive=False) else (0, 0)
         candidates = torch.full_like(self.rows_of_key, self.rows) - column
         if self.inputs.self_index is None:
@@ -299,10 +354,20 @@ def next_of_same_id(ids: Tensor) -> Tensor:
     return torch.empty_like(following).scatter_(0, order, following)
 
 
-def _occurrences(values: Tensor, among: Tensor) -> Tensor:
-    """How often each of `values` occurs in `among`."""
-    ordered = among.sort().values
-    return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
+def _occurrences(values: Tensor, among: Tensor, counted: Tensor | None = None) -> Tensor:
+    """How often each of `values` occurs in `among`, in its `counted` elements alone where these are given."""
+    ordered, order = among.sort()
+    begin, end = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    if counted is None:
+        return end - begin
+    before = F.pad(counted[order].cumsum(0), (1, 0))
+    return before[end] - before[begin]
+
+
+def _without_garbage(features: Tensor, used: Tensor) -> Tensor:
+    """The features, with zeros in place of what is not finite in the rows that nothing uses: their gradient of 0 would
+    become NaN in a product with them."""
+    return features.masked_fill(~(used.unsqueeze(1) | features.isfinite()), 0)
 
 
 def _codes(query_ids: Tensor, others: list[Tensor]) -> list[Tensor]:

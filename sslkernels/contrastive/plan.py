@@ -47,7 +47,13 @@ from sslkernels.contrastive.pair_rows import (
     softmax_slope,
 )
 from sslkernels.contrastive.pair_setup import PairSetup
-from sslkernels.contrastive.query_negatives import NegativeInputs, NegativeOutputs, RowMerge, query_negatives_
+from sslkernels.contrastive.query_negatives import (
+    NegativeInputs,
+    NegativeOutputs,
+    RowMerge,
+    gathered_negatives_,
+    query_negatives_,
+)
 from sslkernels.contrastive.records import (
     PairGradients,
     PairInputs,
@@ -196,8 +202,8 @@ class _Plan:
             norms = (at(query_norm, rows), at(key_norm, columns))
             positive = at(statistics.positive_index, rows) - columns.start
             self.kernels.positives_in_tile(tile, positive, thresholds.positive_score)
-            if not spec.candidates.in_loss or tile.labels.row_id is not None:  # uniformity is over all pairs
-                every_pair = tile._replace(energy=SOFTMAX, labels=tile.labels.without_ids)
+            if not spec.candidates.in_loss or tile.leaves_out_more:  # uniformity is over all pairs
+                every_pair = tile.of_every_pair
                 no_thresholds = Thresholds(None, None, None)
                 self.kernels.sums(every_pair, _sliced(statistics.uniformity_sums, rows), None, no_thresholds, norms)
                 norms = None
@@ -305,25 +311,34 @@ class _Plan:
         if setup.key.shape[0] == 0:
             return scores.fill_(float("-inf"))
         key = setup.query if setup.inputs.key is None else setup.inputs.key
-        operands = self._negative_inputs(
-            rows,
-            key[positives.index][rows].unsqueeze(1).to(setup.negatives.dtype),
-            at(positives.has, rows).unsqueeze(1),
-        )
+        if setup.by_index:
+            index = (
+                torch.arange(setup.count, device=key.device)[positives.index] if positives.in_order else positives.index
+            )
+            negatives = index[rows].unsqueeze(1)
+        else:
+            negatives = key[positives.index][rows].unsqueeze(1).to(setup.negatives.dtype)
         outputs = NegativeOutputs(scores, value, nothing, nothing, nothing, nothing)
-        query_negatives_(operands, RowMerge(SIGMOID, None, None, None, False), outputs)
+        merge = RowMerge(SIGMOID, None, None, None, False)
+        self._score_negatives(rows, negatives, at(positives.has, rows).unsqueeze(1), merge, outputs)
         return scores
 
-    def _negative_inputs(self, rows: slice, negatives: Tensor, mask: Tensor | None) -> NegativeInputs:
+    def _score_negatives(
+        self, rows: slice, negatives: Tensor, mask: Tensor | None, merge: RowMerge, outputs: NegativeOutputs
+    ) -> None:
+        """negatives: per-query negatives of the rows, or their indices."""
         setup, inputs = self.setup, self.setup.inputs
-        return NegativeInputs(
-            inputs.query[rows].to(negatives.dtype),
-            negatives,
-            mask,
-            None if setup.query_norm is None else setup.query_norm[rows],
-            inputs.logit_scale,
-            inputs.logit_bias,
-        )
+        key, bank = setup.drawn_from
+        norm = None if setup.query_norm is None else setup.query_norm[rows]
+        if setup.by_index:
+            operands = NegativeInputs(
+                setup.query[rows], key, negatives, bank, mask, norm, inputs.logit_scale, inputs.logit_bias
+            )
+            gathered_negatives_(operands, merge, outputs)
+        else:
+            query = inputs.query[rows].to(negatives.dtype)
+            operands = NegativeInputs(query, negatives, None, None, mask, norm, inputs.logit_scale, inputs.logit_bias)
+            query_negatives_(operands, merge, outputs)
 
     def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs:
         """The per-query negatives of the rows: accumulates their gradients."""
@@ -341,9 +356,9 @@ class _Plan:
             grad_bias=nothing if weight is None else torch.empty_like(value),
         )
         mask = None if inputs.negatives_mask is None else inputs.negatives_mask[rows]
-        operands = self._negative_inputs(rows, setup.negatives[rows], mask)
         smoothing = None if self.row.smoothing is None else self.row.smoothing[rows]
-        query_negatives_(operands, RowMerge(setup.options.energy, reference, weight, smoothing, final), outputs)
+        merge = RowMerge(setup.options.energy, reference, weight, smoothing, final)
+        self._score_negatives(rows, setup.negatives[rows], mask, merge, outputs)
         if weight is not None:
             grads.dot[rows] += outputs.grad_scale
             grads.total[rows] += outputs.grad_bias

@@ -6,6 +6,9 @@ For row i of the query x (N, D) and its negative k of (N, K, D), in the accumula
     u_ik = <x_i, n_ik>, times query_inverse_norm_i / max(|n_ik|, 1e-12) where query_inverse_norm (N,) is given
 
 A negative whose mask (N, K) is False is ignored: its score is -inf, its gradient 0, its memory may hold anything.
+With an index (N, K), the negatives are rows of a table (M, D) followed by a bank (B, D), -1 for none, and are gathered
+as they are read. An index out of range makes its row NaN.
+
 reference (N,) is what a row is merged with, and G_ik, the derivative of value_i times coefficient_i, is the weight:
 
     energy   reference                       value                             G
@@ -16,7 +19,8 @@ reference (N,) is what a row is merged with, and G_ik, the derivative of value_i
 Without a reference there are no others (-inf), and the threshold is 0. With `final`, the reference of the softmax
 already includes these negatives, and is the value. The gradients are the sums of G_ik times the derivatives of s_ik
 with respect to query, negatives, logit_scale and logit_bias. The gradient of the query treats query_inverse_norm as a
-constant: the caller adds what the normalisation of the query contributes.
+constant: the caller adds what the normalisation of the query contributes. With an index the gradient of the negatives
+is only its multiple (N, K) of the query: the caller adds up those of one row, and what its normalisation contributes.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ NORM_FLOOR = 1e-12  # smallest norm of a negative, as in torch.nn.functional.nor
 class NegativeInputs(NamedTuple):
     query: Tensor
     negatives: Tensor
+    index: Tensor | None
+    bank: Tensor | None
     mask: Tensor | None
     query_inverse_norm: Tensor | None
     logit_scale: Tensor
@@ -65,10 +71,12 @@ class NegativeOutputs(NamedTuple):
 
 
 def empty_outputs(
-    query: Tensor, negatives: Tensor, gradients: bool, want_query: bool, want_negatives: bool, want_scores: bool
+    inputs: NegativeInputs, gradients: bool, want_query: bool, want_negatives: bool, want_scores: bool
 ) -> NegativeOutputs:
-    rows, count, dim = negatives.shape
+    query, negatives, index, *_ = inputs
+    (rows, dim), count = query.shape, (negatives if index is None else index).shape[1]
     acc = accumulation_dtype(query.dtype)
+    of_negatives = (rows, count, dim) if index is None else (rows, count)
 
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = acc) -> Tensor:
         return query.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -77,16 +85,18 @@ def empty_outputs(
         empty(want_scores, rows, count),
         empty(True, rows),
         empty(gradients and want_query, rows, dim),
-        empty(gradients and want_negatives, rows, count, dim, dtype=negatives.dtype),
+        empty(gradients and want_negatives, *of_negatives, dtype=negatives.dtype if index is None else acc),
         empty(gradients, rows),
         empty(gradients, rows),
     )
 
 
 def _reference(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias = inputs
+    query, negatives, index, bank, mask, query_inverse_norm, logit_scale, logit_bias = inputs
     energy, reference, coefficient, smoothing, final = merge
     acc = accumulation_dtype(query.dtype)
+    if index is not None:
+        negatives, mask = _gathered(negatives, bank, index, mask)
     x, n = query.to(acc), negatives.to(acc)
     if mask is not None:
         n = n.masked_fill(~mask.unsqueeze(2), 0)
@@ -120,7 +130,12 @@ def _reference(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs
         if query_inverse_norm is not None:
             grad_query = grad_query * query_inverse_norm.unsqueeze(1)
         outputs.grad_query.copy_(grad_query)
-    if outputs.grad_negatives.numel():
+    if outputs.grad_negatives.numel() and index is not None:
+        of_query = logit_scale * weight
+        if query_inverse_norm is not None:
+            of_query = of_query * query_inverse_norm.unsqueeze(1) * inverse_norm
+        outputs.grad_negatives.copy_(of_query)
+    elif outputs.grad_negatives.numel():
         direction = x.unsqueeze(1).expand_as(n)
         if query_inverse_norm is not None:
             along = torch.where(norm < NORM_FLOOR, 0, similarity)
@@ -131,6 +146,16 @@ def _reference(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs
         outputs.grad_negatives.copy_(grad_negatives)
     outputs.grad_scale.copy_((weight * similarity).sum(1))
     outputs.grad_bias.copy_(weight.sum(1))
+
+
+def _gathered(table: Tensor, bank: Tensor | None, index: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(N, K, D) rows by index, NaN for one out of range, and which of them there are."""
+    table = table if bank is None else torch.cat([table, bank])
+    there = index != -1
+    wrong = (index < -1) | (index >= table.shape[0])
+    table = torch.cat([table, table.new_full((1, table.shape[1]), float("nan"))])
+    rows = table[torch.where(wrong, table.shape[0] - 1, index.clamp(min=0)).long()]
+    return rows, there if mask is None else there & mask
 
 
 def _value(scores: Tensor, energy: int, reference: Tensor | None, final: bool) -> Tensor:
@@ -170,3 +195,12 @@ def _triton(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -
 )
 def query_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
     """Fills the outputs that have elements."""
+
+
+@operator(
+    "contrastive_energy",
+    {"reference": _reference, "cpu": _native, "triton": _triton},
+    native_ops=("own_negatives",),
+)
+def gathered_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
+    """`query_negatives_` with an index."""

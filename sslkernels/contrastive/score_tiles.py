@@ -28,6 +28,7 @@ from sslkernels.contrastive.pair_rows import (
     PositivePairs,
     SideGrad,
 )
+from sslkernels.core import segment_sum
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
 
 # Bytes of the buffer for the products of tiles.
@@ -60,6 +61,16 @@ class Labels(NamedTuple):
         return self._replace(row_id=None, column_id=None)
 
 
+class Masks(NamedTuple):
+    """bool masks of a tile, False for pairs that are left out. pair (rows, width): of pairs, with any strides; index
+    (columns,) int64: which of its columns belongs to each column of the tile, None for the same; column (columns,): of
+    whole columns."""
+
+    pair: Tensor | None = None
+    index: Tensor | None = None
+    column: Tensor | None = None
+
+
 class Tile(NamedTuple):
     """queries (rows, D) and candidates (columns, D) in the dtype of the matmuls; products (rows, columns) in that
     dtype: scratch memory, None where the kernels need none; row_norm, column_norm: inverse norms of normalised
@@ -75,6 +86,17 @@ class Tile(NamedTuple):
     energy: int
     labels: Labels
     ids_positive: bool
+    masks: Masks = Masks()
+
+    @property
+    def of_every_pair(self) -> Tile:
+        """The tile of a sum over all pairs, candidates or not, but for the positive and the sample itself."""
+        return self._replace(energy=SOFTMAX, labels=self.labels.without_ids, masks=Masks())
+
+    @property
+    def leaves_out_more(self) -> bool:
+        """Whether ids or masks leave pairs out."""
+        return any(part is not None for part in (self.labels.row_id, *self.masks))
 
 
 class RowSums(NamedTuple):
@@ -172,6 +194,10 @@ class PairKernels:
     def begin(self, tile: Tile) -> None:
         """Called once for each tile, before its sums and gradients."""
         torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
+
+    def sum_rows(self, index: Tensor, coefficient: Tensor, source: Tensor, out: Tensor) -> None:
+        """out[r] = sum of coefficient[i, k] * source[i] over the pairs (i, k) with index[i, k] == r, in their order."""
+        segment_sum.reference(index.flatten(), coefficient.flatten(), source, None, out)
 
     def positives_in_tile(self, tile: Tile, column: Tensor, score: Tensor) -> None:
         """Writes the scores of the pairs (i, column[i]) of the tile, rounded as its other scores are, so that equal
@@ -331,6 +357,11 @@ def _scores(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         none if row is None else row.unsqueeze(1) == column for row, column in tile.labels.pairs
     )
     excluded = positive | itself
+    if tile.masks.column is not None:
+        excluded = excluded | ~tile.masks.column
+    if tile.masks.pair is not None:
+        pair, index = tile.masks.pair, tile.masks.index
+        excluded = excluded | ~(pair if index is None else pair[:, index])
     extra = same_id & ~excluded
     if not tile.ids_positive:
         excluded, extra = excluded | extra, none
@@ -377,7 +408,8 @@ class NativePairs(PairKernels):
     """The compiled extension."""
 
     ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
-    OPS = ("pair_positives_in_tile", "pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add", *ROW_OPS)
+    TILE_OPS = ("pair_positives_in_tile", "pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add")
+    OPS = (*TILE_OPS, *ROW_OPS, "sort_rows", "weighted_row_sums")
 
     def inverse_norm(self, values, acc):
         norm = values.new_empty(values.shape[0], dtype=acc)
@@ -395,6 +427,9 @@ class NativePairs(PairKernels):
 
     def finish_gradient(self, gradient, scale, out):
         torch.ops.sslkernels_native.pair_finish_gradient(*gradient, scale, out)
+
+    def sum_rows(self, index, coefficient, source, out):
+        segment_sum.native(index.flatten(), coefficient.flatten(), source, None, out)
 
     def positives_in_tile(self, tile, column, score):
         torch.ops.sslkernels_native.pair_positives_in_tile(*_flat(tile), column, score)
@@ -419,8 +454,8 @@ class NativePairs(PairKernels):
 
 def _flat(tile: Tile) -> tuple:
     """The arguments of the native operators that describe a tile."""
-    _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive = tile
-    return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive
+    _, _, products, row_norm, column_norm, scale, bias, energy, labels, ids_positive, masks = tile
+    return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive, *masks
 
 
 class TritonPairs(ReferencePairs):
@@ -461,6 +496,9 @@ class TritonPairs(ReferencePairs):
         from sslkernels.contrastive.triton.pair_rows import finish_gradient
 
         finish_gradient(gradient, scale, out)
+
+    def sum_rows(self, index, coefficient, source, out):
+        segment_sum.triton(index.flatten(), coefficient.flatten(), source, None, out)
 
     def keeps_products(self, features):
         return features.dtype == torch.float64

@@ -10,7 +10,7 @@ from torch import Tensor
 from sslkernels.contrastive.gradients import FeatureGradients
 from sslkernels.contrastive.pair_rows import HINGE
 from sslkernels.contrastive.pair_setup import PairSetup
-from sslkernels.contrastive.score_tiles import Labels, PairKernels, Tile, workspace_bytes
+from sslkernels.contrastive.score_tiles import Labels, Masks, PairKernels, Tile, workspace_bytes
 from sslkernels.core.chunks import round_up
 
 # Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal. Fewer of
@@ -24,7 +24,7 @@ class Candidates(NamedTuple):
 
     rows, columns: whether sums over each row's candidates and over each column's queries are part of the loss; keys:
     whether they are the keys, over which uniformity is summed; pairs: whether they have a column per pair. gradient:
-    where their gradient accumulates.
+    where their gradient accumulates. masks: of all rows and these candidates.
     """
 
     values: Tensor
@@ -35,6 +35,7 @@ class Candidates(NamedTuple):
     keys: bool = False
     pairs: bool = False
     gradient: Tensor | None = None
+    masks: Masks = Masks()
 
     @property
     def in_loss(self) -> bool:
@@ -170,18 +171,19 @@ class Steps:
             setup.options.energy,
             Labels(*labels),
             setup.options.ids_positive,
+            _part_of(candidates.masks, rows, columns),
         )
 
 
 def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -> Iterator[Candidates]:
     """stats: whether the keys are read for statistics, where they are no candidates."""
-    options, positives = setup.options, setup.positives
+    options, positives, inputs = setup.options, setup.positives, setup.inputs
     if options.in_batch:
         by_pair = options.energy == HINGE and options.columns and not positives.in_order and setup.key.shape[0] > 0
         columns = options.columns and not by_pair
         yield Candidates(
             setup.key, setup.key_norm, tuple(positives.key_labels), options.rows, columns, keys=True,
-            gradient=grads.key,
+            gradient=grads.key, masks=Masks(inputs.candidate_mask, None, inputs.key_mask),
         )  # fmt: skip
         if by_pair:
             index = positives.index
@@ -194,12 +196,26 @@ def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -
                 columns=True,
                 pairs=True,
                 gradient=grads.pair_key,
+                masks=Masks(
+                    inputs.candidate_mask,
+                    None if inputs.candidate_mask is None else index,
+                    None if inputs.key_mask is None else inputs.key_mask[index],
+                ),
             )
     elif stats:
         yield Candidates(setup.key, setup.key_norm, tuple(positives.key_labels), keys=True)
     if setup.bank is not None:
-        labels = tuple(positives.bank_labels)
-        yield Candidates(setup.bank, setup.bank_norm, labels, rows=True, gradient=grads.bank)
+        labels, masks = tuple(positives.bank_labels), Masks(column=inputs.bank_mask)
+        yield Candidates(setup.bank, setup.bank_norm, labels, rows=True, gradient=grads.bank, masks=masks)
+
+
+def _part_of(masks: Masks, rows: slice, columns: slice) -> Masks:
+    pair, index, column = masks
+    if pair is not None:
+        pair = at(pair, rows)
+        if index is None and length(columns) != pair.shape[1]:
+            pair = pair[:, columns]
+    return Masks(pair, at(index, columns), at(column, columns))
 
 
 def length(part: slice) -> int:

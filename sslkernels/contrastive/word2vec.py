@@ -28,7 +28,7 @@ class Tables(NamedTuple):
 
 
 class Indices(NamedTuple):
-    """center (N,), context (N,) and negatives (N, K) of each pair."""
+    """center (N,), context (N,) and negatives (N, K), -1 for none, of each pair."""
 
     center: Tensor
     context: Tensor
@@ -67,12 +67,14 @@ def _empty_gradients(tables: Tables, wanted: Wanted) -> Tables:
 
 
 def _check_range(argument: str, index: Tensor, rows: int) -> None:
-    """Raises `ValueError` for a CPU index outside [0, rows). On a GPU this would be a synchronisation."""
+    """Raises `ValueError` for a CPU index outside [0, rows), but for a negative of -1. On a GPU this would be a
+    synchronisation."""
     if index.device.type != "cpu" or index.numel() == 0:
         return
+    low, none = (-1, ", or -1 for none") if argument == "negatives" else (0, "")
     for got in map(int, index.aminmax()):
-        if not 0 <= got < rows:
-            checks.fail(ValueError, NAME, argument, f"be in [0, {rows})", got)
+        if not low <= got < rows:
+            checks.fail(ValueError, NAME, argument, f"be in [0, {rows}){none}", got)
 
 
 def _fwd(
@@ -92,7 +94,9 @@ def _fill_reference(tables: Tables, indices: Indices, exclude_positive: bool, ou
     acc = outputs.loss.dtype
     candidates = torch.cat([context[:, None], negatives], dim=1)
     wrong = (center < 0) | (center >= center_weight.shape[0])
-    wrong |= ((candidates < 0) | (candidates >= context_weight.shape[0])).any(1)
+    excluded = candidates == -1
+    excluded[:, 0] = False
+    wrong |= (((candidates < 0) | (candidates >= context_weight.shape[0])) & ~excluded).any(1)
     u = center_weight[center.long().clamp(0, center_weight.shape[0] - 1)].to(acc)
     v = context_weight[candidates.long().clamp(0, context_weight.shape[0] - 1)].to(acc)
 
@@ -101,9 +105,9 @@ def _fill_reference(tables: Tables, indices: Indices, exclude_positive: bool, ou
     sign[:, 0] = -1
     terms, slope = -F.logsigmoid(-sign * scores), sign * torch.sigmoid(sign * scores)
     if exclude_positive:
-        excluded = candidates == context[:, None]
-        excluded[:, 0] = False
-        terms, slope = terms.masked_fill(excluded, 0), slope.masked_fill(excluded, 0)
+        excluded[:, 1:] |= negatives == context[:, None]
+    terms, slope = terms.masked_fill(excluded, 0), slope.masked_fill(excluded, 0)
+    v = v.masked_fill(excluded[:, :, None], 0)
     outputs.loss.copy_(terms.sum(1).masked_fill(wrong, float("nan")))
     slope = slope.masked_fill(wrong[:, None], float("nan"))
     if outputs.slopes.numel():
@@ -309,7 +313,7 @@ def negative_sampling_loss(
     Args:
         center: index of each pair's center word `(...)`, int64 or int32.
         context: index of the word that was seen with it, of the shape of `center`.
-        negatives: indices of K sampled words per pair `(..., K)`.
+        negatives: indices of K sampled words per pair `(..., K)`; -1 for none.
         center_weight: table of center words `(V, D)`; float32, bfloat16, float16 or float64.
         context_weight: table of context words `(V2, D)`, of the dtype of `center_weight` outside autocast; it may be
             the same tensor. Either table may be frozen.

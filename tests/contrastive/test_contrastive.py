@@ -18,6 +18,7 @@ FEATURES = {
     "shape": ("square", "wide"),
     "positive": ("permuted", "duplicated", "missing"),
     "in_batch": (False,),
+    "masks": ("pairs", "columns"),
     "normalize": (True,),
     "scale": ("tensor", 30.0, -2.0, 0.0),
     "bias": ("tensor",),
@@ -40,6 +41,7 @@ DEFAULTS = {
     "shape": "tall",
     "positive": None,
     "in_batch": True,
+    "masks": None,
     "normalize": False,
     "scale": 1.7,
     "bias": None,
@@ -71,7 +73,12 @@ def allowed(case: dict) -> bool:
         return False
     if not case["in_batch"]:
         by_rows = case["direction"] == "row" or case["energy"] == "sigmoid"
-        if case["exclude_self"] or not by_rows or (case["ids"] is not None and case["bank_ids"] != "alone"):
+        if (
+            case["exclude_self"]
+            or case["masks"]
+            or not by_rows
+            or (case["ids"] is not None and case["bank_ids"] != "alone")
+        ):
             return False
     supervised = case["ids"] is not None and case["same_id"] == "positive"
     return not (case["exclude_self"] and case["positive"] is None and not supervised)
@@ -181,6 +188,13 @@ def make(case: dict, dtype=torch.float64, n: int = 13, dim: int = DIM, seed: int
             options["negatives_mask"][1] = False
     if case["bank"] is not None:
         leaves["bank"] = torch.randn(case["bank"], dim, dtype=dtype)
+    if case["masks"] == "pairs":
+        options["candidate_mask"] = (torch.rand(2 * m, n) < 0.5)[::2].t()
+        options["candidate_mask"][2] = False
+    if case["masks"] == "columns":
+        options["key_mask"] = torch.rand(m) < 0.5
+        if case["bank"] is not None:
+            options["bank_mask"] = torch.rand(case["bank"]) < 0.5
     if case["ids"] is not None:
         kinds = {"few": 4, "some": 9, "one": 1, "unlike": 10**12}[case["ids"]]
         options["query_ids"] = torch.randint(0, kinds, (n,))

@@ -271,7 +271,8 @@ def raw_arguments():
     inputs = PairInputs(
         tensors["query"], tensors["key"], tensors["bank"], None, None,
         torch.tensor([0, 3, 2, 12, -1, 4, 5, 6, 7, 8, 9]), None, ids[:11].contiguous(), ids,
-        torch.randint(0, 3, tensors["bank"].shape[:1]), tensors["logit_scale"].reshape(1),
+        torch.randint(0, 3, tensors["bank"].shape[:1]), torch.rand(13, 11).t() > 0.4, torch.rand(13) > 0.3,
+        torch.rand(tensors["bank"].shape[0]) > 0.3, tensors["logit_scale"].reshape(1),
         tensors["logit_bias"].reshape(1),
     )  # fmt: skip
     options = PairOptions(SOFTMAX, True, True, True, True, True, 0.1, 0.0, torch.float32)

@@ -8,6 +8,7 @@ import sslkernels as sk
 Q, K = torch.randn(4, 3), torch.randn(6, 3)
 N = torch.randn(4, 2, 3)
 IDS = torch.arange(4)
+MASK = torch.ones(4, 6, dtype=torch.bool)
 
 CONTRASTIVE = [
     (dict(query=[1.0]), TypeError, r"query must be a torch.Tensor; got list"),
@@ -40,6 +41,10 @@ CONTRASTIVE = [
     (dict(negatives_mask=torch.ones(4, 2).bool()), ValueError, r"negatives_mask must be None without negatives"),
     (dict(negatives=N, negatives_mask=torch.ones(4, 2)), TypeError, r"negatives_mask must have dtype torch.bool; got"),
     (dict(negatives=N, negatives_mask=torch.ones(4).bool()), ValueError, r"negatives_mask must have shape \(N, K\)"),
+    (dict(negatives=IDS), ValueError, r"negatives must have shape \(N, K\) with indices; got \(4,\)"),
+    (dict(negatives=IDS[:3, None]), ValueError, r"negatives must have shape \(N, K\) with indices = \(4, 1\); got"),
+    (dict(negatives=IDS[:, None].short()), TypeError, r"negatives must have dtype .* or torch.int32; got torch.int16"),
+    (dict(negatives=IDS[:, None] + 3), ValueError, r"negatives must be in \[0, 6\), or -1 for none; got 6"),
     (dict(bank_ids=IDS, query_ids=IDS), ValueError, r"bank_ids must have shape \(B,\) = \(0,\); got \(4,\)"),
     (dict(bank=K, query_ids=IDS), ValueError, r"key_ids or bank_ids must be given with the other ids; got None"),
     (dict(bank=torch.randn(5, 2)), ValueError, r"bank must have shape \(B, D\) = \(5, 3\); got \(5, 2\)"),
@@ -47,6 +52,13 @@ CONTRASTIVE = [
     (dict(key_ids=torch.arange(6)), ValueError, r"query_ids must be given with the other ids; got None"),
     (dict(query_ids=IDS, key_ids=IDS), ValueError, r"key_ids must have shape \(M,\) = \(6,\); got \(4,\)"),
     (dict(query_ids=IDS.float(), key_ids=IDS), TypeError, r"query_ids must have dtype"),
+    (dict(candidate_mask=torch.ones(4, 6)), TypeError, r"candidate_mask must have dtype torch.bool; got torch.float32"),
+    (dict(candidate_mask=MASK[:, :4]), ValueError, r"candidate_mask must have shape \(N, M\) = \(4, 6\); got \(4, 4\)"),
+    (dict(key_mask=MASK[0, :4]), ValueError, r"key_mask must have shape \(M,\) = \(6,\); got \(4,\)"),
+    (dict(bank_mask=MASK[0]), ValueError, r"bank_mask must be None without bank; got \(6,\)"),
+    (dict(bank=K, bank_mask=MASK[0, :4]), ValueError, r"bank_mask must have shape \(B,\) = \(6,\); got \(4,\)"),
+    (dict(candidate_mask=MASK, in_batch=False), ValueError, r"candidate_mask must be None with in_batch=False; got"),
+    (dict(key_mask=MASK[0], in_batch=False), ValueError, r"key_mask must be None with in_batch=False; got \(6,\)"),
     (dict(exclude_self=True), ValueError, r"key must be the queries with exclude_self; got 6 rows for 4 queries"),
     (dict(exclude_self=True, key=Q), ValueError, r"positive must be given with exclude_self .*; got None"),
     (dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),

@@ -20,6 +20,9 @@ OPTIONS = {
     "ids": {"direction": "symmetric", "ids": True},
     "supervised": {"ids": True, "same_id": "positive", "exclude_self": True, "direction": "symmetric"},
     "ragged": {"direction": "symmetric", "ragged": True},
+    "keys masked": {"direction": "symmetric", "ragged": True, "mask": "key_mask"},
+    "pairs masked": {"energy": "sigmoid", "ragged": True, "mask": "candidate_mask"},
+    "drawn": {"direction": "symmetric", "ragged": True, "mask": "negatives"},
 }
 
 
@@ -32,6 +35,19 @@ def data(world: int, ragged: bool):
     return x, y, ids
 
 
+def masks_of(counts: list[int], rank: int | None = None):
+    """The masks of all rows and negatives by index, or what a rank passes: of its keys, or its rows and all keys."""
+    generator = torch.Generator().manual_seed(1)
+    pairs, keys = (torch.rand(size, generator=generator) < 0.6 for size in ((sum(counts),) * 2, (sum(counts),)))
+    drawn = [torch.randint(-1, n, (n, 4), generator=generator) for n in counts]  # from the rank's own keys
+    if rank is None:
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        shifted = [torch.where(i < 0, i, i + start) for i, start in zip(drawn, starts, strict=True)]
+        return {"candidate_mask": pairs, "key_mask": keys, "negatives": torch.cat(shifted)}
+    masks = {"candidate_mask": pairs.split(counts)[rank], "key_mask": keys.split(counts)[rank]}
+    return masks | {"negatives": drawn[rank]}
+
+
 def encoders():
     """Two towers and a scale, the parameters whose gradients DDP averages."""
     torch.manual_seed(1)
@@ -39,9 +55,12 @@ def encoders():
     return towers, torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
 
 
-def loss_of(name, towers, scale, x, y, ids, group):
+def loss_of(name, towers, scale, x, y, ids, masks, group):
     options = dict(OPTIONS[name])
     options.pop("ragged", None)
+    mask = options.pop("mask", None)
+    if mask:
+        options[mask] = masks[mask]
     with_ids = options.pop("ids", False)
     query = towers[0](x)
     key = query if options.get("exclude_self") else towers[1](y)
@@ -60,7 +79,8 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     for name, options in OPTIONS.items():
         x, y, ids = data(world, options.get("ragged", False))
         towers, scale = encoders()
-        loss, stats = loss_of(name, towers, scale, x[rank], y[rank], ids[rank], dist.group.WORLD)
+        masks = masks_of([len(part) for part in x], rank)
+        loss, stats = loss_of(name, towers, scale, x[rank], y[rank], ids[rank], masks, dist.group.WORLD)
         loss.backward()
         parameters = [*towers[0].parameters(), *towers[1].parameters(), scale]
         averaged = []
@@ -112,15 +132,17 @@ def single_losses(name, world):
     """Each rank's loss, ranks of its rows and the parameters, computed by one process with all rows."""
     x, y, ids = data(world, OPTIONS[name].get("ragged", False))
     towers, scale = encoders()
-    options = {k: v for k, v in OPTIONS[name].items() if k not in ("ids", "ragged")}
+    options = {k: v for k, v in OPTIONS[name].items() if k not in ("ids", "ragged", "mask")}
     query = towers[0](torch.cat(x))
     key = query if options.get("exclude_self") else towers[1](torch.cat(y))
     if OPTIONS[name].get("ids"):
         options.update(query_ids=torch.cat(ids), key_ids=torch.cat(ids))
+    counts = [len(part) for part in x]
+    if "mask" in OPTIONS[name]:
+        options[OPTIONS[name]["mask"]] = masks_of(counts)[OPTIONS[name]["mask"]]
     rows, stats = sk.contrastive_energy(
         query, key, logit_scale=scale, normalize=True, reduction="none", return_stats=True, **options
     )
-    counts = [len(part) for part in x]
     losses = [
         part.sum() / (rank >= 0).sum() for part, rank in zip(rows.split(counts), stats.rank.split(counts), strict=True)
     ]
@@ -168,6 +190,16 @@ def test_given_positives_have_no_columns_over_ranks(alone):
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="positive must be None with a process_group over columns; got a tensor"):
         sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=alone)
+
+
+def test_masks_over_ranks_have_the_keys_of_all(alone):
+    x, mask = torch.randn(3, 4), torch.ones(3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="candidate_mask must be None with a process_group over columns, whose"):
+        sk.contrastive_energy(x, x, candidate_mask=mask, direction="symmetric", process_group=alone)
+    with pytest.raises(
+        ValueError, match=r"candidate_mask must have shape .* keys of all ranks = \(3, 3\); got \(3, 2\)"
+    ):
+        sk.contrastive_energy(x, x, candidate_mask=mask[:, :2], process_group=alone)
 
 
 @pytest.mark.full

@@ -177,7 +177,7 @@ def test_repeats_to_the_bit(backend, device):
 def test_fake_and_schema(backend, device, case):
     inputs, merge = make(case).records(device)
     wanted = (case.query, case.negatives, case.scores)
-    outputs = empty_outputs(inputs.query, inputs.negatives, case.gradient, *wanted)
+    outputs = empty_outputs(inputs, case.gradient, *wanted)
     flat = tuple(query_negatives_.inputs.pack((inputs, merge, outputs)))
     torch.library.opcheck(query_negatives_.raw, flat, test_utils=("test_schema", "test_faketensor"))
 

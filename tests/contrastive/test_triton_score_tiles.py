@@ -12,6 +12,7 @@ from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, ColumnSums
 from sslkernels.contrastive.score_tiles import (
     GradientOutputs,
     Labels,
+    Masks,
     ReferencePairs,
     RowSums,
     Thresholds,
@@ -42,9 +43,9 @@ def fixed_shift(monkeypatch):
 
 def make_tile(
     device, rows, columns, dim, dtype, energy, *, scale=1.7, bias=None, normalize=False, labels=1, ids_positive=False,
-    spread=1.0, products=True,
+    spread=1.0, products=True, masks=False,
 ):  # fmt: skip
-    """labels: how many of the three pairs of labels exist."""
+    """labels: how many of the three pairs of labels exist; masks: of pairs and of columns."""
     g = torch.Generator().manual_seed(rows + 3 * columns + 7 * dim)
     queries, candidates = ((spread * torch.randn(n, dim, generator=g)).to(dtype).to(device) for n in (rows, columns))
     norms = (None, None)
@@ -58,7 +59,14 @@ def make_tile(
             found.append(label if present else None)
     memory = torch.full((rows, columns), float("nan"), dtype=dtype, device=device) if products else None
     numbers = (torch.full((1,), v, device=device) if v is not None else None for v in (scale, bias))
-    return Tile(queries, candidates, memory, *norms, *numbers, energy, Labels(*found), ids_positive)
+    kept = Masks()
+    if masks:
+        width = columns + 3 if rows > columns else columns  # a mask of more keys than the tile has
+        index = torch.randint(width, (columns,), generator=g).to(device) if rows > columns else None
+        pair = (torch.rand(width, 2 * rows, generator=g) < 0.7).to(device)[:, ::2].t()
+        pair[rows // 2] = False
+        kept = Masks(pair, index, (torch.rand(columns, generator=g) < 0.8).to(device))
+    return Tile(queries, candidates, memory, *norms, *numbers, energy, Labels(*found), ids_positive, kept)
 
 
 def widened(tile):
@@ -144,7 +152,7 @@ def test_sums(device, small_supertiles, rows, columns, dim, energy):
     check_sums(plain, times=2, extra=False)
     every = make_tile(
         device, rows, columns, dim, torch.float32, energy, scale=9.0, bias=-0.7, normalize=True, labels=3,
-        ids_positive=energy != HINGE,
+        ids_positive=energy != HINGE, masks=True,
     )  # fmt: skip
     check_sums(every, statistics=True)
 
@@ -187,6 +195,12 @@ def test_softmax_of_normalised_features(device, small_supertiles, fixed_shift, s
     tile.candidates[7], tile.queries[3] = away, away
     norms = (1 / v.norm(dim=1) for v in (tile.queries, tile.candidates))
     check_sums(tile._replace(row_norm=next(norms), column_norm=next(norms)), times=2)
+
+
+def test_steps_of_a_mask_that_need_64_bits(device, monkeypatch):
+    monkeypatch.setattr(launcher, "WIDE_STEP", 2)
+    check_sums(make_tile(device, 40, 70, 19, torch.float32, SOFTMAX, masks=True))
+    check_gradients(make_tile(device, 70, 40, 19, torch.float32, SOFTMAX, masks=True))
 
 
 def test_far_scores(device, small_supertiles):
@@ -289,7 +303,7 @@ def test_gradients(device, small_supertiles, gradient_kernel, rows, columns, dim
     check_gradients(plain, every=False, columns=both, fused=fused)
     every = make_tile(
         device, rows, columns, dim, torch.float32, energy, scale=9.0, bias=-0.7, normalize=True, labels=3,
-        ids_positive=energy != HINGE,
+        ids_positive=energy != HINGE, masks=True,
     )  # fmt: skip
     check_gradients(every, columns=both, fused=fused)
 
@@ -390,7 +404,7 @@ def test_weighted_sums(device, request, splits, rows, columns, dim):
     plain = make_tile(device, rows, columns, dim, torch.float32, SOFTMAX)
     check_weighted(plain)
     every = make_tile(
-        device, rows, columns, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=3
+        device, rows, columns, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=3, masks=True
     )
     bank = make_tile(device, rows, 37, dim, torch.float32, SOFTMAX, scale=9.0, bias=-0.7, normalize=True, labels=0)
     bank = bank._replace(queries=every.queries, row_norm=every.row_norm)

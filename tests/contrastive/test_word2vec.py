@@ -64,11 +64,13 @@ def make_case(
     spread: float = 1.0,
     negatives: int = 5,
     int32: bool = False,
+    lowest: int = 0,
 ) -> tuple[Tensors, Tensors]:
     shape = batch or (rows,)
     sizes = {"center": shape, "context": shape, "negatives": (*shape, negatives)}
     tables = {name: spread * torch.randn(vocab, dim, generator=g) for name in TABLES}
-    draws = {name: torch.randint(0, vocab, size, generator=g) for name, size in sizes.items()}
+    lows = {"center": 0, "context": 0, "negatives": lowest}
+    draws = {name: torch.randint(lows[name], vocab, size, generator=g) for name, size in sizes.items()}
     return tables, {name: draw.to(torch.int32 if int32 else torch.int64) for name, draw in draws.items()}
 
 
@@ -89,7 +91,8 @@ def cases() -> Iterator[Case]:
     yield case("large_scores", 33, 41, 16, spread=4.0)
     yield case("few_pairs_of_many_words", 6, 500, 12)
     yield case("batch", 0, 67, 24, batch=(3, 1, 11))
-    yield case("int32", 40, 11, 6, int32=True)
+    yield case("int32", 40, 11, 6, int32=True, lowest=-1)
+    yield case("negatives_of_none", 33, 2, 16, lowest=-1)
     for reduction in ("sum", "none"):
         yield case(reduction, 35, 23, 16, options={"reduction": reduction})
     for reduction in ("mean", "none"):
@@ -514,7 +517,8 @@ ERRORS = [
     ),
     (dict(center=torch.tensor([0, 1, 5, 2])), ValueError, r"center must be in \[0, 5\); got 5"),
     (dict(context=torch.tensor([0, 1, -1, 2])), ValueError, r"context must be in \[0, 5\); got -1"),
-    (dict(negatives=torch.full((4, 2), 9)), ValueError, r"negatives must be in \[0, 5\); got 9"),
+    (dict(negatives=torch.full((4, 2), 9)), ValueError, r"negatives must be in \[0, 5\), or -1 for none; got 9"),
+    (dict(negatives=torch.full((4, 2), -2)), ValueError, r"negatives must be in \[0, 5\), or -1 for none; got -2"),
     (dict(reduction="avg"), ValueError, r"reduction must be 'none', 'mean' or 'sum'; got 'avg'"),
     (dict(exclude_positive=1), TypeError, r"exclude_positive must be a bool; got int"),
 ]

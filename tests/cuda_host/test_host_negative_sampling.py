@@ -42,11 +42,14 @@ class Pairs:
     exclude_positive: bool = False
     gradient: bool = True
     wrong: bool = False
+    none: bool = False  # some negatives are -1
 
     def inputs(self) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(self.count + 100 * self.dim)
         shapes = {"center": (self.count,), "context": (self.count,), "negatives": (self.count, self.negatives)}
         indices = {n: torch.randint(0, self.words, s, generator=g).to(self.index) for n, s in shapes.items()}
+        if self.none:
+            indices["negatives"][torch.rand(self.count, self.negatives, generator=g) < 0.4] = -1
         tables = {
             name: (torch.randn(rows, self.dim, generator=g, dtype=torch.float64) * self.dim**-0.25).to(self.dtype)
             for name, rows in (("center_weight", self.words), ("context_weight", self.words))
@@ -78,12 +81,19 @@ class Pairs:
             name: value.double() if value.is_floating_point() else value.long() for name, value in self.inputs().items()
         }
         candidates = torch.cat([t["context"][:, None], t["negatives"]], 1)
-        wrong = ((candidates < 0) | (candidates >= self.words)).any(1) | (t["center"] < 0) | (t["center"] >= self.words)
+        none = candidates == -1
+        none[:, 0] = False
+        wrong = (
+            (((candidates < 0) & ~none) | (candidates >= self.words)).any(1)
+            | (t["center"] < 0)
+            | (t["center"] >= self.words)
+        )
         u = t["center_weight"][t["center"].clamp(0, self.words - 1)].requires_grad_()
         v = t["context_weight"][candidates.clamp(0, self.words - 1)]
         scores = torch.einsum("nd,nkd->nk", u, v)
         scores.retain_grad()
         terms = -torch.nn.functional.logsigmoid(torch.cat([scores[:, :1], -scores[:, 1:]], 1))
+        terms = terms * ~none
         if self.exclude_positive:
             terms = torch.cat([terms[:, :1], terms[:, 1:] * (candidates[:, 1:] != candidates[:, :1])], 1)
         loss = terms.sum(1)
@@ -165,7 +175,8 @@ def pairs_cases() -> dict[str, Pairs]:
         "no_pairs": Pairs(count=0),
         "batches_of_candidates": Pairs(count=5, negatives=70, dim=200, words=40, exclude_positive=True),
         "batches_of_candidates_half": Pairs(torch.float16, count=5, negatives=33, dim=40),
-        "exclude_positive": Pairs(words=3, exclude_positive=True),
+        "exclude_positive": Pairs(words=3, exclude_positive=True, none=True),
+        "none": Pairs(negatives=40, dim=77, index=torch.int32, none=True),
         "wrong": Pairs(wrong=True),
         "wrong_int32": Pairs(torch.bfloat16, wrong=True, index=torch.int32, dim=37, negatives=40),
     }

@@ -76,7 +76,7 @@ def call_of(host: HostCase, name: str = "query_negatives") -> run.Call:
         return torch.cat([tensor.new_full((offset,), 7), tensor.reshape(-1)])
 
     flags = (case.gradient, case.query, case.negatives, case.scores)
-    outputs = dict(zip(NAMES, empty_outputs(inputs.query, inputs.negatives, *flags), strict=True))
+    outputs = dict(zip(NAMES, empty_outputs(inputs.records()[0], *flags), strict=True))
     arrays = {key: output.fill_(7) for key, output in outputs.items() if output.numel() > 0}
     if "grad_negatives" in arrays:
         arrays["grad_negatives"] = shifted(arrays["grad_negatives"], host.offsets[2])

@@ -38,6 +38,9 @@ def contrastive_losses(
     label_smoothing=0.0,
     margin=None,
     in_batch=True,
+    candidate_mask=None,
+    key_mask=None,
+    bank_mask=None,
 ) -> tuple[Tensor, Tensor]:
     """(losses (N,), which rows count in the mean)."""
     n, m = query.shape[0], key.shape[0]
@@ -61,8 +64,12 @@ def contrastive_losses(
     same = torch.zeros(n, m, dtype=torch.bool)
     if key_ids is not None:
         same = query_ids[:, None] == key_ids[None, :]
-    extras = same & ~itself & ~main
-    candidate = ~itself
+    kept = torch.ones(n, m, dtype=torch.bool)
+    for mask in (candidate_mask, key_mask):
+        if mask is not None:
+            kept = kept & mask
+    extras = same & ~itself & ~main & kept
+    candidate = ~itself & (kept | main)
     if not supervised:
         candidate = candidate & ~extras
         extras = torch.zeros_like(extras)
@@ -77,13 +84,15 @@ def contrastive_losses(
     all_scores = torch.cat([scores, negative_scores, bank_scores], 1)
     none = torch.zeros(n, negative_scores.shape[1] + bank_scores.shape[1], dtype=torch.bool)
     in_bank = torch.ones_like(bank_scores, dtype=torch.bool)
+    if bank_mask is not None:
+        in_bank = in_bank & bank_mask
     all_extras = torch.cat([extras, none], 1)
     if bank_ids is not None:
-        same_in_bank = query_ids[:, None] == bank_ids
+        same_in_bank = (query_ids[:, None] == bank_ids) & in_bank
         if supervised:
             all_extras[:, -len(bank_ids) :] = same_in_bank
         else:
-            in_bank = ~same_in_bank
+            in_bank = in_bank & ~same_in_bank
     all_candidates = torch.cat([candidate, valid, in_bank], 1)
     all_main = torch.cat([main, none], 1)
     row = _energies(all_scores, all_candidates, all_main, all_extras, energy, label_smoothing, margin, supervised)

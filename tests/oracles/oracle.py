@@ -83,8 +83,8 @@ def negative_sampling_loss(
 ) -> Tensor:
     u = F.embedding(center, center_weight)
     positive = torch.einsum("...d,...d->...", u, F.embedding(context, context_weight))
-    negative = torch.einsum("...d,...kd->...k", u, F.embedding(negatives, context_weight))
-    terms = F.logsigmoid(-negative)
+    negative = torch.einsum("...d,...kd->...k", u, F.embedding(negatives.clamp(min=0), context_weight))
+    terms = torch.where(negatives == -1, 0, F.logsigmoid(-negative))
     if exclude_positive:
         terms = torch.where(negatives == context.unsqueeze(-1), 0, terms)
     loss = -F.logsigmoid(positive) - terms.sum(-1)

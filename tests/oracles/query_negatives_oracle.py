@@ -106,6 +106,8 @@ class Inputs:
     want_query: bool = True
     want_negatives: bool = True
     want_scores: bool = True
+    index: Tensor | None = None
+    bank: Tensor | None = None
 
     def records(self, device: str = "cpu") -> tuple[NegativeInputs, RowMerge]:
         def filled(record: Any) -> Any:
@@ -120,7 +122,7 @@ def compute(inputs: Inputs, device: str = "cpu") -> NegativeOutputs:
     operands, merge = inputs.records(device)
     gradients = inputs.coefficient is not None
     wanted = (inputs.want_query, inputs.want_negatives, inputs.want_scores)
-    outputs = empty_outputs(operands.query, operands.negatives, gradients, *wanted)
+    outputs = empty_outputs(operands, gradients, *wanted)
     query_negatives_(operands, merge, outputs)
     return outputs
 

@@ -29,11 +29,27 @@ def config(count: int, dim: int, dtype: torch.dtype) -> Config:
 
 
 @triton.jit
-def _block(query, negatives, k, d, valid, D, ACC: tl.constexpr):
-    """Columns d of the query and of the negatives k; zeros for negatives that are not valid."""
+def _rows(negatives, index, bank, k, valid, D, key_rows, rows):
+    """(pointers to the negatives k, which are valid, which can be read). By index they are rows of `negatives` and then
+    of `bank`; -1 is not valid, and an index out of range cannot be read."""
+    if index is None:
+        return negatives + k * D, valid, valid
+    else:
+        at = tl.load(index + k, mask=valid, other=-1).to(tl.int64)
+        valid = valid & (at != -1)
+        readable = (at >= 0) & (at < rows)
+        at = tl.where(readable, at, 0)
+        found = negatives + at * D
+        if bank is not None:
+            found = tl.where(at < key_rows, found, bank + (at - key_rows) * D)
+        return found, valid, readable
+
+
+@triton.jit
+def _block(query, found, d, readable, D, ACC: tl.constexpr):
+    """Columns d of the query and of the negatives at `found`; zeros for negatives that are not to be read."""
     x = tl.load(query + d, mask=d < D, other=0.0).to(ACC)
-    at = k[:, None] * D + d[None, :]
-    return x, tl.load(negatives + at, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(ACC)
+    return x, tl.load(found[:, None] + d[None, :], mask=readable[:, None] & (d < D)[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
@@ -46,24 +62,25 @@ def _dots(x, n, dot, square, NORMALISE: tl.constexpr):
 
 @triton.jit
 def _tile(
-    query, negatives, mask, k, K, D, inverse_norm, scale, bias,
+    query, negatives, index, bank, mask, k, K, D, key_rows, rows, inverse_norm, scale, bias,
     HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, ONE_BLOCK: tl.constexpr, ACC: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(valid, scores, similarities, inverse norms, projections, x, n) of the negatives k. Negatives that are not valid
-    have score -inf and similarity 0; projection * n is subtracted from the query x in the gradient of n. x and n are
-    whole rows only where a row is one block."""
+    """(found, valid, readable, scores, similarities, inverse norms, projections, x, n) of the negatives k. If not valid
+    they have score -inf and similarity 0; projection * n is subtracted from the query x in the gradient of n.
+    x and n are whole rows only where a row is one block."""
     valid = k < K
     if HAS_MASK:
         valid = valid & (tl.load(mask + k, mask=valid, other=0) != 0)
     d = tl.arange(0, BLOCK_D)
     dot = tl.zeros((BLOCK_K,), ACC)
     square = tl.zeros((BLOCK_K,), ACC)
-    x, n = _block(query, negatives, k, d, valid, D, ACC)
+    found, valid, readable = _rows(negatives, index, bank, k, valid, D, key_rows, rows)
+    x, n = _block(query, found, d, readable, D, ACC)
     dot, square = _dots(x, n, dot, square, NORMALISE)
     if not ONE_BLOCK:
         for start in range(BLOCK_D, D, BLOCK_D):
-            x_block, n_block = _block(query, negatives, k, start + d, valid, D, ACC)
+            x_block, n_block = _block(query + start, found + start, d, readable, D - start, ACC)
             dot, square = _dots(x_block, n_block, dot, square, NORMALISE)
     inverse = tl.full((BLOCK_K,), 1.0, ACC)
     projection = tl.zeros((BLOCK_K,), ACC)
@@ -76,7 +93,9 @@ def _tile(
         similarity = inverse_norm * along
         projection = tl.where(norm < floor, 0.0, inverse * along)
     score = tl.where(valid, scale * similarity + bias, float("-inf"))
-    return valid, score, tl.where(valid, similarity, 0.0), inverse, projection, x, n
+    if index is not None:
+        score = tl.where(valid & ~readable, float("nan"), score)
+    return found, valid, readable, score, tl.where(valid, similarity, 0.0), inverse, projection, x, n
 
 
 @triton.jit
@@ -131,10 +150,10 @@ def _write(grad, x, n, k, d, valid, query_weight, projection, K, D):
     tl.store(grad + at, value.to(grad.dtype.element_ty), mask=(k < K)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K", "key_rows", "rows"])
 def query_negatives_kernel(
-    query, negatives, mask, query_inverse_norm, logit_scale, logit_bias, reference, coefficient, smoothing,
-    scores, value_out, grad_query, grad_negatives, grad_scale, grad_bias, K, D,
+    query, negatives, index, bank, mask, query_inverse_norm, logit_scale, logit_bias, reference, coefficient, smoothing,
+    scores, value_out, grad_query, grad_negatives, grad_scale, grad_bias, K, D, key_rows, rows,
     ENERGY: tl.constexpr, FINAL: tl.constexpr, HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr,
     WANT_QUERY: tl.constexpr, WANT_NEGATIVES: tl.constexpr, WANT_SCORES: tl.constexpr,
@@ -147,7 +166,10 @@ def query_negatives_kernel(
     lane = tl.arange(0, BLOCK_K).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     query += row * D
-    negatives += row * K * D
+    if index is None:
+        negatives += row * K * D
+    else:
+        index += row * K
     scores += row * K
     if HAS_MASK:
         mask += row * K
@@ -174,8 +196,8 @@ def query_negatives_kernel(
     if TWICE:
         for start in range(0, K, BLOCK_K):
             k = start + lane
-            valid, score, similarity, inverse, projection, x, n = _tile(
-                query, negatives, mask, k, K, D, inverse_norm, scale, bias,
+            found, valid, readable, score, similarity, inverse, projection, x, n = _tile(
+                query, negatives, index, bank, mask, k, K, D, key_rows, rows, inverse_norm, scale, bias,
                 HAS_MASK, NORMALISE, ONE_BLOCK, ACC, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             top, total = _merge(top, total, score)
@@ -189,8 +211,8 @@ def query_negatives_kernel(
     if GRADIENT or not TWICE:
         for start in range(0, K, BLOCK_K):
             k = start + lane
-            valid, score, similarity, inverse, projection, x, n = _tile(
-                query, negatives, mask, k, K, D, inverse_norm, scale, bias,
+            found, valid, readable, score, similarity, inverse, projection, x, n = _tile(
+                query, negatives, index, bank, mask, k, K, D, key_rows, rows, inverse_norm, scale, bias,
                 HAS_MASK, NORMALISE, ONE_BLOCK, ACC, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             if WANT_SCORES and not TWICE:
@@ -206,21 +228,23 @@ def query_negatives_kernel(
                 bias_grad += tl.sum(weight, 0)
                 negative_weight = weight * inverse
                 query_weight = scale * inverse_norm * negative_weight
+                if WANT_NEGATIVES and index is not None:
+                    tl.store(grad_negatives + row * K + k, query_weight, mask=k < K)
                 if ONE_BLOCK:
                     if WANT_QUERY:
                         query_grad += tl.sum(query_weight[:, None] * n, 0)
-                    if WANT_NEGATIVES:
+                    if WANT_NEGATIVES and index is None:
                         _write(grad_negatives + row * K * D, x, n, k, d, valid, query_weight, projection, K, D)
                 elif WANT_QUERY or WANT_NEGATIVES:
                     for start_d in range(0, D, BLOCK_D):
                         columns = start_d + d
-                        x_block, n_block = _block(query, negatives, k, columns, valid, D, ACC)
+                        x_block, n_block = _block(query + start_d, found + start_d, d, readable, D - start_d, ACC)
                         if WANT_QUERY:
                             at = grad_query + row * D + columns
                             sums = tl.sum(query_weight[:, None] * n_block, 0)
                             before = tl.load(at, mask=(columns < D) & (start > 0), other=0.0)
                             tl.store(at, before + sums, mask=columns < D)
-                        if WANT_NEGATIVES:
+                        if WANT_NEGATIVES and index is None:
                             _write(
                                 grad_negatives + row * K * D, x_block, n_block, k, columns, valid,
                                 query_weight, projection, K, D,
@@ -238,8 +262,9 @@ def query_negatives_kernel(
 def query_negatives(inputs: Any, merge: Any, outputs: Any) -> None:
     """Fills `outputs`, the record `NegativeOutputs`, from the records `NegativeInputs` and `RowMerge`; an output that
     is not wanted has no elements."""
-    query, mask = inputs.query, inputs.mask
-    rows, count, dim = inputs.negatives.shape
+    query, mask, index, bank = inputs.query, inputs.mask, inputs.index, inputs.bank
+    (rows, dim), count = query.shape, (inputs.negatives if index is None else index).shape[1]
+    key_rows = inputs.negatives.shape[0]
     if rows == 0:
         return
     if count == 0:
@@ -254,6 +279,8 @@ def query_negatives(inputs: Any, merge: Any, outputs: Any) -> None:
             *outputs,
             count,
             dim,
+            key_rows,
+            key_rows if bank is None else key_rows + bank.shape[0],
             ENERGY=merge.energy,
             FINAL=merge.energy == SOFTMAX and merge.final,
             HAS_MASK=mask is not None,

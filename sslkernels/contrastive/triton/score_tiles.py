@@ -23,6 +23,8 @@ SIGMOID = tl.constexpr(ENERGY_SIGMOID)
 
 # Largest padded D for which a block of output rows stays in registers.
 OWNED_DIM = 256
+# Steps of a mask from which the places in a block of 128 need more than 32 bits.
+WIDE_STEP = 1 << 24
 # log2 of what float16 kernels scale a gradient of 1 to, for a score of a pair with average norms.
 GAIN = 8
 
@@ -104,6 +106,38 @@ def excluded_pairs(
 
 
 @triton.jit
+def masked_pairs(
+    excluded, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask, row, row_lane,
+    row_inside, column, lane, column_inside,
+):  # fmt: skip
+    """`excluded`, and the pairs, rows and columns whose byte in a mask is 0. row_index, column_index: where the rows
+    and columns of the tile are in pair_mask; at the same place without them."""
+    if row_mask is not None:
+        excluded = _or(excluded, load_block(row_mask, row, row_lane, row_inside, 1)[:, None] == 0)
+    if column_mask is not None:
+        excluded = _or(excluded, load_block(column_mask, column, lane, column_inside, 1)[None, :] == 0)
+    if pair_mask is not None:
+        row_start, row_at = _places(row_index, row, row_lane, row_inside)
+        column_start, column_at = _places(column_index, column, lane, column_inside)
+        block = pair_mask + row_start * row_step + column_start * column_step
+        kept = tl.load(block + (row_at * row_step)[:, None] + (column_at * column_step)[None, :])
+        excluded = _or(excluded, kept == 0)
+    return excluded
+
+
+@triton.jit
+def _places(index, start, lane, inside):
+    """(start, int64; place from there, the first one for lanes outside) of a block in a mask of pairs. Without an index
+    places have 32 bits: `_masks` gives one where they would need more."""
+    if index is not None:
+        return tl.full((), 0, tl.int64), load_block(index, start, lane, inside, 0)
+    else:
+        if inside is not None:
+            lane = tl.where(inside, lane, 0)
+        return start.to(tl.int64), lane
+
+
+@triton.jit
 def extra_positives(excluded, row_id, column_id, IDS_POSITIVE: tl.constexpr):
     if IDS_POSITIVE:
         same = row_id[:, None] == column_id[None, :]
@@ -164,13 +198,28 @@ def shift_of_bound(logit_scale, logit_bias):
     return shift
 
 
-def operands(tile: Any, transposed: bool = False) -> tuple[Tensor | None, ...]:
+def operands(tile: Any, transposed: bool = False) -> tuple[Any, ...]:
     """The tensors of a tile, in the order of every kernel's parameters; transposed: with rows and columns swapped."""
     pairs = ((tile.row_norm, tile.column_norm), *tile.labels.pairs)
     vectors = [value for pair in pairs for value in (reversed(pair) if transposed else pair)]
     queries, candidates = tile.queries.contiguous(), tile.candidates.contiguous()
     features = (candidates, queries) if transposed else (queries, candidates)
-    return *features, *vectors, tile.logit_scale, tile.logit_bias
+    return *features, *vectors, *_masks(tile.masks, transposed), tile.logit_scale, tile.logit_bias
+
+
+def _masks(masks: Any, transposed: bool) -> tuple[Any, ...]:
+    """The parameters of `masked_pairs` that belong to a tile."""
+    pair, index, column = masks
+    steps, indices = (0, 0), (None, index)
+    if pair is not None:
+        steps = pair.stride()
+        if max(steps) >= WIDE_STEP:
+            every = (torch.arange(n, device=pair.device) for n in pair.shape)
+            indices = tuple(i if given is None else given for i, given in zip(every, indices, strict=True))
+    pair, column = (None if mask is None else mask.view(torch.uint8) for mask in (pair, column))
+    if transposed:
+        return pair, *reversed(steps), *reversed(indices), column, None
+    return pair, *steps, *indices, None, column
 
 
 def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | None:
@@ -187,11 +236,15 @@ def gain_of(tile: Any, both_norms: bool, transposed: bool = False) -> Tensor | N
     return torch.exp2(exponent.round().clamp(-60, 60))
 
 
-def burden_of(labels: tuple[Tensor | None, ...], *more: Tensor | None) -> int:
-    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: any of `more`, too."""
+def burden_of(tile: Any, *more: Tensor | None) -> int:
+    """Register pressure beside the scores. 0: one pair of labels; 1: more pairs; 2: any of `more`, or masks, too; 3:
+    masks beside any of these, or with an index."""
+    burden = int(sum(label is not None for label in tile.labels) > 2)
     if any(value is not None for value in more):
-        return 2
-    return int(sum(label is not None for label in labels) > 2)
+        burden = 2
+    if any(mask is not None for mask in tile.masks):
+        burden = 3 if burden > 0 or tile.masks.index is not None else 2
+    return burden
 
 
 def config(
@@ -220,7 +273,8 @@ def config(
     if kernel == "owner":
         small = depth <= 128 and burden < 2
         narrow = energy == ENERGY_SIGMOID and capability >= (10, 0)
-        height = 128 if small and hopper and not narrow else 64 if hopper or burden < 2 else 32
+        medium = burden < 2 or (hopper and burden < 3)
+        height = 128 if small and hopper and not narrow else 64 if medium else 32
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
     if kernel == "weighted":
@@ -230,13 +284,15 @@ def config(
         elements = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
         return Config(blocks, {"num_warps": 8 if elements >= 4096 else 4, "num_stages": 2})
     if dtype == torch.float32:
-        blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
+        width = 32 if burden > 2 else 64
+        blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, width), "BLOCK_D": min(depth, 32)}
         return Config(blocks, {"num_warps": 8, "num_stages": 3})
     sums = kernel == "sums"
     wide = burden == 0 and whole and (sums or (energy == ENERGY_SOFTMAX and capability[0] == 9))
+    medium = burden < 3 and (sums or whole or burden < 2)
     blocks = {
         "BLOCK_M": min(block_m, 128 if burden < 2 and (sums or whole) else 64),
-        "BLOCK_N": min(block_n, 128 if wide else 64 if sums or whole or burden < 2 else 32),
+        "BLOCK_N": min(block_n, 128 if wide else 64 if medium else 32),
         "BLOCK_D": min(depth, 64 if hopper else 32),
     }
     options = {"num_warps": 8, "num_stages": 3}

@@ -31,6 +31,7 @@ from sslkernels.contrastive.triton.score_tiles import (
     load_block,
     load_features,
     masked,
+    masked_pairs,
     narrowed,
     operands,
     owns_rows,
@@ -128,7 +129,8 @@ def _store_sums(dot_out, total_out, cost_out, dot, total, cost, row_norm, row, r
 @triton.jit(do_not_specialize=["rows", "column_tiles"])  # specialised: columns divisible by 16 allow wide stores of G
 def pair_gradient_tile_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
-    column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
+    column_id, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask,
+    logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
     column_reference, column_share, column_smoothing, gain, gradient_out, dot_out, total_out, cost_out, rows, columns,
     column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,6 +165,10 @@ def pair_gradient_tile_kernel(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
         )  # fmt: skip
+        excluded = masked_pairs(
+            excluded, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask, row,
+            row_lane, row_inside, column, lane, column_inside,
+        )  # fmt: skip
         extra = extra_positives(excluded, id_of_row, id_of_column, IDS_POSITIVE)
         s = block_scores(u, scale, logit_bias, None)
         gradient = _score_gradient(
@@ -193,7 +199,8 @@ def pair_gradient_tile_kernel(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pair_gradient_owner_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
-    column_id, logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
+    column_id, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask,
+    logit_scale, logit_bias, row_weight, row_reference, row_share, row_smoothing, column_weight,
     column_reference, column_share, column_smoothing, gain, features_out, dot_out, total_out, cost_out, rows, columns,
     column_tiles, DIM: tl.constexpr, ENERGY: tl.constexpr, IDS_POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -227,6 +234,10 @@ def pair_gradient_owner_kernel(
         excluded = excluded_pairs(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column, IDS_POSITIVE,
+        )  # fmt: skip
+        excluded = masked_pairs(
+            excluded, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask, row,
+            row_lane, row_inside, column, lane, column_inside,
         )  # fmt: skip
         extra = extra_positives(excluded, id_of_row, id_of_column, IDS_POSITIVE)
         s = block_scores(u, scale, logit_bias, None)
@@ -314,7 +325,7 @@ def _flags(tile: Any) -> dict[str, Any]:
 
 
 def _burden(tile: Any, row: Any, column: Any, cost: Tensor | None) -> int:
-    burden = burden_of(tile.labels, row.share, row.smoothing, column.share, column.smoothing)
+    burden = burden_of(tile, row.share, row.smoothing, column.share, column.smoothing)
     return 2 * burden if cost is not None else burden
 
 

@@ -24,6 +24,7 @@ from sslkernels.contrastive.triton.score_tiles import (
     inside_of,
     load_block,
     masked,
+    masked_pairs,
     row_scale,
     shift_of_bound,
 )
@@ -47,7 +48,8 @@ def _add_staged(staged, slot: tl.constexpr, total, start, lane, inside, later, B
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pair_sums_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
-    column_id, logit_scale, logit_bias, row_threshold, column_threshold, positive_score, row_cosine, column_cosine,
+    column_id, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask,
+    logit_scale, logit_bias, row_threshold, column_threshold, positive_score, row_cosine, column_cosine,
     flag, staged, row_max, row_sum, row_active, row_score_sum, row_positive_sum, row_uniformity_sum,
     row_num_above_positive, row_num_equal_positive, column_max, column_sum, column_active, column_score_sum,
     column_positive_sum, rows, columns, row_tiles, column_tiles,
@@ -104,6 +106,10 @@ def pair_sums_kernel(
                 row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
                 self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row, id_of_column,
                 IDS_POSITIVE,
+            )  # fmt: skip
+            excluded = masked_pairs(
+                excluded, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask, row,
+                row_lane, row_inside, column, lane, column_inside,
             )  # fmt: skip
             extra = extra_positives(excluded, id_of_row, id_of_column, IDS_POSITIVE)
             s = block_scores(u, scale, logit_bias, excluded)

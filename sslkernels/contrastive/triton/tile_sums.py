@@ -86,7 +86,7 @@ class _Launch(NamedTuple):
     cosine norms."""
 
     tile: Any
-    inputs: tuple[Tensor | None, ...]
+    inputs: tuple[Any, ...]
     ids_positive: bool
     chosen: Config
     sizes: tuple[int, int]
@@ -145,12 +145,12 @@ def add_sums(tile: Any, rows: Any, columns: Any, thresholds: Any, cosine_norms: 
 
 
 def _plan(
-    tile: Any, inputs: tuple[Tensor | None, ...], by_row: _Sums, by_column: _Sums, ids_positive: bool
+    tile: Any, inputs: tuple[Any, ...], by_row: _Sums, by_column: _Sums, ids_positive: bool
 ) -> tuple[_Launch, tuple[_Side, _Side]]:
     queries, candidates, *_ = inputs
     (count, dim), width = queries.shape, candidates.shape[0]
     statistics = (by_row.score_sum, by_row.positive_sum, by_row.uniformity_sum, by_row.num_above_positive)
-    burden = burden_of(tile.labels, *statistics)
+    burden = burden_of(tile, *statistics)
     chosen = config("sums", tile.energy, count, width, dim, queries.dtype, capability(queries), burden)
     staged = None
     if by_column.sum is None:

@@ -25,6 +25,7 @@ from sslkernels.contrastive.triton.score_tiles import (
     load_block,
     load_features,
     masked,
+    masked_pairs,
     narrowed,
     operands,
     row_scale,
@@ -40,7 +41,8 @@ MERGE_SIZE = 1024
 @triton.jit(do_not_specialize=["rows", "columns", "column_tiles"])
 def pair_weighted_sums_kernel(
     queries, candidates, row_norm, column_norm, row_positive, column_positive, row_self, column_self, row_id,
-    column_id, logit_scale, logit_bias, gain, max_out, sum_out, u_out, weighted_out, rows, columns, column_tiles,
+    column_id, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask,
+    logit_scale, logit_bias, gain, max_out, sum_out, u_out, weighted_out, rows, columns, column_tiles,
     DIM: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Per split of the columns: max, and the sums of exp(s - max), of exp(s - max) * u, and of exp(s - max) *
@@ -71,6 +73,10 @@ def pair_weighted_sums_kernel(
             row_inside, column_inside, positive_of_row, load_block(column_positive, column, lane, column_inside, 0),
             self_of_row, load_block(column_self, column, lane, column_inside, 0), id_of_row,
             load_block(column_id, column, lane, column_inside, 0), False,
+        )  # fmt: skip
+        excluded = masked_pairs(
+            excluded, pair_mask, row_step, column_step, row_index, column_index, row_mask, column_mask, row,
+            row_lane, row_inside, column, lane, column_inside,
         )  # fmt: skip
         s = block_scores(u, scale, logit_bias, excluded)
         new_max = tl.maximum(largest, tl.max(s, 1))
@@ -140,7 +146,7 @@ def add_weighted_sums(tile: Any, rows: Any, weighted: Tensor, weighted_u: Tensor
     (count, dim), width = queries.shape, candidates.shape[0]
     if count == 0 or width == 0:
         return
-    burden = burden_of(tile.labels)
+    burden = burden_of(tile)
     chosen = config("weighted", ENERGY_SOFTMAX, count, width, dim, queries.dtype, capability(queries), burden)
     parts, column_tiles = splits(count, width, chosen, processors(queries))
     with on_device_of(weighted):

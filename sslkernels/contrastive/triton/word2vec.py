@@ -24,11 +24,13 @@ def config(dim: int, candidates: int) -> tuple[dict[str, int], dict[str, int]]:
 
 @triton.jit
 def _candidates(context, negatives_ptr, first, negatives, BLOCK_K: tl.constexpr):
-    """(number, valid, index) of the candidates from `first` on; number 0 is the context."""
+    """(number, inside, used, index) of the candidates from `first` on; number 0 is the context, and a negative of -1 is
+    not used."""
     k = first + tl.arange(0, BLOCK_K)
-    valid = k <= negatives
-    index = tl.load(negatives_ptr + (k - 1), mask=valid & (k > 0), other=0).to(tl.int64)
-    return k, valid, tl.where(k == 0, context, index)
+    inside = k <= negatives
+    index = tl.load(negatives_ptr + (k - 1), mask=inside & (k > 0), other=0).to(tl.int64)
+    used = inside & ((k == 0) | (index != -1))
+    return k, inside, used, tl.where(k == 0, context, index)
 
 
 @triton.jit
@@ -61,8 +63,8 @@ def negative_sampling_fwd_kernel(
     center_wrong = (center < 0) | (center >= center_rows)
     wrong = center_wrong.to(tl.int32)
     for first in range(0, negatives + 1, BLOCK_K):
-        _, valid, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
-        wrong += tl.sum((valid & ((index < 0) | (index >= context_rows))).to(tl.int32), 0)
+        _, _, used, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
+        wrong += tl.sum((used & ((index < 0) | (index >= context_rows))).to(tl.int32), 0)
     nothing = tl.where(wrong > 0, float("nan"), 0.0).to(acc)
 
     column = tl.arange(0, BLOCK_D)
@@ -71,8 +73,7 @@ def negative_sampling_fwd_kernel(
     loss = nothing
     direction = tl.zeros((BLOCK_D,), acc) + nothing
     for first in range(0, negatives + 1, BLOCK_K):
-        k, valid, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
-        used = valid
+        k, inside, used, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
         if EXCLUDE_POSITIVE:
             used &= (k == 0) | (index != context)
         row = tl.where((index >= 0) & (index < context_rows), index, 0)
@@ -85,7 +86,7 @@ def negative_sampling_fwd_kernel(
         slope = tl.where(used, tl.where(k == 0, -sigmoid, sigmoid), 0.0)
         loss += tl.sum(tl.where(used, tl.where(x > 0, x, 0.0) + log1p(e), 0.0), 0)
         if WRITE_SLOPES:
-            tl.store(slopes_ptr + i * (negatives + 1) + k, slope + nothing, mask=valid)
+            tl.store(slopes_ptr + i * (negatives + 1) + k, slope + nothing, mask=inside)
         if WRITE_DIRECTION:
             direction += tl.sum(slope[:, None] * v, 0)
     tl.store(loss_ptr + i, loss)
