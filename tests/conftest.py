@@ -73,10 +73,12 @@ def device() -> str:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Runs the test on every backend that can run the module's `OP` here."""
+    """Runs the test on every backend that can run the module's `OP` on the test's tensors, which are on the host
+    unless the test asks for the fixture `device`."""
     op = getattr(request.module, "OP", None)
-    if request.param not in sk.available_backends(op, DEVICE):
-        pytest.skip(f"{request.param}: {backends.why_not(op or 'cross_entropy', request.param, torch.device(DEVICE))}")
+    where = DEVICE if "device" in request.fixturenames else "cpu"
+    if request.param not in sk.available_backends(op, where):
+        pytest.skip(f"{request.param}: {backends.why_not(op or 'cross_entropy', request.param, torch.device(where))}")
     with sk.use_backend(request.param):
         yield request.param
 
