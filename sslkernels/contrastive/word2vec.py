@@ -299,8 +299,10 @@ def negative_sampling_loss(
     center_weight: Tensor,
     context_weight: Tensor,
     *,
+    pair_weight: Tensor | None = None,
     sparse: bool = False,
     reduction: str = "mean",
+    on_empty: str = "nan",
     exclude_positive: bool = False,
 ) -> Tensor:
     """Skip-gram with negative sampling: tells the context of each center from K sampled words, by inner products.
@@ -317,10 +319,13 @@ def negative_sampling_loss(
         center_weight: table of center words `(V, D)`; float32, bfloat16, float16 or float64.
         context_weight: table of context words `(V2, D)`, of the dtype of `center_weight` outside autocast; it may be
             the same tensor. Either table may be frozen.
+        pair_weight: `(...)`, any float dtype, multiplies the loss of each pair; not part of the divisor of "mean".
+            Differentiable.
         sparse: gradients are coalesced sparse tensors of the rows that occur, for the optimisers that work with
             `nn.Embedding(sparse=True)`: `SGD`, `SparseAdam`, `Adagrad`. Time and memory then do not grow with the
             tables. Backward reads the number of rows, which synchronises on a GPU. Not inside `torch.compile`.
-        reduction: "mean" over the pairs (NaN where there are none), "sum", or "none", of the shape of `center`.
+        reduction: "mean" over the pairs, "sum", or "none", of the shape of `center`.
+        on_empty: loss of a mean over no pairs: "nan", as in torch, or "zero", with gradients of zero.
         exclude_positive: leave out negatives that equal the context of their pair, as word2vec and gensim do.
 
     Returns:
@@ -339,7 +344,13 @@ def negative_sampling_loss(
     >>> center, context = torch.tensor([3, 14]), torch.tensor([15, 92])
     >>> sk.negative_sampling_loss(center, context, torch.randint(1000, (2, 5)), u, v).backward()
     """
-    _check(center, context, negatives, center_weight, context_weight, reduction, exclude_positive)
+    _check(center, context, negatives, center_weight, context_weight)
+    checks.tensor(NAME, "pair_weight", pair_weight, checks.FLOAT_DTYPES, optional=True)
+    checks.shape(NAME, "pair_weight", pair_weight, center.shape, "that of center")
+    checks.same_device(NAME, "pair_weight", pair_weight, "center", center.device)
+    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
+    checks.choice(NAME, "on_empty", on_empty, ("nan", "zero"))
+    checks.boolean(NAME, "exclude_positive", exclude_positive)
     checks.boolean(NAME, "sparse", sparse)
     if sparse and torch.compiler.is_compiling():
         raise NotImplementedError(f"{NAME}: sparse=True is not supported inside torch.compile; use sparse=False")
@@ -353,9 +364,13 @@ def negative_sampling_loss(
     tables = Tables(center_weight.contiguous(), context_weight.contiguous())
     wanted = Wanted(*map(may_want_gradient, tables))
     loss = _PairLosses.run(tables, indices, exclude_positive, wanted, sparse).loss
+    if pair_weight is not None:
+        loss = loss * pair_weight.reshape(-1).to(loss.dtype)
     if reduction == "none":
         return loss.reshape(center.shape)
-    return loss.sum() if reduction == "sum" else loss.mean()
+    if reduction == "sum" or (on_empty == "zero" and loss.numel() == 0):
+        return loss.sum()
+    return loss.mean()
 
 
 def _check(
@@ -364,8 +379,6 @@ def _check(
     negatives: Tensor,
     center_weight: Tensor,
     context_weight: Tensor,
-    reduction: str,
-    exclude_positive: bool,
 ) -> None:
     checks.tensor(NAME, "center", center, checks.INDEX_DTYPES)
     checks.tensor(NAME, "context", context, checks.INDEX_DTYPES)
@@ -392,5 +405,3 @@ def _check(
     if center_weight.dtype != context_weight.dtype and not autocast:
         must = f"have the dtype of center_weight, {center_weight.dtype}, outside autocast"
         checks.fail(TypeError, NAME, "context_weight", must, context_weight.dtype)
-    checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
-    checks.boolean(NAME, "exclude_positive", exclude_positive)

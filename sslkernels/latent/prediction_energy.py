@@ -292,6 +292,7 @@ def prediction_energy(
     mode: str = "min",
     reduction: str = "mean",
     mask: Tensor | None = None,
+    on_empty: str = "nan",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, PredictionStats]:
     """The energy of K predictions of one target, one per latent, reduced over the latents: the error of the best, a
@@ -309,9 +310,10 @@ def prediction_energy(
         beta: inverse temperature of "soft", a number in [1e-37, 1e37].
         mode: "min", whose gradient goes to the prediction with the lowest energy alone (the lowest index among ties),
             the others have exact zeros; "soft", `-1/beta log mean exp(-beta E)`; or "mean".
-        reduction: "mean" over the batch (NaN if it is empty), "sum", or "none", of shape `(B,)`.
+        reduction: "mean" over the batch, "sum", or "none", of shape `(B,)`.
         mask: `(B, K)` bool, True for the hypotheses of a row. The others may hold anything: they change nothing and
             have the gradient 0. A row without hypotheses is NaN, and has no gradient. None: all.
+        on_empty: loss of a mean over an empty batch: "nan", as in torch, or "zero", with gradients of zero.
         return_stats: also return `PredictionStats`. It reads the predictions once more, a block of rows at a time.
 
     Returns:
@@ -334,6 +336,7 @@ def prediction_energy(
     checks.number(NAME, "beta", beta, low=BETA[0], high=BETA[1])
     checks.choice(NAME, "mode", mode, MODES)
     checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
+    checks.choice(NAME, "on_empty", on_empty, ("nan", "zero"))
     checks.boolean(NAME, "return_stats", return_stats)
     if prediction.dtype != target.dtype:  # under autocast
         dtype = torch.promote_types(prediction.dtype, target.dtype)
@@ -345,7 +348,8 @@ def prediction_energy(
     outputs = _PredictionEnergy.run(inputs, mask, Reduction(float(beta), MODES.index(mode)), kept)
     value = outputs.value
     if reduction != "none":
-        value = value.sum() if reduction == "sum" else value.mean()
+        add = reduction == "sum" or (on_empty == "zero" and batch == 0)
+        value = value.sum() if add else value.mean()
     return (value, _statistics(outputs, mask)) if return_stats else value
 
 

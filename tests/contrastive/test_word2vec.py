@@ -138,6 +138,22 @@ def test_excluded_negatives_equal_fewer_negatives(backend, device):
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_pairs(backend, reduction, sparse, device):
+    indices, tables = problem(device)
+    weight = torch.rand_like(indices["center"], dtype=torch.float32).requires_grad_()
+    rows = sk.negative_sampling_loss(**indices, **tables, reduction="none", sparse=sparse) * weight
+    expected = rows if reduction == "none" else getattr(rows, reduction)()
+    loss = sk.negative_sampling_loss(**indices, **tables, pair_weight=weight, reduction=reduction, sparse=sparse)
+    torch.testing.assert_close(loss, expected)
+    leaves = {**tables, "weight": weight}
+    for got, true in zip(gradients(loss.sum(), leaves), gradients(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(got.to_dense(), true.to_dense())
+    with pytest.raises(ValueError, match="negative_sampling_loss: pair_weight must have shape that of center"):
+        sk.negative_sampling_loss(**indices, **tables, pair_weight=weight[:2])
+
+
 @pytest.mark.slow_for(backend="triton")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_subset_of_tables_gets_the_same_gradients(backend, reduction, device):
@@ -251,6 +267,9 @@ def test_no_pairs(backend, reduction, device):
     loss = sk.negative_sampling_loss(**indices, **tables, reduction=reduction)
     assert loss.shape == ((0,) if reduction == "none" else ())
     assert reduction != "mean" or loss.isnan()
+    if reduction == "mean":
+        loss = sk.negative_sampling_loss(**indices, **tables, on_empty="zero")
+        assert loss == 0
     loss.sum().backward()
     for table in tables.values():
         assert torch.equal(table.grad, torch.zeros_like(table))

@@ -187,6 +187,8 @@ def test_no_rows(backend, reduction, device):
     loss = sk.prediction_energy(**inputs, reduction=reduction)
     assert loss.shape == ((0,) if reduction == "none" else ())
     assert reduction != "mean" or loss.isnan()
+    if reduction == "mean":
+        assert sk.prediction_energy(**inputs, on_empty="zero") == 0
     for grad, tensor in zip(gradients(loss.sum(), inputs), inputs.values(), strict=True):
         assert grad.shape == tensor.shape
 
