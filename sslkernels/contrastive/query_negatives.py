@@ -20,7 +20,8 @@ Without a reference there are no others (-inf), and the threshold is 0. With `fi
 already includes these negatives, and is the value. The gradients are the sums of G_ik times the derivatives of s_ik
 with respect to query, negatives, logit_scale and logit_bias. The gradient of the query treats query_inverse_norm as a
 constant: the caller adds what the normalisation of the query contributes. With an index the gradient of the negatives
-is only its multiple (N, K) of the query: the caller adds up those of one row, and what its normalisation contributes.
+is only its multiple (N, K) of the query: the caller sums the multiples of each row of the table, and adds what the
+normalisation of that row contributes.
 """
 
 from __future__ import annotations

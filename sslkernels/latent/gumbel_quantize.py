@@ -293,8 +293,8 @@ class _Quantize(Function):
 
 
 class _SoftValues(Function):
-    """The soft sample times the codebook, (N, G, D), and the sample. The gradient of the logits is that of a drawn
-    code: the gradient of the sample, in its dtype, would overflow in half precision."""
+    """The soft sample times the codebook, (N, G, D), and the sample. Backward goes from the gradient of the values to
+    the logits in one step, as with `hard`: the gradient of the sample, in its dtype, would overflow in half precision."""
 
     differentiable = 1
 

@@ -257,8 +257,8 @@ class VectorQuantizer(OverRanks):
             codebooks.revive(averages, drawn._replace(rows=batch.drawn), self.revive_below)
 
     def _apply(self, fn: Any, recurse: bool = True) -> VectorQuantizer:
-        """A cast to half precision, whose rounding would stop the averages, does not change the dtype of the state, and
-        none changes that of `steps`."""
+        """Keeps the dtypes of the state: a cast to half precision would stop the averages, and any cast would round
+        `steps`."""
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, before in kept.items():

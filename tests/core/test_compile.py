@@ -91,7 +91,7 @@ def test_export(tensors):
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "-" not in name])
 def test_training_an_exported_graph_raises(name, device):
-    """An exported graph holds raw operators, whose gradients would be None, or without those of the parameters."""
+    """An exported graph holds raw operators, which would leave gradients None."""
 
     class Module(torch.nn.Module):
         def forward(self, *leaves):
