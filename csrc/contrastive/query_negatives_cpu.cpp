@@ -68,16 +68,16 @@ void write_grad_negative(const A* query, const T* negative, int64_t dim, const N
 constexpr int64_t kAhead = 8;  // rows of a table in flight
 
 // Negative k of row i, which must be valid.
-template <class T>
+template <class T, bool kByIndex>
 const T* negative_of(const QueryNegatives& args, int64_t i, int64_t k) {
   const T* negatives = static_cast<const T*>(args.negatives);
-  if (args.index == nullptr) return negatives + (i * args.count + k) * args.dim;
+  if constexpr (!kByIndex) return negatives + (i * args.count + k) * args.dim;
   const int64_t row = index_at(args.index, args.wide_index, i * args.count + k);
   if (row < args.table_rows) return negatives + row * args.dim;
   return static_cast<const T*>(args.bank) + (row - args.table_rows) * args.dim;
 }
 
-template <class T>
+template <class T, bool kByIndex>
 void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) {
   using A = typename Accumulation<T>::type;
   A* query = static_cast<A*>(scratch);
@@ -90,11 +90,11 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
     for (int64_t k = 0; k < args.count; ++k) {
       Negative<A>& negative = negatives[k];
       negative.score = A(-INFINITY);
-      if (args.index != nullptr && k + kAhead < args.count && is_valid(args, i * args.count + k + kAhead)) {
-        prefetch_row(negative_of<T>(args, i, k + kAhead), args.dim);
+      if (kByIndex && k + kAhead < args.count && is_valid(args, i * args.count + k + kAhead)) {
+        prefetch_row(negative_of<T, kByIndex>(args, i, k + kAhead), args.dim);
       }
       if (is_valid(args, i * args.count + k)) {
-        negative = dot_and_square(query, negative_of<T>(args, i, k), args.dim, row.normalise);
+        negative = dot_and_square(query, negative_of<T, kByIndex>(args, i, k), args.dim, row.normalise);
         negative.score = score_of(row, negative.dot, negative.square).score;
         sums.add(row, negative.score);
       }
@@ -107,19 +107,17 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
     A* grad_query = args.grad_query == nullptr ? nullptr : static_cast<A*>(args.grad_query) + i * args.dim;
     if (grad_query != nullptr) std::memset(grad_query, 0, size_t(args.dim) * sizeof(A));
     for (int64_t k = 0; k < args.count; ++k) {
-      const bool by_index = args.index != nullptr;
-      A* of_query = args.grad_negatives == nullptr || !by_index
-                        ? nullptr
-                        : static_cast<A*>(args.grad_negatives) + i * args.count + k;
-      T* grad = args.grad_negatives == nullptr || by_index
-                    ? nullptr
-                    : static_cast<T*>(args.grad_negatives) + (i * args.count + k) * args.dim;
-      if (!is_valid(args, i * args.count + k)) {
+      const int64_t at = i * args.count + k;
+      T* grad = nullptr;
+      A* of_query = nullptr;
+      if (args.grad_negatives != nullptr && kByIndex) of_query = static_cast<A*>(args.grad_negatives) + at;
+      if (args.grad_negatives != nullptr && !kByIndex) grad = static_cast<T*>(args.grad_negatives) + at * args.dim;
+      if (!is_valid(args, at)) {
         if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, size_t(args.dim) * sizeof(T));
         if (of_query != nullptr) *of_query = A(0);
         continue;
       }
-      const T* negative = negative_of<T>(args, i, k);
+      const T* negative = negative_of<T, kByIndex>(args, i, k);
       const NegativeScore<A> score = score_of(row, negatives[k].dot, negatives[k].square);
       const A weight = weight_of(row, score.score, value);
       const NegativeFactors<A> factors = factors_of(row, score, weight);
@@ -139,7 +137,10 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
 }  // namespace
 
 void query_negatives(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) {
-  with_element(args.element, [&](auto zero) { run<decltype(zero)>(args, begin, end, scratch); });
+  with_element(args.element, [&](auto zero) {
+    using T = decltype(zero);
+    return args.index == nullptr ? run<T, false>(args, begin, end, scratch) : run<T, true>(args, begin, end, scratch);
+  });
 }
 
 }  // namespace SSLKERNELS_ISA

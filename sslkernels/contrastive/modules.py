@@ -166,7 +166,21 @@ class NTXentLoss(Options):
         return nt_xent(z0, z1, ids=ids, num_items=num_items, **self.options())
 
 
-class ClipLoss(Options):
+class _Tempered(Options):
+    """A loss with a temperature: scale = exp(log_scale), at most `max_logit_scale`."""
+
+    def __init__(self, init_logit_scale: float, max_logit_scale: float | None, learnable: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.max_logit_scale = max_logit_scale
+        name = type(self).__name__
+        self.log_scale = _log_scale(name, "init_logit_scale", init_logit_scale, max_logit_scale, learnable)
+
+    def logit_scale(self) -> Tensor:
+        """The scale (0-d), at most `max_logit_scale`."""
+        return _scale(self.log_scale, self.max_logit_scale)
+
+
+class ClipLoss(_Tempered):
     """Module of `clip_loss` with a temperature: scale = exp(log_scale), at most `max_logit_scale`.
 
     Args:
@@ -196,21 +210,7 @@ class ClipLoss(Options):
         process_group: Any = None,
         return_stats: bool = False,
     ) -> None:
-        super().__init__(
-            normalize=normalize,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            on_empty=on_empty,
-            process_group=process_group,
-            return_stats=return_stats,
-        )
-        self.max_logit_scale = max_logit_scale
-        name = type(self).__name__
-        self.log_scale = _log_scale(name, "init_logit_scale", init_logit_scale, max_logit_scale, learnable)
-
-    def logit_scale(self) -> Tensor:
-        """The scale (0-d), at most `max_logit_scale`."""
-        return _scale(self.log_scale, self.max_logit_scale)
+        super().__init__(**options_of(locals()))
 
     def forward(
         self,
@@ -226,7 +226,7 @@ class ClipLoss(Options):
         return clip_loss(image_features, text_features, scale, ids=ids, num_items=num_items, **self.options())
 
 
-class SigLipLoss(Options):
+class SigLipLoss(_Tempered):
     """Module of `siglip_loss` with temperature and bias: scale = exp(log_scale), at most `max_logit_scale`.
 
     Args:
@@ -252,27 +252,17 @@ class SigLipLoss(Options):
         max_logit_scale: float | None = None,
         learnable: bool = True,
         normalize: bool = False,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         on_empty: str = "nan",
         process_group: Any = None,
         return_stats: bool = False,
     ) -> None:
-        super().__init__(
-            normalize=normalize,
-            reduction=reduction,
-            on_empty=on_empty,
-            process_group=process_group,
-            return_stats=return_stats,
-        )
-        self.max_logit_scale = max_logit_scale
-        name = type(self).__name__
-        self.log_scale = _log_scale(name, "init_logit_scale", init_logit_scale, max_logit_scale, learnable)
-        checks.number(name, "init_logit_bias", init_logit_bias)
+        options = options_of(locals())
+        del options["init_logit_bias"]
+        super().__init__(**options)
+        checks.number(type(self).__name__, "init_logit_bias", init_logit_bias)
         self.logit_bias = nn.Parameter(torch.tensor([float(init_logit_bias)]), requires_grad=learnable)
-
-    def logit_scale(self) -> Tensor:
-        """The scale (0-d), at most `max_logit_scale`."""
-        return _scale(self.log_scale, self.max_logit_scale)
 
     def forward(
         self,

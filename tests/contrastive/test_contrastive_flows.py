@@ -103,6 +103,20 @@ def test_options_of_the_named_losses(name, backend):
     assert function(x[:0], y[:0], on_empty="zero") == 0
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_modules_hold_the_options_of_the_named_losses(name):
+    function, module = NAMED[name]
+    smoothing = 0.0 if name == "siglip_loss" else 0.1
+    options = {"reduction": "sum", "label_smoothing": smoothing, "normalize": name in ("clip_loss", "siglip_loss")}
+    options |= {"on_empty": "zero", "return_stats": True, "process_group": None}
+    arguments = {"clip_loss": (5.0,), "siglip_loss": (5.0, -2.0)}.get(name, (0.2,))
+    holder = type(module)(*arguments, **options)
+    assert holder.options().keys() >= options.keys()
+    x, y = pairs()
+    (loss, stats), (want, want_stats) = holder(x, y), function(x, y, **options)
+    torch.testing.assert_close((loss, *stats), (want, *want_stats), check_dtype=False, rtol=1e-6, atol=1e-6)
+
+
 def test_symmetric_scores_take_ids_and_smoothing(backend):
     """nt_xent computes each score once for two rows."""
     x, y = pairs(9)

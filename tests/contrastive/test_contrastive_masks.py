@@ -69,8 +69,7 @@ def test_a_row_with_its_positive_alone(backend, energy):
     assert (of_x != 0).any() == (energy == "sigmoid")
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("normalize", "reduction"), [(False, "mean"), (True, "none")])
 def test_what_is_masked_may_hold_anything(backend, normalize, reduction):
     """Padded keys and rows of a bank; in a mask of pairs it touches gradients, but no loss."""
     torch.manual_seed(0)
@@ -119,7 +118,7 @@ def test_sizes_of_zero_and_one(backend):
     assert (torch.autograd.grad(loss, x)[0] == 0).all()
 
 
-def test_masks_in_a_compiled_graph(backend):
+def test_masks_in_a_compiled_graph():
     x, y = (torch.randn(6, 5, requires_grad=True) for _ in range(2))
     masks = {"candidate_mask": (torch.rand(6, 6) < 0.5).t(), "key_mask": torch.rand(6) < 0.7}
     module = sk.nn.ContrastiveLoss(direction="symmetric", label_smoothing=0.1)
@@ -131,8 +130,7 @@ def test_masks_in_a_compiled_graph(backend):
     torch.testing.assert_close(torch.autograd.grad(got, (x, y)), torch.autograd.grad(want, (x, y)))
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["", "counted"])
-@pytest.mark.parametrize("strides", ["transposed", "expanded"])
+@pytest.mark.parametrize(("strides", "options"), [("transposed", {"label_smoothing": 0.1}), ("expanded", {})])
 def test_a_mask_of_pairs_is_not_copied(strides, options):
     """Peak memory beyond gradients and workspace is less than a copy of the mask (16 MiB)."""
     rows, dim = 4096, 8

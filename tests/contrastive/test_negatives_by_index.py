@@ -54,8 +54,11 @@ def expected(leaves, index, options):
     return exact, losses if reduction == "none" else losses.sum() / has.sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in CASES), ("normalised", torch.bfloat16), ("distractors", torch.float64)],
+    ids=str,
+)
 def test_against_gathered_rows(backend, name, dtype):
     leaves, index, options = problem(CASES[name], dtype)
     loss = sk.contrastive_energy(negatives=index, **leaves, **options)
@@ -70,7 +73,7 @@ def test_against_gathered_rows(backend, name, dtype):
         assert error(got, grad) <= bound, key
 
 
-@pytest.mark.parametrize("frozen", ["query", "key", "bank"])
+@pytest.mark.parametrize("frozen", ["query", "key"])
 def test_only_what_is_wanted(backend, frozen):
     leaves, index, options = problem(CASES["normalised"], torch.float64)
     leaves[frozen].requires_grad_(False)
@@ -82,8 +85,9 @@ def test_only_what_is_wanted(backend, frozen):
         torch.testing.assert_close(got, grad)
 
 
-@pytest.mark.parametrize("energy", [SOFTMAX, SIGMOID, HINGE])
-@pytest.mark.parametrize("shape", [(5, 7, 17), (3, 33, 5), (3, 4, 300), (2, 1, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("energy", "shape"), [(SOFTMAX, (3, 33, 5)), (SOFTMAX, (3, 4, 300)), (SIGMOID, (5, 7, 17)), (HINGE, (3, 4, 300))]
+)
 def test_the_same_sums_as_of_gathered_negatives(backend, energy, shape):
     """Whatever the tiles; where rows are wider than one, they are read again."""
     rows, count, dim = shape
@@ -153,7 +157,7 @@ def test_an_index_out_of_range(backend, monkeypatch):
     assert torch.autograd.grad(rows.sum(), x)[0].isnan().any(1).tolist() == [False, True]
 
 
-def test_negatives_by_index_in_a_compiled_graph(backend):
+def test_negatives_by_index_in_a_compiled_graph():
     leaves, index, options = problem(CASES["normalised"], torch.float32)
 
     def loss(index, **leaves):
