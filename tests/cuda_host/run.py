@@ -119,7 +119,7 @@ def results_and_races(calls: Callable[[], dict[str, Call]]) -> tuple[Any, Callab
 
 
 def few_of(calls: Mapping[str, Call], results: Mapping[str, Result]) -> list[str]:
-    """Names of the smallest calls that launch every kernel, of any type, for each word that begins the name of a case."""
+    """Names of the smallest calls that launch every kernel, of any type, for each first word of the names of cases."""
 
     def kinds(name: str) -> set[tuple[str, str]]:
         words = [word for word in name.split("-")[:2] if not word.startswith(TYPES)]
