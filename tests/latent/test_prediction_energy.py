@@ -428,6 +428,7 @@ def test_autocast_takes_mixed_dtypes(device):
         assert oracle.error(got, true) < 2 * torch.finfo(tensor.dtype).eps
 
 
+@pytest.mark.full_for(backend="reference")
 @pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
