@@ -445,7 +445,7 @@ def test_opcheck(backend, wanted, device):
         assert (grad.shape == tensor.shape) == want
 
 
-@pytest.mark.full_for(isa=("avx2", "avx512"))
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_agrees(isa):
     """The other tests run the best instruction set."""
