@@ -137,7 +137,7 @@ def build(sanitizer: str) -> Path:
     """The program. A source is compiled again if it or a header has changed."""
     sources = sorted([*CSRC.rglob("*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
     headers = sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])
-    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{CSRC}", f"-I{HERE}"]
+    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], "-Icsrc", "-Itests/cuda_host"]
     common = _digest(repr([COMPILER, flags]).encode(), *(path.read_bytes() for path in headers))
     folder = ROOT / "build" / "cuda_host" / f"{sanitizer}-{common}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def build(sanitizer: str) -> Path:
     def compiled(source: Path) -> Path:
         target = folder / f"{source.name}-{_digest(source.read_bytes())}.o"
         if not target.exists():
-            _produce([COMPILER, *flags, "-x", "c++", "-c", str(source)], target)
+            _produce([COMPILER, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT))], target)
         return target
 
     with open(folder / "lock", "w") as lock:
@@ -173,7 +173,7 @@ def _produce(command: list[str], target: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
