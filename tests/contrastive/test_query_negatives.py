@@ -193,7 +193,7 @@ def test_unaligned_negatives(backend, device):
         assert_results(inputs, wanted_outputs(inputs, compute(inputs, device)))
 
 
-@pytest.mark.full_for(isa=("avx2", "avx512"))
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_compiled_instruction_set(isa):
     if native.extension is None:

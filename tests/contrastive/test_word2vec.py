@@ -107,6 +107,7 @@ test_error_is_at_most_that_of_eager = pytest.mark.slow_for(name="triton", dtype=
 test_shapes_without_data = shapes_without_data(CASES)
 
 
+@pytest.mark.slow_for(backend="triton")
 @pytest.mark.full_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exclude_positive", [False, True])

@@ -115,7 +115,7 @@ def test_report_names_every_op_and_reason():
     assert torch.__version__ in result.stdout
 
 
-@pytest.mark.full_for(isa=("avx2", "avx512"))
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_compiled_instruction_set_gives_the_same_losses(isa):
     """An environment variable restricts the instruction set; the results agree to rounding."""
@@ -140,6 +140,7 @@ def test_every_compiled_instruction_set_gives_the_same_losses(isa):
     assert order.index(result.stdout.strip()) <= order.index(isa)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["SSLKERNELS_CPU_ISA", "SSLKERNELS_BACKEND"])
 def test_environment_variables_that_name_nothing(name):
     result = python("import sslkernels", **{name: "bogus"})

@@ -47,6 +47,7 @@ ENVIRONMENT = {
 }
 
 
+TYPES = ("float16", "float32", "float64", "bfloat16", "dtype", "float", "double", "Half", "BFloat16")
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum class Element
 
 
@@ -91,23 +92,52 @@ _missing = missing()
 required = pytest.mark.skipif(_missing is not None, reason=str(_missing))
 
 
-def results_fixture(calls: Callable[[], dict[str, Call]]) -> Any:
-    """A fixture: the results of all calls by name, from one process of the program under each sanitizer in turn."""
+def results_and_races(calls: Callable[[], dict[str, Call]]) -> tuple[Any, Callable[..., None]]:
+    """A fixture: the results of all calls by name, of one process under each sanitizer in turn. And the
+    test that the kernels do not race, for a few of the calls.
 
-    @pytest.fixture(scope="module", params=SANITIZERS, name="results")
+    ThreadSanitizer takes most of the time, so that `make test` runs these few alone under it.
+    """
+
+    @pytest.fixture(scope="module", params=["address", pytest.param("thread", marks=pytest.mark.full)], name="results")
     def results(request, tmp_path_factory) -> dict[str, Result]:
         wanted = calls()
         done = run(build(request.param), list(wanted.values()), tmp_path_factory.mktemp("cuda_host"))
         return dict(zip(wanted, done, strict=True))
 
-    return results
+    @pytest.mark.costly("ThreadSanitizer alone sees a barrier that is missing")
+    @pytest.mark.parametrize("results", ["address"], indirect=True)
+    def races(results, tmp_path):
+        wanted = calls()
+        few = few_of(wanted, results)
+        for name, result in zip(few, run(build("thread"), [wanted[name] for name in few], tmp_path), strict=True):
+            assert result.launched == results[name].launched
+            for key, values in result.arrays.items():
+                assert _bytes(values) == _bytes(results[name].arrays[key]), (name, key)
+
+    return results, races
+
+
+def few_of(calls: Mapping[str, Call], results: Mapping[str, Result]) -> list[str]:
+    """Names of the smallest calls that launch every kernel, of any type, for each first word of the names of cases."""
+
+    def kinds(name: str) -> set[tuple[str, str]]:
+        words = [word for word in name.split("-")[:2] if not word.startswith(TYPES)]
+        return {(re.sub("|".join(TYPES), "", kernel), "-".join(words)) for kernel in results[name].launched}
+
+    chosen, seen = [], set()
+    for name in sorted(calls, key=lambda name: sum(a.numel() for a in calls[name].arrays.values())):
+        if kinds(name) - seen:
+            chosen.append(name)
+            seen |= kinds(name)
+    return chosen
 
 
 def build(sanitizer: str) -> Path:
     """The program. A source is compiled again if it or a header has changed."""
     sources = sorted([*CSRC.rglob("*.cu"), *HERE.glob("*.cu"), *HERE.glob("*.cpp")])
     headers = sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])
-    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], f"-I{CSRC}", f"-I{HERE}"]
+    flags = [*FLAGS, *IGNORED, *SANITIZERS[sanitizer], "-Icsrc", "-Itests/cuda_host"]
     common = _digest(repr([COMPILER, flags]).encode(), *(path.read_bytes() for path in headers))
     folder = ROOT / "build" / "cuda_host" / f"{sanitizer}-{common}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +145,7 @@ def build(sanitizer: str) -> Path:
     def compiled(source: Path) -> Path:
         target = folder / f"{source.name}-{_digest(source.read_bytes())}.o"
         if not target.exists():
-            _produce([COMPILER, *flags, "-x", "c++", "-c", str(source)], target)
+            _produce([COMPILER, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT))], target)
         return target
 
     with open(folder / "lock", "w") as lock:
@@ -143,7 +173,7 @@ def _produce(command: list[str], target: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 

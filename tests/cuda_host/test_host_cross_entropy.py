@@ -211,7 +211,7 @@ def call_of(case: Case) -> run.Call:
     return run.Call(name, ints, reals, {key: value for key, value in arrays.items() if value is not None}, offsets)
 
 
-results = run.results_fixture(lambda: {name: call_of(case) for name, case in CASES.items()})
+results, test_no_kernel_races = run.results_and_races(lambda: {name: call_of(case) for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -76,7 +76,7 @@ CALLS = {
     **{f"scale_add-{name}": scale_add_call(*sizes, **options) for name, (sizes, options) in SCALE_ADD.items()},
     **{f"column_sums-{name}": column_sums_call(*sizes, **options) for name, (sizes, options) in COLUMN_SUMS.items()},
 }
-results = run.results_fixture(lambda: CALLS)
+results, test_no_kernel_races = run.results_and_races(lambda: CALLS)
 
 
 @pytest.mark.parametrize("name", SCALE_ADD)

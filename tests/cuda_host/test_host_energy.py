@@ -252,7 +252,7 @@ def predictions_cases() -> dict[str, Predictions]:
 
 
 ENERGIES, PREDICTIONS = energies_cases(), predictions_cases()
-results = run.results_fixture(
+results, test_no_kernel_races = run.results_and_races(
     lambda: {
         **{f"energies-{name}": case.call() for name, case in ENERGIES.items()},
         **{f"predictions-{name}": case.call() for name, case in PREDICTIONS.items()},

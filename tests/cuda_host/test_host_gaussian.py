@@ -210,7 +210,7 @@ def calls() -> dict[str, Call]:
     }
 
 
-results = run.results_fixture(calls)
+results, test_no_kernel_races = run.results_and_races(calls)
 
 
 def roundings(dtype: torch.dtype) -> float:

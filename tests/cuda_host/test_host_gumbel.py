@@ -233,7 +233,7 @@ def calls() -> dict[str, run.Call]:
     return found | {f"plan-{sizes}": plan_call(sizes) for sizes in PLANS}
 
 
-results = run.results_fixture(calls)
+results, test_no_kernel_races = run.results_and_races(calls)
 
 
 def close(got: Tensor, true: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:

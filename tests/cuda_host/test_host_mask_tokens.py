@@ -161,7 +161,7 @@ def cases() -> dict[str, Mask]:
 CASES = cases()
 
 
-results = run.results_fixture(lambda: {name: case.call() for name, case in CASES.items()})
+results, test_no_kernel_races = run.results_and_races(lambda: {name: case.call() for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -203,7 +203,7 @@ def sums_cases() -> dict[str, Sums]:
 
 
 PAIRS, SUMS = pairs_cases(), sums_cases()
-results = run.results_fixture(
+results, test_no_kernel_races = run.results_and_races(
     lambda: {
         **{f"pairs-{name}": case.call() for name, case in PAIRS.items()},
         **{f"sums-{name}": case.call() for name, case in SUMS.items()},

@@ -96,7 +96,7 @@ def call_of(host: HostCase, name: str = "query_negatives") -> run.Call:
     return run.Call(name, ints, {}, arrays, offsets)
 
 
-results = run.results_fixture(lambda: {name: call_of(host) for name, host in CASES.items()})
+results, test_no_kernel_races = run.results_and_races(lambda: {name: call_of(host) for name, host in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)

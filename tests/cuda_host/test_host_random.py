@@ -76,7 +76,7 @@ def cases() -> dict[str, Numbers]:
 CASES = cases()
 
 
-results = run.results_fixture(lambda: {name: case.call() for name, case in CASES.items()})
+results, test_no_kernel_races = run.results_and_races(lambda: {name: case.call() for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -165,7 +165,7 @@ def calls() -> dict[str, run.Call]:
     return found | {f"plan-{sizes}": plan_call(sizes) for sizes in PLANS} | {"half": half}
 
 
-results = run.results_fixture(calls)
+results, test_no_kernel_races = run.results_and_races(calls)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -203,7 +203,7 @@ def gather_cases() -> dict[str, Gather]:
 
 
 SEARCHES, GATHERS = search_cases(), gather_cases()
-results = run.results_fixture(
+results, test_no_kernel_races = run.results_and_races(
     lambda: {
         **{f"search-{name}": case.call() for name, case in SEARCHES.items()},
         **{f"gather-{name}": case.calls()[0] for name, case in GATHERS.items()},

@@ -430,6 +430,7 @@ def test_autocast_takes_mixed_dtypes(device):
         assert oracle.error(got, true) < 2 * torch.finfo(tensor.dtype).eps
 
 
+@pytest.mark.full_for(backend="reference")
 @pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=2)))
 def test_opcheck(backend, wanted, device):
@@ -446,7 +447,7 @@ def test_opcheck(backend, wanted, device):
         assert (grad.shape == tensor.shape) == want
 
 
-@pytest.mark.full_for(isa=("avx2", "avx512"))
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_agrees(isa):
     """The other tests run the best instruction set."""

@@ -186,6 +186,7 @@ def test_codes_that_are_all_nan(backend, metric, device):
     assert got.values.isnan().all()
 
 
+@pytest.mark.full_for(backend="cpu", metric=("cosine", "dot"))
 @pytest.mark.full_for(backend="triton")
 @pytest.mark.parametrize("metric", METRICS)
 def test_one_code_and_many(backend, metric, device):

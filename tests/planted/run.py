@@ -82,6 +82,8 @@ def main() -> int:
     if copy.exists():
         shutil.rmtree(copy)
     shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+    if (ROOT / "build" / "cuda_host").exists():  # what a mistake does not touch is not compiled again
+        shutil.copytree(ROOT / "build" / "cuda_host", copy / "build" / "cuda_host")
     missed, extension_built = 0, False
     for layer, mistakes in MISTAKES.items():
         for mistake in mistakes:

@@ -251,7 +251,7 @@ print(native.extension.build_info()["cpu_isa"])
 """
 
 
-@pytest.mark.full_for(isa=("avx2", "avx512"))
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_every_compiled_instruction_set_gives_the_same_bits(isa):
     """The other tests run only the best one."""
