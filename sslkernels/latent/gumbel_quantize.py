@@ -294,7 +294,7 @@ class _Quantize(Function):
 
 class _SoftValues(Function):
     """The soft sample times the codebook, (N, G, D), and the sample. Backward goes from the gradient of the values to
-    the logits in one step, as with `hard`: the gradient of the sample, in its dtype, would overflow in half precision."""
+    the logits in one step, as with `hard`; a gradient of the sample, in its dtype, would overflow in half precision."""
 
     differentiable = 1
 
