@@ -36,7 +36,6 @@ def statistics(x, y, **options):
     return stats
 
 
-@pytest.mark.full_for(backend="triton")
 @pytest.mark.full_for(backend="triton", dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])

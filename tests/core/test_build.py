@@ -67,6 +67,7 @@ def machine_code():
     return resources.kernels()
 
 
+@pytest.mark.full
 @needs_cuda_kernels
 def test_cuda_kernels_do_not_spill(machine_code):
     built = {int(re.sub("[a-z]", "", a)) for a in native.extension.build_info()["cuda_architectures"]}
@@ -75,6 +76,7 @@ def test_cuda_kernels_do_not_spill(machine_code):
         assert kernel.spilled == 0, kernel
 
 
+@pytest.mark.full
 @needs_cuda_kernels
 def test_registers_leave_room_for_enough_warps(machine_code):
     """At least half of the warps of a multiprocessor are resident; a quarter for float64 kernels."""
@@ -82,6 +84,7 @@ def test_registers_leave_room_for_enough_warps(machine_code):
         assert kernel.warps >= (16 if "double" in kernel.name else 32), kernel
 
 
+@pytest.mark.full
 @needs_cuda_kernels
 def test_memory_is_accessed_by_16_bytes(machine_code):
     """Even if rows are not aligned to 16 bytes, as with an odd vocabulary."""
@@ -91,6 +94,7 @@ def test_memory_is_accessed_by_16_bytes(machine_code):
         assert kernel.wide_stores > 0 or any(entry.stores for entry in known), kernel
 
 
+@pytest.mark.full
 @needs_cuda_kernels
 def test_every_operator_has_its_kernels_in_the_machine_code(machine_code):
     names = {kernel.name for kernel in machine_code}

@@ -447,10 +447,10 @@ TRITON = [
         REDUCE_TESTS,
     ),
     Mistake(
-        "an ignored row has a loss",
+        "a target out of range has a loss",
         REDUCE,
-        "tl.store(loss + rows, tl.where(used, row_loss, 0.0), valid)",
-        "tl.store(loss + rows, row_loss, valid)",
+        'row_loss = tl.where(wrong, float("nan"), row_loss)',
+        "row_loss = tl.where(wrong, 0.0, row_loss)",
         REDUCE_TESTS,
     ),
     Mistake("the z-loss is linear", REDUCE, "z_loss * lse * lse", "z_loss * lse", REDUCE_TESTS),
