@@ -216,6 +216,9 @@ def pair_energy(
     if given.exclude_self and tensors.positive is None and not ids_positive:
         must = 'be given with exclude_self (unless same_id="positive" makes positives)'
         checks.fail(ValueError, call.function, "positive", must, None)
+    if given.exclude_self and ids_positive and tensors.query_ids is not None and tensors.key_ids is None:
+        must = 'be given with exclude_self and same_id="positive", where key is not the tensor query'
+        checks.fail(ValueError, call.function, "key_ids", must, None)
     options = PairOptions(
         kind,
         rows=given.direction != "column" or kind == SIGMOID,

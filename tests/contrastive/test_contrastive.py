@@ -105,7 +105,7 @@ def completed(case: dict) -> dict:
 def allowed_or_none(case: dict) -> dict | None:
     case = completed(case)
     if case["exclude_self"] and case["same_id"] == "positive" and case["bank_ids"] == "alone":
-        return None  # not computed: the next key of the same id is looked for among keys without ids
+        return None  # refused
     return case if allowed(case) else None
 
 

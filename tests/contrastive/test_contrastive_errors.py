@@ -48,6 +48,11 @@ CONTRASTIVE = [
     (dict(bank_ids=IDS, query_ids=IDS), ValueError, r"bank_ids must have shape \(B,\) = \(0,\); got \(4,\)"),
     (dict(bank=K, query_ids=IDS), ValueError, r"key_ids or bank_ids must be given with the other ids; got None"),
     (dict(bank=torch.randn(5, 2)), ValueError, r"bank must have shape \(B, D\) = \(5, 3\); got \(5, 2\)"),
+    (
+        dict(key=Q.clone(), exclude_self=True, same_id="positive", query_ids=IDS, bank=K, bank_ids=torch.arange(6)),
+        ValueError,
+        r"key_ids must be given with exclude_self and same_id=\"positive\", where key is not the tensor query; got None",
+    ),
     (dict(query_ids=IDS), ValueError, r"key_ids must be given with the other ids; got None"),
     (dict(key_ids=torch.arange(6)), ValueError, r"query_ids must be given with the other ids; got None"),
     (dict(query_ids=IDS, key_ids=IDS), ValueError, r"key_ids must have shape \(M,\) = \(6,\); got \(4,\)"),
