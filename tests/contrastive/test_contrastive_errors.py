@@ -51,7 +51,7 @@ CONTRASTIVE = [
     (
         dict(key=Q.clone(), exclude_self=True, same_id="positive", query_ids=IDS, bank=K, bank_ids=torch.arange(6)),
         ValueError,
-        r"key_ids must be given with exclude_self and same_id=\"positive\", where key is not the tensor query; got None",
+        r"key_ids must be given with exclude_self and same_id=\"positive\", where key is not the tensor query",
     ),
     (dict(query_ids=IDS), ValueError, r"key_ids must be given with the other ids; got None"),
     (dict(key_ids=torch.arange(6)), ValueError, r"query_ids must be given with the other ids; got None"),
