@@ -206,6 +206,8 @@ def pair_energy(
     _check_tensors(call.function, tensors, given.exclude_self, call.process_group is not None)
     _check_numbers(tensors, given, call)
     _check_ignored(tensors, given, call.function)
+    if tensors.negatives is not None and not tensors.negatives.is_floating_point() and tensors.negatives.shape[1] == 0:
+        tensors = tensors._replace(negatives=None, negatives_mask=None)  # nothing that a gradient could belong to
     query = tensors.query
     scale = _scalar(call.function, "logit_scale", given.logit_scale, query)
     bias = None if given.logit_bias is None else _scalar(call.function, "logit_bias", given.logit_bias, query)
@@ -307,7 +309,7 @@ def _over_ranks(
         positive=torch.where(index < 0, index, torch.arange(rows, device=index.device) + query_ranks.start),
         self_index=at if given.exclude_self else None,
         query_ids=None if key_ids is None else key_ids[at],
-        key_ids=None if tensors.query_ids is None else query_ranks.gather(tensors.query_ids),
+        key_ids=None if key_ids is None else query_ranks.gather(tensors.query_ids),
         candidate_mask=None if key_mask is None else key_mask[at].unsqueeze(1).expand(-1, sum(query_ranks.counts)),
         key_mask=None,
         **keys_alone,

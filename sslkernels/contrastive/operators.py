@@ -73,14 +73,14 @@ def _implementations(function: Callable[..., Any], kernels: dict[str, PairKernel
 def _flops(inputs: PairInputs, options: PairOptions, wanted: PairWanted) -> int:
     """One matmul for the scores of each kind of candidate, and one for each wanted gradient that they have."""
     rows, dim = inputs.query.shape
-    keys = 0 if inputs.key is None else inputs.key.shape[0] if options.in_batch else 1
-    bank = 0 if inputs.bank is None else inputs.bank.shape[0]
-    negatives = 0 if inputs.negatives is None else inputs.negatives.shape[1]
-    matmuls = (
-        keys * (1 + wanted.query + wanted.key)
-        + bank * (1 + wanted.query + wanted.bank)
-        + negatives * (1 + wanted.query + wanted.negatives)
-    )
+    wants_key = wanted.query if inputs.key is None else wanted.key
+    key = inputs.query if inputs.key is None else inputs.key
+    matmuls = (key.shape[0] if options.in_batch else 1) * (1 + wanted.query + wants_key)
+    if inputs.bank is not None:
+        matmuls += inputs.bank.shape[0] * (1 + wanted.query + wanted.bank)
+    if inputs.negatives is not None:
+        of_features = wanted.negatives or (not inputs.negatives.is_floating_point() and (wants_key or wanted.bank))
+        matmuls += inputs.negatives.shape[1] * (1 + wanted.query + of_features)
     return 2 * rows * dim * matmuls
 
 

@@ -216,7 +216,10 @@ class _Plan:
         by_column = _sliced(self.column_sums, columns) if spec.columns_summed else None
         if by_row is not None or by_column is not None:
             self.kernels.sums(tile, by_row, by_column, thresholds, norms)
-        ranked = spec.candidates.in_loss and not spec.candidates.pairs
+        # The columns of a hinge over shared positives are pairs; the statistics of a row are over the keys themselves.
+        ranked = (
+            setup.options.in_batch if spec.candidates.keys else spec.candidates.in_loss and not spec.candidates.pairs
+        )
         if statistics is not None and not statistics.shares_sums and ranked:
             thresholds = thresholds._replace(row=None, column=None)
             self.kernels.sums(tile._replace(energy=SOFTMAX), row_sums(statistics.sums), None, thresholds, norms)

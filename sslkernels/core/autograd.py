@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sslkernels.core.operator import Layout, grad_disabled, holds_tensor, is_record, result_types
+from sslkernels.core.operator import Layout, exported, grad_disabled, holds_tensor, is_record, result_types
 
 
 class Function(torch.autograd.Function):
@@ -58,6 +58,8 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
         flat = inputs.pack(parameters)
         if torch.compiler.is_compiling():
             results = cls.apply(*distinct(flat))
+            if torch.compiler._is_exporting_flag:  # is_exporting() of torch 2.11 is true for torch.compile, too
+                results = refusing_backward(results, [flat[i] for i in tensors], differentiable)
         elif torch._C._are_functorch_transforms_active():
             results = cls.apply(*flat)
         else:
@@ -95,6 +97,20 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
     cls.forward = staticmethod(_with_arity(flat_forward, len(inputs.leaf_types)))
     cls.setup_context = staticmethod(flat_setup_context)
     cls.backward = staticmethod(flat_backward)
+
+
+def refusing_backward(results: Any, inputs: Iterable[Tensor | None], differentiable: int | None) -> Any:
+    """The results of an exported function. The graph has what forward computed, not the function, and without this its
+    gradients would be None, or those that autograd finds for the operators in forward."""
+    inputs = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    if not (inputs and torch.is_grad_enabled()):
+        return results
+    if isinstance(results, Tensor):
+        return exported(results, inputs)
+    return tuple(
+        exported(value, inputs) if i < (differentiable or len(results)) and value.is_floating_point() else value
+        for i, value in enumerate(results)
+    )
 
 
 def records(tensors: Iterable[Tensor | None]) -> bool:

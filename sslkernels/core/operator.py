@@ -208,6 +208,19 @@ class Operator:
             return implementation(*args)
 
 
+def _refuse_exported(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "sslkernels: the graph was exported, and has no gradient of what the package computed; train with torch.compile"
+    )
+
+
+_library.define("exported(Tensor value, Tensor[] inputs) -> Tensor")
+_library.impl("exported", lambda value, inputs: value.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("sslkernels::exported", lambda value, inputs: torch.empty_like(value), lib=_library)
+torch.library.register_autograd("sslkernels::exported", _refuse_exported, lib=_library)
+exported = torch.ops.sslkernels.exported.default  # value, whose gradient raises, since it depends on the inputs
+
+
 class grad_disabled:
     """`torch.no_grad()`, which takes ten times as long to enter and leave."""
 

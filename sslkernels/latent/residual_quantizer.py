@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkernels.core import checks
+from sslkernels.core.autograd import Function
 from sslkernels.latent.quantizers import VectorQuantizer, codes_of
 from sslkernels.random.seeds import wrap_int64
 
@@ -93,7 +94,7 @@ class ResidualVectorQuantizer(nn.Module):
             torch.stack([getattr(level, field) for level in found], dim)
             for field, dim in (("indices", -1), ("commitment", 0), ("usage", 0))
         )
-        return ResidualQuantized(_StraightThrough.apply(input, total), indices, commitment.mean(), usage)
+        return ResidualQuantized(_StraightThrough.run(input, total), indices, commitment.mean(), usage)
 
     def decode(self, indices: Tensor) -> Tensor:
         """The sum of the codes of indices `(..., l)`, int32 or int64, of the first l levels: `(..., dim)`."""
@@ -109,17 +110,15 @@ class ResidualVectorQuantizer(nn.Module):
         return total
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(Function):
     """values, with the gradient of the input: exact, where input + (values - input) would round."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(input, values):
+    def forward(input: Tensor, values: Tensor) -> Tensor:
         return values.to(input.dtype, copy=True)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, outputs):
         pass
 
     @staticmethod

@@ -186,6 +186,13 @@ def alone():
     dist.destroy_process_group()
 
 
+def test_ids_of_the_bank_alone_over_ranks(alone):
+    query, key, bank = torch.randn(4, 3), torch.randn(4, 3), torch.randn(2, 3)
+    options = {"bank": bank, "query_ids": torch.arange(4), "bank_ids": torch.tensor([1, 9]), "direction": "symmetric"}
+    expected = sk.contrastive_energy(query, key, **options)
+    torch.testing.assert_close(sk.contrastive_energy(query, key, process_group=alone, **options), expected)
+
+
 def test_given_positives_have_no_columns_over_ranks(alone):
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="positive must be None with a process_group over columns; got a tensor"):

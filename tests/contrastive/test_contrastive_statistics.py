@@ -129,6 +129,17 @@ def test_keys_that_are_no_candidates_count_in_uniformity(backend):
         )
 
 
+@pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
+def test_rows_of_a_column_loss_with_given_positives(backend, energy):
+    """The columns of a hinge over positives that rows may share are pairs; statistics are over keys all the same."""
+    query, key = torch.randn(5, 4), torch.randn(5, 4)
+    options = {"energy": energy, "direction": "column"}
+    plain = statistics(query, key, **options)
+    given = statistics(query, key, positive=torch.arange(5), **options)
+    for got, expected in zip(given, plain, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_query_without_a_positive(backend):
     torch.manual_seed(0)
     x, y = torch.randn(5, 6), torch.randn(5, 6)

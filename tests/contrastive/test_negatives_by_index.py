@@ -140,6 +140,15 @@ def test_nothing_to_draw(backend):
     assert loss == 0
 
 
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_no_index_at_all(backend, in_batch):
+    query, key = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    index = torch.zeros(4, 0, dtype=torch.int64)
+    losses = [sk.contrastive_energy(query, key, negatives=negatives, in_batch=in_batch) for negatives in (index, None)]
+    for got, expected in zip(*(torch.autograd.grad(loss, (query, key)) for loss in losses), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_an_index_out_of_range(backend, monkeypatch):
     x, key, bank = torch.randn(2, 3), torch.randn(4, 3), torch.randn(3, 3)
     for wrong in (7, -2):

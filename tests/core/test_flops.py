@@ -39,6 +39,12 @@ def _bank(device):
     return sk.contrastive_energy(_features(N, device), _features(M, device), positive=positive, bank=bank)
 
 
+def _drawn(device):
+    index = torch.randint(0, M, (N, K), device=device)
+    options = {"positive": index[:, 0], "negatives": index, "in_batch": False}
+    return sk.contrastive_energy(_features(N, device), _features(M, device), **options)
+
+
 def _paired(device):
     negatives = torch.randn(N, K, D, device=device, requires_grad=True)
     return sk.info_nce(_features(N, device), _features(N, device), negatives, negative_mode="paired")
@@ -49,6 +55,8 @@ CALLS = {
     "linear_cross_entropy-compact": (_linear("compact"), 4 * V * SCORE),
     "clip_loss": (lambda device: sk.clip_loss(_features(N, device), _features(N, device), 2.0), 3 * N * SCORE),
     "contrastive_energy-bank": (_bank, (3 * M + 2 * B) * SCORE),
+    "contrastive_energy-drawn": (_drawn, (3 + 3 * K) * SCORE),
+    "nt_xent": (lambda device: sk.nt_xent(_features(N, device), _features(N, device)), 3 * 2 * N * 2 * SCORE),
     "info_nce-paired": (_paired, (3 + 3 * K) * SCORE),
     "vector_quantize": (lambda device: sk.vector_quantize(_features(N, device), _features(V, device))[0], V * SCORE),
     "linear_sample": (
