@@ -31,7 +31,7 @@ def left_over(step) -> int:
     return gc.collect()
 
 
-@pytest.mark.full_for(backend_name="reference")
+@pytest.mark.full_for(backend_name=("reference", "triton"))
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_a_call_leaves_nothing(backend_name, name, device):

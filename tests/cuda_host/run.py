@@ -119,11 +119,10 @@ def results_and_races(calls: Callable[[], dict[str, Call]]) -> tuple[Any, Callab
 
 
 def few_of(calls: Mapping[str, Call], results: Mapping[str, Result]) -> list[str]:
-    """Names of the smallest calls that launch every kernel, of any type, for each first word of the names of cases."""
+    """Names of the smallest calls that launch every kernel, of any type."""
 
-    def kinds(name: str) -> set[tuple[str, str]]:
-        words = [word for word in name.split("-")[:2] if not word.startswith(TYPES)]
-        return {(re.sub("|".join(TYPES), "", kernel), "-".join(words)) for kernel in results[name].launched}
+    def kinds(name: str) -> set[str]:
+        return {re.sub("|".join(TYPES), "", kernel) for kernel in results[name].launched}
 
     chosen, seen = [], set()
     for name in sorted(calls, key=lambda name: sum(a.numel() for a in calls[name].arrays.values())):

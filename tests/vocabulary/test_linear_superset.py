@@ -106,6 +106,8 @@ def test_sample_inputs_of_torchs_operator(backend, variant, dtype):
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow_for(backend="triton")
+@pytest.mark.full_for(dtype=torch.float64)
+@pytest.mark.costly("a thousand samples, those that torch tests its own module with")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sample_inputs_of_torchs_module(backend, dtype):
     from torch.testing._internal.common_modules import module_db
