@@ -216,24 +216,25 @@ def test_finished_gradients(kernels, dtype, shape, partner, normalize, extra, de
     close(out.double() / size, want / size, TOLERANCE[dtype] + ROUNDING[out.dtype], scale=10)
 
 
-def test_a_loss_leaves_nothing_to_the_collector():
+@pytest.mark.parametrize(
+    ("direction", "energy"), [("row", "softmax"), ("symmetric", "softmax"), ("row", "sigmoid"), ("symmetric", "hinge")]
+)
+def test_a_loss_leaves_nothing_to_the_collector(direction, energy):
     """The products of a plan would stay until Python's collector runs."""
     import gc
 
     query, key = (torch.randn(16, 8, requires_grad=True) for _ in range(2))
-    sk.clip_loss(query, key, 10.0).backward()
+
+    def step():
+        loss, _ = sk.contrastive_energy(query, key, direction=direction, energy=energy, return_stats=True)
+        loss.backward()
+
+    for _ in range(2):  # the first calls of a process fill caches
+        step()
     gc.collect()
     gc.disable()
     try:
-        for direction, energy in (
-            ("row", "softmax"),
-            ("symmetric", "softmax"),
-            ("row", "sigmoid"),
-            ("symmetric", "hinge"),
-        ):
-            loss, _ = sk.contrastive_energy(query, key, direction=direction, energy=energy, return_stats=True)
-            loss.backward()
-            del loss, _
-            assert gc.collect() == 0
+        step()
+        assert gc.collect() == 0
     finally:
         gc.enable()
