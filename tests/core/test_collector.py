@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from cases import BACKENDS
-from public_calls import CALLS, DIM, ROWS, differentiable, indices
+from public_calls import CALLS, DIM, ROWS, differentiable, indices, left_over
 
 import sslkernels as sk
 from sslkernels.core import backends
-
-
-@pytest.fixture(autouse=True)
-def _without_collector():
-    yield
-    gc.unfreeze()
-    gc.enable()
-
-
-def left_over(step) -> int:
-    """Objects that only the collector frees, after a step whose caches are warm."""
-    for _ in range(2):
-        step()
-    gc.collect()
-    gc.freeze()  # the collection below then looks at what the step leaves, and not at all modules
-    gc.disable()
-    step()
-    return gc.collect()
 
 
 @pytest.mark.full_for(backend_name=("reference", "triton"))
