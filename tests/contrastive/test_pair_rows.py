@@ -229,3 +229,18 @@ def test_a_loss_leaves_nothing_to_the_collector(direction, energy):
         loss.backward()
 
     assert left_over(step) == 0
+
+
+def test_an_infinite_similarity_with_a_slope_of_zero():
+    query = torch.tensor([[1e20, 0.0], [0.0, 1.0]], requires_grad=True)
+    scale = torch.tensor(1.0, requires_grad=True)
+    gradients = []
+    for name in ("reference", "cpu"):
+        if name not in sk.available_backends("contrastive_energy", "cpu"):
+            pytest.skip("it needs the extension")
+        with sk.use_backend(name):
+            loss = sk.contrastive_energy(query, query.detach(), logit_scale=scale)
+            gradients.append(torch.autograd.grad(loss, (query, scale)))
+    for got, expected in zip(*gradients, strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(got, expected)

@@ -228,13 +228,6 @@ CPU = [
         ROW_TESTS,
     ),
     Mistake(
-        "a target of vocab is in range",
-        CROSS,
-        "target >= 0 && target < rows.vocab) return false;",
-        "target >= 0 && target <= rows.vocab) return false;",
-        ROW_TESTS,
-    ),
-    Mistake(
         "the entropy of a masked class",
         CROSS,
         "sum += exp > A(0) ? exp * shifted : exp;",

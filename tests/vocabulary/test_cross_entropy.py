@@ -249,6 +249,7 @@ def statistics_truth(logits, target):
 def test_statistics(backend, requires_grad, device):
     logits = 3 * torch.randn(11, 5003 if backend == "cpu" else 203, device=device)
     logits[0, 7] = logits[0, 9] = 50.0  # a tie: the lowest index
+    logits[1, 7] = logits[1, -1] = 50.0  # the same between blocks of a row
     target = torch.randint(0, 203, (11,), device=device)
     target[:3] = logits.argmax(1)[:3]
     target[5] = -100
