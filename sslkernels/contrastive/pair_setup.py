@@ -232,7 +232,7 @@ class Positives:
 
     @functools.cached_property
     def under_masks(self) -> _Counts | None:
-        """What the masks leave of rows and columns, counted a block of rows at a time; None without masks."""
+        """Candidates of each row and column that no mask leaves out, counted in blocks of rows; None without masks."""
         pair, column = self.inputs.candidate_mask, self.inputs.key_mask
         if pair is None and column is None:
             return None

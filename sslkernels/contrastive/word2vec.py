@@ -346,7 +346,7 @@ def negative_sampling_loss(
     """
     _check(center, context, negatives, center_weight, context_weight)
     checks.tensor(NAME, "pair_weight", pair_weight, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "pair_weight", pair_weight, center.shape, "that of center")
+    checks.shape(NAME, "pair_weight", pair_weight, center.shape, "(...), as center")
     checks.same_device(NAME, "pair_weight", pair_weight, "center", center.device)
     checks.choice(NAME, "reduction", reduction, ("none", "mean", "sum"))
     checks.choice(NAME, "on_empty", on_empty, ("nan", "zero"))

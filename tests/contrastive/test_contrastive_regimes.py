@@ -245,8 +245,8 @@ def float16_case(rows, dtype, energy):
 @pytest.mark.parametrize(("count", "num_items"), [(1024, 2**18), pytest.param(16384, None, marks=pytest.mark.full)])
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_float16_gradients_of_a_large_batch(energy, count, num_items):
-    """With a loss scale, as in float16 training, the gradients equal those of float32 to float16's precision. 1 / N
-    times a probability underflows in float16: 1 / N must not enter the half-precision tile."""
+    """Gradients in float16 with a loss scale equal the float32 gradients to float16's precision. 1 / N times a
+    probability underflows in float16: 1 / N must not enter the half-precision tile."""
     loss_scale = 2.0**16
     results = {}
     for dtype in (torch.float16, torch.float32):

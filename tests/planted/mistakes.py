@@ -455,7 +455,7 @@ TRITON = [
         REDUCE_TESTS,
     ),
     Mistake(
-        "the noise of a row is that of its place",
+        "row_ids are ignored: the noise depends on the row's index",
         GAUSSIAN,
         "row_id = tl.load(row_ids_ptr + row_id, mask=row_id < rows, other=0)",
         "row_id = row_id + 0",
