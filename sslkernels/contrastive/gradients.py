@@ -102,7 +102,7 @@ class FeatureGradients:
         return self._finished(gradient, setup.inputs.key)
 
     def _of_indices(self, first: int, like: Tensor) -> Tensor | None:
-        """The gradient that negatives by index give a table whose first row has the index `first`; None if there are none."""
+        """The gradient from negatives by index of a table whose first row has the index `first`; None without any."""
         setup = self.setup
         if not setup.by_index:
             return None
