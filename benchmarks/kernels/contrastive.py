@@ -55,12 +55,12 @@ NEGATIVES = 5
 
 
 def own_negatives_floor(rows: int, count: int, dim: int, element_bytes: int, normalise: bool, gradient: bool) -> Floor:
-    """Per row: the query, its gradient in float32, and reference, coefficient, value and two gradients; scores of
-    negatives are never materialised. An element takes a product and its sum (2), for the norm (2) and for the query's
-    gradient (2) again, and the negative's gradient (3)."""
+    """Per row: the query, its gradient in float32, reference and value in float64, coefficient and two gradients; the
+    scores of negatives are never materialised. An element takes a product and its sum (2), for the norm (2) and for the
+    query's gradient (2) again, and the negative's gradient (3)."""
     elements = rows * count * dim
     moved = elements * element_bytes * (2 if gradient else 1)
-    moved += rows * dim * (element_bytes + (4 if gradient else 0)) + rows * 4 * (5 if gradient else 2)
+    moved += rows * dim * (element_bytes + (4 if gradient else 0)) + rows * (16 + (12 if gradient else 0))
     return Floor(moved, elements * ((4 if normalise else 2) + (5 if gradient else 0)))
 
 
@@ -83,9 +83,9 @@ FLOOR_SUMS = (
     FloorSum(
         negative_sampling_fwd_floor, (7, 2, 100, 9, 10, 2, 8, True), 16 * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4, 840
     ),
-    # Per row: the query, its float32 gradient, reference, coefficient, value and two gradients.
-    FloorSum(own_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * 4 * 5, 210 * 7),
-    FloorSum(own_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 4 * 2, 210 * 4),
+    # Per row: the query, its float32 gradient, reference and value in float64, coefficient and two gradients.
+    FloorSum(own_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * (16 + 12), 210 * 7),
+    FloorSum(own_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 16, 210 * 4),
 )
 COMPILED = (Compiled("query_negatives", instead_of="own_negatives"),)
 
@@ -98,7 +98,7 @@ def per_query_inputs(case: Case, device: torch.device) -> Inputs:
         "query": torch.randn(n, d, generator=generator, device=device).mul_(d**-0.5).to(case.dtype),
         "negatives": torch.empty(n, k, d, dtype=case.dtype, device=device).normal_(generator=generator),
         "scale": torch.full((1,), 2.0, dtype=acc, device=device),
-        "reference": torch.randn(n, generator=generator, device=device).to(acc),
+        "reference": torch.randn(n, generator=generator, device=device).double(),
         "coefficient": torch.full((n,), 1 / n, dtype=acc, device=device),
     }
 

@@ -51,7 +51,11 @@ void run_pair_losses(const PairLosses& args) {
   if (args.references > args.rows && args.reference != nullptr) {
     with_element(args.element, [&](auto zero) {
       auto* reference = static_cast<decltype(zero)*>(args.reference);
-      for (int64_t i = args.rows; i < args.references; ++i) from_float(INFINITY, &reference[i]);
+      auto* settled = static_cast<decltype(zero)*>(args.settled);
+      for (int64_t i = args.rows; i < args.references; ++i) {
+        from_float(INFINITY, &reference[i]);
+        if (settled != nullptr) from_float(0.f, &settled[i]);
+      }
     });
   }
   parallel(args.rows, row_grain(kCost), SSLKERNELS_CURRENT_ISA(pair_losses), args);
@@ -84,7 +88,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "pair_losses(Tensor? max, Tensor sum, Tensor? active, Tensor? score_sum, Tensor? positive_sum, Tensor score, "
       "Tensor u, Tensor? positive, Tensor? positives, Tensor? candidates, Tensor? weight, Tensor? share, Tensor? "
       "smoothing, int energy, float half, float label_smoothing, bool ids_positive, Tensor(a!)? others, Tensor(b!)? "
-      "reference, Tensor(c!)? loss, Tensor(d!) score_gradient, Tensor(e!) dot, Tensor(f!) total) -> ()");
+      "reference, Tensor(c!)? settled, Tensor(d!)? loss, Tensor(e!) score_gradient, Tensor(f!) dot, Tensor(g!) total) "
+      "-> "
+      "()");
   m.def(
       "pair_finish_gradient(Tensor(a!) total, Tensor values, Tensor? norm, Tensor? partner, Tensor? partner_norm, "
       "Tensor? index, Tensor? score_gradient, Tensor? extra, Tensor scale, Tensor(b!) out) -> ()");

@@ -43,7 +43,7 @@ struct PairLosses {
   Element element;  // of the vectors: the accumulation type
   Energy energy;
   int64_t rows;
-  int64_t references;  // entries of `reference`: those behind the rows become infinite
+  int64_t references;  // entries of `reference` and `settled`: those behind the rows become infinite and 0
   const void* max;
   const double* sum;
   const double* active;
@@ -60,8 +60,9 @@ struct PairLosses {
   double half;
   double label_smoothing;
   bool ids_positive;
-  void* others;     // written
+  double* others;   // written
   void* reference;  // written
+  void* settled;    // written: the weight times exp(reference - log-sum-exp)
   void* loss;       // this and the following: added to
   void* score_gradient;
   double* dot;

@@ -49,15 +49,13 @@ inline int64_t size_of(const OptionalTensor& tensor, int64_t rows) {
   return size < rows ? rows : size;
 }
 
-inline PairLosses parse_pair_losses(const OptionalTensor& max, const Tensor& sum, const OptionalTensor& active,
-                                    const OptionalTensor& score_sum, const OptionalTensor& positive_sum,
-                                    const Tensor& score, const Tensor& u, const OptionalTensor& positive,
-                                    const OptionalTensor& positives, const OptionalTensor& candidates,
-                                    const OptionalTensor& weight, const OptionalTensor& share,
-                                    const OptionalTensor& smoothing, int64_t energy, double half,
-                                    double label_smoothing, bool ids_positive, const OptionalTensor& others,
-                                    const OptionalTensor& reference, const OptionalTensor& loss,
-                                    const Tensor& score_gradient, const Tensor& dot, const Tensor& total) {
+inline PairLosses parse_pair_losses(
+    const OptionalTensor& max, const Tensor& sum, const OptionalTensor& active, const OptionalTensor& score_sum,
+    const OptionalTensor& positive_sum, const Tensor& score, const Tensor& u, const OptionalTensor& positive,
+    const OptionalTensor& positives, const OptionalTensor& candidates, const OptionalTensor& weight,
+    const OptionalTensor& share, const OptionalTensor& smoothing, int64_t energy, double half, double label_smoothing,
+    bool ids_positive, const OptionalTensor& others, const OptionalTensor& reference, const OptionalTensor& settled,
+    const OptionalTensor& loss, const Tensor& score_gradient, const Tensor& dot, const Tensor& total) {
   STD_TORCH_CHECK(energy >= 0 && energy <= 2, "sslkernels: unknown energy ", energy);
   const auto type = score.scalar_type();
   const bool softmax = energy == int64_t(Energy::kSoftmax);
@@ -85,9 +83,11 @@ inline PairLosses parse_pair_losses(const OptionalTensor& max, const Tensor& sum
   args.half = half;
   args.label_smoothing = label_smoothing;
   args.ids_positive = ids_positive;
-  args.others = writable(others, {rows}, type, "others");
+  args.others = writable<double>(others, {rows}, ScalarType::Double, "others");
   args.references = size_of(reference, rows);
   args.reference = writable(reference, {args.references}, type, "reference");
+  args.settled = writable(settled, {args.references}, type, "weight");
+  STD_TORCH_CHECK(!settled || (weight && reference), "sslkernels: a weight to write needs weight and reference");
   args.loss = writable(loss, {rows}, type, "loss");
   args.score_gradient = writable(score_gradient, {rows}, type, "score_gradient");
   args.dot = writable<double>(dot, {rows}, ScalarType::Double, "dot");

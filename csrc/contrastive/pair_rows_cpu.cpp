@@ -50,9 +50,9 @@ A sigmoid(A x) {
 }
 
 template <class A>
-A log_add_exp(A a, A b) {
-  if (a == b) return a + A(0.6931471805599453094);  // also for infinities
-  return (a > b ? a : b) + std::log1p(std::exp(-std::fabs(a - b)));
+double log_add_exp(double a, A b) {
+  if (a == b) return a + 0.6931471805599453094;  // also for infinities
+  return (a > b ? a : double(b)) + std::log1p(std::exp(-std::fabs(A(a - b))));
 }
 
 template <class A>
@@ -90,18 +90,22 @@ struct RowLoss {
 template <class A>
 RowLoss<A> softmax_row(const PairLosses& args, int64_t i, bool counted) {
   const A score = entry<A>(args.score, i), e = A(args.label_smoothing);
-  const A others =
-      args.sum[i] == 0 ? -std::numeric_limits<A>::infinity() : A(double(entry<A>(args.max, i)) + std::log(args.sum[i]));
+  const double others = args.sum[i] == 0 ? -std::numeric_limits<double>::infinity()
+                                         : double(entry<A>(args.max, i)) + std::log(args.sum[i]);
   const bool wants_lse = args.reference != nullptr || args.ids_positive || e > A(0);
-  const A lse = wants_lse ? log_add_exp(others, score) : A(0);
-  if (args.others != nullptr) static_cast<A*>(args.others)[i] = others;
+  const double lse = wants_lse ? log_add_exp(others, score) : 0;
+  if (args.others != nullptr) args.others[i] = others;
   // Without a positive every exponential is 0.
-  if (args.reference != nullptr) {
-    static_cast<A*>(args.reference)[i] = counted ? lse : std::numeric_limits<A>::infinity();
+  const A reference = counted ? A(lse) : std::numeric_limits<A>::infinity();
+  if (args.reference != nullptr) static_cast<A*>(args.reference)[i] = reference;
+  if (args.settled != nullptr) {
+    const A weight = entry<A>(args.weight, i);
+    const bool rounded = counted && double(reference) != lse;
+    static_cast<A*>(args.settled)[i] = rounded ? weight * std::exp(A(double(reference) - lse)) : weight;
   }
   RowLoss<A> row{A(0), A(0)};
   if (args.loss != nullptr) {
-    row.loss = softplus(others - score);
+    row.loss = softplus(A(others - score));
     if (args.ids_positive) row.loss = A(lse - (args.positive_sum[i] + score) / double(args.positives[i]));
     if (e > A(0)) {
       row.loss = (A(1) - e) * row.loss + e * A(lse - (args.score_sum[i] + score) / double(args.candidates[i]));
@@ -111,7 +115,7 @@ RowLoss<A> softmax_row(const PairLosses& args, int64_t i, bool counted) {
     const A weight = entry<A>(args.weight, i);
     const A share = args.share == nullptr ? (A(1) - e) * weight : entry<A>(args.share, i);
     // The difference of the probability and its target, without cancellation for a confident pair.
-    row.slope = (weight - share) - (weight != A(0) ? weight * sigmoid(others - score) : A(0));
+    row.slope = (weight - share) - (weight != A(0) ? weight * sigmoid(A(others - score)) : A(0));
     if (args.smoothing != nullptr) row.slope -= entry<A>(args.smoothing, i);
   }
   return row;

@@ -236,13 +236,14 @@ __device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, cons
 }
 
 template <class T, bool kAligned, class A>
-__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int size, A value,
-                                           NegativeSums<A>& sums) {
+__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int size,
+                                           double value, NegativeSums<A>& sums) {
+  const SettledRow<A> settled = settle(row, value);
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     NegativeFactors<A> factors{A(0), A(0), A(0)};
     if (block.valid[t]) {
       const NegativeScore<A> score = score_of(row, block.dots[t].dot, block.dots[t].square);
-      const A weight = weight_of(row, score.score, value);
+      const A weight = weight_of(row, score.score, settled);
       sums.scale += weight * score.similarity;
       sums.bias += weight;
       factors = factors_of(row, score, weight);
@@ -333,7 +334,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const bool one_tile = args.count <= plan.tile;
   block.load_query();  // visible after the first barrier
 
-  A value = 0;
+  double value = 0;
   // One pass for the sums over all negatives, one for the gradients; both in one if weights_are_apart().
   const int passes = apart || gradient ? 2 : 1;
 #pragma unroll 1
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
       static_cast<A*>(args.grad_bias)[block.i] = sums.bias;
     }
   }
-  if (threadIdx.x == 0) static_cast<A*>(args.value)[block.i] = value;
+  if (threadIdx.x == 0) args.value[block.i] = value;
 }
 
 template <class T>

@@ -33,12 +33,12 @@ struct QueryNegatives {
   const void* logit_scale;         // A (1)
   const void* logit_bias;          // A (1)
   Energy energy;
-  const void* reference;    // A (rows): log-sum-exp of the other candidates, or the threshold of the hinge
+  const double* reference;  // (rows): log-sum-exp of the other candidates, or the threshold of the hinge
   const void* coefficient;  // A (rows); null: no gradients
   const void* smoothing;    // A (rows)
   bool final;               // the reference of the softmax already includes these negatives
   void* scores;             // A (rows, count)
-  void* value;              // A (rows)
+  double* value;            // (rows)
   void* grad_query;         // A (rows, dim)
   void* grad_negatives;     // (rows, count, dim); with an index, A (rows, count): of_query in NegativeFactors
   void* grad_scale;         // A (rows), like the next
@@ -66,7 +66,8 @@ struct QueryRow {
   A scale;
   A bias;
   A query_inverse_norm;
-  A reference;
+  double reference;
+  A threshold;  // the reference of the hinge
   A coefficient;
   A smoothing;
 };
@@ -76,13 +77,16 @@ SSLKERNELS_HD QueryRow<A> query_row(const QueryNegatives& args, int64_t i) {
   const auto at = [](const void* values, int64_t index, A otherwise) {
     return values == nullptr ? otherwise : static_cast<const A*>(values)[index];
   };
+  const double absent = args.energy == Energy::kSoftmax ? -INFINITY : 0;
+  const double reference = args.reference == nullptr ? absent : args.reference[i];
   return {args.energy,
           args.final,
           args.query_inverse_norm != nullptr,
           at(args.logit_scale, 0, A(1)),
           at(args.logit_bias, 0, A(0)),
           at(args.query_inverse_norm, i, A(1)),
-          at(args.reference, i, args.energy == Energy::kSoftmax ? A(-INFINITY) : A(0)),
+          reference,
+          A(reference),
           at(args.coefficient, i, A(0)),
           at(args.smoothing, i, A(0))};
 }
@@ -128,7 +132,7 @@ struct NegativeSums {
     if (row.energy == Energy::kSigmoid) {
       energy += (score > A(0) ? score : A(0)) + std::log1p(std::exp(-std::fabs(score)));
     } else if (row.energy == Energy::kHinge) {
-      const A over = score - row.reference;
+      const A over = score - row.threshold;
       energy += over < A(0) ? A(0) : over;
     } else if (score > top) {
       energy = relative_to(score) + A(1);
@@ -151,25 +155,40 @@ struct NegativeSums {
 };
 
 template <class A>
-SSLKERNELS_HD A value_of(const QueryRow<A>& row, const NegativeSums<A>& sums) {
+SSLKERNELS_HD double value_of(const QueryRow<A>& row, const NegativeSums<A>& sums) {
   if (row.energy != Energy::kSoftmax) return sums.energy;
   if (row.final) return row.reference;
-  const A own = sums.anchor() + std::log(sums.energy);
+  const double own = double(sums.anchor()) + double(std::log(sums.energy));
   if (own == row.reference && std::isinf(own)) return own;
-  return (own > row.reference ? own : row.reference) + std::log1p(std::exp(-std::fabs(own - row.reference)));
+  return (own > row.reference ? own : row.reference) + std::log1p(std::exp(-std::fabs(A(own - row.reference))));
+}
+
+// The value of a row as its weights take it, and its coefficient times what the rounding took from them.
+template <class A>
+struct SettledRow {
+  A value;
+  A coefficient;
+};
+
+template <class A>
+SSLKERNELS_HD SettledRow<A> settle(const QueryRow<A>& row, double value) {
+  const A rounded = A(value);
+  if (row.energy != Energy::kSoftmax || double(rounded) == value) return {rounded, row.coefficient};
+  return {rounded, row.coefficient * std::exp(A(double(rounded) - value))};
 }
 
 // The derivative with respect to the score, times the row's coefficient.
 template <class A>
-SSLKERNELS_HD A weight_of(const QueryRow<A>& row, A score, A value) {
+SSLKERNELS_HD A weight_of(const QueryRow<A>& row, A score, const SettledRow<A>& settled) {
   if (row.energy == Energy::kSigmoid) {
     const A e = std::exp(-std::fabs(score));
     return row.coefficient * ((score < A(0) ? e : A(1)) / (A(1) + e));
   }
   if (row.energy == Energy::kHinge) {
-    return score > row.reference ? row.coefficient : score <= row.reference ? A(0) : score - row.reference;
+    return score > row.threshold ? row.coefficient : score <= row.threshold ? A(0) : score - row.threshold;
   }
-  return value == A(-INFINITY) ? A(0) : row.coefficient * std::exp(score - value) - row.smoothing;
+  if (settled.value == A(-INFINITY)) return A(0);
+  return settled.coefficient * std::exp(score - settled.value) - row.smoothing;
 }
 
 // grad_query = scale * query_inverse_norm * sum(of_negative * negative) and grad_negative = of_query * (query -

@@ -52,12 +52,12 @@ inline QueryNegatives parse_query_negatives(const Tensor& query, const Tensor& n
   args.logit_scale = readable(logit_scale, {1}, type, "logit_scale");
   args.logit_bias = readable(logit_bias, {1}, type, "logit_bias");
   args.energy = Energy(energy);
-  args.reference = readable(reference, {rows}, type, "reference");
+  args.reference = readable<double>(reference, {rows}, ScalarType::Double, "reference");
   args.coefficient = readable(coefficient, {rows}, type, "coefficient");
   args.smoothing = readable(smoothing, {rows}, type, "smoothing");
   args.final = final;
   args.scores = wanted(scores, {rows, count}, type, "scores");
-  args.value = wanted(value, {rows}, type, "value");
+  args.value = static_cast<double*>(wanted(value, {rows}, ScalarType::Double, "value"));
   args.grad_query = wanted(grad_query, {rows, dim}, type, "grad_query");
   args.grad_negatives = index ? wanted(grad_negatives, {rows, count}, type, "grad_negatives")
                               : wanted(grad_negatives, {rows, count, dim}, element, "grad_negatives");

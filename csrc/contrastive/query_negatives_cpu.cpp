@@ -100,8 +100,8 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
       }
       if (args.scores != nullptr) static_cast<A*>(args.scores)[i * args.count + k] = negative.score;
     }
-    const A value = value_of(row, sums);
-    static_cast<A*>(args.value)[i] = value;
+    args.value[i] = value_of(row, sums);
+    const SettledRow<A> settled = settle(row, args.value[i]);
     if (args.coefficient == nullptr) continue;
 
     A* grad_query = args.grad_query == nullptr ? nullptr : static_cast<A*>(args.grad_query) + i * args.dim;
@@ -119,7 +119,7 @@ void run(const QueryNegatives& args, int64_t begin, int64_t end, void* scratch) 
       }
       const T* negative = negative_of<T, kByIndex>(args, i, k);
       const NegativeScore<A> score = score_of(row, negatives[k].dot, negatives[k].square);
-      const A weight = weight_of(row, score.score, value);
+      const A weight = weight_of(row, score.score, settled);
       const NegativeFactors<A> factors = factors_of(row, score, weight);
       sums.scale += weight * score.similarity;
       sums.bias += weight;

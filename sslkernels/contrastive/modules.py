@@ -54,7 +54,7 @@ class ContrastiveLoss(Options):
         return_stats: bool = False,
     ) -> None:
         options = options_of(locals())
-        for name in ("learnable", "max_logit_scale"):
+        for name in ("learnable", "max_logit_scale", *(("logit_scale",) if learnable else ())):
             del options[name]
         super().__init__(**options)
         self.max_logit_scale = max_logit_scale
@@ -64,6 +64,11 @@ class ContrastiveLoss(Options):
             checks.fail(ValueError, name, "max_logit_scale", "be None unless learnable", max_logit_scale)
         if learnable:
             self.log_scale = _log_scale(name, "logit_scale", logit_scale, max_logit_scale, learnable)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "logit_scale" and getattr(self, "log_scale", None) is not None:
+            checks.fail(AttributeError, type(self).__name__, name, "be set through log_scale, which is learned", value)
+        super().__setattr__(name, value)
 
     def forward(
         self,

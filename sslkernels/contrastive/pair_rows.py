@@ -40,7 +40,8 @@ class ColumnSums(NamedTuple):
 class SideGrad(NamedTuple):
     """The part of the rows, or of the columns, in the gradient of a score; weight None: no part.
 
-    softmax: weight * exp(s - reference) - share (extra positives) - smoothing, where reference is the log-sum-exp;
+    softmax: weight * exp(s - reference) - share (extra positives) - smoothing, where reference is the rounded
+    log-sum-exp and weight is multiplied by what the rounding took from the probabilities (`settled`);
     sigmoid: weight * sigmoid(s), or -weight * sigmoid(-s) for extra positives;
     hinge: weight where s > reference, the threshold.
     """
@@ -87,12 +88,14 @@ class LossRows(NamedTuple):
 
 
 class LossOutputs(NamedTuple):
-    """others, reference (softmax; written): the log-sum-exp without the positive, and with it, inf without a positive.
-    loss, score_gradient (of the positive's score), dot, total (of the gradient times u, and of the gradient; float64):
-    added to. None: not wanted."""
+    """others (softmax; written): the log-sum-exp without the positive, float64. reference, weight (softmax; written):
+    of `SideGrad`, from the log-sum-exp with the positive; inf without a positive. loss, score_gradient (of the
+    positive's score), dot, total (of the gradient times u, and of the gradient; float64): added to.
+    None: not wanted."""
 
     others: Tensor | None
     reference: Tensor | None
+    weight: Tensor | None
     loss: Tensor | None
     score_gradient: Tensor
     dot: Tensor
@@ -163,12 +166,16 @@ def add_losses(rows: LossRows, options: LossOptions, outputs: LossOutputs) -> No
     counted = torch.ones_like(score, dtype=torch.bool) if rows.positive is None else rows.positive != NO_POSITIVE
     slope = None
     if options.energy == SOFTMAX:
-        others = log_sum(sums).to(score.dtype)
+        others = log_sum(sums)
         if outputs.others is not None:
             outputs.others.copy_(others)
         if outputs.reference is not None:
             outputs.reference.fill_(float("inf"))  # without a positive every exponential is 0
-            outputs.reference[:count] = torch.logaddexp(others, score).masked_fill_(~counted, float("inf"))
+            lse = torch.logaddexp(others, score.double()).masked_fill_(~counted, float("inf"))
+            outputs.reference[:count] = lse
+            if outputs.weight is not None:
+                outputs.weight.zero_()
+                outputs.weight[:count] = settled(side.weight, outputs.reference[:count], lse)
         if outputs.loss is not None:
             loss = softmax_loss(rows, options, others)
         if side.weight is not None:
@@ -190,29 +197,38 @@ def add_losses(rows: LossRows, options: LossOptions, outputs: LossOutputs) -> No
         outputs.total.add_(slope)
 
 
+def settled(weight: Tensor, reference: Tensor, lse: Tensor) -> Tensor:
+    """weight * exp(reference - lse), where `reference` is the rounded `lse` (float64). Times exp(s - reference) it
+    keeps what the rounding takes from a probability, 3e-5 at a score of 1000 in float32."""
+    rounding = torch.where(reference == lse, 0, reference.double() - lse)
+    return weight * rounding.exp().to(weight.dtype)
+
+
 def log_sum(sums: ColumnSums) -> Tensor:
-    """max + log(sum), -inf for an empty sum."""
+    """max + log(sum) in float64, -inf for an empty sum."""
     return torch.where(sums.sum == 0, float("-inf"), sums.max + sums.sum.log())
 
 
 def softmax_loss(rows: LossRows, options: LossOptions, others: Tensor) -> Tensor:
-    """The loss of positives, where `others` is the log-sum-exp of all other candidates."""
+    """The loss of positives, where `others` (float64) is the log-sum-exp of all other candidates."""
     e, sums, score = options.label_smoothing, rows.sums, rows.score
     loss = -F.logsigmoid(score - others)
     if options.ids_positive:
-        loss = (torch.logaddexp(others, score) - (sums.positive_sum + score) / rows.positives).to(score.dtype)
-    if e == 0:
-        return loss
-    mean = (sums.score_sum + score) / rows.candidates
-    return (1 - e) * loss + e * (torch.logaddexp(others, score) - mean).to(score.dtype)
+        loss = torch.logaddexp(others, score.double()) - (sums.positive_sum + score) / rows.positives
+    if e > 0:
+        mean = (sums.score_sum + score) / rows.candidates
+        loss = (1 - e) * loss + e * (torch.logaddexp(others, score.double()) - mean)
+    return loss.to(score.dtype)
 
 
 def softmax_slope(side: SideGrad, options: LossOptions, others: Tensor, score: Tensor) -> Tensor:
-    """weight * (probability - 1) + weight - share - smoothing, without cancellation for a confident pair."""
+    """weight * (probability - 1) + weight - share - smoothing, without cancellation for a confident pair; others:
+    float64."""
     weight, _, share, smoothing = side
     if share is None:
         share = (1 - options.label_smoothing) * weight
-    slope = (weight - share) - torch.where(weight != 0, weight * torch.sigmoid(others - score), 0)
+    probability = torch.sigmoid(others - score).to(score.dtype)
+    slope = (weight - share) - torch.where(weight != 0, weight * probability, 0)
     return slope if smoothing is None else slope - smoothing
 
 

@@ -313,13 +313,11 @@ class Positives:
 
     def log_sum_exp(self, others: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
         """(lse of each key's column, lse of each row's column without its own pair), from the log-sum-exp `others`
-        (keys,) of columns without positives and the scores (rows,) of the positives."""
+        (keys,) of columns without positives and the scores (rows,) of the positives; all float64. A key may be the
+        positive of several rows, each of which is then a candidate of the others."""
         score = torch.where(self.has, score, float("-inf"))
-        if self.in_order or others.shape[0] == 0:
-            lse = others.clone()
-            lse[: self.rows] = torch.logaddexp(others[: self.rows], score)
-            return lse, self.gather(others)
-        # A key may be the positive of several rows, each of which is then a candidate of the others.
+        if others.shape[0] == 0:
+            return others.clone(), self.gather(others)
         largest = others.scatter_reduce(0, self.index, score, "amax", include_self=True)
         shift = torch.where(largest == float("-inf"), 0, largest)
         part = (score - shift[self.index]).exp()

@@ -43,6 +43,7 @@ from sslkernels.contrastive.pair_rows import (
     LossRows,
     SideGrad,
     log_sum,
+    settled,
     softmax_loss,
     softmax_slope,
 )
@@ -253,10 +254,8 @@ class _Plan:
 
     def _add_row_losses(self, rows: slice, sums: ColumnSums, others: Tensor | None, loss: Tensor | None) -> None:
         setup, positives = self.setup, self.setup.positives
-        softmax = setup.options.energy == SOFTMAX
-        if softmax and setup.wants_gradients and self.row.reference is None:
-            self.row = self.row._replace(reference=torch.empty_like(setup.score))
-        side = _sliced(self.row, rows)
+        if setup.options.energy == SOFTMAX and setup.wants_gradients and self.row.reference is None:
+            self.row = _settling(setup.row, setup.count)
         self._add_losses(
             LossRows(
                 sums,
@@ -265,23 +264,30 @@ class _Plan:
                 at(setup.inputs.positive, rows),
                 at(positives.row_positives, rows) if setup.options.ids_positive else None,
                 at(setup.row_candidates, rows) if setup.options.label_smoothing > 0 else None,
-                side,
+                _sliced(setup.row, rows),
             ),
             rows,
             others,
-            side.reference if softmax else None,
+            _sliced(self.row, rows),
             loss,
         )
 
     def _add_losses(
-        self, of_rows: LossRows, rows: slice, others: Tensor | None, reference: Tensor | None, loss: Tensor | None
+        self, of_rows: LossRows, rows: slice, others: Tensor | None, side: SideGrad, loss: Tensor | None
     ) -> None:
-        grads = self.grads
+        """side: what a softmax adds to the gradient of its tiles, whose reference and weight are written."""
+        grads, softmax = self.grads, self.setup.options.energy == SOFTMAX
         self.kernels.add_losses(
             of_rows,
             self._loss_options(),
             LossOutputs(
-                others, reference, loss, at(grads.positive_score, rows), at(grads.dot, rows), at(grads.total, rows)
+                others,
+                side.reference if softmax else None,
+                side.weight if softmax else None,
+                loss,
+                at(grads.positive_score, rows),
+                at(grads.dot, rows),
+                at(grads.total, rows),
             ),
         )
 
@@ -292,11 +298,11 @@ class _Plan:
     def _merge_negatives(self, rows: slice) -> None:
         """Adds the per-query negatives of the rows to their sums."""
         setup, sums = self.setup, _sliced(self.row_sums, rows)
-        reference = at(setup.row_threshold, rows)
+        reference = None if setup.row_threshold is None else at(setup.row_threshold, rows).double()
         softmax = setup.options.energy == SOFTMAX
         if softmax:
-            score, counted = at(setup.score, rows), at(setup.positives.counted, rows)
-            others = log_sum(sums.without_statistics).to(setup.acc)
+            score, counted = at(setup.score, rows).double(), at(setup.positives.counted, rows)
+            others = log_sum(sums.without_statistics)
             reference = torch.where(counted, torch.logaddexp(others, score), others)
         negatives = self._add_negatives(rows, reference)
         if softmax:
@@ -310,7 +316,7 @@ class _Plan:
         """The scores (rows, 1) of the positives, rounded as the per-query negatives are; -inf without a positive."""
         setup, positives = self.setup, self.setup.positives
         count, nothing = length(rows), setup.score.new_empty(0)
-        scores, value = setup.score.new_empty(count, 1), setup.score.new_empty(count)
+        scores, value = setup.score.new_empty(count, 1), setup.score.new_empty(count, dtype=torch.float64)
         if setup.key.shape[0] == 0:
             return scores.fill_(float("-inf"))
         key = setup.query if setup.inputs.key is None else setup.inputs.key
@@ -346,17 +352,16 @@ class _Plan:
     def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs:
         """The per-query negatives of the rows: accumulates their gradients."""
         setup, grads, inputs = self.setup, self.grads, self.setup.inputs
-        weight = self.row.weight[rows] if setup.wants_gradients else None
+        weight = setup.row.weight[rows] if setup.wants_gradients else None
         count = rows.stop - rows.start
         nothing = setup.score.new_empty(0)
-        value = setup.score.new_empty(count)
         outputs = NegativeOutputs(
             scores=setup.score.new_empty(count, setup.negatives.shape[1]),
-            value=value,
+            value=setup.score.new_empty(count, dtype=torch.float64),
             grad_query=nothing if grads.query_of_negatives is None else grads.query_of_negatives[rows],
             grad_negatives=nothing if grads.negatives is None else grads.negatives[rows],
-            grad_scale=nothing if weight is None else torch.empty_like(value),
-            grad_bias=nothing if weight is None else torch.empty_like(value),
+            grad_scale=nothing if weight is None else setup.score.new_empty(count),
+            grad_bias=nothing if weight is None else setup.score.new_empty(count),
         )
         mask = None if inputs.negatives_mask is None else inputs.negatives_mask[rows]
         smoothing = None if self.row.smoothing is None else self.row.smoothing[rows]
@@ -378,18 +383,17 @@ class _Plan:
         if setup.options.energy == HINGE:  # a column per pair
             side = SideGrad(weight=setup.weight) if setup.wants_gradients else SideGrad()
             columns = LossRows(sums, setup.score, setup.positive_u, setup.inputs.positive, None, None, side)
-            self._add_losses(columns, every, None, None, self.loss)
+            self._add_losses(columns, every, None, SideGrad(), self.loss)
         elif positives.in_order:
-            self._add_column_losses(sums, self.state.column_others, self.state.column_lse, self.loss)
-            self.column = self.column._replace(reference=self.state.column_lse)
+            self._add_column_losses(sums, self.state.column_others, self.loss)
         else:
             self._add_shared_columns()
 
-    def _add_column_losses(
-        self, sums: ColumnSums, others: Tensor | None, reference: Tensor | None, loss: Tensor | None
-    ) -> None:
+    def _add_column_losses(self, sums: ColumnSums, others: Tensor | None, loss: Tensor | None) -> None:
         """The columns of keys that are the positives of rows in order."""
         setup, positives = self.setup, self.setup.positives
+        if setup.options.energy == SOFTMAX and setup.wants_gradients:
+            self.column = _settling(setup.column, setup.key.shape[0])
         columns = LossRows(
             sums,
             setup.score,
@@ -397,14 +401,14 @@ class _Plan:
             None,
             positives.column_positives if setup.options.ids_positive else None,
             positives.column_candidates if setup.options.label_smoothing > 0 else None,
-            self.column,
+            setup.column,
         )
-        self._add_losses(columns, slice(0, setup.count), others, reference, loss)
+        self._add_losses(columns, slice(0, setup.count), others, self.column, loss)
 
     def _add_shared_columns(self) -> None:
         """The columns of keys that may be the positives of several rows, each of which is a candidate of the others."""
         setup, sums, score, positives = self.setup, self.column_sums, self.setup.score, self.setup.positives
-        lse, others = positives.log_sum_exp(log_sum(sums).to(setup.acc), score)
+        lse, others = positives.log_sum_exp(log_sum(sums), score.double())
         self.state.column_lse.copy_(lse.masked_fill(positives.rows_of_key == 0, float("inf")))
         self.state.column_others.copy_(others)
         wide = score.double().masked_fill(~positives.has, 0)
@@ -426,16 +430,18 @@ class _Plan:
         setup, positives, state = self.setup, self.setup.positives, self.state
         if not setup.wants_gradients:
             return
-        self.column = self.column._replace(reference=state.column_lse)
         # gather() returns an arbitrary key's value for a row without a positive; mask it.
         by_row = SideGrad(
-            *(None if v is None else torch.where(positives.counted, positives.gather(v), 0) for v in self.column)
+            *(None if v is None else torch.where(positives.counted, positives.gather(v), 0) for v in setup.column)
         )
+        reference = state.column_lse.to(setup.acc)
+        weight = settled(setup.column.weight, reference, state.column_lse)
+        self.column = setup.column._replace(reference=reference, weight=weight)
         slope = softmax_slope(
             by_row._replace(weight=setup.weight), self._loss_options(), state.column_others, setup.score
         )
         of_other_rows = by_row.weight - setup.weight
-        probability = (setup.score - positives.gather(state.column_lse)).exp()
+        probability = (setup.score - positives.gather(state.column_lse)).exp().to(setup.acc)
         slope = slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
         self.grads.positive_score += slope
         self.grads.dot += torch.where(slope != 0, slope * setup.positive_u, 0)
@@ -447,19 +453,24 @@ class _Plan:
         if setup.options.rows:
             every = slice(0, setup.count)
             if setup.negatives is not None:
-                lse = torch.logaddexp(state.row_others, setup.score)
+                lse = torch.logaddexp(state.row_others, setup.score.double())
                 self._add_negatives(every, torch.where(setup.positives.counted, lse, state.row_others), final=True)
-            self._add_row_losses(every, _sums_of(state.row_others), None, None)
+            self._add_row_losses(every, _sums_of(state.row_others, setup.acc), None, None)
         if setup.options.columns and setup.positives.in_order:
-            self._add_column_losses(_sums_of(state.column_others), None, None, None)
-            self.column = self.column._replace(reference=state.column_lse)
+            self._add_column_losses(_sums_of(state.column_others, setup.acc), None, None)
         elif setup.options.columns:
             self._finish_shared_columns()
 
 
-def _sums_of(others: Tensor) -> ColumnSums:
-    """Sums whose log-sum-exp is `others`."""
-    return ColumnSums(others, torch.ones_like(others, dtype=torch.float64), None, None, None)
+def _sums_of(others: Tensor, acc: torch.dtype) -> ColumnSums:
+    """Sums whose log-sum-exp is `others`, float64."""
+    largest = others.to(acc)
+    return ColumnSums(largest, torch.where(largest == others, 0, others - largest).exp(), None, None, None)
+
+
+def _settling(side: SideGrad, count: int) -> SideGrad:
+    """The part of `count` rows or columns in the gradient, whose reference and weight are yet to be written."""
+    return side._replace(reference=side.weight.new_empty(count), weight=side.weight.new_empty(count))
 
 
 def _sliced(record: Record, part: slice) -> Record:

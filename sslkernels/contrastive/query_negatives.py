@@ -9,7 +9,8 @@ A negative whose mask (N, K) is False is ignored: its score is -inf, its gradien
 With an index (N, K), the negatives are rows of a table (M, D) followed by a bank (B, D), -1 for none, and are gathered
 as they are read. An index out of range makes its row NaN.
 
-reference (N,) is what a row is merged with, and G_ik, the derivative of value_i times coefficient_i, is the weight:
+reference (N,), float64 like value (N,), is what a row is merged with, and G_ik, the derivative of value_i times
+coefficient_i, is the weight:
 
     energy   reference                       value                             G
     SOFTMAX  log-sum-exp of the others       logaddexp(reference, lse_k s_k)   coefficient * exp(s - value) - smoothing
@@ -84,7 +85,7 @@ def empty_outputs(
 
     return NegativeOutputs(
         empty(want_scores, rows, count),
-        empty(True, rows),
+        empty(True, rows, dtype=torch.float64),
         empty(gradients and want_query, rows, dim),
         empty(gradients and want_negatives, *of_negatives, dtype=negatives.dtype if index is None else acc),
         empty(gradients, rows),
@@ -163,10 +164,14 @@ def _value(scores: Tensor, energy: int, reference: Tensor | None, final: bool) -
     if energy == SIGMOID:
         return -torch.nn.functional.logsigmoid(-scores).sum(1)
     if energy == HINGE:
-        return (scores if reference is None else scores - reference.unsqueeze(1)).clamp_min(0).sum(1)
+        return _over(scores, reference).clamp_min(0).sum(1)
     if reference is None:
-        return scores.logsumexp(1)
-    return reference.clone() if final else torch.logaddexp(reference, scores.logsumexp(1))
+        return scores.double().logsumexp(1)
+    return reference.clone() if final else torch.logaddexp(reference, scores.double().logsumexp(1))
+
+
+def _over(scores: Tensor, reference: Tensor | None) -> Tensor:
+    return scores if reference is None else scores - reference.to(scores.dtype).unsqueeze(1)
 
 
 def _slope(scores: Tensor, value: Tensor, energy: int, reference: Tensor | None) -> Tensor:
@@ -174,9 +179,10 @@ def _slope(scores: Tensor, value: Tensor, energy: int, reference: Tensor | None)
     if energy == SIGMOID:
         return scores.sigmoid()
     if energy == HINGE:
-        over = scores if reference is None else scores - reference.unsqueeze(1)
+        over = _over(scores, reference)
         return torch.where(over.isnan(), over, (over > 0).to(over.dtype))
-    return torch.where(value.isneginf().unsqueeze(1), 0, (scores - value.unsqueeze(1)).exp())
+    probability = (scores - value.unsqueeze(1)).exp().to(scores.dtype)
+    return torch.where(value.isneginf().unsqueeze(1), 0, probability)
 
 
 def _native(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:

@@ -65,8 +65,9 @@ class PairWanted(NamedTuple):
 
 
 class PairState(NamedTuple):
-    """Saved for the backward of a softmax, empty for other energies: the log-sum-exp of each row without its positive,
-    of each key's column, and of each row's column without its own pair."""
+    """Saved for the backward of a softmax, empty for other energies; float64: the log-sum-exp of each row without its
+    positive, of each key's column where keys may be the positives of several rows, and of each row's column without its
+    own pair."""
 
     row_others: Tensor
     column_lse: Tensor
@@ -103,13 +104,13 @@ class PairGradients(NamedTuple):
 
 def empty_state(inputs: PairInputs, options: PairOptions) -> PairState:
     query = inputs.query
-    acc = accumulation_dtype(query.dtype)
     rows = query.shape[0] if options.energy == SOFTMAX else 0
-    keys = inputs.key.shape[0] if inputs.key is not None and options.energy == SOFTMAX else 0
+    shared = inputs.key is not None and inputs.positive is not None and options.energy == SOFTMAX
+    keys = inputs.key.shape[0] if shared else 0
     return PairState(
-        query.new_empty(rows if options.rows else 0, dtype=acc),
-        query.new_empty(keys if options.columns else 0, dtype=acc),
-        query.new_empty(rows if options.columns else 0, dtype=acc),
+        query.new_empty(rows if options.rows else 0, dtype=torch.float64),
+        query.new_empty(keys if options.columns else 0, dtype=torch.float64),
+        query.new_empty(rows if options.columns else 0, dtype=torch.float64),
     )
 
 

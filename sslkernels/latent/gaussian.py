@@ -147,6 +147,7 @@ def gaussian_rsample(
     row_ids: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    on_empty: str = "nan",
     return_stats: bool = False,
 ) -> GaussianSample | tuple[GaussianSample, LatentStats]:
     """Reparameterised samples `z = mean + exp(logvar / 2) * eps` and their KL divergence to the prior, in one pass.
@@ -165,7 +166,7 @@ def gaussian_rsample(
             Both may require grad. A prior that all rows share, as `(D,)`, is read in place; any other shape than that
             of `mean` is expanded first.
         kl: the reduction of the divergence, in nats: "none" (the shape of `mean`), "row" (sum over the last dimension),
-            "sum" (over all), "mean" (of "row" over the rows; NaN for no rows), or None for no divergence.
+            "sum" (over all), "mean" (of "row" over the rows), or None for no divergence.
         free_bits: the least that each element adds, in nats: `max(kl, free_bits)` of every column in every row, with
             gradient 0 below it. (Kingma et al. 2016 take the maximum of averages over a minibatch; for that, apply
             it to the mean over rows of `kl="none"`.)
@@ -175,6 +176,7 @@ def gaussian_rsample(
         seed: seed of the noise, an int in [-2**63, 2**64) or a 0-d int64 tensor on the device, which the host never
             reads.
         generator: draws the seed if `seed` is None; default torch's generator of the device.
+        on_empty: divergence of a mean over no rows: "nan", as in torch, or "zero", with gradients of zero.
         return_stats: also return `LatentStats`, from the same pass.
 
     Returns:
@@ -196,9 +198,8 @@ def gaussian_rsample(
     checks.integer(name, "num_samples", num_samples, low=0, optional=True)
     checks.choice(name, "kl", kl, (*REDUCTIONS, None))
     draws = _Draws(num_samples, False, row_ids, seed, generator)
-    z, value, stats = _compute(
-        name, _Latent(mean, logvar, prior), _Divergence(kl, free_bits, logvar_bounds), draws, return_stats
-    )
+    divergence = _Divergence(kl, free_bits, logvar_bounds, on_empty)
+    z, value, stats = _compute(name, _Latent(mean, logvar, prior), divergence, draws, return_stats)
     sample = GaussianSample(z, value)
     return sample if stats is None else (sample, stats)
 
@@ -212,6 +213,7 @@ def gaussian_kl(
     reduction: str = "row",
     free_bits: float = 0.0,
     logvar_bounds: tuple[float, float] | None = None,
+    on_empty: str = "nan",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LatentStats]:
     """KL divergence of `N(mean, exp(logvar))` to the prior, exact near 0 and never negative.
@@ -226,6 +228,7 @@ def gaussian_kl(
         reduction: "none", "row", "sum" or "mean", as `kl` of `gaussian_rsample`.
         free_bits: as for `gaussian_rsample`.
         logvar_bounds: as for `gaussian_rsample`.
+        on_empty: as for `gaussian_rsample`.
         return_stats: as for `gaussian_rsample`.
 
     Returns:
@@ -240,7 +243,7 @@ def gaussian_kl(
     """
     name = "gaussian_kl"
     checks.choice(name, "reduction", reduction, REDUCTIONS)
-    divergence = _Divergence(reduction, free_bits, logvar_bounds)
+    divergence = _Divergence(reduction, free_bits, logvar_bounds, on_empty)
     _, value, stats = _compute(name, _Latent(mean, logvar, prior), divergence, None, return_stats)
     return value if stats is None else (value, stats)
 
@@ -274,6 +277,7 @@ class _Divergence(NamedTuple):
     reduction: str | None
     free_bits: float
     logvar_bounds: tuple[float, float] | None
+    on_empty: str = "nan"
 
 
 class _Draws(NamedTuple):
@@ -292,7 +296,9 @@ def _compute(
     """z (draws None: without elements), the reduced divergence and the statistics."""
     _check(name, latent, divergence, draws, return_stats)
     mean, logvar, prior = latent
-    kl, free_bits, bounds = divergence
+    kl, free_bits, bounds, on_empty = divergence
+    if kl == "mean" and on_empty == "zero" and mean.shape[:-1].numel() == 0:
+        kl = "sum"
     shape, dtype = mean.shape, mean.dtype
     row_ids = seed = None
     samples, keep_samples, first = -1, True, False
@@ -356,6 +362,7 @@ def _check(name: str, latent: _Latent, divergence: _Divergence, draws: _Draws | 
         checks.shape(name, "row_ids", draws.row_ids, mean.shape[:-1], "mean.shape[:-1]")
         checks.same_device(name, "row_ids", draws.row_ids, "mean", mean.device)
     checks.number(name, "free_bits", divergence.free_bits, low=0.0)
+    checks.choice(name, "on_empty", divergence.on_empty, ("nan", "zero"))
     checks.boolean(name, "return_stats", return_stats)
     bounds = divergence.logvar_bounds
     if bounds is not None:

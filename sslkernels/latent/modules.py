@@ -46,6 +46,7 @@ class GaussianLatent(Options):
         kl: str | None = "row",
         free_bits: float = 0.0,
         logvar_bounds: tuple[float, float] | None = None,
+        on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))

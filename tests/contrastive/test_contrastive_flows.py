@@ -177,6 +177,16 @@ def test_a_scale_beyond_the_limit_is_refused():
         sk.nn.ContrastiveLoss(max_logit_scale=10.0)
 
 
+def test_a_learned_scale_is_not_set_beside_its_logarithm():
+    module = sk.nn.ContrastiveLoss(logit_scale=20.0, learnable=True)
+    with pytest.raises(AttributeError, match="ContrastiveLoss: logit_scale must be set through log_scale"):
+        module.logit_scale = 5.0
+    fixed = sk.nn.ContrastiveLoss(logit_scale=20.0)
+    fixed.logit_scale = 5.0
+    x, y = torch.randn(4, 8), torch.randn(4, 8)
+    torch.testing.assert_close(fixed(x, y), sk.contrastive_energy(x, y, logit_scale=5.0))
+
+
 def test_a_tensor_that_wants_a_gradient_is_a_parameter_or_refused():
     with pytest.raises(TypeError, match=r"NTXentLoss: temperature must be a torch.nn.Parameter, or want no gradient"):
         sk.nn.NTXentLoss(torch.tensor(0.1, requires_grad=True))

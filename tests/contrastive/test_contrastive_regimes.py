@@ -463,3 +463,48 @@ def test_float16_gradients_of_a_loss_that_counts_nothing_are_zero(backend, direc
     ):
         grads = torch.autograd.grad(loss, (x, y))
         assert not any(grad.any() for grad in grads)
+
+
+SHARED = torch.tensor([0, 0, 1, 1, 2, 3])
+OPTIONS = {
+    "row": {"direction": "row"},
+    "column": {"direction": "column"},
+    "symmetric": {"direction": "symmetric", "label_smoothing": 0.1},
+    "shared": {"direction": "symmetric", "positive": SHARED},
+    "ids": {"direction": "column", "query_ids": SHARED, "key_ids": SHARED, "same_id": "positive"},
+    "itself": {"positive": torch.tensor([3, 4, 5, 0, 1, 2]), "exclude_self": True},
+    "bank": {"bank": 4},
+    "negatives": {"negatives": 3},
+    "indices": {"negatives": torch.tensor([[1, 2, 3], [2, 3, -1], [0, 0, 4], [5, 1, 2], [-1, -1, -1], [3, 1, 0]])},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_keep_their_digits_where_scores_are_large(name, reduction, backend, device):
+    """A log-sum-exp of 1536, rounded to float32, is off by up to 6e-5, and so is each probability from it."""
+    generator = torch.Generator().manual_seed(3)
+
+    def features(*shape):  # whose scores are exact in float32
+        return (torch.randn(*shape, generator=generator) * 8).round().div(8).to(device)
+
+    options = {key: value.to(device) if torch.is_tensor(value) else value for key, value in OPTIONS[name].items()}
+    leaves = [features(6, 4), features(6, 4)]
+    for key, shape in (("bank", (4, 4)), ("negatives", (6, 3, 4))):
+        if isinstance(options.get(key), int):
+            options[key] = features(*shape)
+    if options.get("exclude_self"):
+        leaves = leaves[:1]
+
+    def grads(dtype):
+        of = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        floats = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
+        loss = sk.contrastive_energy(of[0], of[-1], logit_bias=1536.0, reduction=reduction, **floats)
+        return torch.autograd.grad(loss.sum(), of)
+
+    with sk.use_backend(backend):
+        got = grads(torch.float32)
+    with sk.use_backend("reference"):
+        want = grads(torch.float64)
+    for one, two in zip(got, want, strict=True):
+        assert error(one, two) < 5e-7

@@ -133,12 +133,11 @@ def loss_rows(
 
 def loss_outputs(rows: LossRows, softmax: bool, dtype: torch.dtype) -> LossOutputs:
     entries, score = rows.sums.sum.shape[0], rows.score
-    others = torch.empty_like(score, dtype=dtype) if softmax else None
-    reference = (
-        torch.empty(entries, dtype=dtype, device=score.device) if softmax and rows.side.weight is not None else None
-    )
+    others = torch.empty_like(score, dtype=torch.float64) if softmax else None
+    written = softmax and rows.side.weight is not None
+    reference, weight = (torch.empty(entries, dtype=dtype, device=score.device) if written else None for _ in range(2))
     added = [torch.ones_like(score, dtype=d) for d in (dtype, dtype, torch.float64, torch.float64)]
-    return LossOutputs(others, reference, *added)
+    return LossOutputs(others, reference, weight, *added)
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -381,6 +381,22 @@ def test_empty_shapes(backend, shape, samples, device):
             assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("on_empty", ["nan", "zero"])
+def test_a_mean_over_no_rows(on_empty, backend, device):
+    mean, logvar = (torch.randn(0, 4, device=device, requires_grad=True) for _ in range(2))
+    prior = tuple(torch.randn(4, device=device, requires_grad=True) for _ in range(2))
+    values = [
+        sk.gaussian_kl(mean, logvar, prior=prior, reduction="mean", on_empty=on_empty),
+        sk.gaussian_rsample(mean, logvar, prior=prior, kl="mean", on_empty=on_empty).kl,
+        sk.nn.GaussianLatent(kl="mean", on_empty=on_empty)(mean, logvar, prior=prior).kl,
+    ]
+    for value in values:
+        assert value.isnan() if on_empty == "nan" else value == 0
+        assert not any(grad.any() for grad in torch.autograd.grad(value, (mean, logvar, *prior)))
+    with pytest.raises(ValueError, match="gaussian_kl: on_empty must be"):
+        sk.gaussian_kl(mean, logvar, on_empty="one")
+
+
 def test_rows_of_any_stride(backend, device):
     """Halves of one tensor, transposed, strided and broadcast rows, and rows that start at odd addresses."""
     base = torch.randn(8, 24, dtype=torch.float64, device=device)

@@ -166,7 +166,7 @@ def make(case: OwnCase, seed: int = 0) -> Inputs:
         kinds["final"] = torch.tensor(counted, dtype=torch.float64)
         inputs.final = case.reference == "final"
     if case.reference in kinds:
-        inputs.reference = kinds[case.reference].to(acc)
+        inputs.reference = kinds[case.reference]
     return inputs
 
 

@@ -89,7 +89,7 @@ def positive_scores_kernel(
 @triton.jit
 def pair_losses_kernel(
     max_in, sum_in, active, score_sum, positive_sum, score_in, u_in, positive, positives, candidates,
-    weight_in, share_in, smoothing_in, others_out, reference_out, loss_out, score_gradient, dot, total,
+    weight_in, share_in, smoothing_in, others_out, reference_out, weight_out, loss_out, score_gradient, dot, total,
     rows, references, half: tl.float64, label_smoothing: tl.float64,
     ENERGY: tl.constexpr, SMOOTHING: tl.constexpr, IDS_POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -108,13 +108,20 @@ def pair_losses_kernel(
         weight = tl.load(weight_in + row, inside, other=0.0)
     if ENERGY == SOFTMAX:
         largest = tl.load(max_in + row, inside, other=0.0).to(tl.float64)
-        others = tl.where(sums == 0.0, float("-inf"), largest + tl.log(sums)).to(ACC)
-        lse = _log_add_exp(others, score)
+        others = tl.where(sums == 0.0, float("-inf"), largest + tl.log(sums))
+        over = (others - score).to(ACC)
+        lse = _log_add_exp(others, score.to(tl.float64))
         if others_out is not None:
             tl.store(others_out + row, others, inside)
         if reference_out is not None:  # without a positive every exponential is 0
-            tl.store(reference_out + row, tl.where(counted, lse, float("inf")), row < references)
-        loss = _softplus(others - score)
+            reference = lse.to(ACC)
+            tl.store(reference_out + row, tl.where(counted, reference, float("inf")), row < references)
+            if weight_out is not None:
+                rounding = (reference.to(tl.float64) - lse).to(ACC)
+                exact = (reference.to(tl.float64) == lse) | (counted == 0)
+                settled = tl.where(exact, weight, weight * tl.exp(rounding))
+                tl.store(weight_out + row, tl.where(inside, settled, 0.0), row < references)
+        loss = _softplus(over)
         if IDS_POSITIVE and loss_out is not None:
             count = tl.load(positives + row, inside, other=1).to(tl.float64)
             part = tl.load(positive_sum + row, inside, other=0.0)
@@ -128,7 +135,7 @@ def pair_losses_kernel(
             if share_in is not None:
                 share = tl.load(share_in + row, inside, other=0.0)
             # The difference of the probability and its target, without cancellation for a confident pair.
-            slope = (weight - share) - tl.where(weight != 0.0, weight * _sigmoid(others - score), 0.0)
+            slope = (weight - share) - tl.where(weight != 0.0, weight * _sigmoid(over), 0.0)
             if smoothing_in is not None:
                 slope -= tl.load(smoothing_in + row, inside, other=0.0)
     elif ENERGY == SIGMOID:

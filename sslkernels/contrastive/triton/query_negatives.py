@@ -113,9 +113,12 @@ def _merge(top, total, score):
 
 
 @triton.jit
-def _log_add_exp(a, b):
-    top = tl.where(a > b, a, b)
-    return tl.where((a == b) & (a - a != 0.0), a, top + log1p(tl.exp(-tl.abs(a - b))))
+def _merged(others, top, total):
+    """logaddexp(others, top + log(total)) in float64."""
+    own = _anchor(top).to(tl.float64) + tl.log(total).to(tl.float64)
+    larger = tl.where(others > own, others, own)
+    rest = log1p(tl.exp(-tl.abs(others - own).to(top.dtype))).to(tl.float64)
+    return tl.where((others == own) & (others - others != 0.0), others, larger + rest)
 
 
 @triton.jit
@@ -130,11 +133,15 @@ def _energy(score, valid, threshold, ENERGY: tl.constexpr):
 
 
 @triton.jit
-def _weights(score, valid, value, threshold, coefficient, smoothing, ENERGY: tl.constexpr):
-    """The derivative of the energy times the coefficient; 0 for negatives that are not valid."""
+def _weights(score, valid, value, threshold, coefficient, smoothing, ENERGY: tl.constexpr, ACC: tl.constexpr):
+    """The derivative of the energy times the coefficient; 0 for negatives that are not valid. value: float64, whose
+    rounding the coefficient makes up for."""
     if ENERGY == 0:
-        weight = coefficient * tl.exp(score - _anchor(value)) - smoothing
-        weight = tl.where(value == float("-inf"), 0.0, weight)
+        rounded = value.to(ACC)
+        rounding = (rounded.to(tl.float64) - value).to(ACC)
+        coefficient = tl.where(rounded.to(tl.float64) == value, coefficient, coefficient * tl.exp(rounding))
+        weight = coefficient * tl.exp(score - _anchor(rounded)) - smoothing
+        weight = tl.where(rounded == float("-inf"), 0.0, weight)
     elif ENERGY == 1:
         e = tl.exp(-tl.abs(score))
         weight = coefficient * (tl.where(score < 0.0, e, 1.0) / (1.0 + e))
@@ -159,7 +166,7 @@ def query_negatives_kernel(
     WANT_QUERY: tl.constexpr, WANT_NEGATIVES: tl.constexpr, WANT_SCORES: tl.constexpr,
     ONE_TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    ACC: tl.constexpr = value_out.dtype.element_ty
+    ACC: tl.constexpr = logit_scale.dtype.element_ty
     INDEPENDENT: tl.constexpr = (ENERGY != 0) or FINAL  # each weight depends only on its own score
     TWICE: tl.constexpr = not (INDEPENDENT or ONE_TILE)
     row = tl.program_id(0).to(tl.int64)
@@ -180,9 +187,10 @@ def query_negatives_kernel(
     inverse_norm = tl.full((), 1.0, ACC)
     if NORMALISE:
         inverse_norm = tl.load(query_inverse_norm + row)
-    threshold = tl.full((), float("-inf") if ENERGY == 0 else 0.0, ACC)
+    others = tl.full((), float("-inf") if ENERGY == 0 else 0.0, tl.float64)
     if HAS_REFERENCE:
-        threshold = tl.load(reference + row)
+        others = tl.load(reference + row)
+    threshold = others.to(ACC)
     factor = tl.full((), 0.0, ACC)
     if GRADIENT:
         factor = tl.load(coefficient + row)
@@ -192,7 +200,7 @@ def query_negatives_kernel(
 
     top = tl.full((), float("-inf"), ACC)
     total = tl.full((), 0.0, ACC)
-    value = threshold if ENERGY == 0 else total
+    value = others if ENERGY == 0 else total.to(tl.float64)
     if TWICE:
         for start in range(0, K, BLOCK_K):
             k = start + lane
@@ -203,7 +211,7 @@ def query_negatives_kernel(
             top, total = _merge(top, total, score)
             if WANT_SCORES:
                 tl.store(scores + k, score, mask=k < K)
-        value = _log_add_exp(threshold, _anchor(top) + tl.log(total))
+        value = _merged(others, top, total)
 
     scale_grad = tl.full((), 0.0, ACC)
     bias_grad = tl.full((), 0.0, ACC)
@@ -218,12 +226,12 @@ def query_negatives_kernel(
             if WANT_SCORES and not TWICE:
                 tl.store(scores + k, score, mask=k < K)
             if ENERGY != 0:
-                value += _energy(score, valid, threshold, ENERGY)
+                value += _energy(score, valid, threshold, ENERGY).to(tl.float64)
             elif ONE_TILE and not FINAL:
                 top, total = _merge(top, total, score)
-                value = _log_add_exp(threshold, _anchor(top) + tl.log(total))
+                value = _merged(others, top, total)
             if GRADIENT:
-                weight = _weights(score, valid, value, threshold, factor, smooth, ENERGY)
+                weight = _weights(score, valid, value, threshold, factor, smooth, ENERGY, ACC)
                 scale_grad += tl.sum(weight * similarity, 0)
                 bias_grad += tl.sum(weight, 0)
                 negative_weight = weight * inverse
