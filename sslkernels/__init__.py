@@ -19,10 +19,12 @@ from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 from sslkernels.vocabulary.linear_sample import LinearSample, linear_sample
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.vocabulary.prototypes.linear_distillation import DistillationStats, linear_distillation
 
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "DistillationStats",
     "GaussianSample",
     "GumbelQuantized",
     "LatentStats",
@@ -44,6 +46,7 @@ __all__ = [
     "gumbel_softmax",
     "info_nce",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_sample",
     "mask_tokens",
     "negative_sampling_loss",
