@@ -55,7 +55,7 @@ inline DistillationRows parse_distillation_rows(const Tensor& logits, const Opti
     rows.choices = index->size(1);
     rows.index = readable<int64_t>(*index, {rows.count, rows.choices}, ScalarType::Long, "index");
     rows.share = readable(share, {rows.count, rows.choices}, type, "share");
-    check_indices(*index, rows.count * rows.choices, teachers, "index");
+    check_optional_indices(*index, rows.count * rows.choices, teachers, "index");
   } else {
     STD_TORCH_CHECK(teachers == rows.count, "sslkernels: without an index there is a teacher for each row");
   }

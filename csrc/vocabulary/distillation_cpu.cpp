@@ -110,7 +110,7 @@ class Target {
  public:
   Target(const DistillationRows& rows, int64_t i) : rows_(rows), i_(i) {
     for (int64_t t = 0; t < rows.choices; ++t) {
-      if (share(t) == A(0)) continue;
+      if (teacher(t) < 0) continue;
       last_ = t;
       ++chosen_;
     }
@@ -124,7 +124,7 @@ class Target {
     if (chosen_ == 1) return row(last_) + begin;
     bool first = true;
     for (int64_t t = 0; t < rows_.choices; ++t) {
-      if (share(t) == A(0)) continue;
+      if (teacher(t) < 0) continue;
       const A weight = factor_of(t);
       const A* in = row(t) + begin;
       if (first) {
@@ -143,7 +143,7 @@ class Target {
   void at(int64_t column, A* q, A* rest) const {
     *q = *rest = 0;
     for (int64_t t = 0; t < rows_.choices; ++t) {
-      if (share(t) == A(0)) continue;
+      if (teacher(t) < 0) continue;
       const A weight = factor_of(t), e = row(t)[column];
       *q += weight * e;
       *rest += rows_.teacher_best[teacher(t)] == column ? weight * others(t) : share(t) - weight * e;

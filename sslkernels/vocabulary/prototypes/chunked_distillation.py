@@ -125,7 +125,7 @@ def _masses(state: TeacherState, choice: Choice) -> Tensor:
     # Sums of integers: on a GPU, floats would be summed in an order that varies.
     unit = 2.0 ** (62 - choice.share.shape[0].bit_length())
     units = (choice.share.nan_to_num().double() * unit).round().long()
-    mass = torch.zeros_like(state.best).index_add_(0, choice.index.reshape(-1), units.reshape(-1))
+    mass = torch.zeros_like(state.best).index_add_(0, choice.index.clamp_min(0).reshape(-1), units.reshape(-1))
     return (mass.double() / unit).to(inverse.dtype) * inverse
 
 
@@ -149,7 +149,7 @@ class _Teachers:
         self.rounded_to = options.teacher_dtype
         self.teacher = operands.teacher
         self.weight = operands.teacher_weight.to(options.teacher_dtype).to(self.dtype)
-        self.head = _head(operands.teacher_offset, operands.temperature[1], acc)
+        self.head = _head(centered(operands.teacher_offset), operands.temperature[1], acc)
         self.buffer = operands.input.new_empty(0, dtype=acc)
 
     def state(self, chunk: slice, order: _Order) -> tuple[TeacherState, Choice]:
@@ -166,8 +166,8 @@ class _Teachers:
             slots = min(teachers, index.numel())
         nth = torch.arange(1, slots + 1, device=index.device)
         rows = torch.searchsorted(number, nth).clamp_max(teachers - 1)
-        local = (number[index] - 1).clamp_min(0)
-        return self._exponentials(self.teacher[rows]), Choice(local.contiguous(), share)
+        local = torch.where(share != 0, number[index] - 1, -1)
+        return self._exponentials(self.teacher[rows]), Choice(local, share)
 
     def _exponentials(self, rows: Tensor) -> TeacherState:
         if self.buffer.shape[0] < rows.shape[0]:
@@ -275,4 +275,7 @@ class _Students:
 
 def _head(offset: Tensor | None, temperature: Tensor, dtype: torch.dtype) -> Head:
     inverse = inverse_of(temperature)
-    return Head(None if offset is None else (offset * inverse).to(dtype), inverse.to(dtype).reshape(1))
+    if offset is not None:
+        padded = offset.new_zeros(row_pitch(offset.shape[0]), dtype=dtype)  # a kernel reads whole vectors
+        offset = padded[: offset.shape[0]].copy_(offset * inverse)
+    return Head(offset, inverse.to(dtype).reshape(1))
