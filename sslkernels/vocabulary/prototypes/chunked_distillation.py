@@ -242,9 +242,7 @@ class _Students:
         count, vocab = x.shape[0], self.weight.shape[0]
         products = _multiply(x, self.weight, self.buffer[:count, :vocab])
         grad = None if coefficient is None else self.gradient_buffer[:count, :vocab]
-        self.kernels.student(
-            products, self.head, state, choice, coefficient, outputs, self.options.divergence, grad
-        )
+        self.kernels.student(products, self.head, state, choice, coefficient, outputs, self.options.divergence, grad)
 
     def accumulate(self, x: Tensor, begin: int) -> None:
         """Adds the contribution of the chunk whose first row is `begin` to every wanted gradient."""

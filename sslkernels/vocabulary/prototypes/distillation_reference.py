@@ -3,6 +3,8 @@ dtype."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def forward(
     acc = accumulation_dtype(operands.input.dtype)
     student_inverse, teacher_inverse = inverse_of(operands.temperature).unbind()
     weight = operands.linear_weight.to(options.student_dtype).to(acc)
-    q, left_out = _target(operands, options, teacher_inverse)
+    target = _target(operands, options, teacher_inverse)
+    q, left_out = target.q, target.left_out
     # A row that is left out may hold anything.
     x = operands.input.masked_fill(left_out.unsqueeze(1), 0).to(options.student_dtype).to(acc)
     z = _scaled(x @ weight.t(), centered(operands.linear_bias), student_inverse)
@@ -60,7 +63,13 @@ def forward(
         return outputs, gradients
     coefficient = (coefficient * student_inverse).masked_fill(left_out, 0)
     coefficient = normalise(coefficient, gradients.scale, operands.input.dtype)
-    grad = (coefficient.unsqueeze(1) * (p - q)).masked_fill(left_out.unsqueeze(1), 0)
+    difference = p - q
+    # Where both are near 1, 1 - q and 1 - p are known without cancellation.
+    p_best, q_best = p.gather(1, best), q.gather(1, best)
+    at_best = torch.where(
+        (p_best > 0.5) & (q_best > 0.5), target.rest.gather(1, best) - others / (1 + others), p_best - q_best
+    )
+    grad = (coefficient.unsqueeze(1) * difference.scatter(1, best, at_best)).masked_fill(left_out.unsqueeze(1), 0)
     if wanted.input:
         gradients.input.copy_(grad @ weight)
     if wanted.linear_weight:
@@ -76,17 +85,30 @@ def _scaled(logits: Tensor, offset: Tensor | None, inverse: Tensor) -> Tensor:
     return logits if offset is None else logits + (offset * inverse).to(logits.dtype)
 
 
-def _target(operands: Operands, options: Options, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """q (N, V), and the rows that have none."""
+class _Target(NamedTuple):
+    """q (N, V), 1 - q, and the rows that have none."""
+
+    q: Tensor
+    rest: Tensor
+    left_out: Tensor
+
+
+def _target(operands: Operands, options: Options, inverse: Tensor) -> _Target:
     count, index = operands.input.shape[0], operands.teacher_index
     acc = accumulation_dtype(operands.input.dtype)
     teacher, weight = (t.to(options.teacher_dtype).to(acc) for t in (operands.teacher, operands.teacher_weight))
-    softmax = _scaled(teacher @ weight.t(), centered(operands.teacher_offset), inverse).softmax(1)
+    z = _scaled(teacher @ weight.t(), centered(operands.teacher_offset), inverse)
+    row_max, best = z.max(1, keepdim=True)
+    exp = (z - row_max).exp()
+    others = exp.scatter(1, best, 0).sum(1, keepdim=True)
+    softmax = exp / (1 + others)
+    rest = (1 - softmax).scatter(1, best, others / (1 + others))
     if index is None:
-        return softmax, torch.zeros(count, dtype=torch.bool, device=softmax.device)
+        return _Target(softmax, rest, torch.zeros(count, dtype=torch.bool, device=z.device))
     index, share = shares(index, operands.teacher.shape[0], acc)
-    q = softmax.new_zeros(count, weight.shape[0])
-    for row, part in zip(index.unbind(1), share.unbind(1), strict=True):
+    q, rest_of_q = (softmax.new_zeros(count, weight.shape[0]) for _ in range(2))
+    for row, part in zip(index.unbind(1), share.unsqueeze(2).unbind(1), strict=True):
         if softmax.shape[0] > 0:
-            q += torch.where(part == 0, 0, part).unsqueeze(1) * softmax[row].masked_fill((part == 0).unsqueeze(1), 0)
-    return q, (share == 0).all(1)
+            q += torch.where(part == 0, 0, part * softmax[row])
+            rest_of_q += torch.where(part == 0, 0, part * rest[row])
+    return _Target(q, rest_of_q, (share == 0).all(1))

@@ -174,9 +174,7 @@ class _ReducedLoss(Function):
     def setup_context(ctx, inputs, outputs):
         operands, row_weight, divisor, _, ctx.computed = inputs
         _, rows, gradients = outputs
-        leaves = _Leaves(
-            operands.input, operands.linear_weight, operands.linear_bias, operands.temperature, row_weight
-        )
+        leaves = _Leaves(operands.input, operands.linear_weight, operands.linear_bias, operands.temperature, row_weight)
         save(ctx, gradients, rows.loss, rows.gap, divisor, leaves)
 
     @staticmethod
@@ -424,11 +422,12 @@ def _check_heads(
     center: Tensor | None,
 ) -> None:
     check_head(NAME, "student", student, student_weight, student_bias)
+    checks.tensor(NAME, "teacher_weight", teacher_weight, checks.FLOAT_DTYPES)
+    if teacher_weight.shape[:1] != student_weight.shape[:1]:
+        must = f"have as many rows as student_weight, {student_weight.shape[0]}"
+        checks.fail(ValueError, NAME, "teacher_weight", must, tuple(teacher_weight.shape))
     check_head(NAME, "teacher", teacher, teacher_weight, teacher_bias, student.device)
     vocab = student_weight.shape[0]
-    if teacher_weight.shape[0] != vocab:
-        must = f"have as many rows as student_weight, {vocab}"
-        checks.fail(ValueError, NAME, "teacher_weight", must, tuple(teacher_weight.shape))
     if teacher.dtype == torch.float64 and student.dtype != torch.float64:
         checks.fail(TypeError, NAME, "teacher", f"not be float64 with a student of {student.dtype}", teacher.dtype)
     checks.tensor(NAME, "center", center, checks.FLOAT_DTYPES, optional=True)

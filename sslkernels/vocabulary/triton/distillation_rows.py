@@ -99,11 +99,13 @@ def _mixture(
     teacher, teacher_stride, index, share, others, row, cols, access, inside, choices,
     HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    q = tl.zeros((BLOCK,), others.dtype.element_ty)
-    for t in range(0, choices):
-        k, given, _, factor = _chosen(index, share, others, row, t, choices, HAS_INDEX)
-        e = tl.load(teacher + k * teacher_stride + cols, access & given, other=0.0)
-        q += factor * e
+    if HAS_INDEX:
+        q = tl.zeros((BLOCK,), others.dtype.element_ty)
+        for t in range(0, choices):
+            k, given, _, factor = _chosen(index, share, others, row, t, choices, HAS_INDEX)
+            q += factor * tl.load(teacher + k * teacher_stride + cols, access & given, other=0.0)
+    else:
+        q = tl.load(teacher + row * teacher_stride + cols, access, other=0.0) / (1.0 + tl.load(others + row))
     return tl.where(inside, q, 0.0)
 
 
