@@ -129,28 +129,49 @@ def _masses(state: TeacherState, choice: Choice) -> Tensor:
     return (mass.double() / unit).to(inverse.dtype) * inverse
 
 
-def _matmul_dtype(device: torch.device, compute_dtype: torch.dtype, acc: torch.dtype) -> torch.dtype:
-    """On a CPU a matmul of 16-bit numbers has no float32 result."""
-    return compute_dtype if device.type == "cuda" and acc != torch.float64 else acc
+class Projection:
+    """The products of rows and a weight, chunk by chunk, in a buffer in the accumulation dtype."""
 
+    def __init__(
+        self, rows: Tensor, weight: Tensor, offset: Tensor | None, temperature: Tensor, compute_dtype: torch.dtype
+    ) -> None:
+        """offset (V,), float64: what is added to the logits; only its differences matter."""
+        acc = accumulation_dtype(rows.dtype)
+        # On a CPU a matmul of 16-bit numbers has no float32 result.
+        self.dtype = compute_dtype if rows.device.type == "cuda" and acc != torch.float64 else acc
+        self.rounded_to = compute_dtype
+        self.weight = weight.to(compute_dtype).to(self.dtype)
+        self.head = _head(centered(offset), temperature, acc)
+        self.buffer = rows.new_empty(0, dtype=acc)
 
-def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    out_dtype = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
-    return torch.mm(x, weight.t(), **out_dtype, out=out)
+    def matmul_operand(self, rows: Tensor) -> Tensor:
+        return rows.to(self.rounded_to).to(self.dtype)
+
+    def products(self, rows: Tensor) -> Tensor:
+        """(rows, V), which the next call overwrites."""
+        vocab = self.weight.shape[0]
+        if self.buffer.shape[0] < rows.shape[0]:
+            self.buffer = self.buffer.new_empty((round_up(rows.shape[0], ROW_MULTIPLE), row_pitch(vocab)))
+        out = self.buffer[: rows.shape[0], :vocab]
+        out_dtype = {} if out.dtype == self.dtype else {"out_dtype": out.dtype}
+        return torch.mm(self.matmul_operand(rows), self.weight.t(), **out_dtype, out=out)
 
 
 class _Teachers:
-    """The teacher's logits of a chunk."""
+    """The teacher's softmaxes of a chunk."""
 
     def __init__(self, rows: DistillationRows, operands: Operands, options: Options) -> None:
         self.kernels = rows
+        # In the accumulation dtype of the student, whose float64 a teacher need not share.
         acc = accumulation_dtype(operands.input.dtype)
-        self.dtype = _matmul_dtype(operands.input.device, options.teacher_dtype, acc)
-        self.rounded_to = options.teacher_dtype
-        self.teacher = operands.teacher
-        self.weight = operands.teacher_weight.to(options.teacher_dtype).to(self.dtype)
-        self.head = _head(centered(operands.teacher_offset), operands.temperature[1], acc)
-        self.buffer = operands.input.new_empty(0, dtype=acc)
+        self.teacher = operands.teacher.to(acc) if acc == torch.float64 else operands.teacher
+        self.projection = Projection(
+            self.teacher,
+            operands.teacher_weight,
+            operands.teacher_offset,
+            operands.temperature[1],
+            options.teacher_dtype,
+        )
 
     def state(self, chunk: slice, order: _Order) -> tuple[TeacherState, Choice]:
         if order.index is None:
@@ -160,21 +181,15 @@ class _Teachers:
         needed = torch.zeros(teachers + 1, dtype=torch.int64, device=index.device)
         needed[torch.where(share != 0, index, teachers)] = 1
         number = needed[:teachers].cumsum(0)
-        if index.device.type == "cpu":
-            slots = int(number[-1])
-        else:  # room for as many as there can be
-            slots = min(teachers, index.numel())
+        # On a GPU room for as many as there can be: to count them would synchronise.
+        slots = int(number[-1]) if index.device.type == "cpu" else min(teachers, index.numel())
         nth = torch.arange(1, slots + 1, device=index.device)
         rows = torch.searchsorted(number, nth).clamp_max(teachers - 1)
         local = torch.where(share != 0, number[index] - 1, -1)
         return self._exponentials(self.teacher[rows]), Choice(local, share)
 
     def _exponentials(self, rows: Tensor) -> TeacherState:
-        if self.buffer.shape[0] < rows.shape[0]:
-            self.buffer = self.buffer.new_empty((rows.shape[0], row_pitch(self.weight.shape[0])))
-        out = self.buffer[: rows.shape[0], : self.weight.shape[0]]
-        products = _multiply(rows.to(self.rounded_to).to(self.dtype), self.weight, out)
-        return self.kernels.teacher(products, self.head)
+        return self.kernels.teacher(self.projection.products(rows), self.projection.head)
 
 
 class _Students:
@@ -185,11 +200,12 @@ class _Students:
     ) -> None:
         self.kernels, self.options, self.wanted, self.gradients = rows, options, wanted, gradients
         self.acc = accumulation_dtype(operands.input.dtype)
-        self.dtype = _matmul_dtype(operands.input.device, options.student_dtype, self.acc)
         self.input = operands.input
-        self.weight = operands.linear_weight.to(options.student_dtype).to(self.dtype)
-        self.head = _head(centered(operands.linear_bias), operands.temperature[0], self.acc)
-        self.buffer = self.gradient_buffer = operands.input.new_empty(0, dtype=self.acc)
+        self.projection = Projection(
+            operands.input, operands.linear_weight, operands.linear_bias, operands.temperature[0], options.student_dtype
+        )
+        self.dtype, self.weight = self.projection.dtype, self.projection.weight
+        self.gradient_buffer = operands.input.new_empty(0, dtype=self.acc)
         self.grad_weight = gradients.linear_weight
         if wanted.linear_weight and self.grad_weight.dtype != self.acc:
             self.grad_weight = torch.empty_like(self.grad_weight, dtype=self.acc)
@@ -222,8 +238,8 @@ class _Students:
         else:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             rows = wave_rows(order.count, self.weight.shape[0], fit, processors)
-        self.buffer = self.buffer.new_empty((round_up(rows, ROW_MULTIPLE), pitch))
-        self.gradient_buffer = torch.empty_like(self.buffer, dtype=self.dtype) if separate else self.buffer
+        if separate:
+            self.gradient_buffer = self.input.new_empty((round_up(rows, ROW_MULTIPLE), pitch), dtype=self.dtype)
         if self.wanted.input:
             padded = round_up(order.count, ROW_MULTIPLE)
             self.grad_input = self.input.new_empty((padded, self.input.shape[1]), dtype=self.dtype)
@@ -234,15 +250,19 @@ class _Students:
         x = self.input[chunk]
         if order.rows is not None:
             x = self.input[order.rows[chunk]].masked_fill_((order.share[chunk] == 0).all(1, keepdim=True), 0)
-        return x.to(self.options.student_dtype).to(self.dtype)
+        return self.projection.matmul_operand(x)
 
     def process(
         self, x: Tensor, state: TeacherState, choice: Choice, coefficient: Tensor | None, outputs: RowOutputs
     ) -> None:
         count, vocab = x.shape[0], self.weight.shape[0]
-        products = _multiply(x, self.weight, self.buffer[:count, :vocab])
+        products = self.projection.products(x)
+        if self.dtype == self.acc:
+            self.gradient_buffer = self.projection.buffer
         grad = None if coefficient is None else self.gradient_buffer[:count, :vocab]
-        self.kernels.student(products, self.head, state, choice, coefficient, outputs, self.options.divergence, grad)
+        self.kernels.student(
+            products, self.projection.head, state, choice, coefficient, outputs, self.options.divergence, grad
+        )
 
     def accumulate(self, x: Tensor, begin: int) -> None:
         """Adds the contribution of the chunk whose first row is `begin` to every wanted gradient."""

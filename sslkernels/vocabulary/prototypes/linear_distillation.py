@@ -34,9 +34,9 @@ class DistillationStats(NamedTuple):
     """Statistics of the softmaxes that are compared, without gradients. Whether the prototypes collapsed: the teacher's
     entropy near 0 with a low perplexity (one prototype), or near log V (uniform).
 
-    teacher_entropy, student_entropy `(...)`: of q and p, in nats; 0 in a row without a teacher. agreement `(...)`, bool:
-    whether both are largest at the same prototype. usage `(V,)`: mass of each prototype, the mean of q over the rows
-    with a teacher. perplexity `()`: exp of the entropy of the usage.
+    teacher_entropy, student_entropy `(...)`: of q and p, in nats; 0 in a row without a teacher. agreement `(...)`:
+    bool, whether both are largest at the same prototype. usage `(V,)`: mass of each prototype, the mean of q over the
+    rows with a teacher. perplexity `()`: exp of the entropy of the usage.
     """
 
     teacher_entropy: Tensor
@@ -250,9 +250,9 @@ def linear_distillation(
     16-bit dtypes the logits are float32.
 
     Args:
-        student: features `(..., D)`; float32, bfloat16, float16 or float64. Under autocast its matmuls run in autocast's
-            dtype, whatever the dtypes of student and weight; otherwise the two must be equal. On a CPU 16-bit dtypes
-            compute in float32.
+        student: features `(..., D)`; float32, bfloat16, float16 or float64. Under autocast its matmuls run in the dtype
+            of autocast, whatever the dtypes of student and weight; otherwise the two must be equal. On a CPU 16-bit
+            dtypes compute in float32.
         student_weight: `(V, D)`.
         teacher: features `(..., Dt)`, of the same number of rows as student without a `teacher_index`; detached, like
             `teacher_weight`, `teacher_bias` and `center`. float64 only if student is.
@@ -273,8 +273,8 @@ def linear_distillation(
         mode: "fast": the gradients are computed in forward and kept until backward; "compact": backward recomputes the
             logits, and no buffer of the size of a gradient lives before it; "auto": fast if a gradient is wanted. With
             `reduction="none"` every mode runs the compact plan.
-        workspace_bytes: upper bound of the bytes of the buffers of logits, which hold at least 16 rows. Default: 512 MiB
-            on CUDA, 128 MiB on a CPU.
+        workspace_bytes: upper bound of the bytes of the buffers of logits, which hold at least 16 rows. Default: 512
+            MiB on CUDA, 128 MiB on a CPU.
         process_group: ranks that the weights are sharded over; not implemented yet, must be None.
         return_stats: also return `DistillationStats`, from the same pass.
 
@@ -307,8 +307,8 @@ def linear_distillation(
     checks.boolean(NAME, "return_stats", return_stats)
     if process_group is not None:
         raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weights on every rank")
-    student_dtype = _compute_dtype("student", student, student_weight)
-    teacher_dtype = _compute_dtype("teacher", teacher, teacher_weight)
+    student_dtype = compute_dtype_of_head(NAME, "student", student, student_weight)
+    teacher_dtype = compute_dtype_of_head(NAME, "teacher", teacher, teacher_weight)
     options = Options(divergence == "kl", return_stats, student_dtype, teacher_dtype, workspace_bytes)
     temperatures = [
         _temperature(name, value, student.device)
@@ -383,13 +383,13 @@ def _divisor(operands: Operands, num_items: int | Tensor | None, on_empty: str, 
     return torch.where(count == 0, 1, divisor) if on_empty == "zero" else divisor
 
 
-def _compute_dtype(name: str, features: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype_of_head(function: str, name: str, features: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the matmuls: autocast's where it is enabled, else the dtype that both tensors must have."""
     if checks.autocast(features.device) and torch.float64 not in (features.dtype, weight.dtype):
         return torch.get_autocast_dtype(features.device.type)
     if weight.dtype != features.dtype:
         must = f"have the dtype of {name}, {features.dtype}, outside autocast"
-        checks.fail(TypeError, NAME, f"{name}_weight", must, weight.dtype)
+        checks.fail(TypeError, function, f"{name}_weight", must, weight.dtype)
     return features.dtype
 
 

@@ -2,8 +2,8 @@
 
 A row is read once for its maximum, once for its sums and, in a student's row, once for its gradient; the exponentials
 of a student are recomputed, which costs less than to write and read them. Sums leave the largest exponential out, so
-that a confident row keeps its loss. Rows begin at a multiple of VECTOR elements and have room for whole vectors at their
-end, where what is read or written does not matter.
+that a confident row keeps its loss. Rows begin at a multiple of VECTOR elements and have room for whole vectors at
+their end, where what is read or written does not matter.
 """
 
 from typing import Any
