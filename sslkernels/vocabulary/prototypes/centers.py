@@ -176,8 +176,8 @@ def sinkhorn_center(
             iteration, two in the first. Ranks may have different numbers of rows.
 
     Returns:
-        `(V,)`, float32 (float64 for a float64 teacher), with mean 0: a center is determined up to a constant. A
-        prototype that no row can choose, for logits of -inf, has 0.
+        `(V,)`, float32 (float64 for a float64 teacher), with mean 0: a center is determined up to a constant. It is
+        finite also where no row can choose a prototype, for logits of -inf; 0 if there are no rows.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A temperature tensor that is
