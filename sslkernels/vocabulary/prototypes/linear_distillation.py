@@ -136,7 +136,7 @@ def _row_gradients(grad_loss: Tensor, operands: Operands, options: Options, want
 
 @once_differentiable(NAME)
 def _temperature_gradient(weights: Tensor, gap: Tensor, temperature: Tensor, leaves: Operands) -> Tensor:
-    """Of sum(weights * loss), by both temperatures; the teacher's gets none."""
+    """The gradient of sum(weights * loss) by both temperatures; the teacher's is 0."""
     by_student = (weights * gap).sum().to(temperature.dtype) / temperature[0]
     return torch.stack([by_student, torch.zeros_like(by_student)])
 
