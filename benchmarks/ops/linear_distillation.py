@@ -89,9 +89,11 @@ class LinearDistillation(Benchmark):
         return [self.case(rows), self.case({**rows, "N": 24, "M": 8}, torch.bfloat16)]
 
     def twin(self, case: Case) -> Case:
+        """Whole images: their rows, or pairs of rows."""
         n, m = case.shape["N"], case.shape["M"]
-        share = max(n // self.twin_rows, 1)
-        return self.case({**case.shape, "N": n // share, "M": m // share}, case.dtype)
+        images = m if n == m else m // 2
+        fewer = max(images * self.twin_rows // n, 1)
+        return self.case({**case.shape, "N": n // images * fewer, "M": m // images * fewer}, case.dtype)
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
         """Unit features and prototypes, as of a DINO head."""

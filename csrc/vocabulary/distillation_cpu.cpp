@@ -33,6 +33,28 @@ struct Logits {
       for (int64_t j = 0; j < count; ++j) out[j] = fused(in[j], factor, add[j]);
     }
   }
+
+  // The largest z of the block, NaN left out.
+  A block_max(int64_t begin, int64_t count) const {
+    const A* in = raw + begin;
+    const A factor = scale;
+    A largest = -std::numeric_limits<A>::infinity();
+    if (offset == nullptr) {
+#pragma omp simd reduction(max : largest)
+      for (int64_t j = 0; j < count; ++j) {
+        const A z = in[j] * factor;
+        largest = z > largest ? z : largest;
+      }
+    } else {
+      const A* add = offset + begin;
+#pragma omp simd reduction(max : largest)
+      for (int64_t j = 0; j < count; ++j) {
+        const A z = fused(in[j], factor, add[j]);
+        largest = z > largest ? z : largest;
+      }
+    }
+    return largest;
+  }
 };
 
 // run(begin, count) over the blocks of [begin, end).
@@ -73,7 +95,8 @@ Largest<A> largest_of(const Logits<A>& logits, int64_t vocab) {
   Largest<A> largest;
   A z[kBlock];
   blocks(0, vocab, [&](int64_t begin, int64_t count) {
-    logits.block(begin, count, z);
+    if (!(logits.block_max(begin, count) > largest.value)) return;
+    logits.block(begin, count, z);  // only to find the column
     largest.update(z, begin, count);
   });
   return largest;
