@@ -63,7 +63,7 @@ class LinearDistillation(Benchmark):
     results = ("loss", "grad student", "grad head")
     settings = frozenset({"backward"})
     twin_rows = 64
-    host = HostCase({"N": 32, "M": 32, "D": 64, "K": 1000}, 4.0)
+    host = HostCase({"N": 32, "M": 32, "D": 64, "K": 1000}, 3.0)
 
     def cost(self, case: Case) -> tuple[int, int]:
         """Features and heads are read, the gradients of the student's written; one matmul of the teacher, one or three

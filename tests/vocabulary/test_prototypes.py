@@ -32,6 +32,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert float((got - want).abs().max() / want.abs().max()) <= 4 * TOLERANCE[dtype]
 
 
+@pytest.mark.full_for(name="triton", dtype=torch.float64)
 @DTYPES
 @pytest.mark.parametrize("name", BACKENDS)
 def test_sinkhorn_is_lightlys(name, dtype, device):
@@ -270,6 +271,7 @@ def _on_rank(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.full
 @pytest.mark.costly("processes start")
 def test_centers_are_those_of_the_rows_of_all_ranks(tmp_path):
     """Ranks with different numbers of rows, once without any."""
