@@ -246,11 +246,9 @@ def test_a_row_has_its_own_values_only(name, device):
 def test_no_rows(name, mode, device):
     leaves, constant = everything(device)
     none = torch.full((12, 2), -1, device=device)
-    for index, rows in ((none, 12), (none[:0], 0), (None, 0)):
+    for index, rows, teachers in ((none, 12, 5), (none, 12, 0), (none[:0], 0, 5), (None, 0, 0)):
         some = {k: t[:rows] if k in ("student", "row_weight") else t for k, t in leaves.items()}
-        rest = {**constant, "teacher_index": index}
-        if index is None:
-            rest["teacher"] = rest["teacher"][:0]
+        rest = {**constant, "teacher_index": index, "teacher": constant["teacher"][:teachers]}
         with sk.use_backend(name):
             assert sk.linear_distillation(**some, **rest, mode=mode).isnan()
             zero = sk.linear_distillation(**some, **rest, mode=mode, on_empty="zero")

@@ -94,7 +94,9 @@ def _order(operands: Operands, dtype: torch.dtype) -> _Order:
     label[teachers] = teachers
     rows = torch.argsort(label[given].amin(1), stable=True)
     valid = (first < teachers).sum()
-    if index.device.type == "cpu":  # elsewhere to drop the rows without a teacher would synchronise
+    if teachers == 0:
+        count, rows = 0, rows[:0]
+    elif index.device.type == "cpu":  # elsewhere to drop the rows without a teacher would synchronise
         count = valid = int(valid)
         rows = rows[:count]
     return _Order(count, rows, valid, index[rows], share[rows])
@@ -179,7 +181,7 @@ class _Teachers:
         index, share = order.index[chunk], order.share[chunk]
         teachers = self.teacher.shape[0]
         needed = torch.zeros(teachers + 1, dtype=torch.int64, device=index.device)
-        needed[torch.where(share != 0, index, teachers)] = 1
+        needed.index_fill_(0, torch.where(share != 0, index, teachers).reshape(-1), 1)
         number = needed[:teachers].cumsum(0)
         # On a GPU room for as many as there can be: to count them would synchronise.
         slots = int(number[-1]) if index.device.type == "cpu" else min(teachers, index.numel())
