@@ -19,10 +19,13 @@ from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 from sslkernels.vocabulary.linear_sample import LinearSample, linear_sample
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
+from sslkernels.vocabulary.prototypes.centers import sinkhorn_center, teacher_center
+from sslkernels.vocabulary.prototypes.linear_distillation import DistillationStats, linear_distillation
 
 __all__ = [
     "ContrastiveStats",
     "CrossEntropyStats",
+    "DistillationStats",
     "GaussianSample",
     "GumbelQuantized",
     "LatentStats",
@@ -44,6 +47,7 @@ __all__ = [
     "gumbel_softmax",
     "info_nce",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_sample",
     "mask_tokens",
     "negative_sampling_loss",
@@ -56,6 +60,8 @@ __all__ = [
     "random_normal",
     "random_uniform",
     "siglip_loss",
+    "sinkhorn_center",
+    "teacher_center",
     "use_backend",
     "vector_quantize",
 ]

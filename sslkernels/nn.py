@@ -5,6 +5,7 @@ from sslkernels.latent.modules import FreeEnergy, GaussianLatent, GumbelQuantize
 from sslkernels.latent.quantizers import VectorQuantizer
 from sslkernels.latent.residual_quantizer import ResidualVectorQuantizer
 from sslkernels.vocabulary.modules import CrossEntropyLoss, LinearCrossEntropyLoss, TokenMasker
+from sslkernels.vocabulary.prototypes.modules import PrototypeLoss
 
 __all__ = [
     "ClipLoss",
@@ -16,6 +17,7 @@ __all__ = [
     "InfoNCELoss",
     "LinearCrossEntropyLoss",
     "NTXentLoss",
+    "PrototypeLoss",
     "ResidualVectorQuantizer",
     "SigLipLoss",
     "TokenMasker",

@@ -57,3 +57,8 @@ def supervised_contrastive(temperature: float) -> torch.nn.Module:
     unused = {"scipy": {}, "scipy.stats": {}, "scipy.special": {}, "tqdm": {"tqdm": iter}}
     losses = import_alone("pytorch_metric_learning.losses.supcon_loss", unused, whole_package=True)
     return losses.SupConLoss(temperature=temperature)
+
+
+def lightly_loss(name: str) -> types.ModuleType:
+    """A module of lightly's losses that takes logits."""
+    return import_alone(f"lightly.loss.{name}")

@@ -71,6 +71,16 @@ def _linear(**options: Any) -> PublicCall:
     return PublicCall("linear_cross_entropy", run, ((ROWS, DIM), (CODES, DIM), (CODES,)))
 
 
+def _distillation(**options: Any) -> PublicCall:
+    def run(x: Tensor, w: Tensor, b: Tensor, temperature: Tensor) -> Any:
+        teacher, index = torch.ones(5, DIM, device=x.device).cumsum(1) / DIM, indices(x, (ROWS, 2), 6) - 1
+        return sk.linear_distillation(
+            x, w, teacher, w, student_bias=b, student_temperature=temperature.exp(), teacher_index=index, **options
+        )
+
+    return PublicCall("linear_distillation", run, ((ROWS, DIM), (CODES, DIM), (CODES,), ()))
+
+
 def _pairs(function: str, *others: tuple[int, ...], **options: Any) -> PublicCall:
     def run(query: Tensor, key: Tensor, *rest: Tensor) -> Any:
         if function == "contrastive_energy" and rest:
@@ -123,6 +133,9 @@ CALLS = {
     "linear_cross_entropy": _linear(return_stats=True),
     "linear_cross_entropy-compact": _linear(mode="compact"),
     "linear_cross_entropy-none": _linear(reduction="none", return_stats=True),
+    "linear_distillation": _distillation(return_stats=True),
+    "linear_distillation-compact": _distillation(mode="compact", divergence="kl"),
+    "linear_distillation-none": _distillation(reduction="none", return_stats=True),
     "contrastive_energy": _pairs("contrastive_energy", return_stats=True),
     "contrastive_energy-none": _pairs("contrastive_energy", reduction="none", return_stats=True),
     "contrastive_energy-symmetric": _pairs("contrastive_energy", direction="symmetric", normalize=True),

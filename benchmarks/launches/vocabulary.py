@@ -7,10 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.launches.call import BF16, FP16, FP32, FP64, Call, binding, call, indices, when
+from sslkernels.core.chunks import row_pitch
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.vocabulary.linear_sample import LinearSample, SampleInputs, SampleOptions
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, MaskInputs, MaskRule
+from sslkernels.vocabulary.prototypes.distillation_records import RowOutputs
+from sslkernels.vocabulary.prototypes.distillation_rows import Choice, Head, TeacherState
 from sslkernels.vocabulary.softmax_rows import RowOptions, empty_outputs
+from sslkernels.vocabulary.triton.distillation_rows import distillation_rows, teacher_rows
 from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
 from sslkernels.vocabulary.triton.linear_sample import linear_sample
 from sslkernels.vocabulary.triton.mask_tokens import mask_tokens
@@ -25,6 +29,7 @@ ROWS = 4099
 def calls() -> Iterator[Call]:
     yield from row_calls()
     yield from stream_calls()
+    yield from distillation_calls()
     for dtype, shape, bias in (
         (BF16, (8192, 768), True),
         (BF16, (1, 4096), False),
@@ -81,6 +86,42 @@ def rows(
     cross_entropy_rows_fwd(logits, target, bias, weight, of_grad, outputs, gradient, options, stats)
     if grad:
         cross_entropy_rows_bwd(logits, target, bias, weight, coefficient, outputs.state, gradient, options)
+
+
+def distillation_calls() -> Iterator[Call]:
+    for dtype, vocab, options in (
+        (BF16, 65536, {"index": True, "offset": True}),
+        (BF16, 128257, {"index": True, "offset": True, "every": True}),
+        (FP16, 65536, {}),
+        (FP32, 65536, {"index": True, "offset": True}),
+        (FP32, 32003, {"index": True, "offset": True, "every": True}),
+        (FP64, 32003, {"index": True, "offset": True, "every": True}),
+        (None, 65536, {"every": True}),
+    ):
+        yield call(distillation, dtype, vocab, **options)
+    yield binding(distillation, FP32, 1, index=True, choices=1)
+    yield binding(distillation, None, 1, every=True)
+
+
+def distillation(
+    dtype: torch.dtype | None, vocab: int, *, index: bool = False, offset: bool = False, every: bool = False,
+    choices: int = 2,
+) -> None:  # fmt: skip
+    """dtype: that of the gradient, None for none; every: divergence and statistics."""
+    acc = accumulation_dtype(dtype or FP32)
+
+    def buffer(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(ROWS, row_pitch(vocab), dtype=dtype)[:, :vocab]
+
+    products = buffer(acc)
+    head = Head(when(offset, torch.empty(vocab, dtype=acc)), torch.empty(1, dtype=acc))
+    state = TeacherState(buffer(acc), torch.empty(ROWS, dtype=acc), indices(ROWS))
+    teacher_rows(head, state)
+    choice = Choice(when(index, indices(ROWS, choices)), when(index, torch.empty(ROWS, choices, dtype=acc)))
+    some = torch.empty(ROWS, dtype=acc)
+    outputs = RowOutputs(some, some, some, some, torch.empty(ROWS, dtype=torch.bool), torch.empty(int(every)))
+    grad = products if dtype == acc else when(dtype is not None, buffer(dtype or acc))
+    distillation_rows(products, head, state, choice, when(dtype is not None, some), outputs, every, grad)
 
 
 def stream_calls() -> Iterator[Call]:

@@ -2,6 +2,7 @@
 #include "core/cpu/bind.h"
 
 #include "vocabulary/cross_entropy_bind.h"
+#include "vocabulary/distillation_bind.h"
 #include "vocabulary/mask_tokens_bind.h"
 #include "vocabulary/sample_rows_bind.h"
 
@@ -19,6 +20,14 @@ void run_cross_entropy_rows_fwd(const CrossEntropyRows& rows) {
 void run_cross_entropy_rows_bwd(const CrossEntropyRows& rows) {
   if (rows.grad != rows.logits) advise_output(rows.grad, rows.count * rows.vocab, rows.element);
   parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(cross_entropy_rows_bwd), rows);
+}
+
+void run_teacher_rows(const TeacherRows& rows) {
+  parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(teacher_rows), rows);
+}
+
+void run_distillation_rows(const DistillationRows& rows) {
+  parallel(rows.count, row_grain(rows.vocab), SSLKERNELS_CURRENT_ISA(distillation_rows), rows);
 }
 
 void run_sample_rows(const SampleRows& sample) {
@@ -50,6 +59,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "cross_entropy_rows_bwd(Tensor logits, Tensor target, Tensor? bias, Tensor? weight, Tensor? weight_sum, "
       "Tensor coefficient, Tensor row_max, Tensor sum_exp, Tensor logprob, Tensor(a!) grad, int ignore_index, "
       "float[] options) -> ()");
+  m.def("teacher_rows(Tensor(a!) logits, Tensor? offset, Tensor scale, Tensor(b!) others, Tensor(c!) best) -> ()");
+  m.def(
+      "distillation_rows(Tensor(a!) logits, Tensor? offset, Tensor scale, Tensor teacher, Tensor teacher_others, "
+      "Tensor teacher_best, Tensor? index, Tensor? share, Tensor? coefficient, Tensor(b!) loss, Tensor(c!) gap, "
+      "Tensor(d!) teacher_entropy, Tensor(e!) student_entropy, Tensor(f!) agreement, bool divergence, bool stats) "
+      "-> ()");
   m.def(
       "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
       "Tensor scale, int draw, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) "
@@ -64,6 +79,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_cross_entropy_rows_fwd, run_cross_entropy_rows_fwd>(m, "cross_entropy_rows_fwd");
   bind_cpu<parse_cross_entropy_rows_bwd, run_cross_entropy_rows_bwd>(m, "cross_entropy_rows_bwd");
+  bind_cpu<parse_teacher_rows, run_teacher_rows>(m, "teacher_rows");
+  bind_cpu<parse_distillation_rows, run_distillation_rows>(m, "distillation_rows");
   bind_cpu<parse_sample_rows, run_sample_rows>(m, "sample_rows");
   bind_cpu<parse_mask_tokens, run_mask_tokens>(m, "mask_tokens");
 }

@@ -50,6 +50,8 @@ def draws(device):
     yield from ((name, lambda name=name: getattr(sk, name)((ROWS, DIM), 1)) for name in streams)
     yield "mask_tokens", lambda: sk.mask_tokens(ids, mask_id=3, vocab_size=20, seed=1)
     yield "linear_sample", lambda: sk.linear_sample(hidden, head, seed=1)
+    yield "sinkhorn_center", lambda: sk.sinkhorn_center(hidden, head)
+    yield "teacher_center", lambda: sk.teacher_center(hidden, head)
     normal = sk.distributions.FusedNormal(hidden, hidden.exp())
     yield "FusedNormal", lambda: normal.rsample().sum() + normal.log_prob(hidden).sum()
 
@@ -76,6 +78,7 @@ def modules():
     yield "GumbelQuantizer", nn.GumbelQuantizer(11, DIM), (logits,)
     yield "VectorQuantizer", nn.VectorQuantizer(11, DIM), (x,)
     yield "ResidualVectorQuantizer", nn.ResidualVectorQuantizer(2, 11, DIM), (x,)
+    yield "PrototypeLoss", nn.PrototypeLoss(11), (x, weight, y, weight.detach())
     yield "FreeEnergy", nn.FreeEnergy(), (logits,)
 
 

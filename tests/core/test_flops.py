@@ -45,6 +45,14 @@ def _drawn(device):
     return sk.contrastive_energy(_features(N, device), _features(M, device), **options)
 
 
+def _distillation(mode):
+    def run(device):
+        teacher, prototypes = _features(N, device).detach(), _features(V, device)
+        return sk.linear_distillation(_features(N, device), prototypes, teacher, prototypes, mode=mode)
+
+    return run
+
+
 def _paired(device):
     negatives = torch.randn(N, K, D, device=device, requires_grad=True)
     return sk.info_nce(_features(N, device), _features(N, device), negatives, negative_mode="paired")
@@ -53,6 +61,12 @@ def _paired(device):
 CALLS = {
     "linear_cross_entropy-fast": (_linear("fast"), 3 * V * SCORE),
     "linear_cross_entropy-compact": (_linear("compact"), 4 * V * SCORE),
+    "linear_distillation-fast": (_distillation("fast"), 4 * V * SCORE),
+    "linear_distillation-compact": (_distillation("compact"), 6 * V * SCORE),
+    "sinkhorn_center": (
+        lambda device: sk.sinkhorn_center(_features(N, device), _features(V, device)),
+        3 * V * SCORE,
+    ),
     "clip_loss": (lambda device: sk.clip_loss(_features(N, device), _features(N, device), 2.0), 3 * N * SCORE),
     "contrastive_energy-bank": (_bank, (3 * M + 2 * B) * SCORE),
     "contrastive_energy-drawn": (_drawn, (3 + 3 * K) * SCORE),

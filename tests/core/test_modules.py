@@ -21,6 +21,7 @@ MODULES = {
     "InfoNCELoss": {},
     "LinearCrossEntropyLoss": {"softcap": 30.0},
     "NTXentLoss": {},
+    "PrototypeLoss": {"prototypes": 4},
     "ResidualVectorQuantizer": {"num_levels": 2, "num_codes": 4, "dim": 2},
     "SigLipLoss": {},
     "TokenMasker": {"mask_id": 3, "vocab_size": 10},

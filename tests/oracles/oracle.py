@@ -101,3 +101,48 @@ def error(value: Tensor, truth: Tensor) -> float:
         return float("inf")
     difference = (value[finite] - truth[finite]).norm()
     return 0.0 if difference == 0 else (difference / truth[finite].norm()).item()
+
+
+def linear_distillation(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_temperature: float | Tensor = 0.1,
+    teacher_temperature: float | Tensor = 0.04,
+    center: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    divergence: str = "cross_entropy",
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    on_empty: str = "nan",
+    mode: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Teacher rows (M, Dt) and indices (N, T), -1 for none."""
+    logits = teacher @ teacher_weight.t()
+    for shift in (teacher_bias, None if center is None else -center):
+        logits = logits if shift is None else logits + shift
+    q = torch.softmax(logits / teacher_temperature, 1)
+    valid = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if teacher_index is not None:
+        given = teacher_index >= 0
+        valid = given.any(-1)
+        q = (q[teacher_index.long().clamp_min(0)] * given.unsqueeze(-1)).sum(-2)
+        q = q / given.sum(-1, keepdim=True).clamp_min(1)
+    z = student @ student_weight.t()
+    z = (z if student_bias is None else z + student_bias) / student_temperature
+    loss = -(q * torch.log_softmax(z, -1)).sum(-1)
+    if divergence == "kl":
+        loss = loss + torch.special.xlogy(q, q).sum(-1)
+    loss = torch.where(valid, loss, 0)
+    loss = loss if row_weight is None else loss * row_weight
+    if reduction == "none":
+        return loss
+    if reduction == "sum" or (on_empty == "zero" and not valid.any()):
+        return loss.sum()
+    return loss.sum() / (valid.sum() if num_items is None else num_items)
