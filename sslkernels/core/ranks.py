@@ -1,13 +1,19 @@
-"""Gathers rows from all ranks of a process group, with gradients for the local ones."""
+"""What the ranks of a process group hold: gathers of rows, slices of a vocabulary, and sums of gradients."""
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import os
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sslkernels.core import checks
+from sslkernels.core.autograd import Function
+from sslkernels.core.operator import operator
 
 
 def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
@@ -19,14 +25,19 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
     """
     rows = [[t.shape[0], int(torch.is_grad_enabled() and t.requires_grad)] for t in tensors]
     local = torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
-    every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, local, group=group)
-    numbers = torch.stack(every).tolist()
+    numbers = _exchange(local, group)
     if any(rank[i][1] != numbers[0][i][1] for rank in numbers for i in range(len(tensors))):
         wants = [[bool(flag) for _, flag in rank] for rank in numbers]
         raise ValueError(f"process_group: the ranks must agree on which features require grad; got {wants}")
     rank = dist.get_rank(group)
     return tuple(Ranks(group, rank, [row[i][0] for row in numbers]) for i in range(len(tensors)))
+
+
+def _exchange(local: Tensor, group: Any) -> list[Any]:
+    """The numbers of each rank, on the host."""
+    every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, local, group=group)
+    return torch.stack(every).tolist()
 
 
 class Ranks:
@@ -38,15 +49,15 @@ class Ranks:
         self.start = sum(counts[:rank])
         self.stop = self.start + counts[rank]
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor, *, replicated: bool = False) -> Tensor:
         """(rows, ...) of this rank -> (all rows, ...), in the order of the ranks. The gradient of `values` is the sum
-        of the gradients on all ranks."""
-        return _Gather.apply(values, self)
+        of the gradients on all ranks, or the rank's own where they are all the same: `replicated`."""
+        return _Gather.apply(values, self, replicated)
 
 
-class _Gather(Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(values, ranks):
+    def forward(values, ranks, replicated):
         most = max(ranks.counts)
         padded = values.new_zeros(most, *values.shape[1:])
         padded[: values.shape[0]] = values
@@ -56,12 +67,180 @@ class _Gather(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.ranks = inputs[1]
-        ctx.dtype = inputs[0].dtype
+        values, ctx.ranks, ctx.replicated = inputs
+        ctx.dtype = values.dtype
 
     @staticmethod
     def backward(ctx, grad):
+        own = slice(ctx.ranks.start, ctx.ranks.stop)
+        if ctx.replicated:
+            return grad[own], None, None
         # At least float32, because the ranks' gradients are summed.
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
         dist.all_reduce(total, group=ctx.ranks.group)
-        return total[ctx.ranks.start : ctx.ranks.stop].to(ctx.dtype), None
+        return total[own].to(ctx.dtype), None, None
+
+
+class Slices(NamedTuple):
+    """How the rows of a vocabulary are split over the ranks of a group: `sizes` rows each, in the order of the ranks.
+    This rank has the rows [start, stop) of `total`."""
+
+    group: Any
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.sizes[self.rank]
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes)
+
+
+# The slices that were exchanged for a weight, with the group. The key is the weight itself, and not its size: all ranks
+# then ask again at the same calls, where one rank of two heads might have slices of equal sizes.
+_exchanged: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def group_name(function: str, process_group: Any) -> str:
+    """The name by which a raw operator finds the group; `process_group` may be a DeviceMesh of one dimension."""
+    if hasattr(process_group, "get_group") and getattr(process_group, "ndim", None) == 1:
+        process_group = process_group.get_group()
+    if not isinstance(process_group, dist.ProcessGroup):
+        must = "be a torch.distributed.ProcessGroup (of this rank), a DeviceMesh of one dimension or None"
+        checks.fail(TypeError, function, "process_group", must, type(process_group).__name__)
+    return process_group.group_name
+
+
+def group_named(name: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def slices_of(
+    function: str, name: str, weight: Tensor, vocab_start: int | None = None, sizes: tuple[int, ...] = ()
+) -> Slices:
+    """The slices of a vocabulary of which this rank has the rows `weight`, in the group of this name.
+
+    sizes: of all ranks, where they are known; else one exchange of integers, read on the host, whose result is kept as
+    long as the weight lives. vocab_start: where the caller says that this rank's begins; every rank raises `ValueError`
+    unless each says what the sizes do.
+    """
+    group = group_named(name)
+    rank = dist.get_rank(group)
+    if not sizes:
+        known = _exchanged.get(weight)
+        if known is None or known.group is not group or known.sizes[rank] != weight.shape[0]:
+            claim = [weight.shape[0], -1 if vocab_start is None else vocab_start]
+            claims = _exchange(torch.tensor(claim, dtype=torch.int64, device=weight.device), group)
+            known = Slices(group, rank, tuple(size for size, _ in claims))
+            begins = list(itertools.accumulate((0, *known.sizes)))
+            for other, (_, begin) in enumerate(claims):
+                if begin not in (-1, begins[other]):
+                    must = f"be the number of rows of the ranks before, {begins[other]} on rank {other}"
+                    checks.fail(ValueError, function, "vocab_start", must, begin)
+            if known.total == 0:
+                checks.fail(ValueError, function, "linear_weight", "have at least one row on a rank", "none")
+            _exchanged[weight] = known
+        sizes = known.sizes
+    slices = Slices(group, rank, tuple(sizes))
+    if vocab_start not in (None, slices.start):
+        must = f"be the number of rows of the ranks before, {slices.start}"
+        checks.fail(ValueError, function, "vocab_start", must, vocab_start)
+    return slices
+
+
+def _sum_over_ranks(values: Tensor, group: str) -> Tensor:
+    # At least float32, because the parts of the ranks were rounded already.
+    total = values.to(torch.promote_types(values.dtype, torch.float32), copy=True).contiguous()
+    dist.all_reduce(total, group=group_named(group))
+    return total.to(values.dtype)
+
+
+@operator("linear_cross_entropy", dict.fromkeys(("reference", "cpu", "cuda", "triton"), _sum_over_ranks))
+def sum_over_ranks(values: Tensor, group: str) -> Tensor:
+    """The sum of the ranks' values, rounded once."""
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+class _SummedGradient(Function):
+    """The values themselves; their gradient is the sum of the gradients on all ranks."""
+
+    @staticmethod
+    def forward(values: Tensor, group: str) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        _, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if grad is None else (sum_over_ranks(grad, ctx.group),)
+
+
+def summed_gradient(values: Tensor, group: str) -> Tensor:
+    """The values, which every rank has alike and uses in part; their gradient becomes that of all uses."""
+    return _SummedGradient.run(values, group)
+
+
+def check_ranks(function: str, name: str, options: dict[str, Any]) -> None:
+    """With SSLKERNELS_CHECK_RANKS=1: raises `ValueError` on every rank if they call with different options, with which
+    they would wait for each other or compute nonsense. Tensors count by what they are: dtype, dimensions, requires_grad.
+    """
+    if os.environ.get("SSLKERNELS_CHECK_RANKS") != "1" or torch.compiler.is_compiling():
+        return
+    own = {"function": function} | {key: _described(value) for key, value in options.items()}
+    group = group_named(name)
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, own, group=group)
+    for rank, other in enumerate(every):
+        for key in every[0].keys() | other.keys():
+            if other.get(key) != every[0].get(key):
+                got = f"{every[0].get(key)} on rank 0, {other.get(key)} on rank {rank}"
+                checks.fail(ValueError, function, key, "be the same on every rank", got)
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    grad = ", which requires grad" if value.requires_grad and torch.is_grad_enabled() else ""
+    return f"a {value.dim()}-dimensional tensor of {value.dtype}{grad}"
+
+
+@checks.with_python_numbers
+def row_ids_of_rank(rows: int, process_group: Any, *, device: torch.device | str | None = None) -> Tensor:
+    """Numbers of this rank's rows among those of all ranks, in the order of the ranks: `row_ids` with which noise and
+    masks are those of one process that has all rows, whatever the number of ranks.
+
+    Args:
+        rows: how many this rank has, an int of at least 0; may differ between ranks. Every rank must call.
+        process_group: a `torch.distributed.ProcessGroup` or a DeviceMesh of one dimension.
+        device: of the result; default: that on which the group exchanges numbers, the current CUDA device with NCCL.
+
+    Returns:
+        int64 `(rows,)`. One exchange of an integer, read on the host.
+
+    Raises:
+        TypeError, ValueError: for `rows` or a group that is none.
+
+    >>> import sslkernels as sk
+    >>> ids = sk.row_ids_of_rank(8, torch.distributed.group.WORLD)  # doctest: +SKIP
+    >>> z = sk.gaussian_rsample(mean, logvar, row_ids=ids, seed=0).z  # doctest: +SKIP
+    """
+    name = group_name("row_ids_of_rank", process_group)
+    checks.integer("row_ids_of_rank", "rows", rows, low=0)
+    group = group_named(name)
+    exchange_on = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    over = torch.device(exchange_on if device is None else device)
+    counts = _exchange(torch.tensor([rows], dtype=torch.int64, device=over), group)
+    start = sum(count for (count,) in counts[: dist.get_rank(group)])
+    return torch.arange(start, start + rows, device=over)
