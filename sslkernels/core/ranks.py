@@ -1,15 +1,13 @@
-"""What the ranks of a process group hold: gathers of rows, slices of a vocabulary, and sums of gradients."""
+"""Over the ranks of a process group: gathers of rows, sums of gradients, and the group's name."""
 
 from __future__ import annotations
 
-import itertools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function
@@ -25,7 +23,7 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
     """
     rows = [[t.shape[0], int(torch.is_grad_enabled() and t.requires_grad)] for t in tensors]
     local = torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
-    numbers = _exchange(local, group)
+    numbers = exchange(local, group)
     if any(rank[i][1] != numbers[0][i][1] for rank in numbers for i in range(len(tensors))):
         wants = [[bool(flag) for _, flag in rank] for rank in numbers]
         raise ValueError(f"process_group: the ranks must agree on which features require grad; got {wants}")
@@ -33,7 +31,7 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
     return tuple(Ranks(group, rank, [row[i][0] for row in numbers]) for i in range(len(tensors)))
 
 
-def _exchange(local: Tensor, group: Any) -> list[Any]:
+def exchange(local: Tensor, group: Any) -> list[Any]:
     """The numbers of each rank, on the host."""
     every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, local, group=group)
@@ -81,36 +79,6 @@ class _Gather(torch.autograd.Function):
         return total[own].to(ctx.dtype), None, None
 
 
-class Slices(NamedTuple):
-    """How the rows of a vocabulary are split over the ranks of a group: `sizes` rows each, in the order of the ranks.
-    This rank has the rows [start, stop) of `total`."""
-
-    group: Any
-    rank: int
-    sizes: tuple[int, ...]
-
-    @property
-    def start(self) -> int:
-        return sum(self.sizes[: self.rank])
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.sizes[self.rank]
-
-    @property
-    def total(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def largest(self) -> int:
-        return max(self.sizes)
-
-
-# The slices that were exchanged for a weight, with the group. The key is the weight itself, and not its size: all ranks
-# then ask again at the same calls, where one rank of two heads might have slices of equal sizes.
-_exchanged: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def group_name(function: str, process_group: Any) -> str:
     """The name by which a raw operator finds the group; `process_group` may be a DeviceMesh of one dimension."""
     if hasattr(process_group, "get_group") and getattr(process_group, "ndim", None) == 1:
@@ -123,39 +91,6 @@ def group_name(function: str, process_group: Any) -> str:
 
 def group_named(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)
-
-
-def slices_of(
-    function: str, name: str, weight: Tensor, vocab_start: int | None = None, sizes: tuple[int, ...] = ()
-) -> Slices:
-    """The slices of a vocabulary of which this rank has the rows `weight`, in the group of this name.
-
-    sizes: of all ranks, where they are known; else one exchange of integers, read on the host, whose result is kept as
-    long as the weight lives. vocab_start: where the caller says that this rank's begins; every rank raises `ValueError`
-    unless each says what the sizes do.
-    """
-    group = group_named(name)
-    rank = dist.get_rank(group)
-    if not sizes:
-        known = _exchanged.get(weight)
-        if known is None or known.group is not group or known.sizes[rank] != weight.shape[0]:
-            claim = [weight.shape[0], -1 if vocab_start is None else vocab_start]
-            claims = _exchange(torch.tensor(claim, dtype=torch.int64, device=weight.device), group)
-            known = Slices(group, rank, tuple(size for size, _ in claims))
-            begins = list(itertools.accumulate((0, *known.sizes)))
-            for other, (_, begin) in enumerate(claims):
-                if begin not in (-1, begins[other]):
-                    must = f"be the number of rows of the ranks before, {begins[other]} on rank {other}"
-                    checks.fail(ValueError, function, "vocab_start", must, begin)
-            if known.total == 0:
-                checks.fail(ValueError, function, "linear_weight", "have at least one row on a rank", "none")
-            _exchanged[weight] = known
-        sizes = known.sizes
-    slices = Slices(group, rank, tuple(sizes))
-    if vocab_start not in (None, slices.start):
-        must = f"be the number of rows of the ranks before, {slices.start}"
-        checks.fail(ValueError, function, "vocab_start", must, vocab_start)
-    return slices
 
 
 def _sum_over_ranks(values: Tensor, group: str) -> Tensor:
@@ -192,10 +127,49 @@ def summed_gradient(values: Tensor, group: str) -> Tensor:
     return _SummedGradient.run(values, group)
 
 
+def check_rank_options(
+    function: str, group: str | None, input: Tensor, target: Tensor, input_grad: str, sequence_parallel: bool
+) -> None:
+    """The options of a loss over slices of a vocabulary."""
+    checks.choice(function, "input_grad", input_grad, ("reduce", "partial"))
+    checks.boolean(function, "sequence_parallel", sequence_parallel)
+    if group is None:
+        if sequence_parallel:
+            checks.fail(ValueError, function, "sequence_parallel", "be False without a process_group", True)
+        if input_grad != "reduce":
+            checks.fail(ValueError, function, "input_grad", "be 'reduce' without a process_group", repr(input_grad))
+        return
+    if sequence_parallel:
+        if target.is_floating_point():
+            must = "be False with class probabilities, of which a rank has its columns of all rows"
+            checks.fail(ValueError, function, "sequence_parallel", must, True)
+        checks.dims(function, "input (with sequence_parallel)", input, 2, "(rows, ..., D)")
+        if input_grad != "reduce":
+            must = "be 'reduce' with sequence_parallel, which reduces it to each rank's rows"
+            checks.fail(ValueError, function, "input_grad", must, repr(input_grad))
+
+
+def on_every_rank(
+    group: str,
+    input: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    input_grad: str,
+    sequence_parallel: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, target and token_weight of all rows, with the gradient of the input that the caller wants, where each rank
+    computes what its slice contributes."""
+    if not sequence_parallel:
+        return input if input_grad == "partial" else summed_gradient(input, group), target, token_weight
+    (rows,) = over_ranks(group_named(group), input)
+    if token_weight is not None:
+        token_weight = rows.gather(token_weight, replicated=True)
+    return rows.gather(input), rows.gather(target), token_weight
+
+
 def check_ranks(function: str, name: str, options: dict[str, Any]) -> None:
     """With SSLKERNELS_CHECK_RANKS=1: raises `ValueError` on every rank if they call with different options, with which
-    they would wait for each other or compute nonsense. Tensors count by what they are: dtype, dimensions, requires_grad.
-    """
+    they would wait for each other or compute nonsense. A tensor counts by its dtype, dimensions and requires_grad."""
     if os.environ.get("SSLKERNELS_CHECK_RANKS") != "1" or torch.compiler.is_compiling():
         return
     own = {"function": function} | {key: _described(value) for key, value in options.items()}
@@ -241,6 +215,6 @@ def row_ids_of_rank(rows: int, process_group: Any, *, device: torch.device | str
     group = group_named(name)
     exchange_on = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     over = torch.device(exchange_on if device is None else device)
-    counts = _exchange(torch.tensor([rows], dtype=torch.int64, device=over), group)
+    counts = exchange(torch.tensor([rows], dtype=torch.int64, device=over), group)
     start = sum(count for (count,) in counts[: dist.get_rank(group)])
     return torch.arange(start, start + rows, device=over)

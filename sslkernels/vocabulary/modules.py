@@ -78,10 +78,12 @@ class LinearCrossEntropyLoss(Options):
         logit_scale: multiplies the product before the bias is added; a number, a tensor (a buffer) or a parameter.
         shift: the row at position t predicts the target at t + `shift` of its sequence.
         mode: "auto", "fast" or "compact".
-        process_group: not implemented yet, must be None.
-        vocab_start: not implemented yet, must be 0.
         capacity: upper bound of the number of valid rows.
         workspace_bytes: upper bound of the bytes of the logits buffer.
+        process_group: ranks that the vocabulary is sliced over.
+        vocab_start: number of rows of the ranks before this one; None: from the sizes.
+        input_grad: "reduce" or "partial".
+        sequence_parallel: each rank has its own rows of the input.
         on_empty: loss of a mean over no valid rows, "nan" or "zero".
         return_stats: also return `CrossEntropyStats`.
 
@@ -106,10 +108,12 @@ class LinearCrossEntropyLoss(Options):
         logit_scale: float | Tensor = 1.0,
         shift: int = 0,
         mode: str = "auto",
-        process_group: Any = None,
-        vocab_start: int = 0,
         capacity: int | None = None,
         workspace_bytes: int | None = None,
+        process_group: Any = None,
+        vocab_start: int | None = None,
+        input_grad: str = "reduce",
+        sequence_parallel: bool = False,
         on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
