@@ -81,12 +81,12 @@ class _Gather(torch.autograd.Function):
 
 def group_name(function: str, process_group: Any) -> str:
     """The name by which a raw operator finds the group; `process_group` may be a DeviceMesh of one dimension."""
-    if hasattr(process_group, "get_group") and getattr(process_group, "ndim", None) == 1:
-        process_group = process_group.get_group()
-    if not isinstance(process_group, dist.ProcessGroup):
+    if isinstance(process_group, dist.ProcessGroup):
+        return process_group.group_name
+    if getattr(process_group, "ndim", None) != 1 or not hasattr(process_group, "get_group"):
         must = "be a torch.distributed.ProcessGroup (of this rank), a DeviceMesh of one dimension or None"
         checks.fail(TypeError, function, "process_group", must, type(process_group).__name__)
-    return process_group.group_name
+    return process_group.get_group().group_name
 
 
 def group_named(name: str) -> Any:

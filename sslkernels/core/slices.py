@@ -109,6 +109,8 @@ def own_slice(
 
 
 def _is_dtensor(value: Any) -> bool:
+    if type(value) in (Tensor, torch.nn.Parameter):  # torch.compile traces no further than this
+        return False
     return type(value).__module__.startswith("torch.distributed.tensor") and hasattr(value, "placements")
 
 
@@ -128,7 +130,7 @@ def _of_dtensor(function: str, weight: Any, bias: Any, name: str | None, vocab_s
             sizes = tuple(max(min(weight.shape[0] - most * rank, most), 0) for rank in range(mesh.size()))
             return OwnSlice(weight.to_local(), bias, over, sizes)
     must = (
-        "be a plain tensor, or a DTensor Shard(0) over one mesh dimension that is named 'tp' or is the process_group "
+        "be a plain tensor or a DTensor Shard(0) over one mesh dimension that is named 'tp' or is the process_group "
         "(a parameter that is sharded otherwise, as by FSDP2, is whole in the module that owns it: compute the loss "
         "there, as sslkernels.nn.LinearHead does, or pass full_tensor(grad_placements=[Partial('avg')]), whose "
         "gradient is averaged over data-parallel ranks)"
