@@ -161,6 +161,8 @@ def on_every_rank(
     computes what its slice contributes."""
     if not sequence_parallel:
         return input if input_grad == "partial" else summed_gradient(input, group), target, token_weight
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="sequence_parallel exchanges the numbers of rows on the host")
     (rows,) = over_ranks(group_named(group), input)
     if token_weight is not None:
         token_weight = rows.gather(token_weight, replicated=True)

@@ -97,7 +97,7 @@ def own_slice(
     """
     checks.integer(function, "vocab_start", vocab_start, low=0, optional=True)
     name = None if process_group is None else group_name(function, process_group)
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         return _of_dtensor(function, weight, bias, name, vocab_start)
     if name is None:
         if vocab_start not in (None, 0):
@@ -108,7 +108,7 @@ def own_slice(
     return OwnSlice(weight, bias, name, slices_of(function, name, weight, vocab_start).sizes)
 
 
-def _is_dtensor(value: Any) -> bool:
+def is_dtensor(value: Any) -> bool:
     if type(value) in (Tensor, torch.nn.Parameter):  # torch.compile traces no further than this
         return False
     return type(value).__module__.startswith("torch.distributed.tensor") and hasattr(value, "placements")
@@ -121,7 +121,7 @@ def _of_dtensor(function: str, weight: Any, bias: Any, name: str | None, vocab_s
         if name == over or (name is None and mesh.mesh_dim_names == ("tp",)):
             if vocab_start is not None:
                 checks.fail(ValueError, function, "vocab_start", "be None with a DTensor", vocab_start)
-            if _is_dtensor(bias):
+            if is_dtensor(bias):
                 if (bias.device_mesh, bias.placements) != (mesh, placements):
                     must = f"be sharded as linear_weight, {placements}"
                     checks.fail(ValueError, function, "linear_bias", must, bias.placements)
