@@ -166,8 +166,144 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
             print(number, case, file=sys.stderr, flush=True)
         mine = own(problem(number, case), case, world, rank)
         found.append(result_of(case, mine, process_group=dist.group.WORLD, **over_ranks(case)))
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save((found, {name: find(rank, world) for name, find in SPECIAL.items()}), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def sliced(tensor, world, rank):
+    """A slice that is one row longer on the last rank than it would be of equal ones."""
+    size = tensor.shape[0] // world
+    return tensor[size * rank : None if rank == world - 1 else size * (rank + 1)]
+
+
+def loss_of_slices(rank, world, input, linear_weight, target, **options):
+    return sk.linear_cross_entropy(
+        input, sliced(linear_weight, world, rank), target, process_group=dist.group.WORLD, reduction="none", **options
+    )
+
+
+def message_of(function) -> str:
+    try:
+        function()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def confident_problem():
+    """Rows whose targets are up to 80 ahead of all others, in every slice."""
+    target = torch.arange(12)
+    return torch.eye(12), 80 * torch.eye(12) + torch.linspace(0, 1, 144).reshape(12, 12), target
+
+
+def confident(rank, world):
+    return loss_of_slices(rank, world, *confident_problem())
+
+
+def not_finite(rank, world):
+    """A row that is NaN, and then a class."""
+    input, weight, target = confident_problem()
+    rows = input.clone()
+    rows[3] = torch.nan
+    classes = weight.clone()
+    classes[5] = torch.nan
+    bias = torch.full((12,), -torch.inf)  # nothing is left
+    return [
+        loss_of_slices(rank, world, rows, weight, target),
+        loss_of_slices(rank, world, input, classes, target),
+        loss_of_slices(rank, world, input, weight, target, linear_bias=sliced(bias, world, rank)),
+    ]
+
+
+def refusals(rank, world):
+    input, weight, target = confident_problem()
+    return [
+        message_of(lambda: loss_of_slices(rank, world, input, weight, target + 1)),
+        message_of(lambda: loss_of_slices(rank, world, input, weight.clone(), target, vocab_start=5 * rank)),
+        message_of(lambda: loss_of_slices(rank, world, input, weight, target, weight=torch.ones(5))),
+        message_of(lambda: loss_of_slices(rank, world, input, weight, target.float()[:, None].expand(12, 1))),
+    ]
+
+
+def checked_ranks(rank, world):
+    input, weight, target = confident_problem()
+    os.environ["SSLKERNELS_CHECK_RANKS"] = "1"
+    try:
+        return [
+            message_of(lambda: loss_of_slices(rank, world, input, weight, target, z_loss=0.1 * rank)),
+            message_of(lambda: loss_of_slices(rank, world, input, weight.requires_grad_(rank == 0), target)),
+            message_of(lambda: loss_of_slices(rank, world, input, weight.detach(), target)),
+        ]
+    finally:
+        del os.environ["SSLKERNELS_CHECK_RANKS"]
+
+
+def two_heads(rank, world):
+    """Heads of which the first rank's slices have equal sizes: a size tells nothing of the other ranks."""
+    losses = []
+    for more in (0, 2):
+        weight = torch.linspace(-1, 1, 3 * world + more)[:, None]
+        own = weight[3 * rank : 3 * rank + 3 + (more if rank == world - 1 else 0)]
+        target = torch.arange(3 * world + more)
+        losses += [
+            sk.linear_cross_entropy(torch.ones(len(target), 1), own, target, process_group=dist.group.WORLD)
+            for _ in range(2)
+        ]
+    return losses
+
+
+def traffic(rank, world):
+    """(calls, numbers) of collectives in the first and in the next step, forward and backward."""
+    input, weight, target = confident_problem()
+    own, counts = sliced(weight, world, rank).clone().requires_grad_(), []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, position in (("all_reduce", 0), ("all_gather", 1)):
+            call = getattr(dist, name)
+
+            def counted(*args, call=call, position=position, **kwargs):
+                counts[-1].append(args[position].numel())
+                return call(*args, **kwargs)
+
+            patch.setattr(dist, name, counted)
+        for _ in range(2):
+            x = input.clone().requires_grad_()
+            counts.append([])
+            loss = sk.linear_cross_entropy(x, own, target, process_group=dist.group.WORLD)
+            counts.append([])
+            loss.backward()
+    return counts
+
+
+def row_ids(rank, world):
+    ids = sk.row_ids_of_rank(rank + 2, dist.group.WORLD)
+    return ids, sk.random_normal((rank + 2, 5), seed=3, row_ids=ids)
+
+
+def bert_problem(dtype):
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(64, 32, generator=generator).to(dtype).requires_grad_()
+    weight = (0.3 * torch.randn(30522, 32, generator=generator)).to(dtype)
+    target = torch.randint(0, 30522, (64,), generator=generator)
+    target[::3] = -100
+    return input, weight, target
+
+
+def bert(rank, world):
+    """The vocabulary of BERT, which 4 does not divide, in float32 and bfloat16."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        input, weight, target = bert_problem(dtype)
+        own = sliced(weight, world, rank).clone().requires_grad_()
+        loss = sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
+        loss.backward()
+        found.append((loss.detach(), input.grad, own.grad))
+    return found
+
+
+SPECIAL = {
+    function.__name__: function
+    for function in (confident, not_finite, refusals, checked_ranks, two_heads, traffic, row_ids, bert)
+}
 
 
 def free_port() -> int:
@@ -189,7 +325,7 @@ def ranks(request, tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_slices_give_the_results_of_one_process(ranks, number):
     _, results = ranks
-    case, every = CASES[number], [result[number] for result in results]
+    case, every = CASES[number], [cases[number] for cases, _ in results]
     want = result_of(case, problem(number, case))
     limit = {torch.float32: 1e-6, torch.float64: 1e-12}[case["dtype"]]
 
@@ -223,9 +359,126 @@ def test_slices_give_the_results_of_one_process(ranks, number):
             same(got["token_weight"], want["token_weight"], "token_weight")
 
 
+def special(ranks, name):
+    world, results = ranks
+    return world, [found[name] for _, found in results]
+
+
+def test_a_confident_row_keeps_its_loss(ranks):
+    input, weight, target = (
+        tensor.double() if tensor.is_floating_point() else tensor for tensor in confident_problem()
+    )
+    want = sk.linear_cross_entropy(input, weight, target, reduction="none").float()
+    for got in special(ranks, "confident")[1]:
+        torch.testing.assert_close(got, want, rtol=3e-5, atol=0)
+
+
+def test_what_is_not_finite_is_seen_on_every_rank(ranks):
+    for row, every, nothing in special(ranks, "not_finite")[1]:
+        assert row.isnan().nonzero().flatten().tolist() == [3]
+        assert every.isnan().all()
+        assert nothing.isnan().all()
+
+
+def test_every_rank_raises(ranks):
+    world, results = special(ranks, "refusals")
+    for target, start, weight, probabilities in results:
+        assert target == ("ValueError: linear_cross_entropy: target must be in [0, 12) or ignore_index=-100; got 12")
+        if world > 1:
+            assert start.startswith("ValueError: linear_cross_entropy: vocab_start must be the number of rows of the ")
+        assert weight.startswith("ValueError: linear_cross_entropy: weight must have shape (V,) = (12,); got (5,)")
+        assert "target (class probabilities) must have shape" in probabilities
+
+
+def test_ranks_that_disagree_raise_in_debug_mode(ranks):
+    world, results = special(ranks, "checked_ranks")
+    for options, grads, agreed in results:
+        assert agreed == "nothing was raised"
+        if world > 1:
+            assert "z_loss must be the same on every rank; got 0.0 on rank 0, 0.1 on rank 1" in options
+            assert "linear_weight must be the same on every rank; got a 2-dimensional tensor" in grads
+
+
+def test_heads_with_other_slices(ranks):
+    world, results = special(ranks, "two_heads")
+    for more, at in ((0, 0), (2, 2)):
+        count = 3 * world + more
+        logits = torch.linspace(-1, 1, count).expand(count, count)
+        want = torch.nn.functional.cross_entropy(logits, torch.arange(count))
+        for losses in results:
+            torch.testing.assert_close(torch.stack(losses[at : at + 2]), want.expand(2))
+
+
+def test_three_numbers_a_row_in_forward(ranks):
+    """The maximum, then the sum and the target's logit; the sizes of the slices once; in backward the input's."""
+    for first, backward, second, again in special(ranks, "traffic")[1]:
+        assert second == [12, 24]
+        assert first == [2, *second]
+        assert backward == again == [12 * 12]
+
+
+def test_noise_does_not_depend_on_the_number_of_ranks(ranks):
+    world, results = special(ranks, "row_ids")
+    count = sum(rank + 2 for rank in range(world))
+    assert torch.equal(torch.cat([ids for ids, _ in results]), torch.arange(count))
+    assert torch.equal(torch.cat([noise for _, noise in results]), sk.random_normal((count, 5), seed=3))
+
+
+def test_the_vocabulary_of_bert(ranks):
+    _, results = special(ranks, "bert")
+    for number, (dtype, limit) in enumerate(((torch.float32, 1e-6), (torch.bfloat16, 2e-2))):
+        input, weight, target = bert_problem(dtype)
+        loss = sk.linear_cross_entropy(input, weight.requires_grad_(), target)
+        loss.backward()
+        found = [result[number] for result in results]
+        for got, input_grad, _ in found:
+            torch.testing.assert_close(got, loss.detach(), rtol=min(limit, 1e-5), atol=0)
+            torch.testing.assert_close(input_grad, input.grad, rtol=limit, atol=limit * input.grad.abs().max().item())
+        weight_grad = torch.cat([grad for _, _, grad in found])
+        torch.testing.assert_close(weight_grad, weight.grad, rtol=limit, atol=limit * weight.grad.abs().max().item())
+
+
 @pytest.fixture
 def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         yield dist.group.WORLD
+
+
+@pytest.mark.full
+def test_slices_compile_in_one_graph(alone):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randint(0, 11, (6,))
+    w, scale = torch.nn.Parameter(torch.randn(11, 5)), torch.nn.Parameter(torch.tensor(1.1))
+
+    def loss(x, w, y, scale, **options):
+        return 2 * sk.linear_cross_entropy(x, w, y, process_group=alone, logit_scale=scale, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for got, want in zip(
+        torch.autograd.grad(compiled(x, w, y, scale), (x, w, scale)),
+        torch.autograd.grad(loss(x, w, y, scale), (x, w, scale)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="exchanges the numbers of rows on the host"):
+        torch.compile(loss, fullgraph=True)(x, w, y, scale, sequence_parallel=True)
+
+
+ERRORS = [
+    (dict(sequence_parallel=True, input_grad="partial"), "input_grad must be 'reduce' with sequence_parallel"),
+    (dict(vocab_start=3), "vocab_start must be the number of rows of the ranks before, 0 on rank 0; got 3"),
+    (dict(linear_weight=torch.randn(0, 5)), "linear_weight must have at least one row on a rank; got none"),
+    (dict(target=torch.rand(6, 11), sequence_parallel=True), "sequence_parallel must be False with class prob"),
+    (dict(target=torch.rand(6, 11, requires_grad=True)), "process_group must be None for K-dimensional weights or"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ERRORS)
+def test_errors(alone, change, message):
+    given = {"input": torch.randn(6, 5), "linear_weight": torch.randn(11, 5), "target": torch.arange(6)}
+    with pytest.raises(ValueError, match="^linear_cross_entropy: " + message):
+        sk.linear_cross_entropy(**given | change, process_group=alone)
