@@ -300,9 +300,59 @@ def bert(rank, world):
     return found
 
 
+SAMPLES = [
+    {"backend": backend, "dtype": dtype, "temperature": temperature, "bias": bias, "num_samples": samples}
+    for backend, dtype, temperature, bias, samples in (
+        ("cpu", torch.float32, 0.7, True, 3),
+        ("cpu", torch.float64, 0.0, False, None),
+        ("cpu", torch.bfloat16, torch.inf, True, 2),
+        ("reference", torch.float32, "rows", True, 2),
+        ("reference", torch.float32, 0.0, True, None),
+        ("triton", torch.float32, 0.7, True, 2),
+        ("triton", torch.bfloat16, "rows", False, None),
+        ("cpu", torch.float32, "rows", True, None),
+    )
+]
+
+
+def sample_problem(case):
+    generator = torch.Generator().manual_seed(7)
+    x, w = (torch.randn(n, 8, generator=generator).to(case["dtype"]) for n in (9, 37))
+    options = {name: case[name] for name in ("temperature", "num_samples")}
+    if case["temperature"] == "rows":
+        options["temperature"] = torch.tensor([0.0, 0.5, 1.0, 2.0, torch.inf, 0.7, 0.0, 0.3, 1.5])
+    bias = torch.randn(37, generator=generator)
+    bias[::3] = -torch.inf
+    return x, w, bias if case["bias"] else None, options
+
+
+def draw(case, x, w, bias, options, **over):
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    with sk.use_backend(case["backend"]):
+        drawn = sk.linear_sample(x, w, linear_bias=bias, seed=5, **options, **over)
+        grads = torch.autograd.grad(drawn.logprob.sum(), leaves)
+        with torch.no_grad():
+            again = sk.linear_sample(x, w, linear_bias=bias, seed=5, **options, **over)
+    return drawn.index, drawn.logprob.detach(), *again, *grads
+
+
+def samples(rank, world):
+    found = []
+    for number, case in enumerate(SAMPLES):
+        x, w, bias, options = sample_problem(case)
+        sizes = [0 if number == 1 else 5] * (world - 1)  # no slice begins with a group of four noise numbers
+        sizes = [*sizes, 37 - sum(sizes)]
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        bias = None if bias is None else bias[own]
+        found.append(draw(case, x, w[own].clone(), bias, options, process_group=dist.group.WORLD))
+    torch.manual_seed(rank)
+    x, w, *_ = sample_problem(SAMPLES[0])
+    return found, sk.linear_sample(x, sliced(w, world, rank), process_group=dist.group.WORLD)
+
+
 SPECIAL = {
     function.__name__: function
-    for function in (confident, not_finite, refusals, checked_ranks, two_heads, traffic, row_ids, bert)
+    for function in (samples, confident, not_finite, refusals, checked_ranks, two_heads, traffic, row_ids, bert)
 }
 
 
@@ -422,6 +472,31 @@ def test_noise_does_not_depend_on_the_number_of_ranks(ranks):
     count = sum(rank + 2 for rank in range(world))
     assert torch.equal(torch.cat([ids for ids, _ in results]), torch.arange(count))
     assert torch.equal(torch.cat([noise for _, noise in results]), sk.random_normal((count, 5), seed=3))
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLES)))
+def test_a_draw_does_not_depend_on_the_number_of_ranks(ranks, number):
+    case = SAMPLES[number]
+    *want, input_grad, weight_grad = draw(case, *sample_problem(case))
+    limit = 1e-12 if case["dtype"] == torch.float64 else 2e-6
+    results = [found[0][number] for found in special(ranks, "samples")[1]]
+    rough = {"rtol": 0.02, "atol": 0.02} if case["dtype"] == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for *got, grad, _ in results:
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[2], want[2])
+        torch.testing.assert_close(got[1], want[1], rtol=limit, atol=limit)
+        torch.testing.assert_close(got[3], want[3], rtol=limit, atol=limit)
+        torch.testing.assert_close(grad, input_grad, **rough)
+    torch.testing.assert_close(torch.cat([result[-1] for result in results]), weight_grad, **rough)
+
+
+def test_the_first_rank_draws_the_seed(ranks):
+    x, w, *_ = sample_problem(SAMPLES[0])
+    torch.manual_seed(0)
+    want = sk.linear_sample(x, w)
+    for _, drawn in special(ranks, "samples")[1]:
+        assert torch.equal(drawn.index, want.index)
+        torch.testing.assert_close(drawn.logprob, want.logprob)
 
 
 def test_the_vocabulary_of_bert(ranks):
