@@ -123,7 +123,7 @@ class _SummedGradient(Function):
 
 
 def summed_gradient(values: Tensor, group: str) -> Tensor:
-    """The values, which every rank has alike and uses in part; their gradient becomes that of all uses."""
+    """The values, which every rank has alike and uses in part; their gradient becomes the sum over all uses."""
     return _SummedGradient.run(values, group)
 
 
@@ -194,8 +194,8 @@ def _described(value: Any) -> str:
 
 @checks.with_python_numbers
 def row_ids_of_rank(rows: int, process_group: Any, *, device: torch.device | str | None = None) -> Tensor:
-    """Numbers of this rank's rows among those of all ranks, in the order of the ranks: `row_ids` with which noise and
-    masks are those of one process that has all rows, whatever the number of ranks.
+    """Numbers of this rank's rows among the rows of all ranks, in the order of the ranks: with them as `row_ids`, noise
+    and masks equal one process's that has all rows, whatever the number of ranks.
 
     Args:
         rows: how many this rank has, an int of at least 0; may differ between ranks. Every rank must call.

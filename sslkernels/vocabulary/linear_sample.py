@@ -55,8 +55,8 @@ class SampleOptions(NamedTuple):
 
 
 class Sharing(NamedTuple):
-    """group, sizes, vocab_start: as in `linear_records.PlanOptions`; own_seeds: each rank drew a seed, and that of the
-    first one counts."""
+    """group, sizes, vocab_start: as in `linear_records.PlanOptions`; own_seeds: each rank drew a seed, and the
+    first rank's counts."""
 
     group: str
     sizes: tuple[int, ...]
@@ -134,7 +134,7 @@ def _native(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
 
 def _native_slice(inputs: SampleInputs, options: SampleOptions, slices: Slices) -> SliceState:
     state = _of_nothing(inputs, options)
-    if inputs.linear_bias is not None:  # the kernel takes that of all classes
+    if inputs.linear_bias is not None:  # the kernel takes the bias of all classes
         bias = inputs.linear_bias.new_zeros(slices.total)
         bias[slices.start : slices.stop] = inputs.linear_bias
         inputs = inputs._replace(linear_bias=bias)
@@ -352,8 +352,8 @@ def linear_sample(
         seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device of `input`.
         generator: draws the seed if `seed` is None; default: torch's default generator of the device.
         process_group: ranks that the vocabulary is sliced over, as in `linear_cross_entropy`. Every other argument is
-            the same on every rank, as are the results, which are those of one process with all classes; without a
-            `seed` the first rank's counts. The ranks exchange five numbers a row.
+            the same on every rank, as are the results, which equal one process's with all classes; without a `seed`
+            the first rank's counts. The ranks exchange five numbers a row.
         vocab_start: number of rows of the ranks before this one; None: from the sizes, which are exchanged once.
 
     Returns:

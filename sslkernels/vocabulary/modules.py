@@ -148,7 +148,7 @@ class LinearHead(nn.Linear):
     option of `linear_cross_entropy`. The loss is computed inside the forward of the module that owns the weight and
     leaves through its output, so that DDP, FSDP2 (`fully_shard` of the root alone, of the head, or of
     `[embedding, head]` together where they share a weight) and tensor-parallel plans see a layer like any other. Under
-    `ColwiseParallel` each rank keeps its slice of the logits, inside the loss too; options are then those of a
+    `ColwiseParallel` each rank keeps its slice of the logits, inside the loss too; options are then as with a
     `process_group`, and `return_stats` must be False.
 
     With mixed precision FSDP2 casts floating arguments of a forward: pass `num_items` as an int or an int tensor.

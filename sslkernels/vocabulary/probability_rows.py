@@ -31,8 +31,8 @@ class _Block(NamedTuple):
 
 class ProbabilityRows(Rows):
     """`target` holds class probabilities (N, V) of any float dtype. The field `logprob` of the outputs and of the state
-    is the sum of q. The logits are overwritten, also without a gradient. classes: where the logits are those of a slice
-    of so many."""
+    is the sum of q. The logits are overwritten, also without a gradient. classes: of the whole vocabulary, where
+    the logits are a slice."""
 
     def __init__(self, classes: int | None = None) -> None:
         self.classes = classes

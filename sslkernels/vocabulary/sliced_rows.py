@@ -203,7 +203,7 @@ class SlicedRows(Rows):
 
 class SlicedProbabilityRows(ProbabilityRows):
     """Class probabilities of this rank's slice; the class weights are whole. With the state of the whole row the
-    gradient is that of one process."""
+    gradient is one process's."""
 
     def __init__(self, slices: Slices) -> None:
         super().__init__(slices.total)

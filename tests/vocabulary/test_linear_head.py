@@ -22,7 +22,7 @@ VOCAB, DIM, ROWS = 13, 6, 8
 
 
 class Model(nn.Module):
-    """An encoder of two layers and a head, whose weight may be that of the embedding."""
+    """An encoder of two layers and a head, whose weight may be the embedding's."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
