@@ -70,13 +70,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        own = slice(ctx.ranks.start, ctx.ranks.stop)
+        ranks = ctx.ranks
         if ctx.replicated:
-            return grad[own], None, None
-        # At least float32, because the ranks' gradients are summed.
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
-        dist.all_reduce(total, group=ctx.ranks.group)
-        return total[own].to(ctx.dtype), None, None
+            return grad[ranks.start : ranks.stop], None, None
+        # At least float32, because the ranks' gradients are summed. Every rank is sent as many rows.
+        most, sums = max(ranks.counts), torch.promote_types(grad.dtype, torch.float32)
+        parts = grad.new_zeros(len(ranks.counts), most, *grad.shape[1:], dtype=sums)
+        for part, rows in zip(parts, grad.split(ranks.counts), strict=True):
+            part[: len(rows)] = rows
+        total = torch.zeros_like(parts[0])
+        if total.numel():
+            dist.reduce_scatter(total, list(parts), group=ranks.group)
+        return total[: ranks.stop - ranks.start].to(ctx.dtype), None, None
 
 
 def group_name(function: str, process_group: Any) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -108,11 +111,85 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     found["tp mesh"] = of_dtensor(mesh)
     found["given group"] = of_dtensor(init_device_mesh("cpu", (world,)), process_group=True)
+    found["recipes"] = recipes(rank, world)
     if rank == 0:
         torch.save(found, f"{folder}/0.pt")
     else:
         torch.save(None, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def documented() -> dict:
+    """What the Python blocks of docs/distributed.md define."""
+    text = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    return names
+
+
+class VocabParallelOptions(NamedTuple):
+    start: int
+    stop: int
+    group: object
+    reduce_e_grad: bool
+
+
+def recipe_problem():
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in (ROWS, VOCAB))
+    return hidden.requires_grad_(), weight, data()[1]
+
+
+def recipes(rank, world):
+    names, group = documented(), dist.group.WORLD
+    hidden, weight, labels = recipe_problem()
+    start, stop = 5 * rank, 5 * rank + 5 if rank < world - 1 else VOCAB
+    own = weight[start:stop].clone().requires_grad_()
+    rows = slice(3 * rank, 3 * rank + 3 if rank < world - 1 else ROWS)
+    parallel = VocabParallelOptions(start, stop, group, True)
+    logprobs, entropy = names["liger_selected_logprobs"](hidden, own, labels, group, 0.5, -100, True)
+    losses = {
+        "slice": names["loss_of_slice"](hidden, own, labels, group),
+        "megatron": names["megatron_linear_cross_entropy"](hidden, own, labels, group, "mean", -100, False),
+        "megatron sp": names["megatron_linear_cross_entropy"](
+            hidden[rows], own, labels[rows], group, "mean", -100, True
+        ),
+        "liger": logprobs.sum(),
+        "cce": names["cce_linear_cross_entropy"](hidden, own, labels, softcap=3.0, vocab_parallel_options=parallel),
+    }
+    found = {"entropy": entropy}
+    for name, loss in losses.items():
+        grads = torch.autograd.grad(loss, (hidden, own))
+        if name == "megatron sp":
+            dist.all_reduce(grads[0])  # each rank has its rows
+        every = [torch.empty(5 if i < world - 1 else VOCAB - 5 * i, DIM, dtype=torch.float64) for i in range(world)]
+        every[rank] = grads[1]
+        for i, part in enumerate(every):
+            dist.broadcast(part, i)
+        found[name] = loss.detach(), [grads[0], torch.cat(every)]
+
+    torch.manual_seed(0)
+    model = names["sharded"](names["MaskedLanguageModel"](VOCAB, DIM).double())
+    found["fsdp"] = data_parallel(model, rank, world)
+    torch.manual_seed(0)
+    model = names["MaskedLanguageModel"](VOCAB, DIM).double()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model = names["tensor_parallel"](model, init_device_mesh("cpu", (world,)))
+    loss = model(*data())
+    loss.backward()
+    found["plan"] = loss.detach(), gradients(model)
+    model = fsdp(False, "own group")
+    model.head, head = nn.Identity(), model.head
+    model.forward = lambda ids: model.encoder(model.embedding(ids)).tanh()
+    titan = names["TitanLoss"]()
+    titan.set_lm_head(head)
+    ids, labels = (part.chunk(world)[rank] for part in data())
+    loss, metrics = titan(model(ids), labels, torch.tensor(4))
+    assert metrics == {}
+    (world * loss).backward()
+    found["titan"] = [p.grad.full_tensor() for p in (*model.parameters(), *head.parameters())]
+    return found
 
 
 def of_dtensor(mesh, process_group: bool = False):
@@ -156,6 +233,36 @@ def test_a_tensor_parallel_plan(found, name, reduction):
 @pytest.mark.parametrize("name", ["tp mesh", "given group"])
 def test_a_sharded_weight_is_the_slice(found, name):
     compare(found[name], expected(False))
+
+
+@pytest.mark.parametrize("name", ["slice", "megatron", "megatron sp", "liger", "cce"])
+def test_recipes_of_slices(found, name):
+    hidden, weight, labels = recipe_problem()
+    weight.requires_grad_()
+    options = {
+        "liger": {"logit_scale": 2.0, "reduction": "sum"},
+        "cce": {"softcap": 3.0},
+    }.get(name, {})
+    loss, stats = sk.linear_cross_entropy(hidden, weight, labels, return_stats=True, **options)
+    sign = -1 if name == "liger" else 1
+    compare(found["recipes"][name], (sign * loss.detach(), [*torch.autograd.grad(sign * loss, (hidden, weight))]))
+    if name == "liger":
+        torch.testing.assert_close(found["recipes"]["entropy"], stats.entropy)
+
+
+def test_recipes_of_models(found):
+    tied, (ids, labels) = documented(), data()
+    torch.manual_seed(0)
+    model = tied["MaskedLanguageModel"](VOCAB, DIM).double()
+    assert model(ids).shape == (ROWS, VOCAB)
+    loss = model(ids, labels)
+    loss.backward()
+    for got, parameter in zip(found["recipes"]["fsdp"], model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["recipes"]["plan"][0], loss.detach())
+    _, want = expected(False)
+    for got, grad in zip(found["recipes"]["titan"], want, strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-12, atol=1e-12)
 
 
 def compare(got, want):
