@@ -557,3 +557,27 @@ def test_errors(alone, change, message):
     given = {"input": torch.randn(6, 5), "linear_weight": torch.randn(11, 5), "target": torch.arange(6)}
     with pytest.raises(ValueError, match="^linear_cross_entropy: " + message):
         sk.linear_cross_entropy(**given | change, process_group=alone)
+
+
+def one_dies(rank: int, world: int, port: int, folder: str) -> None:
+    """The last rank leaves after the first step: the others raise in the second."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=5))
+    input, weight, target = confident_problem()
+    own = sliced(weight, world, rank)
+    sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
+    seen = "left"
+    if rank < world - 1:
+        try:
+            sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
+            seen = "nothing was raised"
+        except RuntimeError:
+            seen = "raised"
+    torch.save(seen, f"{folder}/{rank}.pt")
+    os._exit(0)  # no goodbye to the others
+
+
+@pytest.mark.full
+def test_a_rank_that_dies_makes_the_others_raise(tmp_path):
+    assert spawned(one_dies, 2, tmp_path) == ["raised", "left"]
