@@ -204,8 +204,8 @@ def row_ids_of_rank(rows: int, process_group: Any, *, device: torch.device | str
 
     Args:
         rows: how many this rank has, an int of at least 0; may differ between ranks. Every rank must call.
-        process_group: a `torch.distributed.ProcessGroup` or a DeviceMesh of one dimension.
-        device: of the result; default: that on which the group exchanges numbers, the current CUDA device with NCCL.
+        process_group: a `torch.distributed.ProcessGroup` or a DeviceMesh of one dimension; None: this rank is alone.
+        device: of the result; default: where the group exchanges numbers, the current CUDA device with NCCL.
 
     Returns:
         int64 `(rows,)`. One exchange of an integer, read on the host.
@@ -217,9 +217,10 @@ def row_ids_of_rank(rows: int, process_group: Any, *, device: torch.device | str
     >>> ids = sk.row_ids_of_rank(8, torch.distributed.group.WORLD)  # doctest: +SKIP
     >>> z = sk.gaussian_rsample(mean, logvar, row_ids=ids, seed=0).z  # doctest: +SKIP
     """
-    name = group_name("row_ids_of_rank", process_group)
     checks.integer("row_ids_of_rank", "rows", rows, low=0)
-    group = group_named(name)
+    if process_group is None:
+        return torch.arange(rows, device=device)
+    group = group_named(group_name("row_ids_of_rank", process_group))
     exchange_on = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     over = torch.device(exchange_on if device is None else device)
     counts = exchange(torch.tensor([rows], dtype=torch.int64, device=over), group)

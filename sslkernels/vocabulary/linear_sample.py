@@ -17,7 +17,7 @@ from sslkernels.core.autograd import Function
 from sslkernels.core.chunks import TILE, equal_rows, row_pitch, waves
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.operator import full, operator
-from sslkernels.core.ranks import group_named
+from sslkernels.core.ranks import check_ranks, group_named
 from sslkernels.core.slices import Slices, own_slice, slices_of
 from sslkernels.random.seeds import seed_tensor
 from sslkernels.random.streams import stream_values
@@ -397,6 +397,8 @@ def linear_sample(
     if group is None:
         index, logprob = drawn = linear_sample_fwd(inputs, options)
     else:
+        same = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, "row_ids": row_ids}
+        check_ranks(NAME, group, same | {"temperature": temperature, "num_samples": num_samples, "seed": seed})
         sharing = Sharing(group, sizes, None if sizes else vocab_start, seed is None)
         index, logprob = drawn = linear_sample_slice_fwd(inputs, options, sharing)
     leaves = (input, linear_weight, linear_bias)

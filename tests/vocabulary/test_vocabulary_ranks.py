@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from datetime import timedelta
 
 import interpreter
@@ -14,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiers import pairwise_cases
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 import sslkernels as sk
 
@@ -143,7 +144,7 @@ def result_of(case, tensors, **over):
         loss = sk.linear_cross_entropy(**tensors, **options, mode=mode, return_stats=case["stats"], **over)
         loss, stats = loss if case["stats"] else (loss, ())
         if case["mode"] != "no gradient":
-            factors = torch.linspace(0.5, 1.7, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+            factors = torch.linspace(0.5, 1.7, loss.numel(), dtype=loss.dtype).reshape(loss.shape).to(loss.device)
             (loss * factors).sum().backward()
     grads = {name: tensors[name].grad for name in LEAVES if name in tensors}
     return {"loss": loss.detach(), "stats": tuple(stats), **grads}
@@ -155,17 +156,23 @@ def over_ranks(case):
     return {"input_grad": case["input"]}
 
 
+def cases_of(rank, world, device):
+    found = []
+    for number, case in enumerate(CASES):
+        mine = {name: tensor.to(device) for name, tensor in own(problem(number, case), case, world, rank).items()}
+        if device != "cpu" and case["backend"] == "cpu":
+            case = case | {"backend": "cuda"}
+        result = result_of(case, mine, process_group=dist.group.WORLD, **over_ranks(case))
+        found.append(tree_map_only(torch.Tensor, torch.Tensor.cpu, result))
+    return found
+
+
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     interpreter.repair()
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    found = []
-    for number, case in enumerate(CASES):
-        if os.environ.get("SHOW_CASES") and rank == 0:
-            print(number, case, file=sys.stderr, flush=True)
-        mine = own(problem(number, case), case, world, rank)
-        found.append(result_of(case, mine, process_group=dist.group.WORLD, **over_ranks(case)))
+    found = cases_of(rank, world, "cpu")
     torch.save((found, {name: find(rank, world) for name, find in SPECIAL.items()}), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -233,6 +240,11 @@ def checked_ranks(rank, world):
             message_of(lambda: loss_of_slices(rank, world, input, weight, target, z_loss=0.1 * rank)),
             message_of(lambda: loss_of_slices(rank, world, input, weight.requires_grad_(rank == 0), target)),
             message_of(lambda: loss_of_slices(rank, world, input, weight.detach(), target)),
+            message_of(
+                lambda: sk.linear_sample(
+                    input, sliced(weight, world, rank), temperature=1.0 + rank, process_group=dist.group.WORLD
+                )
+            ),
         ]
     finally:
         del os.environ["SSLKERNELS_CHECK_RANKS"]
@@ -274,9 +286,22 @@ def traffic(rank, world):
     return counts
 
 
+def flops(rank, world):
+    """Matmul operations of a step in fast mode."""
+    input, weight, target = confident_problem()
+    own = sliced(weight, world, rank).clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        x = input.clone().requires_grad_()
+        sk.linear_cross_entropy(x, own, target, process_group=dist.group.WORLD).backward()
+    return counter.get_total_flops()
+
+
 def row_ids(rank, world):
     ids = sk.row_ids_of_rank(rank + 2, dist.group.WORLD)
     return ids, sk.random_normal((rank + 2, 5), seed=3, row_ids=ids)
+
+
+BERT_LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def bert_problem(dtype):
@@ -289,9 +314,9 @@ def bert_problem(dtype):
 
 
 def bert(rank, world):
-    """The vocabulary of BERT, which 4 does not divide, in float32 and bfloat16."""
+    """The vocabulary of BERT, which 4 does not divide."""
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in BERT_LIMITS:
         input, weight, target = bert_problem(dtype)
         own = sliced(weight, world, rank).clone().requires_grad_()
         loss = sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
@@ -352,7 +377,7 @@ def samples(rank, world):
 
 SPECIAL = {
     function.__name__: function
-    for function in (samples, confident, not_finite, refusals, checked_ranks, two_heads, traffic, row_ids, bert)
+    for function in (samples, confident, not_finite, refusals, checked_ranks, two_heads, traffic, flops, row_ids, bert)
 }
 
 
@@ -375,9 +400,16 @@ def ranks(request, tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_slices_give_the_results_of_one_process(ranks, number):
     _, results = ranks
-    case, every = CASES[number], [cases[number] for cases, _ in results]
-    want = result_of(case, problem(number, case))
-    limit = {torch.float32: 1e-6, torch.float64: 1e-12}[case["dtype"]]
+    assert_one_process(number, [cases[number] for cases, _ in results])
+
+
+def assert_one_process(number, every, limits=(1e-6, 1e-12)):
+    """limits: in float32 and float64."""
+    case = CASES[number]
+    # Triton's interpreter is not there on a GPU.
+    alone = case | {"backend": "reference"} if torch.cuda.is_available() else case
+    want = result_of(alone, problem(number, case))
+    limit = limits[case["dtype"] == torch.float64]
 
     def same(got, expected, name):
         torch.testing.assert_close(
@@ -442,11 +474,12 @@ def test_every_rank_raises(ranks):
 
 def test_ranks_that_disagree_raise_in_debug_mode(ranks):
     world, results = special(ranks, "checked_ranks")
-    for options, grads, agreed in results:
+    for options, grads, agreed, sampled in results:
         assert agreed == "nothing was raised"
         if world > 1:
             assert "z_loss must be the same on every rank; got 0.0 on rank 0, 0.1 on rank 1" in options
             assert "linear_weight must be the same on every rank; got a 2-dimensional tensor" in grads
+            assert "temperature must be the same on every rank; got 1.0 on rank 0, 2.0 on rank 1" in sampled
 
 
 def test_heads_with_other_slices(ranks):
@@ -467,10 +500,15 @@ def test_three_numbers_a_row_in_forward(ranks):
         assert backward == again == [12 * 12]
 
 
+def test_the_matmuls_are_shared(ranks):
+    assert sum(special(ranks, "flops")[1]) == 6 * 12 * 12 * 12
+
+
 def test_noise_does_not_depend_on_the_number_of_ranks(ranks):
     world, results = special(ranks, "row_ids")
     count = sum(rank + 2 for rank in range(world))
     assert torch.equal(torch.cat([ids for ids, _ in results]), torch.arange(count))
+    assert torch.equal(sk.row_ids_of_rank(3, None), torch.arange(3))
     assert torch.equal(torch.cat([noise for _, noise in results]), sk.random_normal((count, 5), seed=3))
 
 
@@ -501,7 +539,7 @@ def test_the_first_rank_draws_the_seed(ranks):
 
 def test_the_vocabulary_of_bert(ranks):
     _, results = special(ranks, "bert")
-    for number, (dtype, limit) in enumerate(((torch.float32, 1e-6), (torch.bfloat16, 2e-2))):
+    for number, (dtype, limit) in enumerate(BERT_LIMITS.items()):
         input, weight, target = bert_problem(dtype)
         loss = sk.linear_cross_entropy(input, weight.requires_grad_(), target)
         loss.backward()
