@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import Function
+from sslkernels.core.autograd import Function, once_differentiable
 from sslkernels.core.operator import operator
 
 
@@ -73,15 +73,21 @@ class _Gather(torch.autograd.Function):
         ranks = ctx.ranks
         if ctx.replicated:
             return grad[ranks.start : ranks.stop], None, None
-        # At least float32, because the ranks' gradients are summed. Every rank is sent as many rows.
-        most, sums = max(ranks.counts), torch.promote_types(grad.dtype, torch.float32)
-        parts = grad.new_zeros(len(ranks.counts), most, *grad.shape[1:], dtype=sums)
-        for part, rows in zip(parts, grad.split(ranks.counts), strict=True):
-            part[: len(rows)] = rows
-        total = torch.zeros_like(parts[0])
-        if total.numel():
-            dist.reduce_scatter(total, list(parts), group=ranks.group)
-        return total[: ranks.stop - ranks.start].to(ctx.dtype), None, None
+        return _scattered_sum(grad, ranks, ctx.dtype), None, None
+
+
+@once_differentiable("process_group")
+def _scattered_sum(grad: Tensor, ranks: Any, dtype: torch.dtype) -> Tensor:
+    """This rank's rows of the sum of the ranks' gradients (all rows, ...)."""
+    # At least float32, because the ranks' gradients are summed. Every rank is sent as many rows.
+    most, sums = max(ranks.counts), torch.promote_types(grad.dtype, torch.float32)
+    parts = grad.new_zeros(len(ranks.counts), most, *grad.shape[1:], dtype=sums)
+    for part, rows in zip(parts, grad.split(ranks.counts), strict=True):
+        part[: len(rows)] = rows
+    total = torch.zeros_like(parts[0])
+    if total.numel():
+        dist.reduce_scatter(total, list(parts), group=ranks.group)
+    return total[: ranks.stop - ranks.start].to(dtype)
 
 
 def group_name(function: str, process_group: Any) -> str:
@@ -124,7 +130,12 @@ class _SummedGradient(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None if grad is None else (sum_over_ranks(grad, ctx.group),)
+        return None if grad is None else (_summed(grad, ctx.group),)
+
+
+@once_differentiable("process_group")
+def _summed(grad: Tensor, group: str) -> Tensor:
+    return sum_over_ranks(grad, group)
 
 
 def summed_gradient(values: Tensor, group: str) -> Tensor:

@@ -270,8 +270,6 @@ def linear_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale if scaled_by is None else 1.0,
     )
-    checks.choice(NAME, "input_grad", input_grad, ("reduce", "partial"))
-    checks.boolean(NAME, "sequence_parallel", sequence_parallel)
     checks.integer(NAME, "capacity", capacity, low=0, optional=True)
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
