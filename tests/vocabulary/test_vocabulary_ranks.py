@@ -209,16 +209,16 @@ def confident(rank, world):
 
 
 def not_finite(rank, world):
-    """A row that is NaN, and then a class."""
+    """A row that is NaN, the classes of whole slices, and nothing but masked classes."""
     input, weight, target = confident_problem()
     rows = input.clone()
     rows[3] = torch.nan
     classes = weight.clone()
-    classes[5] = torch.nan
+    classes[:6] = torch.nan
     bias = torch.full((12,), -torch.inf)  # nothing is left
     return [
         loss_of_slices(rank, world, rows, weight, target),
-        loss_of_slices(rank, world, input, classes, target),
+        loss_of_slices(rank, world, input, classes, target, linear_bias=sliced(torch.zeros(12), world, rank)),
         loss_of_slices(rank, world, input, weight, target, linear_bias=sliced(bias, world, rank)),
     ]
 
@@ -243,7 +243,7 @@ def checked_ranks(rank, world):
             message_of(lambda: loss_of_slices(rank, world, input, weight.detach(), target)),
             message_of(
                 lambda: sk.linear_sample(
-                    input, sliced(weight, world, rank), temperature=1.0 + rank, process_group=dist.group.WORLD
+                    input, sliced(weight.detach(), world, rank), temperature=1.0 + rank, process_group=dist.group.WORLD
                 )
             ),
         ]
