@@ -5,6 +5,7 @@ from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
 from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.contrastive.word2vec import negative_sampling_loss
 from sslkernels.core.backends import available_backends, use_backend
+from sslkernels.core.ranks import row_ids_of_rank
 from sslkernels.latent import distributions
 from sslkernels.latent.free_energy import free_energy
 from sslkernels.latent.gaussian import GaussianSample, LatentStats, gaussian_kl, gaussian_rsample
@@ -59,6 +60,7 @@ __all__ = [
     "random_gumbel",
     "random_normal",
     "random_uniform",
+    "row_ids_of_rank",
     "siglip_loss",
     "sinkhorn_center",
     "teacher_center",

@@ -4,7 +4,7 @@ from sslkernels.contrastive.modules import ClipLoss, ContrastiveLoss, InfoNCELos
 from sslkernels.latent.modules import FreeEnergy, GaussianLatent, GumbelQuantizer
 from sslkernels.latent.quantizers import VectorQuantizer
 from sslkernels.latent.residual_quantizer import ResidualVectorQuantizer
-from sslkernels.vocabulary.modules import CrossEntropyLoss, LinearCrossEntropyLoss, TokenMasker
+from sslkernels.vocabulary.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearHead, TokenMasker
 from sslkernels.vocabulary.prototypes.modules import PrototypeLoss
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "GumbelQuantizer",
     "InfoNCELoss",
     "LinearCrossEntropyLoss",
+    "LinearHead",
     "NTXentLoss",
     "PrototypeLoss",
     "ResidualVectorQuantizer",

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.slices import Slices
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
-from sslkernels.vocabulary.probability_rows import rows_for
 from sslkernels.vocabulary.selection import IGNORED_ROW, Selection
+from sslkernels.vocabulary.sliced_rows import rows_for, slices_in
 from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, RowState, empty_outputs
 
 # Bytes of the logits buffer, unless the caller bounds them.
@@ -39,18 +40,19 @@ def forward(
 ) -> tuple[RowOutputs, Gradients]:
     """Loss and state of each row, and the wanted gradients of sum(coefficient * loss)."""
     input, linear_weight, bias, target, weight = operands
+    slices = slices_in(plan, operands)
+    row_kernels = rows_for(target, rows, slices)
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
         coefficient = None
         gradients.scale.fill_(1)
         projection = (input.to(plan.compute_dtype), linear_weight.to(plan.compute_dtype))
-        outputs = rows_for(target, rows).evaluate(*projection, target, bias, weight, options, stats=stats)
+        outputs = row_kernels.evaluate(*projection, target, bias, weight, options, stats=stats)
         if outputs is not None:
             return outputs, gradients
-    chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
+    chunks = _Chunks(rows, operands, slices, options, plan, wanted, gradients)
     if coefficient is not None:
         coefficient = chunks.coefficient_of_slots(coefficient, plan)
-    row_kernels = rows_for(target, rows)
     parts: list[RowOutputs] = []
     for chunk, x, y in chunks:
         logits = chunks.logits(x)
@@ -73,9 +75,10 @@ def backward(
 ) -> Gradients:
     """The gradients of sum(grad_loss * loss), from recomputed logits."""
     _, _, bias, target, weight = operands
-    row_kernels = rows_for(target, rows)
+    slices = slices_in(plan, operands)
+    row_kernels = rows_for(target, rows, slices)
     gradients = empty_gradients(operands, wanted)
-    chunks = _Chunks(rows, operands, options, plan, wanted, gradients)
+    chunks = _Chunks(rows, operands, slices, options, plan, wanted, gradients)
     coefficient = chunks.coefficient_of_slots(grad_loss, plan)
     to_slots = chunks.selection.to_slots
     state = RowState(*(to_slots(values, empty) for values, empty in zip(state, IGNORED_ROW.state, strict=True)))
@@ -95,6 +98,7 @@ class _Chunks:
         self,
         rows: Rows,
         operands: Operands,
+        slices: Slices | None,
         options: RowOptions,
         plan: PlanOptions,
         wanted: Wanted,
@@ -116,6 +120,8 @@ class _Chunks:
         self.weight = linear_weight.to(self.dtype)
         self.count = self.selection.slots
         self.vocab = linear_weight.shape[0]
+        # All ranks reduce as many chunks: their rows follow from the largest slice.
+        self.widest = self.vocab if slices is None else slices.largest
         self.chunk_rows = self._chunk_rows(plan.workspace_bytes)
         buffer_shape = (round_up(self.chunk_rows, ROW_MULTIPLE), row_pitch(self.vocab))
         self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)[:, : self.vocab]
@@ -148,12 +154,12 @@ class _Chunks:
             workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
             if device.type == "cpu" and self.wanted.linear_weight and self.dtype.itemsize == 2:
                 # The size of the accumulator of the weight's gradient, which every chunk reads and writes once.
-                workspace_bytes = max(workspace_bytes, 4 * self.weight.numel())
-        fit = workspace_bytes // (row_pitch(self.vocab) * self.dtype.itemsize)
+                workspace_bytes = max(workspace_bytes, 4 * self.widest * self.weight.shape[1])
+        fit = workspace_bytes // (row_pitch(self.widest) * self.dtype.itemsize)
         fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
         if device.type != "cuda":
             return equal_rows(self.count, fit)
-        return wave_rows(self.count, self.vocab, fit, torch.cuda.get_device_properties(device).multi_processor_count)
+        return wave_rows(self.count, self.widest, fit, torch.cuda.get_device_properties(device).multi_processor_count)
 
     def logits(self, x: Tensor) -> Tensor:
         return torch.mm(x, self.weight.t(), out=first_rows(self.buffer, x.shape[0]))
@@ -166,9 +172,9 @@ class _Chunks:
             rows = x.shape[0] if x.is_cuda else round_up(x.shape[0], ROW_MULTIPLE)
             out = self.grad_input[begin : begin + rows] if begin else first_rows(self.grad_input, rows)
             torch.mm(first_rows(self.buffer, out.shape[0]), self.weight, out=out)
-        if self.wanted.linear_weight:
+        if self.wanted.linear_weight and self.vocab:
             self._add_product(self.grad_weight, grad_logits.t(), x)
-        if self.wanted.linear_bias:
+        if self.wanted.linear_bias and self.vocab:
             self.kernels.add_column_sums(grad_logits, self.gradients.linear_bias, self.first)
         self.first = False
 
@@ -198,7 +204,7 @@ class _Chunks:
                 gradient.zero_()
         if self.wanted.linear_weight and scale != 1.0:
             self.grad_weight.mul_(scale)
-        if self.grad_weight is not gradients.linear_weight:
+        if self.grad_weight is not gradients.linear_weight and self.vocab:
             self.kernels.add(gradients.linear_weight, self.grad_weight, True)
         if not self.wanted.input:
             return

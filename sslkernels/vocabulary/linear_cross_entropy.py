@@ -12,7 +12,9 @@ from torch.nn.functional import linear
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
+from sslkernels.core.ranks import check_rank_options, check_ranks, on_every_rank, summed_gradient
 from sslkernels.core.scale import scaled
+from sslkernels.core.slices import own_slice
 from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy, row_stats
 from sslkernels.vocabulary.linear_operators import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted
@@ -161,10 +163,12 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     shift: int = 0,
     mode: str = "auto",
-    process_group: Any = None,
-    vocab_start: int = 0,
     capacity: int | None = None,
     workspace_bytes: int | None = None,
+    process_group: Any = None,
+    vocab_start: int | None = None,
+    input_grad: str = "reduce",
+    sequence_parallel: bool = False,
     on_empty: str = "nan",
     return_stats: bool = False,
     options: Any = None,
@@ -204,14 +208,26 @@ def linear_cross_entropy(
         mode: "fast": three matmuls, the gradients are computed in forward and kept until backward; "compact": four
             matmuls, no buffer of the size of a gradient before backward; "auto": fast if a gradient is wanted. With
             `reduction="none"` forward does not know the weights of the rows, and every mode runs the compact plan.
-        process_group: ranks that the weight is sharded over; not implemented yet, must be None.
-        vocab_start: first class of this rank's shard of the weight; not implemented yet, must be 0.
         capacity: upper bound of the number of valid rows (target other than `ignore_index`) in a call. With it nothing
             synchronises and no shape depends on the targets: `capacity` rows, or all if there are fewer, go through the
             matmuls, valid or not.
         workspace_bytes: upper bound of the bytes of the logits buffer, which holds at least 16 rows. Default: 512 MiB
             on CUDA; on a CPU 80 MiB or, if the gradient of the weight is computed in half precision, the bytes of the
             weight in float32, whichever is more.
+        process_group: ranks that the vocabulary is sliced over, a `torch.distributed.ProcessGroup` or a DeviceMesh of
+            one dimension. `linear_weight` and `linear_bias` (and class probabilities) are then this rank's rows
+            (columns), of any number, also none; the class weights `weight` are whole, and every other argument is the
+            same on every rank, as are loss and statistics. The ranks exchange three numbers a row in forward (one more
+            with label smoothing, two with statistics), no logits.
+            A `linear_weight` that is a DTensor, `Shard(0)` over a mesh dimension named "tp" or over this group, is the
+            slice; on another mesh it is refused: `sslkernels.nn.LinearHead`.
+        vocab_start: number of rows of the ranks before this one; None: from the sizes, which are exchanged once as long
+            as the weight lives (at each call for a weight that is computed anew).
+        input_grad: "reduce": the gradient of the input is complete on every rank; "partial": it is what this rank's
+            slice contributes, for a caller who reduces it.
+        sequence_parallel: input, target and token_weight are this rank's own rows, any number of the first dimension.
+            They are gathered, and the gradient of the input is reduced to its own rows. Losses without a reduction and
+            statistics are of all rows, in the order of the ranks.
         on_empty: loss of a mean over no valid rows: "nan", as in torch, or "zero", with gradients of zero.
         return_stats: also return `CrossEntropyStats`, from the same pass.
         options: a `torch.nn.LinearCrossEntropyOptions`, as torch takes it; it changes nothing.
@@ -220,14 +236,13 @@ def linear_cross_entropy(
         The loss, float32 (float64 for float64 input); with `return_stats` the pair (loss, statistics).
 
     Synchronisation: on CUDA without a `capacity` the number of valid rows is read once in forward, and in compact mode
-    once in backward. With a `capacity` nothing is read. While a CUDA graph is captured the capacity defaults to N, and
-    ignored rows are computed too.
+    once in backward. With a `capacity` nothing is read, but for the numbers of rows of `sequence_parallel`. While a
+    CUDA graph is captured the capacity defaults to N, and ignored rows are computed too.
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. A target out of range raises
             `ValueError` on the CPU; on a GPU the loss of its row is NaN. More valid rows than `capacity` raise
             `ValueError` on the CPU; on a GPU the losses and all gradients are NaN.
-        NotImplementedError: for a `process_group`.
 
     >>> import sslkernels as sk
     >>> hidden = torch.randn(8, 16, requires_grad=True)
@@ -237,9 +252,12 @@ def linear_cross_entropy(
     """
     check_torch_options(options)
     ignore_index = -100 if ignore_index is None else ignore_index
-    _check(input, linear_weight, target, linear_bias, token_weight, logit_scale)
+    linear_weight, linear_bias, group, sizes = own_slice(NAME, linear_weight, linear_bias, process_group, vocab_start)
+    _check(input, linear_weight, target, linear_bias, token_weight, logit_scale, group is not None)
     check_reduction(NAME, reduction, num_items, on_empty, input.device)
-    vocab = linear_weight.shape[0]
+    vocab = sum(sizes) if sizes else linear_weight.shape[0]
+    if group is not None and not sizes and weight is not None:  # torch.compile traces: the operator knows
+        vocab = weight.shape[0]
     check_weight(NAME, weight, vocab, input.device)
     checks.boolean(NAME, "return_stats", return_stats)
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
@@ -252,10 +270,6 @@ def linear_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale if scaled_by is None else 1.0,
     )
-    if process_group is not None:
-        raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weight on every rank")
-    if vocab_start != 0:
-        checks.fail(ValueError, NAME, "vocab_start", "be 0 without a process_group", vocab_start)
     checks.integer(NAME, "capacity", capacity, low=0, optional=True)
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
@@ -264,9 +278,22 @@ def linear_cross_entropy(
         check_probabilities(NAME, ignore_index, return_stats)
         if capacity is not None:
             checks.fail(ValueError, NAME, "capacity", "be None with class probabilities (all rows are valid)", capacity)
+    materialised = linear_weight.dim() > 2 or _wants_gradient(target)
+    check_rank_options(NAME, group, input, target, input_grad, sequence_parallel)
+    if group is not None:
+        if materialised:
+            must = "be None for K-dimensional weights or a target that requires grad, whose logits are materialised"
+            checks.fail(ValueError, NAME, "process_group", must, "a group")
+        same = {"linear_weight": linear_weight, "linear_bias": linear_bias, "input": input, "logit_scale": logit_scale}
+        same |= {"weight": weight, "token_weight": token_weight, "shift": shift, "mode": mode, "capacity": capacity}
+        same |= {"reduction": reduction, "num_items": num_items, "on_empty": on_empty, "return_stats": return_stats}
+        same |= {"workspace_bytes": workspace_bytes, "input_grad": input_grad, "sequence_parallel": sequence_parallel}
+        check_ranks(NAME, group, same | row_options._asdict())
+        input, target, token_weight = on_every_rank(group, input, target, token_weight, input_grad, sequence_parallel)
+        scaled_by = None if scaled_by is None else summed_gradient(scaled_by, group)
     target = _shifted(target, shift, ignore_index, probabilities or linear_weight.dim() > 2)
 
-    if linear_weight.dim() > 2 or _wants_gradient(target):
+    if materialised:
         plan = {
             "mode": mode != "auto",
             "capacity": capacity is not None,
@@ -297,14 +324,14 @@ def linear_cross_entropy(
     rows_shape = input.shape[:-1]
     x = input if input.dim() == 2 else input.reshape(math.prod(rows_shape), input.shape[-1])
     if probabilities:
-        y = target if target.dim() == 2 else target.reshape(x.shape[0], vocab)
+        y = target if target.dim() == 2 else target.reshape(x.shape[0], linear_weight.shape[0])
     else:
         y = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
     if scaled_by is not None:
         x = _ScaledRows.run(x, scaled_by, None if probabilities else y == ignore_index)
     operands = Operands(x.contiguous(), linear_weight.contiguous(), contiguous(linear_bias), y, contiguous(weight))
     tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
-    plan = PlanOptions(compute_dtype, capacity, workspace_bytes)
+    plan = PlanOptions(compute_dtype, capacity, workspace_bytes, group, sizes, None if sizes else vocab_start)
 
     divisor = None
     if reduction == "mean":
@@ -397,8 +424,9 @@ def _check(
     linear_bias: Tensor | None,
     token_weight: Tensor | None,
     logit_scale: float | Tensor,
+    sliced: bool,
 ) -> None:
-    check_projection(NAME, input, linear_weight, linear_bias, k_dimensional=True)
+    check_projection(NAME, input, linear_weight, linear_bias, k_dimensional=True, sliced=sliced)
     checks.tensor(NAME, "target", target, (*checks.INDEX_DTYPES, *checks.FLOAT_DTYPES))
     classes, *outer = linear_weight.shape[:-1]
     rows = (*input.shape[:-1], *outer)
@@ -426,8 +454,10 @@ def check_projection(
     linear_bias: Tensor | None,
     *,
     k_dimensional: bool = False,
+    sliced: bool = False,
 ) -> None:
-    """k_dimensional: whether the weight may have the shape (V, d1, ..., D), for an input of (N, D)."""
+    """k_dimensional: whether the weight may have the shape (V, d1, ..., D), for an input of (N, D); sliced: whether it
+    may have no rows."""
     checks.tensor(function, "input", input, checks.FLOAT_DTYPES)
     checks.dims(function, "input", input, 1, "(..., D)")
     checks.tensor(function, "linear_weight", linear_weight, checks.FLOAT_DTYPES)
@@ -436,7 +466,7 @@ def check_projection(
         checks.dims(function, "input", input, 2, "(N, D) for a K-dimensional linear_weight", high=2)
     expected = (*linear_weight.shape[:-1], input.shape[-1])
     checks.shape(function, "linear_weight", linear_weight, expected, "(V, D)")
-    if linear_weight.shape[0] == 0:
+    if linear_weight.shape[0] == 0 and not sliced:
         checks.fail(ValueError, function, "linear_weight", "have at least one row", tuple(linear_weight.shape))
     checks.tensor(function, "linear_bias", linear_bias, checks.FLOAT_DTYPES, optional=True)
     checks.shape(function, "linear_bias", linear_bias, linear_weight.shape[:-1], "(V,)")

@@ -12,6 +12,7 @@ from sslkernels.core.operator import operator
 from sslkernels.vocabulary import chunked_linear, linear_reference
 from sslkernels.vocabulary.linear_records import NAME, Gradients, Operands, PlanOptions, Wanted, empty_gradients
 from sslkernels.vocabulary.selection import check_capacity, void_overflow
+from sslkernels.vocabulary.sliced_rows import slices_in
 from sslkernels.vocabulary.softmax_rows import (
     NativeRows,
     RowOptions,
@@ -35,7 +36,9 @@ def _fwd(
     check_capacity(NAME, operands.target, options.ignore_index, plan.capacity)
     outputs, gradients = forward(operands, coefficient, options, plan, wanted, stats)
     if not operands.target.is_floating_point():
-        check_target_range(NAME, outputs.loss, operands.target, operands.linear_weight.shape[0], options.ignore_index)
+        slices = slices_in(plan, operands)
+        vocab = operands.linear_weight.shape[0] if slices is None else slices.total
+        check_target_range(NAME, outputs.loss, operands.target, vocab, options.ignore_index)
     void_overflow(operands.target, options.ignore_index, plan.capacity, gradients.scale, outputs)
     return outputs, gradients
 

@@ -25,11 +25,17 @@ class Operands(NamedTuple):
 
 class PlanOptions(NamedTuple):
     """How the logits are computed. capacity, workspace_bytes: the caller's bounds of the number of valid rows and of
-    the bytes of the logits buffer, None for unbounded."""
+    the bytes of the logits buffer, None for unbounded. group: name of the process group over which the vocabulary is
+    sliced, None: it is not; sizes: of the slices of all ranks, empty where they are still to be exchanged; vocab_start:
+    where the caller says that this rank's begins. Target indices, class weights and outputs then count the whole
+    vocabulary; linear_weight, linear_bias and class probabilities this rank's slice."""
 
     compute_dtype: torch.dtype
     capacity: int | None
     workspace_bytes: int | None
+    group: str | None = None
+    sizes: tuple[int, ...] = ()
+    vocab_start: int | None = None
 
 
 class Wanted(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
-from sslkernels.vocabulary.probability_rows import rows_for
+from sslkernels.vocabulary.sliced_rows import rows_for, slices_in
 from sslkernels.vocabulary.softmax_rows import ReferenceRows, RowOptions, RowOutputs, RowState
 
 
@@ -22,7 +22,7 @@ def forward(
     x, w = _rounded(operands, options, plan)
     rows = (operands.target, operands.linear_bias, operands.weight, options)
     logits = x @ w.t()
-    kernels = rows_for(operands.target, ReferenceRows())
+    kernels = rows_for(operands.target, ReferenceRows(), slices_in(plan, operands))
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
         gradients.scale.fill_(1)
@@ -40,7 +40,7 @@ def backward(
 ) -> Gradients:
     x, w = _rounded(operands, options, plan)
     logits = x @ w.t()
-    kernels = rows_for(operands.target, ReferenceRows())
+    kernels = rows_for(operands.target, ReferenceRows(), slices_in(plan, operands))
     kernels.backward(logits, operands.target, operands.linear_bias, operands.weight, options, state, grad_loss, logits)
     gradients = empty_gradients(operands, wanted)
     gradients.scale.fill_(1)

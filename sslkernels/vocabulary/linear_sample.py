@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sslkernels.core import checks
@@ -16,6 +17,8 @@ from sslkernels.core.autograd import Function
 from sslkernels.core.chunks import TILE, equal_rows, row_pitch, waves
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.operator import full, operator
+from sslkernels.core.ranks import check_ranks, group_named
+from sslkernels.core.slices import Slices, own_slice, slices_of
 from sslkernels.random.seeds import seed_tensor
 from sslkernels.random.streams import stream_values
 from sslkernels.vocabulary.linear_cross_entropy import check_projection, linear_cross_entropy
@@ -51,6 +54,27 @@ class SampleOptions(NamedTuple):
     samples: int
 
 
+class Sharing(NamedTuple):
+    """group, sizes, vocab_start: as in `linear_records.PlanOptions`; own_seeds: each rank drew a seed, and the
+    first rank's counts."""
+
+    group: str
+    sizes: tuple[int, ...]
+    vocab_start: int | None
+    own_seeds: bool
+
+
+class SliceState(NamedTuple):
+    """What a slice of the classes has drawn, (samples, N): the largest logit, the sum of exponentials relative to it,
+    the largest sum of logit and noise, its logit and its class."""
+
+    row_max: Tensor
+    sum_exp: Tensor
+    best: Tensor
+    logit: Tensor
+    index: Tensor
+
+
 def _empty_outputs(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
     """(samples, N)."""
     acc = accumulation_dtype(inputs.input.dtype)
@@ -59,56 +83,103 @@ def _empty_outputs(inputs: SampleInputs, options: SampleOptions) -> LinearSample
 
 
 def _reference(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
-    input, linear_weight, linear_bias, seed, row_ids, scale = inputs
+    logits, greedy = _reference_logits(inputs, options)
+    log_softmax = logits.log_softmax(1)
+    drawn = []
+    for sample in range(options.samples):
+        noise = stream_values("gumbel", inputs.seed, inputs.row_ids, *logits.shape, sample, torch.float32)
+        index = _perturbed(logits, noise, greedy).argmax(1, keepdim=True)
+        logprob = log_softmax.gather(1, index)
+        drawn.append((index[:, 0], logprob.masked_fill(greedy & ~logprob.isnan(), 0)[:, 0]))
+    return LinearSample(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+
+
+def _reference_slice(inputs: SampleInputs, options: SampleOptions, slices: Slices) -> SliceState:
+    logits, greedy = _reference_logits(inputs, options)
+    row_max = logits.amax(1)
+    sum_exp = (logits - row_max.masked_fill(row_max == float("-inf"), 0)[:, None]).exp().sum(1)
+    drawn = []
+    for sample in range(options.samples):
+        shape = (len(logits), slices.total)
+        noise = stream_values("gumbel", inputs.seed, inputs.row_ids, *shape, sample, torch.float32)
+        best, index = _perturbed(logits, noise[:, slices.start : slices.stop], greedy).max(1)
+        drawn.append((row_max, sum_exp, best, logits.gather(1, index[:, None])[:, 0], index + slices.start))
+    return SliceState(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+
+
+def _reference_logits(inputs: SampleInputs, options: SampleOptions) -> tuple[Tensor, Tensor]:
+    """The logits over the temperature, and which rows (N, 1) draw the largest one."""
+    input, linear_weight, linear_bias, _, _, scale = inputs
     acc = accumulation_dtype(input.dtype)
     logits = input.to(options.compute_dtype).to(acc) @ linear_weight.to(options.compute_dtype).to(acc).t()
     if linear_bias is not None:
         logits = logits + linear_bias
     greedy = torch.isinf(scale)[:, None]
     scaled = logits * torch.where(greedy, 1, scale[:, None])
-    logits = torch.where(logits == float("-inf"), logits, scaled)  # 0 * -inf is NaN
-    log_softmax = logits.log_softmax(1)
-    drawn = []
-    for sample in range(options.samples):
-        noise = stream_values("gumbel", seed, row_ids, *logits.shape, sample, torch.float32)
-        perturbed = logits + torch.where(greedy, 0, noise)
-        index = torch.where(logits.isnan(), float("-inf"), perturbed).argmax(1, keepdim=True)
-        logprob = log_softmax.gather(1, index)
-        drawn.append((index[:, 0], logprob.masked_fill(greedy & ~logprob.isnan(), 0)[:, 0]))
-    return LinearSample(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+    return torch.where(logits == float("-inf"), logits, scaled), greedy  # 0 * -inf is NaN
+
+
+def _perturbed(logits: Tensor, noise: Tensor, greedy: Tensor) -> Tensor:
+    perturbed = logits + torch.where(greedy, 0, noise)
+    return torch.where(logits.isnan(), float("-inf"), perturbed)
 
 
 def _native(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
+    outputs = _empty_outputs(inputs, options)
+    vocab = inputs.linear_weight.shape[0]
+    numbers = outputs.logprob.new_empty((3, *outputs.logprob.shape))
+    _draw_tiles(inputs, options, SliceState(*numbers, outputs.logprob, outputs.index), 0, vocab)
+    return outputs
+
+
+def _native_slice(inputs: SampleInputs, options: SampleOptions, slices: Slices) -> SliceState:
+    state = _of_nothing(inputs, options)
+    if inputs.linear_bias is not None:  # the kernel takes the bias of all classes
+        bias = inputs.linear_bias.new_zeros(slices.total)
+        bias[slices.start : slices.stop] = inputs.linear_bias
+        inputs = inputs._replace(linear_bias=bias)
+    _draw_tiles(inputs, options, state, slices.start, slices.total)
+    logit = state.logit
+    if slices.stop == slices.total:  # the kernel made it a log-probability after the last class
+        logit = logit + state.row_max + state.sum_exp.log()
+    return state._replace(logit=torch.where(torch.isinf(inputs.scale), state.best, logit))
+
+
+def _draw_tiles(inputs: SampleInputs, options: SampleOptions, state: SliceState, start: int, vocab: int) -> None:
     """torch's matmul computes tiles of products, and one kernel reduces each at once. A tile of classes is multiplied
     with all rows before the next one, so that it is converted once and stays in the cache.
 
     The products of half precision are float32, like Triton's: the tile is small enough for the cache all the same, and
     rounding them to bfloat16 would change the probability of a class by several per cent.
+
+    The classes are those from `start` of `vocab`. A tile begins with a group of noise: the products before `start` are
+    -inf.
     """
     input, linear_weight, linear_bias, seed, row_ids, scale = inputs
     rounded_to = options.compute_dtype
     half = rounded_to.itemsize == 2
     products_dtype = torch.float32 if half else rounded_to
     compute_dtype = rounded_to if input.is_cuda else products_dtype  # a CPU's matmul has no float32 output for them
-    outputs = _empty_outputs(inputs, options)
-    count, vocab = input.shape[0], linear_weight.shape[0]
-    row_max, sum_exp, best = outputs.logprob.new_empty((3, options.samples, count))
-    rows, columns = tile_shape(count, vocab, products_dtype.itemsize, input.device)
+    count, stop = input.shape[0], start + linear_weight.shape[0]
+    aligned = start // 4 * 4
+    rows, columns = tile_shape(count, stop - aligned, products_dtype.itemsize, input.device)
     buffer = input.new_empty((rows, row_pitch(columns)), dtype=products_dtype)
-    state = (row_max, sum_exp, best, outputs.logprob, outputs.index)
     row_blocks = [
         (input[block], row_ids[block], scale[block], [[t[k][block] for t in state] for k in range(options.samples)])
         for block in (slice(first, first + rows) for first in range(0, count, rows))
     ]
-    for column in range(0, vocab, columns):
-        weight = linear_weight[column : column + columns].to(rounded_to).to(compute_dtype).t()
+    for column in range(aligned, stop, columns):
+        before = max(start - column, 0)
+        weight = linear_weight[column + before - start : column + columns - start].to(rounded_to).to(compute_dtype).t()
         for x, ids, row_scale, states in row_blocks:
-            products = _multiply(x.to(rounded_to).to(compute_dtype), weight, buffer[: len(x), : weight.shape[1]])
+            products = buffer[: len(x), : before + weight.shape[1]]
+            if before:
+                products[:, :before] = -math.inf
+            _multiply(x.to(rounded_to).to(compute_dtype), weight, products[:, before:])
             for draw, sample_state in enumerate(states):
                 torch.ops.sslkernels_native.sample_rows(
                     products, linear_bias, seed, ids, column, vocab, row_scale, draw, *sample_state
                 )
-    return outputs
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -144,13 +215,62 @@ def _triton(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
     return outputs
 
 
-def _checked(
-    function: Callable[[SampleInputs, SampleOptions], LinearSample], inputs: SampleInputs, options: SampleOptions
+def _triton_slice(inputs: SampleInputs, options: SampleOptions, slices: Slices) -> SliceState:
+    from sslkernels.vocabulary.triton.linear_sample import linear_sample_slice
+
+    if options.compute_dtype == torch.float64:
+        return _reference_slice(inputs, options, slices)
+    state = _of_nothing(inputs, options)
+    linear_sample_slice(inputs, state, options, slices.start, slices.total)
+    return state
+
+
+def _of_nothing(inputs: SampleInputs, options: SampleOptions) -> SliceState:
+    """The state before the first class."""
+    index, logit = _empty_outputs(inputs, options)
+    row_max, best = torch.empty_like(logit).fill_(-math.inf), torch.empty_like(logit).fill_(-math.inf)
+    return SliceState(row_max, torch.zeros_like(logit), best, logit.fill_(-math.inf), index.zero_())
+
+
+def _over_ranks(
+    of_slice: Callable[[SampleInputs, SampleOptions, Slices], SliceState],
+    inputs: SampleInputs,
+    options: SampleOptions,
+    sharing: Sharing,
 ) -> LinearSample:
+    """The draws from all slices: each rank draws from its own, by the noise of the classes' numbers in the whole
+    vocabulary, and the largest sum of logit and noise of all ranks wins."""
+    _check_scale(inputs)
+    slices = slices_of(NAME, sharing.group, inputs.linear_weight, sharing.vocab_start, sharing.sizes)
+    if sharing.own_seeds:
+        seed = inputs.seed.clone()
+        dist.broadcast(seed, dist.get_global_rank(slices.group, 0), group=slices.group)
+        inputs = inputs._replace(seed=seed)
+    empty = slices.sizes[slices.rank] == 0
+    own = _of_nothing(inputs, options) if empty else of_slice(inputs, options, slices)
+    numbers, index = torch.stack(own[:4]), own.index.contiguous()
+    every, indices = ([torch.empty_like(part) for _ in slices.sizes] for part in (numbers, index))
+    dist.all_gather(every, numbers, group=slices.group)
+    dist.all_gather(indices, index, group=slices.group)
+    row_max, sum_exp, best, logit = torch.stack(every, 1)
+    winner = best.argmax(0, keepdim=True)  # ties go to the first rank, the lowest index
+    lse = (row_max + sum_exp.log()).logsumexp(0)
+    logprob = logit.gather(0, winner)[0] - lse
+    logprob.masked_fill_(torch.isinf(inputs.scale) & ~logprob.isnan(), 0)
+    return LinearSample(torch.stack(indices).gather(0, winner)[0], logprob)
+
+
+def _check_scale(inputs: SampleInputs) -> None:
     """Raises `ValueError` for temperatures on a CPU that are none, which have made their row's scale NaN."""
     if inputs.scale.device.type == "cpu" and bool(inputs.scale.isnan().any()):
         row = int(inputs.scale.isnan().nonzero()[0])
         checks.fail(ValueError, NAME, "temperature", "be in [0, inf] in every row", f"another value in row {row}")
+
+
+def _checked(
+    function: Callable[[SampleInputs, SampleOptions], LinearSample], inputs: SampleInputs, options: SampleOptions
+) -> LinearSample:
+    _check_scale(inputs)
     return function(inputs, options)
 
 
@@ -164,6 +284,22 @@ def _checked(
     flops=lambda inputs, options: 2 * inputs.input.numel() * inputs.linear_weight.shape[0],
 )
 def linear_sample_fwd(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
+    return _empty_outputs(inputs, options)
+
+
+@operator(
+    NAME,
+    {
+        "reference": partial(_over_ranks, _reference_slice),
+        "cpu": partial(_over_ranks, _native_slice),
+        "cuda": partial(_over_ranks, _native_slice),
+        "triton": partial(_over_ranks, _triton_slice),
+    },
+    native_ops=("sample_rows",),
+    flops=lambda inputs, options, sharing: 2 * inputs.input.numel() * inputs.linear_weight.shape[0],
+)
+def linear_sample_slice_fwd(inputs: SampleInputs, options: SampleOptions, sharing: Sharing) -> LinearSample:
+    """The draws from the whole vocabulary, of which linear_weight is this rank's slice."""
     return _empty_outputs(inputs, options)
 
 
@@ -191,6 +327,8 @@ def linear_sample(
     row_ids: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    process_group: Any = None,
+    vocab_start: int | None = None,
 ) -> LinearSample:
     """Draw an index from `softmax((input @ linear_weight.T + linear_bias) / temperature)` without materialising logits.
 
@@ -213,6 +351,10 @@ def linear_sample(
         row_ids: int64 `(...)`, the number of each row for the noise, in place of its flattened index.
         seed: an int in [-2**63, 2**64), or a 0-d int64 tensor on the device of `input`.
         generator: draws the seed if `seed` is None; default: torch's default generator of the device.
+        process_group: ranks that the vocabulary is sliced over, as in `linear_cross_entropy`. Every other argument is
+            the same on every rank, as are the results, which equal one process's with all classes; without a `seed`
+            the first rank's counts. The ranks exchange five numbers a row.
+        vocab_start: number of rows of the ranks before this one; None: from the sizes, which are exchanged once.
 
     Returns:
         `LinearSample(index, logprob)`, both `(...)`: int64, and float32 (float64 for float64 input). `logprob` is the
@@ -230,7 +372,8 @@ def linear_sample(
     >>> hidden, embedding = torch.randn(4, 16), torch.randn(1000, 16)
     >>> index, logprob = sk.linear_sample(hidden, embedding, temperature=0.7, seed=0)
     """
-    check_projection(NAME, input, linear_weight, linear_bias)
+    linear_weight, linear_bias, group, sizes = own_slice(NAME, linear_weight, linear_bias, process_group, vocab_start)
+    check_projection(NAME, input, linear_weight, linear_bias, sliced=group is not None)
     shape = input.shape[:-1]
     _check_temperature(temperature, shape, input.device)
     checks.integer(NAME, "num_samples", num_samples, low=1, optional=True)
@@ -250,10 +393,18 @@ def linear_sample(
         torch.arange(x.shape[0], device=x.device) if row_ids is None else row_ids.reshape(-1).contiguous(),
         scale,
     )
-    index, logprob = drawn = linear_sample_fwd(inputs, SampleOptions(compute_dtype, num_samples or 1))
+    options = SampleOptions(compute_dtype, num_samples or 1)
+    if group is None:
+        index, logprob = drawn = linear_sample_fwd(inputs, options)
+    else:
+        same = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, "row_ids": row_ids}
+        check_ranks(NAME, group, same | {"temperature": temperature, "num_samples": num_samples, "seed": seed})
+        sharing = Sharing(group, sizes, None if sizes else vocab_start, seed is None)
+        index, logprob = drawn = linear_sample_slice_fwd(inputs, options, sharing)
     leaves = (input, linear_weight, linear_bias)
     if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
-        logprob = _differentiable(drawn, inputs._replace(input=x, linear_weight=linear_weight), bias, temperature)
+        inputs = inputs._replace(input=x, linear_weight=linear_weight)
+        logprob = _differentiable(drawn, inputs, bias, temperature, None if group is None else group_named(group))
     else:
         logprob = _NoGradient.run(logprob, *leaves)
     drawn_shape = shape if num_samples is None else (*shape, num_samples)
@@ -282,7 +433,7 @@ def _row_scale(temperature: float | Tensor, x: Tensor, dtype: torch.dtype) -> Te
 
 
 def _differentiable(
-    drawn: LinearSample, inputs: SampleInputs, bias: Tensor | None, temperature: float | Tensor
+    drawn: LinearSample, inputs: SampleInputs, bias: Tensor | None, temperature: float | Tensor, process_group: Any
 ) -> Tensor:
     """The log-probabilities (samples, N) of the indices, by `linear_cross_entropy`; 0 without a gradient where the
     largest logit was drawn. inputs, bias: as autograd records them."""
@@ -309,6 +460,7 @@ def _differentiable(
         weight,
         torch.where(greedy, -100, drawn.index).reshape(-1),
         reduction="none",
+        process_group=process_group,
         **options,
     )
     return torch.where(greedy, drawn.logprob, -losses.view(samples, -1))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslkernels.core import checks
 from sslkernels.core.modules import Options, options_of
+from sslkernels.core.slices import is_dtensor
 from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
@@ -78,10 +79,12 @@ class LinearCrossEntropyLoss(Options):
         logit_scale: multiplies the product before the bias is added; a number, a tensor (a buffer) or a parameter.
         shift: the row at position t predicts the target at t + `shift` of its sequence.
         mode: "auto", "fast" or "compact".
-        process_group: not implemented yet, must be None.
-        vocab_start: not implemented yet, must be 0.
         capacity: upper bound of the number of valid rows.
         workspace_bytes: upper bound of the bytes of the logits buffer.
+        process_group: ranks that the vocabulary is sliced over.
+        vocab_start: number of rows of the ranks before this one; None: from the sizes.
+        input_grad: "reduce" or "partial".
+        sequence_parallel: each rank has its own rows of the input.
         on_empty: loss of a mean over no valid rows, "nan" or "zero".
         return_stats: also return `CrossEntropyStats`.
 
@@ -106,10 +109,12 @@ class LinearCrossEntropyLoss(Options):
         logit_scale: float | Tensor = 1.0,
         shift: int = 0,
         mode: str = "auto",
-        process_group: Any = None,
-        vocab_start: int = 0,
         capacity: int | None = None,
         workspace_bytes: int | None = None,
+        process_group: Any = None,
+        vocab_start: int | None = None,
+        input_grad: str = "reduce",
+        sequence_parallel: bool = False,
         on_empty: str = "nan",
         return_stats: bool = False,
     ) -> None:
@@ -134,6 +139,85 @@ class LinearCrossEntropyLoss(Options):
             num_items=num_items,
             **self.options(),
         )
+
+
+class LinearHead(nn.Linear):
+    """A linear layer that gives logits, or with labels the loss of `linear_cross_entropy`, whose logits never exist.
+
+    `head(input)` is what `torch.nn.Linear` gives; `head(input, labels, num_items=..., **options)` the loss, with every
+    option of `linear_cross_entropy`. The loss is computed inside the forward of the module that owns the weight and
+    leaves through its output, so that DDP, FSDP2 (`fully_shard` of the root alone, of the head, or of
+    `[embedding, head]` together where they share a weight) and tensor-parallel plans see a layer like any other. Under
+    `ColwiseParallel` each rank keeps its slice of the logits, inside the loss too; options are then as with a
+    `process_group`, and `return_stats` must be False.
+
+    With mixed precision FSDP2 casts floating arguments of a forward: pass `num_items` as an int or an int tensor.
+
+    Args:
+        in_features: size of the hidden states.
+        out_features: number of classes.
+        bias: whether the layer has a bias.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    >>> import sslkernels as sk
+    >>> embedding = torch.nn.Embedding(1000, 16)
+    >>> head = sk.nn.LinearHead(16, 1000)
+    >>> head.weight = embedding.weight
+    >>> head(torch.randn(4, 16), torch.tensor([1, 2, -100, 4])).backward()
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> LinearHead:
+        """A head that shares the parameters of `linear`."""
+        if not isinstance(linear, nn.Linear):
+            checks.fail(TypeError, "LinearHead.from_linear", "linear", "be a torch.nn.Linear", type(linear).__name__)
+        head = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        return head.train(linear.training)
+
+    def __call__(self, input: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        if labels is None:
+            return super().__call__(input, **options)
+        # By name, because the input hook of a tensor-parallel plan drops all positional arguments but the first.
+        result = super().__call__(input, labels=labels, **options)
+        return result if isinstance(result, tuple) else _of_this_rank(result, labels, options)
+
+    def forward(
+        self, input: Tensor, labels: Tensor | None = None, *, num_items: int | Tensor | None = None, **options: Any
+    ) -> Any:
+        if labels is None:
+            for name in ("num_items", *options) if num_items is not None else options:
+                checks.fail(ValueError, "LinearHead", name, "not be given without labels", "a value")
+            return super().forward(input)
+        options |= {"linear_bias": self.bias, "num_items": num_items}
+        if not is_dtensor(input):
+            return linear_cross_entropy(input, self.weight, labels, **options)
+        from torch.distributed.tensor import DTensor, Shard
+
+        if not is_dtensor(self.weight) or not all(placement.is_replicate() for placement in input.placements):
+            must = "be a plain tensor, or a DTensor that is replicated over the mesh of the weight"
+            checks.fail(TypeError, "LinearHead", "input", must, f"DTensor {input.placements}")
+        if options.get("return_stats"):
+            checks.fail(ValueError, "LinearHead", "return_stats", "be False under a tensor-parallel plan", True)
+        mesh = input.device_mesh
+        options["process_group"] = mesh.get_group()
+        loss = linear_cross_entropy(input.to_local(), self.weight, labels, **options)
+        # The output hook of a plan takes a DTensor, of a last dimension that is sharded.
+        return DTensor.from_local(loss.unsqueeze(-1), mesh, [Shard(loss.dim())], run_check=False)
+
+
+def _of_this_rank(loss: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+    """The loss from the output of a tensor-parallel plan's hook, in which it has one more dimension, of this rank's or
+    of all ranks' losses; any other loss as it is."""
+    dims = (labels.dim() - labels.is_floating_point()) if options.get("reduction") == "none" else 0
+    if is_dtensor(loss):
+        loss = loss.to_local()
+    if loss.dim() == dims:
+        return loss
+    # The gradient of each rank's loss is 1 on that rank.
+    total = loss.sum(-1)
+    return loss.detach()[..., 0] + (total - total.detach()) if loss.shape[-1] > 1 else loss.squeeze(-1)
 
 
 class TokenMasker(Options):

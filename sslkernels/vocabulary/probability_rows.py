@@ -31,12 +31,16 @@ class _Block(NamedTuple):
 
 class ProbabilityRows(Rows):
     """`target` holds class probabilities (N, V) of any float dtype. The field `logprob` of the outputs and of the state
-    is the sum of q. The logits are overwritten, also without a gradient."""
+    is the sum of q. The logits are overwritten, also without a gradient. classes: of the whole vocabulary, where
+    the logits are a slice."""
+
+    def __init__(self, classes: int | None = None) -> None:
+        self.classes = classes
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
         outputs = empty_outputs(logits, logits.shape[0], False)
-        for rows in _blocks(logits):
-            z, slope, q = _block(logits[rows], target[rows], bias, weight, options)
+        for rows in blocks_of(logits):
+            z, slope, q = self._block(logits[rows], target[rows], bias, weight, options)
             row_max, largest = z.max(1, keepdim=True)
             shifted = z.sub_(row_max)
             total = q.sum(1)
@@ -57,31 +61,27 @@ class ProbabilityRows(Rows):
         return outputs
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
-        for rows in _blocks(logits):
-            z, slope, q = _block(logits[rows], target[rows], bias, weight, options)
+        for rows in blocks_of(logits):
+            z, slope, q = self._block(logits[rows], target[rows], bias, weight, options)
             part = RowState(*(values[rows] for values in state))
             exp = z.sub_(part.row_max.unsqueeze(1)).exp_()
             _write(exp, q, slope, options, part, coefficient[rows], grad[rows])
 
+    def _block(
+        self, logits: Tensor, target: Tensor, bias: Tensor | None, weight: Tensor | None, options: RowOptions
+    ) -> _Block:
+        z, slope = transform(logits, bias, options)
+        q = target.to(z.dtype)
+        if options.label_smoothing > 0:
+            q = q * (1 - options.label_smoothing) + options.label_smoothing / (self.classes or z.shape[1])
+        return _Block(z, slope, q if weight is None else q * weight.to(z.dtype))
 
-def rows_for(target: Tensor, rows: Rows) -> Rows:
-    """The row kernels for this target: `rows` for class indices."""
-    return ProbabilityRows() if target.is_floating_point() else rows
 
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def blocks_of(logits: Tensor) -> Iterator[slice]:
     count, vocab = logits.shape
     step = max(BLOCK_ELEMENTS.get(logits.device.type, BLOCK_ELEMENTS["cuda"]) // vocab, 1)
     for begin in range(0, count, step):
         yield slice(begin, min(begin + step, count))
-
-
-def _block(logits: Tensor, target: Tensor, bias: Tensor | None, weight: Tensor | None, options: RowOptions) -> _Block:
-    z, slope = transform(logits, bias, options)
-    q = target.to(z.dtype)
-    if options.label_smoothing > 0:
-        q = q * (1 - options.label_smoothing) + options.label_smoothing / z.shape[1]
-    return _Block(z, slope, q if weight is None else q * weight.to(z.dtype))
 
 
 def _write(

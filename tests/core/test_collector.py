@@ -68,6 +68,7 @@ def modules():
     weight = torch.nn.Parameter(torch.randn(11, DIM))
     yield "CrossEntropyLoss", nn.CrossEntropyLoss(), (logits, target)
     yield "LinearCrossEntropyLoss", nn.LinearCrossEntropyLoss(), (x, weight, target)
+    yield "LinearHead", nn.LinearHead(DIM, 11), (x, target)
     yield "TokenMasker", nn.TokenMasker(mask_id=3, vocab_size=20), (mask,)
     yield "ContrastiveLoss", nn.ContrastiveLoss(), (x, y)
     yield "InfoNCELoss", nn.InfoNCELoss(), (x, y)

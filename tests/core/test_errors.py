@@ -75,7 +75,10 @@ LINEAR_CROSS_ENTROPY = [
     (dict(workspace_bytes=0), ValueError, r"workspace_bytes must be at least 1; got 0"),
     (dict(workspace_bytes=1e6), TypeError, r"workspace_bytes must be an int or None; got float"),
     (dict(vocab_start=3), ValueError, r"vocab_start must be 0 without a process_group; got 3"),
-    (dict(process_group=object()), NotImplementedError, r"process_group is not implemented"),
+    (dict(process_group=object()), TypeError, r"process_group must be a torch.distributed.ProcessGroup .*; got object"),
+    (dict(sequence_parallel=True), ValueError, r"sequence_parallel must be False without a process_group; got True"),
+    (dict(input_grad="partial"), ValueError, r"input_grad must be 'reduce' without a process_group; got 'partial'"),
+    (dict(input_grad="none"), ValueError, r"input_grad must be 'reduce' or 'partial'; got 'none'"),
     (dict(reduction="avg"), ValueError, r"reduction must be"),
     (dict(label_smoothing=-0.1), ValueError, r"label_smoothing must be in \[0, 1\]; got -0.1"),
 ]

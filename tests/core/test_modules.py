@@ -20,6 +20,7 @@ MODULES = {
     "GumbelQuantizer": {"num_codes": 4, "dim": 2},
     "InfoNCELoss": {},
     "LinearCrossEntropyLoss": {"softcap": 30.0},
+    "LinearHead": {"in_features": 3, "out_features": 4},
     "NTXentLoss": {},
     "PrototypeLoss": {"prototypes": 4},
     "ResidualVectorQuantizer": {"num_levels": 2, "num_codes": 4, "dim": 2},

@@ -21,9 +21,60 @@ SETUP = "sslkernels/contrastive/pair_setup.py"
 CHUNKS = "sslkernels/vocabulary/chunked_linear.py"
 PAIRS = "tests/contrastive/test_contrastive.py tests/contrastive/test_contrastive_losses.py"
 REGIMES = "tests/contrastive/test_contrastive_regimes.py"
+SLICED = "sslkernels/vocabulary/sliced_rows.py"
+SAMPLE = "sslkernels/vocabulary/linear_sample.py"
+RANKS = "tests/vocabulary/test_vocabulary_ranks.py"
 LINEAR = "tests/vocabulary/test_linear_cross_entropy.py tests/vocabulary/test_capacity.py"
 
 PYTHON = [
+    Mistake("a confident row of a slice", SLICED, "-logprob.expm1(), 1)", "1 - logprob.exp(), 1)", RANKS),
+    Mistake("a masked slice is NaN", SLICED, "(row_max == -math.inf) & (bias == -math.inf).all()", "None", RANKS),
+    Mistake("a NaN slice is masked", SLICED, " & (bias == -math.inf).all()", "", RANKS),
+    Mistake(
+        "a class of the slice is ignored",
+        SLICED,
+        "(ignore_index=-1, label_smoothing=share)",
+        "(label_smoothing=share)",
+        RANKS,
+    ),
+    Mistake("a prediction counts the slice", SLICED, "part.prediction + slices.start", "part.prediction", RANKS),
+    Mistake(
+        "an empty slice has a sum", SLICED, "return torch.ones_like(row_max, dtype=torch.bool)", "return None", RANKS
+    ),
+    Mistake(
+        "ranks reduce other chunks", CHUNKS, "self.vocab if slices is None else slices.largest", "self.vocab", RANKS
+    ),
+    Mistake(
+        "the scale's gradient of one slice",
+        "sslkernels/vocabulary/linear_cross_entropy.py",
+        "scaled_by = None if scaled_by is None else summed_gradient(scaled_by, group)",
+        "pass",
+        RANKS,
+    ),
+    Mistake(
+        "token weights summed over ranks",
+        "sslkernels/core/ranks.py",
+        "(token_weight, replicated=True)",
+        "(token_weight)",
+        RANKS,
+    ),
+    Mistake(
+        "a slice draws a log-probability", SAMPLE, "if slices.stop == slices.total:", "if slices.start < 0:", RANKS
+    ),
+    Mistake(
+        "a class before the slice is drawn",
+        SAMPLE,
+        "products[:, :before] = -math.inf",
+        "products[:, :before] = 0",
+        RANKS,
+    ),
+    Mistake(
+        "a loss of several ranks counts once",
+        "sslkernels/vocabulary/modules.py",
+        "loss.detach()[..., 0] + (total - total.detach())",
+        "loss.mean(-1)",
+        "tests/vocabulary/test_linear_head.py",
+    ),
     Mistake("no float16 scale for weights of zero", SETUP, "(largest > 0)", "(largest >= 0)", REGIMES),
     Mistake(
         "a batch of gradients is scaled in place",

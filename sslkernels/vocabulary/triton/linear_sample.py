@@ -18,7 +18,7 @@ from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
 from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
 
-NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split"]
+NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "pad", "first_group", "groups"]
 
 
 @triton.jit
@@ -34,16 +34,18 @@ def _noise_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexp
 def linear_sample_kernel(
     input, linear_weight, bias, seed_ptr, row_ids, scale_ptr,
     row_max_out, sum_exp_out, best_out, logit_out, column_out,
-    count, vocab, tiles_per_split, input_stride, weight_stride,
+    count, vocab, tiles_per_split, input_stride, weight_stride, pad, first_group, groups,
     DIM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    # The classes are a slice that begins `pad` after a group of noise, the one of number first_group of `groups`.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
     source = tl.where(valid, rows, 0).to(tl.int64)
     row_id = tl.load(row_ids + source)
     seed = tl.load(seed_ptr)
     scale = tl.load(scale_ptr + source)
-    groups = tl.cdiv(vocab, 4).to(tl.int64)
+    groups = groups.to(tl.int64)
+    columns_end = vocab + pad
     depth = tl.arange(0, BLOCK_D)
     input_at = input + source[:, None] * input_stride + depth[None, :]
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -53,14 +55,14 @@ def linear_sample_kernel(
     column = tl.zeros((BLOCK_M,), tl.int32)
     split = tl.program_id(1)
     first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BLOCK_V))):
+    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(columns_end, BLOCK_V))):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = columns < vocab
-        weight_row = tl.where(inside, columns, 0).to(tl.int64)
-        weight_at = linear_weight + weight_row[None, :] * weight_stride + depth[:, None]
+        inside = (columns >= pad) & (columns < columns_end)
+        weight_row = tl.where(inside, columns - pad, 0)
+        weight_at = linear_weight + weight_row.to(tl.int64)[None, :] * weight_stride + depth[:, None]
         z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
         if HAS_BIAS:
-            z += tl.load(bias + columns, inside, other=0.0)[None, :]
+            z += tl.load(bias + weight_row, inside, other=0.0)[None, :]
         greedy = scale == float("inf")
         # 0 * -inf is NaN.
         scaled = tl.where(z == float("-inf"), z, z * tl.where(greedy, 1.0, scale)[:, None])
@@ -72,7 +74,8 @@ def linear_sample_kernel(
         row_max = new_max
 
         draw = tl.program_id(2).to(tl.int64)
-        noise = _noise_of_tile(seed, row_id, groups, tile * (BLOCK_V // 4), draw, BLOCK_M, BLOCK_V)
+        group = first_group + tile * (BLOCK_V // 4)
+        noise = _noise_of_tile(seed, row_id, groups, group, draw, BLOCK_M, BLOCK_V)
         perturbed = z + noise * tl.where(greedy, 0.0, 1.0)[:, None]
         perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
         winner = tl.max(perturbed, 1)
@@ -105,27 +108,48 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
 def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
     """Fills the record `LinearSample` from the records `SampleInputs` and `SampleOptions`, whose compute_dtype is not
     float64."""
-    x, weight = inputs.input.to(options.compute_dtype), inputs.linear_weight.to(options.compute_dtype)
-    count, (vocab, dim) = x.shape[0], weight.shape
-    if count == 0:
+    if inputs.input.shape[0] == 0:
         return
-    chosen = config(count, dim, x.dtype, capability(x))
-    splits, tiles_per_split = split_vocab(count, vocab, chosen, processors(x))
-    samples = options.samples
-    row_max, sum_exp, best, logit = (x.new_empty(samples, splits, count, dtype=torch.float32) for _ in range(4))
-    column = x.new_empty(samples, splits, count, dtype=torch.int32)
-    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits, samples)](
-        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, inputs.scale),
-        *(row_max, sum_exp, best, logit, column),
-        *(count, vocab, tiles_per_split, x.stride(0), weight.stride(0)),
-        DIM=dim,
-        HAS_BIAS=inputs.linear_bias is not None,
-        **chosen.constexprs,
-        **chosen.options,
-    )
+    row_max, sum_exp, best, logit, column = _splits(inputs, options, 0, inputs.linear_weight.shape[0])
     winner = best.argmax(1, keepdim=True)  # ties go to the first split
     lse = (row_max + sum_exp.log()).logsumexp(1)
     outputs.index.copy_(column.gather(1, winner)[:, 0])
     torch.sub(logit.gather(1, winner)[:, 0], lse, out=outputs.logprob)
     # Where the largest logit is drawn its log-probability is 0, unless a NaN or the lack of classes made it NaN.
     outputs.logprob.masked_fill_(torch.isinf(inputs.scale) & ~outputs.logprob.isnan(), 0)
+
+
+def linear_sample_slice(inputs: Any, state: Any, options: Any, start: int, vocab: int) -> None:
+    """Fills the record `SliceState` for the classes from `start` of `vocab`, which are at least one."""
+    if inputs.input.shape[0] == 0:
+        return
+    row_max, sum_exp, best, logit, column = _splits(inputs, options, start, vocab)
+    winner = best.argmax(1, keepdim=True)
+    torch.amax(row_max, 1, out=state.row_max)
+    below = (row_max - state.row_max[:, None]).masked_fill_(row_max == float("-inf"), 0)  # -inf - -inf is NaN
+    torch.sum(sum_exp * below.exp(), 1, out=state.sum_exp)
+    state.best.copy_(best.gather(1, winner)[:, 0])
+    state.logit.copy_(logit.gather(1, winner)[:, 0])
+    torch.add(column.gather(1, winner)[:, 0], start // 4 * 4, out=state.index)
+
+
+def _splits(inputs: Any, options: Any, start: int, vocab: int) -> tuple[torch.Tensor, ...]:
+    """The numbers of each row, (samples, splits, rows), and its column, which counts from the group of noise in which
+    the slice begins."""
+    x, weight = inputs.input.to(options.compute_dtype), inputs.linear_weight.to(options.compute_dtype)
+    count, (size, dim), pad = x.shape[0], weight.shape, start % 4
+    chosen = config(count, dim, x.dtype, capability(x))
+    splits, tiles_per_split = split_vocab(count, size + pad, chosen, processors(x))
+    samples = options.samples
+    numbers = [x.new_empty(samples, splits, count, dtype=torch.float32) for _ in range(4)]
+    column = x.new_empty(samples, splits, count, dtype=torch.int32)
+    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits, samples)](
+        *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, inputs.scale),
+        *(*numbers, column),
+        *(count, size, tiles_per_split, x.stride(0), weight.stride(0), pad, start // 4, triton.cdiv(vocab, 4)),
+        DIM=dim,
+        HAS_BIAS=inputs.linear_bias is not None,
+        **chosen.constexprs,
+        **chosen.options,
+    )
+    return (*numbers, column)
