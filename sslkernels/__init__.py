@@ -2,6 +2,7 @@
 
 from sslkernels import nn
 from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
+from sslkernels.contrastive.glove import glove_loss
 from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.contrastive.word2vec import negative_sampling_loss
 from sslkernels.core.backends import available_backends, use_backend
@@ -40,6 +41,7 @@ __all__ = [
     "free_energy",
     "gaussian_kl",
     "gaussian_rsample",
+    "glove_loss",
     "gumbel_quantize",
     "gumbel_softmax",
     "info_nce",

@@ -12,6 +12,7 @@ import sslkernels as sk
 X, Y, W = torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 4)
 TARGET = torch.randint(0, 9, (6,))
 IDS = torch.randint(5, 20, (6, 8))
+PAIRS, COUNTS = torch.arange(6), torch.rand(6) + 0.1
 CODES = torch.randn(2, 4, 3)
 
 # Each takes one number that a schedule might change, in [0.05, 0.4] or, by name, an int.
@@ -34,6 +35,8 @@ FLOATS = {
     "free_energy-beta": lambda x, v: sk.free_energy(x, beta=v),
     "prediction_energy-beta": lambda x, v: sk.prediction_energy(x.view(2, 3, 4), Y[:2], beta=v, mode="soft"),
     "linear_sample-temperature": lambda x, v: sk.linear_sample(x, W, temperature=v, seed=1).logprob,
+    "glove_loss-x_max": lambda x, v: sk.glove_loss(PAIRS, PAIRS, COUNTS, x, Y, Y[:, 0], Y[:, 1], x_max=v),
+    "glove_loss-alpha": lambda x, v: sk.glove_loss(PAIRS, PAIRS, COUNTS, x, Y, Y[:, 0], Y[:, 1], alpha=v),
     "mask_tokens-probability": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, probability=v, seed=1).labels,
 }
 INTS = {

@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include "code_calls.h"
+#include "contrastive/glove.h"
 #include "contrastive/negative_sampling.h"
 #include "contrastive/query_negatives.h"
 #include "core/column_sums.h"
@@ -155,6 +156,13 @@ struct NegativeSamplingCall : NegativeSampling {
   }
 };
 
+struct GloveCall : Glove {
+  explicit GloveCall(const Call& call) : Glove{} {
+    FIELDS(call, element, center_weight, context_weight, center_bias, context_bias, center_rows, context_rows, dim,
+           center, context, wide_index, count, target, weight, loss, slope);
+  }
+};
+
 struct WeightedRowSumsCall : WeightedRowSums {
   explicit WeightedRowSumsCall(const Call& call) : WeightedRowSums{} {
     FIELDS(call, source_element, out_element, starts, order, coefficient, source, source_index, wide_index,
@@ -298,6 +306,7 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"query_negatives", run<QueryNegativesCall, launch_query_negatives>},
     {"scale_add", run<ScaleAddCall, launch_scale_add>},
     {"negative_sampling_fwd", run<NegativeSamplingCall, launch_negative_sampling_fwd>},
+    {"glove_fwd", run<GloveCall, launch_glove_fwd>},
     {"free_energy_fwd", run<FreeEnergyCall, launch_free_energy_fwd>},
     {"free_energy_bwd", run<FreeEnergyGradientCall, launch_free_energy_bwd>},
     {"mask_tokens", mask_tokens},
