@@ -14,15 +14,19 @@ from sslkernels.latent.gumbel_softmax import gumbel_softmax
 from sslkernels.latent.prediction_energy import PredictionStats, prediction_energy
 from sslkernels.latent.residual_quantizer import ResidualQuantized
 from sslkernels.latent.vector_quantize import Quantized, vector_quantize
+from sslkernels.random.alias_table import AliasTable
 from sslkernels.random.streams import random_bits, random_exponential, random_gumbel, random_normal, random_uniform
 from sslkernels.version import __version__
+from sslkernels.vocabulary.corrupt_spans import CorruptedSpans, corrupt_spans
 from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 from sslkernels.vocabulary.linear_sample import LinearSample, linear_sample
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, mask_tokens
 
 __all__ = [
+    "AliasTable",
     "ContrastiveStats",
+    "CorruptedSpans",
     "CrossEntropyStats",
     "GaussianSample",
     "GumbelQuantized",
@@ -36,6 +40,7 @@ __all__ = [
     "available_backends",
     "clip_loss",
     "contrastive_energy",
+    "corrupt_spans",
     "cross_entropy",
     "distributions",
     "free_energy",

@@ -113,7 +113,7 @@ class Side(NamedTuple):
 
 
 def _sides(grad_loss: Tensor, parameters: Parameters, pairs: Pairs, slope: Tensor) -> tuple[Side, Side]:
-    """The side of the center's table and that of the context's."""
+    """The side of the center's table and the side of the context's."""
     coefficient = grad_loss * slope
     return (
         Side(pairs.center, coefficient, parameters.context_weight, pairs.context),

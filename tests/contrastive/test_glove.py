@@ -152,7 +152,7 @@ def test_random_calls(backend, seed, device):
 
 def test_words_of_a_text(backend, device):
     """Ten steps on co-occurrences counted in the standard library's own text, as Pennington et al. count them: a pair
-    that is d words apart adds 1 / d. The loss falls as that of the formula in float64."""
+    that is d words apart adds 1 / d. The loss falls as the formula does in float64."""
     if backend == "triton" and device == "cpu":
         pytest.skip("the interpreter takes minutes for the pairs of a text")
     words = re.findall(r"[a-z]+", (json.__doc__ + json.decoder.__doc__ + json.JSONDecoder.__doc__).lower())

@@ -20,6 +20,7 @@
 #include "latent/gumbel.h"
 #include "latent/prediction_energy.h"
 #include "planted.h"
+#include "random/alias_table.h"
 #include "random/random_stream.h"
 #include "vocabulary/cross_entropy.h"
 #include "vocabulary/mask_tokens.h"
@@ -41,6 +42,13 @@ struct CrossEntropyCall : CrossEntropyRows {
       grad = const_cast<void*>(logits);
       grad_stride = logits_stride;
     }
+  }
+};
+
+struct AliasDrawCall : AliasDraw {
+  explicit AliasDrawCall(const Call& call) : AliasDraw{} {
+    FIELDS(call, size, row_ids, seed, rows, columns, out);
+    buckets = reinterpret_cast<const AliasBucket*>(call.array<int32_t>("table"));
   }
 };
 
@@ -297,6 +305,7 @@ void plan_query_negatives(const Call& call) {
 const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_fwd", run<CrossEntropyCall, launch_cross_entropy_rows_fwd>},
     {"cross_entropy_rows_bwd", run<CrossEntropyCall, launch_cross_entropy_rows_bwd>},
+    {"alias_draw", run<AliasDrawCall, launch_alias_draw>},
     {"random_stream", run<RandomStreamCall, launch_random_stream>},
     {"gaussian_fwd", run<GaussianForwardCall, launch_gaussian_fwd>},
     {"gaussian_bwd", run<GaussianBackwardCall, launch_gaussian_bwd>},
