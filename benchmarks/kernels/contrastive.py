@@ -99,7 +99,10 @@ FLOOR_SUMS = (
     FloorSum(own_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * 4 * 5, 210 * 7),
     FloorSum(own_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 4 * 2, 210 * 4),
 )
-COMPILED = (Compiled("query_negatives", instead_of="own_negatives"),)
+COMPILED = (
+    Compiled("query_negatives", instead_of="own_negatives"),
+    Compiled("glove_fwd", stores="one number per pair"),
+)
 
 
 def per_query_inputs(case: Case, device: torch.device) -> Inputs:

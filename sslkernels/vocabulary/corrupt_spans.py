@@ -164,7 +164,8 @@ def corrupt_spans(
         sentinel_ids: ids of the sentinels in order of use, at least as many as spans: ints, such as
             `range(32099, 31999, -1)` for T5, or an int64 or int32 tensor `(S,)` on the device of `input_ids`. Ints that
             are not evenly spaced are copied to the device at each call; there pass a tensor.
-        density: the part of the tokens that is taken out, in (0, 1].
+        density: the part of the tokens that is taken out, in (0, 1]. It and `mean_span` decide shapes: another value
+            makes `torch.compile` compile again, another T does not.
         mean_span: mean length of a span, 1 or more.
         eos_id: id of the end of both results; None: no end.
         row_ids: int64 `(...)`, the number of each row for the random stream, in place of its flattened index: with a

@@ -47,6 +47,8 @@ INTS = {
     "gaussian_rsample-seed": lambda x, v: sk.gaussian_rsample(x, Y, seed=v).z,
     "mask_tokens-mask_id": lambda x, v: sk.mask_tokens(IDS, mask_id=v, vocab_size=30, seed=1).labels,
     "mask_tokens-seed": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, seed=v).labels,
+    "corrupt_spans-eos_id": lambda x, v: sk.corrupt_spans(IDS, sentinel_ids=[1, 2], eos_id=v, seed=1).labels,
+    "corrupt_spans-seed": lambda x, v: sk.corrupt_spans(IDS, sentinel_ids=[1, 2], seed=v).labels,
     "random_normal-sample": lambda x, v: sk.random_normal((3, 4), 1, sample=v),
 }
 NUMBERS = {**dict.fromkeys(FLOATS, (0.05, 0.2, 0.4, 0.3)), **dict.fromkeys(INTS, (2, 5, 9, 7))}
