@@ -1,5 +1,5 @@
-// GloVe's weighted squares, kPairs pairs per warp, whose rows are in flight together. Each lane holds the indices of
-// one pair and finishes its score.
+// GloVe's weighted squares, two or four pairs per warp, whose rows are in flight together. Each lane holds the indices
+// of one pair and finishes its score.
 #include "contrastive/glove.h"
 #include "core/cuda/columns.h"
 #include "core/cuda/launch.h"
@@ -10,7 +10,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPairs = 4;
+
+// Pairs per warp. Rows of 16-bit elements take twice the registers, which four pairs would spill.
+template <class T>
+constexpr int kPairsOf = sizeof(T) == 2 ? 2 : 4;
 
 template <class A>
 struct Sum {
@@ -19,13 +22,16 @@ struct Sum {
   static __device__ __forceinline__ Sum combine(Sum a, Sum b) { return {a.value + b.value}; }
 };
 
-// Grid: kWarps * kPairs pairs per block.
+// Grid: kWarps * kPairsOf<T> pairs per block.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2   ? 4
+                                            : sizeof(T) == 4 ? 3
+                                                             : 2)
     glove_fwd_kernel(const __grid_constant__ Glove pairs) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   constexpr int kTile = kWarpSize * kSize;
+  constexpr int kPairs = kPairsOf<T>;
   const int lane = int(threadIdx.x) % kWarpSize;
   const int64_t first = (int64_t(blockIdx.x) * kWarps + int(threadIdx.x) / kWarpSize) * kPairs;
   if (first >= pairs.count) return;
@@ -72,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
 
 template <class T>
 void launch_for(const Glove& pairs, void* stream) {
-  const LaunchShape shape{ceil_div(pairs.count, kWarps * kPairs), kThreads, 0, 1};
+  const LaunchShape shape{ceil_div(pairs.count, kWarps * kPairsOf<T>), kThreads, 0, 1};
   launch("glove_fwd_kernel", glove_fwd_kernel<T>, shape, stream, pairs);
 }
 

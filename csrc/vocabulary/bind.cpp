@@ -91,13 +91,6 @@ void allocate_and_launch_mask_tokens(const MaskTokens& tokens, const Tensor& lik
   launch_mask_tokens(tokens, device_ranges ? device_ranges->mutable_data_ptr<int64_t>() : nullptr, stream);
 }
 
-void run_corrupt_spans(const CorruptSpans& spans) {
-  const size_t bytes = size_t(spans.rows) * (spans.wide_ids ? 8 : 4);
-  advise_huge_pages(spans.output_ids, bytes * size_t(spans.output_columns()));
-  advise_huge_pages(spans.labels, bytes * size_t(spans.label_columns()));
-  parallel(spans.rows, row_grain(spans.columns), SSLKERNELS_CURRENT_ISA(corrupt_spans), spans);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {

@@ -248,8 +248,10 @@ class _PairLosses(Function):
     def backward(ctx, grads):
         if grads.loss is None:
             return None
-        needs, *_ = _PairLosses.wanted(ctx)
+        needs, of_pairs, *_ = _PairLosses.wanted(ctx)
         wanted = Wanted(*needs)
+        if any(of_pairs):  # under vmap the count hides that a transform outside differentiates it
+            _refuse_gradient_of_count()
         if not any(ctx.computed):
             raise RuntimeError(f"{NAME}: forward saw no gradient wanted")
         parameters, pairs, slope = saved(ctx)
@@ -370,6 +372,10 @@ def _targets(count: Tensor, x_max: float, alpha: float, dtype: torch.dtype) -> t
     return count.log().masked_fill(nothing, 0).to(dtype).contiguous(), weight.to(dtype).contiguous()
 
 
+def _refuse_gradient_of_count() -> None:
+    checks.fail(ValueError, NAME, "count", "be data, without a gradient", "a tensor that requires grad")
+
+
 def _check(center: Tensor, context: Tensor, count: Tensor, parameters: Parameters) -> None:
     checks.tensor(NAME, "center", center, checks.INDEX_DTYPES)
     checks.tensor(NAME, "context", context, checks.INDEX_DTYPES)
@@ -377,7 +383,7 @@ def _check(center: Tensor, context: Tensor, count: Tensor, parameters: Parameter
     checks.tensor(NAME, "count", count, (*checks.FLOAT_DTYPES, *checks.INDEX_DTYPES))
     checks.shape(NAME, "count", count, center.shape, "that of center")
     if count.requires_grad:
-        checks.fail(ValueError, NAME, "count", "be data, without a gradient", "a tensor that requires grad")
+        _refuse_gradient_of_count()
     for name, value in parameters._asdict().items():
         checks.tensor(NAME, name, value, checks.FLOAT_DTYPES)
     center_weight, context_weight, center_bias, context_bias = parameters

@@ -469,6 +469,18 @@ def test_functional_transforms(device):
     torch.testing.assert_close(got, torch.func.vmap(torch.func.grad(truth, argnums=(0, 3)), **options)(*arguments))
 
 
+def test_no_transform_differentiates_the_count(device):
+    data, parameters = problem(device, requires_grad=())
+
+    def loss(count):
+        return sk.glove_loss(data["center"], data["context"], count, **parameters)
+
+    counts = data["count"].expand(2, -1)
+    for function in (loss, lambda count: torch.func.vmap(loss)(counts * count).sum()):
+        with pytest.raises(ValueError, match=r"glove_loss: count must be data, without a gradient"):
+            torch.func.grad(function)(data["count"])
+
+
 def test_autocast_keeps_the_tables(device):
     data, parameters = problem(device, dtype=torch.float32)
     expected = sk.glove_loss(**data, **parameters)

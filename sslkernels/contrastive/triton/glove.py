@@ -9,7 +9,7 @@ import triton.language as tl
 
 from sslkernels.core.triton.launch import next_power_of_2
 
-ELEMENTS = 2048  # of each table in the registers of a program
+BLOCK_BYTES = 4096  # of the rows of each table in a program, in the accumulation dtype
 BLOCK_D = 128
 
 
@@ -65,7 +65,7 @@ def glove_fwd(parameters: Any, pairs: Any, outputs: Any) -> None:
         return
     write_slope = outputs.slope.numel() > 0
     block_d = min(BLOCK_D, next_power_of_2(dim))
-    block_n = min(ELEMENTS // block_d, 64)
+    block_n = min(BLOCK_BYTES // outputs.loss.element_size() // block_d, 64)
     glove_fwd_kernel[(triton.cdiv(count, block_n),)](
         pairs.center, pairs.context, *parameters, pairs.target, pairs.weight, outputs.loss,
         outputs.slope if write_slope else None, count, center_rows, parameters.context_weight.shape[0], dim,

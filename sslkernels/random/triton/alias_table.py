@@ -11,7 +11,7 @@ from sslkernels.random.triton.philox import philox_words, token_groups
 BLOCK = 128
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["size", "groups"])
 def alias_draw_kernel(
     seed_ptr,
     row_ids_ptr,
