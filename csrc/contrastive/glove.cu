@@ -11,9 +11,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// Pairs per warp. Rows of 16-bit elements take twice the registers, which four pairs would spill.
+// Pairs per warp. Four take more registers than half of the warps of a multiprocessor have, but for float64.
 template <class T>
-constexpr int kPairsOf = sizeof(T) == 2 ? 2 : 4;
+constexpr int kPairsOf = sizeof(T) == 8 ? 4 : 2;
 
 template <class A>
 struct Sum {
@@ -24,9 +24,7 @@ struct Sum {
 
 // Grid: kWarps * kPairsOf<T> pairs per block.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2   ? 4
-                                            : sizeof(T) == 4 ? 3
-                                                             : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     glove_fwd_kernel(const __grid_constant__ Glove pairs) {
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
