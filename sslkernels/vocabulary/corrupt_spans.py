@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -227,25 +226,23 @@ def _sentinels(sentinel_ids: Sequence[int] | Tensor, spans: int, input_ids: Tens
         checks.tensor(NAME, "sentinel_ids", sentinel_ids, checks.INDEX_DTYPES)
         checks.dims(NAME, "sentinel_ids", sentinel_ids, 1, "(S,)", high=1)
         checks.same_device(NAME, "sentinel_ids", sentinel_ids, "input_ids", device)
-        count = sentinel_ids.shape[0]
-    else:
-        if not isinstance(sentinel_ids, Sequence) or isinstance(sentinel_ids, str):
-            checks.fail(TypeError, NAME, "sentinel_ids", "be a sequence of ints", type(sentinel_ids).__name__)
-        ids = tuple(sentinel_ids)
-        for i in ids:
+    elif not isinstance(sentinel_ids, Sequence) or isinstance(sentinel_ids, str):
+        checks.fail(TypeError, NAME, "sentinel_ids", "be a sequence of ints", type(sentinel_ids).__name__)
+    elif not isinstance(sentinel_ids, range) and not all([type(i) is int for i in sentinel_ids]):
+        for i in sentinel_ids:
             checks.integer(NAME, "sentinel_ids", i)
-        for i in (min(ids, default=0), max(ids, default=0)):
-            _check_fits("sentinel_ids", i, input_ids.dtype)
-        count = len(ids)
+    count = len(sentinel_ids)
     if count < spans:
         must = f"be at least as many as the spans of a row, {spans}"
         checks.fail(ValueError, NAME, "sentinel_ids", must, count)
     if isinstance(sentinel_ids, Tensor):
         return sentinel_ids[:spans].long().contiguous()
-    step = ids[1] - ids[0] if count > 1 else 0
-    if all([other - one == step for one, other in pairwise(ids)]):
-        return torch.arange(spans, device=device) * step + ids[0]
-    return torch.tensor(ids, device=device)[:spans]
+    for i in (min(sentinel_ids), max(sentinel_ids)):
+        _check_fits("sentinel_ids", i, input_ids.dtype)
+    first, step = sentinel_ids[0], sentinel_ids[1] - sentinel_ids[0] if count > 1 else 0
+    if isinstance(sentinel_ids, range) or list(sentinel_ids) == [first + step * i for i in range(count)]:
+        return torch.arange(spans, device=device) * step + first
+    return torch.tensor(tuple(sentinel_ids), device=device)[:spans]
 
 
 def _check_fits(argument: str, value: int, dtype: torch.dtype) -> None:
