@@ -372,6 +372,7 @@ def test_nan_stays_in_its_pairs(backend, device):
         torch.testing.assert_close(got, true, equal_nan=True)
 
 
+@pytest.mark.full_for(backend="reference")
 def test_half_precision_mean_over_many_pairs(backend, device):
     """1/N underflows in float16, and so does the gradient of a pair until the loss scale multiplies it."""
     if backend == "triton" and device == "cpu":
@@ -419,9 +420,8 @@ def test_memory(backend, device):
     assert peak - sum(grad.nbytes for grad in grads) < 7 << 20
 
 
-@pytest.mark.full_for(backend=("triton", "reference"))
-@pytest.mark.full_for(dynamic=False)
-@pytest.mark.costly("the compiler")
+@pytest.mark.slow_for(backend=("triton", "reference"))
+@pytest.mark.full
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(backend, dynamic, device):
     torch._dynamo.reset()

@@ -13,6 +13,7 @@ X, Y, W = torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 4)
 TARGET = torch.randint(0, 9, (6,))
 IDS = torch.randint(5, 20, (6, 8))
 PAIRS, COUNTS = torch.arange(6), torch.rand(6) + 0.1
+TABLE = sk.AliasTable([1.0, 2, 3])
 CODES = torch.randn(2, 4, 3)
 
 # Each takes one number that a schedule might change, in [0.05, 0.4] or, by name, an int.
@@ -49,6 +50,7 @@ INTS = {
     "mask_tokens-seed": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, seed=v).labels,
     "corrupt_spans-eos_id": lambda x, v: sk.corrupt_spans(IDS, sentinel_ids=[1, 2], eos_id=v, seed=1).labels,
     "corrupt_spans-seed": lambda x, v: sk.corrupt_spans(IDS, sentinel_ids=[1, 2], seed=v).labels,
+    "AliasTable-seed": lambda x, v: TABLE.draw((3, 4), seed=v),
     "random_normal-sample": lambda x, v: sk.random_normal((3, 4), 1, sample=v),
 }
 NUMBERS = {**dict.fromkeys(FLOATS, (0.05, 0.2, 0.4, 0.3)), **dict.fromkeys(INTS, (2, 5, 9, 7))}

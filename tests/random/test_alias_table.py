@@ -162,7 +162,7 @@ def test_negatives_of_word2vec(device):
     assert sk.negative_sampling_loss(index, index.flip(0), negatives, u, v).isfinite()
 
 
-@pytest.mark.costly("the compiler")
+@pytest.mark.full
 def test_compile_equals_eager(device):
     torch._dynamo.reset()
     table = sk.AliasTable(torch.rand(30)).to(device)

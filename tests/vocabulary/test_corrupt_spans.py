@@ -127,6 +127,7 @@ def lengths(ids, sentinels):
     return tuple(filter(None, found))
 
 
+@pytest.mark.full_for(backend="triton")
 def test_lengths_are_uniform_among_the_compositions(backend, device):
     """Chi-square over all pairs of compositions: of T=12 tokens 6 are taken out in 3 spans, in 10 x 10 ways."""
     rows = 1000 if backend == "triton" and device == "cpu" else 40_000
@@ -182,6 +183,7 @@ def test_masks_are_distributed_as_those_of_t5(device):
         assert statistic < chi_square_limit(int(used.sum()) - 1)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_splits_and_row_ids(backend, device):
     ids = tokens(2, 3, 30, device=device)
     options = {"sentinel_ids": SENTINELS, "seed": torch.tensor(5, device=device)}
@@ -208,6 +210,7 @@ def test_dtypes_and_empty_batches(backend, dtype, device):
     assert [tuple(part.shape) for part in none] == [(0, 15), (0, 4)]
 
 
+@pytest.mark.full_for(backend="triton")
 def test_sentinels(backend, device):
     """In order of use; the same from ints that are evenly spaced, ints that are not, a range and a tensor."""
     ids = tokens(3, 40, device=device)
@@ -250,7 +253,7 @@ def test_the_length_that_fits():
     assert "input_length(T) <= 512" in sk.corrupt_spans.__doc__
 
 
-@pytest.mark.costly("the compiler")
+@pytest.mark.full
 def test_compile_equals_eager(device):
     torch._dynamo.reset()
 
