@@ -2,6 +2,7 @@
 
 from sslkernels import nn
 from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
+from sslkernels.contrastive.glove import glove_loss
 from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
 from sslkernels.contrastive.word2vec import negative_sampling_loss
 from sslkernels.core.backends import available_backends, use_backend
@@ -14,8 +15,10 @@ from sslkernels.latent.gumbel_softmax import gumbel_softmax
 from sslkernels.latent.prediction_energy import PredictionStats, prediction_energy
 from sslkernels.latent.residual_quantizer import ResidualQuantized
 from sslkernels.latent.vector_quantize import Quantized, vector_quantize
+from sslkernels.random.alias_table import AliasTable
 from sslkernels.random.streams import random_bits, random_exponential, random_gumbel, random_normal, random_uniform
 from sslkernels.version import __version__
+from sslkernels.vocabulary.corrupt_spans import CorruptedSpans, corrupt_spans
 from sslkernels.vocabulary.cross_entropy import CrossEntropyStats, cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 from sslkernels.vocabulary.linear_sample import LinearSample, linear_sample
@@ -24,7 +27,9 @@ from sslkernels.vocabulary.prototypes.centers import sinkhorn_center, teacher_ce
 from sslkernels.vocabulary.prototypes.linear_distillation import DistillationStats, linear_distillation
 
 __all__ = [
+    "AliasTable",
     "ContrastiveStats",
+    "CorruptedSpans",
     "CrossEntropyStats",
     "DistillationStats",
     "GaussianSample",
@@ -39,11 +44,13 @@ __all__ = [
     "available_backends",
     "clip_loss",
     "contrastive_energy",
+    "corrupt_spans",
     "cross_entropy",
     "distributions",
     "free_energy",
     "gaussian_kl",
     "gaussian_rsample",
+    "glove_loss",
     "gumbel_quantize",
     "gumbel_softmax",
     "info_nce",

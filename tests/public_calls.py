@@ -112,6 +112,14 @@ def _word2vec(**options: Any) -> PublicCall:
     return PublicCall("negative_sampling_loss", run, ((CODES, DIM),) * 2)
 
 
+def _glove(**options: Any) -> PublicCall:
+    def run(u: Tensor, v: Tensor, b: Tensor, c: Tensor) -> Any:
+        center, context = indices(u, ROWS, CODES), indices(u, (2, ROWS), CODES)[1]
+        return sk.glove_loss(center, context, center + 1, u, v, b, c, **options)
+
+    return PublicCall("glove_loss", run, (*((CODES, DIM),) * 2, *((CODES,),) * 2))
+
+
 def _gaussian(*arguments: Any, **options: Any) -> PublicCall:
     def run(mean: Tensor, logvar: Tensor) -> Any:
         return sk.gaussian_rsample(mean, logvar, *arguments, seed=1, **options)
@@ -150,6 +158,9 @@ CALLS = {
     "negative_sampling_loss": _word2vec(),
     "negative_sampling_loss-none": _word2vec(reduction="none"),
     "negative_sampling_loss-sparse": _word2vec(reduction="none", sparse=True),
+    "glove_loss": _glove(),
+    "glove_loss-none": _glove(reduction="none"),
+    "glove_loss-sparse": _glove(reduction="none", sparse=True),
     "gaussian_rsample": _gaussian(return_stats=True),
     "gaussian_rsample-samples": _gaussian(4),
     "gaussian_rsample-elements": _gaussian(kl="none"),

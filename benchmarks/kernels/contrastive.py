@@ -30,7 +30,7 @@ from benchmarks.kernels.kernel import (
 )
 from benchmarks.providers import OURS
 from sslkernels import use_backend
-from sslkernels.contrastive import word2vec
+from sslkernels.contrastive import glove, word2vec
 from sslkernels.contrastive.pair_rows import SIGMOID, SOFTMAX, ColumnSums, SideGrad
 from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs, query_negatives_
 from sslkernels.contrastive.score_tiles import (
@@ -78,7 +78,19 @@ def negative_sampling_fwd_floor(
     return Floor(moved, 2 * scores * dim * (2 if gradient else 1))
 
 
+def glove_fwd_floor(
+    pairs: int, center_rows: int, context_rows: int, dim: int, element_bytes: int, index_bytes: int, gradient: bool
+) -> Floor:
+    """Reads the indices, and target and weight in float32, and each row of the tables and biases that may occur; writes
+    per pair the loss and, for a gradient, the slope, in float32."""
+    rows = min(pairs, center_rows) + min(pairs, context_rows)
+    moved = rows * (dim + 1) * element_bytes + pairs * (2 * index_bytes + (4 if gradient else 3) * 4)
+    return Floor(moved, 2 * pairs * dim)
+
+
 FLOOR_SUMS = (
+    # 7 rows of the centers and all 5 of the contexts with their biases, 2 indices and 4 numbers a pair.
+    FloorSum(glove_fwd_floor, (7, 100, 5, 10, 2, 8, True), 12 * 11 * 2 + 7 * (16 + 16), 140),
     # 7 rows of the centers and all 9 of the contexts, 4 indices a pair; loss, slopes and direction in float32.
     FloorSum(
         negative_sampling_fwd_floor, (7, 2, 100, 9, 10, 2, 8, True), 16 * 10 * 2 + 7 * 4 * 8 + 7 * (1 + 3 + 10) * 4, 840
@@ -87,7 +99,10 @@ FLOOR_SUMS = (
     FloorSum(own_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * (16 + 12), 210 * 7),
     FloorSum(own_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 16, 210 * 4),
 )
-COMPILED = (Compiled("query_negatives", instead_of="own_negatives"),)
+COMPILED = (
+    Compiled("query_negatives", instead_of="own_negatives"),
+    Compiled("glove_fwd", stores="one number per pair"),
+)
 
 
 def per_query_inputs(case: Case, device: torch.device) -> Inputs:
@@ -156,6 +171,28 @@ def sampling_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     exact = {name: t[name].double() for name in ("table", "loss", "slopes", "direction")}
     sampling(word2vec._fill_reference, {**t, **exact})
     return exact["loss"], exact["direction"]
+
+
+def glove_inputs(case: Case, device: torch.device) -> Inputs:
+    """N pairs over a table of N words, V columns."""
+    rows, dim = case.shape["N"], case.shape["V"]
+    acc, generator = accumulation_dtype(case.dtype), torch.Generator(device).manual_seed(2)
+    index = {n: torch.randint(rows, (rows,), generator=generator, device=device) for n in ("center", "context")}
+    numbers = {n: torch.rand(rows, generator=generator, device=device).to(acc) for n in ("target", "weight")}
+    outputs = {n: torch.empty(rows, dtype=acc, device=device) for n in ("loss", "slope")}
+    bias = torch.randn(rows, generator=generator, device=device).to(case.dtype)
+    return {"table": normal(case, device).mul_(dim**-0.25), "bias": bias, **index, **numbers, **outputs}
+
+
+def glove_pairs(fill: Callable[..., object], t: Inputs) -> None:
+    pairs = glove.Pairs(t["center"], t["context"], t["target"], t["weight"])
+    fill(glove.Parameters(*[t["table"]] * 2, *[t["bias"]] * 2), pairs, glove.Outputs(t["loss"], t["slope"]))
+
+
+def glove_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
+    glove_pairs(glove._fill_reference, exact)
+    return exact["loss"], exact["slope"]
 
 
 def pair_inputs(case: Case, device: torch.device) -> Inputs:
@@ -400,6 +437,18 @@ KERNELS = {
         sampling_oracle,
         grid({"N": 1 << 20, "V": 128}, {"N": 1 << 20, "V": 300}),
         plain=lambda case, t: sampling(word2vec._fill_reference, t),
+        triton=False,
+    ),
+    "glove_fwd": Kernel(
+        lambda case: glove_fwd_floor(
+            case.shape["N"], case.shape["N"], case.shape["N"], case.shape["V"], case.dtype.itemsize, 8, True
+        ),
+        glove_inputs,
+        lambda backend, case, t: glove_pairs(glove._fill_native, t),
+        lambda case: ("loss", "slope"),
+        glove_oracle,
+        grid({"N": 1 << 20, "V": 100}, {"N": 1 << 20, "V": 300}),
+        plain=lambda case, t: glove_pairs(glove._fill_reference, t),
         triton=False,
     ),
 }

@@ -1,4 +1,4 @@
-"""Tiles of pair scores, per-query negatives, and skip-gram with negative sampling."""
+"""Tiles of pair scores, per-query negatives, skip-gram with negative sampling, and GloVe."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches.call import BF16, DTYPES, FP16, FP32, FP64, Call, binding, call, when
+from sslkernels.contrastive import glove
 from sslkernels.contrastive.pair_rows import (
     HINGE,
     SIGMOID,
@@ -30,6 +31,7 @@ from sslkernels.contrastive.score_tiles import (
     Tile,
 )
 from sslkernels.contrastive.triton import pair_rows
+from sslkernels.contrastive.triton.glove import glove_fwd
 from sslkernels.contrastive.triton.query_negatives import query_negatives
 from sslkernels.contrastive.triton.tile_gradients import add_gradients
 from sslkernels.contrastive.triton.tile_positives import positives_in_tile
@@ -60,6 +62,11 @@ def calls() -> Iterator[Call]:
         yield call(negative_sampling, dtype, torch.int64, (100, 5))
     yield binding(negative_sampling, FP16, torch.int64, (1, 1), rows=1)
     yield binding(negative_sampling, FP16, torch.int32, (16, 16), rows=32768, gradient=True)
+    for dtype in DTYPES:
+        yield call(glove_pairs, dtype, torch.int64, 100, gradient=True)
+        yield call(glove_pairs, dtype, torch.int32, 1000, gradient=dtype == FP32)
+    yield binding(glove_pairs, FP16, torch.int64, 1, rows=1)
+    yield binding(glove_pairs, FP16, torch.int32, 16, rows=32768, gradient=True)
 
 
 def tile_of(dtype: torch.dtype, dim: int, energy: str, shape: tuple[int, int], parts: str) -> Tile:
@@ -373,3 +380,12 @@ def negative_sampling(
     shapes = ((pairs, 1 + count), (pairs, dim)) if gradient else ((0,), (0,))
     outputs = Outputs(torch.empty(pairs, dtype=acc), *(torch.empty(size, dtype=acc) for size in shapes))
     negative_sampling_fwd(tables, indices, gradient, outputs)
+
+
+def glove_pairs(dtype: torch.dtype, ids: torch.dtype, dim: int, rows: int = 30001, gradient: bool = False) -> None:
+    """dim: the columns of the tables."""
+    count, acc = 4099, accumulation_dtype(dtype)
+    tables, biases = [torch.empty(rows, dim, dtype=dtype)] * 2, [torch.empty(rows, dtype=dtype)] * 2
+    index, numbers = [torch.empty(count, dtype=ids)] * 2, [torch.empty(count, dtype=acc)] * 2
+    outputs = glove.Outputs(torch.empty(count, dtype=acc), torch.empty(count if gradient else 0, dtype=acc))
+    glove_fwd(glove.Parameters(*tables, *biases), glove.Pairs(*index, *numbers), outputs)

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows and of a projection, sampling from a projection, and masking."""
+"""Cross-entropy of rows and of a projection, sampling from a projection, masking, and corruption of spans."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from benchmarks.launches.call import BF16, FP16, FP32, FP64, Call, binding, call, indices, when
 from sslkernels.core.chunks import row_pitch
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.vocabulary.corrupt_spans import CorruptedSpans, SpanInputs, SpanOptions
 from sslkernels.vocabulary.linear_sample import LinearSample, SampleInputs, SampleOptions
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, MaskInputs, MaskRule
 from sslkernels.vocabulary.prototypes.distillation_records import RowOutputs
 from sslkernels.vocabulary.prototypes.distillation_rows import Choice, Head, TeacherState
 from sslkernels.vocabulary.softmax_rows import RowOptions, empty_outputs
+from sslkernels.vocabulary.triton.corrupt_spans import corrupt_spans
 from sslkernels.vocabulary.triton.distillation_rows import distillation_rows, teacher_rows
 from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
 from sslkernels.vocabulary.triton.linear_sample import linear_sample
@@ -40,6 +42,10 @@ def calls() -> Iterator[Call]:
         yield call(sample, dtype, shape, 128256, bias=bias)
     for bias in (False, True):
         yield binding(sample, FP16, (1, 1), 1, bias=bias)
+    for dtype in (torch.int64, torch.int32):
+        yield call(spans, dtype, (255, 568), optional=dtype == torch.int64)
+        yield binding(spans, dtype, (1024, 576), optional=dtype == torch.int32)
+    yield binding(spans, torch.int64, (1, 2), optional=True)
     for dtype in (torch.int64, torch.int32):
         for units, optional in (("tokens", False), ("tokens", True), ("spans", False), ("words", True)):
             yield call(mask, dtype, units, (255, 512), optional=optional)
@@ -179,3 +185,15 @@ def mask(
     )  # fmt: skip
     outputs = MaskedTokens(torch.empty_like(ids), torch.empty_like(ids))
     mask_tokens(MaskInputs(ids, indices(), special, word_ids, numbers), outputs, rule, units != "tokens")
+
+
+def spans(dtype: torch.dtype, shape: tuple[int, int], optional: bool) -> None:
+    """optional: rows have numbers, and both results an end."""
+    rows, columns = shape
+    noise = max(columns // 8, 1)
+    options = SpanOptions(noise, max(noise // 4, 1), optional, 1)
+    inputs = SpanInputs(
+        torch.empty(shape, dtype=dtype), indices(), indices(options.spans), when(optional, indices(rows))
+    )
+    sizes = (columns - noise + options.spans + optional, noise + options.spans + optional)
+    corrupt_spans(inputs, options, CorruptedSpans(*(torch.empty(rows, size, dtype=dtype) for size in sizes)))

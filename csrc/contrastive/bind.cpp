@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "contrastive/glove_bind.h"
 #include "contrastive/negative_sampling_bind.h"
 #include "contrastive/pair_rows_bind.h"
 #include "contrastive/query_negatives_bind.h"
@@ -71,6 +72,10 @@ void run_negative_sampling_fwd(const NegativeSampling& pairs) {
   parallel(pairs.count, grain, SSLKERNELS_CURRENT_ISA(negative_sampling_fwd), pairs);
 }
 
+void run_glove_fwd(const Glove& pairs) {
+  parallel(pairs.count, row_grain(2 * pairs.dim), SSLKERNELS_CURRENT_ISA(glove_fwd), pairs);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
@@ -124,6 +129,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "negative_sampling_fwd(Tensor center, Tensor context, Tensor negatives, Tensor center_weight, "
       "Tensor context_weight, Tensor(a!) loss, Tensor(b!)? slopes, Tensor(c!)? direction, bool exclude_positive) -> "
       "()");
+  m.def(
+      "glove_fwd(Tensor center, Tensor context, Tensor center_weight, Tensor context_weight, Tensor center_bias, "
+      "Tensor context_bias, Tensor target, Tensor weight, Tensor(a!) loss, Tensor(b!)? slope) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
@@ -137,12 +145,14 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_pair_column_sums, run_pair_column_sums>(m, "pair_column_sums");
   bind_cpu<parse_pair_gradient, run_pair_gradient>(m, "pair_gradient");
   bind_cpu<parse_negative_sampling_fwd, run_negative_sampling_fwd>(m, "negative_sampling_fwd");
+  bind_cpu<parse_glove_fwd, run_glove_fwd>(m, "glove_fwd");
 }
 
 #if defined(SSLKERNELS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   bind_cuda<parse_query_negatives, launch_query_negatives>(m, "own_negatives");
   bind_cuda<parse_negative_sampling_fwd, launch_negative_sampling_fwd>(m, "negative_sampling_fwd");
+  bind_cuda<parse_glove_fwd, launch_glove_fwd>(m, "glove_fwd");
 }
 #endif
 

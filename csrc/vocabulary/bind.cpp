@@ -1,6 +1,7 @@
 // The operators of masked prediction: schemas, CPU and CUDA bindings.
 #include "core/cpu/bind.h"
 
+#include "vocabulary/corrupt_spans_bind.h"
 #include "vocabulary/cross_entropy_bind.h"
 #include "vocabulary/distillation_bind.h"
 #include "vocabulary/mask_tokens_bind.h"
@@ -47,6 +48,13 @@ void run_mask_tokens(const MaskTokens& tokens) {
   }
 }
 
+void run_corrupt_spans(const CorruptSpans& spans) {
+  const size_t bytes = size_t(spans.rows) * (spans.wide_ids ? 8 : 4);
+  advise_huge_pages(spans.output_ids, bytes * size_t(spans.output_columns()));
+  advise_huge_pages(spans.labels, bytes * size_t(spans.label_columns()));
+  parallel(spans.rows, row_grain(spans.columns), SSLKERNELS_CURRENT_ISA(corrupt_spans), spans);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
@@ -71,6 +79,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "index) -> "
       "()");
   m.def(
+      "corrupt_spans(Tensor input_ids, Tensor seed, Tensor sentinels, Tensor? row_ids, Tensor(a!) output_ids, "
+      "Tensor(b!) labels, int noise, int spans, bool has_eos, int eos_id) -> ()");
+  m.def(
       "mask_tokens(Tensor input_ids, Tensor seed, Tensor? special_mask, Tensor? word_ids, Tensor? row_ids, "
       "Tensor ranges, Tensor(a!) output_ids, Tensor(b!) labels, int select, int stay, int enter, int to_mask, "
       "int to_random, int mask_id, int allowed, int ignore_index, bool chained) -> ()");
@@ -82,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_teacher_rows, run_teacher_rows>(m, "teacher_rows");
   bind_cpu<parse_distillation_rows, run_distillation_rows>(m, "distillation_rows");
   bind_cpu<parse_sample_rows, run_sample_rows>(m, "sample_rows");
+  bind_cpu<parse_corrupt_spans, run_corrupt_spans>(m, "corrupt_spans");
   bind_cpu<parse_mask_tokens, run_mask_tokens>(m, "mask_tokens");
 }
 

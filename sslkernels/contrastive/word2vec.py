@@ -66,23 +66,12 @@ def _empty_gradients(tables: Tables, wanted: Wanted) -> Tables:
     return Tables(*(table.new_empty(table.shape if want else 0) for table, want in zip(tables, wanted, strict=True)))
 
 
-def _check_range(argument: str, index: Tensor, rows: int) -> None:
-    """Raises `ValueError` for a CPU index outside [0, rows), but for a negative of -1. On a GPU this would be a
-    synchronisation."""
-    if index.device.type != "cpu" or index.numel() == 0:
-        return
-    low, none = (-1, ", or -1 for none") if argument == "negatives" else (0, "")
-    for got in map(int, index.aminmax()):
-        if not low <= got < rows:
-            checks.fail(ValueError, NAME, argument, f"be in [0, {rows}){none}", got)
-
-
 def _fwd(
     fill: Callable[..., None], tables: Tables, indices: Indices, exclude_positive: bool, wanted: Wanted
 ) -> Outputs:
     for name, index in indices._asdict().items():
         table = tables.center_weight if name == "center" else tables.context_weight
-        _check_range(name, index, table.shape[0])
+        checks.indices(NAME, name, index, table.shape[0], none=name == "negatives")
     outputs = _empty_outputs(tables, indices, wanted)
     fill(tables, indices, exclude_positive, outputs)
     return outputs
@@ -180,14 +169,6 @@ def _sparse_bwd(
     return gradients
 
 
-SUMS = {
-    "reference": segment_sum.reference,
-    "cpu": segment_sum.native,
-    "triton": segment_sum.triton,
-    "cuda": segment_sum.native,
-}
-
-
 def _flops(tables: Tables, indices: Indices) -> int:
     """The dot products of each pair and its negatives."""
     count, negative_count = indices.negatives.shape
@@ -211,7 +192,7 @@ def negative_sampling_fwd(tables: Tables, indices: Indices, exclude_positive: bo
 
 @operator(
     NAME,
-    {name: partial(_bwd, sum_rows) for name, sum_rows in SUMS.items()},
+    {name: partial(_bwd, sum_rows) for name, sum_rows in segment_sum.SUMS.items()},
     native_ops=NATIVE_OPS,
     flops=lambda grad_loss, tables, indices, outputs, wanted: _flops(tables, indices) * wanted.context_weight,
 )
@@ -222,17 +203,9 @@ def negative_sampling_bwd(
     return _empty_gradients(tables, wanted)
 
 
-SPARSE_SUMS = {
-    "reference": partial(segment_sum.sparse, segment_sum.reference),
-    "cpu": segment_sum.native_sparse,
-    "triton": partial(segment_sum.sparse, segment_sum.triton),
-    "cuda": segment_sum.native_sparse,
-}
-
-
 @operator(
     NAME,
-    {name: partial(_sparse_bwd, sums) for name, sums in SPARSE_SUMS.items()},
+    {name: partial(_sparse_bwd, sums) for name, sums in segment_sum.SPARSE_SUMS.items()},
     native_ops=NATIVE_OPS,
     flops=lambda grad_loss, tables, indices, outputs, wanted: _flops(tables, indices) * wanted.context_weight,
 )

@@ -162,6 +162,15 @@ def integer(
         fail(ValueError, function, argument, f"be at least {low}", value)
 
 
+def indices(function: str, argument: str, index: Tensor, rows: int, *, none: bool = False) -> None:
+    """The elements of a CPU tensor are in [0, rows), or -1 if `none`. On a GPU asking would synchronise."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    for got in map(int, index.aminmax()):
+        if not -none <= got < rows:
+            fail(ValueError, function, argument, f"be in [0, {rows})" + (", or -1 for none" if none else ""), got)
+
+
 def _either(names: Sequence[object]) -> str:
     words = [str(name) for name in names]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -5,12 +5,13 @@
 where row(e) = source_index[e // n], or e // n without an index, and each source row has n entries. A source without an
 index may be one row, expanded. Keys outside [0, rows) are ignored. An entry whose source row is out of range must have
 coefficient NaN; any row may then be read in its place. Sums are in the accumulation dtype and rounded once to the dtype
-of `out`.
+of `out`. `total` (rows,), where given, is filled with the sums of the coefficients themselves, by the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,14 @@ def native_sparse(
     )
 
 
-def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+def reference(
+    keys: Tensor,
+    coefficient: Tensor,
+    source: Tensor,
+    source_index: Tensor | None,
+    out: Tensor,
+    total: Tensor | None = None,
+) -> None:
     source = _stored_rows(source, source_index)
     _, order, starts = sort_rows(keys, out.shape[0])
     row = order // _entries_per_source(keys, source, source_index)
@@ -95,9 +103,18 @@ def reference(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: T
         row = source_index[row].long().clamp(0, source.shape[0] - 1)
     terms = coefficient[order, None] * source[row].to(coefficient.dtype)
     out.copy_(torch.segment_reduce(terms, "sum", lengths=starts.diff(), unsafe=True))
+    if total is not None:
+        total.copy_(torch.segment_reduce(coefficient[order], "sum", lengths=starts.diff(), unsafe=True))
 
 
-def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+def native(
+    keys: Tensor,
+    coefficient: Tensor,
+    source: Tensor,
+    source_index: Tensor | None,
+    out: Tensor,
+    total: Tensor | None = None,
+) -> None:
     source = _stored_rows(source, source_index)
     if keys.is_cuda:
         _, order, starts = sort_rows(keys, out.shape[0])
@@ -106,15 +123,46 @@ def native(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tens
         torch.ops.sslkernels_native.sort_rows(keys, order, starts)
     per_source = _entries_per_source(keys, source, source_index)
     torch.ops.sslkernels_native.weighted_row_sums(starts, order, coefficient, source, source_index, out, per_source)
+    if total is not None:
+        one = _stored_rows(ones(coefficient), None)
+        per_source = _entries_per_source(keys, one, None)
+        torch.ops.sslkernels_native.weighted_row_sums(
+            starts, order, coefficient, one, None, total.unsqueeze(1), per_source
+        )
 
 
-def triton(keys: Tensor, coefficient: Tensor, source: Tensor, source_index: Tensor | None, out: Tensor) -> None:
+def triton(
+    keys: Tensor,
+    coefficient: Tensor,
+    source: Tensor,
+    source_index: Tensor | None,
+    out: Tensor,
+    total: Tensor | None = None,
+) -> None:
     from sslkernels.core.triton.segment_sum import weighted_row_sums
 
     source = _stored_rows(source, source_index)
     keys, order, starts = sort_rows(keys, out.shape[0])
     per_source = _entries_per_source(keys, source, source_index)
     weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_source)
+    if total is not None:
+        one = _stored_rows(ones(coefficient), None)
+        per_source = _entries_per_source(keys, one, None)
+        weighted_row_sums(keys, order, starts, coefficient, one, None, total.zero_().unsqueeze(1), per_source)
+
+
+def ones(coefficient: Tensor) -> Tensor:
+    """A source (entries, 1) of ones, with which a sum is that of the coefficients."""
+    return coefficient.new_ones((1, 1)).expand(coefficient.shape[0], 1)
+
+
+SUMS = {"reference": reference, "cpu": native, "triton": triton, "cuda": native}
+SPARSE_SUMS = {
+    "reference": partial(sparse, reference),
+    "cpu": native_sparse,
+    "triton": partial(sparse, triton),
+    "cuda": native_sparse,
+}
 
 
 def _stored_rows(source: Tensor, source_index: Tensor | None) -> Tensor:

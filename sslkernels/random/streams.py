@@ -295,7 +295,7 @@ def _draw(
     device: torch.device | str | None,
 ) -> Tensor:
     name = f"random_{stream}"
-    size = _sizes(name, shape)
+    size = shape_of(name, shape)
     checks.tensor(name, "row_ids", row_ids, (torch.int64,), optional=True)
     checks.shape(name, "row_ids", row_ids, size[:-1], "shape[:-1]")
     if seed is None:
@@ -317,7 +317,7 @@ def _draw(
     return _OPERATORS[stream](seed, flat_ids, rows, size[-1], wrap_int64(sample), dtype).reshape(size)
 
 
-def _sizes(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+def shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence):
         checks.fail(TypeError, name, "shape", "be a sequence of ints", type(shape).__name__)
     if len(shape) == 0:

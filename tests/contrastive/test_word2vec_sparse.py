@@ -10,8 +10,8 @@ from cases import DTYPES, REPEATED_DTYPES
 from test_word2vec import TABLES, gradients, problem
 
 import sslkernels as sk
-from sslkernels.contrastive import word2vec
 from sslkernels.contrastive.word2vec import Indices, Tables, Wanted, negative_sampling_fwd, negative_sampling_sparse_bwd
+from sslkernels.core import segment_sum
 from sslkernels.core.segment_sum import SparseRows
 
 pytestmark = pytest.mark.pairwise
@@ -135,7 +135,7 @@ def test_keys_out_of_range_are_ignored(backend, dtype, device):
     for rows, expected in ((8, [2, 5, 7]), (3, [2]), (2, [])):
         out = SparseRows.empty(torch.empty(rows, 3, device=device), len(keys))
         coefficient = torch.arange(8.0, device=device)
-        word2vec.SPARSE_SUMS[backend](keys, coefficient, source, None, rows, out)
+        segment_sum.SPARSE_SUMS[backend](keys, coefficient, source, None, rows, out)
         got = out.tensor(rows)
         dense = torch.zeros(rows, 3, device=device)
         valid = (keys >= 0) & (keys < rows)

@@ -33,6 +33,11 @@ def _word2vec(device):
     return sk.negative_sampling_loss(center, context, negatives, _features(V, device), _features(V, device))
 
 
+def _glove(device):
+    index, bias = (torch.randint(0, V, (N,), device=device) for _ in range(2)), torch.randn(V, device=device)
+    return sk.glove_loss(*index, torch.ones(N, device=device), _features(V, device), _features(V, device), bias, bias)
+
+
 def _bank(device):
     positive = torch.randint(0, M, (N,), device=device)
     bank = torch.randn(B, D, device=device)
@@ -77,6 +82,7 @@ CALLS = {
         lambda device: sk.linear_sample(_features(N, device).detach(), _features(V, device).detach()).logprob,
         V * SCORE,
     ),
+    "glove_loss": (_glove, 3 * SCORE),
     "negative_sampling_loss": (_word2vec, 3 * (1 + K) * SCORE),
 }
 

@@ -12,6 +12,8 @@ import sslkernels as sk
 X, Y, W = torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 4)
 TARGET = torch.randint(0, 9, (6,))
 IDS = torch.randint(5, 20, (6, 8))
+PAIRS, COUNTS = torch.arange(6), torch.rand(6) + 0.1
+TABLE = sk.AliasTable([1.0, 2, 3])
 CODES = torch.randn(2, 4, 3)
 
 # Each takes one number that a schedule might change, in [0.05, 0.4] or, by name, an int.
@@ -37,6 +39,8 @@ FLOATS = {
     "free_energy-beta": lambda x, v: sk.free_energy(x, beta=v),
     "prediction_energy-beta": lambda x, v: sk.prediction_energy(x.view(2, 3, 4), Y[:2], beta=v, mode="soft"),
     "linear_sample-temperature": lambda x, v: sk.linear_sample(x, W, temperature=v, seed=1).logprob,
+    "glove_loss-x_max": lambda x, v: sk.glove_loss(PAIRS, PAIRS, COUNTS, x, Y, Y[:, 0], Y[:, 1], x_max=v),
+    "glove_loss-alpha": lambda x, v: sk.glove_loss(PAIRS, PAIRS, COUNTS, x, Y, Y[:, 0], Y[:, 1], alpha=v),
     "mask_tokens-probability": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, probability=v, seed=1).labels,
 }
 INTS = {
@@ -48,6 +52,9 @@ INTS = {
     "gaussian_rsample-seed": lambda x, v: sk.gaussian_rsample(x, Y, seed=v).z,
     "mask_tokens-mask_id": lambda x, v: sk.mask_tokens(IDS, mask_id=v, vocab_size=30, seed=1).labels,
     "mask_tokens-seed": lambda x, v: sk.mask_tokens(IDS, mask_id=3, vocab_size=30, seed=v).labels,
+    "corrupt_spans-eos_id": lambda x, v: sk.corrupt_spans(IDS, sentinel_ids=[1, 2], eos_id=v, seed=1).labels,
+    "corrupt_spans-seed": lambda x, v: sk.corrupt_spans(IDS, sentinel_ids=[1, 2], seed=v).labels,
+    "AliasTable-seed": lambda x, v: TABLE.draw((3, 4), seed=v),
     "random_normal-sample": lambda x, v: sk.random_normal((3, 4), 1, sample=v),
 }
 NUMBERS = {**dict.fromkeys(FLOATS, (0.05, 0.2, 0.4, 0.3)), **dict.fromkeys(INTS, (2, 5, 9, 7))}

@@ -345,6 +345,7 @@ def test_every_output_has_memory_of_its_own(backend_name, name, device, monkeypa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")
 @pytest.mark.skipif("cpu" not in sk.available_backends("cross_entropy", "cpu"), reason="it needs the extension")
+@pytest.mark.costly("each wrong index may end a process of its own")
 def test_no_index_ends_the_process():
     """Raw operators may be called by anybody, with anything."""
     tests = Path(__file__).parent.parent

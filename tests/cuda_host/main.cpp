@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include "code_calls.h"
+#include "contrastive/glove.h"
 #include "contrastive/negative_sampling.h"
 #include "contrastive/query_negatives.h"
 #include "core/column_sums.h"
@@ -19,6 +20,7 @@
 #include "latent/gumbel.h"
 #include "latent/prediction_energy.h"
 #include "planted.h"
+#include "random/alias_table.h"
 #include "random/random_stream.h"
 #include "vocabulary/cross_entropy.h"
 #include "vocabulary/mask_tokens.h"
@@ -40,6 +42,13 @@ struct CrossEntropyCall : CrossEntropyRows {
       grad = const_cast<void*>(logits);
       grad_stride = logits_stride;
     }
+  }
+};
+
+struct AliasDrawCall : AliasDraw {
+  explicit AliasDrawCall(const Call& call) : AliasDraw{} {
+    FIELDS(call, size, row_ids, seed, rows, columns, out);
+    buckets = reinterpret_cast<const AliasBucket*>(call.array<int32_t>("table"));
   }
 };
 
@@ -152,6 +161,13 @@ struct NegativeSamplingCall : NegativeSampling {
   explicit NegativeSamplingCall(const Call& call) : NegativeSampling{} {
     FIELDS(call, element, center_weight, context_weight, center_rows, context_rows, dim, center, context, negatives,
            wide_index, count, negative_count, exclude_positive, loss, slopes, direction);
+  }
+};
+
+struct GloveCall : Glove {
+  explicit GloveCall(const Call& call) : Glove{} {
+    FIELDS(call, element, center_weight, context_weight, center_bias, context_bias, center_rows, context_rows, dim,
+           center, context, wide_index, count, target, weight, loss, slope);
   }
 };
 
@@ -289,6 +305,7 @@ void plan_query_negatives(const Call& call) {
 const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_fwd", run<CrossEntropyCall, launch_cross_entropy_rows_fwd>},
     {"cross_entropy_rows_bwd", run<CrossEntropyCall, launch_cross_entropy_rows_bwd>},
+    {"alias_draw", run<AliasDrawCall, launch_alias_draw>},
     {"random_stream", run<RandomStreamCall, launch_random_stream>},
     {"gaussian_fwd", run<GaussianForwardCall, launch_gaussian_fwd>},
     {"gaussian_bwd", run<GaussianBackwardCall, launch_gaussian_bwd>},
@@ -298,6 +315,7 @@ const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"query_negatives", run<QueryNegativesCall, launch_query_negatives>},
     {"scale_add", run<ScaleAddCall, launch_scale_add>},
     {"negative_sampling_fwd", run<NegativeSamplingCall, launch_negative_sampling_fwd>},
+    {"glove_fwd", run<GloveCall, launch_glove_fwd>},
     {"free_energy_fwd", run<FreeEnergyCall, launch_free_energy_fwd>},
     {"free_energy_bwd", run<FreeEnergyGradientCall, launch_free_energy_bwd>},
     {"mask_tokens", mask_tokens},

@@ -91,6 +91,30 @@ def negative_sampling_loss(
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
+def glove_loss(
+    center: Tensor,
+    context: Tensor,
+    count: Tensor,
+    center_weight: Tensor,
+    context_weight: Tensor,
+    center_bias: Tensor,
+    context_bias: Tensor,
+    *,
+    x_max: float = 100.0,
+    alpha: float = 0.75,
+    reduction: str = "mean",
+) -> Tensor:
+    u, v = F.embedding(center, center_weight), F.embedding(context, context_weight)
+    count = count if count.is_floating_point() else count.to(center_weight.dtype)
+    score = torch.einsum("...d,...d->...", u, v)
+    score = (
+        score + F.embedding(center, center_bias[:, None])[..., 0] + F.embedding(context, context_bias[:, None])[..., 0]
+    )
+    weight = torch.where(count < x_max, (count / x_max) ** alpha, torch.ones_like(count))
+    loss = weight * (score - torch.log(count)) ** 2
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
 def error(value: Tensor, truth: Tensor) -> float:
     """Error relative to the norm of the truth; infinite if the non-finite values differ."""
     value, truth = value.detach().double(), truth.detach().double()
