@@ -149,9 +149,8 @@ class _Model:
         return self._finished(output, loss, logits)
 
     def _finished(self, output: Any, loss: Tensor, logits: Tensor | None) -> Any:
-        auxiliary = output.get("aux_loss")
-        if auxiliary is not None and hasattr(self.model, "router_aux_loss_coef"):
-            loss = loss + self.model.router_aux_loss_coef * auxiliary.to(loss.device)
+        auxiliary = _auxiliary(self.model, output)
+        loss = loss if auxiliary is None else loss + auxiliary.to(loss.device)
         return type(output)(**{**output, "loss": loss, "logits": logits})
 
     def loss_options(self) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def patch(model: nn.Module, *, compact: bool = True, example_inputs: Mapping[str
         model: any masked or causal language model of transformers 5, on its device, or a PEFT model around one.
         compact: let only the rows with a label into the transform before the output embeddings, where there is one.
             Reads their number on the host. Under `torch.compile` all rows go through the transform.
-        example_inputs: the arguments of the trial call, without labels. Default: `input_ids` `(2, 4)`.
+        example_inputs: the arguments of the trial call, without labels. Default: `input_ids` `(2, 8)`.
 
     Returns:
         `model`.
@@ -253,6 +252,12 @@ def _install(seam: _Model) -> None:
         seam.handle = seam.head.register_forward_pre_hook(seam.keep_masked_rows)
 
 
+def _auxiliary(model: nn.Module, output: Any) -> Tensor | None:
+    """What a mixture of experts adds to its loss for the balance of its router."""
+    auxiliary = output.get("aux_loss")
+    return model.router_aux_loss_coef * auxiliary if isinstance(auxiliary, Tensor) else None
+
+
 def _refuse(model: nn.Module, why: str) -> None:
     must = "be a language model whose loss is the cross-entropy of the output of its output embeddings"
     checks.fail(ValueError, "patch", "model", must, f"{type(model).__name__}, {why}")
@@ -281,7 +286,9 @@ def _fitted(model: nn.Module, compact: bool, example_inputs: Mapping[str, Any] |
     if "labels" not in inspect.signature(model.forward).parameters:
         _refuse(model, "whose forward takes no labels")
     vocab, device = linear.out_features, linear.weight.device
-    inputs = {"input_ids": torch.arange(8, device=device).reshape(2, 4) % vocab}
+    special = [getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    ids = [token for token in range(min(vocab, 20)) if token not in special] or [0]
+    inputs = {"input_ids": torch.tensor(16 * ids, device=device)[:16].reshape(2, 8)}
     inputs = dict(inputs if example_inputs is None else example_inputs)
     shape = next(iter(inputs.values())).shape[:2]
     draw = torch.Generator().manual_seed(0)
@@ -319,7 +326,10 @@ def _trial(seam: _Model, logits: Tensor, inputs: dict[str, Any]) -> _Trial:
         _refuse(model, f"which calls its output embeddings {len(recorder.inputs)} times")
     if output.get("logits") is None:
         _refuse(model, "whose output has no logits")
-    return _Trial(recorder.inputs[0].detach(), output["logits"], output.get("loss"))
+    loss, auxiliary = output.get("loss"), _auxiliary(model, output)
+    if loss is not None and auxiliary is not None:
+        loss = loss - auxiliary
+    return _Trial(recorder.inputs[0].detach(), output["logits"], loss)
 
 
 def _own_call(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -352,7 +362,7 @@ def _found_transform(
         seam.transform = transform
         if in_config:
             seam.neutral_config = copy.copy(model.config)
-            setattr(seam.neutral_config, name, neutral)
+            vars(seam.neutral_config)[name] = neutral
         with seam.untransformed():
             if _is_same(_trial(seam, logits, inputs).logits, logits):
                 return transform

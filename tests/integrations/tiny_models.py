@@ -16,7 +16,11 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "num_key_value_heads", "attention_heads"), 4),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
-    "head_dim": 8,
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size", "expert_ffn_hidden_size"), 16),
+    **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
     "max_position_embeddings": 64,
     "n_positions": 64,
     "pad_token_id": 0,
@@ -25,8 +29,15 @@ SIZES: dict[str, Any] = {
 }
 # What else a class needs, by the type of its configuration.
 FURTHER: dict[str, dict[str, Any]] = {
-    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "attention_head_size": 8},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 4), "attention_head_size": 8},
     "neomme": {"head_dim": 32},
+    "falcon_h1": {"mamba_chunk_size": 16},
+    "luke": {"entity_vocab_size": 5},
+    "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1},
+    "xmod": {"default_language": "en_XX"},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite": {"logits_scaling": 2.0},
+    **dict.fromkeys(("bailing_hybrid", "jamba", "lfm3", "qwen3_5_text", "recurrent_gemma"), {"use_cache": False}),
 }
 LARGEST = 20_000_000
 
@@ -38,7 +49,7 @@ def mapping(name: str) -> list[str]:
 
 
 def tiny(name: str, **options: Any) -> torch.nn.Module:
-    """A model of the class with random weights, in training mode, the same at each call."""
+    """A model of the class with random weights, the same at each call."""
     transformers = importlib.import_module("transformers")
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
@@ -53,7 +64,7 @@ def tiny(name: str, **options: Any) -> torch.nn.Module:
         for parameter in model.parameters():  # a bias that is 0 would hide that it is left out
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.train()
+    return model
 
 
 def _sizes(default: Any, names: dict[str, str]) -> dict[str, Any]:
