@@ -1,11 +1,11 @@
-"""What the tests of the integrations share: two gloo ranks, and a library without the rest of its package."""
+"""What the tests of the integrations share: two gloo ranks, and libraries without torchvision."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import socket
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -32,11 +32,8 @@ def _rank(rank: int, port: int, function: Callable[..., None], args: tuple[Any, 
         torch.distributed.destroy_process_group()
 
 
-def integration(name: str, module: str, stand_ins: dict[str, dict[str, Any]] | None = None) -> tuple[ModuleType, ...]:
-    """(the integration, the module of the library): the `__init__` of a library that needs torchvision does not run."""
-    key = f"sslkernels.integrations.{name}"
-    if key not in sys.modules:
-        with peers.without_package_init(module.split(".")[0], stand_ins):
-            importlib.import_module(key)
-    found = sys.modules[key]
-    return found, found.library
+@functools.cache
+def integration(name: str) -> ModuleType:
+    """`sslkernels.integrations.<name>`, whose library is imported without what needs torchvision."""
+    with peers.package_alone(name, peers.TORCHVISION):
+        return importlib.import_module(f"sslkernels.integrations.{name}")
