@@ -17,7 +17,7 @@ import torch
 from diffusers.models.autoencoders import vae as library
 from torch import Tensor
 
-from sslkernels.integrations.fallback import warn_once
+from sslkernels.integrations import warn_once
 from sslkernels.latent.gaussian import gaussian_kl, gaussian_rsample
 
 __all__ = ["DiagonalGaussianDistribution"]

@@ -23,7 +23,8 @@ class NTXentLoss(library.NTXentLoss):
     """The class of lightly, fused, with and without a memory bank and features gathered from all ranks."""
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        if self.memory_bank.size[0] == 0 and not self._gathers():
+        gathers = self.gather_distributed and library.dist.world_size() > 1
+        if self.memory_bank.size[0] == 0 and not gathers:
             return nt_xent(out0, out1, temperature=self.temperature)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
         out1, bank = self.memory_bank.forward(out1, update=out0.requires_grad)
@@ -47,6 +48,3 @@ class NTXentLoss(library.NTXentLoss):
             key_ids=ids,
             logit_scale=scale,
         )
-
-    def _gathers(self) -> bool:
-        return self.gather_distributed and library.dist.world_size() > 1

@@ -24,7 +24,7 @@ from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score
 from torch import Tensor
 
 from sslkernels.contrastive.energy import contrastive_energy
-from sslkernels.integrations.fallback import warn_once
+from sslkernels.integrations import warn_once
 
 __all__ = ["CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss"]
 
@@ -82,37 +82,31 @@ def _uncovered(loss: Any, embeddings: list[Tensor]) -> str | None:
 def _ranking_loss(loss: Any, queries: Tensor, docs: list[Tensor]) -> Tensor:
     directions, count = set(loss.directions), queries.shape[0]
     options: dict[str, Any] = {"logit_scale": float(loss.scale), "normalize": loss.similarity_fct is cos_sim}
-    if not loss.gather_across_devices and directions == {"query_to_doc", "doc_to_query"}:
-        if loss.partition_mode == "per_direction":
-            return contrastive_energy(queries, torch.cat(docs), direction="symmetric", **options)
-    local_queries, local_docs, offset = queries, docs[0], 0
+    if directions == {"query_to_doc", "doc_to_query"} and (
+        loss.partition_mode == "per_direction" and not loss.gather_across_devices
+    ):
+        return contrastive_energy(queries, torch.cat(docs), direction="symmetric", **options)
+    local, offset = (queries, docs[0]), 0
     if loss.gather_across_devices:
         queries, docs = all_gather_with_grad(queries), [all_gather_with_grad(doc) for doc in docs]
         offset = torch.distributed.get_rank() * count if torch.distributed.is_initialized() else 0
-    every_doc = torch.cat(docs)
-    own = torch.arange(offset, offset + count, device=queries.device)
-    owners = torch.arange(queries.shape[0], device=queries.device)
-    none = owners.new_full((1,), -1)
+    every_doc, owners = torch.cat(docs), torch.arange(queries.shape[0], device=queries.device)
+    own = owners[offset : offset + count]
 
-    # The keys of each part, and the row that each of them belongs to: a row does not compete with its own.
-    of_queries = [(every_doc, none.expand(every_doc.shape[0]))]
+    # The keys of the queries and of their documents, and the row that a key belongs to: it is left out of that row.
+    of_queries, of_docs = [(every_doc, owners.new_full((every_doc.shape[0],), -1))], []
     if "query_to_query" in directions:
         of_queries.append((queries, owners))
-    parts = [(local_queries, of_queries)]
     if "doc_to_query" in directions:
-        of_docs = [(queries, none.expand(queries.shape[0]))]
-        if "doc_to_doc" in directions:
-            of_docs.append((every_doc, owners.repeat(len(docs))))
-        parts.append((local_docs, of_docs))
+        of_docs.append((queries, torch.full_like(owners, -1)))
+    if "doc_to_doc" in directions:
+        of_docs.append((every_doc, owners.repeat(len(docs))))
 
-    reduction = "none" if len(parts) > 1 and loss.partition_mode == "joint" else "mean"
+    joint = bool(of_docs) and loss.partition_mode == "joint"
     losses = []
-    for rows, keys in parts:
-        excluded = {"query_ids": own, "key_ids": torch.cat([ids for _, ids in keys])} if len(keys) > 1 else {}
-        key = torch.cat([key for key, _ in keys]) if len(keys) > 1 else keys[0][0]
+    for rows, keys in zip(local, (of_queries, of_docs) if of_docs else (of_queries,), strict=False):
+        key, ids = (torch.cat(each) for each in zip(*keys, strict=True))
+        excluded = {"query_ids": own, "key_ids": ids} if len(keys) > 1 else {}
+        reduction = "none" if joint else "mean"
         losses.append(contrastive_energy(rows, key, positive=own, reduction=reduction, **excluded, **options))
-    if len(losses) == 1:
-        return losses[0]
-    if loss.partition_mode == "joint":
-        return torch.logaddexp(*losses).mean()
-    return torch.stack(losses).mean()
+    return torch.logaddexp(*losses).mean() if joint else torch.stack(losses).mean()

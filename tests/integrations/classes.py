@@ -1,6 +1,6 @@
 """What `patch` does with a class of transformers: exact, or refused with a reason. As a program: the table of the docs.
 
-    python tests/integrations/classes.py docs/integrations_classes.md
+python tests/integrations/classes.py docs/integrations_classes.md
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-import tiny_models
-import torch
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
 
-import sslkernels as sk
+import sslkernels as sk  # noqa: E402
 
 
 class Outcome(NamedTuple):

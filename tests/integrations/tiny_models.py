@@ -37,7 +37,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"logits_scaling": 2.0},
-    **dict.fromkeys(("bailing_hybrid", "jamba", "lfm3", "qwen3_5_text", "recurrent_gemma"), {"use_cache": False}),
+    **{name: {"use_cache": False} for name in ("bailing_hybrid", "jamba", "lfm3", "qwen3_5_text", "recurrent_gemma")},
 }
 LARGEST = 20_000_000
 
