@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import socket
 from collections.abc import Callable
@@ -11,7 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import peers
+import pytest
 import torch
+
+
+def needs(library: str) -> None:
+    """Skips the test if the library is not installed. One that is installed and cannot be imported is a failure."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed", allow_module_level=True)
 
 
 def ran_in_two_ranks(function: Callable[..., None], *args: Any) -> None:

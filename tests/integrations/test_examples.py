@@ -6,7 +6,7 @@ import doctest
 import importlib
 
 import pytest
-from integrations_peers import integration
+from integrations_peers import integration, needs
 
 NAMES = ("diffusers", "lightly", "open_clip", "sentence_transformers", "transformers")
 
@@ -16,7 +16,7 @@ def test_example(name):
     if name in ("lightly", "open_clip"):
         module = integration(name)
     else:
-        pytest.importorskip(name)
+        needs(name)
         module = importlib.import_module(f"sslkernels.integrations.{name}")
     finder = doctest.DocTestFinder(recurse=False)
     (example,) = finder.find(module, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations_peers import integration, ran_in_two_ranks
+from integrations_peers import integration, needs, ran_in_two_ranks
 from torch.nn.functional import normalize
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
@@ -52,7 +52,7 @@ DIRECTIONS = [
 
 
 def ranking(cached: bool, fused: bool, **options: Any) -> torch.nn.Module:
-    pytest.importorskip("sentence_transformers")
+    needs("sentence_transformers")
     from sentence_transformers.sentence_transformer import losses as own
 
     import sslkernels.integrations.sentence_transformers as ours
@@ -233,7 +233,7 @@ def test_nt_xent_of_lightly(bank):
 
 
 def posteriors(parameters: torch.Tensor, **options: Any) -> list[Any]:
-    pytest.importorskip("diffusers")
+    needs("diffusers")
     import sslkernels.integrations.diffusers as ours
 
     classes = (ours.library.DiagonalGaussianDistribution, ours.DiagonalGaussianDistribution)

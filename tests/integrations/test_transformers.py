@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from integrations_peers import needs, ran_in_two_ranks
 
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers")
 
 import classes
 import tiny_models
 import transformers
-from integrations_peers import ran_in_two_ranks
 
 import sslkernels as sk
 from sslkernels.integrations.transformers import DataCollatorForMaskedLM, patch, unpatch
@@ -320,7 +320,9 @@ def test_trainer_accumulates_gradients(name, tmp_path):
 
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_lora_on_the_encoder(first):
-    peft = pytest.importorskip("peft")
+    needs("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["query", "value"], r=4, init_lora_weights=False)
     reference, inputs = model_and_inputs("BertForMaskedLM")
     torch.manual_seed(0)
@@ -337,7 +339,9 @@ def test_lora_on_the_encoder(first):
 
 
 def test_an_adapter_on_the_output_embeddings_is_refused():
-    peft = pytest.importorskip("peft")
+    needs("peft")
+    import peft
+
     config = peft.LoraConfig(target_modules=["lm_head"], r=4)
     model, inputs = model_and_inputs("LlamaForCausalLM")
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
