@@ -23,6 +23,6 @@ def warn_once(instance: object, why: str) -> None:
     if vars(instance).get("_warned"):
         return
     instance._warned = True  # type: ignore[attr-defined]
-    own = type(instance).__mro__[1]
-    message = f"{type(instance).__name__}: {why} is not covered; the code of {own.__module__} computes the loss"
+    library = type(instance).__mro__[1].__module__
+    message = f"{type(instance).__name__}: {why} is not covered; the code of {library} computes it"
     warnings.warn(message, stacklevel=3)

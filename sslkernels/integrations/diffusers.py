@@ -5,8 +5,6 @@
 >>> posterior = sk.integrations.diffusers.DiagonalGaussianDistribution(torch.randn(2, 8, 4, 4, requires_grad=True))
 >>> z = posterior.sample(torch.Generator().manual_seed(0))
 >>> (z.square().mean() + posterior.kl().mean()).backward()
-
-To use it in a model: `diffusers.models.autoencoders.autoencoder_kl.DiagonalGaussianDistribution = ` this class.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ class DiagonalGaussianDistribution(library.DiagonalGaussianDistribution):
 
     def kl(self, other: library.DiagonalGaussianDistribution | None = None) -> Tensor:
         """The divergence `(B,)` to `other`, by default the standard normal; float32, or float64 for float64."""
-        why = self._uncovered(other)
+        why = None if self.deterministic else self._uncovered(other)
         if why is not None:
             warn_once(self, why)
         if why is not None or self.deterministic:
@@ -68,8 +66,6 @@ class DiagonalGaussianDistribution(library.DiagonalGaussianDistribution):
         return gaussian_kl(self.mean.flatten(1), self._logvar.flatten(1), prior=prior, logvar_bounds=BOUNDS)
 
     def _uncovered(self, other: library.DiagonalGaussianDistribution | None) -> str | None:
-        if self.deterministic:
-            return None
         if self.parameters.dim() != 4:
             return f"a kl of parameters of {self.parameters.dim()} dimensions"
         if other is not None and other.deterministic:

@@ -111,6 +111,7 @@ class PatchedForward:
         return type(self.model).forward(self.model, *args, **kwargs) if before is None else before(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = args[1:] if args and args[0] is self.model else args  # accelerate binds what it has unwrapped
         skip_logits, place = kwargs.pop("skip_logits", None), self.labels_position
         if len(args) > place:
             kwargs["labels"], args = args[place], (*args[:place], None, *args[place + 1 :])
@@ -129,9 +130,7 @@ class PatchedForward:
         return output.to_tuple() if tuples else output
 
     def _without_logits(self, asked: Labels, args: Any, kwargs: dict[str, Any]) -> Any:
-        transform = self.transform
-        self.decoder.loss_options = {} if transform is None else transform.loss_options(self.model)
-        self.decoder.labels = asked
+        self.decoder.labels, self.decoder.loss_options = asked, self.loss_options()
         try:
             with self.untransformed():
                 output = self.own_forward(*args, **kwargs)
@@ -152,6 +151,9 @@ class PatchedForward:
         balance = balance_loss(self.model, output)
         loss = loss if balance is None else loss + balance.to(loss.device)
         return type(output)(**{**output, "loss": loss, "logits": logits})
+
+    def loss_options(self) -> dict[str, Any]:
+        return {} if self.transform is None else self.transform.loss_options(self.model)
 
     @contextlib.contextmanager
     def untransformed(self) -> Iterator[None]:
@@ -206,11 +208,12 @@ def fitted(model: nn.Module, compact: bool, example_inputs: Mapping[str, Any] | 
         _refuse(model, f"whose output embeddings are {type(linear).__name__}")
     if "labels" not in inspect.signature(model.forward).parameters:
         _refuse(model, "whose forward takes no labels")
+    if any(type(parameter.data).__module__.startswith("torch.distributed") for parameter in model.parameters()):
+        _refuse(model, "which is sharded already: patch it first")
     vocab, device = linear.out_features, linear.weight.device
     special = [getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
     ids = [token for token in range(min(vocab, 20)) if token not in special] or [0]
-    inputs = {"input_ids": torch.tensor(16 * ids, device=device)[:16].reshape(2, 8)}
-    inputs = dict(inputs if example_inputs is None else example_inputs)
+    inputs = dict(example_inputs or {"input_ids": torch.tensor(16 * ids, device=device)[:16].reshape(2, 8)})
     shape = next(iter(inputs.values())).shape[:2]
     draw = torch.Generator().manual_seed(0)
     labels = torch.randint(vocab, shape, generator=draw).to(device)
@@ -265,8 +268,9 @@ def _trial(forward: PatchedForward, logits: Tensor, inputs: dict[str, Any]) -> _
 
 
 def _called(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    # Each call begins with the same states of the generators, which it leaves as they were.
+    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=cuda):
         try:
             return model(**inputs, return_dict=True)
         except Exception as error:
@@ -309,9 +313,10 @@ def _is_same(seen: Tensor, logits: Tensor) -> bool:
 def _find_shift(forward: PatchedForward, logits: Tensor, labels: Tensor, own: Tensor | None) -> None:
     if own is None:
         _refuse(forward.model, "which computes no loss")
-    options = {} if forward.transform is None else forward.transform.loss_options(forward.model)
     targets = (labels, nn.functional.pad(labels, (0, 1), value=-100)[..., 1:])
-    losses = [cross_entropy(logits.detach().float(), target, class_dim=-1, **options) for target in targets]
+    losses = [
+        cross_entropy(logits.detach().float(), target, class_dim=-1, **forward.loss_options()) for target in targets
+    ]
     own = own.detach().float().reshape(())
     forward.shift = min((0, 1), key=lambda shift: float((losses[shift] - own).abs()))
     if not torch.allclose(own, losses[forward.shift], rtol=_tolerance(logits)):

@@ -7,8 +7,6 @@
 >>> losses = loss(image, text, logit_scale=torch.tensor(14.3), output_dict=True)
 >>> sorted(losses)
 ['contrastive_loss']
-
-Constructors and calls are those of the installed version, and so is the way in which features are gathered over ranks.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def patch(model: nn.Module, *, compact: bool = True, example_inputs: Mapping[str
 
     With FSDP2, patch the model first and shard it then. Adapters on the output embeddings are refused: by `patch`, or
     at the next call with labels where they come later. Adapters elsewhere may come before or after. A deep copy of a
-    patched model is a patched model; a replica of `nn.DataParallel` is not.
+    patched model is a patched model. `nn.DataParallel` fails (its replicas call the original): use DDP.
 
     Args:
         model: any masked or causal language model of transformers 5, on its device, or a PEFT model around one.
@@ -68,7 +68,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     Args:
         model: what `patch` took.
     """
-    forward = vars(_unwrapped("unpatch", model)).get("forward")
+    attributes = vars(_unwrapped("unpatch", model))
+    if isinstance(attributes.get("_original_forward"), PatchedForward):
+        must = "be unwrapped first, by accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        checks.fail(ValueError, "unpatch", "model", must, "what accelerate wrapped")
+    forward = getattr(attributes.get("forward"), "__func__", attributes.get("forward"))
     if isinstance(forward, PatchedForward):
         forward.remove()
     return model

@@ -112,6 +112,7 @@ def test_a_zero_bias_of_the_model_is_not_overlooked():
 def test_patching_leaves_the_model_and_the_random_generator_as_they_were():
     model = tiny_models.tiny("BigBirdForMaskedLM", attention_type="block_sparse").train()
     attention = [type(layer.attention.self) for layer in model.bert.encoder.layer]
+    torch.manual_seed(3)
     state, training = torch.get_rng_state(), [module.training for module in model.modules()]
     patch(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -273,6 +274,24 @@ def test_compiles_as_one_graph(name):
     assert_same_step(stepped(model, inputs), expected)  # eager again
 
 
+def test_a_model_that_accelerate_wrapped_is_unwrapped_first():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = model_and_inputs("BertForMaskedLM")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(patch(model))
+    loss, _ = stepped(prepared, inputs)
+    assert loss.isfinite()
+    assert prepared(**inputs).logits is None
+    with pytest.raises(ValueError, match="unpatch: model must be unwrapped first"):
+        unpatch(model)
+    assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False) is model
+    assert model(**inputs).logits is None
+    assert model(inputs["input_ids"]).logits is not None
+    unpatch(model)
+    assert "forward" not in vars(model)
+    assert model(**inputs).logits is not None
+
+
 class Tokens(torch.utils.data.Dataset):
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -380,6 +399,8 @@ def sharded_steps(rank: int, folder: str) -> None:
         torch.distributed.all_reduce(total)
         # Gradients are averaged over the ranks: each counted half of the items.
         assert_same_step((total / 2, grads), (expected[0] / 2, {n: g / 2 for n, g in expected[1].items()}))
+        with pytest.raises(ValueError, match="sharded already"):
+            patch(copy.copy(model))
         with torch.no_grad():
             assert model.eval()(input_ids=mine["input_ids"]).logits.shape == (8, 12, 67)
 
