@@ -28,10 +28,9 @@ class NTXentLoss(library.NTXentLoss):
             return nt_xent(out0, out1, temperature=self.temperature)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
         out1, bank = self.memory_bank.forward(out1, update=out0.requires_grad)
-        scale = 1.0 / self.temperature
         if bank is not None:
             bank = bank.to(device=out0.device, dtype=out0.dtype).T
-            return contrastive_energy(out0, out1, bank=bank, in_batch=False, logit_scale=scale)
+            return contrastive_energy(out0, out1, bank=bank, in_batch=False, logit_scale=1.0 / self.temperature)
 
         views = torch.cat([out0, out1])
         keys = torch.cat([*library.dist.gather(out0), *library.dist.gather(out1)])
@@ -46,5 +45,5 @@ class NTXentLoss(library.NTXentLoss):
             positive=torch.cat([second, first]),
             query_ids=torch.cat([first, second]),
             key_ids=ids,
-            logit_scale=scale,
+            logit_scale=1.0 / self.temperature,
         )

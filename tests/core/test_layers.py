@@ -21,7 +21,7 @@ ALLOWED = {
     **{family: {"core", "random", family} for family in FAMILIES},
     "nn": set(FAMILIES),
     "distributions": set(FAMILIES),
-    "integrations": {"core", "random", *FAMILIES},
+    "integrations": {*ROOMS, "integrations"},
     "version": set(),
     "__init__": {*ROOMS, "nn", "distributions", "integrations", "version"},
     "__main__": {"core"},

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -295,9 +299,22 @@ def test_posteriors_that_the_library_computes():
 
 
 def test_nothing_is_imported_before_it_is_used():
-    import subprocess
-    import sys
-
-    libraries = "diffusers lightly open_clip sentence_transformers transformers"
-    code = f"import sys, sslkernels as sk; assert not {{*'{libraries}'.split()}} & {{*sys.modules}}; sk.integrations"
+    code = f"import sys, sslkernels as sk; assert not {{*{LIBRARIES}}} & {{*sys.modules}}; sk.integrations"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LIBRARIES = ("diffusers", "lightly", "open_clip", "sentence_transformers", "transformers")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_example_of_a_module_runs(name):
+    if name in ("lightly", "open_clip"):
+        module = integration(name)
+    else:
+        needs(name)
+        module = importlib.import_module(f"sslkernels.integrations.{name}")
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(module, name)
+    assert example.examples
+    runner = doctest.DocTestRunner(optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert runner.run(example).failed == 0

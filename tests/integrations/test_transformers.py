@@ -258,7 +258,8 @@ def test_a_model_in_bfloat16():
     torch.testing.assert_close(actual[0].float(), expected[0], rtol=1e-2, atol=0)
 
 
-@pytest.mark.costly("compiles a model with each of two hooks")
+@pytest.mark.costly("compiles a model")
+@pytest.mark.full_for(name="Gemma2ForCausalLM")
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "Gemma2ForCausalLM"])
 def test_compiles_as_one_graph(name):
     model, inputs = model_and_inputs(name)
