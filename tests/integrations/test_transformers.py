@@ -98,7 +98,7 @@ def test_every_class_is_exact_or_refused(kind):
     outcomes = classes.table(kind)
     kinds = [outcome.kind for outcome in outcomes.values()]
     assert all(outcome.reason for outcome in outcomes.values() if outcome.kind == "refused")
-    assert kinds.count("exact") >= {"MASKED_LM": 45, "CAUSAL_LM": 130}[kind]
+    assert kinds.count("exact") >= {"MASKED_LM": 45, "CAUSAL_LM": 150}[kind]
 
 
 def test_a_zero_bias_of_the_model_is_not_overlooked():
@@ -400,10 +400,10 @@ def sharded_steps(rank: int, folder: str) -> None:
         torch.distributed.all_reduce(total)
         # Gradients are averaged over the ranks: each counted half of the items.
         assert_same_step((total / 2, grads), (expected[0] / 2, {n: g / 2 for n, g in expected[1].items()}))
-        with pytest.raises(ValueError, match="sharded already"):
-            patch(copy.copy(model))
         with torch.no_grad():
             assert model.eval()(input_ids=mine["input_ids"]).logits.shape == (8, 12, 67)
+        with pytest.raises(ValueError, match="sharded already"):
+            patch(model)
 
 
 @pytest.mark.full

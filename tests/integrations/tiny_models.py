@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
 FURTHER: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 4), "attention_head_size": 8},
     "neomme": {"head_dim": 32},
-    "falcon_h1": {"mamba_chunk_size": 16},
+    "falcon_h1": {"mamba_chunk_size": 16, "mamba_d_ssm": 32, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 8},
     "luke": {"entity_vocab_size": 5},
     "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1},
     "xmod": {"default_language": "en_XX"},
