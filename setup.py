@@ -1,5 +1,8 @@
 """Builds the optional extension with CMake and Ninja. Does not import torch: CMake finds it through the interpreter.
 
+torch is that of the interpreter or, in a build isolated from it, that of the environment which is installed into: with
+neither, or without a compiler, the wheel is py3-none-any and holds BUILD_FAILED, of which the package warns on import.
+
 SSLKERNELS_BUILD_EXT: 1 = a failed build of the extension is fatal, 0 = do not build it, unset = build it if possible.
 SSLKERNELS_CUDA: 1 = CUDA kernels required, 0 = none, unset = if there is nvcc.
 TORCH_CUDA_ARCH_LIST: as in torch, "8.0 9.0+PTX". MAX_JOBS: parallel compilations. CMAKE_ARGS: passed on.
@@ -7,6 +10,7 @@ TORCH_CUDA_ARCH_LIST: as in torch, "8.0 9.0+PTX". MAX_JOBS: parallel compilation
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -20,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("SSLKERNELS_BUILD_EXT", "")
+SCHEMES = sysconfig.get_scheme_names()
+REMEDY = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def find_tool(name: str, package: str, attribute: str) -> str:
@@ -37,20 +43,41 @@ def find_tool(name: str, package: str, attribute: str) -> str:
     return found
 
 
+def find_torch() -> str:
+    """The folder of the package torch."""
+    environments = [sysconfig.get_path("platlib")]  # pip isolates a build from them, and keeps the interpreter
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):  # uv makes an environment of its own for a build
+        if variable in os.environ:
+            variables = {"base": os.environ[variable], "platbase": os.environ[variable]}
+            environments.append(sysconfig.get_path("platlib", "venv" if "venv" in SCHEMES else None, variables))
+    found = importlib.util.find_spec("torch")
+    folders = [found.submodule_search_locations[0]] if found and found.submodule_search_locations else []
+    for folder in [*folders, *(f"{environment}/torch" for environment in environments)]:
+        if (Path(folder) / "version.py").exists():
+            return str(folder)
+    raise RuntimeError("torch was not found in " + ", ".join(environments))
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
+        note = self._package() / "BUILD_FAILED"
+        note.unlink(missing_ok=True)
         try:
             super().run()
         except Exception as error:
             if WANTED == "1":
                 raise
-            print(f"sslkernels: the extension was not built ({error}).", file=sys.stderr)
-            print("sslkernels: the package works without it, on its reference and Triton backends.", file=sys.stderr)
-            print(
-                "sslkernels: it needs torch: pip install --no-build-isolation (SSLKERNELS_BUILD_EXT=1).",
-                file=sys.stderr,
-            )
+            reason = f"{error}".replace("\n", " ")
+            rule = "*" * 100
+            print(f"{rule}\nsslkernels: THE EXTENSION WAS NOT BUILT: {reason}", file=sys.stderr)
+            print("The package works without it, slower, on its reference and Triton backends.", file=sys.stderr)
+            print(f"With torch and a C++ compiler: {REMEDY}\n{rule}", file=sys.stderr)
             self._without_extension()
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(reason + "\n")
+
+    def _package(self) -> Path:
+        return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "sslkernels"
 
     def _without_extension(self) -> None:
         """Makes the wheel that is being built one for any platform, which is what its name then says."""
@@ -68,6 +95,7 @@ class CMakeBuild(build_ext):
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'ninja', 'BIN_DIR')}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DSSLKERNELS_TORCH={find_torch()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DSSLKERNELS_CUDA={os.environ.get('SSLKERNELS_CUDA', 'auto')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),

@@ -1,6 +1,6 @@
 """Fused kernels for self-supervised learning in PyTorch."""
 
-from sslkernels import nn
+from sslkernels import integrations, nn
 from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
 from sslkernels.contrastive.glove import glove_loss
 from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
@@ -54,6 +54,7 @@ __all__ = [
     "gumbel_quantize",
     "gumbel_softmax",
     "info_nce",
+    "integrations",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_sample",

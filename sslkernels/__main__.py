@@ -43,6 +43,9 @@ def report() -> str:
             f"extension  {info['compiler']}, against torch {info['torch']}; CPU kernels in use: {info['cpu_isa']}"
         )
         lines.append(f"           CUDA kernels: {cuda}")
+        newer = native.newer_source()
+        if newer is not None:
+            lines.append(f"           OLDER than {newer}: if it no longer fits, {native.BUILD_COMMAND}")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         lines.append(f"gpu        {torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}")

@@ -1,24 +1,27 @@
 """Losses of other packages, each imported without the rest of its package and its dependencies."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 
-def import_alone(
-    module: str, stand_ins: dict[str, dict[str, object]] | None = None, *, whole_package: bool = False
-) -> types.ModuleType:
-    """Imports a module; the `__init__` of its packages does not run unless `whole_package`.
+@contextlib.contextmanager
+def package_alone(
+    root: str, stand_ins: dict[str, dict[str, object]] | None = None, *, whole_package: bool = False
+) -> Iterator[None]:
+    """While it is entered, modules of the package `root` are imported without the `__init__` of its packages, unless
+    `whole_package`; then all modules imported on the way are removed from `sys.modules`.
 
     stand_ins: attributes of the modules to replace because the loss does not use them. Skips the test if the package is
-    not installed. Removes all modules imported on the way from `sys.modules`.
+    not installed.
     """
-    root = module.split(".")[0]
     found = importlib.util.find_spec(root)
     if found is None:
         pytest.skip(f"{root} is not installed")
@@ -34,19 +37,30 @@ def import_alone(
             name = ".".join([root, *package.relative_to(folder).parts])
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [str(package)]
-        return importlib.import_module(module)
+        yield
     finally:
         for name in set(sys.modules) - before:
             del sys.modules[name]
+
+
+def import_alone(
+    module: str, stand_ins: dict[str, dict[str, object]] | None = None, *, whole_package: bool = False
+) -> types.ModuleType:
+    """A module, imported in `package_alone`."""
+    with package_alone(module.split(".")[0], stand_ins, whole_package=whole_package):
+        return importlib.import_module(module)
 
 
 def info_nce() -> types.ModuleType:
     return import_alone("info_nce", whole_package=True)
 
 
+# torchvision, which needs the torch that it was built for, is in neither of these losses.
+TORCHVISION = {"torchvision": {}, "torchvision.ops": {"StochasticDepth": torch.nn.Identity}}
+
+
 def lightly_nt_xent(temperature: float) -> torch.nn.Module:
-    unused = {"torchvision": {}, "torchvision.ops": {"StochasticDepth": torch.nn.Identity}}
-    return import_alone("lightly.loss.ntx_ent_loss", unused).NTXentLoss(temperature=temperature)
+    return import_alone("lightly.loss.ntx_ent_loss", TORCHVISION).NTXentLoss(temperature=temperature)
 
 
 def open_clip_losses() -> types.ModuleType:

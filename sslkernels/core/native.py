@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -16,14 +18,32 @@ _isa = os.environ.get("SSLKERNELS_CPU_ISA")
 if _isa and _isa not in CPU_ISAS:
     raise ValueError(f"SSLKERNELS_CPU_ISA must be one of {', '.join(CPU_ISAS)}; got {_isa!r}")
 
+PACKAGE = Path(__file__).parents[1]
+BUILD_COMMAND = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps " + (
+    "-e ." if (PACKAGE.parent / "setup.py").exists() else "."
+)
+
 extension: ModuleType | None = None
 load_error: str | None = None
 try:
     extension = importlib.import_module("sslkernels._C")
 except ImportError as error:
     load_error = str(error)
+    # Installers show nothing of a build that ends well, as one without an extension does unless it is required.
+    if (PACKAGE / "BUILD_FAILED").exists():
+        load_error = f"its build failed: {(PACKAGE / 'BUILD_FAILED').read_text().strip()}"
+        message = f"sslkernels has no compiled kernels ({load_error}); build them with: {BUILD_COMMAND}"
+        warnings.warn(message, stacklevel=2)
 
-BUILD_COMMAND = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation -e ."
+
+def newer_source() -> Path | None:
+    """A source of the package that was changed after the extension was built, None if there is none."""
+    if extension is None or extension.__file__ is None:
+        return None
+    root, built = PACKAGE.parent, Path(extension.__file__).stat().st_mtime
+    sources = [path for path in [*PACKAGE.rglob("*.py"), *root.glob("csrc/**/*.*")] if path.stat().st_mtime > built]
+    newest = max(sources, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else newest.relative_to(root)
 
 
 def why_missing(ops: tuple[str, ...], dispatch_key: str) -> str | None:

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from benchmarks import resources
 from benchmarks.benchmark import discover
 from benchmarks.kernels.kernel import KernelBenchmark, compiled, floors
+from sslkernels.__main__ import report
 from sslkernels.core import native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +148,8 @@ def test_install_without_a_compiler_gives_a_working_package(source):
         "import torch, sslkernels as sk\n"
         "assert sk.available_backends('cross_entropy', 'cpu') == ('reference',), sk.available_backends()\n"
         "print(sk.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1])), sk.__file__)\n"
+        "from sslkernels.__main__ import report\n"
+        "assert 'its build failed' in report()\n"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=source.parent,
@@ -152,6 +157,74 @@ def test_install_without_a_compiler_gives_a_working_package(source):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert str(target) in ran.stdout
+    # An installer shows nothing of a build that ends well: the package itself says it.
+    assert re.search("UserWarning: sslkernels has no compiled kernels .*build failed.*pip install", ran.stderr)
+
+
+@pytest.mark.full
+def test_an_extension_that_is_not_wanted_is_not_missed(source):
+    result = install(source, SSLKERNELS_BUILD_EXT="0")
+    assert result.returncode == 0, result.stderr
+    target = source.parent / "installed"
+    (wheel,) = target.glob("sslkernels-*.dist-info/WHEEL")
+    assert "Tag: py3-none-any" in wheel.read_text()
+    assert not list(target.rglob("BUILD_FAILED"))
+
+
+def test_an_isolated_build_finds_torch_where_it_installs(tmp_path):
+    """pip runs the interpreter of the environment without its packages; uv another one, with VIRTUAL_ENV set."""
+    code = (
+        "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
+        "import runpy, setuptools; setuptools.setup = lambda **options: None\n"
+        "print(runpy.run_path('setup.py')['find_torch']())"
+    )
+    site = Path(torch.__file__).parents[1]
+    clean = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    (tmp_path / "setuptools").symlink_to(site / "setuptools")
+    (tmp_path / "_distutils_hack").symlink_to(site / "_distutils_hack")
+    environment = tmp_path / "environment"
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (environment / "lib" / python / "site-packages").mkdir(parents=True)
+    (environment / "lib" / python / "site-packages" / "torch").symlink_to(site / "torch")
+
+    def found(**variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+            env={**clean, "PYTHONPATH": str(tmp_path), **variables},
+        )  # fmt: skip
+
+    here = Path(sysconfig.get_path("platlib"), "torch").exists()
+    assert here or "torch was not found" in found().stderr
+    result = found() if here else found(VIRTUAL_ENV=str(environment))
+    assert Path(result.stdout.strip()).samefile(site / "torch"), result.stderr
+
+
+def test_a_source_distribution_has_what_the_build_reads(source):
+    shutil.copy(ROOT / "MANIFEST.in", source)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar"]
+    subprocess.run(command, check=True, capture_output=True, cwd=source)
+    (archive,) = (source / "dist").glob("*.tar")
+    with tarfile.open(archive) as opened:
+        packed = {str(Path(*Path(name).parts[1:])) for name in opened.getnames()}
+    wanted = [path for name in ("csrc", "sslkernels") for path in (source / name).rglob("*.*")]
+    assert [path for path in wanted if path.is_file() and str(path.relative_to(source)) not in packed] == []
+    assert {"CMakeLists.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE"} <= packed
+
+
+@needs_extension
+def test_an_extension_that_is_older_than_the_package_is_named(monkeypatch, tmp_path):
+    built = tmp_path / "sslkernels" / "_C.so"
+    source = tmp_path / "sslkernels" / "core" / "operator.py"
+    source.parent.mkdir(parents=True)
+    for path in (built, source):
+        path.touch()
+    monkeypatch.setattr(native, "PACKAGE", built.parent)
+    monkeypatch.setattr(native.extension, "__file__", str(built))
+    os.utime(source, (1, 1))
+    assert native.newer_source() is None
+    os.utime(built, (0, 0))
+    assert native.newer_source() == Path("sslkernels/core/operator.py")
+    assert f"OLDER than {native.newer_source()}" in report()
 
 
 @pytest.mark.full

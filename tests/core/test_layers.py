@@ -21,8 +21,9 @@ ALLOWED = {
     **{family: {"core", "random", family} for family in FAMILIES},
     "nn": set(FAMILIES),
     "distributions": set(FAMILIES),
+    "integrations": {*ROOMS, "integrations"},
     "version": set(),
-    "__init__": {*ROOMS, "nn", "distributions", "version"},
+    "__init__": {*ROOMS, "nn", "distributions", "integrations", "version"},
     "__main__": {"core"},
 }
 
