@@ -1,14 +1,19 @@
-"""The NT-Xent loss of lightly, without its matrices of scores.
+"""Losses of lightly: NT-Xent without its matrices of scores, DINO without the log-probabilities of all crops.
 
 >>> import torch
 >>> import sslkernels as sk
 >>> loss = sk.integrations.lightly.NTXentLoss(temperature=0.1, memory_bank_size=(64, 16))
 >>> loss(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
+
+Where the last layer of the head is at hand, `sk.nn.PrototypeLoss.dino` does without the logits, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from lightly.loss import dino_loss
 from lightly.loss import ntx_ent_loss as library
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -16,7 +21,7 @@ from torch.nn.functional import normalize
 from sslkernels.contrastive.energy import contrastive_energy
 from sslkernels.contrastive.losses import nt_xent
 
-__all__ = ["NTXentLoss"]
+__all__ = ["DINOLoss", "NTXentLoss"]
 
 
 class NTXentLoss(library.NTXentLoss):
@@ -47,3 +52,34 @@ class NTXentLoss(library.NTXentLoss):
             key_ids=ids,
             logit_scale=1.0 / self.temperature,
         )
+
+
+class DINOLoss(dino_loss.DINOLoss):
+    """The class of lightly, a student's crop at a time: its logits meet the sum of the teacher's probabilities, so that
+    neither they nor their log-probabilities are stacked. A teacher that wants a gradient goes to the code of
+    lightly."""
+
+    def forward(
+        self,
+        teacher_out: Sequence[Tensor],
+        student_out: Sequence[Tensor],
+        teacher_temp: float | None = None,
+        epoch: int | None = None,
+    ) -> Tensor:
+        teachers, students = len(teacher_out), len(student_out)
+        pairs = teachers * students - min(teachers, students)
+        if pairs == 0 or any(teacher.requires_grad for teacher in teacher_out):
+            return super().forward(teacher_out, student_out, teacher_temp, epoch)
+        temperature = torch.tensor(self.teacher_temp if teacher_temp is None else teacher_temp)
+        if teacher_temp is None and epoch is not None and epoch < self.warmup_teacher_temp_epochs:
+            temperature = self.teacher_temp_schedule[epoch]
+        targets = [((teacher - self.center[0]) / temperature).softmax(-1) for teacher in teacher_out]
+        loss = 0.0
+        for crop, student in enumerate(student_out):
+            others = targets[:crop] + targets[crop + 1 :]
+            if others:
+                logits = student / self.student_temp
+                lse = logits.logsumexp(-1).sum()
+                loss = loss + len(others) * lse - torch.linalg.vecdot(logits, sum(others)).sum()
+        self.update_center(torch.stack(list(teacher_out)))
+        return loss / (pairs * teacher_out[0].shape[0])

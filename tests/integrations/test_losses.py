@@ -303,6 +303,29 @@ def test_nothing_is_imported_before_it_is_used():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"teacher_temp": 0.06}, {"epoch": 1}, {"epoch": 9}], ids=str)
+def test_dino_of_lightly(options, dtype):
+    """Two global and three local crops over steps that move the center."""
+    lightly = integration("lightly")
+    found = []
+    for kind in (lightly.dino_loss.DINOLoss, lightly.DINOLoss):
+        loss_of = kind(output_dim=50, warmup_teacher_temp=0.02, warmup_teacher_temp_epochs=4).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        results = []
+        for _ in range(3):
+            teacher = [torch.randn(6, 50, generator=generator, dtype=dtype) for _ in range(2)]
+            student = [torch.randn(6, 50, generator=generator, dtype=dtype).requires_grad_() for _ in range(5)]
+            loss = loss_of(teacher, student, **options)
+            results += [loss.detach(), *torch.autograd.grad(loss, student), loss_of.center.clone()]
+        found.append(results)
+    relative = 1e-6 if dtype == torch.float32 else 1e-12
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=relative, atol=relative / 10)
+    with pytest.raises(ValueError, match="at least two views"):
+        lightly.DINOLoss(output_dim=50)([teacher[0].float()], [student[0].float()])
+
+
 LIBRARIES = ("diffusers", "lightly", "open_clip", "sentence_transformers", "transformers")
 
 
