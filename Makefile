@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-rest test-all test-slow cuda-host bench resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
+.PHONY: test test-rest test-all test-slow cuda-host bench docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -39,6 +39,11 @@ resources: $(VENV)/built
 # The quality of the random streams over 2^29 draws each, as a table and a plot: some minutes.
 rng-report: $(VENV)/built
 	$(BIN)/python -m benchmarks.random_numbers.report $(ARGS)
+
+# The site, into build/site; fails on a link or an anchor that leads nowhere.
+docs: $(VENV)/built
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/docs.txt
+	$(BIN)/zensical build --strict
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .
