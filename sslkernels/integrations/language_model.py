@@ -71,7 +71,7 @@ class Decoder:
         if bias is not None and "logit_scale" in self.loss_options:
             bias = bias * self.loss_options["logit_scale"]
         options = {**labels.on(input.device), **self.loss_options}
-        return linear_cross_entropy(input, weight, linear_bias=bias, **options).reshape(1, 1, 1)
+        return linear_cross_entropy(input, weight, linear_bias=bias, **options).repeat(1, 1, 1)  # FSDP2 wants no view
 
 
 class PatchedForward:
@@ -140,7 +140,7 @@ class PatchedForward:
         if loss.shape != (1, 1, 1):
             must = f"logits of {type(self.model).__name__} must be the output of its output embeddings, as when patched"
             raise RuntimeError(f"patch: the {must}; got {tuple(loss.shape)} for a loss (an adapter on them?)")
-        return self._finished(output, loss.reshape(()), None)
+        return self._finished(output, loss.sum(), None)  # no view, either
 
     def _with_logits(self, asked: Labels, args: Any, kwargs: dict[str, Any]) -> Any:
         output = self.own_forward(*args, **kwargs)
@@ -208,7 +208,9 @@ def fitted(model: nn.Module, compact: bool, example_inputs: Mapping[str, Any] | 
         _refuse(model, f"whose output embeddings are {type(linear).__name__}")
     if "labels" not in inspect.signature(model.forward).parameters:
         _refuse(model, "whose forward takes no labels")
-    if any(type(parameter.data).__module__.startswith("torch.distributed") for parameter in model.parameters()):
+    sharded = [hasattr(module, "unshard") for module in model.modules()]
+    sharded += [type(parameter.data).__module__.startswith("torch.distributed") for parameter in model.parameters()]
+    if any(sharded):
         _refuse(model, "which is sharded already: patch it first")
     vocab, device = linear.out_features, linear.weight.device
     special = [getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
@@ -377,8 +379,7 @@ def _check_loss(forward: PatchedForward, inputs: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Attributes, submodules and configuration of a model are restored: some replace modules at a short input."""
-    holders = [*model.modules()]
-    holders += [vars(module)["config"] for module in holders if "config" in vars(module)]
+    holders = [*model.modules(), *(vars(each)["config"] for each in model.modules() if "config" in vars(each))]
     dicts = [vars(holder) for holder in holders]
     dicts += [value for attributes in dicts for value in attributes.values() if type(value) is dict]
     before = [dict(each) for each in dicts]

@@ -159,8 +159,7 @@ def _word_ids(example: Mapping[str, Any]) -> list[int | None]:
     if "word_ids" in example:
         return list(example["word_ids"])
     if "offset_mapping" not in example:
-        must = "have 'word_ids' or 'offset_mapping' for whole words"
-        checks.fail(ValueError, "DataCollatorForMaskedLM", "examples", must, sorted(example))
+        raise ValueError(f"DataCollatorForMaskedLM: examples must have word_ids or offset_mapping; got {[*example]}")
     words: list[int | None] = []
     word, end = -1, None
     for start, stop in example["offset_mapping"]:
