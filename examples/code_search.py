@@ -159,9 +159,7 @@ def main() -> float:
     pairs = collect_pairs()
     tokenizer = train_tokenizer((text for pair in pairs for text in (pair.summary, pair.code[:1000])), VOCAB)
     summaries, codes = [pair.summary for pair in pairs], [pair.code for pair in pairs]
-    data = Data(
-        encode(tokenizer, summaries, WORDS_OF_TEXT), encode(tokenizer, codes, WORDS_OF_CODE), duplicates(pairs)
-    )
+    data = Data(encode(tokenizer, summaries, WORDS_OF_TEXT), encode(tokenizer, codes, WORDS_OF_CODE), duplicates(pairs))
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(options.seed))
     # Held out: pairs without a duplicate, each of which has one right answer.
     single = torch.bincount(data.ids, minlength=len(pairs))[data.ids[order]] == 1

@@ -116,9 +116,7 @@ class Method(nn.Module):
         if self.name == "queue":
             with torch.no_grad():
                 key = unit(self.teacher(second))
-            loss = sk.contrastive_energy(
-                query, key, bank=self.bank, in_batch=False, logit_scale=10.0, normalize=True
-            )
+            loss = sk.contrastive_energy(query, key, bank=self.bank, in_batch=False, logit_scale=10.0, normalize=True)
             self.bank.copy_(torch.cat([key, self.bank])[:QUEUE])  # the loss has read it
             return loss
         key = self.encoder(second)
@@ -192,7 +190,9 @@ def plot(trained: dict[str, tuple[Method, list[Statistics]]], held_out: Digits, 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(trained), figsize=(3.6 * len(trained), 6.4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        2, len(trained), figsize=(3.6 * len(trained), 6.4), layout="constrained", squeeze=False
+    )
     for (name, (method, history)), (top, bottom) in zip(trained.items(), axes.T, strict=True):
         steps = [entry.step for entry in history]
         top.plot(steps, [entry.others for entry in history], label="other pairs", color="C1")

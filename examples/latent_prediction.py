@@ -4,7 +4,7 @@
     python examples/latent_prediction.py
 
 A predictor without a latent variable answers with the mean of all lower halves that fit: a blur. With z it gives K
-answers, and the energy of a pair is that of the best one, so that they spread over what fits: `prediction_energy`, with
+answers, and a pair has the energy of the best one, so that they spread over what fits: `prediction_energy`, with
 the minimum or the soft minimum over z. z is drawn from a Gaussian (`gaussian_rsample`) or is one of 16 learned codes.
 
 How much may z know? In the second part z is inferred from both halves, and its divergence from a standard normal is
@@ -196,7 +196,9 @@ def plot(models: dict[str, Predictor], sweep: list[Point], held_out: Halves, pat
         ("error_without_upper", "z of this digit, the upper half of another"),
     ):
         right.semilogx(weights, [getattr(point, name) for point in sweep], marker="o", label=label)
-    right.set(xlabel="weight of the divergence", ylabel="squared error", title="Left: the upper half is ignored. Right: z is")
+    right.set(
+        xlabel="weight of the divergence", ylabel="squared error", title="Left: the upper half is ignored. Right: z is"
+    )
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()

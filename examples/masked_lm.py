@@ -28,7 +28,11 @@ import sslkernels as sk
 
 VOCAB, DIM, LENGTH = 30_000, 192, 32
 PAD, MASK = 0, 2
-PROMPTS = ("Return the [MASK] of the list.", "This is [MASK] for internal use only.", "Raise an [MASK] if the file is missing.")
+PROMPTS = (
+    "Return the [MASK] of the list.",
+    "This is [MASK] for internal use only.",
+    "Raise an [MASK] if the file is missing.",
+)
 console = Console()
 
 

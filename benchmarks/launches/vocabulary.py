@@ -113,7 +113,7 @@ def distillation(
     dtype: torch.dtype | None, vocab: int, *, index: bool = False, offset: bool = False, every: bool = False,
     choices: int = 2,
 ) -> None:  # fmt: skip
-    """dtype: that of the gradient, None for none; every: divergence and statistics."""
+    """dtype: of the gradient, None for none; every: divergence and statistics."""
     acc = accumulation_dtype(dtype or FP32)
 
     def buffer(dtype: torch.dtype) -> torch.Tensor:

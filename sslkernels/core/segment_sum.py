@@ -152,7 +152,7 @@ def triton(
 
 
 def ones(coefficient: Tensor) -> Tensor:
-    """A source (entries, 1) of ones, with which a sum is that of the coefficients."""
+    """A source (entries, 1) of ones, which makes a sum of rows a sum of coefficients."""
     return coefficient.new_ones((1, 1)).expand(coefficient.shape[0], 1)
 
 

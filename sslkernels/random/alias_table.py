@@ -155,7 +155,7 @@ class AliasTable(nn.Module):
         """Independent indices from the distribution.
 
         An index depends on seed, row and column alone: it is decided by the words of `random_bits` at its row and
-        column, those of samples 0 and 1, and equal on every backend and device, however the batch is split. Nothing
+        column (samples 0 and 1), and equal on every backend and device, however the batch is split. Nothing
         else of this size is allocated, and nothing synchronises.
 
         Args:

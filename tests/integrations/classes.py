@@ -49,7 +49,7 @@ def outcome(name: str) -> Outcome:
 
 
 def check_exact(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
-    """Loss, gradients and evaluation of the patched model are those of the model, which unpatching restores."""
+    """The patched model has the loss, gradients and evaluation of the model, which unpatching restores."""
     labels = labels_for(inputs)
     own, own_gradients = _step(model, inputs, labels)
     with torch.no_grad():

@@ -150,18 +150,18 @@ PYTHON = [
         PAIRS,
     ),
     Mistake(
-        "the state of columns is not kept",
+        "what rounds off a shared column is lost",
         PLAN,
-        "            self.column = self.column._replace(reference=self.state.column_lse)\n        else:",
-        "            pass\n        else:",
-        PAIRS,
+        "weight = settled(setup.column.weight, reference, state.column_lse)",
+        "weight = setup.column.weight",
+        "tests/contrastive/test_contrastive_regimes.py",
     ),
     Mistake(
         "a row without negatives is final",
         PLAN,
-        "row_others, setup.score)\n                self._add_negatives(every, "
+        "row_others, setup.score.double())\n                self._add_negatives(every, "
         "torch.where(setup.positives.counted, lse, state.row_others), final=True)",
-        "row_others, setup.score)\n                self._add_negatives(every, "
+        "row_others, setup.score.double())\n                self._add_negatives(every, "
         "torch.where(setup.positives.counted, lse, state.row_others), final=False)",
         "tests/contrastive/test_contrastive_autograd.py " + PAIRS,
     ),

@@ -22,7 +22,7 @@ VECTOR = 4
 
 @triton.jit
 def _tile(start, vocab, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns, the mask of lanes to access, which is uniform per vector, and that of columns of the row."""
+    """Columns, the mask of lanes to access, which is uniform per vector, and the mask of columns of the row."""
     cols = start + tl.arange(0, BLOCK)
     return cols, cols // VECTOR * VECTOR < vocab, cols < vocab
 
