@@ -6,7 +6,7 @@
 
 Attraction alone has a trivial solution: all representations equal. Negatives, or prototypes that must all be used,
 prevent it. The data are scikit-learn's 1,797 digits of 8 x 8 pixels; a view is shifted, turned, scaled and noisy. The
-statistics show a collapse: `alignment` (mean squared distance of pairs) and `uniformity` (0 when all features are equal).
+statistics show a collapse: `alignment`, the mean squared distance of pairs, and `uniformity`, 0 where all are equal.
 """
 
 from __future__ import annotations
