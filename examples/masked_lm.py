@@ -11,6 +11,7 @@ timed beside plain PyTorch, with the memory that each takes.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 import sslkernels as sk
 
-VOCAB, DIM, LENGTH = 30_000, 192, 32
-PAD, MASK = 0, 2
+VOCAB, DIM, LENGTH = 30_000, 128, 32
+MASK, SEPARATOR = 2, 3
 PROMPTS = (
     "Return the [MASK] of the list.",
     "This is [MASK] for internal use only.",
@@ -39,7 +40,7 @@ console = Console()
 class Bert(nn.Module):
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCAB, DIM, padding_idx=PAD)
+        self.tokens = nn.Embedding(VOCAB, DIM)
         nn.init.normal_(self.tokens.weight, std=0.05)
         self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, DIM))
         layer = nn.TransformerEncoderLayer(DIM, 4, 4 * DIM, dropout=0.0, batch_first=True, norm_first=True)
@@ -47,8 +48,7 @@ class Bert(nn.Module):
         self.bias = nn.Parameter(torch.zeros(VOCAB))
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = self.positions[: ids.shape[1]]
-        return self.layers(self.tokens(ids) + positions, src_key_padding_mask=ids == PAD)
+        return self.layers(self.tokens(ids) + self.positions[: ids.shape[1]])
 
 
 class Curve(NamedTuple):
@@ -57,21 +57,22 @@ class Curve(NamedTuple):
     accuracy: list[float]
 
 
-def token_ids(tokenizer: Tokenizer, texts: list[str], length: int) -> Tensor:
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length)
-    return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
+def rows_of_tokens(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """(rows, LENGTH) the texts one after another, a separator behind each."""
+    stream = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, SEPARATOR)]
+    rows = len(stream) // LENGTH
+    return torch.tensor(stream[: rows * LENGTH]).view(rows, LENGTH)
 
 
 def unigram_entropy(ids: Tensor) -> float:
     """Nats a token: the loss of a model that knows how often each token occurs, and nothing of its context."""
-    count = torch.bincount(ids[ids != PAD], minlength=VOCAB).double()
+    count = torch.bincount(ids[ids != SEPARATOR], minlength=VOCAB).double()
     share = count / count.sum()
     return -(share * share.clamp_min(1e-30).log()).sum().item()
 
 
 def masked(ids: Tensor, **options) -> sk.MaskedTokens:
-    return sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, special_mask=ids == PAD, **options)
+    return sk.mask_tokens(ids, mask_id=MASK, vocab_size=VOCAB, special_ids=(0, 1, MASK, SEPARATOR), **options)
 
 
 def train(model: Bert, ids: Tensor, steps: int, batch: int) -> Curve:
@@ -104,8 +105,7 @@ def held_out_loss(model: Bert, ids: Tensor) -> float:
 
 @torch.no_grad()
 def fill_in(model: Bert, tokenizer: Tokenizer, prompt: str) -> None:
-    tokenizer.no_padding()
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.bias.device)
+    ids = torch.tensor([[SEPARATOR, *tokenizer.encode(prompt).ids, SEPARATOR]], device=model.bias.device)
     hidden = model(ids)[ids == MASK]
     for logits in F.linear(hidden, model.tokens.weight, model.bias):
         probability, index = logits.softmax(-1).topk(5)
@@ -168,7 +168,7 @@ def main() -> tuple[float, float]:
     """(loss of held-out docstrings, unigram entropy), in nats a token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=350)
-    parser.add_argument("--batch", type=int, default=64, help=f"docstrings of {LENGTH} tokens")
+    parser.add_argument("--batch", type=int, default=64, help=f"rows of {LENGTH} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", action="append", help="a sentence with [MASK] in it")
     parser.add_argument("--output", type=Path, default=Path("build/examples"), help="folder of the plot")
@@ -177,12 +177,12 @@ def main() -> tuple[float, float]:
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = sorted({pair.summary for pair in collect_pairs()})
+    random.Random(options.seed).shuffle(texts)
     tokenizer = train_tokenizer(texts, VOCAB)
-    ids = token_ids(tokenizer, texts, LENGTH)
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(options.seed))]
-    held_out, ids = ids[:1000], ids[1000:]
+    ids = rows_of_tokens(tokenizer, texts)
+    held_out, ids = ids[:500], ids[500:]
     entropy = unigram_entropy(ids)
-    console.print(f"{len(ids):,} docstrings, {(ids != PAD).sum():,} tokens, unigram entropy {entropy:.2f} nats")
+    console.print(f"{len(texts):,} docstrings, {ids.numel():,} tokens, unigram entropy {entropy:.2f} nats")
 
     model = Bert().to(device)
     curve = train(model, ids, options.steps, options.batch)

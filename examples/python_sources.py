@@ -87,14 +87,14 @@ def _pairs_of_file(path: Path, module: str) -> list[Pair]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 30_000) -> Tokenizer:
-    """Lower-case subwords in which `readFile` and `read_file` are the same two words. Ids 0 to 2: padding, an unknown
-    character, and the mask."""
+    """Lower-case subwords in which `readFile` and `read_file` are the same two words. Ids 0 to 3: padding, an unknown
+    character, the mask and a separator."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     apart = normalizers.Replace(Regex("(?<=[a-z])(?=[A-Z])|_"), " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), apart, normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[MASK]"]
+    special = ["[PAD]", "[UNK]", "[MASK]", "[SEP]"]
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
