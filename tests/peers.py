@@ -25,7 +25,7 @@ def package_alone(
     found = importlib.util.find_spec(root)
     if found is None:
         pytest.skip(f"{root} is not installed")
-    before = set(sys.modules)
+    before = dict(sys.modules)
     try:
         for name, attributes in (stand_ins or {}).items():
             sys.modules[name] = types.ModuleType(name)
@@ -39,8 +39,9 @@ def package_alone(
             sys.modules[name].__path__ = [str(package)]
         yield
     finally:
-        for name in set(sys.modules) - before:
+        for name in set(sys.modules) - set(before):
             del sys.modules[name]
+        sys.modules.update(before)  # what a stand-in took the place of
 
 
 def import_alone(

@@ -160,11 +160,9 @@ def loss_rows(dtype: torch.dtype, energy: str, parts: str, *, rows: int = 8192) 
     side = SideGrad(vector("gradient"), None, vector("ids"), vector("smoothing"))
     counts = (vector("ids", torch.int64), vector("smoothing", torch.int64))
     losses = LossRows(sums, vector(), vector(), vector("index", torch.int64), *counts, side)
-    others, reference = (vector(), vector("gradient")) if softmax else (None, None)
+    written = (numbers(rows), vector("gradient"), vector("gradient")) if softmax else (None, None, None)
     options = LossOptions(ENERGIES[energy], 0.5, 0.1 if "smoothing" in parts else 0.0, "ids" in parts)
-    pair_rows.add_losses(
-        losses, options, LossOutputs(others, reference, vector(), vector(), numbers(rows), numbers(rows))
-    )
+    pair_rows.add_losses(losses, options, LossOutputs(*written, vector(), vector(), numbers(rows), numbers(rows)))
 
 
 def sum_calls() -> Iterator[Call]:
@@ -365,7 +363,8 @@ def negatives(dtype: torch.dtype, shape: tuple[int, int], energy: str, parts: st
         candidates, bank = torch.empty(8191, dim, dtype=dtype), when("bank" in parts, torch.empty(77, dim, dtype=dtype))
     mask, one = when("mask" in parts, torch.empty(rows, count, dtype=torch.bool)), torch.empty(1, dtype=acc)
     inputs = NegativeInputs(query, candidates, index, bank, mask, of_rows("norm"), one, when("bias" in parts, one))
-    merge = (of_rows("reference"), of_rows("gradient"), of_rows("smoothing"), "final" in parts)
+    reference = when("reference" in parts, numbers(query.shape[0]))
+    merge = (reference, of_rows("gradient"), of_rows("smoothing"), "final" in parts)
     outputs = empty_outputs(inputs, "gradient" in parts, True, True, "scores" in parts)
     query_negatives(inputs, RowMerge(ENERGIES[energy], *merge), outputs)
 
