@@ -18,9 +18,12 @@ SOFTMAX, SIGMOID, HINGE = range(3)
 NORM_FLOOR = tl.constexpr(1e-12)
 
 
-def config(count: int, dim: int, dtype: torch.dtype) -> Config:
-    """The largest tile that fits the registers: 32 elements per thread, fewer in float64."""
+def config(count: int, dim: int, dtype: torch.dtype, by_index: bool) -> Config:
+    """The largest tile that fits the registers: 32 elements per thread, fewer in float64 and, of half precision, by index,
+    where the addresses of the rows take registers, too."""
     most, per_warp, most_warps = {2: (16384, 512, 16), 4: (8192, 512, 8), 8: (2048, 128, 16)}[dtype.itemsize]
+    if by_index and dtype.itemsize == 2:
+        most, per_warp = most // 2, per_warp // 2
     block_d = min(next_power_of_2(dim), most)
     block_k = min(next_power_of_2(count), most // block_d)
     warps = min(max(block_k * block_d // per_warp, 1), most_warps)
@@ -200,7 +203,7 @@ def query_negatives_kernel(
 
     top = tl.full((), float("-inf"), ACC)
     total = tl.full((), 0.0, ACC)
-    value = others if ENERGY == 0 else total.to(tl.float64)
+    value = others if ENERGY == 0 else total
     if TWICE:
         for start in range(0, K, BLOCK_K):
             k = start + lane
@@ -226,7 +229,7 @@ def query_negatives_kernel(
             if WANT_SCORES and not TWICE:
                 tl.store(scores + k, score, mask=k < K)
             if ENERGY != 0:
-                value += _energy(score, valid, threshold, ENERGY).to(tl.float64)
+                value += _energy(score, valid, threshold, ENERGY)
             elif ONE_TILE and not FINAL:
                 top, total = _merge(top, total, score)
                 value = _merged(others, top, total)
@@ -259,7 +262,7 @@ def query_negatives_kernel(
                             )  # fmt: skip
                     tl.debug_barrier()  # another thread may read what this one wrote to grad_query
 
-    tl.store(value_out + row, value)
+    tl.store(value_out + row, value.to(tl.float64))
     if GRADIENT:
         tl.store(grad_scale + row, scale_grad)
         tl.store(grad_bias + row, bias_grad)
@@ -277,7 +280,7 @@ def query_negatives(inputs: Any, merge: Any, outputs: Any) -> None:
         return
     if count == 0:
         outputs.grad_query.zero_()
-    chosen = config(count, dim, query.dtype)
+    chosen = config(count, dim, query.dtype, index is not None)
     with on_device_of(query):
         query_negatives_kernel[(rows,)](
             *inputs._replace(mask=None if mask is None else mask.view(torch.uint8)),
