@@ -237,8 +237,7 @@ __device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, cons
 
 template <class T, bool kAligned, class A>
 __device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int size,
-                                           double value, NegativeSums<A>& sums) {
-  const SettledRow<A> settled = settle(row, value);
+                                           const SettledRow<A>& settled, NegativeSums<A>& sums) {
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     NegativeFactors<A> factors{A(0), A(0), A(0)};
     if (block.valid[t]) {
@@ -334,7 +333,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   const bool one_tile = args.count <= plan.tile;
   block.load_query();  // visible after the first barrier
 
-  double value = 0;
+  SettledRow<A> settled{A(0), A(0)};
   // One pass for the sums over all negatives, one for the gradients; both in one if weights_are_apart().
   const int passes = apart || gradient ? 2 : 1;
 #pragma unroll 1
@@ -349,8 +348,8 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
       }
       if (!second || apart) score_tile(block, row, first, size, sums);
       if (second) {
-        if (apart && row.final) value = row.reference;
-        if (gradient) weigh_tile(block, row, size, value, sums);
+        if (apart) settled = settle(row, row.reference);
+        if (gradient) weigh_tile(block, row, size, settled, sums);
         __syncthreads();
         if (gradient && args.grad_negatives != nullptr) write_grad_negatives(block, first, size);
         if (gradient && args.grad_query != nullptr) add_grad_query(block, row, first, size);
@@ -358,13 +357,16 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
       if (!one_tile) __syncthreads();
     }
     sums = Sums<T>::over_cluster(sums, block.scratch + pass);
-    if (!second || apart) value = value_of(row, sums);
+    if (!second || apart) {
+      const double value = value_of(row, sums);
+      if (threadIdx.x == 0) args.value[block.i] = value;
+      settled = settle(row, value);
+    }
     if (second && gradient && threadIdx.x == 0) {
       static_cast<A*>(args.grad_scale)[block.i] = sums.scale;
       static_cast<A*>(args.grad_bias)[block.i] = sums.bias;
     }
   }
-  if (threadIdx.x == 0) args.value[block.i] = value;
 }
 
 template <class T>

@@ -67,7 +67,6 @@ struct QueryRow {
   A bias;
   A query_inverse_norm;
   double reference;
-  A threshold;  // the reference of the hinge
   A coefficient;
   A smoothing;
 };
@@ -86,7 +85,6 @@ SSLKERNELS_HD QueryRow<A> query_row(const QueryNegatives& args, int64_t i) {
           at(args.logit_bias, 0, A(0)),
           at(args.query_inverse_norm, i, A(1)),
           reference,
-          A(reference),
           at(args.coefficient, i, A(0)),
           at(args.smoothing, i, A(0))};
 }
@@ -132,7 +130,7 @@ struct NegativeSums {
     if (row.energy == Energy::kSigmoid) {
       energy += (score > A(0) ? score : A(0)) + std::log1p(std::exp(-std::fabs(score)));
     } else if (row.energy == Energy::kHinge) {
-      const A over = score - row.threshold;
+      const A over = score - A(row.reference);
       energy += over < A(0) ? A(0) : over;
     } else if (score > top) {
       energy = relative_to(score) + A(1);
@@ -185,7 +183,8 @@ SSLKERNELS_HD A weight_of(const QueryRow<A>& row, A score, const SettledRow<A>& 
     return row.coefficient * ((score < A(0) ? e : A(1)) / (A(1) + e));
   }
   if (row.energy == Energy::kHinge) {
-    return score > row.threshold ? row.coefficient : score <= row.threshold ? A(0) : score - row.threshold;
+    const A over = score - A(row.reference);
+    return over > A(0) ? row.coefficient : over <= A(0) ? A(0) : over;
   }
   if (settled.value == A(-INFINITY)) return A(0);
   return settled.coefficient * std::exp(score - settled.value) - row.smoothing;

@@ -96,10 +96,10 @@ def results_and_races(calls: Callable[[], dict[str, Call]]) -> tuple[Any, Callab
     """A fixture: the results of all calls by name, of one process under each sanitizer in turn. And the
     test that the kernels do not race, for a few of the calls.
 
-    ThreadSanitizer takes most of the time, so that `make test` runs these few alone under it.
+    ThreadSanitizer takes most of the time, so that only `make test-slow` runs all calls under it.
     """
 
-    @pytest.fixture(scope="module", params=["address", pytest.param("thread", marks=pytest.mark.full)], name="results")
+    @pytest.fixture(scope="module", params=["address", pytest.param("thread", marks=pytest.mark.slow)], name="results")
     def results(request, tmp_path_factory) -> dict[str, Result]:
         wanted = calls()
         done = run(build(request.param), list(wanted.values()), tmp_path_factory.mktemp("cuda_host"))
