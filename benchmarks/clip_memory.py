@@ -65,6 +65,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_xlim(right=2.4 * max(row["N"] for row in rows))
+    axes.set_ylim(top=3e-6 * max(row["bytes"] for row in rows))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
