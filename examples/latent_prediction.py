@@ -201,7 +201,7 @@ def plot(models: dict[str, Predictor], sweep: list[Point], held_out: Halves, pat
     )
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     console.print(f"plot: {path}")
