@@ -29,7 +29,8 @@ class FusedNormal(Normal):
     that of `Normal`, in terms of `logvar` where that is more exact; it works within `Independent`.
 
     Args:
-        loc, logvar: tensors or numbers that broadcast; float32, bfloat16, float16 or float64, both of one dtype.
+        loc: the mean, a tensor or number that broadcasts with `logvar`; float32, bfloat16, float16 or float64.
+        logvar: the logarithm of the variance, of the dtype of `loc`.
         scale: the standard deviation, in place of `logvar`, which becomes `2 * log(scale)`.
         validate_args: check the values of parameters and arguments, which on a GPU synchronises; not by default.
 
