@@ -1,7 +1,7 @@
 """Builds the optional extension with CMake and Ninja. Does not import torch: CMake finds it through the interpreter.
 
-torch is that of the interpreter or, in a build isolated from it, that of the environment which is installed into: with
-neither, or without a compiler, the wheel is py3-none-any and holds BUILD_FAILED, of which the package warns on import.
+The build takes torch from the interpreter or, if it is isolated, from the environment that pip installs into. Without
+torch or a compiler the wheel is tagged py3-none-any and contains the file BUILD_FAILED; the package warns on import.
 
 SSLKERNELS_BUILD_EXT: 1 = a failed build of the extension is fatal, 0 = do not build it, unset = build it if possible.
 SSLKERNELS_CUDA: 1 = CUDA kernels required, 0 = none, unset = if there is nvcc.

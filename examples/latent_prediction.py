@@ -45,7 +45,7 @@ class Halves(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What one weight of the divergence leads to; errors are squared and summed over the 32 pixels."""
+    """Results for one weight of the divergence; errors are squared and summed over the 32 pixels."""
 
     weight: float
     divergence: float  # nats

@@ -8,7 +8,7 @@ namespace sslkernels {
 namespace SSLKERNELS_ISA {
 namespace {
 
-// Where a row's walk is. Kind 1 is noise.
+// State of the walk over a row. Tokens of kind 0 stay, tokens of kind 1 are noise.
 template <class Id>
 struct Walk {
   int64_t left[2];  // tokens of each kind that are left

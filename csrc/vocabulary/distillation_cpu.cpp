@@ -234,7 +234,7 @@ Sums sums_of(const Logits<A>& logits, const Target<A>& target, const Largest<A>&
   return sums;
 }
 
-// What needs log q: a pass of its own.
+// Sums that need log q, and so a second pass over the row.
 template <class A>
 struct Comparison {
   double entropy = 0;     // of q

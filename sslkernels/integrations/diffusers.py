@@ -48,8 +48,8 @@ class DiagonalGaussianDistribution(library.DiagonalGaussianDistribution):
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | None = None, *, seed: int | Tensor | None = None) -> Tensor:
-        """A sample `(B, C, H, W)`, from the noise that diffusers draws; with `seed` (an int or a 0-d int64 tensor) from
-        that of `gaussian_rsample`, which is not kept for backward."""
+        """A sample `(B, C, H, W)`. diffusers draws the noise; with `seed` (an int or a 0-d int64 tensor)
+        `gaussian_rsample` draws it, and draws it again in backward instead of keeping it."""
         if seed is None or self.deterministic:
             return super().sample(generator)
         rows = self.mean.flatten(1), self._logvar.flatten(1)

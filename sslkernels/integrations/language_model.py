@@ -16,7 +16,7 @@ from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 
 
 class Labels(NamedTuple):
-    """What a call asked of the loss. target: class of each row of the output embeddings, already shifted."""
+    """Arguments of the loss of one call. target: class of each row of the output embeddings, already shifted."""
 
     target: Tensor
     ignore_index: int
