@@ -80,7 +80,7 @@ void run_glove_fwd(const Glove& pairs) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
-      "own_negatives(Tensor query, Tensor negatives, Tensor? index, Tensor? bank, Tensor? mask, Tensor? "
+      "query_negatives(Tensor query, Tensor negatives, Tensor? index, Tensor? bank, Tensor? mask, Tensor? "
       "query_inverse_norm, Tensor logit_scale, "
       "Tensor? logit_bias, int energy, Tensor? reference, Tensor? coefficient, Tensor? smoothing, bool final, "
       "Tensor(a!) scores, Tensor(b!) value, Tensor(c!) grad_query, Tensor(d!) grad_negatives, Tensor(e!) grad_scale, "
@@ -135,7 +135,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
-  bind_cpu<parse_query_negatives, run_query_negatives>(m, "own_negatives");
+  bind_cpu<parse_query_negatives, run_query_negatives>(m, "query_negatives");
   bind_cpu<parse_inverse_norms, run_inverse_norms>(m, "pair_inverse_norm");
   bind_cpu<parse_positive_scores, run_positive_scores>(m, "pair_positive_scores");
   bind_cpu<parse_pair_losses, run_pair_losses>(m, "pair_losses");
@@ -150,7 +150,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
 
 #if defined(SSLKERNELS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
-  bind_cuda<parse_query_negatives, launch_query_negatives>(m, "own_negatives");
+  bind_cuda<parse_query_negatives, launch_query_negatives>(m, "query_negatives");
   bind_cuda<parse_negative_sampling_fwd, launch_negative_sampling_fwd>(m, "negative_sampling_fwd");
   bind_cuda<parse_glove_fwd, launch_glove_fwd>(m, "glove_fwd");
 }

@@ -374,7 +374,7 @@ QueryNegativesPlan plan_for(const QueryNegatives& args, const DeviceLimits& limi
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   if (args.dim > int64_t(1) << 24) {
-    fail("the CUDA kernel of own_negatives takes at most 2^24 columns");
+    fail("the CUDA kernel of query_negatives takes at most 2^24 columns");
   }
   QueryNegativesPlan plan{};
   plan.aligned = args.dim % kSize == 0 && reinterpret_cast<uint64_t>(args.negatives) % 16 == 0 &&
@@ -398,7 +398,7 @@ QueryNegativesPlan plan_for(const QueryNegatives& args, const DeviceLimits& limi
   plan.tile = int(std::clamp<int64_t>(args.count, 1, std::min<int64_t>(fit, 1 << 20)));
   plan.shared_bytes = Layout<T>(plan.tile, plan.pitch, plan.cached, args.dim).bytes;
   if (plan.shared_bytes > limits.shared_per_block) {
-    fail("the CUDA kernel of own_negatives has no place for negatives of %lld columns",
+    fail("the CUDA kernel of query_negatives has no place for negatives of %lld columns",
          static_cast<long long>(args.dim));
   }
   const int64_t resident = limits.shared_per_processor / (plan.shared_bytes + limits.shared_reserved);

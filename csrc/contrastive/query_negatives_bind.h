@@ -8,7 +8,7 @@ namespace sslkernels {
 // The CUDA kernel has no index: Triton's has.
 inline void parse_negative_index(const Tensor& query, const Tensor& negatives, const Tensor& index,
                                  const OptionalTensor& bank, int64_t count, QueryNegatives& args) {
-  STD_TORCH_CHECK(!query.is_cuda(), "sslkernels: own_negatives takes no index on a GPU");
+  STD_TORCH_CHECK(!query.is_cuda(), "sslkernels: query_negatives takes no index on a GPU");
   const auto element = query.scalar_type();
   const int64_t rows = query.size(0), dim = query.size(1), bank_rows = bank ? bank->size(0) : 0;
   args.table_rows = negatives.size(0);
@@ -63,7 +63,7 @@ inline QueryNegatives parse_query_negatives(const Tensor& query, const Tensor& n
                               : wanted(grad_negatives, {rows, count, dim}, element, "grad_negatives");
   args.grad_scale = wanted(grad_scale, {rows}, type, "grad_scale");
   args.grad_bias = wanted(grad_bias, {rows}, type, "grad_bias");
-  STD_TORCH_CHECK(rows == 0 || args.value != nullptr, "sslkernels: own_negatives always writes value");
+  STD_TORCH_CHECK(rows == 0 || args.value != nullptr, "sslkernels: query_negatives always writes value");
   STD_TORCH_CHECK(rows == 0 || args.coefficient == nullptr || (args.grad_scale != nullptr && args.grad_bias != nullptr),
                   "sslkernels: a coefficient needs grad_scale and grad_bias");
   return args;

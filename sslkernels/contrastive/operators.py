@@ -114,7 +114,7 @@ def contrastive_bwd(
     return empty_gradients(inputs, wanted)
 
 
-@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=("own_negatives",), flops=_fwd_flops)
+@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=("query_negatives",), flops=_fwd_flops)
 def per_query_contrastive_fwd(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
@@ -122,7 +122,7 @@ def per_query_contrastive_fwd(
     return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
-@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=("own_negatives",), flops=_bwd_flops)
+@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=("query_negatives",), flops=_bwd_flops)
 def per_query_contrastive_bwd(
     grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
 ) -> PairGradients:

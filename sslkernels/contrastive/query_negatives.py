@@ -186,7 +186,7 @@ def _slope(scores: Tensor, value: Tensor, energy: int, reference: Tensor | None)
 
 
 def _native(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
-    torch.ops.sslkernels_native.own_negatives(*inputs, *merge, *outputs)
+    torch.ops.sslkernels_native.query_negatives(*inputs, *merge, *outputs)
 
 
 def _triton(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
@@ -198,7 +198,7 @@ def _triton(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -
 @operator(
     "info_nce",
     {"reference": _reference, "cpu": _native, "triton": _triton, "cuda": _native},
-    native_ops=("own_negatives",),
+    native_ops=("query_negatives",),
 )
 def query_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
     """Fills the outputs that have elements."""
@@ -207,7 +207,7 @@ def query_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeO
 @operator(
     "contrastive_energy",
     {"reference": _reference, "cpu": _native, "triton": _triton},
-    native_ops=("own_negatives",),
+    native_ops=("query_negatives",),
 )
 def gathered_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
     """`query_negatives_` with an index."""

@@ -294,12 +294,12 @@ def linear_cross_entropy(
     target = _shifted(target, shift, ignore_index, probabilities or linear_weight.dim() > 2)
 
     if materialised:
-        plan = {
+        given = {
             "mode": mode != "auto",
             "capacity": capacity is not None,
             "workspace_bytes": workspace_bytes is not None,
         }
-        for argument in (name for name, given in plan.items() if given):
+        for argument in (name for name, is_given in given.items() if is_given):
             must = (
                 "not be given for K-dimensional weights or a target that requires grad, whose logits are materialised"
             )
@@ -322,14 +322,8 @@ def linear_cross_entropy(
 
     acc = accumulation_dtype(input.dtype)
     rows_shape = input.shape[:-1]
-    x = input if input.dim() == 2 else input.reshape(math.prod(rows_shape), input.shape[-1])
-    if probabilities:
-        y = target if target.dim() == 2 else target.reshape(x.shape[0], linear_weight.shape[0])
-    else:
-        y = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
-    if scaled_by is not None:
-        x = _ScaledRows.run(x, scaled_by, None if probabilities else y == ignore_index)
-    operands = Operands(x.contiguous(), linear_weight.contiguous(), contiguous(linear_bias), y, contiguous(weight))
+    operands = _operands(input, linear_weight, linear_bias, target, weight, scaled_by, ignore_index)
+    y = operands.target
     tokens = None if token_weight is None else token_weight.reshape(-1).contiguous()
     plan = PlanOptions(compute_dtype, capacity, workspace_bytes, group, sizes, None if sizes else vocab_start)
 
@@ -347,6 +341,27 @@ def linear_cross_entropy(
     if not return_stats:
         return loss
     return loss, row_stats(y, rows, ignore_index, rows_shape)
+
+
+def _operands(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    ignore_index: int,
+) -> Operands:
+    """The operands with one dimension of rows, contiguous; scale: a tensor that multiplies the input."""
+    x = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    probabilities = target.is_floating_point()
+    if probabilities:
+        y = target if target.dim() == 2 else target.reshape(x.shape[0], linear_weight.shape[0])
+    else:
+        y = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
+    if scale is not None:
+        x = _ScaledRows.run(x, scale, None if probabilities else y == ignore_index)
+    return Operands(x.contiguous(), linear_weight.contiguous(), contiguous(linear_bias), y, contiguous(weight))
 
 
 def check_torch_options(options: Any) -> None:

@@ -295,7 +295,7 @@ def mask_tokens(
         vocab_size: number of ids, at most 2**31 - 1.
         probability: probability that an eligible token is chosen.
         replace: fractions of the chosen tokens that become `mask_id` and a random id; the rest stay.
-        special_ids: ids that are never chosen and never drawn: ints, or a 1-d int tensor on the CPU. Under
+        special_ids: ids that are never chosen and never drawn: ints, or a 1-d int tensor or array on the CPU. Under
             `torch.compile` pass ints.
         special_mask: bool or int `(..., T)`; tokens where it is not 0 are never chosen.
         attention_mask: bool or int `(..., T)`; tokens where it is 0, the padding, are never chosen.
@@ -409,6 +409,8 @@ def _special_ids(special_ids: Sequence[int] | Tensor) -> tuple[int, ...]:
         if special_ids.device.type != "cpu":
             must = "be ints or a tensor on the CPU (reading it from a GPU would synchronise)"
             checks.fail(ValueError, NAME, "special_ids", must, special_ids.device)
+        special_ids = special_ids.tolist()
+    elif getattr(special_ids, "ndim", 0) == 1:  # a NumPy array
         special_ids = special_ids.tolist()
     if not isinstance(special_ids, Sequence) or isinstance(special_ids, str):
         checks.fail(TypeError, NAME, "special_ids", "be a sequence of ints", type(special_ids).__name__)

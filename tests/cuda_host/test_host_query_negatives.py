@@ -1,4 +1,4 @@
-"""own_negatives on CUDA, run on the host under sanitizers, against autograd in float64.
+"""query_negatives on CUDA, run on the host under sanitizers, against autograd in float64.
 
 The shared memory that the launcher is told of decides whether a row is cached whole or processed in tiles.
 """

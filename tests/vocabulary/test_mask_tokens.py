@@ -404,11 +404,12 @@ def test_one_id_is_left_to_draw(backend, device):
     assert torch.equal(got.labels, torch.where(ids == 3, ids, IGNORE))
 
 
-def test_special_ids_as_tensor_list_and_with_repeats(backend, device):
+def test_special_ids_as_tensor_array_list_and_with_repeats(backend, device):
     ids = example(4, 40)["input_ids"].to(device)
     options = {"mask_id": MASK, "vocab_size": VOCAB, "probability": 0.5, "seed": 0}
     expected = sk.mask_tokens(ids, special_ids=SPECIAL, **options)
-    for given in (torch.tensor(SPECIAL), torch.tensor(SPECIAL, dtype=torch.int32), [*SPECIAL, *SPECIAL, MASK]):
+    array = torch.tensor(SPECIAL).numpy()
+    for given in (torch.tensor(SPECIAL), torch.tensor(SPECIAL, dtype=torch.int32), array, [*SPECIAL, *SPECIAL, MASK]):
         got = sk.mask_tokens(ids, special_ids=given, **options)
         assert torch.equal(got.labels, expected.labels)
         assert torch.equal(got.input_ids, expected.input_ids)
