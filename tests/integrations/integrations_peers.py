@@ -17,6 +17,8 @@ import peers
 import pytest
 import torch
 
+import sslkernels  # noqa: F401  outside of `package_alone`, which forgets what is imported in it
+
 # What stable_pretraining.utils.distributed imports and its collectives do not use.
 TRAINING: dict[str, dict[str, object]] = {"loguru": {"logger": logging.getLogger("loguru")}}
 
