@@ -20,7 +20,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 def leaves(*shapes: tuple[int, ...], unit: bool = False, seed: int = 0) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(shape, generator=draw) for shape in shapes]
+    drawn = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     return [(normalize(each, dim=-1) if unit else each).requires_grad_() for each in drawn]
 
 
@@ -34,7 +34,7 @@ def assert_same(fused: Any, own: Any, tensors: list[torch.Tensor]) -> None:
         (3 * loss).sum().backward()
         results.append([loss.detach(), *(tensor.grad for tensor in tensors)])
     for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, **TOLERANCE)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 class Encoder(torch.nn.Sequential):
@@ -155,9 +155,9 @@ def nt_xent_over_ranks(rank: int) -> None:
     views = leaves((4, 6), (4, 6), seed=rank)
     for bank in (0, (10, 6)):
         torch.manual_seed(0)
-        own = lightly.library.NTXentLoss(memory_bank_size=bank, gather_distributed=True)
+        own = lightly.library.NTXentLoss(memory_bank_size=bank, gather_distributed=True).double()
         torch.manual_seed(0)
-        fused = lightly.NTXentLoss(memory_bank_size=bank, gather_distributed=True)
+        fused = lightly.NTXentLoss(memory_bank_size=bank, gather_distributed=True).double()
         assert_same(lambda: fused(*views), lambda: own(*views), views)  # noqa: B023
 
 
@@ -232,7 +232,7 @@ def test_nt_xent_of_lightly(bank):
     losses = []
     for module in (lightly.library, lightly):
         torch.manual_seed(0)
-        losses.append(module.NTXentLoss(temperature=0.2, memory_bank_size=bank))
+        losses.append(module.NTXentLoss(temperature=0.2, memory_bank_size=bank).double())
     own, fused = losses
     for _ in range(3):  # the queue fills
         assert_same(lambda: fused(*views), lambda: own(*views), views)
@@ -247,7 +247,7 @@ def test_nt_xent_of_lightly(bank):
 def test_losses_of_stable_pretraining():
     ours = integration("stable_pretraining")
     first, second = leaves((7, 6), (9, 6))
-    scale = torch.tensor(0.2, requires_grad=True)
+    scale = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     own, fused = ours.library.InfoNCELoss(), ours.InfoNCELoss()
     target = torch.tensor([0, 3, 1, -100, 8, 2, 2])
     mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) < 0.4
