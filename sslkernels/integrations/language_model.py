@@ -96,6 +96,7 @@ class PatchedForward:
 
     def install(self) -> None:
         self.model.forward = self
+        self.model._replicate_for_data_parallel = refuse_replicas
         self.decoder.linear.forward = self.decoder  # type: ignore[method-assign]
         if self.head is not None:
             self.handle = self.head.register_forward_pre_hook(self.keep_masked_rows)
@@ -103,6 +104,7 @@ class PatchedForward:
     def remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
+        vars(self.model).pop("_replicate_for_data_parallel", None)
         for module, before in self.before.items():
             restore_forward(module, before)
 
@@ -186,6 +188,11 @@ class PatchedForward:
         rows = (target != asked.ignore_index).nonzero().squeeze(1)
         self.decoder.labels = asked._replace(target=target[rows][None], compact=False)
         return (args[0].flatten(0, -2)[rows.to(args[0].device)][None], *args[1:])
+
+
+def refuse_replicas() -> NoReturn:
+    """A replica's `forward` would be that of the original, with the original's parameters."""
+    raise RuntimeError("patch: torch.nn.DataParallel cannot replicate a patched model; use DistributedDataParallel")
 
 
 def balance_loss(model: Any, output: Any) -> Tensor | None:

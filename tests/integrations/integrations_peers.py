@@ -39,7 +39,8 @@ def ran_in_two_ranks(function: Callable[..., None], *args: Any) -> None:
 
 def _rank(rank: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     try:
         function(rank, *args)
