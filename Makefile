@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-rest test-all test-slow cuda-host bench docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
+.PHONY: test test-rest test-all test-slow cuda-host bench wheels docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -45,9 +45,16 @@ docs: $(VENV)/built
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/docs.txt
 	$(BIN)/zensical build --strict
 
+# Wheels of every Python from 3.10 to 3.14 that is found, into build/wheels/repaired, and an audit of them. The kernels
+# are compiled once. PYTHONS: other interpreters.
+wheels: $(VENV)/requirements
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/wheels.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/wheels.py build $(PYTHONS)
+
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/requirements

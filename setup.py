@@ -5,6 +5,8 @@ torch or a compiler the wheel is tagged py3-none-any and contains the file BUILD
 
 SSLKERNELS_BUILD_EXT: 1 = a failed build of the extension is fatal, 0 = do not build it, unset = build it if possible.
 SSLKERNELS_CUDA: 1 = CUDA kernels required, 0 = none, unset = if there is nvcc.
+SSLKERNELS_TORCH: the folder of the torch whose headers are taken. SSLKERNELS_BUILD_DIR: where objects are kept; builds
+for several Pythons that share it, and the torch, compile the kernels once.
 TORCH_CUDA_ARCH_LIST: as in torch, "8.0 9.0+PTX". MAX_JOBS: parallel compilations. CMAKE_ARGS: passed on.
 """
 
@@ -45,6 +47,8 @@ def find_tool(name: str, package: str, attribute: str) -> str:
 
 def find_torch() -> str:
     """The folder of the package torch."""
+    if os.environ.get("SSLKERNELS_TORCH"):
+        return os.environ["SSLKERNELS_TORCH"]
     environments = [sysconfig.get_path("platlib")]  # pip isolates a build from them, and keeps the interpreter
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):  # uv makes an environment of its own for a build
         if variable in os.environ:
@@ -88,11 +92,13 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / (sysconfig.get_config_var("SOABI") or "default")
+        own = ROOT / "build" / (sysconfig.get_config_var("SOABI") or "default")
+        build = Path(os.environ.get("SSLKERNELS_BUILD_DIR") or own).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             find_tool("cmake", "cmake", "CMAKE_BIN_DIR"),
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *("-U", "Python_*", "-U", "_Python_*", "-U", "pybind11_*"),  # the folder may have been another Python's
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'ninja', 'BIN_DIR')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DSSLKERNELS_TORCH={find_torch()}",

@@ -15,6 +15,7 @@ from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import full
+from sslkernels.core.overloads import returns_stats
 from sslkernels.core.ranks import Ranks, over_ranks
 
 NAME = "contrastive_energy"
@@ -75,6 +76,7 @@ class ContrastiveStats(NamedTuple):
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, ContrastiveStats)
 def contrastive_energy(
     query: Tensor,
     key: Tensor,

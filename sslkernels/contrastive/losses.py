@@ -12,9 +12,11 @@ from sslkernels.contrastive.energy import ContrastiveStats, EnergyOptions, PairT
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import full
+from sslkernels.core.overloads import returns_stats
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, ContrastiveStats)
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -88,6 +90,7 @@ def info_nce(
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, ContrastiveStats)
 def nt_xent(
     z0: Tensor,
     z1: Tensor,
@@ -147,6 +150,7 @@ def nt_xent(
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, ContrastiveStats)
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -204,6 +208,7 @@ def clip_loss(
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, ContrastiveStats)
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,

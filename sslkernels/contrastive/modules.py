@@ -310,12 +310,12 @@ class _AtMost(Function):
         return x.clamp(max=limit)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         x, ctx.limit = inputs
         save(ctx, x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is None:
             return None
         (x,) = saved(ctx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class SharedGroup:
     def get(self) -> Any:
         if self.group is None:
             try:
-                self.group = dist.distributed_c10d._resolve_process_group(self.name)
+                self.group = dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[attr-defined, arg-type]
             except Exception as error:
                 raise RuntimeError(
                     f"process_group: there is no group {self.name!r} in this process, where the module was loaded; set "
@@ -59,6 +59,9 @@ class Options(OverRanks):
     """Stores keyword options. Tensors become buffers, unless they are parameters, so that they move with the module."""
 
     tensors: tuple[str, ...] = ()  # options that are buffers from the start, also while they are None
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # an option, whose type torch.nn.Module would not say
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

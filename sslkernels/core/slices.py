@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sslkernels.core import checks
 from sslkernels.core.ranks import exchange, group_name, group_named
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Slices(NamedTuple):
@@ -108,7 +111,7 @@ def own_slice(
     return OwnSlice(weight, bias, name, slices_of(function, name, weight, vocab_start).sizes)
 
 
-def is_dtensor(value: Any) -> bool:
+def is_dtensor(value: Any) -> TypeGuard[DTensor]:
     if type(value) in (Tensor, torch.nn.Parameter):  # torch.compile traces no further than this
         return False
     return type(value).__module__.startswith("torch.distributed.tensor") and hasattr(value, "placements")

@@ -9,7 +9,7 @@ import importlib
 import warnings
 from typing import Any
 
-__all__ = ["diffusers", "lightly", "open_clip", "sentence_transformers", "transformers"]
+__all__ = ["diffusers", "lightly", "open_clip", "sentence_transformers", "stable_pretraining", "transformers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -96,13 +96,15 @@ class PatchedForward:
 
     def install(self) -> None:
         self.model.forward = self
-        self.decoder.linear.forward = self.decoder
+        self.model._replicate_for_data_parallel = refuse_replicas
+        self.decoder.linear.forward = self.decoder  # type: ignore[method-assign]
         if self.head is not None:
             self.handle = self.head.register_forward_pre_hook(self.keep_masked_rows)
 
     def remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
+        vars(self.model).pop("_replicate_for_data_parallel", None)
         for module, before in self.before.items():
             restore_forward(module, before)
 
@@ -188,7 +190,12 @@ class PatchedForward:
         return (args[0].flatten(0, -2)[rows.to(args[0].device)][None], *args[1:])
 
 
-def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
+def refuse_replicas() -> NoReturn:
+    """A replica's `forward` would be that of the original, with the original's parameters."""
+    raise RuntimeError("patch: torch.nn.DataParallel cannot replicate a patched model; use DistributedDataParallel")
+
+
+def balance_loss(model: Any, output: Any) -> Tensor | None:
     """What a mixture of experts adds to its loss for the balance of its router."""
     auxiliary = output.get("aux_loss")
     return model.router_aux_loss_coef * auxiliary if isinstance(auxiliary, Tensor) else None
@@ -203,7 +210,8 @@ def restore_forward(module: nn.Module, before: Callable[..., Any] | None) -> Non
 
 def fitted(model: nn.Module, compact: bool, example_inputs: Mapping[str, Any] | None) -> PatchedForward:
     """The `forward` that fits the model, which is in evaluation mode; refuses a model that none fits."""
-    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)
+    linear = embeddings()
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         _refuse(model, f"whose output embeddings are {type(linear).__name__}")
     if "labels" not in inspect.signature(model.forward).parameters:
@@ -256,7 +264,7 @@ def _trial(forward: PatchedForward, logits: Tensor, inputs: dict[str, Any]) -> _
         return logits
 
     linear = forward.decoder.linear
-    linear.forward = chosen
+    linear.forward = chosen  # type: ignore[method-assign]
     try:
         output = _called(model, inputs)
     finally:
@@ -348,7 +356,7 @@ def _found_head(forward: PatchedForward, inputs: dict[str, Any]) -> nn.Module | 
                 before(child, lambda module, args: calls.append((module, args)))
         before(linear, lambda module, args: seen.append(args[0]))
         _called(model, inputs)
-        head, args = calls[0] if calls else (None, ())
+        head, args = calls[0] if calls else (model, ())
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3 or args[0].shape[:2] != shape:
             return None
         # The output embeddings must see the same rows where the head is given some of them.

@@ -11,6 +11,7 @@ Where the last layer of the head is at hand, `sk.nn.PrototypeLoss.dino` does wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightly.loss import dino_loss
@@ -74,7 +75,7 @@ class DINOLoss(dino_loss.DINOLoss):
         if teacher_temp is None and epoch is not None and epoch < self.warmup_teacher_temp_epochs:
             temperature = self.teacher_temp_schedule[epoch]
         targets = [((teacher - self.center[0]) / temperature).softmax(-1) for teacher in teacher_out]
-        loss = 0.0
+        loss: Any = 0.0
         for crop, student in enumerate(student_out):
             others = targets[:crop] + targets[crop + 1 :]
             if others:

@@ -106,7 +106,7 @@ def _ranking_loss(loss: Any, queries: Tensor, docs: list[Tensor]) -> Tensor:
     losses = []
     for rows, keys in zip(local, (of_queries, of_docs) if of_docs else (of_queries,), strict=False):
         key, ids = (torch.cat(each) for each in zip(*keys, strict=True))
-        excluded = {"query_ids": own, "key_ids": ids} if len(keys) > 1 else {}
+        excluded: dict[str, Any] = {"query_ids": own, "key_ids": ids} if len(keys) > 1 else {}
         reduction = "none" if joint else "mean"
         losses.append(contrastive_energy(rows, key, positive=own, reduction=reduction, **excluded, **options))
     return torch.logaddexp(*losses).mean() if joint else torch.stack(losses).mean()

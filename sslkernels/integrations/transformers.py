@@ -43,7 +43,7 @@ def patch(model: nn.Module, *, compact: bool = True, example_inputs: Mapping[str
 
     With FSDP2, patch the model first and shard it then. Adapters on the output embeddings are refused: by `patch`, or
     at the next call with labels where they come later. Adapters elsewhere may come before or after. A deep copy of a
-    patched model is a patched model. `nn.DataParallel` fails (its replicas call the original): use DDP.
+    patched model is a patched model. `nn.DataParallel` over several devices raises: use DistributedDataParallel.
 
     Args:
         model: any masked or causal language model of transformers 5, on its device, or a PEFT model around one.

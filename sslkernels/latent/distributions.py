@@ -55,7 +55,8 @@ class FusedNormal(Normal):
         if (logvar is None) == (scale is None):
             got = "neither" if scale is None else "both"
             checks.fail(ValueError, "FusedNormal", "logvar", "be given, or else scale", got)
-        self.loc, spread = broadcast_all(loc, scale if logvar is None else logvar)
+        given: Any = scale if logvar is None else logvar
+        self.loc, spread = broadcast_all(loc, given)
         self.logvar = 2 * spread.log() if logvar is None else spread
         Distribution.__init__(self, self.loc.shape, validate_args=validate_args)
 
@@ -67,7 +68,7 @@ class FusedNormal(Normal):
         return new
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> Tensor:  # type: ignore[override]
         return (self.logvar / 2).exp()
 
     @property
@@ -83,9 +84,8 @@ class FusedNormal(Normal):
     ) -> Tensor:
         """seed, generator: as for `gaussian_rsample`."""
         count = math.prod(sample_shape)
-        z = samples_first(
-            "FusedNormal", *(_at_least_1d(t) for t in (self.loc, self.logvar)), count, seed=seed, generator=generator
-        )
+        loc, logvar = _at_least_1d(self.loc), _at_least_1d(self.logvar)
+        z = samples_first("FusedNormal", loc, logvar, count, seed=seed, generator=generator)
         return z.reshape(self._extended_shape(torch.Size(sample_shape)))
 
     def sample(
@@ -127,8 +127,8 @@ def _kl(p: Normal, q: Normal) -> Tensor:
         dtype = accumulation_dtype(dtype)  # of the logarithm, too
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     mean, logvar = (_at_least_1d(t.expand(shape)) for t in _mean_and_logvar(p, dtype))
-    prior = tuple(_at_least_1d(t) for t in _mean_and_logvar(q, dtype))
-    return gaussian_kl(mean, logvar, prior=prior, reduction="none").reshape(shape)
+    prior_mean, prior_logvar = (_at_least_1d(t) for t in _mean_and_logvar(q, dtype))
+    return gaussian_kl(mean, logvar, prior=(prior_mean, prior_logvar), reduction="none").reshape(shape)
 
 
 def _mean_and_logvar(p: Normal, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved, unit_columns, wanted_only
+from sslkernels.core.overloads import returns_stats
 from sslkernels.latent.gaussian_operators import (
     ELEMENTS,
     NO_KL,
@@ -135,6 +136,7 @@ def _by_row(inputs: Inputs) -> Inputs:
 
 
 @checks.with_python_numbers
+@returns_stats(GaussianSample, LatentStats)
 def gaussian_rsample(
     mean: Tensor,
     logvar: Tensor,
@@ -205,6 +207,7 @@ def gaussian_rsample(
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, LatentStats)
 def gaussian_kl(
     mean: Tensor,
     logvar: Tensor,

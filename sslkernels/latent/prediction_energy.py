@@ -14,6 +14,7 @@ from sslkernels.core import checks
 from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved, wanted_only
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
+from sslkernels.core.overloads import returns_stats
 from sslkernels.latent.free_energy import BETA, Options, reduce_energies
 
 NAME = "prediction_energy"
@@ -284,6 +285,7 @@ def _gradients(grad_value: Tensor, inputs: Inputs, weights: Tensor, wanted: Want
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, PredictionStats)
 def prediction_energy(
     prediction: Tensor,
     target: Tensor,

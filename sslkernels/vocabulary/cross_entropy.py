@@ -14,6 +14,7 @@ from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.operator import operator
+from sslkernels.core.overloads import returns_stats
 from sslkernels.core.scale import scaled
 from sslkernels.vocabulary.reduction import (
     check_probabilities,
@@ -254,6 +255,7 @@ def _keeps_gradient(logits: Tensor) -> bool:
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, CrossEntropyStats)
 def cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
+from sslkernels.core.overloads import returns_stats
 from sslkernels.core.ranks import check_rank_options, check_ranks, on_every_rank, summed_gradient
 from sslkernels.core.scale import scaled
 from sslkernels.core.slices import own_slice
@@ -146,6 +147,7 @@ def _operand_gradients(found: dict[str, Tensor]) -> Operands:
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, CrossEntropyStats)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -202,7 +202,7 @@ class LinearHead(nn.Linear):
             checks.fail(ValueError, "LinearHead", "return_stats", "be False under a tensor-parallel plan", True)
         mesh = input.device_mesh
         options["process_group"] = mesh.get_group()
-        loss = linear_cross_entropy(input.to_local(), self.weight, labels, **options)
+        loss: Tensor = linear_cross_entropy(input.to_local(), self.weight, labels, **options)
         # The output hook of a plan takes a DTensor, of a last dimension that is sharded.
         return DTensor.from_local(loss.unsqueeze(-1), mesh, [Shard(loss.dim())], run_check=False)
 

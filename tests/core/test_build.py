@@ -10,10 +10,12 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import wheels
 
 from benchmarks import resources
 from benchmarks.benchmark import discover
@@ -33,24 +35,54 @@ def test_no_unstable_torch_symbol_is_used():
     """Only the stable C ABI of torch: an object that works with every later torch."""
     if shutil.which("nm") is None or shutil.which("c++filt") is None:
         pytest.skip("no nm")
-    names = subprocess.run(
-        ["nm", "-D", "--undefined-only", native.extension.__file__], capture_output=True, text=True, check=True
-    ).stdout
-    readable = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
-    assert "torch_parallel_for" in readable
-    assert [line for line in readable.splitlines() if re.search(r"\b(c10|at|torch)::", line)] == []
-    # Symbols that only a torch with CUDA defines are resolved at run time: a weak symbol would stay null, because
-    # Python loads that library RTLD_LOCAL.
-    assert [line for line in readable.splitlines() if re.search(r" w \w*torch", line)] == []
+    command = ["nm", "-D", "--undefined-only", native.extension.__file__]
+    assert "torch_parallel_for" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert wheels.unstable_symbols(Path(native.extension.__file__)) == []
+
+
+def wheel_of(folder: Path, *, tag: str, name_tag: str = "", files: dict[str, Path | str]) -> Path:
+    """A wheel of some files, as auditwheel would name it."""
+    path = folder / f"sslkernels-0.1.0-{name_tag or tag}.whl"
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("sslkernels-0.1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
+        for name, content in {"sslkernels/py.typed": "", **files}.items():
+            opened.writestr(name, content if isinstance(content, str) else content.read_bytes())
+    return path
 
 
 @needs_extension
-def test_no_path_of_the_build_machine_is_kept():
-    if shutil.which("readelf") is None:
+def test_the_audit_of_wheels(tmp_path):
+    """The extension that was built here passes in a wheel of this Python, and what a wheel can get wrong does not."""
+    if shutil.which("readelf") is None or shutil.which("nm") is None:
         pytest.skip("no readelf")
-    dynamic = subprocess.run(["readelf", "-d", native.extension.__file__], capture_output=True, text=True, check=True)
-    assert "RPATH" not in dynamic.stdout
-    assert "RUNPATH" not in dynamic.stdout
+    built = Path(native.extension.__file__)
+    python, name = f"cp{sys.version_info.major}{sys.version_info.minor}", f"sslkernels/{built.name}"
+    tag, abi3 = f"{python}-{python}-manylinux_2_34_x86_64", "cp310-abi3-manylinux_2_34_x86_64"
+    assert wheels.faults(wheel_of(tmp_path, tag=tag, files={name: built})) == []
+    for options, fault in (
+        ({"tag": f"{python}-{python}-linux_x86_64", "files": {name: built}}, "not a manylinux"),
+        (
+            {"tag": tag, "name_tag": abi3, "files": {name: built}},
+            "does not have the tags",
+        ),
+        ({"tag": "cp39-cp39-manylinux_2_34_x86_64", "files": {name: built}}, "its only library must be"),
+        ({"tag": tag, "files": {}}, "its only library must be"),
+        ({"tag": tag, "files": {name: built, "sslkernels/BUILD_FAILED": "no compiler"}}, "BUILD_FAILED"),
+        # A library of torch, which needs what the stable ABI does not promise.
+        ({"tag": tag, "files": {name: Path(torch.__file__).parent / "lib" / "libshm.so"}}, "wants c10::"),
+        ({"tag": tag, "files": {name: Path(torch.__file__).parent / "lib" / "libshm.so"}}, "needs libc10.so"),
+    ):
+        found = wheels.faults(wheel_of(tmp_path, **options))
+        assert any(fault in each for each in found), (fault, found)
+
+
+def built_wheels() -> list[Path]:
+    return sorted((wheels.FOLDER / "repaired").glob("*.whl"))
+
+
+@pytest.mark.skipif(not built_wheels(), reason="`make wheels` has built none")
+def test_wheels_that_were_built_are_in_order():
+    assert {wheel.name: wheels.faults(wheel) for wheel in built_wheels()} == {w.name: [] for w in built_wheels()}
 
 
 @needs_cuda_kernels

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,11 @@ from typing import Any
 import peers
 import pytest
 import torch
+
+import sslkernels  # noqa: F401  outside of `package_alone`, which forgets what is imported in it
+
+# What stable_pretraining.utils.distributed imports and its collectives do not use.
+TRAINING: dict[str, dict[str, object]] = {"loguru": {"logger": logging.getLogger("loguru")}}
 
 
 def needs(library: str) -> None:
@@ -32,7 +39,8 @@ def ran_in_two_ranks(function: Callable[..., None], *args: Any) -> None:
 
 def _rank(rank: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     try:
         function(rank, *args)
@@ -42,6 +50,10 @@ def _rank(rank: int, port: int, function: Callable[..., None], args: tuple[Any, 
 
 @functools.cache
 def integration(name: str) -> ModuleType:
-    """`sslkernels.integrations.<name>`, whose library is imported without what needs torchvision."""
-    with peers.package_alone(name, peers.TORCHVISION):
+    """`sslkernels.integrations.<name>`, whose library is imported without what needs torchvision or trains models."""
+    unused = {**peers.TORCHVISION, **TRAINING} if name == "stable_pretraining" else peers.TORCHVISION
+    with peers.package_alone(name, unused):
+        if name == "stable_pretraining":
+            utils = sys.modules["stable_pretraining.utils"]
+            utils.__dict__.update(vars(importlib.import_module("stable_pretraining.utils.distributed")))
         return importlib.import_module(f"sslkernels.integrations.{name}")

@@ -20,7 +20,7 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 def leaves(*shapes: tuple[int, ...], unit: bool = False, seed: int = 0) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(shape, generator=draw) for shape in shapes]
+    drawn = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     return [(normalize(each, dim=-1) if unit else each).requires_grad_() for each in drawn]
 
 
@@ -34,7 +34,7 @@ def assert_same(fused: Any, own: Any, tensors: list[torch.Tensor]) -> None:
         (3 * loss).sum().backward()
         results.append([loss.detach(), *(tensor.grad for tensor in tensors)])
     for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, **TOLERANCE)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 class Encoder(torch.nn.Sequential):
@@ -155,13 +155,21 @@ def nt_xent_over_ranks(rank: int) -> None:
     views = leaves((4, 6), (4, 6), seed=rank)
     for bank in (0, (10, 6)):
         torch.manual_seed(0)
-        own = lightly.library.NTXentLoss(memory_bank_size=bank, gather_distributed=True)
+        own = lightly.library.NTXentLoss(memory_bank_size=bank, gather_distributed=True).double()
         torch.manual_seed(0)
-        fused = lightly.NTXentLoss(memory_bank_size=bank, gather_distributed=True)
+        fused = lightly.NTXentLoss(memory_bank_size=bank, gather_distributed=True).double()
+        assert_same(lambda: fused(*views), lambda: own(*views), views)  # noqa: B023
+
+
+def stable_pretraining_over_ranks(rank: int) -> None:
+    ours = integration("stable_pretraining")
+    views = leaves((4, 6), (4, 6), seed=rank)
+    for own, fused in ((ours.library.NTXEntLoss(), ours.NTXEntLoss()), (ours.multimodal.CLIPLoss(), ours.CLIPLoss())):
         assert_same(lambda: fused(*views), lambda: own(*views), views)  # noqa: B023
 
 
 def over_ranks(rank: int) -> None:
+    stable_pretraining_over_ranks(rank)
     ranking_over_ranks(rank)
     clip_over_ranks(rank)
     nt_xent_over_ranks(rank)
@@ -224,7 +232,7 @@ def test_nt_xent_of_lightly(bank):
     losses = []
     for module in (lightly.library, lightly):
         torch.manual_seed(0)
-        losses.append(module.NTXentLoss(temperature=0.2, memory_bank_size=bank))
+        losses.append(module.NTXentLoss(temperature=0.2, memory_bank_size=bank).double())
     own, fused = losses
     for _ in range(3):  # the queue fills
         assert_same(lambda: fused(*views), lambda: own(*views), views)
@@ -234,6 +242,35 @@ def test_nt_xent_of_lightly(bank):
     assert torch.equal(own.memory_bank.bank, fused.memory_bank.bank)
     with pytest.raises(ValueError, match="temperature"):
         lightly.NTXentLoss(temperature=0.0)
+
+
+def test_losses_of_stable_pretraining():
+    ours = integration("stable_pretraining")
+    first, second = leaves((7, 6), (9, 6))
+    scale = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    own, fused = ours.library.InfoNCELoss(), ours.InfoNCELoss()
+    target = torch.tensor([0, 3, 1, -100, 8, 2, 2])
+    mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[torch.arange(7), target.clamp(min=0)] = False
+    tensors = [first, second]
+    for options in ({}, {"mask": mask}):
+        args = (first, second, target)
+        assert_same(lambda: fused(*args, **options), lambda: own(*args, **options), tensors)  # noqa: B023
+    options = {"logit_scale": scale}
+    assert_same(lambda: fused(*args, **options), lambda: own(*args, **options), [*tensors, scale])
+    soft = torch.rand(7, 9).softmax(1)
+    with pytest.warns(UserWarning, match="InfoNCELoss: a target of probabilities is not covered"):
+        assert_same(lambda: fused(first, second, soft), lambda: own(first, second, soft), tensors)
+
+    views = leaves((5, 6), (5, 6))
+    for temperature in (0.5, 0.07):
+        own, fused = ours.library.NTXEntLoss(temperature), ours.NTXEntLoss(temperature)
+        assert isinstance(fused, ours.library.NTXEntLoss)
+        assert_same(lambda: fused(*views), lambda: own(*views), views)  # noqa: B023
+    own, fused = ours.multimodal.CLIPLoss(), ours.CLIPLoss()
+    for named in ({}, {"logit_scale": scale}):
+        pair = {"feats_i": views[0], "feats_j": views[1], **named}
+        assert_same(lambda: fused(**pair), lambda: own(**pair), [*pair.values()])  # noqa: B023
 
 
 def posteriors(parameters: torch.Tensor, **options: Any) -> list[Any]:
@@ -326,12 +363,12 @@ def test_dino_of_lightly(options, dtype):
         lightly.DINOLoss(output_dim=50)([teacher[0].float()], [student[0].float()])
 
 
-LIBRARIES = ("diffusers", "lightly", "open_clip", "sentence_transformers", "transformers")
+LIBRARIES = ("diffusers", "lightly", "open_clip", "sentence_transformers", "stable_pretraining", "transformers")
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_the_example_of_a_module_runs(name):
-    if name in ("lightly", "open_clip"):
+    if name in ("lightly", "open_clip", "stable_pretraining"):
         module = integration(name)
     else:
         needs(name)

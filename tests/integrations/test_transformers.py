@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import warnings
 from typing import Any
@@ -224,6 +225,22 @@ def test_a_copy_is_patched_and_its_own(copied):
     assert model(**inputs).logits is None
 
 
+def test_data_parallel_is_refused_where_it_makes_replicas(monkeypatch):
+    model, inputs = model_and_inputs("BertForMaskedLM")
+    expected = stepped(model, inputs)
+    patch(model)
+    assert_same_step(stepped(torch.nn.DataParallel(model).module, inputs), expected)
+    # As on two GPUs: without them, parameters are not copied.
+    module = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [tensors] * 2)
+    with pytest.raises(RuntimeError, match="DataParallel cannot replicate a patched model"):
+        torch.nn.parallel.replicate(model, [0, 1])
+    unpatch(model)
+    replicas = torch.nn.parallel.replicate(model, [0, 1])
+    assert [replica(**inputs).logits.shape for replica in replicas] == [(2, 16, 67)] * 2
+
+
 def test_other_instances_and_generation_are_untouched():
     model, inputs = model_and_inputs("GPT2LMHeadModel")
     twin = copy.deepcopy(model)
@@ -309,9 +326,11 @@ class Tokens(torch.utils.data.Dataset):
 
 def trained(model: torch.nn.Module, folder: Any, rows: int, accumulated: int) -> tuple[float, float, float]:
     """Loss, norm of the gradient, and evaluation loss of one step of Trainer."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=rows,
+        per_device_eval_batch_size=16 // ranks,  # one step: Trainer averages the means of steps
         gradient_accumulation_steps=accumulated,
         max_steps=1,
         logging_steps=1,
@@ -372,8 +391,15 @@ def test_an_adapter_on_the_output_embeddings_is_refused():
         later(**inputs)
 
 
+def trained_over_ranks(folder: str) -> None:
+    """Trainer with two ranks of 8 rows has the numbers of one process with 16."""
+    model, _ = model_and_inputs("BertForMaskedLM")
+    expected = torch.load(f"{folder}/expected")
+    torch.testing.assert_close(trained(patch(model), folder, 8, 1), expected, rtol=1e-4, atol=1e-4)
+
+
 def sharded_steps(rank: int, folder: str) -> None:
-    """FSDP2 over two ranks in three layouts, and DistributedDataParallel, against one process."""
+    """FSDP2 over two ranks in three layouts, and Trainer, against one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -407,11 +433,14 @@ def sharded_steps(rank: int, folder: str) -> None:
             assert model.eval()(input_ids=mine["input_ids"]).logits.shape == (8, 12, 67)
         with pytest.raises(ValueError, match="sharded already"):
             patch(model)
+    trained_over_ranks(folder)
 
 
 @pytest.mark.full
 @pytest.mark.costly("two ranks import transformers")
-def test_fsdp_in_three_layouts(tmp_path):
+def test_trainer_and_fsdp_over_ranks(tmp_path):
+    model, _ = model_and_inputs("BertForMaskedLM")
+    torch.save(trained(patch(model), tmp_path, 16, 1), tmp_path / "expected")
     ran_in_two_ranks(sharded_steps, str(tmp_path))
 
 

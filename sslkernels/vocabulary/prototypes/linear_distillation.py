@@ -14,6 +14,7 @@ from sslkernels.core import checks
 from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.operator import full, operator
+from sslkernels.core.overloads import returns_stats
 from sslkernels.core.scale import scaled
 from sslkernels.vocabulary.linear_records import empty_gradients
 from sslkernels.vocabulary.prototypes import chunked_distillation, distillation_reference
@@ -217,6 +218,7 @@ def _operand_gradients(found: dict[str, Tensor]) -> Operands:
 
 
 @checks.with_python_numbers
+@returns_stats(Tensor, DistillationStats)
 def linear_distillation(
     student: Tensor,
     student_weight: Tensor,
