@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-rest test-all test-slow cuda-host bench docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
+.PHONY: test test-rest test-all test-slow cuda-host bench bench-all pages notebooks docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -28,8 +28,18 @@ test-slow: $(VENV)/built cuda-host
 cuda-host: $(VENV)/built
 	@! command -v "$${CXX:-g++}" > /dev/null || PYTHONPATH=tests $(BIN)/python -m cuda_host.run
 
+# Every op in one or two cases, at most 4 minutes on two idle cores; bench-all: all cases, a quarter of an hour. Both write
+# into a folder that git ignores; with ARGS=--publish into benchmarks/results, and `make pages` then brings the tables of
+# README.md and docs/ up to date.
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-all: $(VENV)/built
+	$(BIN)/python -m benchmarks --all $(ARGS)
+
+# What README.md and docs/ say that a script can write: tables of benchmarks/results, diagrams of the code, llms.txt.
+pages: $(VENV)/built
+	$(BIN)/python -m scripts.pages
 
 # Registers, spills, wide accesses and more of the machine code of the kernels, which needs no GPU.
 resources: $(VENV)/built
