@@ -22,6 +22,7 @@ test-all:
 
 # What takes long and shows little more.
 test-slow: $(VENV)/built cuda-host
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
 	$(PYTEST) -m slow
 
 # The CUDA kernels for the host, under two sanitizers; the tests build them too where they are missing.
@@ -50,10 +51,18 @@ resources: $(VENV)/built
 rng-report: $(VENV)/built
 	$(BIN)/python -m benchmarks.random_numbers.report $(ARGS)
 
-# The site, into build/site; fails on a link or an anchor that leads nowhere.
+# The site, into build/site; fails on a link or an anchor that leads nowhere, and on a docstring that names what is not there.
 docs: $(VENV)/built
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/docs.txt
-	$(BIN)/zensical build --strict
+	@mkdir -p build
+	@$(BIN)/zensical build --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@cat build/docs.log
+	@! grep -q "^griffe:" build/docs.log
+
+# Notebooks of the examples, into build/notebooks; with ARGS="--execute masked_lm" with the results of a run.
+notebooks: $(VENV)/built
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
+	$(BIN)/python -m scripts.notebooks build/notebooks $(ARGS)
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .
