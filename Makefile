@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-rest test-all test-slow cuda-host bench wheels docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
+.PHONY: test test-rest test-all test-slow cuda-host bench bench-all pages notebooks wheels docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -22,14 +22,25 @@ test-all:
 
 # What takes long and shows little more.
 test-slow: $(VENV)/built cuda-host
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
 	$(PYTEST) -m slow
 
 # The CUDA kernels for the host, under two sanitizers; the tests build them too where they are missing.
 cuda-host: $(VENV)/built
 	@! command -v "$${CXX:-g++}" > /dev/null || PYTHONPATH=tests $(BIN)/python -m cuda_host.run
 
+# Every op in one or two cases, at most 4 minutes on two idle cores; bench-all: all cases, a quarter of an hour. Both write
+# into a folder that git ignores; with ARGS=--publish into benchmarks/results, and `make pages` then brings the tables of
+# README.md and docs/ up to date.
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-all: $(VENV)/built
+	$(BIN)/python -m benchmarks --all $(ARGS)
+
+# What README.md and docs/ say that a script can write: tables of benchmarks/results, diagrams of the code, llms.txt.
+pages: $(VENV)/built
+	$(BIN)/python -m scripts.pages
 
 # Registers, spills, wide accesses and more of the machine code of the kernels, which needs no GPU.
 resources: $(VENV)/built
@@ -40,10 +51,18 @@ resources: $(VENV)/built
 rng-report: $(VENV)/built
 	$(BIN)/python -m benchmarks.random_numbers.report $(ARGS)
 
-# The site, into build/site; fails on a link or an anchor that leads nowhere.
+# The site, into build/site; fails on a link or an anchor that leads nowhere, and on a docstring that names what is not there.
 docs: $(VENV)/built
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/docs.txt
-	$(BIN)/zensical build --strict
+	@mkdir -p build
+	@$(BIN)/zensical build --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@cat build/docs.log
+	@! grep -q "^griffe:" build/docs.log
+
+# Notebooks of the examples, into build/notebooks; with ARGS="--execute masked_lm" with the results of a run.
+notebooks: $(VENV)/built
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
+	$(BIN)/python -m scripts.notebooks build/notebooks $(ARGS)
 
 # Wheels of every Python from 3.10 to 3.14 that is found, into build/wheels/repaired, and an audit of them. The kernels
 # are compiled once. PYTHONS: other interpreters.

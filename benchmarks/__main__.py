@@ -1,8 +1,9 @@
-"""python -m benchmarks: measures every op on this machine's device and writes a table, JSON and plots."""
+"""Measures ops on this machine's device, in one or two cases each, and writes a figure, tables and JSON."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, harness, host_time, report
+from benchmarks import environment, harness, host_time, memory, overview, report
 from benchmarks.benchmark import Benchmark, discover
 from benchmarks.harness import DTYPES, Case
 from benchmarks.roofline import Roofs, measure_roofs
@@ -22,12 +23,18 @@ BENCHMARKS = discover()
 RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}
 HURRY_AFTER = 180.0  # seconds on a CPU after which every case gets three rounds
+# The default run has minutes for all ops: a case gets the least rounds, and the memory of few calls is metered.
+DEFAULT_ROUNDS = {"cpu": 3, "cuda": 10}
+DEFAULT_MEMORY_SECONDS = 0.3
+DEFAULT_QUICK_SAMPLES = 7
+DEFAULT_HOST_ROUNDS = 100
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("--op", action="append", choices=[b.op for b in BENCHMARKS], help="only this op (repeatable)")
+    add("--all", action="store_true", help="the whole matrix, in more rounds; the default is one or two cases an op")
+    add("--op", action="append", choices=[b.op for b in BENCHMARKS], help="only this op, in all its cases (repeatable)")
     add("--case", action="append", metavar="TEXT", help="only cases whose name contains TEXT (repeatable: all of them)")
     add("--dtype", action="append", choices=list(DTYPES), help="only this dtype; with --shape, the dtype to use")
     add("--provider", action="append", metavar="TEXT", help="only providers whose name contains TEXT (repeatable)")
@@ -47,12 +54,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="small shapes and few rounds, as a check that everything runs")
     add("--verbose", action="store_true", help="also list the providers that cannot run here, and why")
     add("--list", action="store_true", help="print the cases and stop")
-    where = "benchmarks/results/<device>; for a selection of cases benchmarks/results/scratch/<device>"
-    add("--output", type=Path, metavar="DIR", help=f"default: {where}")
-    add(
-        "--combine", nargs="+", type=Path, metavar="DIR", help="measure nothing: join the results.json of these folders"
-    )
-    return parser.parse_args(arguments)
+    add("--output", type=Path, metavar="DIR", help="default: benchmarks/results/scratch/<device>, which git ignores")
+    add("--publish", action="store_true", help="record in benchmarks/results/<device>, beside the cases that are there")
+    join = "measure nothing: join the results.json of these folders into benchmarks/results/<device>"
+    add("--combine", nargs="+", type=Path, metavar="DIR", help=join)
+    options = parser.parse_args(arguments)
+    if options.publish and (options.output or options.quick or options.shape):
+        parser.error("--publish records the cases of the matrix: it goes with neither --output, --quick nor --shape")
+    return options
+
+
+def is_narrowed(options: argparse.Namespace) -> bool:
+    """Whether the command line selects cases."""
+    return any((options.op, options.case, options.dtype, options.provider, options.shape, options.part))
+
+
+def is_default(options: argparse.Namespace) -> bool:
+    """Whether it is the run of minutes, one or two cases an op."""
+    return not (options.all or options.quick or options.host_time or is_narrowed(options))
 
 
 def select(options: argparse.Namespace) -> list[tuple[Benchmark, Case]]:
@@ -63,7 +82,8 @@ def select(options: argparse.Namespace) -> list[tuple[Benchmark, Case]]:
         if options.shape:
             cases = _custom_cases(benchmark, options)
         else:
-            cases = benchmark.smoke_cases(options.device) if options.quick else benchmark.cases(options.device)
+            which = "smoke_cases" if options.quick else "default_cases" if is_default(options) else "cases"
+            cases = getattr(benchmark, which)(options.device)
             if options.dtype:
                 cases = [case for case in cases if harness.DTYPE_NAMES[case.dtype] in options.dtype]
         chosen += [(benchmark, case) for case in cases if all(text in case.name for text in options.case or ())]
@@ -102,6 +122,12 @@ def run(
     device = torch.device(options.device)
     budget = options.budget if options.budget is not None else 0.0 if options.quick else BUDGET[device.type]
     columns = (TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    default = is_default(options)
+    minimum = 2 if options.quick else DEFAULT_ROUNDS[device.type] if default else None
+    if default and options.budget is None:
+        budget = 0.0
+    quick_samples = 0 if options.quick else DEFAULT_QUICK_SAMPLES if default else harness.QUICK_SAMPLES
+    memory_seconds = DEFAULT_MEMORY_SECONDS if default else memory.SECONDS
     begin = time.perf_counter()
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("measuring the roofs", total=len(chosen) + len(hosts))
@@ -123,9 +149,12 @@ def run(
                 for provider in benchmark.providers(case, device)
                 if not options.provider or any(text in provider.name for text in options.provider)
             ]
+            if default:
+                providers = [provider for provider in providers if "reference" not in provider.name]
             hurried = device.type == "cpu" and time.perf_counter() - begin > HURRY_AFTER
-            minimum, cap = 2 if options.quick else None, 0.0 if hurried else harness.CAP
-            rows = harness.measure(benchmark, case, device, result.roofs, budget, providers, tick, minimum, cap)
+            cap = 0.0 if hurried else harness.CAP
+            effort = harness.Effort(budget, minimum, cap, quick_samples, memory_seconds)
+            rows = harness.measure(benchmark, case, device, result.roofs, providers, effort, tick)
             result.add(case, rows, benchmark.bars(device.type))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -136,7 +165,7 @@ def run(
         for benchmark in hosts:
             progress.update(task, description=f"{benchmark.op} | host time", advance=1)
             progress.refresh()
-            rounds = host_time.QUICK_ROUNDS if options.quick else host_time.ROUNDS
+            rounds = DEFAULT_HOST_ROUNDS if default else host_time.QUICK_ROUNDS if options.quick else host_time.ROUNDS
             result.host_time.append(host_time.measure(benchmark, device, rounds))
         progress.update(task, description="done")
         progress.refresh()
@@ -151,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.combine:
         parts = [json.loads((directory / "results.json").read_text()) for directory in options.combine]
         result = report.combine([report.Report.from_json(part) for part in parts])
-        default = RESULTS / environment.slug_of(result.environment["device"])
+        directory = options.output or RESULTS / environment.slug_of(result.environment["device"])
     else:
         chosen, hosts = [] if options.host_time else select(options), host_cases(options)
         if not chosen and not hosts:
@@ -166,23 +195,30 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
-        narrowed = (
-            options.op,
-            options.case,
-            options.dtype,
-            options.provider,
-            options.shape,
-            options.part,
-            options.quick,
-            options.host_time,
-        )
-        folder = RESULTS / "scratch" if any(narrowed) else RESULTS
-        default = folder / environment.slug_of(result.environment["device"])
-    report.print_report(result, console, options.verbose)
-    directory = options.output or default
+        folder = RESULTS if options.publish else RESULTS / "scratch"
+        directory = options.output or folder / environment.slug_of(result.environment["device"])
+        if options.publish:
+            result = beside_the_published(result, directory, options.device)
+    if is_narrowed(options) or options.host_time:
+        report.print_report(result, console, options.verbose)
+    overview.show(result, console)
     for path in report.write(result, directory, options.verbose):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        if path.suffix == ".md" or path.name == report.OVERVIEW:
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0
+
+
+def beside_the_published(result: report.Report, directory: Path, device: str) -> report.Report:
+    """The result with the cases of the matrix that were published before and not measured now, each with its date."""
+    path = directory / "results.json"
+    if not path.exists():
+        return result
+    before = report.Report.from_json(json.loads(path.read_text()))
+    matrix = {case.name for benchmark in BENCHMARKS for case in benchmark.cases(device)}
+    before.cases = [case for case in before.cases if case["name"] in matrix]
+    environment_now = dict(result.environment)
+    merged = report.combine([before, result])
+    return dataclasses.replace(merged, environment=environment_now)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ class Benchmark:
     def cases(self, device: str) -> list[Case]:
         return []
 
+    def default_cases(self, device: str) -> list[Case]:
+        """One or two of `cases`, for the run that has minutes for all ops."""
+        return self.cases(device)[:1]
+
     def smoke_cases(self, device: str) -> list[Case]:
         return []
 

@@ -150,6 +150,18 @@ def quantile(samples: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+class Effort(NamedTuple):
+    """budget: seconds of timing a case beyond the minimum of rounds; minimum: None is that of the device; cap: seconds
+    after which a case gets `ENOUGH` rounds; quick_samples: calls of a quick provider; memory_seconds: of calls whose
+    memory is metered."""
+
+    budget: float = 0.0
+    minimum: int | None = None
+    cap: float = CAP
+    quick_samples: int = QUICK_SAMPLES
+    memory_seconds: float = memory.SECONDS
+
+
 class Timer:
     """Times single calls. On CUDA by events around the call: before it a buffer larger than the L2 cache is written and
     the device sleeps, so that the host runs ahead. `finish` synchronises and returns seconds."""
@@ -248,11 +260,9 @@ def measure(
     case: Case,
     device: torch.device,
     roofs: Roofs,
-    budget: float,
     providers: list[Provider],
+    effort: Effort,
     tick: Callable[[str], object] = lambda text: None,
-    minimum: int | None = None,
-    cap: float = CAP,
 ) -> list[Row]:
     """All providers of one case. A provider that raises keeps its row, with the reason as its status."""
     rows = {p.name: Row(case.name, p.name) for p in providers}
@@ -277,7 +287,7 @@ def measure(
                 run.call()
             spent: list[float] = []
             call, prepare = _timed(run.call, device, spent), run.prepare or (lambda: None)
-            seconds = min(memory.SECONDS, provider.patience)
+            seconds = min(effort.memory_seconds, provider.patience)
             peak, results = memory.peak_of_steps(call, prepare, device, seconds)
         except Exception as error:
             rows[provider.name].status = f"rejects: {reason(error)}"
@@ -293,8 +303,8 @@ def measure(
             runs[provider.name] = run
 
     timer = Timer(device)
-    quick_samples = QUICK_SAMPLES if minimum is None else 0
-    samples = interleave(runs, timer, minimum or MIN_SAMPLES[device.type], budget, tick, cap, quick_samples)
+    minimum = effort.minimum or MIN_SAMPLES[device.type]
+    samples = interleave(runs, timer, minimum, effort.budget, tick, effort.cap, effort.quick_samples)
     for name, times in (once | samples).items():
         row = rows[name]
         row.n = len(times)

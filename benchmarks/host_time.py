@@ -21,7 +21,8 @@ from benchmarks.harness import Case, Run, quantile
 ROUNDS = 600
 QUICK_ROUNDS = 20
 WARMUPS = 50
-# The search for the size from which an op is not slower: rounds a size, and the largest multiple of the rows.
+# The search for the size from which an op is not slower: at most so many rounds a size, and the largest multiple of the
+# rows.
 SIZE_ROUNDS = 60
 LARGEST_MULTIPLE = 256
 Times = list[float]
@@ -63,7 +64,7 @@ def measure(benchmark: Benchmark, device: torch.device, rounds: int = ROUNDS) ->
     torch.set_num_threads(1)
     try:
         ours, eager = _alternate(benchmark, case, device, rounds)
-        level_from = _level_from(benchmark, case, device, min(rounds, SIZE_ROUNDS))
+        level_from = _level_from(benchmark, case, device, min(max(rounds // 5, 3), SIZE_ROUNDS))
     finally:
         torch.set_num_threads(threads)
     return HostTime(case.name, rounds, ours, eager, benchmark.host.limit, level_from)

@@ -32,6 +32,7 @@ COLUMNS = (
 )
 FULL_WIDTH = 132  # a narrower screen gets the table without the columns of WIDE_ONLY
 WIDE_ONLY = ("p20 - p80", "rate")
+OVERVIEW = "overview.png"
 BAR_COLUMNS = ("case", "what", "limit", "measured", "")
 HOST_COLUMNS = ("case", "sslkernels", "p20 - p80", "eager torch", "p20 - p80", "n", "ratio", "limit", "", "level from")
 NOT_MET = "not met"
@@ -74,6 +75,8 @@ class Report:
                 "setting": case.name.split(", ", 1)[-1],
                 "bytes": case.bytes,
                 "flops": case.flops,
+                "date": self.environment["date"],
+                "commit": self.environment["commit"],
                 "light": self.roofs.light(case.bytes, case.flops, DTYPE_NAMES[case.dtype]),
             }
         )
@@ -100,7 +103,9 @@ class Report:
     def from_json(cls, data: dict[str, Any]) -> Report:
         rows = [Row(**row) for row in data["rows"]]
         host_time = [HostTime(**row) for row in data.get("host_time", [])]
-        return cls(data["environment"], Roofs(**data["roofs"]), data["cases"], rows, data["bars"], host_time)
+        when = {key: data["environment"][key] for key in ("date", "commit")}
+        cases = [when | case for case in data["cases"]]
+        return cls(data["environment"], Roofs(**data["roofs"]), cases, rows, data["bars"], host_time)
 
 
 def combine(reports: list[Report]) -> Report:
@@ -109,7 +114,8 @@ def combine(reports: list[Report]) -> Report:
     if len(devices) != 1:
         raise ValueError(f"results of different devices cannot be combined: {', '.join(sorted(devices))}")
     roofs = [report.roofs for report in reports if report.cases]
-    merged = Report(dict(reports[-1].environment), roofs[-1])
+    peaks = {dtype: peak for each in roofs for dtype, peak in each.peaks.items()}
+    merged = Report(dict(reports[-1].environment), Roofs(roofs[-1].bandwidth, peaks))
     merged.environment["commit"] = ", ".join(dict.fromkeys(report.environment["commit"] for report in reports))
     last = {case["name"]: report for report in reports for case in report.cases}
     for report in reports:
@@ -130,7 +136,8 @@ def shown_rows(report: Report, case: dict[str, Any], verbose: bool) -> list[Row]
 def facts(rows: list[Row], case: dict[str, Any]) -> str:
     """The case's time at the speed of light, and the rows on which errors were measured."""
     errors_on = next((row.errors_on for row in rows if row.errors_on not in ("", "all rows")), None)
-    return f"speed of light {seconds(case['light'])}" + (f"; errors measured on {errors_on}" if errors_on else "")
+    said = f"{case['date'][:10]}, commit {case['commit'][:10]}; speed of light {seconds(case['light'])}"
+    return said + (f"; errors measured on {errors_on}" if errors_on else "")
 
 
 def cells(row: Row, case: dict[str, Any]) -> list[str]:
@@ -228,8 +235,15 @@ def print_report(report: Report, console: Console, verbose: bool) -> None:
 
 
 def markdown(report: Report, verbose: bool, plots: list[str]) -> str:
+    from benchmarks import overview
+
     lines = [f"# Benchmarks on {report.environment['device']}", ""]
     lines += [f"- {line}" for line in header(report)] + [""]
+    table = overview.markdown(report)
+    if table:
+        said, _ = overview.unmet(report)
+        lines += ["## At a glance", "", f"![One line an op]({OVERVIEW})", "", *table]
+        lines += [*overview.NOTES, "", f"{said}: see Bars below.", ""]
     for case in report.cases:
         shown = shown_rows(report, case, verbose)
         lines += [f"## {case['name']}", "", f"({facts(shown, case)})", ""]
@@ -252,11 +266,13 @@ def _table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 
 def write(report: Report, directory: Path, verbose: bool = False) -> list[Path]:
     """Writes results.json, results.md and the plots; every file appears whole or not at all."""
-    from benchmarks import plots
+    from benchmarks import overview, plots
 
     directory.mkdir(parents=True, exist_ok=True)
     figures = plots.figures(report)
     written = [write_atomically(directory / name, save) for name, save in figures.items()]
+    if overview.lines(report):
+        written.append(write_atomically(directory / OVERVIEW, lambda path: overview.figure(report, path)))
     text = markdown(report, verbose, list(figures))
     written.append(write_atomically(directory / "results.md", lambda path: path.write_text(text)))
     data = json.dumps(report.to_json(), indent=1)

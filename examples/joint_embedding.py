@@ -196,17 +196,23 @@ def plot(trained: dict[str, tuple[Method, list[Statistics]]], held_out: Digits, 
         steps = [entry.step for entry in history]
         top.plot(steps, [entry.others for entry in history], label="other pairs", color="C1")
         top.plot(steps, [entry.pairs for entry in history], label="views of one digit", color="C0")
-        top.set(title=name, xlabel="step", ylim=(-1.05, 0.4))
+        top.set(title="attraction alone" if name == "attraction" else name, xlabel="step", ylim=(-1.05, 0.4))
         method.eval()
         features = unit(method.encoder(held_out.images))
         centred = features - features.mean(0)
         _, _, directions = torch.linalg.svd(centred, full_matrices=False)
         points = (features @ directions[:2].t()).cpu()
-        bottom.scatter(*points.t(), c=held_out.labels.cpu(), cmap="tab10", s=8)
+        labels = held_out.labels.cpu()
+        bottom.scatter(*points.t(), c=labels, cmap="tab10", s=8)
+        if points.std(0).max() > 0.05:  # else the names of the digits would lie on each other
+            for digit in range(10):
+                bottom.annotate(
+                    str(digit), points[labels == digit].median(0).values.tolist(), weight="bold", fontsize=13
+                )
         bottom.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[])
     axes[0, 0].set_ylabel("energy = - cosine")
     axes[0, 0].legend()
-    axes[1, 0].set_ylabel("features, main directions;\ncolour: the digit")
+    axes[1, 0].set_ylabel("features of held-out digits,\ntwo main directions")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     console.print(f"plot: {path}")

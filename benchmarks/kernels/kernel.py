@@ -108,6 +108,9 @@ class KernelBenchmark(Benchmark):
     def cases(self, device: str) -> list[Case]:
         return [self.case(name, **how) for name, kernel in self.kernels.items() for how in getattr(kernel, device)]
 
+    def default_cases(self, device: str) -> list[Case]:
+        return []
+
     def smoke_cases(self, device: str) -> list[Case]:
         found = [(name, kernel) for name, kernel in self.kernels.items() if device == "cuda" or kernel.runs_on_cpu]
         return [self.case(name, **kernel.smoke) for name, kernel in found]

@@ -103,6 +103,13 @@ class ContrastiveLoss(Benchmark):
             return [*ordinary, self.case(BAR_SHAPE), self.case(BAR_SHAPE, torch.bfloat16), self.case(LARGE_SHAPE)]
         return [*ordinary, self.case(BAR_SHAPE)]
 
+    def default_cases(self, device: str) -> list[Case]:
+        """A large batch, and an ordinary one where eager torch is hard to beat."""
+        if device == "cuda":
+            return [case for case in self.cases(device) if case.shape == {"N": 16384, "D": 512}]
+        large = {"N": 2048, "D": 256} if self.op == "nt_xent" else BAR_SHAPE
+        return [self.case(large), self.case({"N": 256, "D": 128})]
+
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 67, "D": 24}
         return [self.case(shape), self.case(shape, torch.bfloat16)]

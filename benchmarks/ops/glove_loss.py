@@ -39,7 +39,7 @@ class GloveLoss(Benchmark):
         shape = {"N": 1_000_000, "V": 200_000, "D": 100}
         found = [self.case(shape), self.case(shape, regime="peaked")]
         if device == "cpu":
-            return found
+            return [self.case({**shape, "N": 250_000}), *found]
         return [*found, self.case(shape, torch.bfloat16), self.case({"N": 1 << 22, "V": 400_000, "D": 300})]
 
     def smoke_cases(self, device: str) -> list[Case]:

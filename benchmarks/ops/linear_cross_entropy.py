@@ -21,6 +21,8 @@ FLOOR = "three matmuls (floor)"
 FLOOR_FORWARD = "one matmul (floor)"
 BAR_SHAPE = {"N": 2048, "D": 768, "V": 50257}
 MASKED_SHAPE = {"N": 4096, "D": 256, "V": 30000}
+SMALL_SHAPE = {"N": 512, "D": 64, "V": 8192}
+BERT_SHAPE = {"N": 1024, "D": 768, "V": 30522}
 MEBI = 1 << 20
 
 
@@ -85,10 +87,10 @@ class LinearCrossEntropy(Benchmark):
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":
-            sweep = [self.case({"N": 512, "D": 64, "V": v}) for v in (8192, 16384, 32768, 65536, 131072)]
+            sweep = [self.case({"N": 512, "D": 64, "V": v}) for v in (SMALL_SHAPE["V"], 16384, 32768, 65536, 131072)]
             bar = [self.case(BAR_SHAPE), self.case(BAR_SHAPE, torch.bfloat16), self.case(BAR_SHAPE, ignored=0.85)]
             masked = [self.case(MASKED_SHAPE, dtype, ignored=0.85) for dtype in (torch.float32, torch.bfloat16)]
-            return bar + masked + sweep
+            return [self.case(BERT_SHAPE), *bar, *masked, *sweep]
         make = functools.partial(self.case, dtype=torch.bfloat16)
         found = []
         shapes = [(8192, 2304, 256000), (8192, 4096, 128256)]
@@ -101,6 +103,11 @@ class LinearCrossEntropy(Benchmark):
         found.append(make({"N": 8192, "D": 2304, "V": 256000}, backward=False, bias=True))
         vocabularies = (30522, 50265, 50368, 128256, 250002, 256000)
         return found + [make({"N": 8192, "D": 768, "V": v}, bias=True) for v in vocabularies]
+
+    def default_cases(self, device: str) -> list[Case]:
+        if device == "cuda":
+            return self.cases(device)[:1]
+        return [self.case(BERT_SHAPE), self.case(MASKED_SHAPE, ignored=0.85), self.case(SMALL_SHAPE)]
 
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 67, "D": 64, "V": 1003}

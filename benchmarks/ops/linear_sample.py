@@ -57,6 +57,11 @@ class LinearSample(Benchmark):
             for regime in ("random", "peaked")
         ]
 
+    def default_cases(self, device: str) -> list[Case]:
+        """Many rows, and the few of a step of generation."""
+        cases = self.cases(device)
+        return [cases[0], cases[-1]] if device == "cpu" else cases[:1]
+
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 33, "D": 64, "V": 1003}
         return [self.case(shape), self.case(shape, torch.bfloat16, "peaked")]

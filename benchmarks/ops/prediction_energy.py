@@ -58,6 +58,9 @@ class PredictionEnergy(Benchmark):
         shapes = [(65536, 8, 512), (1 << 20, 8, 16), (64, 64, 196_608), (4, 8, 1 << 24)]
         return [*found, *(self.case(dict(zip("BKD", s, strict=True)), d, r) for s in shapes for d, r in regimes)]
 
+    def default_cases(self, device: str) -> list[Case]:
+        return [self.case({"B": 4096, "K": 8, "D": 512}, regime=SOFT)]
+
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"B": 13, "K": 5, "D": 24}
         return [self.case(shape), self.case(shape, torch.bfloat16, SOFT)]

@@ -69,6 +69,9 @@ class VectorQuantize(Benchmark):
         found += [self.case({"N": 65536, "K": k, "D": d}, half) for k, d in ((65536, 32), (1024, 256))]
         return [*found, self.case(BAR_SHAPE, half, "peaked")]
 
+    def default_cases(self, device: str) -> list[Case]:
+        return [self.case(BAR_SHAPE), *([self.case(SMALL_SHAPES[0])] if device == "cpu" else [])]
+
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 65, "K": 33, "D": 20}
         return [self.case(shape), self.case(shape, torch.bfloat16, "peaked")]

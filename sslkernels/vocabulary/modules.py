@@ -167,6 +167,16 @@ class LinearHead(nn.Linear):
     >>> head(torch.randn(4, 16), torch.tensor([1, 2, -100, 4])).backward()
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> LinearHead:
         """A head that shares the parameters of `linear`."""

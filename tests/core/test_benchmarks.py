@@ -10,12 +10,13 @@ import types
 
 import pytest
 import torch
+from rich.console import Console
 
 import sslkernels as sk
 from benchmarks import __main__ as command
-from benchmarks import gpu, host_time, memory, peers, providers, report
+from benchmarks import environment, gpu, host_time, memory, overview, peers, providers, report
 from benchmarks.benchmark import Benchmark, HostCase, discover
-from benchmarks.harness import Bar, Provider, Rejected, Row, Run, interleave, measure, quantile, result_bytes
+from benchmarks.harness import Bar, Effort, Provider, Rejected, Row, Run, interleave, measure, quantile, result_bytes
 from benchmarks.kernels.kernel import KernelBenchmark, floor_sums, floors
 from benchmarks.ops.mask_tokens import collator
 from benchmarks.roofline import Roofs
@@ -208,16 +209,21 @@ class Toy(Benchmark):
         return [Bar("slower", self.cases(device)[0].name, providers.time_ratio(providers.OURS, "right"), 1e9)]
 
 
-@pytest.fixture
-def toy_report():
+@pytest.fixture(scope="module")
+def toy_run():
     toy = Toy()
     environment = {"device": "toy", "threads": 1, "date": "today", "commit": "c0ffee", "torch": "2", "triton": "3"}
     result = report.Report({**environment, "python": "3", "extension": "not built", "peers": {}}, ROOFS)
     for case in toy.cases("cpu"):
-        rows = measure(toy, case, CPU, ROOFS, 0.0, toy.providers(case, CPU), minimum=3)
+        rows = measure(toy, case, CPU, ROOFS, toy.providers(case, CPU), Effort(minimum=3, quick_samples=0))
         result.add(case, rows, toy.bars("cpu"))
     result.host_time.append(host_time.measure(toy, CPU, rounds=30))
-    return result
+    return json.dumps(result.to_json())
+
+
+@pytest.fixture
+def toy_report(toy_run):
+    return report.Report.from_json(json.loads(toy_run))
 
 
 def test_measure(toy_report):
@@ -236,7 +242,8 @@ def test_measure(toy_report):
 def test_report_is_written_whole(toy_report, tmp_path):
     written = report.write(toy_report, tmp_path)
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert len(list(tmp_path.glob("double*.png"))) == 2
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
     text = (tmp_path / "results.md").read_text()
     assert "rejects: it takes no odd size" in text
     assert "peer missing" not in text
@@ -279,7 +286,7 @@ def test_selection():
     def names(*arguments):
         return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cpu"]))]
 
-    everything = names()
+    everything = names("--all")
     parts = [names("--part", f"{i}/3") for i in (1, 2, 3)]
     assert sorted([*parts[0], *parts[1], *parts[2]]) == sorted(everything)
     shape = ("--shape", "N=8,D=4,V=100", "--dtype", "bfloat16", "--ignored", "0.7")
@@ -288,6 +295,90 @@ def test_selection():
     glove = "glove_loss N=8 V=100 D=4, bfloat16, fwd+bwd"
     assert names(*shape) == [glove, *custom, "linear_sample N=8 D=4 V=100, bfloat16, fwd"]
     assert names("--op", "cross_entropy", "--shape", "N=8,D=4,V=100") == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_run_has_every_op_in_a_few_cases(device):
+    chosen = command.select(command.parse(["--device", device]))
+    for benchmark_ in BENCHMARKS.values():
+        matrix = [case.name for case in benchmark_.cases(device)]
+        mine = [case.name for which, case in chosen if which is benchmark_]
+        assert set(mine) <= set(matrix)
+        assert len(mine) == len(set(mine)) <= 3
+        if not isinstance(benchmark_, KernelBenchmark):
+            assert bool(mine) == bool(matrix), benchmark_.op
+
+
+@pytest.fixture
+def finished(monkeypatch, tmp_path, toy_report):
+    """The command, whose run is over at once with the toy report; it returns the folders that were written."""
+    monkeypatch.setattr(command, "BENCHMARKS", (Toy(),))
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "run", lambda *_: report.Report.from_json(toy_report.to_json()))
+
+    def finished(*arguments):
+        assert command.main([*arguments, "--device", "cpu"]) == 0
+        return {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("results.json")}
+
+    return finished
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all"], ["--quick"], ["--op", "double"], ["--host-time"]], ids=str)
+def test_a_users_run_writes_where_git_looks_away(finished, monkeypatch, arguments):
+    monkeypatch.setattr(command, "select", lambda options: [(Toy(), Toy().cases("cpu")[0])])
+    assert finished(*arguments) == {"scratch/toy"}
+    ignored = (environment.ROOT / ".gitignore").read_text().split()
+    assert "benchmarks/results/scratch/" in ignored
+
+
+def test_publishing_keeps_the_cases_that_were_not_measured(finished, tmp_path, toy_report):
+    before = json.loads(json.dumps(toy_report.to_json()))
+    gone = before["cases"][0] | {"name": "double V=3, float32, fwd"}  # no case of the matrix any more
+    kept = before["cases"][0]
+    before["cases"] = [kept, gone]
+    before["environment"]["date"] = kept["date"] = "before"
+    before["environment"]["commit"] = kept["commit"] = "old"
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "results.json").write_text(json.dumps(before))
+    toy_report.cases, toy_report.rows = toy_report.cases[1:], [r for r in toy_report.rows if r.case != kept["name"]]
+    assert finished("--publish") == {"toy"}
+    now = json.loads((tmp_path / "toy" / "results.json").read_text())
+    assert [(case["shape"]["V"], case["date"]) for case in now["cases"]] == [
+        (1000, "before"),
+        (2000, "today"),
+        (4000, "today"),
+    ]
+    assert (now["environment"]["date"], now["environment"]["commit"]) == ("today", "c0ffee")
+    assert {row["case"] for row in now["rows"]} == {case["name"] for case in now["cases"]}
+    assert "2000" in (tmp_path / "toy" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("other", [["--quick"], ["--output", "x"], ["--shape", "N=8,D=4,V=100"]], ids=str)
+def test_what_is_no_case_of_the_matrix_is_not_published(other, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--publish", *other])
+    assert "--publish" in capsys.readouterr().err
+
+
+def test_the_overview_has_a_line_an_op(toy_report, tmp_path, capsys):
+    [line] = overview.lines(toy_report)
+    rows = {(row.case, row.provider): row for row in toy_report.rows}
+    largest = max(toy_report.cases, key=lambda case: rows[case["name"], "right"].median)["name"]
+    assert line.op == "double"
+    assert line.case == overview.setting(largest)
+    assert (line.eager, line.ours) == (rows[largest, "right"].median, rows[largest, "sslkernels wrong"].median)
+    assert line.best_other == rows[largest, "slow"].median
+    assert line.floor == next(case["light"] for case in toy_report.cases if case["name"] == largest)
+    assert line.smallest == ("V=10", 1 / toy_report.host_time[0].ratio)
+    shown = overview.cells(line)
+    assert shown["speed-up"] == f"{line.eager / line.ours:.1f} x"
+    assert shown["of the floor"] == f"{line.floor / line.ours:.0%}"
+    for width in (80, 200):
+        overview.show(toy_report, Console(width=width))
+        printed = capsys.readouterr().out
+        assert shown["sslkernels"] in printed
+        assert "limits are met" in printed
+        assert max(map(len, printed.splitlines())) <= width
 
 
 def test_every_public_function_has_a_host_time_case():
@@ -397,7 +488,7 @@ def test_the_parts_of_the_gpu_run_are_all_cases():
         return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cuda"]))]
 
     parts = [name for arguments in gpu.parts().values() if "--op" in arguments for name in names(arguments)]
-    assert sorted(parts) == sorted(names([]))
+    assert sorted(parts) == sorted(names(["--all"]))
 
 
 def test_blob_hash_is_gits():
