@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.products import add_product
 from sslkernels.core.slices import Slices
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
 from sslkernels.vocabulary.selection import IGNORED_ROW, Selection
@@ -183,8 +184,7 @@ class _Chunks:
         all rows."""
         half = grads.dtype.itemsize == 2
         if total.is_cuda or not half:
-            out_dtype = {} if total.dtype == grads.dtype else {"out_dtype": total.dtype}
-            torch.addmm(total, grads, x, **out_dtype, beta=0 if self.first else 1, out=total)
+            add_product(total, grads, x, self.first)
             return
         direct = total.dtype == grads.dtype
         part = None if direct else x.new_empty((VOCAB_BLOCK, x.shape[1]))

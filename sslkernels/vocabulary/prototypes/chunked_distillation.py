@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.products import add_product
 from sslkernels.vocabulary.linear_records import empty_gradients, normalise
 from sslkernels.vocabulary.prototypes.distillation_records import (
     Gradients,
@@ -276,9 +277,7 @@ class _Students:
             out = self.grad_input[begin : begin + rows]
             torch.mm(self.gradient_buffer[: out.shape[0], :vocab], self.weight, out=out)
         if self.wanted.linear_weight:
-            total = self.grad_weight
-            out_dtype = {} if total.dtype == grad.dtype else {"out_dtype": total.dtype}
-            torch.addmm(total, grad.t(), x, **out_dtype, beta=0 if self.first else 1, out=total)
+            add_product(self.grad_weight, grad.t(), x, self.first)
         if self.wanted.linear_bias:
             self.kernels.add_column_sums(grad, self.gradients.linear_bias, self.first)
         self.first = False
