@@ -9,6 +9,8 @@ from cuda_graphs import no_synchronisation
 from kernel_files import kernels
 
 import sslkernels as sk
+from sslkernels.core.chunks import workspace_of
+from sslkernels.vocabulary.chunked_linear import WORKSPACE_BYTES
 
 pytestmark = [pytest.mark.gpu, kernels("linear_cross_entropy", "cross_entropy")]
 OP = "linear_cross_entropy"
@@ -373,7 +375,8 @@ def test_the_logits_are_never_materialised(backend, train):
         loss = sk.linear_cross_entropy(x, w, target, linear_bias=b)
     if train:
         loss.backward()
-    assert torch.cuda.max_memory_allocated() - before < 900 << 20
+    workspace = workspace_of(torch.device("cuda"), WORKSPACE_BYTES)
+    assert torch.cuda.max_memory_allocated() - before < workspace + (388 << 20)
 
 
 @pytest.mark.large
