@@ -49,6 +49,11 @@ def join(options: argparse.Namespace) -> int:
     times: list[dict[str, Any]] = [line for shard in found for line in shard.times]
     if times:
         runner.write_json(record.RESULTS / record.TIMES, {"machine": found[0].machine, "times": times})
+        faster = record.faster_backends(times)
+        if faster:
+            chosen = json.loads(record.PREFERENCE.read_text()) if record.PREFERENCE.exists() else {}
+            chosen[found[0].machine["architecture"]] = faster
+            runner.write_json(record.PREFERENCE, chosen)
     missing = sorted(now.keys() - entries.keys())
     print(f"{len(entries)} of {len(now)} kernel files are validated; not: {', '.join(missing) or 'none'}")
     for shard in found:

@@ -24,6 +24,7 @@ from benchmarks import environment
 def facts(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": environment.device_name(device),
+        "architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if device.type == "cuda" else "none",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "python": platform.python_version(),

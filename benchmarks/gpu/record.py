@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.outcomes import FOLDERS
 from benchmarks.gpu.plan import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 VALIDATED = "gpu_validated.json"
 TIMES = "gpu_times.json"
+PREFERENCE = ROOT / "sslkernels" / "core" / "measured_backends.json"
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.M)
 IMPORT = re.compile(r"^\s*from sslkernels\.(\w+)\.triton(?:\.(\w+))? import ([\w, (]+)", re.M)
 
@@ -71,6 +74,22 @@ def blobs() -> dict[str, str]:
 
 def blob_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def faster_backends(times: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Public op -> "cuda" and "triton", the one first whose geometric mean over the cases that both ran is less."""
+    seconds: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for line in times:
+        backend = line.get("provider", "").removeprefix("sslkernels ")
+        if backend in FOLDERS and line.get("status") == "ok" and not line["family"].endswith("_kernels"):
+            seconds[line["public"], line["case"]][backend] = line["seconds"]
+    ratios = defaultdict(list)
+    for (public, _), both in seconds.items():
+        if len(both) == len(FOLDERS):
+            ratios[public].append(math.log(both["cuda"] / both["triton"]))
+    return {
+        public: ["cuda", "triton"] if sum(logs) <= 0 else ["triton", "cuda"] for public, logs in sorted(ratios.items())
+    }
 
 
 class Shard:

@@ -19,7 +19,8 @@ from benchmarks.gpu import build, plan, record, runner
 from benchmarks.gpu.plan import Step
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"device": "some GPU", "date": "2026-01-01", "torch": "2", "triton": "3"}
+FACTS = {"device": "some GPU", "date": "2026-01-01", "torch": "2", "triton": "3"}
+MACHINE = {**FACTS, "architecture": "sm_90"}
 
 
 def python(code: str) -> list[str]:
@@ -196,6 +197,7 @@ def tree(tmp_path, monkeypatch):
         (root / name).write_text(text)
     monkeypatch.setattr(record, "ROOT", root)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "PREFERENCE", tmp_path / "preference.json")
 
     def git(*arguments: str) -> str:
         if "--verify" in arguments:
@@ -219,7 +221,16 @@ def shard(folder: Path, name: str, outcomes: list[tuple[str, str]], cut: bool = 
     lines = [{"planned": planned}, *({"test": "t", "outcome": o, "kernels": [f]} for f, o in outcomes)]
     text = "\n".join(map(json.dumps, lines))
     (folder / f"{name}_tests.jsonl").write_text(text + ('\n{"test": "t", "outc' if cut else "\n"))
-    (folder / f"{name}_times.jsonl").write_text('{"op": "x", "status": "ok", "seconds": 1}\n')
+    times = [
+        {"family": "op", "public": "op", "case": case, "provider": f"sslkernels {b}", "status": "ok", "seconds": s}
+        for case, b, s in (("a", "cuda", 1.0), ("a", "triton", 3.0), ("b", "cuda", 2.0), ("b", "triton", 1.0))
+    ]
+    times += [
+        {**times[0], "case": "c"},
+        {**times[1], "status": "OutOfMemoryError"},
+        {**times[0], "family": "x_kernels"},
+    ]
+    (folder / f"{name}_times.jsonl").write_text("\n".join(map(json.dumps, times)) + "\n")
     return folder
 
 
@@ -232,7 +243,7 @@ def test_shards_are_joined_by_kernel_file(tree, tmp_path, capsys):
     one = shard(tmp_path / "1", "first", [(A, "passed"), (A, "passed"), (C, "passed"), (C, "skipped")])
     assert command.main(["join", str(one)]) == 0
     assert set(recorded(tmp_path)) == {A, C}
-    entry = {"commit": "c0ffee", "blob": record.blobs()[A], **MACHINE, "passed": 2, "planned": 2}
+    entry = {"commit": "c0ffee", "blob": record.blobs()[A], **FACTS, "passed": 2, "planned": 2}
     assert recorded(tmp_path)[A] == entry
     assert recorded(tmp_path)[C]["passed"] == 1
     two = shard(tmp_path / "2", "second", [(B, "passed"), (C, "failed")])
@@ -240,7 +251,8 @@ def test_shards_are_joined_by_kernel_file(tree, tmp_path, capsys):
     assert set(recorded(tmp_path)) == {A, B, SHARED}
     assert recorded(tmp_path)[SHARED]["passed"] == 3
     assert C in capsys.readouterr().out
-    assert len(json.loads((tmp_path / record.TIMES).read_text())["times"]) == 2
+    assert len(json.loads((tmp_path / record.TIMES).read_text())["times"]) == 14
+    assert json.loads(record.PREFERENCE.read_text()) == {"sm_90": {"op": ["cuda", "triton"]}}
 
 
 def test_a_cut_off_run_is_joined(tree, tmp_path, capsys):
