@@ -199,6 +199,7 @@ def test_architectures_that_the_kernels_run_on(monkeypatch, architectures, ptx, 
 def h200(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(preference, "measurements", dict)
+    monkeypatch.setattr(backends, "_registry", [*backends._registry])
     return torch.device("cuda")
 
 
