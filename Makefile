@@ -1,10 +1,11 @@
-# make test, make bench: set up everything in .venv, then run. make gpu: on a machine with a GPU, with PYTHON as it is.
+# make test, make bench: set up everything in .venv, then run. make gpu-first, gpu-second: on a machine with a GPU, with
+# PYTHON as it is.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-rest test-all test-slow cuda-host bench bench-all pages notebooks wheels docs resources rng-report lint format clean gpu gpu-setup gpu-build gpu-test gpu-sanitize gpu-bench gpu-record gpu-wheels
+.PHONY: test test-rest test-all test-slow cuda-host bench bench-all pages notebooks wheels docs resources rng-report lint format clean gpu-first gpu-second gpu-join gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -104,22 +105,16 @@ $(VENV)/built: $(VENV)/requirements $(SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-# With PYTHON as it is: it must have a torch with CUDA, and nvcc must be there. What is missing of requirements/gpu.txt is
-# installed into its environment; where nothing is missing, no network is needed. COMMIT=...: the commit of a tree
-# without git. OUT: folder for the results.
-gpu:
-	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
-	  { echo "$(PYTHON) has no torch that sees a CUDA device; choose one with: make gpu PYTHON=..."; exit 1; }
-	$(PYTHON) -m benchmarks.gpu all
+# On a machine with a GPU, with PYTHON as it is, which must have a torch with CUDA; nothing is installed but the peers that
+# are in wheels/, and no network is needed. At most 6 minutes each; OUT: the folder of the results.
+gpu-first gpu-second:
+	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(ARGS)
 
-gpu-setup gpu-build gpu-test gpu-sanitize gpu-record:
-	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(if $(ARGS),-- $(ARGS))
+# Joins what came back, FROM one or more folders, into benchmarks/results.
+gpu-join:
+	$(PYTHON) -m benchmarks.gpu join $(FROM)
 
-# PARTS: some of the matrix, as in make gpu-bench PARTS="mask_tokens cross_entropy-1"; each takes less than 8 minutes.
-gpu-bench:
-	$(PYTHON) -m benchmarks.gpu bench $(PARTS)
-
-# Downloads the peers of the benchmark matrix into wheels/, for a GPU machine without a network, where `make gpu`
+# Downloads the peers of the benchmark matrix into wheels/, for a GPU machine without a network, where `make gpu-second`
 # installs them. GPU_PYTHON: the version on that machine.
 GPU_PYTHON ?= 3.12
 gpu-wheels:

@@ -56,7 +56,6 @@ class Benchmark:
     dynamic: ClassVar[dict[str, bool | None]] = {"cpu": True, "cuda": None}  # True: one compilation for all shapes
     bars_on_error = True
     twin_rows: int | None = 256  # rows of the case on which errors are measured; None: all
-    gpu_parts = 1  # parts of the GPU run, each below 8 minutes
     host: HostCase | None = None
     plain: Callable[..., Any]
     fused: Callable[..., Any]

@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    # Tests on a GPU have no cases of "cpu", which could only be skipped.
+    items[:] = [i for i in items if not (i.get_closest_marker("gpu") and tiers.parameters(i).get("backend") == "cpu")]
     tiers.assign(items)
 
 
@@ -73,10 +75,11 @@ def device() -> str:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Runs the test on every backend that can run the module's `OP` on the test's tensors, which are on the host
-    unless the test asks for the fixture `device`."""
+    """Runs the test on every backend that can run the module's `OP` on the test's tensors, which are on the
+    GPU where there is one if the test is marked `gpu` or asks for the fixture `device`, and on the host otherwise."""
     op = getattr(request.module, "OP", None)
-    where = DEVICE if "device" in request.fixturenames else "cpu"
+    there = "device" in request.fixturenames or request.node.get_closest_marker("gpu") is not None
+    where = DEVICE if there else "cpu"
     if request.param not in sk.available_backends(op, where):
         pytest.skip(f"{request.param}: {backends.why_not(op or 'cross_entropy', request.param, torch.device(where))}")
     with sk.use_backend(request.param):

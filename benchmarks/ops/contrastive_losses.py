@@ -65,12 +65,11 @@ class ContrastiveLoss(Benchmark):
         matmuls: int,
         floor_limit: float,
         faster: float,
-        gpu_parts: int = 1,
         host_limit: float | None = None,
     ) -> None:
         """matmuls: how many of the score matrix's size forward and backward need; floor_limit: largest time over the
         bare matmuls on a CPU; faster: smallest speed-up over eager torch there."""
-        self.op, self.plain, self.fused, self.leaves, self.gpu_parts = op, plain, fused, leaves, gpu_parts
+        self.op, self.plain, self.fused, self.leaves = op, plain, fused, leaves
         self.matmuls, self.floor_limit, self.faster = matmuls, floor_limit, faster
         self.results = ("loss", *(f"grad {name}" for name in leaves))
         self.host = HostCase({"N": 64, "D": 32}, host_limit)
@@ -189,19 +188,19 @@ BENCHMARKS = (
         "clip_loss",
         clip,
         lambda x, y, scale, bias: sk.clip_loss(x, y, scale),
-        leaves=("x", "y", "scale"), matmuls=4, floor_limit=1.25, faster=1.5, gpu_parts=3, host_limit=3.0,
+        leaves=("x", "y", "scale"), matmuls=4, floor_limit=1.25, faster=1.5, host_limit=3.0,
     ),
     ContrastiveLoss(
         "siglip_loss",
         siglip,
         sk.siglip_loss,
-        leaves=("x", "y", "scale", "bias"), matmuls=3, floor_limit=1.3, faster=1.7, gpu_parts=2,
+        leaves=("x", "y", "scale", "bias"), matmuls=3, floor_limit=1.3, faster=1.7,
     ),
     ContrastiveLoss(
         "nt_xent",
         nt_xent,
         lambda x, y, scale, bias: sk.nt_xent(x, y, temperature=1 / scale),
-        leaves=("x", "y"), matmuls=2, floor_limit=1.4, faster=1.5, gpu_parts=2,
+        leaves=("x", "y"), matmuls=2, floor_limit=1.4, faster=1.5,
     ),
     ContrastiveLoss(
         "contrastive_energy",

@@ -41,7 +41,6 @@ class CrossEntropy(Benchmark):
     leaves = ("logits",)
     results = ("loss", "grad input")
     settings = frozenset({"regime", "ignored", "backward"})
-    gpu_parts = 2
     host = HostCase({"N": 32, "V": 1000}, 2.5)
     plain = staticmethod(F.cross_entropy)
     fused = staticmethod(sk.cross_entropy)

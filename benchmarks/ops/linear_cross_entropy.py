@@ -65,7 +65,6 @@ class LinearCrossEntropy(Benchmark):
     results = ("loss", "grad input", "grad weight", "grad bias")
     settings = frozenset({"regime", "ignored", "backward", "bias"})
     twin_rows = 64
-    gpu_parts = 7
     host = HostCase({"N": 32, "D": 64, "V": 1000}, 1.8)
 
     def cost(self, case: Case) -> tuple[int, int]:

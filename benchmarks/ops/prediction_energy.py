@@ -30,7 +30,6 @@ class PredictionEnergy(Benchmark):
     names = leaves = ("prediction", "target")
     results = ("loss", "grad prediction", "grad target")
     settings = frozenset({"regime", "backward"})
-    gpu_parts = 2
     host = HostCase({"B": 32, "K": 8, "D": 64})
 
     def cost(self, case: Case) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from sslkernels.contrastive.pair_rows import (
 )
 from sslkernels.core import segment_sum
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
+from sslkernels.core.products import add_product
 
 # Bytes of the buffer for the products of tiles.
 WORKSPACE_BYTES = {"cpu": 9 << 20, "cuda": 512 << 20}
@@ -254,10 +255,8 @@ class PairKernels:
 
     def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor) -> None:
         """total += gradient @ values, in the dtype of total."""
-        if total.dtype == values.dtype:
-            torch.addmm(total, gradient, values, out=total)
-        elif total.is_cuda:
-            torch.addmm(total, gradient, values, out_dtype=total.dtype, out=total)
+        if total.dtype == values.dtype or total.is_cuda:
+            add_product(total, gradient, values, first=False)
         else:
             self.add(total, torch.mm(gradient, values))
 

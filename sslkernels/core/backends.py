@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from sslkernels.core import native
+from sslkernels.core import native, preference
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 CHOICES = ("auto", *BACKENDS)
-PREFERENCE = ("triton", "cuda", "cpu", "reference")  # of "auto", until a measurement on a GPU says otherwise
 
 _registry: list[Implementations] = []
 
@@ -85,9 +84,7 @@ class Implementations:
             if reason is not None:
                 raise RuntimeError(f"{self.public}: backend {_choice!r} cannot run on {device}: {reason}")
             return _choice
-        for name in PREFERENCE:
-            if name == "triton" and device.type == "cpu":
-                continue  # the interpreter is for tests: it runs only where it is asked for
+        for name in preference.order(self.public, device):
             if self.why_not(name, device) is None:
                 if name == "reference":
                     self._warn_of_reference(device)
@@ -97,7 +94,7 @@ class Implementations:
     def _warn_of_reference(self, device: torch.device) -> None:
         """Says once why the kernels that this device should have cannot run."""
         global _warned
-        kernels = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        kernels = {"cpu": "cpu", "cuda": "triton"}.get(device.type)  # what needs no compiler on a GPU
         if _warned or kernels not in self.functions:
             return
         _warned = True

@@ -14,15 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
+from sslkernels.core.chunks import ROW_MULTIPLE, Matmuls, equal_rows, round_up, row_pitch, wave_rows, workspace_of
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.products import add_product
 from sslkernels.core.slices import Slices
 from sslkernels.vocabulary.linear_records import Gradients, Operands, PlanOptions, Wanted, empty_gradients, normalise
 from sslkernels.vocabulary.selection import IGNORED_ROW, Selection
 from sslkernels.vocabulary.sliced_rows import rows_for, slices_in
 from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, RowState, empty_outputs
 
-# Bytes of the logits buffer, unless the caller bounds them.
+# Bytes of the logits buffer, unless the caller bounds them or a GPU has much memory.
 WORKSPACE_BYTES = {"cpu": 80 << 20, "cuda": 512 << 20}
 # Rows of the weight's gradient that a CPU computes at a time in half precision: the product stays in the cache until it
 # is added, and oneDNN's matmul is faster on a block than on a whole vocabulary.
@@ -151,7 +152,7 @@ class _Chunks:
     def _chunk_rows(self, workspace_bytes: int | None) -> int:
         device = self.input.device
         if workspace_bytes is None:
-            workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+            workspace_bytes = workspace_of(device, WORKSPACE_BYTES)
             if device.type == "cpu" and self.wanted.linear_weight and self.dtype.itemsize == 2:
                 # The size of the accumulator of the weight's gradient, which every chunk reads and writes once.
                 workspace_bytes = max(workspace_bytes, 4 * self.widest * self.weight.shape[1])
@@ -159,7 +160,8 @@ class _Chunks:
         fit = max(fit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
         if device.type != "cuda":
             return equal_rows(self.count, fit)
-        return wave_rows(self.count, self.widest, fit, torch.cuda.get_device_properties(device).multi_processor_count)
+        matmuls = Matmuls(self.widest, self.weight.shape[1], self.wanted.input, self.wanted.linear_weight)
+        return wave_rows(self.count, matmuls, fit, torch.cuda.get_device_properties(device).multi_processor_count)
 
     def logits(self, x: Tensor) -> Tensor:
         return torch.mm(x, self.weight.t(), out=first_rows(self.buffer, x.shape[0]))
@@ -183,8 +185,7 @@ class _Chunks:
         all rows."""
         half = grads.dtype.itemsize == 2
         if total.is_cuda or not half:
-            out_dtype = {} if total.dtype == grads.dtype else {"out_dtype": total.dtype}
-            torch.addmm(total, grads, x, **out_dtype, beta=0 if self.first else 1, out=total)
+            add_product(total, grads, x, self.first)
             return
         direct = total.dtype == grads.dtype
         part = None if direct else x.new_empty((VOCAB_BLOCK, x.shape[1]))

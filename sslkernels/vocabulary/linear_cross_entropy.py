@@ -214,8 +214,8 @@ def linear_cross_entropy(
             synchronises and no shape depends on the targets: `capacity` rows, or all if there are fewer, go through the
             matmuls, valid or not.
         workspace_bytes: upper bound of the bytes of the logits buffer, which holds at least 16 rows. Default: 512 MiB
-            on CUDA; on a CPU 80 MiB or, if the gradient of the weight is computed in half precision, the bytes of the
-            weight in float32, whichever is more.
+            on CUDA or, if that is more, a 64th of the GPU's memory; on a CPU 80 MiB or, if the gradient of the weight
+            is computed in half precision, the bytes of the weight in float32, whichever is more.
         process_group: ranks that the vocabulary is sliced over, a `torch.distributed.ProcessGroup` or a DeviceMesh of
             one dimension. `linear_weight` and `linear_bias` (and class probabilities) are then this rank's rows
             (columns), of any number, also none; the class weights `weight` are whole, and every other argument is the

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import DTYPES, REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from cuda_graphs import captured
+from kernel_files import kernels
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -595,6 +596,7 @@ def test_sparse_gradients_are_refused_inside_compile():
         torch.compile(lambda: sk.glove_loss(**VALID, sparse=True), fullgraph=True, backend="eager")()
 
 
+@kernels("glove_loss")
 @pytest.mark.gpu
 def test_nothing_synchronises_and_a_graph_replays(backend):
     if backend == "reference":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BACKENDS
+from kernel_files import kernels
 from query_negatives_oracle import (
     FEATURES,
     NAMES,
@@ -214,6 +215,8 @@ def test_every_compiled_instruction_set(isa):
     assert result.returncode == 0, result.stderr
 
 
+@kernels("info_nce")
+@pytest.mark.large
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements(backend, device):
     rows, count, dim = 2049, 1024, 1024

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_files import kernels
 
 pytest.importorskip("triton")
 
@@ -532,6 +533,7 @@ def test_float64_is_the_reference():
         check(case, torch.float64, 1e-9)
 
 
+@kernels("contrastive_energy")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("energy", [SOFTMAX, SIGMOID, HINGE])

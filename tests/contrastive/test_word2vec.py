@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import DTYPES, REPEATED_DTYPES, Case, Tensors, error_is_at_most_that_of_eager, shapes_without_data
 from cuda_graphs import captured
+from kernel_files import kernels
 from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
@@ -554,6 +555,7 @@ def test_errors(backend, change, kind, message):
         sk.negative_sampling_loss(**{**VALID, **change})
 
 
+@kernels("negative_sampling_loss")
 @pytest.mark.gpu
 def test_nothing_synchronises_and_a_graph_replays(backend):
     if backend == "reference":

@@ -6,7 +6,6 @@ import ctypes
 import dataclasses
 import inspect
 import json
-import types
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from rich.console import Console
 
 import sslkernels as sk
 from benchmarks import __main__ as command
-from benchmarks import environment, gpu, host_time, memory, overview, peers, providers, report
+from benchmarks import environment, host_time, memory, overview, providers, report
 from benchmarks.benchmark import Benchmark, HostCase, discover
 from benchmarks.harness import Bar, Effort, Provider, Rejected, Row, Run, interleave, measure, quantile, result_bytes
 from benchmarks.kernels.kernel import KernelBenchmark, floor_sums, floors
@@ -433,100 +432,3 @@ def test_selection_of_host_time():
     assert ops("--op", "free_energy", "--host-time") == ops("--op", "free_energy", "--quick") == ["free_energy"]
     assert len(ops()) == len(ops("--part", "1/3")) > 20
     assert ops("--part", "2/3") == ops("--case", "x") == ops("--provider", "cpu") == []
-
-
-@pytest.fixture
-def kernel_tree(tmp_path, monkeypatch):
-    """A tree with one kernel file and no git repository."""
-    source = tmp_path / "csrc" / "cuda" / "op.cu"
-    source.parent.mkdir(parents=True)
-    source.write_text("kernel")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "RECORD", tmp_path / "gpu_validated.json")
-    monkeypatch.setattr(gpu, "PASSED", tmp_path / "scratch" / "tests_passed.json")
-    monkeypatch.setattr(gpu.environment, "git", lambda *arguments: None)
-    monkeypatch.delenv("COMMIT", raising=False)
-    monkeypatch.delenv("OUT", raising=False)
-    return source
-
-
-FACTS = {"device": "some GPU", "date": "2026-01-01", "torch": "2", "triton": "3"}
-
-
-def test_record_needs_a_pass_of_these_files(kernel_tree, monkeypatch):
-    assert gpu.main(["record", "--commit", "c0ffee"]) == 1
-    assert not gpu.RECORD.exists()
-    gpu.note_pass(gpu.blobs(), FACTS)
-    assert gpu.main(["record"]) == 1, "no git and no commit given"
-    assert gpu.main(["record", "--commit", "c0ffee"]) == 0
-    entry = json.loads(gpu.RECORD.read_text())["csrc/cuda/op.cu"]
-    assert entry == {"commit": "c0ffee", "blob": gpu.blob_hash(b"kernel"), **FACTS}
-    kernel_tree.write_text("another kernel")
-    assert gpu.main(["record", "--commit", "beef"]) == 1
-    assert json.loads(gpu.RECORD.read_text())["csrc/cuda/op.cu"]["commit"] == "c0ffee"
-
-
-def test_record_refuses_files_that_are_not_the_commits(kernel_tree, monkeypatch):
-    gpu.note_pass(gpu.blobs(), FACTS)
-    monkeypatch.setattr(gpu.environment, "git", lambda *a: "f00d" if "--verify" in a else "another hash")
-    assert gpu.main(["record"]) == 1
-    monkeypatch.setattr(gpu.environment, "git", lambda *a: "f00d" if "--verify" in a else gpu.blob_hash(b"kernel"))
-    assert gpu.main(["record"]) == 0
-    assert json.loads(gpu.RECORD.read_text())["csrc/cuda/op.cu"]["commit"] == "f00d"
-
-
-def test_failed_tests_take_the_pass_back(kernel_tree, monkeypatch):
-    gpu.note_pass(gpu.blobs(), FACTS)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: types.SimpleNamespace(returncode=1))
-    assert gpu.main(["test"]) == 1
-    assert gpu.main(["record", "--commit", "c0ffee"]) == 1
-    assert not gpu.RECORD.exists()
-
-
-def test_the_parts_of_the_gpu_run_are_all_cases():
-    def names(arguments):
-        return [case.name for _, case in command.select(command.parse([*arguments, "--device", "cuda"]))]
-
-    parts = [name for arguments in gpu.parts().values() if "--op" in arguments for name in names(arguments)]
-    assert sorted(parts) == sorted(names(["--all"]))
-
-
-def test_blob_hash_is_gits():
-    assert gpu.blob_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
-
-
-def test_dry_run_prints_every_step(kernel_tree, capsys):
-    assert gpu.main(["all", "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    for text in (
-        "build_ext --inplace",
-        "gpu or not gpu",
-        "racecheck",
-        "--op linear_cross_entropy",
-        "--combine",
-        "op.cu",
-    ):
-        assert text in printed
-    assert not gpu.RECORD.exists()
-
-
-def test_what_is_missing_for_the_gpu_run(tmp_path, monkeypatch):
-    versions = {"pytest": "9.2.0", "cmake": "3.20.1", "pybind11": "3.0"}
-    monkeypatch.setattr(gpu.environment, "version", lambda name: versions.get(name, gpu.environment.MISSING))
-    wanted = "# a comment\npytest\ncmake>=3.22\npybind11>=3.0  # and why\n\nninja\n"
-    assert gpu.missing_packages(wanted) == ["cmake>=3.22", "ninja"]
-    called = []
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **k: called.append(command))
-    monkeypatch.setattr(gpu, "missing_packages", lambda requirements: [])
-    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "none")
-    assert gpu.main(["setup"]) == 0
-    assert called == []
-
-
-def test_peers_are_installed_from_their_wheels(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "WHEELS", tmp_path)
-    monkeypatch.setattr(gpu, "missing_packages", lambda requirements: [])
-    assert gpu.main(["setup", "--dry-run"]) == 0
-    assert f"--no-index --no-deps --find-links {tmp_path}" in capsys.readouterr().out
-    pinned = [line.split("==")[0] for line in gpu.PEERS.read_text().splitlines() if "==" in line and line[0] != "#"]
-    assert set(pinned) <= set(peers.PACKAGES.values())

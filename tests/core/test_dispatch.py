@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sslkernels as sk
-from sslkernels.core import backends, native
+from sslkernels.core import backends, native, preference
 
 PACKAGE = Path(sk.__file__).parent
 
@@ -193,3 +193,48 @@ def test_architectures_that_the_kernels_run_on(monkeypatch, architectures, ptx, 
     assert (reason is None) == runs
     if reason is not None:
         assert "TORCH_CUDA_ARCH_LIST" in reason
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(preference, "measurements", dict)
+    monkeypatch.setattr(backends, "_registry", [*backends._registry])
+    return torch.device("cuda")
+
+
+def test_the_table_names_public_ops():
+    assert {*preference.PREDICTED} <= {*backends.public_ops()}
+    for order in (preference.GPU, preference.CPU, *preference.PREDICTED.values()):
+        assert order[-1] == "reference"
+        assert {*order} <= {*backends.BACKENDS}
+
+
+def test_a_gpu_prefers_what_is_predicted(monkeypatch, h200):
+    """The choice falls through to what can run."""
+    monkeypatch.setattr(backends.Implementations, "why_not", lambda self, name, device: None)
+    made = {op: backends.Implementations(op, {}, ()) for op in ("cross_entropy", "vector_quantize")}
+    assert {op: each.choose(h200) for op, each in made.items()} == {
+        "cross_entropy": "cuda",
+        "vector_quantize": "triton",
+    }
+    without = lambda self, name, device: "it was not built" if name == "cuda" else None  # noqa: E731
+    monkeypatch.setattr(backends.Implementations, "why_not", without)
+    assert backends.Implementations("cross_entropy", {}, ()).choose(h200) == "triton"
+    assert preference.order("cross_entropy", torch.device("cpu")) == ("cpu", "reference")
+
+
+def test_a_measurement_replaces_the_prediction(monkeypatch, tmp_path, h200):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    path = tmp_path / "measured.json"
+    path.write_text('{"sm_90": {"vector_quantize": ["cuda", "triton"]}, "sm_80": {"free_energy": ["triton", "cuda"]}}')
+    monkeypatch.setattr(preference, "MEASURED", path)
+    preference.measurements.cache_clear()
+    try:
+        assert preference.order("vector_quantize", h200) == ("cuda", "triton", "reference")
+        assert preference.order("free_energy", h200) == ("cuda", "triton", "reference")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        assert preference.order("free_energy", h200) == ("triton", "cuda", "reference")
+    finally:
+        preference.measurements.cache_clear()

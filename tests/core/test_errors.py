@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
+from kernel_files import kernels
 
 import sslkernels as sk
 
@@ -149,6 +150,7 @@ def test_options_are_keyword_only():
         sk.linear_cross_entropy(X, W, Y, None)
 
 
+@kernels("cross_entropy")
 @pytest.mark.gpu
 def test_target_out_of_range_on_a_gpu_is_nan_only_in_its_row():
     target = torch.tensor([0, 1, 5, -100], device="cuda")

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_graphs import no_synchronisation
+from kernel_files import kernels
 
 import sslkernels as sk
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, kernels("contrastive_energy")]
 OP = "contrastive_energy"
 
 
@@ -120,6 +121,7 @@ def test_an_index_out_of_range_makes_only_its_row_nan(backend):
     assert rows.isnan().tolist() == [False, True, False, True, False]
 
 
+@pytest.mark.large
 def test_memory_of_a_large_batch():
     """No score matrix is materialised: for N = 65536 it would take 17 GB in float32."""
     x, y, scale = features(65536, 256)
@@ -131,6 +133,7 @@ def test_memory_of_a_large_batch():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("energy", ["softmax", "sigmoid"])
 def test_float16_gradients_of_a_large_batch(energy):
     """N = 65536: with a loss scale float16 matches float32 to its precision."""

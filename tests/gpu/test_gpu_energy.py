@@ -9,6 +9,7 @@ import torch
 from cases import DTYPES
 from cuda_graphs import captured
 from energy_oracle import exact, gradients, problem
+from kernel_files import kernels
 from raw_operators import assert_equal_to_reference, single_kernels, skip_without_kernel
 
 import sslkernels as sk
@@ -22,6 +23,7 @@ MODES = ("soft", "min")
 BELOW_FLOAT64 = DTYPES[:3]
 
 
+@kernels("free_energy")
 @single_kernels
 @pytest.mark.parametrize("minimum", [False, True])
 @pytest.mark.parametrize("shape", [(300, 7, 1), (3, 1003, 1), (2, 9, 77), (1, 300, 64)], ids=str)
@@ -35,6 +37,7 @@ def test_free_energy(backend, dtype, shape, minimum):
     assert_equal_to_reference(free_energy_bwd, arguments, dtype)
 
 
+@kernels("prediction_energy")
 @single_kernels
 @pytest.mark.parametrize("minimum", [False, True])
 @pytest.mark.parametrize("shape", [(300, 5, 24), (3, 7, 77), (2, 3, 20_000)], ids=str)
@@ -50,6 +53,7 @@ def test_prediction_energy(backend, dtype, shape, minimum):
     assert_equal_to_reference(prediction_energy_bwd, (value.sign(), inputs, weights, wanted), dtype)
 
 
+@kernels("free_energy")
 @pytest.mark.parametrize("mode", MODES)
 def test_free_energy_synchronises_nothing_and_a_graph_replays(backend, mode):
     if backend == "reference":
@@ -67,6 +71,7 @@ def test_free_energy_synchronises_nothing_and_a_graph_replays(backend, mode):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@kernels("prediction_energy")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(512, 8, 64), (2, 8, 100_000)], ids=str)
 def test_prediction_energy_synchronises_nothing_and_a_graph_replays(backend, shape, mode):
@@ -85,6 +90,7 @@ def test_prediction_energy_synchronises_nothing_and_a_graph_replays(backend, sha
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@kernels("prediction_energy")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(4096, 8, 512), (70000, 8, 16), (3, 8, 300_001), (1, 100_000, 24), (2, 3, 77)], ids=str
@@ -105,6 +111,8 @@ def test_real_sizes(backend, mode, shape, dtype):
         assert oracle.error(got, true) <= oracle.error(rough, true) + 4 * torch.finfo(dtype).eps
 
 
+@kernels("prediction_energy")
+@pytest.mark.large
 @pytest.mark.parametrize("shape", [(70_000, 8, 4096), (2, 300_000, 4096)], ids=str)
 def test_more_than_2_to_the_31_elements(backend, shape):
     if backend == "reference":

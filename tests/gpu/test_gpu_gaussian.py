@@ -8,11 +8,12 @@ import pytest
 import torch
 from cases import DTYPES
 from cuda_graphs import no_synchronisation
+from kernel_files import kernels
 
 import sslkernels as sk
 from benchmarks import memory
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
+pytestmark = [pytest.mark.gpu, kernels("gaussian_rsample"), pytest.mark.usefixtures("as_users_run")]
 OP = "gaussian_rsample"
 
 
@@ -78,6 +79,7 @@ def test_nothing_synchronises_and_a_graph_draws_a_new_seed_on_each_replay(backen
     assert len(set(seeds)) == 3
 
 
+@pytest.mark.large
 def test_memory(backend):
     if backend == "reference":
         pytest.skip("the reference materialises the noise")
@@ -93,6 +95,7 @@ def test_memory(backend):
     assert peak - sum(r.nbytes for r in results) < 2 << 20
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements(backend):
     if backend == "reference":
         pytest.skip("the reference materialises float64 words")

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from cuda_graphs import captured
+from kernel_files import kernels
 from raw_operators import assert_equal_to_reference, single_kernels, skip_without_kernel
 
 import sslkernels as sk
@@ -18,7 +19,7 @@ from sslkernels.latent.gumbel_quantize import gumbel_quantize_bwd, gumbel_quanti
 from sslkernels.latent.gumbel_rows import NoisyLogits, State
 from sslkernels.latent.gumbel_softmax import gumbel_softmax_bwd, gumbel_softmax_fwd
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
+pytestmark = [pytest.mark.gpu, kernels("gumbel_softmax", "gumbel_quantize"), pytest.mark.usefixtures("as_users_run")]
 OP = "gumbel_quantize"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,6 +131,7 @@ def test_nothing_synchronises_and_a_graph_draws_anew(backend):
     assert all(t.isfinite().all() for t in got)
 
 
+@pytest.mark.large
 def test_memory(backend):
     """Only samples and gradient have the size of the logits (512 MiB)."""
     if backend == "reference":
@@ -145,6 +147,7 @@ def test_memory(backend):
     assert peak - sum(result.nbytes for result in results) < 16 << 20
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements(backend):
     """The last rows, whose offsets need 64 bits, equal a call with their row numbers alone."""
     if backend == "reference":

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 
 import pytest
 import torch
+from kernel_files import kernels
 from query_negatives_oracle import OwnCase, assert_results, wanted_outputs
 from query_negatives_oracle import compute as compute_own
 from query_negatives_oracle import make as make_own
@@ -36,16 +37,17 @@ class Rows:
         return Rows(*(None if tensor is None else tensor.to(device) for tensor in astuple(self)))
 
 
-def kernels(backend: str):
+def row_kernels(backend: str):
     skip_without_kernel(backend)
     return NativeRows() if backend == "cuda" else TritonRows()
 
 
+@kernels("cross_entropy")
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("vocab", [77, 1003, 40007])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows(backend, dtype, vocab, every):
-    rows, options = kernels(backend), EVERY if every else PLAIN
+    rows, options = row_kernels(backend), EVERY if every else PLAIN
     logits, target, bias, weight, coefficient = make("cpu", 5, vocab, dtype)
     host = Rows(logits, target, bias if every else None, weight if every else None, coefficient)
     want, want_grad = oracle(host.logits, host.target, host.bias, host.weight, options, coefficient)
@@ -60,9 +62,10 @@ def test_rows(backend, dtype, vocab, every):
     assert_gradient(again.cpu(), want_grad, coefficient, 32 * torch.finfo(torch.float32).eps)
 
 
+@kernels("linear_cross_entropy")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_column_sums_and_scaling(backend, dtype):
-    rows = kernels(backend)
+    rows = row_kernels(backend)
     values = torch.randn(300, 77, generator=torch.Generator().manual_seed(0)).to(dtype)
     there = values.cuda()
     if backend == "cuda":
@@ -74,6 +77,7 @@ def test_column_sums_and_scaling(backend, dtype):
     assert torch.equal(there.cpu(), values * 0.5)
 
 
+@kernels("info_nce")
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("shape", [(3, 7, 77), (3, 9, 64), (2, 300, 512)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -83,6 +87,7 @@ def test_query_negatives(backend, dtype, shape, normalise):
     assert_results(inputs, wanted_outputs(inputs, compute_own(inputs, "cuda")))
 
 
+@kernels("linear_sample")
 @pytest.mark.parametrize("shape", [(5, 1), (300, 17), (33, 1030), (3, 40_007)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sample_rows(backend, dtype, shape):
@@ -109,6 +114,7 @@ def test_sample_rows(backend, dtype, shape):
             torch.testing.assert_close(got, want, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
+@kernels("mask_tokens")
 def test_masking_and_random_words(backend):
     skip_without_kernel(backend)
     ids = torch.randint(0, 1003, (3, 77), generator=torch.Generator().manual_seed(0))
@@ -122,6 +128,7 @@ def test_masking_and_random_words(backend):
             assert torch.equal(got.cpu(), want)
 
 
+@kernels("random")
 @pytest.mark.parametrize("columns", [1, 77, 132])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("stream", STREAMS)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_graphs import captured
+from kernel_files import kernels
 from torch import Tensor
 
 import sslkernels as sk
 from benchmarks import memory
 from sslkernels.vocabulary import linear_sample as module
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
+pytestmark = [pytest.mark.gpu, kernels("linear_sample"), pytest.mark.usefixtures("as_users_run")]
 OP = "linear_sample"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,6 +80,7 @@ def test_no_synchronisation_and_new_draws_on_each_replay(backend):
     assert not torch.equal(first, index)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_logits(backend, dtype):
     """Logits of 4096 rows and 128256 classes would be 2.1 GB in float32."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_files import kernels
 
 import sslkernels as sk
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
+pytestmark = [pytest.mark.gpu, kernels("random"), pytest.mark.usefixtures("as_users_run")]
 OP = "random_normal"
 STREAMS = ("uniform", "exponential", "gumbel", "normal")
 
@@ -40,6 +41,7 @@ def test_a_graph_draws_a_new_seed_on_each_replay(backend):
     assert len(set(seeds)) == 3
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements(backend):
     if backend == "reference":
         pytest.skip("the reference would need float64 memory for every word")

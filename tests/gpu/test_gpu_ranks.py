@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from kernel_files import kernels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "vocabulary"))
 
@@ -16,8 +17,8 @@ from test_vocabulary_ranks import CASES, assert_one_process, cases_of, spawned
 
 pytestmark = [
     pytest.mark.gpu,
+    kernels("linear_cross_entropy", "cross_entropy"),
     pytest.mark.costly("processes start"),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
 
@@ -31,7 +32,8 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return spawned(worker, 4 if torch.cuda.device_count() >= 4 else 2, tmp_path_factory.mktemp("ranks"))
+    count = torch.cuda.device_count()
+    return spawned(worker, 4 if count >= 4 else min(count, 2), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

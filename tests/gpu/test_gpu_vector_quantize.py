@@ -6,13 +6,14 @@ import pytest
 import torch
 from cases import DTYPES
 from cuda_graphs import captured, no_synchronisation
+from kernel_files import kernels
 from raw_operators import single_kernels, skip_without_kernel
 
 import sslkernels as sk
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.latent.vector_quantize import KERNELS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
+pytestmark = [pytest.mark.gpu, kernels("vector_quantize"), pytest.mark.usefixtures("as_users_run")]
 OP = "vector_quantize"
 METRICS = ("l2", "cosine", "dot")
 
@@ -107,6 +108,7 @@ def test_the_module_does_not_synchronise_and_replays(backend, decay):
         assert torch.equal(module.state_dict()[name], value), name
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_distances_are_not_materialised(backend, dtype):
     if backend == "reference":
@@ -120,6 +122,7 @@ def test_the_distances_are_not_materialised(backend, dtype):
     assert torch.cuda.max_memory_allocated() - before < got.values.nbytes + (96 << 20)
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements(backend):
     if backend == "reference":
         pytest.skip("the reference would take minutes")

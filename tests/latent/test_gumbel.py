@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, REPEATED_DTYPES
 from cuda_graphs import captured
+from kernel_files import kernels
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -576,6 +577,7 @@ def test_errors(change, kind, message):
         sk.gumbel_softmax(**{"logits": LOGITS, **change})
 
 
+@kernels("gumbel_softmax")
 @pytest.mark.gpu
 def test_nothing_synchronises_and_a_graph_replays(backend):
     if backend == "reference":

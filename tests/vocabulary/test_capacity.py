@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import oracle
 import pytest
 import torch
 
 import sslkernels as sk
-from sslkernels.core.chunks import equal_rows, wave_rows, waves
-from sslkernels.vocabulary import chunked_linear, linear_operators
+from sslkernels.core.chunks import TILE, Matmuls, equal_rows, matmul_time, row_pitch, wave_rows, workspace_of
+from sslkernels.vocabulary import chunked_linear, linear_operators, softmax_rows
 
 pytestmark = pytest.mark.pairwise
 
@@ -259,34 +260,88 @@ def test_the_default_cpu_workspace_is_at_least_the_accumulator(device, buffers, 
     assert [chunks for _, chunks in buffers] == [1, 13, 13]
 
 
-H100, HALF_GIB = 132, 512 << 20
+H200 = types.SimpleNamespace(multi_processor_count=132, total_memory=150_754_820_096)
+PEAK, BANDWIDTH = 790e12, 4.3e12  # of a matmul in bfloat16 and of a copy, measured on an H200
 
 
-def fitting(vocab, itemsize=2, workspace=HALF_GIB):
-    return workspace // (-(-vocab // 64) * 64 * itemsize) // 16 * 16
+def fitting(vocab, workspace):
+    return workspace // (row_pitch(vocab) * 2) // 16 * 16
+
+
+def share_of_floor(count, dim, vocab, workspace):
+    """The time of three matmuls at their peak over the modelled time: whole waves, and the pass over the logits."""
+    rows = wave_rows(count, Matmuls(vocab, dim, True, True), fitting(vocab, workspace), H200.multi_processor_count)
+    steps = matmul_time(count, Matmuls(vocab, dim, True, True), rows, H200.multi_processor_count)
+    matmuls = steps * 2 * TILE[0] * TILE[1] * H200.multi_processor_count / PEAK
+    return 6 * count * dim * vocab / PEAK / (matmuls + 4 * count * vocab / BANDWIDTH)
 
 
 @pytest.mark.parametrize(
-    ("count", "vocab", "rows", "in_waves"),
-    [(19661, 30522, 7040, 140), (8192, 128256, 2048, 244), (8192, 256000, 1024, 488)],
+    ("count", "dim", "vocab"),
+    [(8192, 2304, 256000), (8192, 4096, 128256), (19661, 768, 30522), (9830, 768, 50368), (9830, 1024, 50265)],
 )
-def test_chunk_rows_of_real_shapes(count, vocab, rows, in_waves):
-    assert wave_rows(count, vocab, fitting(vocab), H100) == rows
-    assert waves(count, vocab, rows, H100) == in_waves
+def test_chunks_of_real_shapes_on_an_h200(monkeypatch, count, dim, vocab):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
+    workspace = workspace_of(torch.device("cuda"), chunked_linear.WORKSPACE_BYTES)
+    assert workspace == H200.total_memory // 64
+    assert share_of_floor(count, dim, vocab, workspace) >= 0.8
+
+
+@pytest.mark.parametrize(("workspace", "share"), [(512 << 20, 0.37), (1 << 30, 0.57), (2 << 30, 0.77)])
+def test_a_small_dim_wants_long_chunks(workspace, share):
+    """With 1024 rows the gradient of the input has 24 tiles for 132 multiprocessors."""
+    assert share_of_floor(8192, 768, 256000, workspace) == pytest.approx(share, abs=0.01)
+
+
+def test_a_small_gpu_keeps_the_default(monkeypatch):
+    small = types.SimpleNamespace(total_memory=8 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    assert workspace_of(torch.device("cuda"), {"cuda": 512 << 20}) == 512 << 20
+    assert workspace_of(torch.device("cpu"), {"cpu": 3, "cuda": 5}) == 3
 
 
 @pytest.mark.parametrize("processors", [1, 7, 108, 132, 148])
 @pytest.mark.parametrize("vocab", [1, 300, 5003, 30522, 128256])
 def test_chunk_rows_fit_and_waste_no_more_than_equal_chunks(vocab, processors):
+    """Whatever gradients are wanted; a smaller number of rows takes more than a hundredth longer."""
     for count, fit in itertools.product((0, 1, 127, 1000, 4097, 65536), (16, 112, 128, 1024, 1488, 8704)):
-        rows = wave_rows(count, vocab, fit, processors)
-        assert rows == count or 0 < rows <= fit
-        if count <= fit or fit < 128:
-            assert rows == equal_rows(count, fit)
-            continue
-        assert rows % 128 == 0
-        equal = equal_rows(count, fit // 128 * 128)
-        assert -(-count // rows) == -(-count // equal)
-        with_as_many = [r for r in range(128, fit + 1, 128) if -(-count // r) == -(-count // equal)]
-        best = min(waves(count, vocab, r, processors) for r in with_as_many)
-        assert waves(count, vocab, rows, processors) == best <= waves(count, vocab, equal, processors)
+        for wanted in itertools.product((False, True), repeat=2):
+            matmuls = Matmuls(vocab, 768, *wanted)
+            rows = wave_rows(count, matmuls, fit, processors)
+            assert rows == count or 0 < rows <= fit
+            if count <= fit or fit < 128:
+                assert rows == equal_rows(count, fit)
+                continue
+            assert rows % 128 == 0
+            times = {r: matmul_time(count, matmuls, r, processors) for r in range(128, fit + 1, 128)}
+            assert times[rows] <= 1.01 * min(times.values())
+            assert all(time > 1.01 * min(times.values()) for r, time in times.items() if r < rows)
+
+
+@pytest.mark.parametrize(
+    ("capability", "chunks"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)], ids=str
+)
+def test_which_gpus_evaluate_in_chunks(monkeypatch, capability, chunks):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert softmax_rows.prefers_library_matmuls(torch.device("cuda")) == chunks
+    assert not softmax_rows.prefers_library_matmuls(torch.device("cpu"))
+
+
+def test_an_evaluation_in_chunks_equals_the_stream(monkeypatch):
+    """Losses and statistics without gradients, of several chunks and of one kernel; some rows are ignored."""
+    if "triton" not in sk.available_backends(OP, "cpu"):
+        pytest.skip("without Triton's interpreter")
+    torch.manual_seed(0)
+    x, w, b = torch.randn(70, 24), torch.randn(133, 24), torch.randn(133)
+    target = torch.randint(0, 133, (70,))
+    target[::3] = -100
+    found = []
+    for chunks in (False, True):
+        monkeypatch.setattr(softmax_rows, "prefers_library_matmuls", lambda device, chunks=chunks: chunks)
+        with sk.use_backend("triton"), torch.no_grad():
+            loss, stats = sk.linear_cross_entropy(
+                x, w, target, linear_bias=b, reduction="none", return_stats=True, workspace_bytes=16 * 192 * 4
+            )
+        found.append((loss, *stats))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

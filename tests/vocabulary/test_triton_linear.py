@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_files import kernels
 
 pytest.importorskip("triton")
 
@@ -131,6 +132,7 @@ def test_splits_cover_the_vocabulary():
         assert (splits - 1) * per_split < tiles <= splits * per_split
 
 
+@kernels("linear_cross_entropy")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize(("count", "vocab", "dim"), [(2048, 30522, 768), (513, 50265, 1024), (64, 250002, 770)])

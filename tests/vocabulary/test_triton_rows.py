@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_files import kernels
 
 pytest.importorskip("triton")
 
@@ -290,6 +291,7 @@ def test_numerics(device, dtype, function, sign):
     assert_near(out, getattr(torch, function)(x.double()), 8 * torch.finfo(dtype).eps, function, 0.0)
 
 
+@kernels("cross_entropy")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [30522, 50265, 128256, 250002])
@@ -300,6 +302,8 @@ def test_real_rows(device, dtype, vocab, options):
     check(logits, target, bias, weight, options, coefficient, stats=options is EVERY)
 
 
+@kernels("cross_entropy")
+@pytest.mark.large
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements(device):
     vocab = 50265

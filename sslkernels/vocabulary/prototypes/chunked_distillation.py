@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, round_up, row_pitch, wave_rows
+from sslkernels.core.chunks import ROW_MULTIPLE, Matmuls, equal_rows, round_up, row_pitch, wave_rows, workspace_of
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.products import add_product
 from sslkernels.vocabulary.linear_records import empty_gradients, normalise
 from sslkernels.vocabulary.prototypes.distillation_records import (
     Gradients,
@@ -226,7 +227,7 @@ class _Students:
         device, pitch = self.input.device, row_pitch(self.weight.shape[0])
         workspace_bytes = self.options.workspace_bytes
         if workspace_bytes is None:
-            workspace_bytes = WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+            workspace_bytes = workspace_of(device, WORKSPACE_BYTES)
         separate = any(self.wanted) and self.dtype != self.acc
         student, teacher = self.acc.itemsize + separate * self.dtype.itemsize, self.acc.itemsize
         available = workspace_bytes // pitch
@@ -239,7 +240,8 @@ class _Students:
             rows = equal_rows(order.count, fit)
         else:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-            rows = wave_rows(order.count, self.weight.shape[0], fit, processors)
+            matmuls = Matmuls(*self.weight.shape, self.wanted.input, self.wanted.linear_weight)
+            rows = wave_rows(order.count, matmuls, fit, processors)
         if separate:
             self.gradient_buffer = self.input.new_empty((round_up(rows, ROW_MULTIPLE), pitch), dtype=self.dtype)
         if self.wanted.input:
@@ -276,9 +278,7 @@ class _Students:
             out = self.grad_input[begin : begin + rows]
             torch.mm(self.gradient_buffer[: out.shape[0], :vocab], self.weight, out=out)
         if self.wanted.linear_weight:
-            total = self.grad_weight
-            out_dtype = {} if total.dtype == grad.dtype else {"out_dtype": total.dtype}
-            torch.addmm(total, grad.t(), x, **out_dtype, beta=0 if self.first else 1, out=total)
+            add_product(self.grad_weight, grad.t(), x, self.first)
         if self.wanted.linear_bias:
             self.kernels.add_column_sums(grad, self.gradients.linear_bias, self.first)
         self.first = False

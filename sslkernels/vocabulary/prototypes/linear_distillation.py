@@ -276,7 +276,7 @@ def linear_distillation(
             logits, and no buffer of the size of a gradient lives before it; "auto": fast if a gradient is wanted. With
             `reduction="none"` every mode runs the compact plan.
         workspace_bytes: upper bound of the bytes of the buffers of logits, which hold at least 16 rows. Default: 512
-            MiB on CUDA, 128 MiB on a CPU.
+            MiB on CUDA or, if that is more, a 64th of the GPU's memory; 128 MiB on a CPU.
         process_group: ranks that the weights are sharded over; not implemented yet, must be None.
         return_stats: also return `DistillationStats`, from the same pass.
 
