@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from cases import BACKENDS
 from torch import Tensor
 
@@ -92,6 +93,7 @@ def test_teacher_center_is_the_mean_logit(dtype, device):
 CENTER_ERRORS = {
     "iterations": (0, ValueError, "iterations must be at least 1"),
     "temperature": (-1.0, ValueError, r"temperature must be in \(0"),
+    "temperature of inf": (float("inf"), ValueError, r"temperature must be in \(0"),
     "row_mask": (torch.ones(3), TypeError, "row_mask must have dtype torch.bool"),
     "teacher_bias": (torch.ones(V + 1), ValueError, "teacher_bias must have shape"),
 }
@@ -102,7 +104,7 @@ def test_center_errors(argument):
     value, kind, message = CENTER_ERRORS[argument]
     rows, head = unit(3, D, dtype=torch.float32, device="cpu"), unit(V, D, dtype=torch.float32, device="cpu")
     with pytest.raises(kind, match=rf"^sinkhorn_center: {message}"):
-        sk.sinkhorn_center(rows, head, **{argument: value})
+        sk.sinkhorn_center(rows, head, **{argument.split()[0]: value})
     with pytest.raises(ValueError, match=r"^sinkhorn_center: temperature must be positive"):
         sk.sinkhorn_center(rows, head, temperature=torch.tensor(0.0))
 
@@ -186,6 +188,56 @@ def test_swav_is_lightlys(dtype, device):
         loss, stats = module(heads.student, heads.head, student_bias=heads.bias, queue=given)
         heads.compare(loss, want, dtype)
         assert len(stats) == 2
+
+
+def test_what_is_not_finite_leaves_the_center(device):
+    """No token is masked in any image, a row overflowed, a prototype is masked."""
+    heads = Heads(torch.float32, device)
+    module = sk.nn.PrototypeLoss.ibot(V).to(device)
+    module.center.fill_(0.25)
+    before = module.center.clone()
+    none = torch.zeros(3, 4, dtype=torch.bool, device=device)
+    loss = module(heads.student[0, :0], heads.head, heads.teacher[0, :0], heads.teacher_head, mask=none)
+    assert loss == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, [heads.student, heads.head]))
+    assert torch.equal(module.center, before)
+
+    rows = sk.nn.PrototypeLoss(V).to(device)
+    rows.center.copy_(before)
+    spoilt = heads.teacher[0].clone()
+    spoilt[1, 2] = float("inf")
+    assert rows(heads.student[0], heads.head, spoilt, heads.teacher_head).isnan()
+    assert torch.equal(rows.center, before)
+    bias = torch.zeros(V, device=device)
+    bias[3] = float("-inf")
+    rows(heads.student[0], heads.head, heads.teacher[0], heads.teacher_head, teacher_bias=bias)
+    assert torch.equal(rows.center == before, torch.arange(V, device=device) == 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_center_stays_in_float32(dtype, device):
+    """In half precision an update of a thousandth would round to nothing."""
+    heads = Heads(torch.float32, device)
+    modules = [sk.nn.PrototypeLoss(V, center_momentum=0.999).to(device, to) for to in (torch.float32, dtype)]
+    for module in modules:
+        module.center.fill_(1)
+        module(heads.student[0], heads.head, heads.teacher[0], heads.teacher_head)
+    assert modules[1].center.dtype == torch.float32
+    assert torch.equal(modules[0].center, modules[1].center)
+    assert (modules[1].center != 1).all()
+
+
+def test_computing_again_in_backward_is_refused(device):
+    """The center has moved since: the gradient would be another one, and the center would move twice."""
+    heads = Heads(torch.float32, device)
+    module = sk.nn.PrototypeLoss(V).to(device)
+    given = (heads.student[0], heads.head, heads.teacher[0], heads.teacher_head)
+    loss = torch.utils.checkpoint.checkpoint(module, *given, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"^PrototypeLoss: in training it cannot be computed again"):
+        loss.backward()
+    expected = torch.autograd.grad(module.eval()(*given), heads.head)
+    again = torch.utils.checkpoint.checkpoint(module, *given, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again, heads.head)[0], expected[0])
 
 
 def test_sinkhorn_centers_of_a_batch(device):

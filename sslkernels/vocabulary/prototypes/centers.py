@@ -233,7 +233,7 @@ def _potential(columns: ColumnSums, process_group: Any) -> Tensor:
 def _temperature(value: float | Tensor, teacher: Tensor) -> Tensor:
     """0-d, float64."""
     if not isinstance(value, Tensor):
-        checks.number(NAME, "temperature", value, low=0.0, low_open=True)
+        checks.number(NAME, "temperature", value, low=0.0, high=checks.LARGEST, low_open=True)
         return full((), value, torch.float64, teacher.device)
     checks.tensor(NAME, "temperature", value, checks.FLOAT_DTYPES)
     checks.same_device(NAME, "temperature", value, "teacher", teacher.device)
