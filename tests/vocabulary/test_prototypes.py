@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import socket
 
 import peers
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from cases import BACKENDS
@@ -303,41 +300,3 @@ def test_call_errors():
     ):
         with pytest.raises((TypeError, ValueError), match=rf"^PrototypeLoss: {message}"):
             module(*arguments)
-
-
-def _on_rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
-    rows, head = unit(40, D, dtype=torch.float64, device="cpu"), unit(V, D, dtype=torch.float64, device="cpu", seed=1)
-    own = rows[:13] if rank == 0 else rows[13:]
-    group = dist.group.WORLD
-    found = {
-        "sinkhorn": sk.sinkhorn_center(own, head, temperature=0.05, process_group=group),
-        "one": sk.sinkhorn_center(own[: 13 * rank], head, temperature=0.05, iterations=1, process_group=group),
-        "mean": sk.teacher_center(own, head, process_group=group),
-    }
-    module = sk.nn.PrototypeLoss(V, process_group=group).double()
-    module(own, head, own, head)
-    found["module"] = module.center
-    torch.save(found, f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.full
-@pytest.mark.costly("processes start")
-def test_centers_are_those_of_the_rows_of_all_ranks(tmp_path):
-    """Ranks with different numbers of rows, once without any."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    mp.spawn(_on_rank, (port, str(tmp_path)), nprocs=2)
-    rows, head = unit(40, D, dtype=torch.float64, device="cpu"), unit(V, D, dtype=torch.float64, device="cpu", seed=1)
-    mean = sk.teacher_center(rows, head)
-    expected = {
-        "sinkhorn": sk.sinkhorn_center(rows, head, temperature=0.05),
-        "one": sk.sinkhorn_center(rows[13:26], head, temperature=0.05, iterations=1),
-        "mean": mean,
-        "module": 0.1 * mean,
-    }
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected, rtol=1e-10, atol=1e-12)
