@@ -34,6 +34,12 @@ struct Logits {
     }
   }
 
+  A at(int64_t column) const {
+    A z;
+    block(column, 1, &z);
+    return z;
+  }
+
   // The largest z of the block, NaN left out.
   A block_max(int64_t begin, int64_t count) const {
     const A* in = raw + begin;
@@ -173,6 +179,18 @@ class Target {
     }
   }
 
+  // The column that has more than half of q, -1 if none has: it is the largest of one of the teachers.
+  int64_t sure() const {
+    for (int64_t t = 0; t < rows_.choices; ++t) {
+      if (teacher(t) < 0) continue;
+      const int64_t column = rows_.teacher_best[teacher(t)];
+      A q, rest;
+      at(column, &q, &rest);
+      if (q > A(0.5)) return column;
+    }
+    return -1;
+  }
+
   A factor = 1;
 
  private:
@@ -242,11 +260,16 @@ struct Comparison {
   Largest<A> target;
 };
 
+// The largest column of the student, and the one that has more than half of q, are added last and apart: where p and q
+// are near 1, what is missing is known to its digits.
 template <class A>
-Comparison<A> compare(const Logits<A>& logits, const Target<A>& target, A anchor, A others, int64_t vocab, A* stored) {
+Comparison<A> compare(const Logits<A>& logits, const Target<A>& target, const Largest<A>& largest, A others,
+                      int64_t vocab, A* stored) {
   Comparison<A> found;
   A z[kBlock], mixture[kBlock];
-  const A log_sum = std::log1p(others), inverse = A(1) / (A(1) + others);
+  const A anchor = largest.value, log_sum = std::log1p(others), inverse = A(1) / (A(1) + others);
+  const int64_t best = largest.column, sure = target.sure(), apart[] = {best, sure};
+  const A gap_of_sure = sure < 0 || sure == best ? A(0) : anchor - logits.at(sure);  // before the row is overwritten
   blocks(0, vocab, [&](int64_t begin, int64_t count) {
     logits.block(begin, count, z);
     const A* unscaled = target.block(begin, count, mixture);
@@ -256,6 +279,11 @@ Comparison<A> compare(const Logits<A>& logits, const Target<A>& target, A anchor
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) mixture[j] = factor * unscaled[j];
     found.target.update(mixture, begin, count);
+    for (const int64_t column : apart) {
+      if (column < begin || column >= begin + count) continue;
+      z[column - begin] = -std::numeric_limits<A>::infinity();
+      mixture[column - begin] = 0;
+    }
 #pragma omp simd reduction(+ : entropy, divergence)
     for (int64_t j = 0; j < count; ++j) {
       const A gap = anchor - z[j], q = mixture[j];
@@ -268,6 +296,20 @@ Comparison<A> compare(const Logits<A>& logits, const Target<A>& target, A anchor
     found.entropy += entropy;
     found.divergence += divergence;
   });
+  const auto add = [&](int64_t column, A gap, A e, A rest_of_p) {
+    const A p = e * inverse;
+    A q, rest_of_q;
+    target.at(column, &q, &rest_of_q);
+    const A log_q = q > A(0.5) ? std::log1p(-rest_of_q) : std::log(q);
+    found.entropy -= q == A(0) ? q : q * log_q;
+    found.divergence += q == A(0) ? p : q * (log_q + (gap + log_sum)) + difference(p, q, rest_of_p, rest_of_q);
+    if (stored != nullptr) stored[column] = e;
+  };
+  add(best, A(0), A(1), others * inverse);
+  if (sure >= 0 && sure != best) {
+    const A e = exp_nonpositive(-gap_of_sure);
+    add(sure, gap_of_sure, e, A(1) - e * inverse);
+  }
   return found;
 }
 
@@ -286,7 +328,7 @@ void distillation_row(const DistillationRows& rows, int64_t i) {
   static_cast<A*>(rows.loss)[i] = A(target_gap + log_sum);
   static_cast<A*>(rows.gap)[i] = A(student_gap - target_gap);
   if (compared) {
-    const Comparison<A> found = compare(logits, target, largest.value, A(sums.others), rows.vocab, stored);
+    const Comparison<A> found = compare(logits, target, largest, A(sums.others), rows.vocab, stored);
     const double poison = 0 * (sums.others + target_gap);  // NaN where the row has one
     if (rows.divergence) static_cast<A*>(rows.loss)[i] = A(found.divergence + poison);
     if (stats) {

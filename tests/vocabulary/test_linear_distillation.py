@@ -201,6 +201,43 @@ def test_confident_rows_keep_their_loss(name, device):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_confident_rows_keep_divergence_and_entropy(name, device):
+    """The divergence is of the order of what both leave to other columns, in float32 to its digits: also with a student
+    that is confident elsewhere, and with a mixture of teachers."""
+    head = torch.eye(4, dtype=torch.float32, device=device)
+    student, teacher = torch.zeros(4, 4, device=device), torch.zeros(3, 4, device=device)
+    student[:3, 1] = torch.tensor([19.0, 15.0, 20.0])
+    student[3, 2] = 18.0
+    teacher[:, 1] = torch.tensor([19.3, 16.0, 18.0])
+    index = torch.tensor([[0, -1], [1, -1], [0, 2], [1, 0]], device=device)
+    options = {"student_temperature": 1.0, "teacher_temperature": 1.0, "reduction": "none", "divergence": "kl"}
+    with sk.use_backend(name):
+        loss, stats = sk.linear_distillation(
+            student, head, teacher, head, teacher_index=index, return_stats=True, **options
+        )
+
+    def others(logits: Tensor) -> Tensor:
+        """What the probability of each of the columns but the largest is, exactly."""
+        small = (-logits.amax(1, keepdim=True)).double().exp()
+        return small / (1 + 3 * small)
+
+    q_other, p_other = others(teacher), others(student)
+    q_other = torch.stack([q_other[0], q_other[1], (q_other[0] + q_other[2]) / 2, (q_other[1] + q_other[0]) / 2])[:, 0]
+    p_other = p_other[:, 0]
+    log_q, log_p = torch.log1p(-3 * q_other), torch.log1p(-3 * p_other)
+    # The terms q log(q / p) + p - q: of each other column, and of the largest, which is of the second order.
+    ratio = q_other / p_other
+    at_largest = (1 - 3 * q_other) * (log_q - log_p) + 3 * (q_other - p_other)
+    agree = 3 * (q_other * ratio.log() + p_other - q_other) + at_largest
+    differ = (1 - 3 * q_other) * (log_q - p_other.log()) + q_other * (q_other.log() - log_p) + 2 * q_other * ratio.log()
+    truth = torch.where(torch.arange(4, device=device) < 3, agree, differ)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-4, atol=0)
+    entropy = -3 * q_other * q_other.log() - (1 - 3 * q_other) * log_q
+    torch.testing.assert_close(stats.teacher_entropy.double(), entropy, rtol=1e-5, atol=0)
+    assert stats.agreement.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_centers_far_from_zero_cost_no_digits(name, device):
     leaves, constant = everything(device)
     far = {**constant, "center": constant["center"].double() + 2.0**20, "teacher_temperature": 0.01}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import socket
 
 import peers
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from cases import BACKENDS
 from torch import Tensor
 
@@ -93,6 +91,7 @@ def test_teacher_center_is_the_mean_logit(dtype, device):
 CENTER_ERRORS = {
     "iterations": (0, ValueError, "iterations must be at least 1"),
     "temperature": (-1.0, ValueError, r"temperature must be in \(0"),
+    "temperature of inf": (float("inf"), ValueError, r"temperature must be in \(0"),
     "row_mask": (torch.ones(3), TypeError, "row_mask must have dtype torch.bool"),
     "teacher_bias": (torch.ones(V + 1), ValueError, "teacher_bias must have shape"),
 }
@@ -103,7 +102,7 @@ def test_center_errors(argument):
     value, kind, message = CENTER_ERRORS[argument]
     rows, head = unit(3, D, dtype=torch.float32, device="cpu"), unit(V, D, dtype=torch.float32, device="cpu")
     with pytest.raises(kind, match=rf"^sinkhorn_center: {message}"):
-        sk.sinkhorn_center(rows, head, **{argument: value})
+        sk.sinkhorn_center(rows, head, **{argument.split()[0]: value})
     with pytest.raises(ValueError, match=r"^sinkhorn_center: temperature must be positive"):
         sk.sinkhorn_center(rows, head, temperature=torch.tensor(0.0))
 
@@ -200,6 +199,56 @@ def test_swav_is_lightlys(dtype, device):
         assert len(stats) == 2
 
 
+def test_what_is_not_finite_leaves_the_center(device):
+    """No token is masked in any image, a row overflowed, a prototype is masked."""
+    heads = Heads(torch.float32, device)
+    module = sk.nn.PrototypeLoss.ibot(V).to(device)
+    module.center.fill_(0.25)
+    before = module.center.clone()
+    none = torch.zeros(3, 4, dtype=torch.bool, device=device)
+    loss = module(heads.student[0, :0], heads.head, heads.teacher[0, :0], heads.teacher_head, mask=none)
+    assert loss == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, [heads.student, heads.head]))
+    assert torch.equal(module.center, before)
+
+    rows = sk.nn.PrototypeLoss(V).to(device)
+    rows.center.copy_(before)
+    spoilt = heads.teacher[0].clone()
+    spoilt[1, 2] = float("inf")
+    assert rows(heads.student[0], heads.head, spoilt, heads.teacher_head).isnan()
+    assert torch.equal(rows.center, before)
+    bias = torch.zeros(V, device=device)
+    bias[3] = float("-inf")
+    rows(heads.student[0], heads.head, heads.teacher[0], heads.teacher_head, teacher_bias=bias)
+    assert torch.equal(rows.center == before, torch.arange(V, device=device) == 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_center_stays_in_float32(dtype, device):
+    """In half precision an update of a thousandth would round to nothing."""
+    heads = Heads(torch.float32, device)
+    modules = [sk.nn.PrototypeLoss(V, center_momentum=0.999).to(device, to) for to in (torch.float32, dtype)]
+    for module in modules:
+        module.center.fill_(1)
+        module(heads.student[0], heads.head, heads.teacher[0], heads.teacher_head)
+    assert modules[1].center.dtype == torch.float32
+    assert torch.equal(modules[0].center, modules[1].center)
+    assert (modules[1].center != 1).all()
+
+
+def test_computing_again_in_backward_is_refused(device):
+    """The center has moved since: the gradient would be another one, and the center would move twice."""
+    heads = Heads(torch.float32, device)
+    module = sk.nn.PrototypeLoss(V).to(device)
+    given = (heads.student[0], heads.head, heads.teacher[0], heads.teacher_head)
+    loss = torch.utils.checkpoint.checkpoint(module, *given, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"^PrototypeLoss: in training it cannot be computed again"):
+        loss.backward()
+    expected = torch.autograd.grad(module.eval()(*given), heads.head)
+    again = torch.utils.checkpoint.checkpoint(module, *given, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again, heads.head)[0], expected[0])
+
+
 def test_sinkhorn_centers_of_a_batch(device):
     """DINOv2: every prototype has about the same mass, so that none collapses."""
     heads = Heads(torch.float64, device)
@@ -263,41 +312,3 @@ def test_call_errors():
     ):
         with pytest.raises((TypeError, ValueError), match=rf"^PrototypeLoss: {message}"):
             module(*arguments)
-
-
-def _on_rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
-    rows, head = unit(40, D, dtype=torch.float64, device="cpu"), unit(V, D, dtype=torch.float64, device="cpu", seed=1)
-    own = rows[:13] if rank == 0 else rows[13:]
-    group = dist.group.WORLD
-    found = {
-        "sinkhorn": sk.sinkhorn_center(own, head, temperature=0.05, process_group=group),
-        "one": sk.sinkhorn_center(own[: 13 * rank], head, temperature=0.05, iterations=1, process_group=group),
-        "mean": sk.teacher_center(own, head, process_group=group),
-    }
-    module = sk.nn.PrototypeLoss(V, process_group=group).double()
-    module(own, head, own, head)
-    found["module"] = module.center
-    torch.save(found, f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.full
-@pytest.mark.costly("processes start")
-def test_centers_are_those_of_the_rows_of_all_ranks(tmp_path):
-    """Ranks with different numbers of rows, once without any."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    mp.spawn(_on_rank, (port, str(tmp_path)), nprocs=2)
-    rows, head = unit(40, D, dtype=torch.float64, device="cpu"), unit(V, D, dtype=torch.float64, device="cpu", seed=1)
-    mean = sk.teacher_center(rows, head)
-    expected = {
-        "sinkhorn": sk.sinkhorn_center(rows, head, temperature=0.05),
-        "one": sk.sinkhorn_center(rows[13:26], head, temperature=0.05, iterations=1),
-        "mean": mean,
-        "module": 0.1 * mean,
-    }
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected, rtol=1e-10, atol=1e-12)

@@ -26,7 +26,7 @@ from sslkernels.core.operator import full, operator
 from sslkernels.vocabulary.prototypes.chunked_distillation import WORKSPACE_BYTES, Projection
 from sslkernels.vocabulary.prototypes.distillation_records import centered, inverse_of
 from sslkernels.vocabulary.prototypes.distillation_rows import DistillationRows, NativeRows, TritonRows
-from sslkernels.vocabulary.prototypes.linear_distillation import check_head, compute_dtype_of_head
+from sslkernels.vocabulary.prototypes.heads import check_head, compute_dtype_of_head
 
 NAME = "sinkhorn_center"
 COLUMNS_AT_ONCE = 4096  # on a CPU a block of columns stays in the cache through the passes over it
@@ -233,7 +233,7 @@ def _potential(columns: ColumnSums, process_group: Any) -> Tensor:
 def _temperature(value: float | Tensor, teacher: Tensor) -> Tensor:
     """0-d, float64."""
     if not isinstance(value, Tensor):
-        checks.number(NAME, "temperature", value, low=0.0, low_open=True)
+        checks.number(NAME, "temperature", value, low=0.0, high=checks.LARGEST, low_open=True)
         return full((), value, torch.float64, teacher.device)
     checks.tensor(NAME, "temperature", value, checks.FLOAT_DTYPES)
     checks.same_device(NAME, "temperature", value, "teacher", teacher.device)

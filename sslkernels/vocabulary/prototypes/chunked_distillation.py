@@ -18,6 +18,7 @@ from torch import Tensor
 from sslkernels.core.chunks import ROW_MULTIPLE, Matmuls, equal_rows, round_up, row_pitch, wave_rows, workspace_of
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.products import add_product
+from sslkernels.core.slices import Slices
 from sslkernels.vocabulary.linear_records import empty_gradients, normalise
 from sslkernels.vocabulary.prototypes.distillation_records import (
     Gradients,
@@ -31,6 +32,7 @@ from sslkernels.vocabulary.prototypes.distillation_records import (
     shares,
 )
 from sslkernels.vocabulary.prototypes.distillation_rows import Choice, DistillationRows, Head, TeacherState
+from sslkernels.vocabulary.prototypes.sliced_distillation import SlicedRows, slices_in
 
 # Bytes of the buffers, unless the caller bounds them.
 WORKSPACE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
@@ -42,7 +44,10 @@ def forward(
     """Loss and statistics of each row, and the wanted gradients of sum(coefficient * loss)."""
     gradients = empty_gradients(operands, wanted)
     outputs = empty_outputs(operands, operands.input.shape[0], options.stats)
-    students, teachers = _Students(rows, operands, options, wanted, gradients), _Teachers(rows, operands, options)
+    slices = slices_in(options, operands)
+    rows = rows if slices is None else SlicedRows(slices)
+    students = _Students(rows, operands, options, wanted, gradients, slices)
+    teachers = _Teachers(rows, operands, options, slices)
     order = _order(operands, outputs.loss.dtype)
     if any(wanted):
         coefficient = students.coefficient(coefficient, order, operands)
@@ -136,15 +141,21 @@ class Projection:
     """The products of rows and a weight, chunk by chunk, in a buffer in the accumulation dtype."""
 
     def __init__(
-        self, rows: Tensor, weight: Tensor, offset: Tensor | None, temperature: Tensor, compute_dtype: torch.dtype
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        offset: Tensor | None,
+        temperature: Tensor,
+        compute_dtype: torch.dtype,
+        slices: Slices | None = None,
     ) -> None:
-        """offset (V,), float64: what is added to the logits; only its differences matter."""
+        """offset (V,), float64: what is added to the logits; only its differences matter, in all slices."""
         acc = accumulation_dtype(rows.dtype)
         # On a CPU a matmul of 16-bit numbers has no float32 result.
         self.dtype = compute_dtype if rows.device.type == "cuda" and acc != torch.float64 else acc
         self.rounded_to = compute_dtype
         self.weight = weight.to(compute_dtype).to(self.dtype)
-        self.head = _head(centered(offset), temperature, acc)
+        self.head = _head(centered(offset, slices), temperature, acc)
         self.buffer = rows.new_empty(0, dtype=acc)
 
     def matmul_operand(self, rows: Tensor) -> Tensor:
@@ -163,7 +174,7 @@ class Projection:
 class _Teachers:
     """The teacher's softmaxes of a chunk."""
 
-    def __init__(self, rows: DistillationRows, operands: Operands, options: Options) -> None:
+    def __init__(self, rows: DistillationRows, operands: Operands, options: Options, slices: Slices | None) -> None:
         self.kernels = rows
         # In the accumulation dtype of the student, whose float64 a teacher need not share.
         acc = accumulation_dtype(operands.input.dtype)
@@ -174,6 +185,7 @@ class _Teachers:
             operands.teacher_offset,
             operands.temperature[1],
             options.teacher_dtype,
+            slices,
         )
 
     def state(self, chunk: slice, order: _Order) -> tuple[TeacherState, Choice]:
@@ -199,14 +211,27 @@ class _Students:
     """The student's logits of a chunk, and its gradients."""
 
     def __init__(
-        self, rows: DistillationRows, operands: Operands, options: Options, wanted: Wanted, gradients: Gradients
+        self,
+        rows: DistillationRows,
+        operands: Operands,
+        options: Options,
+        wanted: Wanted,
+        gradients: Gradients,
+        slices: Slices | None,
     ) -> None:
         self.kernels, self.options, self.wanted, self.gradients = rows, options, wanted, gradients
         self.acc = accumulation_dtype(operands.input.dtype)
         self.input = operands.input
         self.projection = Projection(
-            operands.input, operands.linear_weight, operands.linear_bias, operands.temperature[0], options.student_dtype
+            operands.input,
+            operands.linear_weight,
+            operands.linear_bias,
+            operands.temperature[0],
+            options.student_dtype,
+            slices,
         )
+        # All ranks reduce as many chunks: their rows follow from the largest slice.
+        self.widest = operands.linear_weight.shape[0] if slices is None else slices.largest
         self.dtype, self.weight = self.projection.dtype, self.projection.weight
         self.gradient_buffer = operands.input.new_empty(0, dtype=self.acc)
         self.grad_weight = gradients.linear_weight
@@ -224,7 +249,7 @@ class _Students:
 
     def chunk_rows(self, teachers: _Teachers, order: _Order) -> int:
         """As many rows as fit with the teachers that they may need, and allocates their buffers."""
-        device, pitch = self.input.device, row_pitch(self.weight.shape[0])
+        device, pitch = self.input.device, row_pitch(self.widest)
         workspace_bytes = self.options.workspace_bytes
         if workspace_bytes is None:
             workspace_bytes = workspace_of(device, WORKSPACE_BYTES)
@@ -240,10 +265,12 @@ class _Students:
             rows = equal_rows(order.count, fit)
         else:
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-            matmuls = Matmuls(*self.weight.shape, self.wanted.input, self.wanted.linear_weight)
+            matmuls = Matmuls(self.widest, self.weight.shape[1], self.wanted.input, self.wanted.linear_weight)
             rows = wave_rows(order.count, matmuls, fit, processors)
         if separate:
-            self.gradient_buffer = self.input.new_empty((round_up(rows, ROW_MULTIPLE), pitch), dtype=self.dtype)
+            self.gradient_buffer = self.input.new_empty(
+                (round_up(rows, ROW_MULTIPLE), row_pitch(self.weight.shape[0])), dtype=self.dtype
+            )
         if self.wanted.input:
             padded = round_up(order.count, ROW_MULTIPLE)
             self.grad_input = self.input.new_empty((padded, self.input.shape[1]), dtype=self.dtype)

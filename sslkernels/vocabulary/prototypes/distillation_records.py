@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.slices import Slices
 from sslkernels.vocabulary.linear_records import Gradients, Wanted
 
 NAME = "linear_distillation"
@@ -41,13 +43,17 @@ class Operands(NamedTuple):
 
 class Options(NamedTuple):
     """divergence: subtract the entropy of q. stats: fill the statistics. The dtypes of the matmuls, and the caller's
-    bound of the bytes of the buffers, None for the default."""
+    bound of the bytes of the buffers, None for the default. group: name of the process group over which the prototypes
+    are sliced, None: they are not; sizes: of the slices of all ranks, empty where they are still to be exchanged.
+    Heads, offsets and the usage are then of this rank's slice."""
 
     divergence: bool
     stats: bool
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
     workspace_bytes: int | None
+    group: str | None = None
+    sizes: tuple[int, ...] = ()
 
 
 class RowOutputs(NamedTuple):
@@ -82,14 +88,16 @@ def empty_outputs(operands: Operands, count: int, stats: bool) -> RowOutputs:
     )
 
 
-def centered(vector: Tensor | None) -> Tensor | None:
-    """The vector minus its mean, float64: no softmax changes, and what is far from 0 costs no digits. Infinities, which
-    mask columns, do not count."""
+def centered(vector: Tensor | None, slices: Slices | None = None) -> Tensor | None:
+    """The vector minus its mean, of all slices, float64: no softmax changes, and what is far from 0 costs no digits.
+    Infinities, which mask columns, do not count."""
     if vector is None:
         return None
     finite = torch.isfinite(vector)
-    mean = torch.where(finite, vector, 0).sum(dtype=torch.float64) / finite.sum().clamp_min(1)
-    return vector.double() - mean
+    sums = torch.stack([torch.where(finite, vector, 0).sum(dtype=torch.float64), finite.sum()])
+    if slices is not None:
+        dist.all_reduce(sums, group=slices.group)
+    return vector.double() - sums[0] / sums[1].clamp_min(1)
 
 
 def inverse_of(temperature: Tensor) -> Tensor:

@@ -43,16 +43,23 @@ def forward(
 
     target_gap = torch.where(q == 0, 0, q * gaps).sum(1)
     student_gap = torch.where(p == 0, 0, p * gaps).sum(1)
+    # Where both are near 1, 1 - q and 1 - p are known without cancellation.
+    p_best, q_best = p.gather(1, best), q.gather(1, best)
+    at_best = torch.where(
+        (p_best > 0.5) & (q_best > 0.5), target.rest.gather(1, best) - others / (1 + others), p_best - q_best
+    )
+    difference = (p - q).scatter(1, best, at_best)
+    log_q = torch.where(q > 0.5, torch.log1p(-target.rest), q.log())
     poison = 0 * (target_gap + p.sum(1))  # NaN where the row has one
     loss = target_gap + log_sum.squeeze(1)
     if options.divergence:
-        loss = torch.where(q == 0, p, q * (q.log() - log_p) + (p - q)).sum(1) + poison
+        loss = torch.where(q == 0, p, q * (log_q - log_p) + difference).sum(1) + poison
     outputs = empty_outputs(operands, 0, False)._replace(
         loss=loss.masked_fill(left_out, 0), gap=(student_gap - target_gap).masked_fill(left_out, 0)
     )
     if options.stats:
         outputs = outputs._replace(
-            teacher_entropy=-torch.where(q == 0, 0, q * q.log()).sum(1).masked_fill(left_out, 0),
+            teacher_entropy=-torch.where(q == 0, 0, q * log_q).sum(1).masked_fill(left_out, 0),
             student_entropy=(student_gap + log_sum.squeeze(1)).masked_fill(left_out, 0),
             agreement=(q.argmax(1) == best.squeeze(1)) & ~left_out,
             usage=q.sum(0) / (~left_out).sum(),
@@ -63,13 +70,7 @@ def forward(
         return outputs, gradients
     coefficient = (coefficient * student_inverse).masked_fill(left_out, 0)
     coefficient = normalise(coefficient, gradients.scale, operands.input.dtype)
-    difference = p - q
-    # Where both are near 1, 1 - q and 1 - p are known without cancellation.
-    p_best, q_best = p.gather(1, best), q.gather(1, best)
-    at_best = torch.where(
-        (p_best > 0.5) & (q_best > 0.5), target.rest.gather(1, best) - others / (1 + others), p_best - q_best
-    )
-    grad = (coefficient.unsqueeze(1) * difference.scatter(1, best, at_best)).masked_fill(left_out.unsqueeze(1), 0)
+    grad = (coefficient.unsqueeze(1) * difference).masked_fill(left_out.unsqueeze(1), 0)
     if wanted.input:
         gradients.input.copy_(grad @ weight)
     if wanted.linear_weight:

@@ -15,7 +15,9 @@ from sslkernels.core.autograd import Function, may_want_gradient, once_different
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
 from sslkernels.core.operator import full, operator
 from sslkernels.core.overloads import returns_stats
+from sslkernels.core.ranks import check_ranks, sum_over_ranks, summed_gradient
 from sslkernels.core.scale import scaled
+from sslkernels.core.slices import own_slice
 from sslkernels.vocabulary.linear_records import empty_gradients
 from sslkernels.vocabulary.prototypes import chunked_distillation, distillation_reference
 from sslkernels.vocabulary.prototypes.distillation_records import (
@@ -27,7 +29,8 @@ from sslkernels.vocabulary.prototypes.distillation_records import (
     Wanted,
     empty_outputs,
 )
-from sslkernels.vocabulary.prototypes.distillation_rows import NativeRows, TritonRows
+from sslkernels.vocabulary.prototypes.distillation_rows import DistillationRows, NativeRows, TritonRows
+from sslkernels.vocabulary.prototypes.heads import Heads, check_heads, check_rows, compute_dtype_of_head
 from sslkernels.vocabulary.reduction import check_reduction, reduced
 
 
@@ -64,6 +67,15 @@ def _checked(
     return forward(operands, coefficient, options, wanted)
 
 
+def _reference(
+    operands: Operands, coefficient: Tensor | None, options: Options, wanted: Wanted
+) -> tuple[RowOutputs, Gradients]:
+    """Over slices of the prototypes every backend has the same rows, in plain torch."""
+    if options.group is not None:
+        return chunked_distillation.forward(DistillationRows(), operands, coefficient, options, wanted)
+    return distillation_reference.forward(operands, coefficient, options, wanted)
+
+
 def _flops(operands: Operands, wanted: Wanted) -> int:
     """Logits of student and teacher, and the wanted gradients of input and weight, as if no row were left out and each
     teacher row computed once."""
@@ -75,7 +87,7 @@ def _flops(operands: Operands, wanted: Wanted) -> int:
 @operator(
     NAME,
     {
-        "reference": partial(_checked, distillation_reference.forward),
+        "reference": partial(_checked, _reference),
         "cpu": partial(_checked, partial(chunked_distillation.forward, NativeRows())),
         "triton": partial(_checked, partial(chunked_distillation.forward, TritonRows())),
     },
@@ -277,7 +289,12 @@ def linear_distillation(
             `reduction="none"` every mode runs the compact plan.
         workspace_bytes: upper bound of the bytes of the buffers of logits, which hold at least 16 rows. Default: 512
             MiB on CUDA or, if that is more, a 64th of the GPU's memory; 128 MiB on a CPU.
-        process_group: ranks that the weights are sharded over; not implemented yet, must be None.
+        process_group: ranks that the prototypes are sliced over, a `torch.distributed.ProcessGroup` or a DeviceMesh of
+            one dimension. Both weights, both biases and the center then have the rows of this rank's slice, of any
+            size and in the order of the ranks; everything else is the same on every rank. Loss and statistics are the
+            same on every rank, but for the usage, which has this rank's prototypes; the gradient of student is
+            complete. A `student_weight` and `student_bias` may be DTensors, `Shard(0)` over this group or a mesh
+            dimension named "tp". The rows are computed in plain torch; no logits are exchanged.
         return_stats: also return `DistillationStats`, from the same pass.
 
     Returns:
@@ -286,7 +303,6 @@ def linear_distillation(
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range. An index out of range or a
             temperature that is not positive raises `ValueError` on the CPU; on a GPU the loss of its rows is NaN.
-        NotImplementedError: for a `process_group`.
 
     Nothing synchronises.
 
@@ -300,18 +316,24 @@ def linear_distillation(
     >>> sk.linear_distillation(student, prototypes, teacher, prototypes, center=center, teacher_index=index).backward()
     """
     rows_shape = student.shape[:-1] if isinstance(student, Tensor) else ()
-    _check_heads(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, center)
-    _check_rows(student, teacher, teacher_index, row_weight)
+    student_weight, student_bias, group, sizes = own_slice(NAME, student_weight, student_bias, process_group, None)
+    heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias, center)
+    check_heads(student, teacher, heads, group is not None)
+    check_rows(student, teacher, teacher_index, row_weight)
     check_reduction(NAME, reduction, num_items, on_empty, student.device)
     checks.choice(NAME, "divergence", divergence, ("cross_entropy", "kl"))
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     checks.boolean(NAME, "return_stats", return_stats)
-    if process_group is not None:
-        raise NotImplementedError(f"{NAME}: process_group is not implemented; pass the whole weights on every rank")
     student_dtype = compute_dtype_of_head(NAME, "student", student, student_weight)
     teacher_dtype = compute_dtype_of_head(NAME, "teacher", teacher, teacher_weight)
-    options = Options(divergence == "kl", return_stats, student_dtype, teacher_dtype, workspace_bytes)
+    options = Options(divergence == "kl", return_stats, student_dtype, teacher_dtype, workspace_bytes, group, sizes)
+    if group is not None:
+        same = {"student": student, "teacher": teacher, "teacher_index": teacher_index, "row_weight": row_weight}
+        same |= heads._asdict() | {"reduction": reduction, "num_items": num_items, "on_empty": on_empty, "mode": mode}
+        same |= {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+        check_ranks(NAME, group, same | {"divergence": divergence, "stats": return_stats, "bytes": workspace_bytes})
+        student = summed_gradient(student, group)
     temperatures = [
         _temperature(name, value, student.device)
         for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature))
@@ -342,12 +364,13 @@ def linear_distillation(
     else:
         rows = _RowLosses.run(operands, options)
         loss = reduced(rows.loss, weights, divisor, reduction, rows_shape)
-    return (loss, _statistics(rows, rows_shape)) if return_stats else loss
+    return (loss, _statistics(rows, rows_shape, group)) if return_stats else loss
 
 
-def _statistics(rows: RowOutputs, shape: tuple[int, ...]) -> DistillationStats:
+def _statistics(rows: RowOutputs, shape: tuple[int, ...], group: str | None) -> DistillationStats:
     usage = rows.usage.detach()
-    perplexity = torch.exp(-torch.special.xlogy(usage, usage).sum())
+    entropy = torch.special.entr(usage).sum()
+    perplexity = (entropy if group is None else sum_over_ranks(entropy, group)).exp()
     by_row = (rows.teacher_entropy, rows.student_entropy, rows.agreement)
     return DistillationStats(*(values.detach().reshape(shape) for values in by_row), usage, perplexity)
 
@@ -383,72 +406,3 @@ def _divisor(operands: Operands, num_items: int | Tensor | None, on_empty: str, 
     else:
         divisor = count if num_items is None else full((), float(num_items), dtype, device)
     return torch.where(count == 0, 1, divisor) if on_empty == "zero" else divisor
-
-
-def compute_dtype_of_head(function: str, name: str, features: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the matmuls: autocast's where it is enabled, else the dtype that both tensors must have."""
-    if checks.autocast(features.device) and torch.float64 not in (features.dtype, weight.dtype):
-        return torch.get_autocast_dtype(features.device.type)
-    if weight.dtype != features.dtype:
-        must = f"have the dtype of {name}, {features.dtype}, outside autocast"
-        checks.fail(TypeError, function, f"{name}_weight", must, weight.dtype)
-    return features.dtype
-
-
-def check_head(
-    function: str, name: str, features: Tensor, weight: Tensor, bias: Tensor | None, device: torch.device | None = None
-) -> None:
-    """Checks features (..., D), weight (V, D) and bias (V,), named `name`, `name`_weight and `name`_bias."""
-    checks.tensor(function, name, features, checks.FLOAT_DTYPES)
-    checks.dims(function, name, features, 1, "(..., D)")
-    checks.tensor(function, f"{name}_weight", weight, checks.FLOAT_DTYPES)
-    checks.dims(function, f"{name}_weight", weight, 2, "(V, D)", high=2)
-    checks.shape(function, f"{name}_weight", weight, (weight.shape[0], features.shape[-1]), "(V, D)")
-    if weight.shape[0] == 0:
-        checks.fail(ValueError, function, f"{name}_weight", "have at least one row", tuple(weight.shape))
-    checks.tensor(function, f"{name}_bias", bias, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(function, f"{name}_bias", bias, (weight.shape[0],), "(V,)")
-    if device is not None:
-        checks.same_device(function, name, features, "student", device)
-    checks.same_device(function, f"{name}_weight", weight, name, features.device)
-    checks.same_device(function, f"{name}_bias", bias, name, features.device)
-
-
-def _check_heads(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    center: Tensor | None,
-) -> None:
-    check_head(NAME, "student", student, student_weight, student_bias)
-    checks.tensor(NAME, "teacher_weight", teacher_weight, checks.FLOAT_DTYPES)
-    if teacher_weight.shape[:1] != student_weight.shape[:1]:
-        must = f"have as many rows as student_weight, {student_weight.shape[0]}"
-        checks.fail(ValueError, NAME, "teacher_weight", must, tuple(teacher_weight.shape))
-    check_head(NAME, "teacher", teacher, teacher_weight, teacher_bias, student.device)
-    vocab = student_weight.shape[0]
-    if teacher.dtype == torch.float64 and student.dtype != torch.float64:
-        checks.fail(TypeError, NAME, "teacher", f"not be float64 with a student of {student.dtype}", teacher.dtype)
-    checks.tensor(NAME, "center", center, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "center", center, (vocab,), "(V,)")
-    checks.same_device(NAME, "center", center, "student", student.device)
-
-
-def _check_rows(student: Tensor, teacher: Tensor, teacher_index: Tensor | None, row_weight: Tensor | None) -> None:
-    shape = student.shape[:-1]
-    if teacher_index is None:
-        checks.shape(NAME, "teacher", teacher, (*shape, teacher.shape[-1]), "the rows of student and features")
-    else:
-        checks.tensor(NAME, "teacher_index", teacher_index, checks.INDEX_DTYPES)
-        checks.dims(NAME, "teacher_index", teacher_index, 1, "(..., T)")
-        expected = (*shape, teacher_index.shape[-1])
-        checks.shape(NAME, "teacher_index", teacher_index, expected, "the rows of student and T")
-        checks.same_device(NAME, "teacher_index", teacher_index, "student", student.device)
-        if teacher_index.shape[-1] == 0:
-            checks.fail(ValueError, NAME, "teacher_index", "have at least one column", tuple(teacher_index.shape))
-    checks.tensor(NAME, "row_weight", row_weight, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "row_weight", row_weight, shape, "that of the rows of student")
-    checks.same_device(NAME, "row_weight", row_weight, "student", student.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.modules import Options, options_of
+from sslkernels.random.seeds import in_backward
 from sslkernels.vocabulary.prototypes.centers import sinkhorn_center, teacher_center
 from sslkernels.vocabulary.prototypes.linear_distillation import DistillationStats, linear_distillation
 
@@ -44,7 +45,8 @@ class PrototypeLoss(Options):
         warmup_teacher_temperature: that at step 0, if `warmup_steps` is not 0.
         warmup_steps: steps over which the teacher's temperature changes linearly to `teacher_temperature`; forward
             takes the `step`.
-        centering: "ema": the average of `teacher_center`, updated after the loss while the module trains; "sinkhorn":
+        centering: "ema": the average of `teacher_center`, updated after the loss while the module trains, at least in
+            float32; what is not finite, for a batch of no rows or one that overflowed, does not move it. "sinkhorn":
             `sinkhorn_center` of each batch, in "views" of each view; "none".
         center_momentum: how much of the average a batch keeps.
         sinkhorn_iterations: see `sinkhorn_center`.
@@ -146,6 +148,11 @@ class PrototypeLoss(Options):
         assigned view, only with "views".
         """
         self._check(teacher, teacher_weight, mask, queue)
+        if self.centering == "ema" and self.training and in_backward():
+            raise RuntimeError(
+                f"{NAME}: in training it cannot be computed again in backward (activation checkpointing), for its "
+                "center has moved since; leave it out of the checkpointed function"
+            )
         if teacher is None:
             teacher, teacher_weight, teacher_bias = student, student_weight, student_bias
         heads = _Heads(student_weight, student_bias, teacher_weight, teacher_bias, self.temperature_at(step))
@@ -209,7 +216,17 @@ class PrototypeLoss(Options):
         batch = teacher_center(
             teacher, heads.teacher_weight, teacher_bias=heads.teacher_bias, process_group=self.process_group
         )
-        self.center.lerp_(batch.to(self.center.dtype), 1 - self.center_momentum)
+        average = self.center.lerp(batch.to(self.center.dtype), 1 - self.center_momentum)
+        # No rows have no mean, and a step that overflowed must not end the training.
+        self.center.copy_(torch.where(batch.isfinite(), average, self.center))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PrototypeLoss:
+        """Keeps the center in float32, which in half precision would stop to move."""
+        before = self.center
+        super()._apply(fn, recurse)
+        if before is not None and self.center.dtype in (torch.float16, torch.bfloat16):
+            self.center = before.to(self.center.device)
+        return self
 
     def _views(self, student: Tensor, teacher: Tensor, queue: Tensor | None, heads: _Heads) -> Any:
         """Each assigned view is the teacher of the other views, with a center of its own."""

@@ -125,6 +125,34 @@ def _target_at(
     return q, rest
 
 
+@triton.jit
+def _sure_column(
+    teacher, teacher_stride, index, share, others, teacher_best, row, choices, HAS_INDEX: tl.constexpr
+):  # fmt: skip
+    """The column that has more than half of q, -1 if none has: it is the largest of one of the teachers."""
+    sure = tl.full((), -1, tl.int64)
+    for t in range(0, choices):
+        k, given, _, _ = _chosen(index, share, others, row, t, choices, HAS_INDEX)
+        column = tl.load(teacher_best + k, given, other=0)
+        q, _ = _target_at(teacher, teacher_stride, index, share, others, teacher_best, row, column, choices, HAS_INDEX)
+        sure = tl.where(given & (q > 0.5), column, sure)
+    return sure
+
+
+@triton.jit
+def _difference(p, q, rest_of_p, rest_of_q):
+    """p - q of a column, where 1 - p and 1 - q are known without cancellation too."""
+    return tl.where((p > 0.5) & (q > 0.5), rest_of_q - rest_of_p, p - q)
+
+
+@triton.jit
+def _terms(p, q, rest_of_p, rest_of_q, log_p):
+    """-q log q and q log(q / p) + p - q of a column."""
+    log_q = tl.where(q > 0.5, log1p(-rest_of_q), tl.log(tl.where(q == 0.0, 1.0, q)))
+    term = q * (log_q - log_p) + _difference(p, q, rest_of_p, rest_of_q)
+    return -q * log_q, tl.where(q == 0.0, p, term)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def distillation_rows_kernel(
     logits, offset, scale_at, teacher, others_in, best_in, index, share, coefficient,
@@ -179,6 +207,9 @@ def distillation_rows_kernel(
     tl.store(gap_out + i, student_gap - target_gap)
 
     if DIVERGENCE or STATS:
+        # The largest column of the student and that of more than half of q are added last: where p and q are near 1,
+        # what is missing is known to its digits.
+        sure = _sure_column(teacher, teacher_stride, index, share, others_in, best_in, i, choices, HAS_INDEX)
         entropy_lanes = tl.zeros((BLOCK,), scale.dtype)
         divergence_lanes = tl.zeros((BLOCK,), scale.dtype)
         highest = tl.full((BLOCK,), float("-inf"), scale.dtype)
@@ -191,16 +222,35 @@ def distillation_rows_kernel(
             )
             gap = largest - z
             p = tl.where(inside, tl.exp(-gap) / total, 0.0)
-            present = q != 0.0
+            apart = (cols == best) | (cols == sure)
+            present = (q != 0.0) & ~apart
             log_q = tl.log(tl.where(present, q, 1.0))
-            entropy_lanes -= q * log_q
-            divergence_lanes += tl.where(present, q * (log_q + (gap + log_sum)) + (p - q), p)
+            entropy_lanes -= tl.where(present, q * log_q, 0.0)
+            divergence_lanes += tl.where(present, q * (log_q + (gap + log_sum)) + (p - q), tl.where(apart, 0.0, p))
             highest, highest_col = _largest_lanes(tl.where(inside, q, float("-inf")), cols, highest, highest_col)
+        q_best, rest_best = _target_at(
+            teacher, teacher_stride, index, share, others_in, best_in, i, best, choices, HAS_INDEX
+        )
+        entropy, row_divergence = _terms(1.0 / total, q_best, others / total, rest_best, -log_sum)
+        if (sure >= 0) & (sure != best):
+            z_sure = tl.load(row + sure) * scale
+            if HAS_OFFSET:
+                z_sure += tl.load(offset + sure)
+            gap_sure = largest - z_sure
+            p_sure = tl.exp(-gap_sure) / total
+            q_sure, rest_sure = _target_at(
+                teacher, teacher_stride, index, share, others_in, best_in, i, sure, choices, HAS_INDEX
+            )
+            entropy_sure, divergence_sure = _terms(p_sure, q_sure, 1.0 - p_sure, rest_sure, -(gap_sure + log_sum))
+            entropy += entropy_sure
+            row_divergence += divergence_sure
+        entropy += tl.sum(entropy_lanes, 0)
+        row_divergence += tl.sum(divergence_lanes, 0)
         if DIVERGENCE:
-            row_loss = tl.sum(divergence_lanes, 0) + 0.0 * (target_gap + others)
+            row_loss = row_divergence + 0.0 * (target_gap + others)
         if STATS:
             _, target_best = _largest(highest, highest_col)
-            tl.store(teacher_entropy + i, tl.sum(entropy_lanes, 0))
+            tl.store(teacher_entropy + i, entropy)
             tl.store(student_entropy + i, student_gap + log_sum)
             tl.store(agreement + i, target_best == best)
     tl.store(loss + i, row_loss)
@@ -210,9 +260,7 @@ def distillation_rows_kernel(
         at_best, rest = _target_at(
             teacher, teacher_stride, index, share, others_in, best_in, i, best, choices, HAS_INDEX
         )
-        p_best = 1.0 / total
-        both = (p_best > 0.5) & (at_best > 0.5)
-        difference = tl.where(both, rest - others / total, p_best - at_best)
+        difference = _difference(1.0 / total, at_best, others / total, rest)
         for start in range(0, vocab, BLOCK):
             cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
             z = _load_z(row, offset, cols, access, inside, scale, HAS_OFFSET)
