@@ -95,7 +95,7 @@ class PatchedForward:
         self.before = {module: vars(module).get("forward") for module in (model, linear)}
 
     def install(self) -> None:
-        self.model.forward = self
+        self.model.forward = self  # type: ignore[method-assign]
         self.model._replicate_for_data_parallel = refuse_replicas
         self.decoder.linear.forward = self.decoder  # type: ignore[method-assign]
         if self.head is not None:
