@@ -108,6 +108,14 @@ class PatchedForward:
         for module, before in self.before.items():
             restore_forward(module, before)
 
+    def follow_output_embeddings(self) -> None:
+        """The model may have been resized, and has other output embeddings then."""
+        embeddings = self.model.get_output_embeddings()
+        if embeddings is not self.decoder.linear and type(embeddings) is nn.Linear:
+            restore_forward(self.decoder.linear, self.before.pop(self.decoder.linear))
+            self.before[embeddings] = vars(embeddings).get("forward")
+            self.decoder.linear, embeddings.forward = embeddings, self.decoder
+
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
         before = self.before[self.model]
         return type(self.model).forward(self.model, *args, **kwargs) if before is None else before(*args, **kwargs)
@@ -132,6 +140,7 @@ class PatchedForward:
         return output.to_tuple() if tuples else output
 
     def _without_logits(self, asked: Labels, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.follow_output_embeddings()
         self.decoder.labels, self.decoder.loss_options = asked, self.loss_options()
         try:
             with self.untransformed():
