@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from sslkernels.core import checks
-from sslkernels.integrations.language_model import PatchedForward, fitted, left_as_it_was
+from sslkernels.core.modules import left_as_it_was
+from sslkernels.integrations.language_model import PatchedForward, fitted
 from sslkernels.vocabulary.collator import DataCollatorForMaskedLM
 
 __all__ = ["DataCollatorForMaskedLM", "patch", "unpatch"]
@@ -44,9 +45,10 @@ def patch(model: nn.Module, *, compact: bool = True, example_inputs: Mapping[str
     With FSDP2, patch the model first and shard it then. Adapters on the output embeddings are refused: by `patch`, or
     at the next call with labels where they come later. Adapters elsewhere may come before or after. A deep copy of a
     patched model is a patched model. `nn.DataParallel` over several devices raises: use DistributedDataParallel.
+    Calls with labels are not to be made from several threads at once.
 
     Args:
-        model: any masked or causal language model of transformers 5, on its device, or a PEFT model around one.
+        model: any masked or causal language model of transformers 5, on its device, or PEFT's or torch.compile's of one.
         compact: let only the rows with a label into the transform before the output embeddings, where there is one.
             Reads their number on the host. Under `torch.compile` all rows go through the transform.
         example_inputs: the arguments of the trial call, without labels. Default: `input_ids` `(2, 8)`.
@@ -81,4 +83,5 @@ def unpatch(model: nn.Module) -> nn.Module:
 def _unwrapped(function: str, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         checks.fail(TypeError, function, "model", "be a torch.nn.Module", type(model).__name__)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     return model.get_base_model() if hasattr(model, "get_base_model") else model

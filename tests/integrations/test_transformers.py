@@ -243,6 +243,17 @@ def test_output_embeddings_that_are_replaced(name):
     assert "forward" not in vars(model.get_output_embeddings())
 
 
+def test_a_model_that_torch_compiled_and_one_without_memory():
+    model, inputs = model_and_inputs("BertForMaskedLM")
+    expected = stepped(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    assert patch(compiled) is compiled
+    assert_same_step(stepped(compiled, inputs), (expected[0], {f"_orig_mod.{n}": g for n, g in expected[1].items()}))
+    assert unpatch(compiled)(**inputs).logits is not None
+    with torch.device("meta"), pytest.raises(ValueError, match="BertForMaskedLM, whose parameters are on the meta"):
+        patch(transformers.BertForMaskedLM(model.config))
+
+
 def test_data_parallel_is_refused_where_it_makes_replicas(monkeypatch):
     model, inputs = model_and_inputs("BertForMaskedLM")
     expected = stepped(model, inputs)
