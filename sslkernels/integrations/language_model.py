@@ -114,7 +114,8 @@ class PatchedForward:
         if embeddings is not self.decoder.linear and type(embeddings) is nn.Linear:
             restore_forward(self.decoder.linear, self.before.pop(self.decoder.linear))
             self.before[embeddings] = vars(embeddings).get("forward")
-            self.decoder.linear, embeddings.forward = embeddings, self.decoder
+            self.decoder.linear = embeddings
+            self.decoder.linear.forward = self.decoder
 
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
         before = self.before[self.model]
