@@ -48,7 +48,7 @@ def patch(model: nn.Module, *, compact: bool = True, example_inputs: Mapping[str
     Calls with labels are not to be made from several threads at once.
 
     Args:
-        model: any masked or causal language model of transformers 5, on its device, or what PEFT or compile made of one.
+        model: any masked or causal language model of transformers 5, on its device, or PEFT's or compile's of one.
         compact: let only the rows with a label into the transform before the output embeddings, where there is one.
             Reads their number on the host. Under `torch.compile` all rows go through the transform.
         example_inputs: the arguments of the trial call, without labels. Default: `input_ids` `(2, 8)`.
