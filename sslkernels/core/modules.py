@@ -1,7 +1,9 @@
-"""Base classes of the modules that hold options or a process group."""
+"""Base classes of the modules that hold options or a process group, and a module that a call leaves as it was."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -83,3 +85,18 @@ class Options(OverRanks):
     def extra_repr(self) -> str:
         shown = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in self.options().items()}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Attributes, submodules and configuration of a model are restored: some replace modules at a short input."""
+    holders = [*model.modules(), *(vars(each)["config"] for each in model.modules() if "config" in vars(each))]
+    dicts = [vars(holder) for holder in holders]
+    dicts += [value for attributes in dicts for value in attributes.values() if type(value) is dict]
+    before = [dict(each) for each in dicts]
+    try:
+        yield
+    finally:
+        for each, content in zip(dicts, before, strict=True):
+            each.clear()
+            each.update(content)

@@ -59,7 +59,7 @@ class Decoder:
     """The `forward` of the output embeddings: the loss (1, 1, 1) while `labels` are pending, else the logits."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
+        self.linear: Any = linear
         self.labels: Labels | None = None
         self.loss_options: dict[str, Any] = {}
 
@@ -81,12 +81,12 @@ class PatchedForward:
     """
 
     def __init__(self, model: nn.Module, linear: nn.Linear, compact: bool) -> None:
-        self.model = model
+        self.model: Any = model
         self.decoder = Decoder(linear)
         self.compact = compact
         self.shift = 0
         self.transform: Transform | None = None
-        self.neutral_config: Any = None
+        self.neutral: tuple[str, Any] | None = None
         self.head: nn.Module | None = None
         self.handle: Any = None
         # Generation and trainers inspect the signature of the model.
@@ -97,7 +97,7 @@ class PatchedForward:
     def install(self) -> None:
         self.model.forward = self
         self.model._replicate_for_data_parallel = refuse_replicas
-        self.decoder.linear.forward = self.decoder  # type: ignore[method-assign]
+        self.decoder.linear.forward = self.decoder
         if self.head is not None:
             self.handle = self.head.register_forward_pre_hook(self.keep_masked_rows)
 
@@ -107,6 +107,15 @@ class PatchedForward:
         vars(self.model).pop("_replicate_for_data_parallel", None)
         for module, before in self.before.items():
             restore_forward(module, before)
+
+    def follow_output_embeddings(self) -> None:
+        """The model may have been resized, and has other output embeddings then."""
+        embeddings = self.model.get_output_embeddings()
+        if embeddings is not self.decoder.linear and type(embeddings) is nn.Linear:
+            restore_forward(self.decoder.linear, self.before.pop(self.decoder.linear))
+            self.before[embeddings] = vars(embeddings).get("forward")
+            self.decoder.linear = embeddings
+            self.decoder.linear.forward = self.decoder
 
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
         before = self.before[self.model]
@@ -132,6 +141,7 @@ class PatchedForward:
         return output.to_tuple() if tuples else output
 
     def _without_logits(self, asked: Labels, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.follow_output_embeddings()
         self.decoder.labels, self.decoder.loss_options = asked, self.loss_options()
         try:
             with self.untransformed():
@@ -160,12 +170,10 @@ class PatchedForward:
     @contextlib.contextmanager
     def untransformed(self) -> Iterator[None]:
         """The model leaves the output of its embeddings as it is: what it does to logits is done by the loss."""
-        if self.transform is None:
+        if self.neutral is None:
             yield
             return
-        name, value = self.transform.attribute, self.transform.neutral
-        if self.transform.in_config:
-            name, value = "config", self.neutral_config
+        name, value = self.neutral
         before = getattr(self.model, name)
         setattr(self.model, name, value)
         try:
@@ -174,10 +182,11 @@ class PatchedForward:
             setattr(self.model, name, before)
 
     def set_transform(self, transform: Transform) -> None:
-        self.transform = transform
+        self.transform, self.neutral = transform, (transform.attribute, transform.neutral)
         if transform.in_config:
-            self.neutral_config = copy.copy(self.model.config)
-            vars(self.neutral_config)[transform.attribute] = transform.neutral  # a strict field may refuse None
+            config = copy.copy(self.model.config)
+            vars(config)[transform.attribute] = transform.neutral  # a strict field may refuse None
+            self.neutral = "config", config
 
     def keep_masked_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the head: rows without a label do not go through its transform."""
@@ -216,6 +225,8 @@ def fitted(model: nn.Module, compact: bool, example_inputs: Mapping[str, Any] | 
         _refuse(model, f"whose output embeddings are {type(linear).__name__}")
     if "labels" not in inspect.signature(model.forward).parameters:
         _refuse(model, "whose forward takes no labels")
+    if linear.weight.is_meta:
+        _refuse(model, "whose parameters are on the meta device: load them first")
     sharded = [hasattr(module, "unshard") for module in model.modules()]
     sharded += [type(parameter.data).__module__.startswith("torch.distributed") for parameter in model.parameters()]
     if any(sharded):
@@ -264,7 +275,7 @@ def _trial(forward: PatchedForward, logits: Tensor, inputs: dict[str, Any]) -> _
         return logits
 
     linear = forward.decoder.linear
-    linear.forward = chosen  # type: ignore[method-assign]
+    linear.forward = chosen
     try:
         output = _called(model, inputs)
     finally:
@@ -382,18 +393,3 @@ def _check_loss(forward: PatchedForward, inputs: dict[str, Any]) -> None:
             forward.remove()
     if not torch.allclose(loss, own, rtol=_tolerance(forward.decoder.linear.weight)):
         _refuse(forward.model, f"whose loss is {own:.6g}, and {loss:.6g} when it is patched")
-
-
-@contextlib.contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Attributes, submodules and configuration of a model are restored: some replace modules at a short input."""
-    holders = [*model.modules(), *(vars(each)["config"] for each in model.modules() if "config" in vars(each))]
-    dicts = [vars(holder) for holder in holders]
-    dicts += [value for attributes in dicts for value in attributes.values() if type(value) is dict]
-    before = [dict(each) for each in dicts]
-    try:
-        yield
-    finally:
-        for each, content in zip(dicts, before, strict=True):
-            each.clear()
-            each.update(content)

@@ -30,29 +30,13 @@ class NTXentLoss(library.NTXentLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         gathers = self.gather_distributed and library.dist.world_size() > 1
-        if self.memory_bank.size[0] == 0 and not gathers:
-            return nt_xent(out0, out1, temperature=self.temperature)
+        if self.memory_bank.size[0] == 0:
+            group = torch.distributed.group.WORLD if gathers else None
+            return nt_xent(out0, out1, temperature=self.temperature, process_group=group)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
         out1, bank = self.memory_bank.forward(out1, update=out0.requires_grad)
-        if bank is not None:
-            bank = bank.to(device=out0.device, dtype=out0.dtype).T
-            return contrastive_energy(out0, out1, bank=bank, in_batch=False, logit_scale=1.0 / self.temperature)
-
-        views = torch.cat([out0, out1])
-        keys = torch.cat([*library.dist.gather(out0), *library.dist.gather(out1)])
-        ids = torch.arange(keys.shape[0], device=keys.device)
-        half, start = keys.shape[0] // 2, library.dist.rank() * out0.shape[0]
-        first = ids[start : start + out0.shape[0]]
-        second = first + half
-        # The row of a view among the keys is its id: a view is no candidate of itself.
-        return contrastive_energy(
-            views,
-            keys,
-            positive=torch.cat([second, first]),
-            query_ids=torch.cat([first, second]),
-            key_ids=ids,
-            logit_scale=1.0 / self.temperature,
-        )
+        bank = bank.to(device=out0.device, dtype=out0.dtype).T
+        return contrastive_energy(out0, out1, bank=bank, in_batch=False, logit_scale=1.0 / self.temperature)
 
 
 class DINOLoss(dino_loss.DINOLoss):

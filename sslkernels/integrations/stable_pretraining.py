@@ -14,6 +14,7 @@ from stable_pretraining.losses import multimodal
 from torch import Tensor
 
 from sslkernels.contrastive.energy import contrastive_energy
+from sslkernels.contrastive.losses import nt_xent
 from sslkernels.integrations import warn_once
 
 __all__ = ["CLIPLoss", "InfoNCELoss", "NTXEntLoss"]
@@ -52,10 +53,5 @@ class NTXEntLoss(InfoNCELoss, library.NTXEntLoss):
     """The class of stable-pretraining, fused, over the views of all ranks."""
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        views = torch.cat([z_i, z_j])
-        keys = torch.cat(library.all_gather(views))
-        ids = torch.arange(keys.shape[0], device=keys.device)
-        own = ids[library.get_rank() * views.shape[0] :][: views.shape[0]]
-        # The row of a view among the keys is its id: a view is no candidate of itself.
-        options = {"positive": own.roll(-z_i.shape[0]), "query_ids": own, "key_ids": ids}
-        return contrastive_energy(views, keys, logit_scale=1.0 / self.temperature, normalize=True, **options)
+        group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+        return nt_xent(z_i, z_j, temperature=self.temperature, process_group=group)

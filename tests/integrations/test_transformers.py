@@ -225,6 +225,35 @@ def test_a_copy_is_patched_and_its_own(copied):
     assert model(**inputs).logits is None
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForCausalLM", "GraniteForCausalLM"])
+def test_output_embeddings_that_are_replaced(name):
+    """Resized, which makes new ones of a model whose weights are not tied, and set."""
+    model, inputs = model_and_inputs(name)
+    first = patch(model).get_output_embeddings()
+    model.resize_token_embeddings(80)
+    inputs["labels"][0, 3] = 75
+    for changed in (lambda: None, lambda: model.set_output_embeddings(torch.nn.Linear(32, 80))):
+        changed()
+        expected = stepped(unpatch(copy.deepcopy(model)), inputs)
+        assert_same_step(stepped(model, inputs), expected)
+        assert model(**inputs).logits is None
+        assert model(**inputs, skip_logits=False).logits.shape == (2, 16, 80)
+    assert "forward" not in vars(first)
+    unpatch(model)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_a_model_that_torch_compiled_and_one_without_memory():
+    model, inputs = model_and_inputs("BertForMaskedLM")
+    expected = stepped(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    assert patch(compiled) is compiled
+    assert_same_step(stepped(compiled, inputs), (expected[0], {f"_orig_mod.{n}": g for n, g in expected[1].items()}))
+    assert unpatch(compiled)(**inputs).logits is not None
+    with torch.device("meta"), pytest.raises(ValueError, match="BertForMaskedLM, whose parameters are on the meta"):
+        patch(transformers.BertForMaskedLM(model.config))
+
+
 def test_data_parallel_is_refused_where_it_makes_replicas(monkeypatch):
     model, inputs = model_and_inputs("BertForMaskedLM")
     expected = stepped(model, inputs)
