@@ -21,7 +21,7 @@ def first_sentence(text: str) -> str:
     """The first prose of a page, up to its first full stop."""
     for block in re.split(r"\n\s*\n", text):
         line = " ".join(block.split())
-        if line and line[0] not in "#|!<-:$[" and not line.startswith("```"):
+        if line and line[0] not in "#|!<-:$[\\" and not line.startswith("```"):
             return re.split(r"(?<=[a-z0-9)*`])\. ", line)[0].rstrip(".:").replace("**", "")
     return ""
 

@@ -87,6 +87,12 @@ def performance_page() -> str:
         "Forward and backward, where there is one; memory is the peak beyond the results; the floor is the matmuls "
         "alone, or the memory traffic at the bandwidth of a copy.",
         "",
+        "## At a glance",
+        "",
+        "![Speed-up, share of the floor and memory, a row an op](../images/overview.png)",
+        "",
+        *overview.NOTES,
+        "",
         "## Every case",
         "",
         "| case | eager torch | next best | sslkernels | speed-up | floor | measured |",
@@ -119,6 +125,10 @@ def performance_page() -> str:
     text += [f"- {case}: {what} {value}, limit {limit}" for case, what, limit, value, _ in missed]
     text += ["", *REMARKS]
     return "\n".join(text).rstrip() + "\n"
+
+
+def figure(path: Path) -> None:
+    overview.figure(report(), path)
 
 
 REMARKS: Sequence[str] = (
