@@ -90,8 +90,8 @@ def read(name: str) -> dict[str, Any]:
 
 NOTHING = "**Nothing here has been measured on a GPU yet**: those columns are empty."
 FLOORS = """The floor of a kernel on an {name} is the larger of two times: its bytes at the {copy:.1f} TB/s of a copy,
-and, where it draws random numbers, its instructions at {instructions:.3g} a second. Predicted and measured is the share of
-the first: time of a copy of the same bytes / time of the kernel."""
+and, where it draws random numbers, its instructions at {instructions:.3g} a second. Predicted and measured is the
+share of the first: time of a copy of the same bytes / time of the kernel."""
 MODEL = """The model of forward and backward in bfloat16, with a workspace of {workspace} MiB: whole waves of tiles of
 128 x 256 on 132 multiprocessors for all three matmuls, the accumulator of the weight's gradient, and one pass over the
 logits. The floor is the time of the matmuls at their peak."""
