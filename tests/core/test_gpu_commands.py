@@ -135,7 +135,7 @@ def test_backends_are_those_of_the_tensors_of_a_test():
 def test_a_rehearsal_passes(name, tmp_path):
     out = tmp_path / "out"
     variables = {**os.environ, "OUT": str(out), "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "benchmarks.gpu", name, "--rehearse", "--total", "3600"]
+    program = [sys.executable, "-m", "benchmarks.gpu", name, "--rehearse", "--total", str(10 * plan.PATIENCE)]
     done = subprocess.run(program, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + (out / f"{name}.log").read_text()[-3000:]
     report = report_of(out, name)
