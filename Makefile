@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc)
 
-.PHONY: test test-rest test-all test-slow cuda-host bench bench-all pages notebooks wheels docs resources rng-report lint format clean gpu-first gpu-second gpu-join gpu-wheels
+.PHONY: test test-rest test-all test-slow triton-matrix cuda-host bench bench-all pages notebooks wheels docs resources rng-report lint format clean gpu-first gpu-second gpu-join gpu-wheels
 
 # ARGS: for pytest (make test ARGS="-k masking") or for the benchmark (make bench ARGS="--op mask_tokens"). A file of
 # tests goes to one process, which compiles and runs what its tests share once.
@@ -22,9 +22,19 @@ test-all:
 	$(MAKE) test-rest
 
 # What takes long and shows little more.
-test-slow: $(VENV)/built cuda-host
+test-slow: $(VENV)/built cuda-host triton-matrix
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
 	$(PYTEST) -m slow
+
+# The Triton kernels compiled for sm_90 by the oldest Triton that is supported, which comes with torch 2.11, and by the
+# newest: beside the one in .venv, not instead of it.
+TRITONS ?= 3.6.0 3.9.0
+triton-matrix: $(VENV)/built
+	for version in $(TRITONS); do \
+	  test -d build/triton-$$version || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps \
+	    --target build/triton-$$version triton==$$version || exit 1; \
+	  PYTHONPATH=$(CURDIR)/build/triton-$$version $(BIN)/python -m pytest -q tests/core/test_triton_resources.py -k sm_90 || exit 1; \
+	done
 
 # The CUDA kernels for the host, under two sanitizers; the tests build them too where they are missing.
 cuda-host: $(VENV)/built

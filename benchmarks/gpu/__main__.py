@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.gpu import plan, record, runner
+from benchmarks.gpu import page, plan, record, runner
 
 NO_COMMIT = "the kernel files are not those of the commit: {}"
 
@@ -54,6 +54,7 @@ def join(options: argparse.Namespace) -> int:
             chosen = json.loads(record.PREFERENCE.read_text()) if record.PREFERENCE.exists() else {}
             chosen[found[0].machine["architecture"]] = faster
             runner.write_json(record.PREFERENCE, chosen)
+    page.write()
     missing = sorted(now.keys() - entries.keys())
     print(f"{len(entries)} of {len(now)} kernel files are validated; not: {', '.join(missing) or 'none'}")
     for shard in found:
@@ -76,10 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--total", type=float, default=plan.TOTAL, help="seconds of the whole command")
         out = Path(os.environ.get("OUT") or plan.ROOT / "build" / "gpu")
         command.add_argument("--out", type=Path, default=out, help="default: the variable OUT, or build/gpu")
+    commands.add_parser("page")
     joining = commands.add_parser("join")
     joining.add_argument("folders", nargs="+", type=Path)
     joining.add_argument("--commit", default="HEAD")
     options = parser.parse_args(arguments)
+    if options.what == "page":
+        page.write()
+        return 0
     return join(options) if options.what == "join" else execute(options)
 
 

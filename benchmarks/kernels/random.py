@@ -86,6 +86,7 @@ KERNELS = {
         grid({"N": 1 << 14, "V": 4096}, backward=False),
         smoke={"shape": {"N": 33, "V": 1003}, "backward": False},
         share=None,
+        instructions=80,
     ),
     "alias_draw": Kernel(
         rows_and_columns(alias_draw_floor),

@@ -34,7 +34,7 @@ REFERENCE_ELEMENTS = 1 << 22
 # float32 matmul to round its operands to bfloat16, by 2^-9 each, or to truncate them to TensorFloat-32, by 2^-10 each:
 REDUCED_ROUNDING = 2**-7
 TF32_ROUNDING = 2**-8
-# The error of a GPU's matrix units for each term: see `HALF_ROUNDING` in triton/nearest_code.py.
+# The error of a GPU's matrix units for each term: see `MATRIX_ROUNDING` in triton/nearest_code.py.
 MATRIX_UNIT_ROUNDING = 2**-21
 
 

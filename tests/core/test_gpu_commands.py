@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import environment, peers
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import build, plan, record, runner
+from benchmarks.gpu import build, page, plan, record, runner
 from benchmarks.gpu.plan import Step
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_backends_are_those_of_the_tensors_of_a_test():
 def test_a_rehearsal_passes(name, tmp_path):
     out = tmp_path / "out"
     variables = {**os.environ, "OUT": str(out), "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "benchmarks.gpu", name, "--rehearse", "--total", "3600"]
+    program = [sys.executable, "-m", "benchmarks.gpu", name, "--rehearse", "--total", str(10 * plan.PATIENCE)]
     done = subprocess.run(program, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + (out / f"{name}.log").read_text()[-3000:]
     report = report_of(out, name)
@@ -198,6 +198,7 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "ROOT", root)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "PREFERENCE", tmp_path / "preference.json")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "gpu.md")
 
     def git(*arguments: str) -> str:
         if "--verify" in arguments:
@@ -285,3 +286,25 @@ def test_an_older_entry_of_another_version_is_kept(tree, tmp_path):
     folder = shard(tmp_path / "1", "first", [(A, "passed"), (C, "failed")])
     assert command.main(["join", str(folder)]) == 0
     assert {name: entry["commit"] for name, entry in recorded(tmp_path).items()} == {A: "c0ffee", B: "old"}
+
+
+def test_the_page_is_what_its_command_writes():
+    """`python -m benchmarks.gpu page` after a change of kernels, floors or results."""
+    assert page.PAGE.read_text() == page.page()
+
+
+def test_the_page_shows_what_was_measured(tree, tmp_path):
+    folder = shard(tmp_path / "1", "first", [(A, "passed")], cut=True)
+    _, case = next(page.kernels())
+    lines = [
+        {"case": case.name, "provider": provider, "status": "ok", "seconds": seconds, "family": "x_kernels"}
+        for provider, seconds in ((page.COPY, 1.0), ("sslkernels cuda", 1.25), ("sslkernels triton", 2.0))
+    ]
+    (folder / "first_times.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert command.main(["join", str(folder)]) == 0
+    written = (tmp_path / "gpu.md").read_text()
+    assert f"| `{A}` | 1 of 2 passed | c0ffee | some GPU | 2026-01-01 |" in written
+    assert f"| `{B}` | not validated |" in written
+    (row,) = [line for line in written.splitlines() if line.startswith(f"| {case.name} |")]
+    assert [cell.strip() for cell in row.split("|")][5:8:2] == ["0.80", "0.50"]
+    assert "Measured on: some GPU." in written

@@ -119,3 +119,28 @@ def test_tiled_search_on_a_cpu(monkeypatch, dtype, metric):
     x, c = draw(40, 50, 6, dtype)
     c[30:] = c[:20]
     assert torch.equal(search(x, c, metric), code_oracle.indices(x, c, METRICS[metric]))
+
+
+def in_tf32(values):
+    """Truncated to the 10 bits of the mantissa that TF32 has, the worst that a conversion does."""
+    return (values.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 64, 770])
+@pytest.mark.parametrize("signs", ["any", "equal"])
+def test_three_products_of_tf32_are_within_the_bound(dim, signs):
+    """A float32 product of Triton's kernel: of two parts each, without the product of the smaller ones."""
+    triton = pytest.importorskip("sslkernels.latent.triton.nearest_code")
+    x, c = draw(200, 300, dim)
+    if signs == "equal":
+        x, c = x.abs(), c.abs()
+    parts = []
+    for values in (x, c):
+        large = in_tf32(values)
+        parts.append((large.double(), in_tf32(values - large).double()))
+    (x0, x1), (c0, c1) = parts
+    found = x0 @ c0.t() + x0 @ c1.t() + x1 @ c0.t()
+    error = (found - x.double() @ c.double().t()).abs() / (x.double().norm(dim=1)[:, None] * c.double().norm(dim=1))
+    of_sums = (3 * dim + 24) * triton.MATRIX_ROUNDING  # what the sums may lose, which are exact here
+    assert error.max() <= triton.product_error(dim, F32) - of_sums
+    assert error.max() > 0

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sslkernels as sk
-from sslkernels.core.chunks import TILE, Matmuls, equal_rows, matmul_time, row_pitch, wave_rows, workspace_of
+from benchmarks.gpu.page import H200, LINEAR, linear_plan
+from sslkernels.core.chunks import Matmuls, equal_rows, matmul_time, wave_rows, workspace_of
 from sslkernels.vocabulary import chunked_linear, linear_operators, softmax_rows
 
 pytestmark = pytest.mark.pairwise
@@ -260,37 +261,19 @@ def test_the_default_cpu_workspace_is_at_least_the_accumulator(device, buffers, 
     assert [chunks for _, chunks in buffers] == [1, 13, 13]
 
 
-H200 = types.SimpleNamespace(multi_processor_count=132, total_memory=150_754_820_096)
-PEAK, BANDWIDTH = 790e12, 4.3e12  # of a matmul in bfloat16 and of a copy, measured on an H200
-
-
-def fitting(vocab, workspace):
-    return workspace // (row_pitch(vocab) * 2) // 16 * 16
-
-
-def share_of_floor(count, dim, vocab, workspace):
-    """The time of three matmuls at their peak over the modelled time: whole waves, and the pass over the logits."""
-    rows = wave_rows(count, Matmuls(vocab, dim, True, True), fitting(vocab, workspace), H200.multi_processor_count)
-    steps = matmul_time(count, Matmuls(vocab, dim, True, True), rows, H200.multi_processor_count)
-    matmuls = steps * 2 * TILE[0] * TILE[1] * H200.multi_processor_count / PEAK
-    return 6 * count * dim * vocab / PEAK / (matmuls + 4 * count * vocab / BANDWIDTH)
-
-
-@pytest.mark.parametrize(
-    ("count", "dim", "vocab"),
-    [(8192, 2304, 256000), (8192, 4096, 128256), (19661, 768, 30522), (9830, 768, 50368), (9830, 1024, 50265)],
-)
+@pytest.mark.parametrize(("count", "dim", "vocab"), LINEAR)
 def test_chunks_of_real_shapes_on_an_h200(monkeypatch, count, dim, vocab):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
+    h200 = types.SimpleNamespace(total_memory=H200.memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     workspace = workspace_of(torch.device("cuda"), chunked_linear.WORKSPACE_BYTES)
-    assert workspace == H200.total_memory // 64
-    assert share_of_floor(count, dim, vocab, workspace) >= 0.8
+    assert workspace == H200.memory // 64
+    assert linear_plan(count, dim, vocab, workspace).share >= 0.8
 
 
 @pytest.mark.parametrize(("workspace", "share"), [(512 << 20, 0.37), (1 << 30, 0.57), (2 << 30, 0.77)])
 def test_a_small_dim_wants_long_chunks(workspace, share):
     """With 1024 rows the gradient of the input has 24 tiles for 132 multiprocessors."""
-    assert share_of_floor(8192, 768, 256000, workspace) == pytest.approx(share, abs=0.01)
+    assert linear_plan(8192, 768, 256000, workspace).share == pytest.approx(share, abs=0.01)
 
 
 def test_a_small_gpu_keeps_the_default(monkeypatch):

@@ -17,9 +17,10 @@ ELEMENTS = 4096  # of rows in the registers of a program
 LOSS_ROWS = 128
 
 
-def config(dim: int) -> Config:
+def config(dim: int, tables: int = 1) -> Config:
+    """tables: how many rows of features a program holds for each of its rows."""
     block_d = min(next_power_of_2(dim), 1024)
-    block_r = max(1, ELEMENTS // block_d // 2)
+    block_r = max(1, ELEMENTS // block_d // 2 // tables)
     return Config({"BLOCK_R": block_r, "BLOCK_D": block_d}, {"num_warps": 4})
 
 
@@ -220,7 +221,7 @@ def positive_scores(pairs: Any, scale: Tensor, bias: Tensor | None, u: Tensor, s
     rows, dim = pairs.query.shape
     if rows == 0:
         return
-    chosen = config(dim)
+    chosen = config(dim, tables=2)
     with on_device_of(u):
         positive_scores_kernel[(triton.cdiv(rows, chosen.constexprs["BLOCK_R"]),)](
             *pairs, scale, bias, u, score, rows, pairs.key.shape[0], dim, **chosen.constexprs, **chosen.options

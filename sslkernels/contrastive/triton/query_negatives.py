@@ -19,11 +19,12 @@ NORM_FLOOR = tl.constexpr(1e-12)
 
 
 def config(count: int, dim: int, dtype: torch.dtype, by_index: bool) -> Config:
-    """The largest tile that fits the registers: 32 elements per thread, fewer in float64, and by index in half
-    precision, where the addresses of the rows take registers, too."""
+    """The largest tile that fits the registers: 32 elements per thread, fewer in float64, and by index, where
+    the addresses of the rows take registers, too."""
     most, per_warp, most_warps = {2: (16384, 512, 16), 4: (8192, 512, 8), 8: (2048, 128, 16)}[dtype.itemsize]
-    if by_index and dtype.itemsize == 2:
-        most, per_warp = most // 2, per_warp // 2
+    if by_index and dtype.itemsize < 8:
+        most //= 2
+        per_warp = per_warp // 2 if dtype.itemsize == 2 else per_warp
     block_d = min(next_power_of_2(dim), most)
     block_k = min(next_power_of_2(count), most // block_d)
     warps = min(max(block_k * block_d // per_warp, 1), most_warps)

@@ -275,7 +275,8 @@ def config(
         narrow = energy == ENERGY_SIGMOID and capability >= (10, 0)
         medium = burden < 2 or (hopper and burden < 3)
         height = 128 if small and hopper and not narrow else 64 if medium else 32
-        blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, 64 if small else 32), "BLOCK_D": depth}
+        width = 64 if small and not (energy == ENERGY_SIGMOID and depth == 128 and burden > 0) else 32
+        blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
         return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
     if kernel == "weighted":
         height = 32 if dtype == torch.float32 else 128 if capability[0] == 9 or (hopper and depth <= 128) else 64

@@ -326,7 +326,7 @@ def _flags(tile: Any) -> dict[str, Any]:
 
 def _burden(tile: Any, row: Any, column: Any, cost: Tensor | None) -> int:
     burden = burden_of(tile, row.share, row.smoothing, column.share, column.smoothing)
-    return 2 * burden if cost is not None else burden
+    return max(2 * burden, 1) if cost is not None else burden
 
 
 def _gradient_tile(

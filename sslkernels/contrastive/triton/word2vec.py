@@ -14,11 +14,12 @@ from sslkernels.core.triton.numerics import log1p
 ELEMENTS = 4096  # of rows in the registers of a program, more only where a single row is longer
 
 
-def config(dim: int, candidates: int) -> tuple[dict[str, int], dict[str, int]]:
+def config(dim: int, candidates: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
     """(constexprs, options)."""
     block_d = next_power_of_2(dim)
-    block_k = max(1, min(next_power_of_2(candidates), ELEMENTS // block_d))
-    warps = max(1, min(16, block_d * block_k // 1024))
+    long = block_d >= 1024 and itemsize < 8  # the addresses of a row take registers, too
+    block_k = max(1, min(next_power_of_2(candidates), (ELEMENTS // 2 if long else ELEMENTS) // block_d))
+    warps = max(1, min(16, block_d * block_k // (512 if long else 1024)))
     return {"BLOCK_K": block_k, "BLOCK_D": block_d}, {"num_warps": warps}
 
 
@@ -102,7 +103,7 @@ def negative_sampling_fwd(tables: Any, indices: Any, exclude_positive: bool, out
     if count == 0:
         return
     write_slopes, write_direction = outputs.slopes.numel() > 0, outputs.direction.numel() > 0
-    constexprs, options = config(dim, 1 + negative_count)
+    constexprs, options = config(dim, 1 + negative_count, tables.context_weight.element_size())
     negative_sampling_fwd_kernel[(count,)](
         *indices, *tables, outputs.loss, outputs.slopes if write_slopes else None,
         outputs.direction if write_direction else None, negative_count, center_rows, tables.context_weight.shape[0],

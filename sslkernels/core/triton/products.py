@@ -7,10 +7,10 @@ from sslkernels.core.triton.launch import Config
 
 
 @triton.jit
-def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
     """a (M, DIM) times b (DIM, N), from pointers to their first BLOCK_D columns and rows; `depth` is arange(BLOCK_D).
 
-    Both are contiguous along DIM. Never uses TF32.
+    Both are contiguous along DIM. PRECISION of float32: "ieee" never uses TF32, "tf32x3" multiplies its parts.
     """
     products = tl.zeros((a_at.shape[0], b_at.shape[1]), tl.float32)
     for start in range(0, DIM, BLOCK_D):
@@ -20,7 +20,7 @@ def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
         else:
             a = tl.load(a_at + start, depth[None, :] < DIM - start, other=0.0)
             b = tl.load(b_at + start, depth[:, None] < DIM - start, other=0.0)
-        products = tl.dot(a, b, products, input_precision="ieee")
+        products = tl.dot(a, b, products, input_precision=PRECISION)
     return products
 
 

@@ -122,7 +122,9 @@ def weighted_row_sums(
     entries, (rows, dim) = keys.shape[0], out.shape
     if entries == 0 or dim == 0:
         return
-    block_d = min(BLOCK_BYTES // coefficient.element_size(), next_power_of_2(dim))
+    # By index the addresses of the rows take registers, too.
+    row_bytes = BLOCK_BYTES if source_index is None else BLOCK_BYTES // 2
+    block_d = min(row_bytes // coefficient.element_size(), next_power_of_2(dim))
     chunks = triton.cdiv(entries, BLOCK_E)
     partials = coefficient.new_empty((2 * chunks, dim))
     grid = (chunks, triton.cdiv(dim, block_d))

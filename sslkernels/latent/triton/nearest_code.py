@@ -5,13 +5,14 @@ tile by tile. With s the computed score of a code and e a bound of its error ove
 largest s + e with its code, the second largest s + e, and the largest s - e. If only one code of all splits has s + e
 at least as large as the largest s - e, the second kernel takes it. Otherwise it rescores in float64, from the input as
 given, the codes of the splits that may hold the best. For standard normal data with D = 64 and 8192 codes, these are
-0.3 % of the rows in half precision, and none of 4096 rows in float32.
+0.3 % of the rows in half precision, and 1 % in float32.
 
 s = gain <x, c> - half_square, with half_square = |c|^2 / 2 for the squared distance and gain = 1 / |c| for the cosine.
-e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. For float32, which rounds to nearest, the
-bound of the sum of products is that of csrc/latent/vector_quantize.h. Matrix units multiply half precision exactly, but
-truncate sums to 24 bits or a few more, aligned to the largest term: each of the D terms and each sum of 16 loses at
-most 2^-23 of |x| |c|; `HALF_ROUNDING` is four times that. Products that may overflow have an infinite e.
+e = product |x| factor + constant, where `factor` is |c|, or 1 for the cosine. Matrix units multiply half precision
+exactly, but truncate sums to 24 bits or a few more, aligned to the largest term: each of the D terms and each sum of 16
+loses at most 2^-23 of |x| |c|; `MATRIX_ROUNDING` is four times that. A float32 number is cut into two of TF32, of which
+three products are summed: beside the roundings of three times as many terms, the fourth product and what the second
+numbers leave out are each at most 2^-20 of |x| |c|. Products that may overflow have an infinite e.
 """
 
 import torch
@@ -27,7 +28,7 @@ L2, COSINE = tl.constexpr(0), tl.constexpr(1)
 NOT_SPECIALIZED = ["rows", "codes", "tiles_per_split", "splits", "count"]
 
 FLOAT_ROUNDING = 2.0**-24
-HALF_ROUNDING = 2.0**-21
+MATRIX_ROUNDING = 2.0**-21
 TINY = 2.0**-126
 # From LARGEST_NORM on products may overflow; below SMALLEST_NORM the inverse of a code's norm amplifies underflow.
 LARGEST_NORM = tl.constexpr(2.0**60)
@@ -82,7 +83,8 @@ def code_norms_kernel(
 def best_codes_kernel(
     input, codebook, norm, factor, constant, number, best_out, second_out, bound_out, index_out,
     rows, codes, tiles_per_split, product,
-    DIM: tl.constexpr, METRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, METRIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The best, the second best and the bound of a block of rows over one split."""
     row = tl.program_id(0) * BLOCK_M
@@ -102,7 +104,7 @@ def best_codes_kernel(
         inside = lane < codes - code
         code_offsets = feature_offsets(lane, inside, DIM)
         codes_at = (codebook + code.to(tl.int64) * DIM) + code_offsets[None, :] + depth[:, None]
-        s = tile_products(input_at, codes_at, depth, DIM, BLOCK_D)
+        s = tile_products(input_at, codes_at, depth, DIM, BLOCK_D, PRECISION)
         if METRIC == L2:
             s -= tl.load(number + code + lane, inside, other=0.0)[None, :]
         if METRIC == COSINE:
@@ -206,8 +208,10 @@ def config(rows: int, codes: int, dim: int, dtype: torch.dtype, capability: tupl
     depth = max(16, next_power_of_2(dim))
     if dtype == torch.float32:
         tiles = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, 64), "BLOCK_D": min(depth, 32)}
+        tiles["PRECISION"] = "tf32x3"
         return Config(tiles, {"num_warps": 8, "num_stages": 3})
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": min(depth, 64 if capability >= (9, 0) else 32)}
+    tiles["PRECISION"] = "ieee"
     return Config(tiles, {"num_warps": 8, "num_stages": 3})
 
 
@@ -222,7 +226,7 @@ def norm_config(dim: int) -> Config:
 
 def product_error(dim: int, dtype: torch.dtype) -> float:
     """The error of a product relative to the norms of its factors."""
-    relative = (dim + 8) * (FLOAT_ROUNDING if dtype == torch.float32 else HALF_ROUNDING)
+    relative = (3 * dim + 32 if dtype == torch.float32 else dim + 8) * MATRIX_ROUNDING
     return 1.02 * relative / (1 - relative) if relative < 0.25 else float("inf")
 
 

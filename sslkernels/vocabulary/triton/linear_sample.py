@@ -18,16 +18,45 @@ from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
 from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
 
+# exp(3.2): whatever the noise of the largest logit, its sum exceeds that logit less 3.2.
+MOST_REACH = tl.constexpr(24.6)
 NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "pad", "first_group", "groups"]
 
 
 @triton.jit
-def _noise_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Gumbel numbers (BLOCK_M, BLOCK_V); the first column is 4 * first_group."""
+def _words_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Random words (BLOCK_M, BLOCK_V); the first column is 4 * first_group."""
     number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_V // 4))[None, :]
     w0, w1, w2, w3 = group_words(seed, number, draw)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return transforms.gumbel(tl.reshape(words, (BLOCK_M, BLOCK_V)))
+    return tl.reshape(words, (BLOCK_M, BLOCK_V))
+
+
+@triton.jit
+def _may_win(words, part, anchor, best):
+    """Whether the noise of a word may lift its logit above `best`, with part = exp(logit - anchor): conservatively, and
+    True for NaN. csrc/vocabulary/sample_rows.cu has the reasons for the numbers."""
+    reach = 1.001 * tl.minimum(tl.exp(anchor - best), MOST_REACH)
+    below = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + a lower bound of the uniform number
+    return (below >= part * reach[:, None] + (1.0 + 2.0**-22)) == 0
+
+
+@triton.jit
+def _with_tile(z, words, columns, greedy, best, column, logit):
+    """The largest perturbed logit of each row, its column and its logit, with those of a tile."""
+    noise = transforms.gumbel(words)
+    perturbed = z + noise * tl.where(greedy, 0.0, 1.0)[:, None]
+    perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
+    winner = tl.max(perturbed, 1)
+    at_winner = perturbed == winner[:, None]
+    winner_column = tl.min(tl.where(at_winner, columns[None, :], 2147483647), 1)
+    winner_logit = tl.max(tl.where(columns[None, :] == winner_column[:, None], z, float("-inf")), 1)
+    better = winner > best
+    return (
+        tl.where(better, winner, best),
+        tl.where(better, winner_column, column),
+        tl.where(better, winner_logit, logit),
+    )
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -35,7 +64,8 @@ def linear_sample_kernel(
     input, linear_weight, bias, seed_ptr, row_ids, scale_ptr,
     row_max_out, sum_exp_out, best_out, logit_out, column_out,
     count, vocab, tiles_per_split, input_stride, weight_stride, pad, first_group, groups,
-    DIM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, HAS_BIAS: tl.constexpr, FILTERS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # The classes are a slice that begins `pad` after a group of noise, the one of number first_group of `groups`.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -70,22 +100,20 @@ def linear_sample_kernel(
 
         new_max = tl.maximum(row_max, tl.max(z, 1))
         anchor = tl.where(new_max == float("-inf"), 0.0, new_max)
-        sum_exp = sum_exp * tl.exp(row_max - anchor) + tl.sum(tl.exp(z - anchor[:, None]), 1)
+        part = tl.exp(z - anchor[:, None])
+        sum_exp = sum_exp * tl.exp(row_max - anchor) + tl.sum(part, 1)
         row_max = new_max
 
         draw = tl.program_id(2).to(tl.int64)
         group = first_group + tile * (BLOCK_V // 4)
-        noise = _noise_of_tile(seed, row_id, groups, group, draw, BLOCK_M, BLOCK_V)
-        perturbed = z + noise * tl.where(greedy, 0.0, 1.0)[:, None]
-        perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
-        winner = tl.max(perturbed, 1)
-        at_winner = perturbed == winner[:, None]
-        winner_column = tl.min(tl.where(at_winner, columns[None, :], 2147483647), 1)
-        winner_logit = tl.max(tl.where(columns[None, :] == winner_column[:, None], z, float("-inf")), 1)
-        better = winner > best
-        best = tl.where(better, winner, best)
-        column = tl.where(better, winner_column, column)
-        logit = tl.where(better, winner_logit, logit)
+        words = _words_of_tile(seed, row_id, groups, group, draw, BLOCK_M, BLOCK_V)
+        if FILTERS:
+            opens = _may_win(words, part, anchor, best) | (greedy[:, None] & (z > best[:, None]))
+            # The further a row is, the fewer tiles can win. The two logarithms of a word are half of the noise.
+            if tl.max(tl.max(opens.to(tl.int32), 1), 0) > 0:
+                best, column, logit = _with_tile(z, words, columns, greedy, best, column, logit)
+        else:
+            best, column, logit = _with_tile(z, words, columns, greedy, best, column, logit)
 
     at = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + split) * count + rows
     tl.store(row_max_out + at, row_max, valid)
@@ -103,6 +131,12 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
         return Config({"BLOCK_M": rows, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 2})
     depth = 64 if capability >= (9, 0) and dim % 64 == 0 else 32
     return Config({"BLOCK_M": rows, "BLOCK_V": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
+
+
+def filters(capability: tuple[int, int]) -> bool:
+    """Whether tiles without a word that may win are skipped. For sm_80 that spills, and for sm_100 Triton 3.7 cannot
+    compile products in tensor memory that a branch reads."""
+    return (9, 0) <= capability < (10, 0)
 
 
 def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
@@ -149,6 +183,7 @@ def _splits(inputs: Any, options: Any, start: int, vocab: int) -> tuple[torch.Te
         *(count, size, tiles_per_split, x.stride(0), weight.stride(0), pad, start // 4, triton.cdiv(vocab, 4)),
         DIM=dim,
         HAS_BIAS=inputs.linear_bias is not None,
+        FILTERS=filters(capability(x)),
         **chosen.constexprs,
         **chosen.options,
     )
