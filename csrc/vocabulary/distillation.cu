@@ -42,9 +42,9 @@ struct LogitRow {
   }
 };
 
-// The largest z of some columns and sums over the others. With e = exp(z - maximum): others is the sum of e;
-// student_gap that of e (maximum - z); mass that of q and target_gap that of q (maximum - z), over all columns. A z of
-// -inf has no e, and an infinite gap as soon as there is a maximum. NaN is never the maximum, and reaches the sums.
+// The largest z of some columns and sums over the others. With e = exp(z - maximum): others sums e and
+// student_gap e (maximum - z); mass sums q and target_gap q (maximum - z), over all columns. A z of -inf has no e, and
+// an infinite gap as soon as there is a maximum. NaN is never the maximum, and reaches the sums.
 template <class A>
 struct RowSums {
   A maximum;
