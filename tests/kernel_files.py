@@ -19,7 +19,7 @@ FILES = {
         "sslkernels/vocabulary/triton/linear_cross_entropy.py",
         "sslkernels/core/triton/scale.py",
     ),
-    "linear_distillation": ("sslkernels/vocabulary/triton/distillation_rows.py",),
+    "linear_distillation": ("csrc/vocabulary/distillation.cu", "sslkernels/vocabulary/triton/distillation_rows.py"),
     "linear_sample": ("csrc/vocabulary/sample_rows.cu", "sslkernels/vocabulary/triton/linear_sample.py"),
     "mask_tokens": ("csrc/vocabulary/mask_tokens.cu", "sslkernels/vocabulary/triton/mask_tokens.py"),
     "corrupt_spans": ("sslkernels/vocabulary/triton/corrupt_spans.py",),

@@ -59,6 +59,20 @@ def mask_tokens_floor(tokens: int, id_bytes: int) -> Floor:
     return Floor(tokens * id_bytes * 3, 0)
 
 
+def teacher_rows_floor(rows: int, vocab: int, element_bytes: int) -> Floor:
+    """Exponentials take the place of the logits. A comparison, a difference, an exponential (2) and a sum, and again
+    a difference and an exponential. Measured with the matmuls, in ops/."""
+    return Floor(rows * (2 * vocab * element_bytes + element_bytes + 8), rows * vocab * 8)
+
+
+def distillation_rows_floor(rows: int, teachers: int, vocab: int, element_bytes: int, grad_bytes: int) -> Floor:
+    """Reads logits and each teacher row once, writes the gradient. A comparison, a difference, an exponential (2) and
+    three sums, two of them of products; the gradient takes the exponential again, a factor and a difference. Measured
+    with the matmuls, in ops/."""
+    moved = (rows + teachers) * vocab * element_bytes + rows * vocab * grad_bytes
+    return Floor(moved + (3 * rows + teachers) * element_bytes + 8 * teachers, rows * vocab * 15)
+
+
 FLOOR_SUMS = (
     # 12 of 16 rows are valid. Their logits are read once, the gradient of all rows is written once; a row has a target
     # and four results.
@@ -68,6 +82,11 @@ FLOOR_SUMS = (
     FloorSum(sample_rows_floor, (7, 9, 4, True), 7 * (9 * 4 + 8 + 24), 7 * 9 * 9),
     FloorSum(sample_rows_floor, (7, 9, 4, False), 7 * (9 * 4 + 8 + 48), 7 * 9 * 9),
     FloorSum(mask_tokens_floor, (7, 8), 3 * 7 * 8, 0),
+    # 7 rows of 9 logits are read and written; a sum and a column each.
+    FloorSum(teacher_rows_floor, (7, 9, 4), 7 * (9 * 8 + 12), 7 * 9 * 8),
+    # 7 rows and 3 teacher rows of 9 numbers are read, with a coefficient, a sum and a column; a gradient in 16 bits, a
+    # loss and a gap are written.
+    FloorSum(distillation_rows_floor, (7, 3, 9, 4, 2), 10 * 9 * 4 + 7 * 9 * 2 + 7 * 12 + 3 * 12, 7 * 9 * 15),
 )
 COMPILED = (
     Compiled("mask_tokens_chain"),

@@ -71,8 +71,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
       "distillation_rows(Tensor(a!) logits, Tensor? offset, Tensor scale, Tensor teacher, Tensor teacher_others, "
       "Tensor teacher_best, Tensor? index, Tensor? share, Tensor? coefficient, Tensor(b!) loss, Tensor(c!) gap, "
-      "Tensor(d!) teacher_entropy, Tensor(e!) student_entropy, Tensor(f!) agreement, bool divergence, bool stats) "
-      "-> ()");
+      "Tensor(d!) teacher_entropy, Tensor(e!) student_entropy, Tensor(f!) agreement, Tensor(g!)? grad, bool "
+      "divergence, "
+      "bool stats) -> ()");
   m.def(
       "sample_rows(Tensor products, Tensor? bias, Tensor seed, Tensor row_ids, int first_column, int vocab, "
       "Tensor scale, int draw, Tensor(a!) row_max, Tensor(b!) sum_exp, Tensor(c!) best, Tensor(d!) logprob, Tensor(e!) "
@@ -113,6 +114,8 @@ void allocate_and_launch_mask_tokens(const MaskTokens& tokens, const Tensor& lik
 STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CUDA, m) {
   bind_cuda<parse_cross_entropy_rows_fwd, launch_cross_entropy_rows_fwd>(m, "cross_entropy_rows_fwd");
   bind_cuda<parse_cross_entropy_rows_bwd, launch_cross_entropy_rows_bwd>(m, "cross_entropy_rows_bwd");
+  bind_cuda<parse_teacher_rows, launch_teacher_rows>(m, "teacher_rows");
+  bind_cuda<parse_distillation_rows, launch_distillation_rows>(m, "distillation_rows");
   bind_cuda<parse_sample_rows, launch_sample_rows>(m, "sample_rows");
   bind_cuda<parse_mask_tokens, allocate_and_launch_mask_tokens>(m, "mask_tokens");
 }

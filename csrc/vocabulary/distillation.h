@@ -1,5 +1,5 @@
-// Distillation between rows of logits: arguments of its kernels. A row of the student is compared with the mean of some
-// rows of the teacher.
+// Distillation between rows of logits: arguments of its kernels; `stream` is a cudaStream_t. A row of the student is
+// compared with the mean of some rows of the teacher.
 //
 // A is the accumulation type, float or double, which is also the type of the logits. With z = scale * logit + offset:
 //
@@ -34,7 +34,7 @@ struct TeacherRows {
 
 struct DistillationRows {
   Element element;
-  void* logits;  // become the gradient if there are coefficients
+  void* logits;
   int64_t stride;
   int64_t count;
   int64_t vocab;
@@ -42,6 +42,7 @@ struct DistillationRows {
   const void* scale;
   const void* teacher;  // what TeacherRows leaves
   int64_t teacher_stride;
+  int64_t teachers;
   const void* teacher_others;
   const int64_t* teacher_best;
   const int64_t* index;  // (count, choices), or null: row i
@@ -53,6 +54,9 @@ struct DistillationRows {
   void* teacher_entropy;  // A (count), like the student's; null: no statistics
   void* student_entropy;
   bool* agreement;  // whether q and p are largest in the same column
+  void* grad;       // (count, vocab), if there are coefficients; may be the logits, and on a CPU is
+  int64_t grad_stride;
+  Element grad_element;
   bool divergence;  // subtract the entropy of q
 };
 
@@ -69,5 +73,9 @@ SSLKERNELS_HD A difference(A p, A q, A rest_of_p, A rest_of_q) {
 // Rows [begin, end).
 SSLKERNELS_CPU_KERNELS(void teacher_rows(const TeacherRows& rows, int64_t begin, int64_t end);
                        void distillation_rows(const DistillationRows& rows, int64_t begin, int64_t end);)
+
+// A row with an index out of range has NaN results.
+void launch_teacher_rows(const TeacherRows& rows, void* stream);
+void launch_distillation_rows(const DistillationRows& rows, void* stream);
 
 }  // namespace sslkernels

@@ -23,6 +23,7 @@
 #include "random/alias_table.h"
 #include "random/random_stream.h"
 #include "vocabulary/cross_entropy.h"
+#include "vocabulary/distillation.h"
 #include "vocabulary/mask_tokens.h"
 #include "vocabulary/sample_rows.h"
 
@@ -147,6 +148,24 @@ struct SampleRowsCall : SampleRows {
   explicit SampleRowsCall(const Call& call) : SampleRows{} {
     FIELDS(call, element, products, stride, rows, vocab, bias, scale, draw, row_ids, seed, row_max, sum_exp, best,
            logprob, index);
+  }
+};
+
+struct TeacherRowsCall : TeacherRows {
+  explicit TeacherRowsCall(const Call& call) : TeacherRows{} {
+    FIELDS(call, element, logits, stride, count, vocab, offset, scale, others, best);
+  }
+};
+
+struct DistillationRowsCall : DistillationRows {
+  explicit DistillationRowsCall(const Call& call) : DistillationRows{} {
+    FIELDS(call, element, logits, stride, count, vocab, offset, scale, teacher, teacher_stride, teachers,
+           teacher_others, teacher_best, index, share, choices, coefficient, loss, gap, teacher_entropy,
+           student_entropy, agreement, grad, grad_stride, grad_element, divergence);
+    if (call.integer("in_place") != 0) {
+      grad = logits;
+      grad_stride = stride;
+    }
   }
 };
 
@@ -305,6 +324,8 @@ void plan_query_negatives(const Call& call) {
 const std::map<std::string, void (*)(const Call&)> kOperations = {
     {"cross_entropy_rows_fwd", run<CrossEntropyCall, launch_cross_entropy_rows_fwd>},
     {"cross_entropy_rows_bwd", run<CrossEntropyCall, launch_cross_entropy_rows_bwd>},
+    {"teacher_rows", run<TeacherRowsCall, launch_teacher_rows>},
+    {"distillation_rows", run<DistillationRowsCall, launch_distillation_rows>},
     {"alias_draw", run<AliasDrawCall, launch_alias_draw>},
     {"random_stream", run<RandomStreamCall, launch_random_stream>},
     {"gaussian_fwd", run<GaussianForwardCall, launch_gaussian_fwd>},

@@ -18,6 +18,10 @@ from torch import Tensor
 import sslkernels as sk
 from sslkernels.core.scale import scale_gradient_
 from sslkernels.random.streams import STREAMS, stream_values
+from sslkernels.vocabulary.prototypes.distillation_records import RowOutputs
+from sslkernels.vocabulary.prototypes.distillation_rows import Choice, Head
+from sslkernels.vocabulary.prototypes.distillation_rows import NativeRows as NativeDistillation
+from sslkernels.vocabulary.prototypes.distillation_rows import TritonRows as TritonDistillation
 from sslkernels.vocabulary.softmax_rows import NativeRows, TritonRows
 
 pytestmark = [pytest.mark.gpu, *SINGLE_KERNELS]
@@ -112,6 +116,50 @@ def test_sample_rows(backend, dtype, shape):
             found.append([tensor.cpu() for tensor in (index, *state)])
         for got, want in zip(found[1], found[0], strict=True):
             torch.testing.assert_close(got, want, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+
+
+@kernels("linear_distillation")
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("vocab", [7, 1003, 40_007])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_distillation_rows(backend, grad_dtype, vocab, every):
+    """Against the CPU kernel: a row without a teacher, one sure of a column, and a teacher row that two share."""
+    skip_without_kernel(backend)
+    dtype = torch.float64 if grad_dtype == torch.float64 else torch.float32
+    g = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    logits, teacher, offset, coefficient = 4 * numbers(5, vocab), 4 * numbers(3, vocab), numbers(vocab), numbers(5)
+    logits[1, 3] = teacher[0, 3] = 60
+    index = torch.tensor([[0, 1], [0, -1], [-1, -1], [2, 0], [1, 1]])
+    given = (index >= 0).to(dtype)
+    share, scale = given / given.sum(1, keepdim=True).clamp_min(1), torch.tensor([0.7], dtype=dtype)
+    found = []
+    for device in ("cpu", "cuda"):
+        rows = TritonDistillation() if device == "cuda" and backend == "triton" else NativeDistillation()
+        wide = torch.zeros(len(teacher) + len(logits), vocab + -vocab % 8, dtype=dtype, device=device)
+        wide[:3, :vocab], wide[3:, :vocab] = teacher.to(device), logits.to(device)
+        padded = torch.zeros(wide.shape[1], dtype=dtype, device=device)
+        padded[:vocab] = offset.to(device)
+        head = Head(padded[:vocab], scale.to(device))
+        state = rows.teacher(wide[:3, :vocab], head)
+        stats = 5 if every else 0
+        outputs = RowOutputs(
+            *(torch.empty(size, dtype=dtype, device=device) for size in (5, 5, stats, stats)),
+            torch.empty(stats, dtype=torch.bool, device=device),
+            torch.empty(vocab if every else 0, dtype=dtype, device=device),
+        )
+        grad = wide[3:, :vocab]
+        if device == "cuda":
+            grad = torch.empty(5, wide.shape[1], dtype=grad_dtype, device=device)[:, :vocab]
+        choice = Choice(index.to(device), share.to(device))
+        rows.student(wide[3:, :vocab], head, state, choice, coefficient.to(device), outputs, every, grad)
+        found.append([tensor.cpu() for tensor in (*state, *outputs.rows, grad)])
+    for got, want in zip(found[1], found[0], strict=True):
+        eps = torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=256 * eps, atol=256 * eps)
 
 
 @kernels("mask_tokens")

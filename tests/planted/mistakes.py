@@ -26,7 +26,103 @@ SAMPLE = "sslkernels/vocabulary/linear_sample.py"
 RANKS = "tests/vocabulary/test_vocabulary_ranks.py"
 LINEAR = "tests/vocabulary/test_linear_cross_entropy.py tests/vocabulary/test_capacity.py"
 
+PROTOTYPES = "sslkernels/vocabulary/prototypes/"
+DISTILLATION = "tests/vocabulary/test_linear_distillation.py"
+PROTOTYPE_LOSS = "tests/vocabulary/test_prototypes.py"
+PROTOTYPE_RANKS = "tests/vocabulary/test_prototype_ranks.py"
+
 PYTHON = [
+    Mistake(
+        "entropy of a confident row",
+        PROTOTYPES + "distillation_reference.py",
+        "torch.where(q > 0.5, torch.log1p(-target.rest), q.log())",
+        "q.log()",
+        DISTILLATION,
+    ),
+    Mistake(
+        "rows without a teacher reach the weight",
+        PROTOTYPES + "chunked_distillation.py",
+        "coefficient[order.rows].masked_fill((order.share == 0).all(1), 0)",
+        "coefficient[order.rows]",
+        DISTILLATION,
+    ),
+    Mistake(
+        "a center far from 0 is rounded",
+        PROTOTYPES + "distillation_records.py",
+        "vector.double() - sums[0] / sums[1].clamp_min(1)",
+        "vector.double()",
+        DISTILLATION,
+    ),
+    Mistake(
+        "slices have means of their own",
+        PROTOTYPES + "distillation_records.py",
+        "if slices is not None:\n        dist.all_reduce(sums, group=slices.group)",
+        "if False:\n        pass",
+        PROTOTYPE_RANKS,
+    ),
+    Mistake(
+        "two slices own a row",
+        PROTOTYPES + "sliced_distillation.py",
+        "owner == self.slices.rank",
+        "owner >= 0",
+        PROTOTYPE_RANKS,
+    ),
+    Mistake(
+        "the student's gradient of one slice",
+        PROTOTYPES + "linear_distillation.py",
+        "student = summed_gradient(student, group)",
+        "pass",
+        PROTOTYPE_RANKS,
+    ),
+    Mistake(
+        "Sinkhorn forgets the maxima of the ranks",
+        PROTOTYPES + "centers.py",
+        "sums = sums * (_finite(own) - _finite(largest)).exp()",
+        "pass",
+        PROTOTYPE_RANKS,
+    ),
+    Mistake(
+        "Sinkhorn counts masked rows",
+        PROTOTYPES + "centers.py",
+        "share = share if mask is None else share.masked_fill(~mask, 0)",
+        "pass",
+        PROTOTYPE_LOSS,
+    ),
+    Mistake(
+        "a crop is compared with itself",
+        PROTOTYPES + "modules.py",
+        "torch.where(same[:, None], -1, rows)",
+        "torch.where(same[:, None], rows, rows)",
+        PROTOTYPE_LOSS,
+    ),
+    Mistake(
+        "an overflow ends the training",
+        PROTOTYPES + "modules.py",
+        "torch.where(batch.isfinite(), average, self.center)",
+        "average",
+        PROTOTYPE_LOSS,
+    ),
+    Mistake(
+        "a count of 0 is infinite",
+        "sslkernels/contrastive/glove.py",
+        "count.log().masked_fill(nothing, 0)",
+        "count.log()",
+        "tests/contrastive/test_glove.py",
+    ),
+    Mistake(
+        "an alias takes a whole bucket",
+        "sslkernels/random/alias_table.py",
+        "_ONE + spare[short] - lack[step[short]]",
+        "0",
+        "tests/random/test_alias_table.py",
+    ),
+    Mistake(
+        "spans end one token late",
+        "sslkernels/vocabulary/corrupt_spans.py",
+        "(words[column] * of_kind) >> 32 < cuts_of_kind",
+        "(words[column] * of_kind) >> 32 <= cuts_of_kind",
+        "tests/vocabulary/test_corrupt_spans.py",
+    ),
     Mistake("a confident row of a slice", SLICED, "-logprob.expm1(), 1)", "1 - logprob.exp(), 1)", RANKS),
     Mistake("a masked slice is NaN", SLICED, "(row_max == -math.inf) & (bias == -math.inf).all()", "None", RANKS),
     Mistake("a NaN slice is masked", SLICED, " & (bias == -math.inf).all()", "", RANKS),
@@ -239,6 +335,13 @@ PAIR_TESTS = "tests/contrastive/test_pair_rows.py tests/contrastive/test_contras
 
 CPU = [
     Mistake(
+        "the divergence of a confident row",
+        "csrc/vocabulary/distillation_cpu.cpp",
+        "target.sure(), apart[] = {best, sure}",
+        "-1, apart[] = {-1, -1}",
+        DISTILLATION,
+    ),
+    Mistake(
         "softcap's slope is left out", CROSS, "for (int64_t j = 0; j < count; ++j) out[j] *= slope[j];", "", ROW_TESTS
     ),
     Mistake("the first of equal logits", CROSS, "if (maximum > row_max) {", "if (maximum >= row_max) {", ROW_TESTS),
@@ -339,6 +442,20 @@ HOST_SUMS = "tests/cuda_host/test_host_negative_sampling.py"
 HOST_SAMPLE = "tests/cuda_host/test_host_sample_rows.py"
 
 CUDA = [
+    Mistake(
+        "a gap forgets the old maximum",
+        "csrc/vocabulary/distillation.cu",
+        "factor * (lower.student_gap + sum * distance)",
+        "factor * lower.student_gap",
+        "tests/cuda_host/test_host_distillation.py",
+    ),
+    Mistake(
+        "the row is overwritten while it is read",
+        "csrc/vocabulary/distillation.cu",
+        "sums = SumsReduction<A>::over_cluster(sums, &reinterpret_cast<Scratch<A>*>(shared_memory())->sums);",
+        "",
+        "tests/cuda_host/test_host_distillation.py",
+    ),
     Mistake(
         "no barrier before warps are combined",
         ENERGY,
@@ -441,6 +558,13 @@ REDUCE_TESTS = "tests/vocabulary/test_triton_linear.py tests/vocabulary/test_lin
 GAUSSIAN_TESTS = "tests/latent/test_gaussian.py tests/latent/test_gaussian_noise.py"
 
 TRITON = [
+    Mistake(
+        "the divergence of a confident row",
+        "sslkernels/vocabulary/triton/distillation_rows.py",
+        "tl.where(q > 0.5, log1p(-rest_of_q), tl.log(tl.where(q == 0.0, 1.0, q)))",
+        "tl.log(tl.where(q == 0.0, 1.0, q))",
+        DISTILLATION,
+    ),
     Mistake("an old maximum keeps its weight", TILES, "total * exp_flushed(largest - anchor) +", "total +", TILE_TESTS),
     Mistake(
         "all rows add to the first column block",

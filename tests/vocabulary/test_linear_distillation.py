@@ -372,7 +372,7 @@ WRONG = {
     "on_empty": ("one", ValueError, "on_empty must be"),
     "mode": ("slow", ValueError, "mode must be"),
     "workspace_bytes": (0, ValueError, "workspace_bytes must be at least 1"),
-    "process_group": (object(), NotImplementedError, "process_group is not implemented"),
+    "process_group": (object(), TypeError, "process_group must be a torch"),
     "return_stats": (1, TypeError, "return_stats must be a bool"),
 }
 

@@ -74,6 +74,18 @@ def test_sinkhorn_masks_rows_and_chunks_them(name, device, monkeypatch):
         assert not sk.sinkhorn_center(dirty, head, row_mask=torch.zeros_like(mask).view(7, 10)).any()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_sinkhorn_compiles_with_a_mask(name, device):
+    """Rows are then masked and not dropped, as on a GPU."""
+    rows, head = unit(20, D, dtype=torch.float32, device=device), unit(V, D, dtype=torch.float32, device=device, seed=1)
+    mask = torch.arange(20, device=device) % 3 > 0
+    compiled = torch.compile(sk.sinkhorn_center, fullgraph=True, backend="eager")
+    with sk.use_backend(name):
+        got = compiled(rows.masked_fill(~mask[:, None], float("nan")), head, temperature=0.5, row_mask=mask)
+        want = sk.sinkhorn_center(rows[mask], head, temperature=0.5)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_teacher_center_is_the_mean_logit(dtype, device):
     rows, head = unit(4, 10, D, dtype=dtype, device=device), unit(V, D, dtype=dtype, device=device, seed=1)

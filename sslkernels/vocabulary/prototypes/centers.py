@@ -133,12 +133,16 @@ def _checked(function: Callable[..., ColumnSums], inputs: ColumnInputs, *rest: A
     return function(inputs, *rest)
 
 
+_NATIVE = partial(_checked, partial(_chunked, NativeRows()))
+
+
 @operator(
     NAME,
     {
         "reference": partial(_checked, _reference),
-        "cpu": partial(_checked, partial(_chunked, NativeRows())),
+        "cpu": _NATIVE,
         "triton": partial(_checked, partial(_chunked, TritonRows())),
+        "cuda": _NATIVE,
     },
     native_ops=("teacher_rows",),
     flops=lambda inputs, compute_dtype, normalised: 2 * inputs.teacher.numel() * inputs.weight.shape[0],

@@ -67,7 +67,7 @@ def _empty_state(products: Tensor) -> TeacherState:
 
 
 class NativeRows(DistillationRows):
-    """The compiled extension, on a CPU. The gradient is written in place."""
+    """The compiled extension. On a CPU the gradient is written in place."""
 
     OPS = ("teacher_rows", "distillation_rows", "column_sums")
 
@@ -79,7 +79,7 @@ class NativeRows(DistillationRows):
     def student(self, products, head, teacher, choice, coefficient, outputs, divergence, grad):
         stats = outputs.usage.numel() > 0
         torch.ops.sslkernels_native.distillation_rows(
-            products, *head, *teacher, *choice, coefficient, *outputs.rows, divergence, stats
+            products, *head, *teacher, *choice, coefficient, *outputs.rows, grad, divergence, stats
         )
 
     def add_column_sums(self, grad, total, first):

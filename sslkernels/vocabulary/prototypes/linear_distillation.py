@@ -84,12 +84,16 @@ def _flops(operands: Operands, wanted: Wanted) -> int:
     return 2 * vocab * (rows * dim * (1 + wanted.input + wanted.linear_weight) + teachers * teacher_dim)
 
 
+_NATIVE = partial(_checked, partial(chunked_distillation.forward, NativeRows()))
+
+
 @operator(
     NAME,
     {
         "reference": partial(_checked, _reference),
-        "cpu": partial(_checked, partial(chunked_distillation.forward, NativeRows())),
+        "cpu": _NATIVE,
         "triton": partial(_checked, partial(chunked_distillation.forward, TritonRows())),
+        "cuda": _NATIVE,
     },
     native_ops=NativeRows.OPS,
     flops=lambda operands, coefficient, options, wanted: _flops(operands, wanted),

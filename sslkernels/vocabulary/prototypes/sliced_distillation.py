@@ -1,6 +1,6 @@
 """Rows of `linear_distillation` of which each rank has the logits of a slice of the prototypes, in plain torch on every
-backend. No logits are sent: the ranks gather their maxima of each row, of which the first largest one is that of the
-row, and reduce the sums over their columns, relative to it.
+backend. No logits are sent: the ranks gather their maxima of each row, where the first of the largest wins, and reduce
+the sums over their columns, relative to it.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class _Targets:
         return (index < 0).all(1)
 
     def _teachers(self, rows: slice) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each choice: the teacher rows (n,), whether they are given, and their shares."""
+        """Per choice the teacher rows (n,), whether they are given, and their shares."""
         index, share = self.choice
         if index is None:
             count = self.teacher.others[rows].shape[0]

@@ -207,7 +207,7 @@ def distillation_rows_kernel(
     tl.store(gap_out + i, student_gap - target_gap)
 
     if DIVERGENCE or STATS:
-        # The largest column of the student and that of more than half of q are added last: where p and q are near 1,
+        # The student's largest column and the one with more than half of q are added last: where p and q are near 1,
         # what is missing is known to its digits.
         sure = _sure_column(teacher, teacher_stride, index, share, others_in, best_in, i, choices, HAS_INDEX)
         entropy_lanes = tl.zeros((BLOCK,), scale.dtype)
