@@ -202,7 +202,7 @@ def plot(models: dict[str, Predictor], sweep: list[Point], held_out: Halves, pat
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center", fontsize=9)
-    right.set_ylim(top=1.5 * max(point.error_without_upper for point in sweep))  # room for the legend
+    right.set_ylim(0, 1.5 * max(point.error_without_upper for point in sweep))  # room for the legend
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     console.print(f"plot: {path}")

@@ -30,8 +30,9 @@ import sslkernels as sk
 VOCAB, DIM, LENGTH = 8_192, 128, 32
 MASK, SEPARATOR = 2, 3
 PROMPTS = (
-    "Return the [MASK] of the list.",
-    "This is [MASK] for internal use only.",
+    "Return the number [MASK] elements.",
+    "Test [MASK] this works.",
+    "Convert a [MASK] to a string.",
     "Raise an [MASK] if the file is missing.",
 )
 console = Console()
@@ -103,11 +104,13 @@ def train(model: Bert, ids: Tensor, steps: int, batch: int) -> Curve:
 
 
 @torch.no_grad()
-def held_out_loss(model: Bert, ids: Tensor) -> float:
+def on_held_out(model: Bert, ids: Tensor) -> tuple[float, float]:
+    """(loss, share of the hidden tokens that it fills in right)."""
     part = masked(ids.to(model.bias.device), probability=0.2, seed=0)
-    return sk.linear_cross_entropy(
-        model(part.input_ids), model.tokens.weight, part.labels, linear_bias=model.bias
-    ).item()
+    loss, stats = sk.linear_cross_entropy(
+        model(part.input_ids), model.tokens.weight, part.labels, linear_bias=model.bias, return_stats=True
+    )
+    return loss.item(), (stats.correct.sum() / (part.labels != -100).sum()).item()
 
 
 @torch.no_grad()
@@ -174,7 +177,7 @@ def plot(curve: Curve, entropy: float, path: Path) -> None:
 def main() -> tuple[float, float]:
     """(loss of held-out docstrings, unigram entropy), in nats a token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64, help=f"rows of {LENGTH} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", action="append", help="a sentence with [MASK] in it")
@@ -193,8 +196,10 @@ def main() -> tuple[float, float]:
 
     model = Bert(log_share).to(device)
     curve = train(model, ids, options.steps, options.batch)
-    loss = held_out_loss(model, held_out)
-    console.print(f"held-out loss {loss:.2f} nats a hidden token, {entropy:.2f} without context")
+    loss, right = on_held_out(model, held_out)
+    console.print(
+        f"held out: {loss:.2f} nats a hidden token, {entropy:.2f} without context; {right:.0%} filled in right"
+    )
     plot(curve, entropy, options.output / "masked_lm.png")
     for prompt in options.prompt or PROMPTS:
         fill_in(model, tokenizer, prompt)

@@ -14,7 +14,7 @@ from benchmarks.report import HOST_NOTE, MET, Report, megabytes, seconds
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDER = "amd-epyc-2-cores"  # of the machine that the front page speaks of
-# Rows of the front page: op, and what the name of the case has to contain and must not.
+# The front page has a row for each: op, and what the name of the case has to contain and must not.
 FRONT: tuple[tuple[str, str, str], ...] = (
     ("mask_tokens", "", ""),
     ("linear_cross_entropy", "", "ignored"),
@@ -49,7 +49,7 @@ def days() -> str:
 
 
 def front() -> list[tuple[Line, dict]]:
-    """Of each row of FRONT the case that was measured last, and of several the one in which eager torch is slowest."""
+    """The case of each row of FRONT that was measured last; the one in which eager torch is slowest if several were."""
     found = []
     for op, wanted, unwanted in FRONT:
         cases = [case for case in report().cases if case["op"] == op and case["dtype"] not in ("bfloat16", "float16")]

@@ -36,7 +36,7 @@ def test_code_is_found_by_its_docstring(run, seed):
 
 def test_a_small_bert_learns_from_context(run, seed):
     loss, entropy = run("masked_lm", "--seed", seed)
-    assert loss < entropy - 0.1
+    assert loss < entropy - 0.5
 
 
 def test_negatives_and_prototypes_prevent_a_collapse(run, seed):

@@ -14,7 +14,7 @@ PACKAGE = Path(sk.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = [
     path
-    for folder in ("sslkernels", "csrc", "tests", "benchmarks", "examples")
+    for folder in ("sslkernels", "csrc", "tests", "benchmarks", "examples", "scripts")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".h", ".cpp", ".cu"} and path != Path(__file__)
 ]
