@@ -40,8 +40,8 @@ class Matmuls(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def wave_rows(count: int, matmuls: Matmuls, fit: int, processors: int) -> int:
-    """Rows per chunk on a GPU with so many multiprocessors: all of them if they fit, else the fewest whose matmuls take
-    at most a hundredth longer than with the best number.
+    """Rows per chunk on a GPU with so many multiprocessors: all of them if they fit, else the most whose matmuls take at
+    most a hundredth longer than with the best number, since every chunk adds to the accumulator.
 
     A matmul computes one wave of tiles at a time, one tile on each multiprocessor, and in the last wave some of them
     idle. The gradient of the input has so few tiles that it decides where dim is small; the accumulator of the weight's
@@ -52,7 +52,7 @@ def wave_rows(count: int, matmuls: Matmuls, fit: int, processors: int) -> int:
         return equal_rows(count, fit)
     costs = {rows: matmul_time(count, matmuls, rows, processors) for rows in range(TILE[0], most + 1, TILE[0])}
     enough = 1.01 * min(costs.values())
-    return next(rows for rows, cost in costs.items() if cost <= enough)
+    return max(rows for rows, cost in costs.items() if cost <= enough)
 
 
 def matmul_time(count: int, matmuls: Matmuls, rows: int, processors: int) -> float:
