@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from integrations_peers import needs
 
 ROOT = Path(__file__).resolve().parents[2]
