@@ -164,7 +164,7 @@ def plot(curve: Curve, entropy: float, path: Path) -> None:
     left.plot(curve.steps, smooth(curve.loss), label="loss of the hidden tokens")
     left.axhline(entropy, color="black", linestyle="--", label="entropy of the tokens without context")
     left.set(xlabel="step", ylabel="nats a token", title="A small BERT on docstrings")
-    left.legend()
+    left.legend(loc="upper right", bbox_to_anchor=(1.0, 0.84))  # below the line of the entropy
     right.plot(curve.steps, [100 * value for value in smooth(curve.accuracy)], color="C2")
     right.set(xlabel="step", ylabel="% of the hidden tokens", title=f"Filled in right, of {VOCAB:,} subwords")
     for axes in (left, right):
