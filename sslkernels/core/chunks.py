@@ -40,8 +40,8 @@ class Matmuls(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def wave_rows(count: int, matmuls: Matmuls, fit: int, processors: int) -> int:
-    """Rows per chunk on a GPU with so many multiprocessors: all of them if they fit, else the most whose matmuls take at
-    most a hundredth longer than with the best number, since every chunk adds to the accumulator.
+    """Rows per chunk on a GPU with so many multiprocessors: all of them if they fit, else the most whose matmuls take
+    at most a hundredth longer than with the best number, since every chunk adds to the accumulator.
 
     A matmul computes one wave of tiles at a time, one tile on each multiprocessor, and in the last wave some of them
     idle. The gradient of the input has so few tiles that it decides where dim is small; the accumulator of the weight's

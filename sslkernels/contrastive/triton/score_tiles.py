@@ -67,7 +67,7 @@ def block_products(
     depth = tl.arange(0, BLOCK_D)
     query_at = queries + query_offsets[:, None] + depth[None, :]
     candidate_at = candidates + candidate_offsets[None, :] + depth[:, None]
-    return tile_products(query_at, candidate_at, depth, DIM, BLOCK_D)
+    return tile_products(query_at, candidate_at, depth, DIM, BLOCK_D, "ieee")
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from sslkernels.core.triton.launch import Config
 
 
 @triton.jit
-def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+def tile_products(a_at, b_at, depth, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """a (M, DIM) times b (DIM, N), from pointers to their first BLOCK_D columns and rows; `depth` is arange(BLOCK_D).
 
     Both are contiguous along DIM. PRECISION of float32: "ieee" never uses TF32, "tf32x3" multiplies its parts.

@@ -70,7 +70,7 @@ def linear_cross_entropy_stream_kernel(
         inside = cols < vocab
         weight_row = tl.where(inside, cols, 0).to(tl.int64)
         weight_at = linear_weight + weight_row[None, :] * weight_stride + depth[:, None]
-        dots = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
+        dots = tile_products(input_at, weight_at, depth, DIM, BLOCK_D, "ieee")
 
         z = transformed(
             dots, bias, cols[None, :], inside[None, :], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP

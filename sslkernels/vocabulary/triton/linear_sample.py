@@ -90,7 +90,7 @@ def linear_sample_kernel(
         inside = (columns >= pad) & (columns < columns_end)
         weight_row = tl.where(inside, columns - pad, 0)
         weight_at = linear_weight + weight_row.to(tl.int64)[None, :] * weight_stride + depth[:, None]
-        z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D)
+        z = tile_products(input_at, weight_at, depth, DIM, BLOCK_D, "ieee")
         if HAS_BIAS:
             z += tl.load(bias + weight_row, inside, other=0.0)[None, :]
         greedy = scale == float("inf")
