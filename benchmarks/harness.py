@@ -151,7 +151,7 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 class Effort(NamedTuple):
-    """budget: seconds of timing a case beyond the minimum of rounds; minimum: None is that of the device; cap: seconds
+    """budget: seconds of timing a case beyond the minimum of rounds; minimum: None for the default of the device; cap: seconds
     after which a case gets `ENOUGH` rounds; quick_samples: calls of a quick provider; memory_seconds: of calls whose
     memory is metered."""
 

@@ -33,7 +33,7 @@ LEAST_SEEN = 1e5  # bytes in the figure; less cannot be told from nothing in the
 
 class Line(NamedTuple):
     """One op in its largest case. eager, ours, best_other, floor: seconds; memory in bytes. smallest: size and
-    speed-up of its smallest case, which may be that of the host times."""
+    speed-up of its smallest case, which may be a host-time case."""
 
     op: str
     case: str

@@ -223,7 +223,9 @@ struct Target {
   __device__ __forceinline__ int sure() const {
     for (int64_t t = 0; t < rows.choices; ++t) {
       if (teacher(t) < 0) continue;
-      const int column = int(rows.teacher_best[teacher(t)]);
+      const int64_t best = rows.teacher_best[teacher(t)];
+      if (best < 0 || best >= rows.vocab) continue;  // not from the kernel of the teachers
+      const int column = int(best);
       A q, rest;
       at(column, &q, &rest);
       if (q > A(0.5)) return column;

@@ -47,6 +47,7 @@ inline DistillationRows parse_distillation_rows(const Tensor& logits, const Opti
   rows.teacher_stride = teacher.stride(0);
   rows.teacher_others = readable(teacher_others, {teachers}, type, "teacher_others");
   rows.teacher_best = readable<int64_t>(teacher_best, {teachers}, ScalarType::Long, "teacher_best");
+  check_indices(teacher_best, teachers, rows.vocab, "teacher_best");
   STD_TORCH_CHECK(index.has_value() == share.has_value(), "sslkernels: index and share go together");
   rows.choices = 1;
   if (index) {

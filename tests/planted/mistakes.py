@@ -275,7 +275,13 @@ PYTHON = [
         "            pass\n",
         LINEAR,
     ),
-    Mistake("later chunks overwrite the weight's gradient", CHUNKS, "beta=0 if self.first else 1", "beta=0", LINEAR),
+    Mistake(
+        "later chunks overwrite the weight's gradient",
+        "sslkernels/core/products.py",
+        "beta=0 if first else 1",
+        "beta=0",
+        LINEAR,
+    ),
     Mistake("the first chunk adds to what is there", CHUNKS, "        self.first = False\n", "", LINEAR),
     Mistake(
         "without rows the gradient is not written",
@@ -559,7 +565,7 @@ GAUSSIAN_TESTS = "tests/latent/test_gaussian.py tests/latent/test_gaussian_noise
 
 TRITON = [
     Mistake(
-        "the divergence of a confident row",
+        "the divergence of a confident row in Triton",
         "sslkernels/vocabulary/triton/distillation_rows.py",
         "tl.where(q > 0.5, log1p(-rest_of_q), tl.log(tl.where(q == 0.0, 1.0, q)))",
         "tl.log(tl.where(q == 0.0, 1.0, q))",

@@ -26,7 +26,7 @@ def unit(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """Relative to the largest value; `want` is in float64, so that the error is that of `got` alone."""
+    """Relative to the largest value; `want` is in float64, so that only `got` is in error."""
     assert want.dtype == torch.float64
     assert float(((got - want).abs().max() / want.abs().max()).detach()) <= TOLERANCE[dtype]
 
