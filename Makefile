@@ -79,7 +79,7 @@ notebooks: $(VENV)/built
 # are compiled once. PYTHONS: other interpreters.
 wheels: $(VENV)/requirements
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/wheels.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/wheels.py build $(PYTHONS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/wheels.py build $(PYTHONS)
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

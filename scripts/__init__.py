@@ -1,1 +1,1 @@
-"""Writes what the pages say that can be read off the results and the code: `python -m scripts.pages`."""
+"""What the Makefile runs beside tests and benchmarks: pages that are written from results and code, notebooks, wheels."""

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import wheels
 
 from benchmarks import resources
 from benchmarks.benchmark import discover
 from benchmarks.kernels.kernel import KernelBenchmark, compiled, floors
+from scripts import wheels
 from sslkernels.__main__ import report
 from sslkernels.core import native
 
