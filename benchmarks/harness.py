@@ -151,9 +151,9 @@ def quantile(samples: Sequence[float], q: float) -> float:
 
 
 class Effort(NamedTuple):
-    """budget: seconds of timing a case beyond the minimum of rounds; minimum: None for the default of the device; cap: seconds
-    after which a case gets `ENOUGH` rounds; quick_samples: calls of a quick provider; memory_seconds: of calls whose
-    memory is metered."""
+    """budget: seconds of timing a case beyond the minimum of rounds; minimum: None for the default of the device; cap:
+    seconds after which a case gets `ENOUGH` rounds; quick_samples: calls of a quick provider; memory_seconds: of calls
+    whose memory is metered."""
 
     budget: float = 0.0
     minimum: int | None = None

@@ -1,1 +1,1 @@
-"""What the Makefile runs beside tests and benchmarks: pages that are written from results and code, notebooks, wheels."""
+"""What the Makefile runs beside tests and benchmarks: pages written from results and code, notebooks, wheels."""
