@@ -48,9 +48,10 @@ class SpanOptions(NamedTuple):
 def _empty_outputs(inputs: SpanInputs, options: SpanOptions) -> CorruptedSpans:
     rows, columns = inputs.input_ids.shape
     noise, spans, has_eos, _ = options
+    end = 1 if has_eos else 0  # torch 2.11 cannot add a bool to a symbolic size
     return CorruptedSpans(
-        inputs.input_ids.new_empty((rows, columns - noise + spans + has_eos)),
-        inputs.input_ids.new_empty((rows, noise + spans + has_eos)),
+        inputs.input_ids.new_empty((rows, columns - noise + spans + end)),
+        inputs.input_ids.new_empty((rows, noise + spans + end)),
     )
 
 
