@@ -163,7 +163,8 @@ def corrupt_spans(
             Every token may be taken out: concatenate texts to rows of T instead of padding them.
         sentinel_ids: ids of the sentinels in order of use, at least as many as spans: ints, such as
             `range(32099, 31999, -1)` for T5, or an int64 or int32 tensor `(S,)` on the device of `input_ids`. Ints that
-            are not evenly spaced are copied to the device at each call; there pass a tensor.
+            are not evenly spaced are copied to the device at each call; there pass a tensor, whose values are not read
+            on a GPU: they must fit in the dtype of `input_ids`.
         density: the part of the tokens that is taken out, in (0, 1]. It and `mean_span` decide shapes: another value
             makes `torch.compile` compile again, another T does not.
         mean_span: mean length of a span, 1 or more.
@@ -237,6 +238,10 @@ def _sentinels(sentinel_ids: Sequence[int] | Tensor, spans: int, input_ids: Tens
         must = f"be at least as many as the spans of a row, {spans}"
         checks.fail(ValueError, NAME, "sentinel_ids", must, count)
     if isinstance(sentinel_ids, Tensor):
+        readable = device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and spans > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(sentinel_ids):
+            for end in sentinel_ids[:spans].aminmax():
+                _check_fits("sentinel_ids", int(end), input_ids.dtype)
         return sentinel_ids[:spans].long().contiguous()
     for i in (min(sentinel_ids), max(sentinel_ids)):
         _check_fits("sentinel_ids", i, input_ids.dtype)

@@ -307,6 +307,11 @@ ERRORS = [
         r"sentinel_ids must fit in torch.int16, the dtype of input_ids; got 32768",
     ),
     (
+        dict(input_ids=IDS.short(), sentinel_ids=torch.tensor([1, 2**15])),
+        ValueError,
+        r"sentinel_ids must fit in torch.int16, the dtype of input_ids; got 32768",
+    ),
+    (
         dict(input_ids=IDS.to(torch.uint16), eos_id=-1),
         ValueError,
         r"eos_id must fit in torch.uint16, the dtype of input_ids; got -1",
