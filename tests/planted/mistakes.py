@@ -42,8 +42,8 @@ PYTHON = [
     Mistake(
         "rows without a teacher reach the weight",
         PROTOTYPES + "chunked_distillation.py",
-        "coefficient[order.rows].masked_fill((order.share == 0).all(1), 0)",
-        "coefficient[order.rows]",
+        ".masked_fill_((order.share[chunk] == 0).all(1, keepdim=True), 0)",
+        "",
         DISTILLATION,
     ),
     Mistake(

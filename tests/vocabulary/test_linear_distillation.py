@@ -280,6 +280,23 @@ def test_a_row_has_its_own_values_only(name, device):
 
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 @pytest.mark.parametrize("name", BACKENDS)
+def test_rows_without_a_teacher_reach_no_gradient(name, mode, device):
+    leaves, constant = everything(device)
+    constant["teacher_index"][3] = -1
+    found = []
+    for value in (0.0, float("nan")):
+        student = leaves["student"].detach().clone()
+        student[3] = value
+        some = {**leaves, "student": student.requires_grad_()}
+        with sk.use_backend(name):
+            loss = sk.linear_distillation(**some, **constant, mode=mode)
+            found.append([loss, *torch.autograd.grad(loss, list(some.values()))])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_no_rows(name, mode, device):
     leaves, constant = everything(device)
     none = torch.full((12, 2), -1, device=device)
