@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import sslkernels as sk
+from sslkernels.vocabulary.prototypes import chunked_distillation
 
 pytestmark = pytest.mark.pairwise
 
@@ -278,9 +279,12 @@ def test_a_row_has_its_own_values_only(name, device):
     assert not grad[[1, 4, 5, 7]].isnan().any()
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_rows_without_a_teacher_reach_no_gradient(name, mode, device):
+def test_rows_without_a_teacher_reach_no_gradient(name, mode, dropped, device, monkeypatch):
+    """Dropped, as on a CPU, or computed, as on a GPU."""
+    monkeypatch.setattr(chunked_distillation, "drops_rows", lambda _: dropped)
     leaves, constant = everything(device)
     constant["teacher_index"][3] = -1
     found = []

@@ -87,6 +87,11 @@ class _Order(NamedTuple):
     share: Tensor | None
 
 
+def drops_rows(device: torch.device) -> bool:
+    """Whether rows without a teacher are dropped; elsewhere that would synchronise, and they are computed as zeros."""
+    return device.type == "cpu"
+
+
 def _order(operands: Operands, dtype: torch.dtype) -> _Order:
     count, teachers, index = operands.input.shape[0], operands.teacher.shape[0], operands.teacher_index
     if index is None:
@@ -102,7 +107,7 @@ def _order(operands: Operands, dtype: torch.dtype) -> _Order:
     valid = (first < teachers).sum()
     if teachers == 0:
         count, rows = 0, rows[:0]
-    elif index.device.type == "cpu":  # elsewhere to drop the rows without a teacher would synchronise
+    elif drops_rows(index.device):
         count = valid = int(valid)
         rows = rows[:count]
     return _Order(count, rows, valid, index[rows], share[rows])
