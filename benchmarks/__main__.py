@@ -24,7 +24,7 @@ RESULTS = environment.ROOT / "benchmarks" / "results"
 BUDGET = {"cpu": 4.0, "cuda": 8.0}
 HURRY_AFTER = 180.0  # seconds on a CPU after which every case gets three rounds
 # The default run has minutes for all ops: a case gets the least rounds, and the memory of few calls is metered.
-DEFAULT_ROUNDS = {"cpu": 3, "cuda": 10}
+DEFAULT_ROUNDS = {"cpu": 2, "cuda": 10}
 DEFAULT_MEMORY_SECONDS = 0.3
 DEFAULT_QUICK_SAMPLES = 7
 DEFAULT_HOST_ROUNDS = 100
