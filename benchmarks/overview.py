@@ -76,7 +76,7 @@ def measured(report: Report, case: dict) -> Line | None:
 
 
 def setting(name: str) -> str:
-    """What tells a case from others of its op."""
+    """The part of a case's name that differs between the cases of its op."""
     words = name.partition(" ")[2]
     for usual in (", fwd+bwd", ", float32", ", int64", ", int32"):
         words = words.replace(usual, "")

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.gpu import page, plan, record, runner
 
-NO_COMMIT = "the kernel files are not those of the commit: {}"
+NO_COMMIT = "these kernel files differ from the commit: {}"
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -43,8 +43,13 @@ def join(options: argparse.Namespace) -> int:
         return 1
     path = record.RESULTS / record.VALIDATED
     known = json.loads(path.read_text()) if path.exists() else {}
-    # What failed loses what an older run said of the same file.
-    kept = {name: entry for name, entry in known.items() if now.get(name) not in (None, entry["blob"])}
+    # A failed test withdraws the older entry of its files; a run that did not test a file leaves its entry.
+    failed = record.failed_files(found)
+    kept = {
+        name: entry
+        for name, entry in known.items()
+        if name in now and not (name in failed and entry["blob"] == now[name])
+    }
     runner.write_json(path, dict(sorted({**kept, **entries}.items())))
     times: list[dict[str, Any]] = [line for shard in found for line in shard.times]
     if times:

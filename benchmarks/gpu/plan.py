@@ -73,7 +73,7 @@ NO_CACHING = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def first() -> list[Step]:
-    """What tells most: does it build, is it right, and which backend is faster."""
+    """The most informative steps: whether it builds, whether it is right, and which backend is faster."""
     return [
         Step("facts", module("probe", "facts"), 8, 25, needed=True),
         Step("calls", module("probe", "calls"), 15, 40),
@@ -85,7 +85,7 @@ def first() -> list[Step]:
 
 
 def second() -> list[Step]:
-    """What takes memory, the sanitizers, and the ops beside their peers."""
+    """The tests that take much memory, the sanitizers, and the ops beside their peers."""
     peers = [Step("peers", install_peers(), 5, 20)] if WHEELS.is_dir() else []
     return [
         Step("facts", module("probe", "facts"), 8, 25, needed=True),

@@ -1,4 +1,4 @@
-"""What the machine has, and the calls that may be refused there: `python -m benchmarks.gpu.probe facts`, `calls`.
+"""Reports the machine, and tries calls that its torch may refuse: `python -m benchmarks.gpu.probe facts`, `calls`.
 
 The last lines of the output, `FOUND {...}`, are noted in the report of the command.
 """

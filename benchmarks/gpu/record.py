@@ -93,7 +93,7 @@ def faster_backends(times: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 class Shard:
-    """What one command wrote."""
+    """The files that one command wrote: its report, outcomes of tests, and times."""
 
     def __init__(self, report: Path) -> None:
         self.content = json.loads(report.read_text())
@@ -148,6 +148,12 @@ def counts(found: list[Shard]) -> tuple[Counter[str], Counter[str], Counter[str]
             if outcome in ("passed", "failed"):
                 (passed if outcome == "passed" else failed).update(line["kernels"])
     return planned, passed, failed
+
+
+def failed_files(found: list[Shard]) -> set[str]:
+    """Kernel files that a failed test runs."""
+    _, _, failed = counts(found)
+    return {file for file, users in kernel_files().items() if any(failed[user] for user in users)}
 
 
 def validated(found: list[Shard], commit: str) -> dict[str, dict[str, Any]]:

@@ -96,7 +96,7 @@ class Command:
         self.write()
 
     def note_findings(self, text: str) -> None:
-        """What the step printed as `FOUND {...}`."""
+        """Adds the findings that the step printed as `FOUND {...}` to the report."""
         for line in text.splitlines():
             if line.startswith("FOUND "):
                 with contextlib.suppress(ValueError):

@@ -276,16 +276,22 @@ def test_nothing_is_recorded_of_other_files(tree, tmp_path, monkeypatch, capsys)
 
 
 def test_an_older_entry_of_another_version_is_kept(tree, tmp_path):
-    """The record says at which commit a file last passed; a file that failed as it is now loses its entry."""
+    """The record says at which commit a file last passed; a file that failed as it is now loses its entry, and one that
+    the run did not test keeps it."""
     old = {
         B: {"commit": "old", "blob": "older"},
         C: {"commit": "old", "blob": record.blobs()[C]},
+        SHARED: {"commit": "old", "blob": record.blobs()[SHARED]},
         "gone.cu": {"blob": "x"},
     }
     (tmp_path / record.VALIDATED).write_text(json.dumps(old))
     folder = shard(tmp_path / "1", "first", [(A, "passed"), (C, "failed")])
     assert command.main(["join", str(folder)]) == 0
-    assert {name: entry["commit"] for name, entry in recorded(tmp_path).items()} == {A: "c0ffee", B: "old"}
+    assert {name: entry["commit"] for name, entry in recorded(tmp_path).items()} == {
+        A: "c0ffee",
+        B: "old",
+        SHARED: "old",
+    }
 
 
 def test_the_page_is_what_its_command_writes():

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ class Result:
     error: str
     launched: list[str]
     arrays: dict[str, Tensor]
+
+
+def label(case: Any) -> str:
+    """The fields of a dataclass that differ from their defaults, as the name of a case."""
+    changed = [f"{f.name}={getattr(case, f.name)}" for f in fields(case) if getattr(case, f.name) != f.default]
+    return "-".join(changed).replace("torch.", "")
 
 
 def missing() -> str | None:

@@ -134,13 +134,6 @@ class Case:
 SIZES = [(5, 1), (5, 2), (7, 9), (6, 131), (5, 517), (2, 1030)]
 
 
-def label(case: Case) -> str:
-    changed = [
-        f"{f.name}={getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
-    ]
-    return "-".join(changed).replace("torch.", "")
-
-
 def cases() -> dict[str, Case]:
     layouts = itertools.cycle([(0, 0), (1, 0), (0, 3), (2, 1), (4, 8)])
     kinds, choices = itertools.cycle(["normal", "confident", "masked", "bad"]), itertools.cycle([0, 1, 3, 2, 0])
@@ -156,7 +149,7 @@ def cases() -> dict[str, Case]:
             )
     found += [Case(torch.float32, 6, 131, 2, torch.float32, False, kind="bad", stats=True, divergence=True)]
     found += [Case(torch.float32, 0, 5, 2, torch.float32, True)]
-    return {label(case): case for case in found}
+    return {run.label(case): case for case in found}
 
 
 CASES = cases()

@@ -172,34 +172,27 @@ def cases() -> tuple[dict[str, Case], dict[str, Case], dict[str, Sums]]:
         base = Case(dtype, rows, columns, next(taus), next(devices), offset, pad, **extra)
         output, stats = next(kinds)
         case = dataclasses.replace(base, output=output, stats=stats)
-        forward[label(case)] = case
+        forward[run.label(case)] = case
         grad, usage = next(grads)
         if grad == "in_place" and dtype in (torch.bfloat16, torch.float16):
             grad = "narrow"
         if rows % max(usage, 1):
             usage = 1
         case = dataclasses.replace(base, grad=grad, usage=usage, mask=usage > 0 and rows > 3)
-        backward[label(case)] = case
+        backward[run.label(case)] = case
     for dtype, device in itertools.product(DTYPES, DEVICES):
         # Long rows under every plan, with results for a second pass.
         base = Case(dtype, 3, 1100, 0.5, device, bad=device == "")
         if dtype in (torch.float32, torch.bfloat16):
-            forward[label(base) + "-long"] = dataclasses.replace(base, output=SOFT)
-            backward[label(base) + "-long"] = dataclasses.replace(base, grad="wide", usage=3)
+            forward[run.label(base) + "-long"] = dataclasses.replace(base, output=SOFT)
+            backward[run.label(base) + "-long"] = dataclasses.replace(base, grad="wide", usage=3)
         case = dataclasses.replace(
             base, rows=2 * (3 + len(device)), columns=[1, 6, 40, 300, 1500][len(sums) % 5], usage=2
         )
-        sums[label(case)] = Sums(dataclasses.replace(case, bad=False, mask=len(sums) % 2 == 0))
+        sums[run.label(case)] = Sums(dataclasses.replace(case, bad=False, mask=len(sums) % 2 == 0))
     empty = Case(torch.float32, 0, 5, output=HARD)
     forward["no_rows"], backward["no_rows"] = empty, dataclasses.replace(empty, output=NONE)
     return forward, backward, sums
-
-
-def label(case: Case) -> str:
-    changed = [
-        f"{f.name}={getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
-    ]
-    return "-".join(changed).replace("torch.", "")
 
 
 FORWARD, BACKWARD, SUMS = cases()

@@ -6,7 +6,6 @@ The device limits that the launcher gets decide how many threads share a row.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -108,13 +107,6 @@ class Case:
 SIZES = [(1, 1), (37, 2), (5, 5), (9, 31), (6, 64), (70, 130), (6, 517), (6, 1030), (2, 4099), (1, 9000)]
 
 
-def label(case: Case) -> str:
-    changed = [
-        f"{f.name}={getattr(case, f.name)}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
-    ]
-    return "-".join(changed).replace("torch.", "")
-
-
 def cases() -> dict[str, Case]:
     layouts = itertools.cycle([(0, 0), (1, 0), (0, 3), (2, 1), (4, 8)])
     devices = itertools.cycle(DEVICES)
@@ -135,7 +127,7 @@ def cases() -> dict[str, Case]:
     found.append(Case(torch.float64, 5, 1030, bias=True, kind="normal", temperature=0.0))
     # Few classes, many rows: the largest logit often draws a small number, and a lower one wins.
     found += [Case(dtype, rows, 3 * (rows > 0) + 2, temperature=2.0) for dtype in DTYPES for rows in (0, 300)]
-    return {label(case): case for case in found}
+    return {run.label(case): case for case in found}
 
 
 CASES = cases()
