@@ -13,13 +13,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def compute_dtype_of(function: str, input: Tensor, linear_weight: Tensor) -> torch.dtype:
-    """The dtype of the matmuls: autocast's where it is enabled, else the dtype that both tensors must have."""
+def compute_dtype_of(
+    function: str, input: Tensor, linear_weight: Tensor, names: tuple[str, str] = ("input", "linear_weight")
+) -> torch.dtype:
+    """The dtype of the matmuls: autocast's where it is enabled, else the dtype that both tensors must have. names: the
+    two arguments of the public function."""
     if checks.autocast(input.device) and torch.float64 not in (input.dtype, linear_weight.dtype):
         return torch.get_autocast_dtype(input.device.type)
     if linear_weight.dtype != input.dtype:
-        must = f"have the dtype of input, {input.dtype}, outside autocast"
-        checks.fail(TypeError, function, "linear_weight", must, linear_weight.dtype)
+        must = f"have the dtype of {names[0]}, {input.dtype}, outside autocast"
+        checks.fail(TypeError, function, names[1], must, linear_weight.dtype)
     return input.dtype
 
 

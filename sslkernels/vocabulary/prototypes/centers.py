@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
-from sslkernels.core.dtypes import accumulation_dtype
+from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of
 from sslkernels.core.operator import full, operator
 from sslkernels.vocabulary.prototypes.chunked_distillation import WORKSPACE_BYTES, Projection
 from sslkernels.vocabulary.prototypes.distillation_records import centered, inverse_of
 from sslkernels.vocabulary.prototypes.distillation_rows import DistillationRows, NativeRows, TritonRows
-from sslkernels.vocabulary.prototypes.heads import check_head, compute_dtype_of_head
+from sslkernels.vocabulary.prototypes.heads import check_head
 
 NAME = "sinkhorn_center"
 COLUMNS_AT_ONCE = 4096  # on a CPU a block of columns stays in the cache through the passes over it
@@ -200,7 +200,7 @@ def sinkhorn_center(
     checks.tensor(NAME, "row_mask", row_mask, (torch.bool,), optional=True)
     checks.shape(NAME, "row_mask", row_mask, shape, "that of the rows of teacher")
     checks.same_device(NAME, "row_mask", row_mask, "teacher", teacher.device)
-    compute_dtype = compute_dtype_of_head(NAME, "teacher", teacher, teacher_weight)
+    compute_dtype = compute_dtype_of(NAME, teacher, teacher_weight, ("teacher", "teacher_weight"))
     with torch.no_grad():
         rows = teacher.reshape(math.prod(shape), teacher.shape[-1]).contiguous()
         mask = None if row_mask is None else row_mask.reshape(-1).contiguous()

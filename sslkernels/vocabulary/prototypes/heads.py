@@ -11,16 +11,6 @@ from sslkernels.core import checks
 from sslkernels.vocabulary.prototypes.distillation_records import NAME
 
 
-def compute_dtype_of_head(function: str, name: str, features: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the matmuls: autocast's where it is enabled, else the dtype that both tensors must have."""
-    if checks.autocast(features.device) and torch.float64 not in (features.dtype, weight.dtype):
-        return torch.get_autocast_dtype(features.device.type)
-    if weight.dtype != features.dtype:
-        must = f"have the dtype of {name}, {features.dtype}, outside autocast"
-        checks.fail(TypeError, function, f"{name}_weight", must, weight.dtype)
-    return features.dtype
-
-
 def check_head(
     function: str,
     name: str,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, may_want_gradient, once_differentiable, save, saved
-from sslkernels.core.dtypes import accumulation_dtype, contiguous
+from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.operator import full, operator
 from sslkernels.core.overloads import returns_stats
 from sslkernels.core.ranks import check_ranks, sum_over_ranks, summed_gradient
@@ -30,7 +30,7 @@ from sslkernels.vocabulary.prototypes.distillation_records import (
     empty_outputs,
 )
 from sslkernels.vocabulary.prototypes.distillation_rows import DistillationRows, NativeRows, TritonRows
-from sslkernels.vocabulary.prototypes.heads import Heads, check_heads, check_rows, compute_dtype_of_head
+from sslkernels.vocabulary.prototypes.heads import Heads, check_heads, check_rows
 from sslkernels.vocabulary.reduction import check_reduction, reduced
 
 
@@ -329,8 +329,8 @@ def linear_distillation(
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     checks.boolean(NAME, "return_stats", return_stats)
-    student_dtype = compute_dtype_of_head(NAME, "student", student, student_weight)
-    teacher_dtype = compute_dtype_of_head(NAME, "teacher", teacher, teacher_weight)
+    student_dtype = compute_dtype_of(NAME, student, student_weight, ("student", "student_weight"))
+    teacher_dtype = compute_dtype_of(NAME, teacher, teacher_weight, ("teacher", "teacher_weight"))
     options = Options(divergence == "kl", return_stats, student_dtype, teacher_dtype, workspace_bytes, group, sizes)
     if group is not None:
         same = {"student": student, "teacher": teacher, "teacher_index": teacher_index, "row_weight": row_weight}
