@@ -35,19 +35,6 @@ class Device(NamedTuple):
 
 
 H200 = Device("H200", 150_754_820_096, 132, 4.3e12, 790e12, 132 * 128 * 1.755e9)
-# Predicted shares of the time that the bytes of a kernel take at the rate of a copy: (CUDA, Triton).
-PREDICTED = {
-    "cross_entropy_rows_fwd": ("0.75-0.85", "0.5-0.6"),
-    "cross_entropy_rows_bwd": ("0.75-0.85", "0.5-0.6"),
-    "gumbel_rows_fwd": ("0.25-0.3", "0.25-0.3"),
-    "gumbel_rows_bwd": ("0.25-0.3", "0.25-0.3"),
-    "gaussian_fwd": ("0.55", "0.55"),
-    "random_stream": ("0.16-0.32", "0.16-0.32"),
-    "free_energy_fwd": ("0.7-0.8", "0.4-0.5"),
-    "free_energy_bwd": ("0.7-0.8", "0.4-0.5"),
-    "prediction_energy_fwd": ("0.7-0.8", "0.4-0.5"),
-    "prediction_energy_bwd": ("0.7-0.8", "0.4-0.5"),
-}
 # (N, D, V) of masked prediction and of language models.
 LINEAR = ((8192, 2304, 256000), (8192, 4096, 128256), (19661, 768, 30522), (9830, 768, 50368), (9830, 1024, 50265))
 
@@ -141,7 +128,7 @@ def kernel_lines(times: list[dict[str, Any]]) -> list[str]:
     for kernel, case in kernels():
         memory, instructions = floors(kernel, case)
         copy, cells = seconds.get((case.name, COPY)), []
-        for backend, guess in zip(("cuda", "triton"), PREDICTED.get(case.op, ("", "")), strict=True):
+        for backend, guess in zip(("cuda", "triton"), kernel.predicted, strict=True):
             own = seconds.get((case.name, f"sslkernels {backend}"))
             cells += [guess, f"{copy / own:.2f}" if copy and own else ""]
         counted = f"{instructions * 1e3:.3f} ms" if kernel.instructions else ""

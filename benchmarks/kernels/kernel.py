@@ -65,7 +65,8 @@ class Kernel:
     """call: one launch by a backend (NATIVE, TRITON or REFERENCE) that leaves its results in the inputs; results: their
     names; oracle: the same in float64; plain: what torch does instead, if not the reference; setup: prepares the inputs
     of a backend, not timed; cuda, cpu, smoke: the cases, as arguments of `KernelBenchmark.case`; share: part of a
-    copy's bandwidth that the bar requires; instructions: of an element, where they take longer than its bytes."""
+    copy's bandwidth that the bar requires; instructions: of an element, where they take longer than its bytes;
+    predicted: shares of a copy's bandwidth on an H200 that are expected of CUDA and of Triton."""
 
     floor: Callable[[Case], Floor]
     inputs: Callable[[Case, torch.device], Inputs]
@@ -81,6 +82,7 @@ class Kernel:
     runs_on_cpu: bool = True
     share: float | None = 0.9
     instructions: int = 0
+    predicted: tuple[str, str] = ("", "")
 
 
 class KernelBenchmark(Benchmark):

@@ -194,7 +194,7 @@ def gaussian_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     return exact["first"], exact["second"]
 
 
-def gaussian_kernel(floor: Callable[..., Floor], share: float) -> Kernel:
+def gaussian_kernel(floor: Callable[..., Floor], share: float, **more: Any) -> Kernel:
     return Kernel(
         rows_and_columns(floor, samples=1),
         gaussian_inputs,
@@ -204,6 +204,7 @@ def gaussian_kernel(floor: Callable[..., Floor], share: float) -> Kernel:
         grid({"N": 1 << 20, "V": 256}),
         share=share,
         instructions=75,
+        **more,
     )
 
 
@@ -249,7 +250,7 @@ def gumbel_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
     return (y * (weight - (weight * y).sum(1, keepdim=True)),)
 
 
-def gumbel_kernel(floor: Callable[[Case], Floor], share: float, *results: str, instructions: int = 90) -> Kernel:
+def gumbel_kernel(floor: Callable[[Case], Floor], share: float, *results: str, **more: Any) -> Kernel:
     """2**28 logits in short and long rows. Making the noise takes longer than the memory traffic: two logarithms and a
     Philox call."""
     shapes = ({"N": (1 << 28) // v, "V": v} for v in (320, 8192, 50257))
@@ -261,7 +262,7 @@ def gumbel_kernel(floor: Callable[[Case], Floor], share: float, *results: str, i
         gumbel_oracle,
         grid(*shapes),
         share=share,
-        instructions=instructions,
+        **more,
     )
 
 
@@ -363,24 +364,30 @@ CODES = {
     "cuda": grid({"N": 1 << 22, "K": 8192, "D": 64}, {"N": 1 << 19, "K": 1024, "D": 300}),
     "smoke": {"shape": {"N": 33, "K": 9, "D": 77}},
 }
-ENERGIES = {"cuda": grid({"N": 1 << 22, "K": 8}, {"N": 65536, "K": 1024}), "smoke": {"shape": {"N": 33, "K": 9}}}
+ENERGIES = {
+    "cuda": grid({"N": 1 << 22, "K": 8}, {"N": 65536, "K": 1024}),
+    "smoke": {"shape": {"N": 33, "K": 9}},
+    "predicted": ("0.7-0.8", "0.4-0.5"),
+}
 PREDICTIONS = {
     "cuda": grid(
         {"N": 65536, "K": 8, "D": 512}, {"N": 1 << 20, "K": 8, "D": 16}, {"N": 4, "K": 8, "D": 1 << 22}
     ),
     "smoke": {"shape": {"N": 33, "K": 7, "D": 77}},
+    "predicted": ENERGIES["predicted"],
 }  # fmt: skip
+NOISE = {"instructions": 90, "predicted": ("0.25-0.3", "0.25-0.3")}
 KERNELS = {
-    "gaussian_fwd": gaussian_kernel(gaussian_fwd_floor, 0.75),
+    "gaussian_fwd": gaussian_kernel(gaussian_fwd_floor, 0.75, predicted=("0.55", "0.55")),
     "gaussian_bwd": gaussian_kernel(gaussian_bwd_floor, 0.85),
     "gumbel_rows_fwd": gumbel_kernel(
-        rows_and_columns(gumbel_rows_fwd_floor, output=True, stats=False), 0.3, "sum", "out"
+        rows_and_columns(gumbel_rows_fwd_floor, output=True, stats=False), 0.3, "sum", "out", **NOISE
     ),
     "gumbel_rows_bwd": gumbel_kernel(
         lambda case: gumbel_rows_bwd_floor(*case.shape.values(), case.dtype.itemsize, case.dtype.itemsize, False),
-        0.3, "grad",
+        0.3, "grad", **NOISE,
     ),
-    "probability_sums": gumbel_kernel(rows_and_columns(probability_sums_floor), 0.8, "total", instructions=0),
+    "probability_sums": gumbel_kernel(rows_and_columns(probability_sums_floor), 0.8, "total"),
     "gather_codes": Kernel(
         lambda case: gather_codes_floor(*code_sizes(case)),
         code_inputs, gather, lambda case: ("value", "grad"), gather_oracle, **CODES,

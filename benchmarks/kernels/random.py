@@ -87,6 +87,7 @@ KERNELS = {
         smoke={"shape": {"N": 33, "V": 1003}, "backward": False},
         share=None,
         instructions=80,
+        predicted=("0.16-0.32", "0.16-0.32"),
     ),
     "alias_draw": Kernel(
         rows_and_columns(alias_draw_floor),

@@ -178,6 +178,7 @@ KERNELS = {
         + grid(LOGITS[2], dtypes=(torch.float32,)),
         cpu=grid({"N": 1024, "V": 50257}),
         smoke=SMOKE,
+        predicted=("0.75-0.85", "0.5-0.6"),
     ),
     "cross_entropy_rows_bwd": Kernel(
         lambda case: cross_entropy_rows_bwd_floor(*sizes(case)),
@@ -188,6 +189,7 @@ KERNELS = {
         [{"shape": shape} for shape in LOGITS],
         smoke=SMOKE,
         setup=prepare_backward,
+        predicted=("0.75-0.85", "0.5-0.6"),
     ),
     "sample_rows": Kernel(
         rows_and_columns(sample_rows_floor, first=True),
