@@ -1,6 +1,6 @@
 """Wheels for several Pythons from one set of objects, an audit of wheels, and a test of an installed one.
 
-python scripts/wheels.py build [PYTHON ...]    into build/wheels/repaired; default: those of 3.10 to 3.14 that are found
+python scripts/wheels.py build [PYTHON ...]    into build/wheels/repaired; default: each of 3.10 to 3.14 that is found
 python scripts/wheels.py audit WHEEL ...       fails on a wheel that would not load everywhere it is installed
 python scripts/wheels.py load VERSION ...      the installed package runs on these versions of torch ("newest" is one)
 """

@@ -379,9 +379,9 @@ def _refuse_gradient_of_count() -> None:
 def _check(center: Tensor, context: Tensor, count: Tensor, parameters: Parameters) -> None:
     checks.tensor(NAME, "center", center, checks.INDEX_DTYPES)
     checks.tensor(NAME, "context", context, checks.INDEX_DTYPES)
-    checks.shape(NAME, "context", context, center.shape, "that of center")
+    checks.shape(NAME, "context", context, center.shape, "center.shape")
     checks.tensor(NAME, "count", count, (*checks.FLOAT_DTYPES, *checks.INDEX_DTYPES))
-    checks.shape(NAME, "count", count, center.shape, "that of center")
+    checks.shape(NAME, "count", count, center.shape, "center.shape")
     if count.requires_grad:
         _refuse_gradient_of_count()
     for name, value in parameters._asdict().items():

@@ -269,7 +269,7 @@ def _check_pair(function: str, first_name: str, first: Tensor, second_name: str,
     for name, value in ((first_name, first), (second_name, second)):
         checks.tensor(function, name, value, checks.FLOAT_DTYPES)
         checks.dims(function, name, value, 2, "(N, D)", high=2)
-    checks.shape(function, second_name, second, first.shape, f"that of {first_name}")
+    checks.shape(function, second_name, second, first.shape, f"{first_name}.shape")
     _check_like(function, second_name, second, first_name, first)
 
 

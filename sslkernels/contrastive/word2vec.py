@@ -355,7 +355,7 @@ def _check(
 ) -> None:
     checks.tensor(NAME, "center", center, checks.INDEX_DTYPES)
     checks.tensor(NAME, "context", context, checks.INDEX_DTYPES)
-    checks.shape(NAME, "context", context, center.shape, "that of center")
+    checks.shape(NAME, "context", context, center.shape, "center.shape")
     checks.tensor(NAME, "negatives", negatives, checks.INDEX_DTYPES)
     if tuple(negatives.shape[:-1]) != tuple(center.shape) or negatives.dim() == 0:
         checks.fail(ValueError, NAME, "negatives", "have the shape of center and K", tuple(negatives.shape))

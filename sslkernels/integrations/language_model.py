@@ -200,7 +200,7 @@ class PatchedForward:
 
 
 def refuse_replicas() -> NoReturn:
-    """A replica's `forward` would be that of the original, with the original's parameters."""
+    """A replica would run the original's `forward`, on the original's parameters."""
     raise RuntimeError("patch: torch.nn.DataParallel cannot replicate a patched model; use DistributedDataParallel")
 
 
@@ -211,7 +211,7 @@ def balance_loss(model: Any, output: Any) -> Tensor | None:
 
 
 def restore_forward(module: nn.Module, before: Callable[..., Any] | None) -> None:
-    """`before`: the instance's own `forward`; None: that of its class."""
+    """`before`: the instance's own `forward`, or None if it has only its class's."""
     del module.forward
     if before is not None:
         module.forward = before

@@ -306,7 +306,7 @@ def _by_falling_stride(dims: list[int], strides: tuple[int, ...]) -> list[int]:
 
 
 def _merged(dims: list[int], sizes: torch.Size, strides: tuple[int, ...]) -> list[list[int]]:
-    """Groups of adjacent dimensions whose strides are those of one dimension."""
+    """Groups of adjacent dimensions that one stride walks."""
     groups: list[list[int]] = []
     for d in dims:
         if groups and strides[groups[-1][-1]] == sizes[d] * strides[d]:

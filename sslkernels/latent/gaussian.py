@@ -351,7 +351,7 @@ def _check(name: str, latent: _Latent, divergence: _Divergence, draws: _Draws | 
     checks.tensor(name, "mean", mean, checks.FLOAT_DTYPES)
     checks.dims(name, "mean", mean, 1, "(..., D)")
     checks.tensor(name, "logvar", logvar, checks.FLOAT_DTYPES)
-    checks.shape(name, "logvar", logvar, mean.shape, "that of mean")
+    checks.shape(name, "logvar", logvar, mean.shape, "mean.shape")
     tensors = {"logvar": logvar}
     if prior is not None:
         tensors |= _checked_prior(name, mean, prior)

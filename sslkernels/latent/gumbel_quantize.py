@@ -462,9 +462,9 @@ def _check(
         checks.fail(ValueError, NAME, "logits", f"have shape {meaning} with {tuple(last)} last", tuple(logits.shape))
     batch = logits.shape[: logits.dim() - len(last)]
     checks.tensor(NAME, "mask", mask, (torch.bool,), optional=True)
-    checks.shape(NAME, "mask", mask, batch, "that of logits without codes and groups")
+    checks.shape(NAME, "mask", mask, batch, "logits.shape without codes and groups")
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(NAME, "row_ids", row_ids, batch, "that of logits without codes and groups")
+    checks.shape(NAME, "row_ids", row_ids, batch, "logits.shape without codes and groups")
     for argument, value in (("codebook", codebook), ("mask", mask), ("row_ids", row_ids)):
         checks.same_device(NAME, argument, value, "logits", logits.device)
     for argument, value in (("hard", hard), ("noise", noise), ("return_stats", return_stats)):

@@ -166,7 +166,7 @@ def gumbel_softmax(
     seed = seed_tensor(NAME, seed, generator, logits.device)
     shape = logits.movedim(dim, -1).shape[:-1]
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(NAME, "row_ids", row_ids, shape, "that of logits without dim")
+    checks.shape(NAME, "row_ids", row_ids, shape, "logits.shape without dim")
     checks.same_device(NAME, "row_ids", row_ids, "logits", logits.device)
     if logits.numel() == 0:
         return logits.clone()

@@ -322,7 +322,7 @@ def cross_entropy(
         checks.fail(ValueError, NAME, "input", "have at least one class", tuple(input.shape))
     rows_shape = (*input.shape[:class_dim], *input.shape[class_dim + 1 :])
     check_weight(NAME, weight, vocab, input.device)
-    check_token_weight(NAME, token_weight, rows_shape, input.device, "that of the row losses")
+    check_token_weight(NAME, token_weight, rows_shape, input.device, "input.shape without class_dim")
     check_reduction(NAME, reduction, num_items, on_empty, input.device)
     checks.boolean(NAME, "return_stats", return_stats)
     options = RowOptions.checked(
@@ -377,7 +377,7 @@ def _class_dim(input: Tensor, target: Tensor, class_dim: int | None) -> int:
         checks.fail(ValueError, NAME, "class_dim", f"be in [{-dims}, {dims}) for input of {dims} dimensions", class_dim)
     found = min(1, dims - 1) if class_dim is None else class_dim % dims
     if target.is_floating_point():
-        checks.shape(NAME, "target (class probabilities)", target, input.shape, "that of input")
+        checks.shape(NAME, "target (class probabilities)", target, input.shape, "input.shape")
         return found
     expected = (*input.shape[:found], *input.shape[found + 1 :])
     if tuple(target.shape) == expected:
@@ -388,7 +388,7 @@ def _class_dim(input: Tensor, target: Tensor, class_dim: int | None) -> int:
         ValueError,
         NAME,
         "target",
-        f"have shape {expected} (or that of input, for class probabilities)",
+        f"have shape {expected} (or {tuple(input.shape)}, for class probabilities)",
         tuple(target.shape),
     )
 

@@ -447,15 +447,16 @@ def _check(
     checks.tensor(NAME, "target", target, (*checks.INDEX_DTYPES, *checks.FLOAT_DTYPES))
     classes, *outer = linear_weight.shape[:-1]
     rows = (*input.shape[:-1], *outer)
+    meaning = "input.shape[:-1] + linear_weight.shape[1:-1]" if outer else "input.shape[:-1]"
     if target.is_floating_point():
         if tuple(target.shape) == rows:  # indices in a dtype of probabilities
             checks.tensor(NAME, "target", target, checks.INDEX_DTYPES)
         shape = (input.shape[0], classes, *outer) if outer else (*rows, classes)
         checks.shape(NAME, "target (class probabilities)", target, shape, "(..., V)")
     else:
-        checks.shape(NAME, "target", target, rows, "that of the rows")
+        checks.shape(NAME, "target", target, rows, meaning)
     checks.same_device(NAME, "target", target, "input", input.device)
-    check_token_weight(NAME, token_weight, rows, input.device, "that of the rows")
+    check_token_weight(NAME, token_weight, rows, input.device, meaning)
     if isinstance(logit_scale, Tensor):
         checks.tensor(NAME, "logit_scale", logit_scale, checks.FLOAT_DTYPES)
         checks.same_device(NAME, "logit_scale", logit_scale, "input", input.device)

@@ -1,4 +1,4 @@
-"""Records of the raw operators of `linear_cross_entropy`; those of single rows are in `softmax_rows`."""
+"""Records of the raw operators of `linear_cross_entropy`; `softmax_rows` has the records of single rows."""
 
 from __future__ import annotations
 

@@ -378,7 +378,7 @@ def linear_sample(
     _check_temperature(temperature, shape, input.device)
     checks.integer(NAME, "num_samples", num_samples, low=1, optional=True)
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(NAME, "row_ids", row_ids, shape, "that of input without its last dimension")
+    checks.shape(NAME, "row_ids", row_ids, shape, "input.shape[:-1]")
     checks.same_device(NAME, "row_ids", row_ids, "input", input.device)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
     acc = accumulation_dtype(input.dtype)
@@ -416,7 +416,7 @@ def _check_temperature(temperature: float | Tensor, shape: torch.Size, device: t
         checks.number(NAME, "temperature", temperature, low=0.0)
         return
     checks.tensor(NAME, "temperature", temperature, checks.FLOAT_DTYPES)
-    checks.shape(NAME, "temperature", temperature, shape, "that of input without its last dimension")
+    checks.shape(NAME, "temperature", temperature, shape, "input.shape[:-1]")
     checks.same_device(NAME, "temperature", temperature, "input", device)
     if temperature.requires_grad:
         checks.fail(ValueError, NAME, "temperature", "not require grad", "requires_grad=True")

@@ -277,9 +277,9 @@ def mask_tokens(
       with `probability`, at the start of a row and after an ineligible token, unless that token belongs to the same
       word. Hence every unit is chosen with `probability`, and uninterrupted spans have geometric length with mean L.
       (L = 1 / (1 - probability) is the independent choice; L = 1 never chooses two neighbours.)
-    - With `min_per_row` m, rows in which fewer than m units were chosen get those of their other units that have the
-      smallest draws, up to m units or all with an eligible token. Beside the fused pass this sorts each row, in plain
-      torch.
+    - With `min_per_row` m, rows in which fewer than m units were chosen get more, by the
+      smallest draws of their other units, up to m units or all with an eligible token. Beside the fused pass this sorts
+      each row, in plain torch.
     - A chosen token becomes `mask_id` with probability `replace[0]`, a uniform id of the vocabulary that is neither
       special nor `mask_id` with `replace[1]` (which may be the token itself), and stays as it is otherwise; each token
       of a word or span has its own draw.
@@ -333,9 +333,9 @@ def mask_tokens(
     word_ids = _word_ids(word_ids, input_ids.device)
     checks.tensor(NAME, "word_ids", word_ids, checks.INDEX_DTYPES, optional=True)
     checks.tensor(NAME, "row_ids", row_ids, (torch.int64,), optional=True)
-    checks.shape(NAME, "special_mask", special_mask, input_ids.shape, "that of input_ids")
-    checks.shape(NAME, "attention_mask", attention_mask, input_ids.shape, "that of input_ids")
-    checks.shape(NAME, "word_ids", word_ids, input_ids.shape, "that of input_ids")
+    checks.shape(NAME, "special_mask", special_mask, input_ids.shape, "input_ids.shape")
+    checks.shape(NAME, "attention_mask", attention_mask, input_ids.shape, "input_ids.shape")
+    checks.shape(NAME, "word_ids", word_ids, input_ids.shape, "input_ids.shape")
     checks.shape(NAME, "row_ids", row_ids, input_ids.shape[:-1], "input_ids.shape[:-1]")
     given = {"special_mask": special_mask, "attention_mask": attention_mask, "word_ids": word_ids, "row_ids": row_ids}
     for argument, value in given.items():

@@ -109,7 +109,7 @@ def test_contrastive_energy(change, kind, message):
 
 
 NAMED = [
-    (lambda: sk.info_nce(Q, K), ValueError, r"info_nce: positive_key must have shape that of query = \(4, 3\); got"),
+    (lambda: sk.info_nce(Q, K), ValueError, r"info_nce: positive_key must have shape query.shape = \(4, 3\); got"),
     (lambda: sk.info_nce(Q, Q, K, negative_mode="own"), ValueError, r"info_nce: negative_mode must be 'unpaired' or"),
     (lambda: sk.info_nce(Q, Q, N), ValueError, r'info_nce: negative_keys must have shape \(M, D\) in .*"unpaired"'),
     (lambda: sk.info_nce(Q, Q, K, negative_mode="paired"), ValueError, r"info_nce: negative_keys must have shape"),
@@ -128,7 +128,7 @@ NAMED = [
     (lambda: sk.nt_xent(Q, Q.double()), TypeError, r"nt_xent: z1 must have the dtype of z0, torch.float32, outside"),
     (lambda: sk.nn.ClipLoss(0.0), ValueError, r"ClipLoss: init_logit_scale must be in \(0, inf\]; got 0.0"),
     (lambda: sk.nn.SigLipLoss(max_logit_scale=-1.0), ValueError, r"SigLipLoss: max_logit_scale must be in \(0, inf\]"),
-    (lambda: sk.nt_xent(Q, K), ValueError, r"nt_xent: z1 must have shape that of z0 = \(4, 3\); got \(6, 3\)"),
+    (lambda: sk.nt_xent(Q, K), ValueError, r"nt_xent: z1 must have shape z0.shape = \(4, 3\); got \(6, 3\)"),
     (lambda: sk.clip_loss(Q, Q.tolist(), 1.0), TypeError, r"clip_loss: text_features must be a torch.Tensor; got list"),
     (lambda: sk.clip_loss(Q, Q, torch.ones(3)), ValueError, r"clip_loss: logit_scale must be a number or a tensor"),
     (lambda: sk.siglip_loss(Q, Q, 1.0, "x"), TypeError, r"siglip_loss: logit_bias must be a number; got str"),

@@ -545,7 +545,7 @@ ERRORS = [
     (dict(center=[1]), TypeError, r"center must be a torch.Tensor; got list"),
     (dict(center=torch.rand(4)), TypeError, r"center must have dtype torch.int64 or torch.int32; got torch.float32"),
     (dict(context=torch.zeros(3, dtype=torch.int64)), ValueError, r"context must have shape .* = \(4,\); got \(3,\)"),
-    (dict(count=torch.ones(3)), ValueError, r"count must have shape that of center = \(4,\); got \(3,\)"),
+    (dict(count=torch.ones(3)), ValueError, r"count must have shape center.shape = \(4,\); got \(3,\)"),
     (dict(count=torch.ones(4).bool()), TypeError, r"count must have dtype"),
     (
         dict(count=torch.ones(4, requires_grad=True)),

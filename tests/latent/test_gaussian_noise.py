@@ -382,7 +382,7 @@ ERRORS = [
     (dict(mean=[1.0]), TypeError, r"mean must be a torch.Tensor; got list"),
     (dict(mean=X.long()), TypeError, r"mean must have dtype .*; got torch.int64"),
     (dict(mean=torch.tensor(1.0)), ValueError, r"mean must have shape \(..., D\); got \(\)"),
-    (dict(logvar=X[:2]), ValueError, r"logvar must have shape that of mean = \(4, 3\); got \(2, 3\)"),
+    (dict(logvar=X[:2]), ValueError, r"logvar must have shape mean.shape = \(4, 3\); got \(2, 3\)"),
     (dict(logvar=X.half()), TypeError, r"logvar must have the dtype of mean, torch.float32, outside autocast; got"),
     (dict(logvar=X.to("meta")), ValueError, r"logvar must be on the device of mean, cpu; got meta"),
     (dict(prior=X), TypeError, r"prior must be a pair of tensors, \(mean, logvar\), or None; got Tensor"),

@@ -257,7 +257,7 @@ def test_arguments_without_a_meaning_are_errors(device):
         (index, w, {"shift": -1}, "shift must be at least 0; got -1"),
         (index, w, {"logit_scale": torch.ones(2, device=device)}, "logit_scale must be a number or a tensor of one"),
         (index, w, {"on_empty": "one"}, "on_empty must be 'nan' or 'zero'"),
-        (index[:5], w, {}, "target must have shape that of the rows"),
+        (index[:5], w, {}, r"target must have shape input.shape\[:-1\] = "),
         (p[:5], w, {}, r"target \(class probabilities\) must have shape"),
     ):
         with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):

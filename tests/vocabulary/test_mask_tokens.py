@@ -504,10 +504,10 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
         ({"special_ids": range(10)}, ValueError, r"replace\[1\] must be 0 where all ids of the vocabulary are special"),
         ({"special_mask": IDS.float()}, TypeError, "special_mask must have dtype torch.bool, torch.int64"),
         ({"attention_mask": IDS.float()}, TypeError, "attention_mask must have dtype torch.bool, torch.int64"),
-        ({"special_mask": IDS[0].bool()}, ValueError, "special_mask must have shape that of input_ids"),
+        ({"special_mask": IDS[0].bool()}, ValueError, "special_mask must have shape input_ids.shape"),
         ({"special_mask": IDS.bool().to("meta")}, ValueError, "special_mask must be on the device of input_ids"),
         ({"word_ids": IDS.float()}, TypeError, "word_ids must have dtype torch.int64 or torch.int32"),
-        ({"word_ids": IDS[:1]}, ValueError, "word_ids must have shape that of input_ids"),
+        ({"word_ids": IDS[:1]}, ValueError, "word_ids must have shape input_ids.shape"),
         ({"mean_span": 0.5}, ValueError, r"mean_span must be in \[1, inf\]"),
         ({"mean_span": float("nan")}, ValueError, r"mean_span must be in \[1, inf\]"),
         ({"mean_span": "3"}, TypeError, "mean_span must be a number"),
@@ -647,7 +647,7 @@ def test_word_ids_as_tokenizers_give_them(backend, device):
         ([[0, 1], [0]], ValueError, "word_ids must have rows of equal length; got ragged ones"),
         ([[0.5] * 6] * 2, TypeError, "word_ids must be an int; got float"),
         ("words", TypeError, "word_ids must be a tensor, or sequences of ints and None; got str"),
-        ([[0] * 6], ValueError, "word_ids must have shape that of input_ids"),
+        ([[0] * 6], ValueError, "word_ids must have shape input_ids.shape"),
     ):
         with pytest.raises(kind, match=message):
             sk.mask_tokens(ids, word_ids=words, **options)

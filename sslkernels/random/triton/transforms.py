@@ -1,4 +1,4 @@
-"""Transforms of random words in Triton, bit for bit those of `sslkernels/random/transforms.py`.
+"""Transforms of random words in Triton, bit for bit equal to `sslkernels/random/transforms.py`.
 
 Kernels need no compiler option to keep these bits: no product feeds an addition that the compiler could contract, and
 `tl.fma` marks every place with a single rounding.

@@ -198,7 +198,7 @@ def sinkhorn_center(
     checks.integer(NAME, "iterations", iterations, low=1)
     shape = teacher.shape[:-1]
     checks.tensor(NAME, "row_mask", row_mask, (torch.bool,), optional=True)
-    checks.shape(NAME, "row_mask", row_mask, shape, "that of the rows of teacher")
+    checks.shape(NAME, "row_mask", row_mask, shape, "teacher.shape[:-1]")
     checks.same_device(NAME, "row_mask", row_mask, "teacher", teacher.device)
     compute_dtype = compute_dtype_of(NAME, teacher, teacher_weight, ("teacher", "teacher_weight"))
     with torch.no_grad():

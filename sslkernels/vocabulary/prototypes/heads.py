@@ -76,5 +76,5 @@ def check_rows(student: Tensor, teacher: Tensor, teacher_index: Tensor | None, r
         if teacher_index.shape[-1] == 0:
             checks.fail(ValueError, NAME, "teacher_index", "have at least one column", tuple(teacher_index.shape))
     checks.tensor(NAME, "row_weight", row_weight, checks.FLOAT_DTYPES, optional=True)
-    checks.shape(NAME, "row_weight", row_weight, shape, "that of the rows of student")
+    checks.shape(NAME, "row_weight", row_weight, shape, "student.shape[:-1]")
     checks.same_device(NAME, "row_weight", row_weight, "student", student.device)

@@ -43,7 +43,7 @@ def _may_win(words, part, anchor, best):
 
 @triton.jit
 def _with_tile(z, words, columns, greedy, best, column, logit):
-    """The largest perturbed logit of each row, its column and its logit, with those of a tile."""
+    """The largest perturbed logit of each row, its column and its logit, joined with a tile."""
     noise = transforms.gumbel(words)
     perturbed = z + noise * tl.where(greedy, 0.0, 1.0)[:, None]
     perturbed = tl.where(perturbed == perturbed, perturbed, float("-inf"))
