@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ HURRY_AFTER = 180.0  # seconds on a CPU after which every case gets three rounds
 DEFAULT_ROUNDS = {"cpu": 2, "cuda": 10}
 DEFAULT_MEMORY_SECONDS = 0.3
 DEFAULT_QUICK_SAMPLES = 7
+DEFAULT_SLOW = 0.5
 DEFAULT_HOST_ROUNDS = 100
 
 
@@ -153,7 +155,8 @@ def run(
                 providers = [provider for provider in providers if "reference" not in provider.name]
             hurried = device.type == "cpu" and time.perf_counter() - begin > HURRY_AFTER
             cap = 0.0 if hurried else harness.CAP
-            effort = harness.Effort(budget, minimum, cap, quick_samples, memory_seconds)
+            slow = DEFAULT_SLOW if default and device.type == "cpu" else math.inf
+            effort = harness.Effort(budget, minimum, cap, quick_samples, memory_seconds, slow)
             rows = harness.measure(benchmark, case, device, result.roofs, providers, effort, tick)
             result.add(case, rows, benchmark.bars(device.type))
             if device.type == "cuda":

@@ -153,13 +153,14 @@ def quantile(samples: Sequence[float], q: float) -> float:
 class Effort(NamedTuple):
     """budget: seconds of timing a case beyond the minimum of rounds; minimum: None for the default of the device; cap:
     seconds after which a case gets `ENOUGH` rounds; quick_samples: calls of a quick provider; memory_seconds: of calls
-    whose memory is metered."""
+    whose memory is metered; slow: seconds of such a call from which its time counts as one of the samples."""
 
     budget: float = 0.0
     minimum: int | None = None
     cap: float = CAP
     quick_samples: int = QUICK_SAMPLES
     memory_seconds: float = memory.SECONDS
+    slow: float = math.inf
 
 
 class Timer:
@@ -204,12 +205,13 @@ def interleave(
     tick: Callable[[str], object] = lambda name: None,
     cap: float = CAP,
     quick_samples: int = 0,
+    first: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Rounds in which every run is called once, in random order (fixed seed): at least `minimum` rounds and as many as
     fit in `budget` seconds, but only `ENOUGH` once they have taken `cap` seconds. Then rounds over the quick runs, up
-    to `quick_samples` calls of each."""
+    to `quick_samples` calls of each. A run whose time of a call is known from before, in `first`, leaves out a round."""
     order = random.Random(0)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {name: [first[name]] if first and name in first else [] for name in runs}
 
     def round_over(names: list[str]) -> None:
         turn = order.sample(names, len(names))
@@ -227,7 +229,7 @@ def interleave(
             break
         if number >= ENOUGH and spent > cap:
             break
-        round_over(list(runs))
+        round_over([name for name, times in samples.items() if len(times) <= number])
 
     def goes_on(times: list[float]) -> bool:
         return len(times) < quick_samples and len(times) * min(times) < QUICK_SECONDS
@@ -277,6 +279,7 @@ def measure(
     inputs = benchmark.inputs(case, device)
     runs: dict[str, Run] = {}
     once: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
     for provider in live:
         tick(f"{provider.name}: memory")
         try:
@@ -301,10 +304,12 @@ def measure(
             once[provider.name] = spent
         else:
             runs[provider.name] = run
+            if spent[0] > effort.slow:
+                first[provider.name] = spent[0]
 
     timer = Timer(device)
     minimum = effort.minimum or MIN_SAMPLES[device.type]
-    samples = interleave(runs, timer, minimum, effort.budget, tick, effort.cap, effort.quick_samples)
+    samples = interleave(runs, timer, minimum, effort.budget, tick, effort.cap, effort.quick_samples, first)
     for name, times in (once | samples).items():
         row = rows[name]
         row.n = len(times)

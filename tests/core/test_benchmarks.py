@@ -68,6 +68,15 @@ def test_quick_providers_go_on():
     assert {name: len(times) for name, times in samples.items()} == {"a": 9, "b": 3, "c": 15}
 
 
+def test_a_time_that_is_known_saves_a_round():
+    runs = {name: Run(lambda name=name: name) for name in "ab"}
+    timer = CountingTimer(a=1.0, b=2.0)
+    samples = interleave(runs, timer, minimum=2, budget=0.0, first={"b": 7.0})
+    assert {name: len(times) for name, times in samples.items()} == {"a": 2, "b": 2}
+    assert samples["b"][0] == 7.0
+    assert timer.order.count("b") == 1
+
+
 def test_memory_meter_sees_an_allocation():
     size = 64 << 20
     peak, result = memory.peak_extra(lambda: torch.ones(size // 4).sum(), CPU)
