@@ -40,7 +40,7 @@ triton-matrix: $(VENV)/built
 cuda-host: $(VENV)/built
 	@! command -v "$${CXX:-g++}" > /dev/null || PYTHONPATH=tests $(BIN)/python -m cuda_host.run
 
-# Every op in one or two cases, five minutes on two idle cores; bench-all: all cases. Both write into a folder that git
+# Every op in one or two cases, four minutes on two idle cores; bench-all: all cases. Both write into a folder that git
 # ignores; with ARGS=--publish into benchmarks/results, and `make pages` then brings the tables of README.md and docs/ up to
 # date.
 bench: $(VENV)/built

@@ -209,7 +209,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Rounds in which every run is called once, in random order (fixed seed): at least `minimum` rounds and as many as
     fit in `budget` seconds, but only `ENOUGH` once they have taken `cap` seconds. Then rounds over the quick runs, up
-    to `quick_samples` calls of each. A run whose time of a call is known from before, in `first`, leaves out a round."""
+    to `quick_samples` calls of each. A run with a known time of a call, in `first`, leaves out a round."""
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [first[name]] if first and name in first else [] for name in runs}
 
