@@ -14,7 +14,7 @@ test: $(VENV)/built $(if $(ARGS),,cuda-host)
 	$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(PYTEST) -m "not full and not slow")
 
 # What `make test` leaves out: the tests that are marked full. test-all: both, as in CI.
-test-rest: $(VENV)/built cuda-host
+test-rest: $(VENV)/built $(VENV)/notebooks cuda-host
 	$(PYTEST) -m "full and not slow"
 
 test-all:
@@ -22,8 +22,7 @@ test-all:
 	$(MAKE) test-rest
 
 # What takes long and shows little more.
-test-slow: $(VENV)/built cuda-host triton-matrix
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
+test-slow: $(VENV)/built $(VENV)/notebooks cuda-host triton-matrix
 	$(PYTEST) -m slow
 
 # The Triton kernels compiled for sm_90 by the oldest Triton that is supported, which comes with torch 2.11, and by the
@@ -71,8 +70,7 @@ docs: $(VENV)/built
 	@! grep -q "^griffe:" build/docs.log
 
 # Notebooks of the examples, into build/notebooks; with ARGS="--execute masked_lm" with the results of a run.
-notebooks: $(VENV)/built
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
+notebooks: $(VENV)/built $(VENV)/notebooks
 	$(BIN)/python -m scripts.notebooks build/notebooks $(ARGS)
 
 # Wheels of every Python from 3.10 to 3.14 that is found, into build/wheels/repaired, and an audit of them. The kernels
@@ -102,6 +100,10 @@ $(VENV)/requirements: requirements/dev.txt requirements/peers.txt
 	  { rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment (on Debian: apt install python3-venv)"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/peers.txt
+	@touch $@
+
+$(VENV)/notebooks: requirements/notebooks.txt $(VENV)/requirements
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/notebooks.txt
 	@touch $@
 
 # A compiler is not required: without one the package runs on its reference and Triton backends.

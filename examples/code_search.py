@@ -175,6 +175,7 @@ def main() -> float:
     parser.add_argument(
         "--pretrain", type=int, default=0, metavar="STEPS", help="steps of masked-token prediction before"
     )
+    parser.add_argument("--standard-library", action="store_true", help="leave out the installed packages: quicker")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--query", action="append", help="what to look for; without, the terminal asks")
     parser.add_argument("--output", type=Path, default=Path("build/examples"), help="folder of the plot")
@@ -182,7 +183,7 @@ def main() -> float:
 
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = collect_pairs()
+    pairs = collect_pairs(not options.standard_library)
     tokenizer = train_tokenizer((text for pair in pairs for text in (pair.summary, pair.code[:1000])), VOCAB)
     summaries, codes = [pair.summary for pair in pairs], [pair.code for pair in pairs]
     data = Data(encode(tokenizer, summaries, WORDS_OF_TEXT), encode(tokenizer, codes, WORDS_OF_CODE), duplicates(pairs))

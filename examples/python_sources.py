@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import sysconfig
 import textwrap
@@ -33,12 +34,14 @@ class Pair(NamedTuple):
         return " ".join(self.docstring.split("\n\n")[0].split())
 
 
-def collect_pairs() -> list[Pair]:
+def collect_pairs(installed_packages: bool = True) -> list[Pair]:
     """The pairs of the standard library and of all installed packages, in an order that only the disk decides."""
     standard, installed = (Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib"))
     packages = [path for path in sorted(standard.iterdir()) if path.name != "site-packages"]
-    packages += [path for folder in _site_folders(installed) for path in sorted(folder.iterdir())]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    if installed_packages:
+        packages += [path for folder in _site_folders(installed) for path in sorted(folder.iterdir())]
+    context = multiprocessing.get_context("spawn")  # a fork of a notebook's kernel inherits the threads of its sockets
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), context) as pool:
         found = track(pool.map(_pairs_of_package, packages), "reading the Python on this disk", len(packages))
         return [pair for pairs in found for pair in pairs]
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +26,15 @@ sys.path.insert(0, "{folder}")  # the modules that examples share"""
 CALL = """import sys
 from pathlib import Path
 
-sys.argv = ["{name}", "--output", "{name}_output"]
+sys.argv = {arguments}
 results = main()"""
 SHOW = """from IPython.display import Image
 
 Image(str(Path("{name}_output") / "{name}.png"))"""
 
 
-def percent(name: str) -> str:
-    """The script in jupytext's percent format."""
+def percent(name: str, arguments: Sequence[str] = ()) -> str:
+    """The script in jupytext's percent format, called with these arguments of the command line."""
     source = (EXAMPLES / f"{name}.py").read_text()
     tree = ast.parse(source)
     lines = source.splitlines()
@@ -51,19 +53,19 @@ def percent(name: str) -> str:
             if part:
                 cells.append("# %%\n" + "\n".join(part))
             part = []
-    cells.append("# %%\n" + CALL.format(name=name))
+    cells.append("# %%\n" + CALL.format(arguments=json.dumps([name, "--output", f"{name}_output", *arguments])))
     cells.append("# %%\n" + SHOW.format(name=name))
     return "\n\n".join(cells) + "\n"
 
 
-def write(folder: Path, names: tuple[str, ...] = NAMES) -> list[Path]:
+def write(folder: Path, names: Sequence[str] = NAMES, arguments: Sequence[str] = ()) -> list[Path]:
     import jupytext
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in names:
         path = folder / f"{name}.ipynb"
-        jupytext.write(jupytext.reads(percent(name), fmt="py:percent"), path)
+        jupytext.write(jupytext.reads(percent(name, arguments), fmt="py:percent"), path)
         written.append(path)
     return written
 

@@ -31,13 +31,31 @@ def test_every_example_has_a_notebook():
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", notebooks.NAMES)
-def test_a_notebook_runs(name, tmp_path, monkeypatch):
+def run(name, folder, monkeypatch, *arguments):
     for module in ("jupytext", "nbclient", "ipykernel", "sklearn", "tokenizers"):
         pytest.importorskip(module)
     monkeypatch.setenv("PYTHONPATH", str(notebooks.ROOT))
-    [path] = notebooks.write(tmp_path, (name,))
+    [path] = notebooks.write(folder, (name,), arguments)
     notebooks.execute(path)
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert "image/png" in cells[-1]["outputs"][0]["data"]
+
+
+FEW_STEPS = {
+    "code_search": ("--epochs", "1", "--standard-library"),
+    "masked_lm": ("--steps", "2"),
+    "joint_embedding": ("--steps", "2", "--losses", "simclr"),
+    "latent_prediction": ("--steps", "2"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_a_notebook_runs_to_its_plot(name, tmp_path, monkeypatch):
+    run(name, tmp_path, monkeypatch, *FEW_STEPS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_a_whole_notebook_runs(name, tmp_path, monkeypatch):
+    run(name, tmp_path, monkeypatch)
