@@ -559,6 +559,7 @@ CUDA = [
 TILES = "sslkernels/contrastive/triton/tile_sum_kernels.py"
 REDUCE = "sslkernels/vocabulary/triton/linear_cross_entropy.py"
 GAUSSIAN = "sslkernels/latent/triton/gaussian.py"
+GUARD = " tests/core/test_guard_pages.py"
 TILE_TESTS = "tests/contrastive/test_triton_score_tiles.py"
 REDUCE_TESTS = "tests/vocabulary/test_triton_linear.py tests/vocabulary/test_linear_cross_entropy.py"
 GAUSSIAN_TESTS = "tests/latent/test_gaussian.py tests/latent/test_gaussian_noise.py"
@@ -584,7 +585,7 @@ TRITON = [
         TILES,
         "existing = lane < columns - column",
         "existing = lane <= columns - column",
-        TILE_TESTS,
+        TILE_TESTS + GUARD,
     ),
     Mistake(
         "rows count above of equal scores",
@@ -662,7 +663,7 @@ TRITON = [
         GAUSSIAN,
         "& (col < columns - column)",
         "& (col <= columns - column)",
-        GAUSSIAN_TESTS,
+        GAUSSIAN_TESTS + GUARD,
     ),
     Mistake(
         "a mean of averages without weights",
