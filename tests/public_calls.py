@@ -34,17 +34,19 @@ def differentiable(results: Any) -> list[Tensor]:
 
 
 def left_over(step: Callable[[], Any]) -> int:
-    """Objects that only Python's cycle collector frees, after a step whose caches are warm."""
+    """Objects that only Python's cycle collector frees, after a step whose caches are warm.
+
+    What there was before stays frozen, so that the next collections look at little; `gc.unfreeze` ends that.
+    """
     for _ in range(2):
         step()
     gc.collect()
-    gc.freeze()  # the collection below then looks at what the step leaves, and not at all that there was
+    gc.freeze()
     gc.disable()
     try:
         step()
         return gc.collect()
     finally:
-        gc.unfreeze()
         gc.enable()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from cases import BACKENDS
@@ -9,6 +11,12 @@ from public_calls import CALLS, DIM, ROWS, differentiable, indices, left_over
 
 import sslkernels as sk
 from sslkernels.core import backends
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unfrozen_afterwards():
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.full_for(backend_name=("reference", "triton"))
