@@ -59,6 +59,7 @@ def test_unknown_names_are_refused():
     assert "SSLKERNELS_BACKEND must be one of" in result.stderr
 
 
+@pytest.mark.full
 def test_an_explicit_backend_that_cannot_run_raises_and_says_why():
     logits, target = torch.randn(2, 3), torch.tensor([0, 1])
     with (
@@ -107,6 +108,7 @@ def test_shapes_without_data():
         assert torch.autograd.grad(result.sum(), x)[0].shape == x.shape
 
 
+@pytest.mark.full
 def test_report_names_every_op_and_reason():
     result = subprocess.run([sys.executable, "-m", "sslkernels"], capture_output=True, text=True, check=True)
     for op in backends.public_ops():
@@ -152,6 +154,7 @@ def test_environment_variables_that_name_nothing(name):
     assert python(code, **{name: ""}).stdout == python(code).stdout
 
 
+@pytest.mark.full
 def test_one_warning_where_the_extension_is_missing():
     code = (
         "import sys; sys.modules['sslkernels._C'] = None\n"

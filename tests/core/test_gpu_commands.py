@@ -94,10 +94,7 @@ def test_a_command_that_is_killed_still_tells(tmp_path):
     assert [step["status"] for step in report_of(tmp_path)["steps"]] == ["passed", "running"]
 
 
-COLLECTION = pytest.mark.costly("collects the tests as on a machine with a GPU")
-
-
-@COLLECTION
+@pytest.mark.full
 def test_a_test_names_every_kernel_file(tmp_path):
     step = plan.rehearsed(Step("all", plan.tests("not slow"), 1, 600))
     lines = tmp_path / "tests.jsonl"
@@ -110,7 +107,7 @@ def test_a_test_names_every_kernel_file(tmp_path):
     assert min(line["planned"].values()) > 0
 
 
-@COLLECTION
+@pytest.mark.full
 def test_backends_are_those_of_the_tensors_of_a_test():
     """With a GPU there, tests that are marked so run on its backends, and tests of host tensors on others."""
     files = ["tests/gpu/test_gpu_random.py", "tests/contrastive/test_negatives_by_index.py"]

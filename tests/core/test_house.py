@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -64,8 +65,13 @@ def test_host_functions_take_records():
     assert wide == []
 
 
-def prose(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def prose(path: Path) -> list[tuple[int, str]]:
     """(line number, text) of every comment line and docstring line."""
+    return list(_prose(path))
+
+
+def _prose(path: Path) -> Iterator[tuple[int, str]]:
     text = path.read_text()
     if path.suffix != ".py":
         for number, line in enumerate(text.splitlines(), 1):

@@ -86,7 +86,7 @@ def _negative_log(word: Tensor) -> Tensor:
     return torch.where(w < 2.0**31, -((w + 0.5) / 2**32).log(), -torch.log1p(-(ONES - w + 0.5) / 2**32))
 
 
-@pytest.mark.costly("400,000 words in float64")
+@pytest.mark.full
 def test_accuracy():
     """The largest errors that `benchmarks.random_numbers.derive` finds over all words, checked on a sample."""
     g = torch.Generator().manual_seed(1)

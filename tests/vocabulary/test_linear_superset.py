@@ -73,7 +73,8 @@ def torchs_samples(monkeypatch):
 
 
 @pytest.mark.full_for(backend="reference")
-@pytest.mark.full_for(variant="chunked_none")
+@pytest.mark.full_for(variant=("chunked", "chunked_none"))
+@pytest.mark.full_for(dtype=DTYPES[1:])
 @torchs
 @pytest.mark.usefixtures("torchs_samples")
 @pytest.mark.filterwarnings("ignore")
