@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
+# OpenMP reads it when torch is loaded: threads that wait in a loop would take the cores from the other test processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
