@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import energy_oracle
 import oracle
@@ -33,7 +34,8 @@ def roundings(dtype: torch.dtype) -> float:
 @dataclass(frozen=True)
 class Energies:
     """Energies (outer, count, inner), stored in the dimension order `order` with `pad` padding elements per row;
-    offset: elements before the first. backward: the gradient kernel, else forward."""
+    offset: elements before the first. backward: the gradient kernel, else forward; dense: its result is contiguous, and
+    not stored as the energies are."""
 
     dtype: torch.dtype = torch.float32
     shape: tuple[int, int, int] = (5, 9, 1)
@@ -46,7 +48,11 @@ class Energies:
     shift: float = 0.0
     special: bool = False
     backward: bool = False
+    dense: bool = False
     device: dict[str, int] = field(default_factory=dict)
+
+    def grad_strides(self) -> tuple[int, ...]:
+        return torch.empty(self.shape).stride() if self.dense else self.layout()[1]
 
     def layout(self) -> tuple[Tensor, tuple[int, ...]]:
         """The memory, and the strides of the energies in it."""
@@ -96,14 +102,15 @@ class Energies:
             arrays = {"energy": memory, "value": torch.full((outer, inner), 7.0, dtype=acc), **results}
             return Call("free_energy_fwd", ints, {"beta": self.beta}, arrays, {"energy": self.offset})
         wide = view.to(acc)
-        arrays = {"grad_value": self.truth()[1], "grad": torch.full_like(memory, 7.0)[self.offset :]}
+        grad = torch.full((math.prod(self.shape) if self.dense else memory.numel() - self.offset,), 7.0)
+        arrays = {"grad_value": self.truth()[1], "grad": grad.to(self.dtype)}
         if self.minimum:
             arrays["winner"] = wide.min(1).indices
         else:
             lowest = torch.where(wide.isnan(), torch.inf, wide).amin(1)
             total = torch.exp(-self.beta * (wide - lowest.unsqueeze(1))).sum(1)
             arrays |= {"energy": memory, "lowest": lowest, "total": total}
-        for name, stride in zip(("outer", "count", "inner"), strides, strict=True):
+        for name, stride in zip(("outer", "count", "inner"), self.grad_strides(), strict=True):
             ints[f"grad_{name}_stride"] = stride
         return Call("free_energy_bwd", ints, {"beta": self.beta}, arrays, {"energy": self.offset})
 
@@ -252,6 +259,11 @@ def predictions_cases() -> dict[str, Predictions]:
 
 
 ENERGIES, PREDICTIONS = energies_cases(), predictions_cases()
+ENERGIES |= {
+    f"{name}-dense": replace(case, dense=True)
+    for name, case in ENERGIES.items()
+    if case.backward and case.grad_strides() != torch.empty(case.shape).stride()
+}
 results, test_no_kernel_races = run.results_and_races(
     lambda: {
         **{f"energies-{name}": case.call() for name, case in ENERGIES.items()},
@@ -271,7 +283,7 @@ def test_free_energy(name, results):
     assert unchanged(case.call(), result.arrays, ("energy", "grad_value"))
     value, _, grad = case.truth()
     if case.backward:
-        _, strides = case.layout()
+        strides = case.grad_strides()
         got = result.arrays["grad"]
         view = got.as_strided(case.shape, strides, 0)
         # With a spread of 1e4 the exponent has the rounding errors of the energies.
