@@ -413,7 +413,7 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
         checks.fail(TypeError, function, "process_group", must, type(group).__name__)
     if given.same_id == "positive" and tensors.query_ids is None:
         checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
-    checks.mean_divisor(function, call.reduction, call.num_items, call.on_empty, "query", tensors.query.device)
+    checks.mean_options(function, call.reduction, call.num_items, call.on_empty, "query", tensors.query.device)
     checks.number(function, "label_smoothing", given.label_smoothing, low=0.0, high=1.0)
     if given.label_smoothing > 0 and given.energy != ENERGIES[SOFTMAX]:
         checks.fail(ValueError, function, "label_smoothing", 'be 0 unless energy is "softmax"', given.label_smoothing)

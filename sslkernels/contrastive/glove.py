@@ -109,7 +109,7 @@ class Side(NamedTuple):
         sum_rows(self.keys, self.coefficient, self.source, self.source_index, out, bias)
 
     def fill_bias(self, sum_rows: Callable[..., None], out: Tensor) -> None:
-        sum_rows(self.keys, self.coefficient, segment_sum.ones(self.coefficient), None, out.unsqueeze(1))
+        sum_rows(self.keys, self.coefficient, segment_sum.one_row(self.coefficient), None, out.unsqueeze(1))
 
 
 def _sides(grad_loss: Tensor, parameters: Parameters, pairs: Pairs, slope: Tensor) -> tuple[Side, Side]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import Function, once_differentiable, save, saved, unit_columns, wanted_only
+from sslkernels.core.autograd import Function, contiguous_rows, once_differentiable, save, saved, wanted_only
 from sslkernels.core.overloads import returns_stats
 from sslkernels.latent.gaussian_operators import (
     ELEMENTS,
@@ -111,9 +111,9 @@ def _gradients(function: str, grads: OutputGrads, inputs: Inputs, options: Optio
     grad_z, grad_kl = grads
     if grad_z is not None:
         of_rows = (options.samples, rows, columns) if options.samples_first else (rows, options.samples, columns)
-        grad_z = unit_columns(grad_z.reshape(of_rows))
+        grad_z = contiguous_rows(grad_z.reshape(of_rows))
     if grad_kl is not None:
-        grad_kl = unit_columns(grad_kl.reshape(rows, columns)) if options.kl == ELEMENTS else grad_kl.reshape(rows)
+        grad_kl = contiguous_rows(grad_kl.reshape(rows, columns)) if options.kl == ELEMENTS else grad_kl.reshape(rows)
     found = gaussian_bwd(OutputGrads(grad_z, grad_kl), _by_row(inputs), options, wanted)
     if len(shape) == 2:
         return found

@@ -12,11 +12,11 @@ from torch import Tensor
 from sslkernels.core import checks, segment_sum
 from sslkernels.core.autograd import (
     Function,
+    contiguous_rows,
     empty_gradients,
     once_differentiable,
     save,
     saved,
-    unit_columns,
     wanted_only,
 )
 from sslkernels.core.dtypes import accumulation_dtype
@@ -335,7 +335,7 @@ def _soft_sums(y: Tensor, grad_values: Tensor, logits: Tensor) -> Tensor:
 def _gradients(
     grads: OutputGrads, source: NoisyLogits, codebook: Tensor, mask: Tensor | None, codes: CodeState, wanted: Wanted
 ) -> Gradients:
-    grads = OutputGrads(*(None if grad is None else unit_columns(grad) for grad in grads))
+    grads = OutputGrads(*(None if grad is None else contiguous_rows(grad) for grad in grads))
     return gumbel_quantize_bwd(grads, source, codebook, mask, codes, wanted)
 
 

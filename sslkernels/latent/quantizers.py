@@ -20,7 +20,6 @@ from sslkernels.random.streams import random_normal
 NAME = "VectorQuantizer"
 # Defaults of options that only one mode uses: the other mode refuses them.
 EPS, REVIVE_BELOW, CODEBOOK_WEIGHT = 1e-5, 0.4, 4.0
-AVERAGES = ("codebook", "sizes", "sums")
 
 
 class VectorQuantizer(OverRanks):

@@ -18,11 +18,11 @@ from torch import Tensor
 from sslkernels.core import checks, segment_sum
 from sslkernels.core.autograd import (
     Function,
+    contiguous_rows,
     empty_gradients,
     once_differentiable,
     save,
     saved,
-    unit_columns,
     wanted_only,
 )
 from sslkernels.core.dtypes import accumulation_dtype
@@ -272,7 +272,7 @@ class _Values(Function):
         if ctx.straight_through:
             return (Operands(grads.values, None),)
         (indices,) = saved(ctx)
-        return (Operands(None, _sum_rows_of_codes(unit_columns(grads.values), indices, ctx.codes, ctx.dtype)),)
+        return (Operands(None, _sum_rows_of_codes(contiguous_rows(grads.values), indices, ctx.codes, ctx.dtype)),)
 
 
 @once_differentiable(NAME)

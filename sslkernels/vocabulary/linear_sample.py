@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function
-from sslkernels.core.chunks import TILE, equal_rows, row_pitch, waves
+from sslkernels.core.chunks import TILE, chunked_waves, equal_rows, row_pitch
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.operator import full, operator
 from sslkernels.core.ranks import check_ranks, group_named
@@ -202,7 +202,7 @@ def wave_columns(rows: int, vocab: int, fit: int, processors: int) -> int:
     """Columns of a tile, at most `fit`, on a GPU with so many multiprocessors: as few waves of the matmul's own tiles
     as possible, then as few tiles. Among any `processors` successive candidates, one fills whole waves."""
     candidates = range(TILE[0], fit + 1, TILE[0])[-processors:]
-    return min(candidates, key=lambda columns: (waves(vocab, rows, columns, processors), -columns))
+    return min(candidates, key=lambda columns: (chunked_waves(vocab, rows, columns, processors), -columns))
 
 
 def _triton(inputs: SampleInputs, options: SampleOptions) -> LinearSample:

@@ -16,7 +16,7 @@ def check_reduction(
     function: str, reduction: str, num_items: int | Tensor | None, on_empty: str, device: torch.device
 ) -> None:
     checks.choice(function, "reduction", reduction, REDUCTIONS)
-    checks.mean_divisor(function, reduction, num_items, on_empty, "input", device)
+    checks.mean_options(function, reduction, num_items, on_empty, "input", device)
 
 
 def check_weight(function: str, weight: Tensor | None, vocab: int, device: torch.device) -> None:
