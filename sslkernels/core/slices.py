@@ -41,6 +41,10 @@ class Slices(NamedTuple):
     def largest(self) -> int:
         return max(self.sizes)
 
+    def part(self, values: Tensor) -> Tensor:
+        """This rank's rows of a tensor with a row for each class."""
+        return values[self.start : self.stop]
+
 
 # The slices that were exchanged for a weight. The key is the weight, not its size: two heads may have slices of equal
 # size on one rank alone, and all ranks must exchange at the same calls.

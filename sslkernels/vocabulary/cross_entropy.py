@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy as torch_cross_entropy  # the user may put ours in its place
+from torch.nn.functional import cross_entropy as torch_cross_entropy  # a user may patch F.cross_entropy with ours
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
@@ -68,7 +68,7 @@ def _implementations(function: Callable[..., Any]) -> dict[str, Callable[..., An
 
 
 def _factor(coefficient: Tensor, options: RowOptions) -> Tensor:
-    """The factor of a row's gradient with respect to its raw logits, of which the row kernels see the scaled ones."""
+    """coefficient * logit_scale, because the row kernels' gradient is with respect to the scaled logits."""
     return coefficient if options.logit_scale == 1.0 else coefficient * options.logit_scale
 
 
@@ -158,8 +158,8 @@ def _row_gradients(
 
 
 class _ReducedLoss(Function):
-    """sum(loss), or that / divisor; backward regenerates the gradient. One node of the graph where the sum and the
-    division would be two more, which at small sizes take as long as the kernels."""
+    """sum(loss), or sum(loss) / divisor; backward regenerates the gradient. Separate graph nodes for the sum and the
+    division would take as long as the kernels at small sizes."""
 
     differentiable = 1
 
@@ -370,7 +370,7 @@ def cross_entropy(
 
 
 def _class_dim(input: Tensor, target: Tensor, class_dim: int | None) -> int:
-    """The dimension of the classes, and the check of the target's shape."""
+    """Finds the class dimension, and checks the shape of the target against it."""
     dims = input.dim()
     checks.integer(NAME, "class_dim", class_dim, optional=True)
     if class_dim is not None and not -dims <= class_dim < dims:

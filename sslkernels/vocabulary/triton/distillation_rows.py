@@ -84,7 +84,7 @@ def teacher_rows_kernel(
 
 @triton.jit
 def _chosen(index, share, others, row, t, choices, HAS_INDEX: tl.constexpr):
-    """The t-th teacher row of a row, whether it is given, its share, and by what its exponentials are multiplied."""
+    """The t-th teacher row of a row, whether it is given, its share, and the factor of its exponentials."""
     if HAS_INDEX:
         teacher = tl.load(index + row * choices + t)
         given = teacher >= 0
@@ -129,7 +129,7 @@ def _target_at(
 def _sure_column(
     teacher, teacher_stride, index, share, others, teacher_best, row, choices, HAS_INDEX: tl.constexpr
 ):  # fmt: skip
-    """The column that has more than half of q, -1 if none has: it is the largest of one of the teachers."""
+    """The column that has more than half of q, -1 if none has. It is the largest column of one of the teachers."""
     sure = tl.full((), -1, tl.int64)
     for t in range(0, choices):
         k, given, _, _ = _chosen(index, share, others, row, t, choices, HAS_INDEX)
@@ -207,8 +207,8 @@ def distillation_rows_kernel(
     tl.store(gap_out + i, student_gap - target_gap)
 
     if DIVERGENCE or STATS:
-        # The student's largest column and the one with more than half of q are added last: where p and q are near 1,
-        # what is missing is known to its digits.
+        # The student's largest column and the column with more than half of q are added last, from 1 - p and 1 - q,
+        # which keep their digits where p and q are near 1.
         sure = _sure_column(teacher, teacher_stride, index, share, others_in, best_in, i, choices, HAS_INDEX)
         entropy_lanes = tl.zeros((BLOCK,), scale.dtype)
         divergence_lanes = tl.zeros((BLOCK,), scale.dtype)
