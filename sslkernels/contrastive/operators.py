@@ -118,7 +118,7 @@ def contrastive_bwd(
 def per_query_contrastive_fwd(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
-    """`contrastive_fwd` where each query has only negatives of its own."""
+    """`contrastive_fwd` where queries have per-query negatives alone."""
     return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
@@ -126,5 +126,5 @@ def per_query_contrastive_fwd(
 def per_query_contrastive_bwd(
     grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
 ) -> PairGradients:
-    """`contrastive_bwd` where each query has only negatives of its own."""
+    """`contrastive_bwd` where queries have per-query negatives alone."""
     return empty_gradients(inputs, wanted)

@@ -39,6 +39,14 @@ TILE_COLUMNS = 2048  # of a tile whose rows need not be whole
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
 
+class SideLabels(NamedTuple):
+    """int32 labels of the rows, or of the columns: see `Labels`."""
+
+    positive: Tensor | None = None
+    itself: Tensor | None = None
+    id: Tensor | None = None
+
+
 class Labels(NamedTuple):
     """int32 labels of rows and columns. A pair with equal labels is the positive (positive), a sample with itself
     (self), or shares an id (id). The first two are left out of the tile, the third unless it makes extra positives."""
@@ -90,12 +98,12 @@ class Tile(NamedTuple):
     masks: Masks = Masks()
 
     @property
-    def of_every_pair(self) -> Tile:
-        """The tile of a sum over all pairs, candidates or not, but for the positive and the sample itself."""
+    def with_all_pairs(self) -> Tile:
+        """The tile for a sum over all pairs, candidates or not, except the positive and the sample itself."""
         return self._replace(energy=SOFTMAX, labels=self.labels.without_ids, masks=Masks())
 
     @property
-    def leaves_out_more(self) -> bool:
+    def has_exclusions(self) -> bool:
         """Whether ids or masks leave pairs out."""
         return any(part is not None for part in (self.labels.row_id, *self.masks))
 
@@ -193,7 +201,7 @@ class PairKernels:
         pair_rows.finish_gradient(gradient, scale, out)
 
     def begin(self, tile: Tile) -> None:
-        """Called once for each tile, before its sums and gradients."""
+        """Computes the products of a tile, once, before its sums and gradients."""
         torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
 
     def sum_rows(self, index: Tensor, coefficient: Tensor, source: Tensor, out: Tensor) -> None:

@@ -175,11 +175,11 @@ def _clear_invalid(rows: Tensor, valid: Tensor | None) -> None:
 def _gather_reference(
     input: Tensor, codebook: Tensor, indices: Tensor, score: Tensor, values: Tensor, distance: Tensor
 ) -> None:
-    nothing = score.isnan()
+    no_code = score.isnan()
     codes = codebook[indices]
-    values.copy_(codes.masked_fill(nothing[:, None], float("nan")))
+    values.copy_(codes.masked_fill(no_code[:, None], float("nan")))
     squares = (input.double() - codes.double()).square().sum(1)
-    distance.copy_(squares.masked_fill(nothing, float("nan")))
+    distance.copy_(squares.masked_fill(no_code, float("nan")))
 
 
 def _difference_reference(coefficient: Tensor, input: Tensor, codebook: Tensor, indices: Tensor, out: Tensor) -> None:
@@ -237,8 +237,8 @@ def vector_quantize_bwd(
     codebook_weight: float,
     wanted: Wanted,
 ) -> Gradients:
-    """The gradients of coefficient / 2 times the sum of distances of valid rows; a code gets codebook_weight times its
-    own."""
+    """The gradients of coefficient / 2 times the sum of distances of valid rows; the codebook's is multiplied by
+    codebook_weight."""
     return _empty_gradients(operands, wanted)
 
 
@@ -249,8 +249,8 @@ def code_sums(source: Tensor, indices: Tensor, codes: int, dtype: torch.dtype) -
 
 
 class _Values(Function):
-    """The codes. Their gradient goes to the input (straight-through) or to the codebook (a gather); the caller detaches
-    the other one."""
+    """The codes. Their gradient goes to the input (straight-through) or to the codebook (a gather), of which the caller
+    detaches the other."""
 
     differentiable = 1
 
@@ -281,8 +281,8 @@ def _sum_rows_of_codes(source: Tensor, indices: Tensor, codes: int, dtype: torch
 
 
 class _Commitment(Function):
-    """The mean squared difference of rows and codes, which the search computed, with a gradient. That of the input
-    takes the codes as constants; a code gets `codebook_weight` times its own."""
+    """Gives the mean squared difference of rows and codes, which the search computed, its gradient. The gradient of the
+    input takes the codes as constants; the gradient of the codebook is multiplied by `codebook_weight`."""
 
     @staticmethod
     def forward(
