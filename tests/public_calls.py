@@ -1,4 +1,4 @@
-"""A small call of every public op that has a gradient, for tests of what holds for all of them."""
+"""A small call of every public op that has a gradient, for tests of properties that all ops share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def left_over(step: Callable[[], Any]) -> int:
     for _ in range(2):
         step()
     gc.collect()
-    gc.freeze()  # the collection below then looks at what the step leaves, and not at all that there was
+    gc.freeze()  # the collection below then examines only objects that the step leaves
     gc.disable()
     try:
         step()

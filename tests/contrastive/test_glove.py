@@ -222,7 +222,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch, device):
 @pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [(3, 4), (400, 300)])
-def test_sparse_rows_are_those_of_the_dense_gradient(backend, words, dtype, device):
+def test_sparse_rows_equal_the_dense_gradient(backend, words, dtype, device):
     data, parameters = problem(device, words=words, dtype=dtype)
     dense = gradients(sk.glove_loss(**data, **parameters), parameters)
     found = gradients(sk.glove_loss(**data, **parameters, sparse=True), parameters)
@@ -236,7 +236,7 @@ def test_sparse_rows_are_those_of_the_dense_gradient(backend, words, dtype, devi
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad])
-def test_sparse_gradients_step_as_those_of_embeddings(optimizer, device):
+def test_optimizers_step_as_with_embeddings_of_glove(optimizer, device):
     data, parameters = problem(device, words=(40, 40))
     layers = [
         torch.nn.Embedding.from_pretrained(parameters[n].detach().clone(), freeze=False, sparse=True) for n in TABLES

@@ -219,7 +219,7 @@ def test_finished_gradients(kernels, dtype, shape, partner, normalize, extra, de
 @pytest.mark.parametrize(
     ("direction", "energy"), [("row", "softmax"), ("symmetric", "softmax"), ("row", "sigmoid"), ("symmetric", "hinge")]
 )
-def test_a_loss_leaves_nothing_to_the_collector(direction, energy):
+def test_a_loss_leaves_no_cycles(direction, energy):
     """The products of a plan would stay until Python's collector runs."""
     query, key = (torch.randn(16, 8, requires_grad=True) for _ in range(2))
 

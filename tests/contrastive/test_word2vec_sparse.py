@@ -112,7 +112,7 @@ def test_no_pairs(backend, device):
         assert table.grad._nnz() == 0
 
 
-def test_nothing_is_as_long_as_a_table(backend, device, monkeypatch):
+def test_no_tensor_has_the_size_of_a_table(backend, device, monkeypatch):
     """A gradient of tables with a million rows has the rows of its entries."""
     sizes = []
     original = SparseRows.empty.__func__

@@ -231,7 +231,7 @@ def test_an_isolated_build_finds_torch_where_it_installs(tmp_path):
     assert Path(result.stdout.strip()).samefile(site / "torch"), result.stderr
 
 
-def test_a_source_distribution_has_what_the_build_reads(source):
+def test_a_source_distribution_has_the_inputs_of_the_build(source):
     shutil.copy(ROOT / "MANIFEST.in", source)
     command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar"]
     subprocess.run(command, check=True, capture_output=True, cwd=source)

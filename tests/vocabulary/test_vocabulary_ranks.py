@@ -459,7 +459,7 @@ def test_a_confident_row_keeps_its_loss(ranks):
         torch.testing.assert_close(got, want, rtol=3e-5, atol=0)
 
 
-def test_what_is_not_finite_is_seen_on_every_rank(ranks):
+def test_nonfinite_logits_reach_every_rank(ranks):
     for row, every, nothing in special(ranks, "not_finite")[1]:
         assert row.isnan().nonzero().flatten().tolist() == [3]
         assert every.isnan().all()
