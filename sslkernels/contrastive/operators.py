@@ -21,7 +21,8 @@ from sslkernels.contrastive.records import (
     empty_state,
     empty_statistics,
 )
-from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
+from sslkernels.contrastive.score_tiles import PairKernels, ReferencePairs
+from sslkernels.contrastive.tile_backends import NativePairs, TritonPairs
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator

@@ -19,8 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from benchmarks import memory
-from sslkernels.contrastive import glove
-from sslkernels.contrastive.glove import Outputs, Pairs, Parameters, Wanted, glove_bwd, glove_fwd, glove_sparse_bwd
+from sslkernels.contrastive.words import glove
+from sslkernels.contrastive.words.glove import (
+    Outputs,
+    Pairs,
+    Parameters,
+    Wanted,
+    glove_bwd,
+    glove_fwd,
+    glove_sparse_bwd,
+)
 from sslkernels.core import segment_sum
 
 pytestmark = pytest.mark.pairwise

@@ -26,7 +26,8 @@ from sslkernels.contrastive.pair_rows import (
     SideGrad,
 )
 from sslkernels.contrastive.records import gradient_dtype
-from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
+from sslkernels.contrastive.score_tiles import PairKernels, ReferencePairs
+from sslkernels.contrastive.tile_backends import NativePairs, TritonPairs
 
 pytestmark = pytest.mark.pairwise
 

@@ -10,7 +10,13 @@ from cases import DTYPES, REPEATED_DTYPES
 from test_word2vec import TABLES, gradients, problem
 
 import sslkernels as sk
-from sslkernels.contrastive.word2vec import Indices, Tables, Wanted, negative_sampling_fwd, negative_sampling_sparse_bwd
+from sslkernels.contrastive.words.word2vec import (
+    Indices,
+    Tables,
+    Wanted,
+    negative_sampling_fwd,
+    negative_sampling_sparse_bwd,
+)
 from sslkernels.core import segment_sum
 from sslkernels.core.segment_sum import SparseRows
 
