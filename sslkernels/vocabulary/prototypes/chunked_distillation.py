@@ -188,7 +188,7 @@ class _Teachers:
             self.teacher,
             operands.teacher_weight,
             operands.teacher_offset,
-            operands.temperature[1],
+            operands.teacher_temperature,
             options.teacher_dtype,
             slices,
         )
@@ -231,7 +231,7 @@ class _Students:
             operands.input,
             operands.linear_weight,
             operands.linear_bias,
-            operands.temperature[0],
+            operands.student_temperature,
             options.student_dtype,
             slices,
         )
@@ -247,7 +247,7 @@ class _Students:
 
     def coefficient(self, coefficient: Tensor, order: _Order, operands: Operands) -> Tensor:
         """The factors of the gradients with respect to the products, in the order of the chunks."""
-        coefficient = coefficient * inverse_of(operands.temperature[0]).to(self.acc)
+        coefficient = coefficient * inverse_of(operands.student_temperature).to(self.acc)
         if order.rows is not None:
             coefficient = coefficient[order.rows].masked_fill((order.share == 0).all(1), 0)
         return normalise(coefficient, self.gradients.scale, self.input.dtype, self.dtype).contiguous()

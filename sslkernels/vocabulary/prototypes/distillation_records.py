@@ -40,6 +40,14 @@ class Operands(NamedTuple):
     teacher_index: Tensor | None
     temperature: Tensor
 
+    @property
+    def student_temperature(self) -> Tensor:
+        return self.temperature[0]
+
+    @property
+    def teacher_temperature(self) -> Tensor:
+        return self.temperature[1]
+
 
 class Options(NamedTuple):
     """divergence: subtract the entropy of q. stats: fill the statistics. The dtypes of the matmuls, and the caller's

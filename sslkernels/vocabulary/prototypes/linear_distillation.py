@@ -338,11 +338,10 @@ def linear_distillation(
         same |= {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
         check_ranks(NAME, group, same | {"divergence": divergence, "stats": return_stats, "bytes": workspace_bytes})
         student = summed_gradient(student, group)
-    temperatures = [
-        temperature_tensor(NAME, name, value, "student", student.device)
-        for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature))
-    ]
-    if temperatures[1].requires_grad:
+    device = student.device
+    student_tau = temperature_tensor(NAME, "student_temperature", student_temperature, "student", device)
+    teacher_tau = temperature_tensor(NAME, "teacher_temperature", teacher_temperature, "student", device)
+    if teacher_tau.requires_grad:
         checks.fail(ValueError, NAME, "teacher_temperature", "not require grad", "requires_grad=True")
 
     acc = accumulation_dtype(student.dtype)
@@ -357,7 +356,7 @@ def linear_distillation(
         teacher_weight.detach().contiguous(),
         _offset(teacher_bias, center),
         index,
-        torch.stack(temperatures),
+        torch.stack([student_tau, teacher_tau]),
     )
     weights = None if row_weight is None else row_weight.reshape(-1).contiguous()
     divisor = _divisor(operands, num_items, on_empty, acc) if reduction == "mean" else None
