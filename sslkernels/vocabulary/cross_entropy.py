@@ -342,31 +342,31 @@ def cross_entropy(
     elif class_dim == 0:
         logits = input.t()
     if target.is_floating_point():
-        rows = target if target.dim() == 2 and class_dim == 1 else target.movedim(class_dim, -1).reshape(-1, vocab)
+        targets = target if target.dim() == 2 and class_dim == 1 else target.movedim(class_dim, -1).reshape(-1, vocab)
     else:
-        rows = comparable_target(target if target.dim() == 1 else target.reshape(-1), ignore_index).contiguous()
+        targets = comparable_target(target if target.dim() == 1 else target.reshape(-1), ignore_index).contiguous()
     divisor = None
     if reduction == "mean":
         acc = accumulation_dtype(logits.dtype)
-        divisor, weight = mean_divisor(rows, weight, vocab, options, num_items, on_empty, acc)
+        divisor, weight = mean_divisor(targets, weight, vocab, options, num_items, on_empty, acc)
     if target.is_floating_point():
-        losses = _probability_losses(logits, rows, weight, options)
+        losses = _probability_losses(logits, targets, weight, options)
         return reduced(losses, token_weight, divisor, reduction, rows_shape)
 
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     weight = contiguous(weight)
     if reduction == "none" or token_weight is not None:
-        outputs = _RowLosses.run(logits, rows, weight, options, return_stats)
+        outputs = _RowLosses.run(logits, targets, weight, options, return_stats)
         loss = reduced(outputs.loss, token_weight, divisor, reduction, rows_shape)
     elif _keeps_gradient(logits):
         anchor = logits[:0].clone()
-        loss, outputs, _ = _KeptLoss.run(logits, anchor, rows, weight, divisor, options, return_stats)
+        loss, outputs, _ = _KeptLoss.run(logits, anchor, targets, weight, divisor, options, return_stats)
     else:
-        loss, outputs = _ReducedLoss.run(logits, rows, weight, divisor, options, return_stats)
+        loss, outputs = _ReducedLoss.run(logits, targets, weight, divisor, options, return_stats)
     if not return_stats:
         return loss
-    return loss, row_stats(rows, outputs, ignore_index, rows_shape)
+    return loss, row_stats(targets, outputs, ignore_index, rows_shape)
 
 
 def _class_dim(input: Tensor, target: Tensor, class_dim: int | None) -> int:

@@ -78,7 +78,7 @@ def teacher_rows_kernel(
         e = tl.where(cols == best, 0.0, tl.exp(z - largest))
         others += tl.where(inside, e, 0.0)
         tl.store(row + cols, tl.where(cols == best, 1.0, e), access)
-    tl.store(others_out + index, tl.sum(others, 0) + (largest - largest))
+    tl.store(others_out + index, tl.sum(others, 0) + (largest - largest))  # NaN without a finite maximum
     tl.store(best_out + index, best)
 
 
@@ -91,7 +91,7 @@ def _chosen(index, share, others, row, t, choices, HAS_INDEX: tl.constexpr):
         part = tl.load(share + row * choices + t, given, other=0.0)
         return teacher, given, part, part / (1.0 + tl.load(others + teacher, given, other=0.0))
     total = 1.0 + tl.load(others + row)
-    return row, row >= 0, total / total, 1.0 / total
+    return row, row >= 0, total / total, 1.0 / total  # the share is 1, or NaN for a teacher row with a NaN
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def distillation_rows_kernel(
         others_lanes += e
         student_lanes += tl.where(e == 0.0, 0.0, e * gap)  # 0 where a logit is -inf
         target_lanes += tl.where(q == 0.0, 0.0, q * gap)
-    others = tl.sum(others_lanes, 0) + (largest - largest)
+    others = tl.sum(others_lanes, 0) + (largest - largest)  # NaN without a finite maximum
     total = 1.0 + others
     log_sum = log1p(others)
     student_gap = tl.sum(student_lanes, 0) / total
@@ -247,7 +247,7 @@ def distillation_rows_kernel(
         entropy += tl.sum(entropy_lanes, 0)
         row_divergence += tl.sum(divergence_lanes, 0)
         if DIVERGENCE:
-            row_loss = row_divergence + 0.0 * (target_gap + others)
+            row_loss = row_divergence + 0.0 * (target_gap + others)  # NaN where the row has one
         if STATS:
             _, target_best = _largest(highest, highest_col)
             tl.store(teacher_entropy + i, entropy)
