@@ -36,7 +36,8 @@ def tiles_per_split(request, monkeypatch):
 
 
 def stream(input, linear_weight, target, bias, weight, options, *, stats, row_index=None):
-    outputs = empty_outputs(input, (target if row_index is None else row_index).shape[0], stats)
+    row_index = torch.arange(target.shape[0], device=target.device) if row_index is None else row_index
+    outputs = empty_outputs(input, row_index.shape[0], stats)
     stream_forward(input, linear_weight, target, bias, weight, outputs, options, stats, row_index=row_index)
     return outputs
 

@@ -24,13 +24,11 @@ REDUCE_ROWS = 128
 
 
 @triton.jit
-def _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
+def _rows_of_block(target, row_index, count, ignore_index, BLOCK_M: tl.constexpr):
     """Rows of the block, mask of rows in range, their row in the input (0 if unused), targets, mask of used rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
-    source = rows.to(tl.int64)
-    if HAS_INDEX:
-        source = tl.load(row_index + rows, valid, other=-1).to(tl.int64)
+    source = tl.load(row_index + rows, valid, other=-1).to(tl.int64)
     present = valid & (source >= 0)
     label = tl.load(target + source, present, other=0).to(tl.int64)
     used = present & (label != ignore_index)
@@ -43,11 +41,11 @@ def linear_cross_entropy_stream_kernel(
     row_max_out, others_out, moment_out, best_out, best_col_out, smooth_out, weights_out, target_z_out,
     count, vocab, tiles_per_split, input_stride, weight_stride, ignore_index,
     label_smoothing: tl.float32, z_loss: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
-    DIM: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
+    DIM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows, valid, source, label, used = _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX, BLOCK_M)
+    rows, valid, source, label, used = _rows_of_block(target, row_index, count, ignore_index, BLOCK_M)
     if tl.max(used.to(tl.int32), 0) == 0:
         return
 
@@ -130,10 +128,10 @@ def linear_cross_entropy_reduce_kernel(
     loss, row_max_out, sum_exp_out, logprob_out, prediction, entropy,
     count, vocab, splits, ignore_index,
     label_smoothing: tl.float32, z_loss: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
-    HAS_INDEX: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    rows, valid, _, label, used = _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX, BLOCK_M)
+    rows, valid, _, label, used = _rows_of_block(target, row_index, count, ignore_index, BLOCK_M)
     wrong = used & ((label < 0) | (label >= vocab))
     y = tl.where(used & (label >= 0) & (label < vocab), label, 0)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -212,19 +210,18 @@ def stream_forward(
     outputs: Any,
     options: Any,
     stats: bool,
-    row_index: Tensor | None = None,
+    row_index: Tensor,
 ) -> None:
     """Fills the record `RowOutputs` from the logits input (N, D) @ linear_weight (V, D)^T and the record `RowOptions`.
 
-    `target` (N,). With `row_index` (M,) the outputs have M rows, of these rows of input and target; a negative index is
-    an ignored row. Input and linear_weight are both float32, bfloat16 or float16, with last stride 1; float64 raises
+    `target` (N,). The outputs have M rows, of the rows `row_index` (M,) of input and target; a negative index is an
+    ignored row. Input and linear_weight are both float32, bfloat16 or float16, with last stride 1; float64 raises
     `TypeError`. Logits are never rounded to the dtype of the input. Workspace: 8 to 28 bytes per row and split of the
     vocabulary.
     """
     if input.dtype not in (torch.float32, torch.bfloat16, torch.float16) or linear_weight.dtype != input.dtype:
         raise TypeError(f"stream_forward: dtypes {input.dtype} and {linear_weight.dtype} are not one of the three")
-    count = target.shape[0] if row_index is None else row_index.shape[0]
-    vocab, dim = linear_weight.shape
+    count, (vocab, dim) = row_index.shape[0], linear_weight.shape
     if count == 0:
         return
 
@@ -240,12 +237,7 @@ def stream_forward(
     partials = (partial(True), partial(True), moment, best, best_col, partial(smoothing), partial(smoothing))
     target_z = input.new_empty(count, dtype=torch.float32)
     weight_sum = weight.sum(dtype=torch.float32) if smoothing and weight is not None else None
-    flags = {
-        "HAS_INDEX": row_index is not None,
-        "HAS_WEIGHT": weight is not None,
-        "SMOOTHING": smoothing,
-        "STATS": stats,
-    }
+    flags = {"HAS_WEIGHT": weight is not None, "SMOOTHING": smoothing, "STATS": stats}
     with on_device_of(input):
         linear_cross_entropy_stream_kernel[(-(-count // chosen.constexprs["BLOCK_M"]), parts)](
             *(input, linear_weight, target, row_index, bias, weight, *partials, target_z),
