@@ -62,7 +62,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", sorted(OPS | {"AliasTable"}))
 def test_every_op_has_its_section(name):
-    """What goes in and comes out, what is never materialised, what it costs, and when not to use it."""
+    """Shapes, what is never materialised, the cost, and when not to use the op."""
     sections = [
         (heading, body)
         for page in ("vocabulary", "contrastive", "latent")

@@ -112,7 +112,7 @@ def test_a_test_names_every_kernel_file(tmp_path):
 
 @COLLECTION
 def test_backends_match_the_device_of_a_test():
-    """With a GPU there, tests that are marked so run on its backends, and tests of host tensors on others."""
+    """On a machine with a GPU, tests marked `gpu` run on its backends, and tests of host tensors on the others."""
     files = ["tests/gpu/test_gpu_random.py", "tests/contrastive/test_negatives_by_index.py"]
     program = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-p", "no:cacheprovider", "--setup-only", "-rs"]
     variables = {**plan.environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

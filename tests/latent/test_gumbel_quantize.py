@@ -572,7 +572,7 @@ def test_module(device):
 
 
 def test_schedule_of_tau(device):
-    """As in fairseq: (most, least, decay), after so many updates."""
+    """As in fairseq: (most, least, decay), after a number of updates."""
     quantizer = sk.nn.GumbelQuantizer(5, 8, tau=(2.0, 0.5, 0.9), device=device)
     taus = []
     for updates in (0, 1, 2, 100):
