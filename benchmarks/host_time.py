@@ -21,8 +21,7 @@ from benchmarks.harness import Case, Run, quantile
 ROUNDS = 600
 QUICK_ROUNDS = 20
 WARMUPS = 50
-# The search for the size from which an op is not slower: at most so many rounds a size, and the largest multiple of the
-# rows.
+# The search for the size from which an op is not slower: most rounds per size, and the largest multiple of the rows.
 SIZE_ROUNDS = 60
 LARGEST_MULTIPLE = 256
 Times = list[float]

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-STEPS = 10  # a loop keeps what a single call does not show: reference cycles, caches that grow
-SECONDS = 20.0  # of slow calls there are fewer
-# On a CPU memory is measured by the resident set, and glibc keeps what is freed, in holes of its heap. While memory is
-# measured, tensors from LEAST_MAPPED bytes on are mapped, so that they are given back, and the holes are occupied, so
-# that no tensor fills one. Afterwards the thresholds are those to which glibc itself moves once it has freed large
-# tensors.
+STEPS = 10  # calls: reference cycles and growing caches show only in a loop
+SECONDS = 20.0  # slow calls are repeated fewer times
+# On a CPU memory is measured by the resident set, and glibc keeps freed memory in holes of its heap. While memory is
+# measured, tensors of LEAST_MAPPED bytes or more are mapped, so that freeing returns them to the system, and the holes
+# are occupied, so that no tensor fills one. Afterwards the thresholds get the values that glibc adapts to once it has
+# freed large tensors.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LEAST_MAPPED = 1 << 18
 MOST_MAPPED = 32 << 20
@@ -26,8 +26,8 @@ MOST_MAPPED = 32 << 20
 def peak_of_steps(
     call: Callable[[], Any], prepare: Callable[[], Any], device: torch.device, seconds: float = SECONDS
 ) -> tuple[int | None, Any]:
-    """`peak_extra` over STEPS calls, each after `prepare` and without the results of the one before; fewer if they take
-    more than `seconds`."""
+    """`peak_extra` over STEPS calls, each after `prepare` and without the results of the previous call; fewer if they
+    take more than `seconds`."""
 
     def steps() -> Any:
         start = time.perf_counter()

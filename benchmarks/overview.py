@@ -137,7 +137,7 @@ def cells(line: Line) -> dict[str, str]:
 
 
 def unmet(report: Report) -> tuple[str, list[list[str]]]:
-    """How many of the limits are met, and those that are not."""
+    """How many limits are met, and the unmet ones."""
     rows = [row for row in bar_rows(report) if row[-1]]
     missed = [row for row in rows if row[-1] == NOT_MET]
     return f"{len(rows) - len(missed)} of {len(rows)} limits are met", missed

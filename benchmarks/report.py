@@ -56,7 +56,7 @@ NOTES = (
 
 @dataclass
 class Report:
-    """All cases of a run; an entry of `cases` holds what the table and the plots need."""
+    """All cases of a run; an entry of `cases` holds the data of the table and the plots."""
 
     environment: dict[str, Any]
     roofs: Roofs

@@ -63,7 +63,7 @@ class Specialisation(NamedTuple):
 
 
 def kernels() -> dict[str, Any]:
-    """The entry points, called `..._kernel`; other jit functions are compiled as part of them."""
+    """The entry points, named `..._kernel`; other jit functions are inlined into them."""
     return {
         name: value
         for module in _modules(Path(sslkernels.__path__[0]), "*/triton/*.py")
@@ -86,7 +86,7 @@ def _modules(folder: Path, pattern: str) -> Iterator[ModuleType]:
 
 
 def recorded() -> list[Specialisation]:
-    """All of them. The process can launch nothing afterwards."""
+    """The specialisations of all calls. The process cannot launch kernels afterwards."""
     recorder = _Recorder()
     knobs.runtime.jit_cache_hook = recorder.note
     driver.set_active(recorder)
@@ -99,8 +99,9 @@ def recorded() -> list[Specialisation]:
 
 
 def each_branch_once(found: list[Specialisation], architecture: int) -> list[Specialisation]:
-    """A few of them for one architecture: of each kernel those that hold each value of each constexpr parameter that it
-    branches on, and float32, 16-bit types and float64. Among equals the smallest tile, which compiles fastest."""
+    """Few specialisations for one architecture that together have, for each kernel, every value of every constexpr
+    parameter that it branches on, and float32, 16-bit types and float64. Ties go to the smallest tile, which compiles
+    fastest."""
     chosen, seen = [], set()
     rest = {id(each): each for each in found if each.architecture == architecture and not each.binds}
     branches = {number: _branches(each) for number, each in rest.items()}
@@ -127,8 +128,8 @@ def _branches(launch: Specialisation) -> set[tuple[str, str, str]]:
 
 
 class _Recorder:
-    """The active driver of Triton, as far as it is asked before a launch, and the hook before its compiler. The number
-    of the current device is the architecture."""
+    """Stands in for Triton's active driver up to a launch, and for the hook before its compiler. The number of the
+    current device is the architecture."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, str, str], Specialisation] = {}

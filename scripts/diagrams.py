@@ -53,7 +53,7 @@ FACES = ("integrations", "nn", "distributions")
 
 
 def house_graph() -> Graph:
-    """Rooms of the package, and which of them import which (imports inside functions too)."""
+    """The folders of the package and their imports (imports inside functions too)."""
     rooms = {
         room: sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) == room)
         for room in (*FACES, *FAMILIES, "random", "core")

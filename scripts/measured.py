@@ -14,7 +14,7 @@ from benchmarks.report import HOST_NOTE, MET, Report, megabytes, seconds
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDER = "amd-epyc-2-cores"  # of the machine that the front page speaks of
-# The front page has a row for each: op, and what the name of the case has to contain and must not.
+# The rows of the front page: op, and the words that the name of its case must contain and must not.
 FRONT: tuple[tuple[str, str, str], ...] = (
     ("mask_tokens", "", ""),
     ("linear_cross_entropy", "", "ignored"),

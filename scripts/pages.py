@@ -1,4 +1,4 @@
-"""Brings up to date what a script can write of README.md and docs/.
+"""Updates the generated parts of README.md and docs/.
 
     python -m scripts.pages [--check]
 

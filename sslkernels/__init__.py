@@ -2,9 +2,9 @@
 
 from sslkernels import integrations, nn
 from sslkernels.contrastive.energy import ContrastiveStats, contrastive_energy
-from sslkernels.contrastive.glove import glove_loss
 from sslkernels.contrastive.losses import clip_loss, info_nce, nt_xent, siglip_loss
-from sslkernels.contrastive.word2vec import negative_sampling_loss
+from sslkernels.contrastive.words.glove import glove_loss
+from sslkernels.contrastive.words.word2vec import negative_sampling_loss
 from sslkernels.core.backends import available_backends, use_backend
 from sslkernels.core.ranks import row_ids_of_rank
 from sslkernels.latent import distributions

@@ -41,7 +41,7 @@ def package_alone(
     finally:
         for name in set(sys.modules) - set(before):
             del sys.modules[name]
-        sys.modules.update(before)  # what a stand-in took the place of
+        sys.modules.update(before)  # restores modules that a stand-in replaced
 
 
 def import_alone(

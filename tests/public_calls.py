@@ -1,4 +1,4 @@
-"""A small call of every public op that has a gradient, for tests of what holds for all of them."""
+"""A small call of every public op that has a gradient, for tests of properties that all ops share."""
 
 from __future__ import annotations
 

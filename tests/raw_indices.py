@@ -1,5 +1,5 @@
 """Calls every native operator that the public calls use, with each of its integer tensors replaced by indices far out
-of range, each in a process of its own; prints the ones that a signal ended."""
+of range, each in its own process; prints the calls that a signal ended."""
 
 import os
 

@@ -28,7 +28,7 @@ COSTLY_SECONDS = 5
 
 
 def assign(items: Iterable[pytest.Item]) -> None:
-    """Marks as `full` or `slow` what the marks of the tests leave out of `make test`."""
+    """Marks the cases that `make test` leaves out as `full` or `slow`, by the marks of their tests."""
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
         tier = next((tier for tier in ("slow", "full") if _is(item, tier)), None)
@@ -64,8 +64,8 @@ def _is(item: pytest.Item, tier: str) -> bool:
 def covering(cases: Sequence[Mapping[str, Any]]) -> list[int]:
     """The numbers of cases that together hold every pair of values of two features, and every value, that occurs.
 
-    Greedy: the next case is the one that adds most, the first of several; what a case adds only shrinks, so that only
-    the cases at the top of the heap are counted again.
+    Greedy: the next case is the first of those that add most. Since what a case adds only shrinks, only the cases at
+    the top of the heap are counted again.
     """
     sets = [_pairs(case) for case in cases]
     missing = set().union(*sets)

@@ -18,11 +18,11 @@ FOLDERS = {"cuda": "csrc/", "triton": "sslkernels/"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--each", type=int, help="of each test and backend, only so many cases")
+    parser.addoption("--each", type=int, help="run only this many cases of each test and backend")
 
 
 def kernels_of(item: pytest.Item) -> list[str]:
-    """The files of the mark `kernels` that the backend of the case has; all of them where the case names no backend."""
+    """The files of the mark `kernels` that belong to the backend of the case; all if the case names no backend."""
     mark = item.get_closest_marker("kernels")
     if mark is None or not item.get_closest_marker("gpu"):
         return []
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The first process writes for all, which collect the same."""
+    """The first process writes the plan, which is the same in all of them."""
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and session.items:
         planned = Counter(file for item in session.items for file in kernels_of(item))
         write({"planned": dict(sorted(planned.items()))})

@@ -1,4 +1,4 @@
-"""Writes docs/performance/gpu.md: what is validated on a GPU, and of each kernel floor, prediction and measurement.
+"""Writes docs/performance/gpu.md: the kernels that were validated on a GPU, with floor, prediction and measurement.
 
 `python -m benchmarks.gpu page` writes it, and `join` does.
 """

@@ -20,7 +20,7 @@ WHEELS = ROOT / "wheels"  # of the peers; `make gpu-wheels` fills it
 SITE = ROOT / "build" / "gpu_peers"
 TOTAL = 360  # seconds of a command
 PATIENCE = 3600  # seconds of a step in a rehearsal
-PROCESSES = 8  # of tests: each has an allocator of its own, and 4 GB at most
+PROCESSES = 8  # for tests: each has its own allocator, and at most 4 GB
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ COMMANDS = {"first": first, "second": second}
 
 
 def rehearsed(step: Step) -> Step:
-    """The step as it can run without a GPU: tests are collected as on a machine with one, nothing is compiled, and
-    small sizes are timed on the CPU. It has the time that a busy machine takes."""
+    """The step without a GPU: tests are collected as on a machine with one, nothing is compiled, and small sizes are
+    timed on the CPU. Its time limit allows for a busy machine."""
     command, variables = list(step.command), {}
     if "pytest" in command:
         command = command[command.index(sys.executable) :]

@@ -1,7 +1,7 @@
-"""Joins what came back from GPUs into the record: `python -m benchmarks.gpu join FOLDER...`
+"""Joins the results of GPU runs into the record: `python -m benchmarks.gpu join FOLDER...`
 
-A folder holds what a command wrote. benchmarks/results/gpu_validated.json gets, for each kernel file, the commit, the
-device and the versions of a run in which at least one test of the file passed and none failed, and how many of the
+A folder holds the output of one command. benchmarks/results/gpu_validated.json gets, for each kernel file, the commit,
+the device and the versions of a run in which at least one test of the file passed and none failed, and how many of the
 planned ones passed. A header, or a module that others import, is validated with every kernel file that uses it. The
 files must be the same in the commit and in every folder; `gpu_times.json` gets the times.
 """
@@ -38,7 +38,7 @@ def entries() -> list[str]:
 
 
 def used_by(file: str) -> set[str]:
-    """The file and all kernel sources that it includes or imports, but none of the CPU."""
+    """The file and all kernel sources that it includes or imports, except sources for the CPU."""
     found, todo = set(), [file]
     while todo:
         name = todo.pop()

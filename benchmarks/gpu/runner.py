@@ -1,6 +1,6 @@
-"""Runs the steps of a command, each in a process of its own within its time, and writes what they find as they find it.
+"""Runs the steps of a command, each in its own process with a time limit, and writes their findings as they come.
 
-At most four files in the folder OUT, none in a folder of its own: `<command>.json` (steps, machine, hashes of the
+At most four files in the folder OUT, no subfolders: `<command>.json` (steps, machine, hashes of the
 kernel files), written before and after each step; `<command>_tests.jsonl` and `<command>_times.jsonl`, a line for each
 test and each time; and `<command>.log`.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.gpu.plan import ROOT, Step, environment
 from benchmarks.gpu.record import blobs
 
-LOG_BYTES = 4 << 20  # of a step: what comes back is limited
+LOG_BYTES = 4 << 20  # of a step: the files that a run returns are limited
 TAIL = 1500  # characters of a step's output in its entry
 
 
@@ -111,7 +111,7 @@ class Command:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and what it started: first asks, so that what was found is written."""
+    """Ends the process and its children, first by SIGTERM, so that findings are written."""
     for kind, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, kind)

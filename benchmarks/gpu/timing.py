@@ -3,7 +3,7 @@
 `python -m benchmarks.gpu.timing kernels`: each kernel of this package on both of its backends, beside a copy of the
 same bytes. `ops`: each op on each backend, beside eager torch and the peers that are installed. The first case of
 everything is measured before the second of anything, so that a run that is ended tells of all. Nothing is compared with
-an oracle here: that is what the tests do.
+an oracle here: the tests do that.
 """
 
 from __future__ import annotations

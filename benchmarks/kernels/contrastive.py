@@ -30,20 +30,19 @@ from benchmarks.kernels.kernel import (
 )
 from benchmarks.providers import OURS
 from sslkernels import use_backend
-from sslkernels.contrastive import glove, word2vec
 from sslkernels.contrastive.pair_rows import SIGMOID, SOFTMAX, ColumnSums, SideGrad
 from sslkernels.contrastive.query_negatives import NegativeInputs, RowMerge, empty_outputs, query_negatives_
 from sslkernels.contrastive.score_tiles import (
     GradientOutputs,
     Labels,
-    NativePairs,
     PairKernels,
     ReferencePairs,
     RowSums,
     Thresholds,
     Tile,
-    TritonPairs,
 )
+from sslkernels.contrastive.tile_backends import NativePairs, TritonPairs
+from sslkernels.contrastive.words import glove, word2vec
 from sslkernels.core import native
 
 SUMS, GRADIENTS = "pair_sums", "pair_gradients"

@@ -44,7 +44,7 @@ class FloorSum(NamedTuple):
 class Compiled(NamedTuple):
     """Kernels in the machine code whose names begin with `name`. One that is named as its operator and that loads and
     stores 16 bytes at a time needs no entry. loads, stores: why these kernels are narrower; instead_of: the operator
-    that has no kernel of its own name."""
+    that has no kernel of the same name."""
 
     name: str
     loads: str | None = None

@@ -1,4 +1,4 @@
-"""A call of Triton launchers, and what the calls of all families share."""
+"""A call of Triton launchers, and the helpers that the calls of all families share."""
 
 from __future__ import annotations
 

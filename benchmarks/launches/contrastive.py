@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches.call import BF16, DTYPES, FP16, FP32, FP64, Call, binding, call, when
-from sslkernels.contrastive import glove
 from sslkernels.contrastive.pair_rows import (
     HINGE,
     SIGMOID,
@@ -38,7 +37,8 @@ from sslkernels.contrastive.triton.tile_positives import positives_in_tile
 from sslkernels.contrastive.triton.tile_sums import add_sums
 from sslkernels.contrastive.triton.tile_weighted_sums import add_weighted_sums
 from sslkernels.contrastive.triton.word2vec import negative_sampling_fwd
-from sslkernels.contrastive.word2vec import Indices, Outputs, Tables
+from sslkernels.contrastive.words import glove
+from sslkernels.contrastive.words.word2vec import Indices, Outputs, Tables
 from sslkernels.core.dtypes import accumulation_dtype
 
 ENERGIES = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "hinge": HINGE}

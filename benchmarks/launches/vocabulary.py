@@ -148,11 +148,11 @@ def stream(
     dtype: torch.dtype, shape: tuple[int, int], vocab: int, *, bias: bool = False, stats: bool = False,
     every: bool = False, target: torch.dtype = torch.int64,
 ) -> None:  # fmt: skip
-    """Linear cross-entropy without gradients; every: rows by index, too."""
+    """Linear cross-entropy without gradients."""
     count, dim = shape
     input, linear_weight = torch.empty(count, dim, dtype=dtype), torch.empty(vocab, dim, dtype=dtype)
     linear_bias, weight = when(bias or every, torch.empty(vocab)), when(every, torch.empty(vocab))
-    labels, index = torch.empty(count, dtype=target), when(every, torch.empty(count, dtype=target))
+    labels, index = torch.empty(count, dtype=target), torch.empty(count, dtype=torch.int64)
     stats = stats or every
     outputs, options = empty_outputs(input, count, stats), EVERY if every else PLAIN
     stream_forward(input, linear_weight, labels, linear_bias, weight, outputs, options, stats, index)

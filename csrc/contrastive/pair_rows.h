@@ -43,7 +43,7 @@ struct PairLosses {
   Element element;  // of the vectors: the accumulation type
   Energy energy;
   int64_t rows;
-  int64_t references;  // entries of `reference` and `settled`: those behind the rows become infinite and 0
+  int64_t references;  // entries of `reference` and `settled`: entries beyond the rows become infinite and 0
   const void* max;
   const double* sum;
   const double* active;

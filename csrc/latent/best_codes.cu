@@ -229,7 +229,7 @@ struct Candidates {
   int64_t row;
   A of_row;
   A bound;
-  bool held;  // whether the thread has a candidate
+  bool has_candidate;  // whether this thread has one
   int step;
   int chunks;
   int start;           // chunk of lane 0
@@ -243,10 +243,10 @@ struct Candidates {
         row(row),
         of_row(tile.margin.of_row(row_norm)),
         bound(open.bound),
-        held(!(open.upper < open.bound)),
+        has_candidate(!(open.upper < open.bound)),
         step(step),
         chunks(chunks),
-        start(ballot(held) == 0 ? chunks : first_chunk - step) {}
+        start(ballot(has_candidate) == 0 ? chunks : first_chunk - step) {}
 
   // The next code, or -1 after the last.
   __device__ __forceinline__ int64_t next() {
@@ -269,7 +269,7 @@ struct Candidates {
   __device__ __forceinline__ void find() {
     const int chunk = start + int(threadIdx.x) % kWarpSize;
     found = 0;
-    if (!held || chunk >= chunks) return;
+    if (!has_candidate || chunk >= chunks) return;
     A products[kSize];
     tile.load_products(row, chunk, products);
     tile.visit(tile.of_codes(chunk), products, of_row,
@@ -327,23 +327,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
     const int64_t row = first + r;
     scratch->rows[r][threadIdx.x].bound = bound;
     if (r >= count || before[r].is_nan || lead.upper < bound) continue;  // unchanged
-    const bool nothing = row_norm[r] != row_norm[r];                     // every score is NaN
+    const bool all_nan = row_norm[r] != row_norm[r];                     // every score is NaN
     const bool alone = !begun && lead.second < bound && lead.upper < A(INFINITY);
-    if (!nothing && !alone) {
+    if (!all_nan && !alone) {
       open |= 1u << r;
     } else if (writes) {
-      scores.best[row] = nothing ? double(NAN) : double(INFINITY);
-      scores.index[row] = scores.first_code + (nothing ? 0 : lead.code);
+      scores.best[row] = all_nan ? double(NAN) : double(INFINITY);
+      scores.index[row] = scores.first_code + (all_nan ? 0 : lead.code);
     }
   }
 
 #pragma unroll 1
   for (int r = 0; r < count; ++r) {
     const int64_t row = first + r;
-    const OpenRow<A> held = scratch->rows[r][threadIdx.x];
+    const OpenRow<A> thread_row = scratch->rows[r][threadIdx.x];
     Best best = Best::identity();
     if ((open >> r & 1) != 0) {
-      Candidates<A> candidates(tile, row, row_norm[r], held, warp * kWarpSize, step, chunks);
+      Candidates<A> candidates(tile, row, row_norm[r], thread_row, warp * kWarpSize, step, chunks);
       if (begun && warp == 0) best = {scores.best[row], scores.index[row]};
       // The best so far is rescored now if it was the only candidate then.
       const bool pending = best.score == double(INFINITY);
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 8 ? 2 : 4)
       }
     }
     if (!writes) continue;
-    static_cast<A*>(scores.bound)[row] = held.bound;
+    static_cast<A*>(scores.bound)[row] = thread_row.bound;
     if (best.code < 0) continue;
     scores.best[row] = best.score;
     scores.index[row] = best.code;

@@ -94,7 +94,7 @@ struct Slots {
 };
 
 // A row of the inputs, and the divergence terms of its columns from their prior; names as in
-// sslkernels/latent/gaussian.py.
+// sslkernels/latent/gaussian_operators.py.
 template <class T>
 struct Row {
   using A = typename Accumulation<T>::type;

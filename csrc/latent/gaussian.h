@@ -1,5 +1,5 @@
 // gaussian_rsample and gaussian_kl: arguments of the kernels and launchers, and the divergence of one element.
-// sslkernels/latent/gaussian.py defines the operators. `stream` is a cudaStream_t.
+// sslkernels/latent/gaussian_operators.py defines the operators. `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>

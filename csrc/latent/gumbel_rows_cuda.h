@@ -16,7 +16,7 @@ namespace {
 
 template <class T>
 constexpr int kChunk = sizeof(T) == 2 ? 8 : 4;
-template <class T>  // threads per block, at most; registers allow as many per multiprocessor
+template <class T>  // threads per block, at most; the registers allow that many per multiprocessor
 constexpr int kMostThreads = sizeof(T) == 8 ? 512 : 1024;
 
 // How rows are divided among teams, as in shape_of_teams.
@@ -157,7 +157,7 @@ struct Running {
     for (int k = 0; k < N; ++k) part += soft_exp<T>((s[k] - reference) * inverse_tau);
     sum += part;
   }
-  // NaN for a row of -inf alone.
+  // NaN for a row that holds only -inf.
   __device__ __forceinline__ A moved(A max, A inverse_tau) const {
     return sum * soft_exp<T>((top.max - max) * inverse_tau);
   }

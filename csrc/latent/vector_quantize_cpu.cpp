@@ -126,7 +126,7 @@ void tile_rows_of(const CodeTile& tile, int64_t begin, int64_t end) {
   return tile.is_double ? tile_rows<T, double>(tile, begin, end) : tile_rows<T, float>(tile, begin, end);
 }
 
-// The mean of the codes; 0 in place of what is not finite.
+// The mean of the codes, with 0 in place of elements that are not finite.
 template <class T, class A>
 void mean_row(const CodeVectors& codebook, A* mean) {
   const int64_t dim = codebook.dim;
@@ -295,7 +295,7 @@ void best_codes_of(const CodeScores& scores, const void* block_norm, int64_t beg
 
 // Short rows are multiplied here: a matmul of torch takes as long to start and to write and read its products as to
 // multiply. The codes are packed in panels of kPanel columns, each row of a panel one element of the codes, after a row
-// of what is subtracted from the products.
+// of the numbers that are subtracted from the products.
 #if defined(__AVX512F__)
 constexpr int64_t kWidth = 16, kRowsAtOnce = 4;
 #else

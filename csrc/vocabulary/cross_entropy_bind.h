@@ -9,8 +9,8 @@
 
 namespace sslkernels {
 
-// All options but ignore_index arrive as a list in the order of the struct, so that one more is a field here and a
-// field in Python.
+// All options but ignore_index arrive as a list in the order of the struct, so that one more option is one field here
+// and one in Python.
 inline RowOptions row_options(int64_t ignore_index, const std::vector<double>& numbers) {
   RowOptions options{ignore_index};
   const size_t bytes = sizeof(RowOptions) - offsetof(RowOptions, label_smoothing);

@@ -2,8 +2,8 @@
 //
 // A row belongs to a block, or to the blocks of a cluster that share its columns. One pass over it keeps, per thread, a
 // running maximum and sums relative to it. For the gradient a row is either cached in shared memory, scaled and biased
-// in the accumulation type (one read, one write; a softcap is applied again, since its derivative needs what it was
-// applied to), or read again: with so few rows in flight that they fit in the L2 cache, and from the end, which L2
+// in the accumulation type (one read, one write; a softcap is applied again, since its derivative needs the uncapped
+// logits), or read again: with so few rows in flight that they fit in the L2 cache, and from the end, which L2
 // keeps longest. Nothing of the size of the logits is materialised except the gradient. Every reduction has a fixed
 // order.
 #pragma once
@@ -24,7 +24,7 @@ template <bool kCached>  // groups in flight per thread
 constexpr int kBatch = kCached ? 4 : 2;
 
 template <class T, class S>
-struct HeldRow;
+struct CachedRow;
 
 // Compile-time features of a kernel; an absent feature costs nothing. Which part of kTransform is active is decided
 // once per group.
@@ -34,7 +34,7 @@ struct RowFeatures {
   static constexpr bool kSums = kSums_;            // statistics and label smoothing
 
   template <class T>  // type in which a row is cached
-  using Cached = HeldRow<T, std::conditional_t<kTransform, typename Accumulation<T>::type, T>>;
+  using Cached = CachedRow<T, std::conditional_t<kTransform, typename Accumulation<T>::type, T>>;
 };
 
 // NaN only if both are.
@@ -198,7 +198,7 @@ struct Row {
 // accumulation type, or the type of the logits if there is no transform. A group of 16-bit logits as float takes 32
 // bytes: its halves are stored in two planes, so that the threads of a warp access different banks.
 template <class T, class S>
-struct HeldRow {
+struct CachedRow {
   using A = typename Accumulation<T>::type;
   static constexpr int kSize = Groups<T>::kSize;  // elements per group
   static constexpr int kEach = Groups<S>::kSize;  // elements per plane

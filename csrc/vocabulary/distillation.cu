@@ -57,7 +57,7 @@ struct RowSums {
 
   static __device__ __forceinline__ RowSums identity() { return {A(-INFINITY), A(0), A(0), A(0), A(0), INT32_MAX, 0}; }
 
-  // Field by field: a choice between structs would be one between addresses in local memory.
+  // Selects field by field: selecting a struct would select an address in local memory.
   static __device__ __forceinline__ RowSums chosen(bool first, RowSums a, RowSums b) {
     return {first ? a.maximum : b.maximum,
             first ? a.others : b.others,
@@ -67,7 +67,7 @@ struct RowSums {
             first ? a.column : b.column,
             0};
   }
-  // What `lower`, whose maximum is not larger, adds to the sums.
+  // Adds the sums `lower`, whose maximum is not larger.
   __device__ __forceinline__ void add(const RowSums& lower) {
     const A distance = maximum - lower.maximum;
     mass += lower.mass;
@@ -219,12 +219,12 @@ struct Target {
       *rest += rows.teacher_best[number] == column ? factor * others(number) : share(t) - part;
     }
   }
-  // The column that has more than half of q, -1 if none has: it is the largest of one of the teachers.
+  // The column that has more than half of q, -1 if none has. It is the largest column of one of the teachers.
   __device__ __forceinline__ int sure() const {
     for (int64_t t = 0; t < rows.choices; ++t) {
       if (teacher(t) < 0) continue;
       const int64_t best = rows.teacher_best[teacher(t)];
-      if (best < 0 || best >= rows.vocab) continue;  // not from the kernel of the teachers
+      if (best < 0 || best >= rows.vocab) continue;  // not written by teacher_rows
       const int column = int(best);
       A q, rest;
       at(column, &q, &rest);
@@ -253,7 +253,7 @@ __device__ __forceinline__ void write_excluded(const DistillationRows& rows, int
   }
 }
 
-// A column apart from the sums, where 1 - p and 1 - q are known to their digits.
+// Adds one column, which the sums left out because 1 - p and 1 - q are known to their digits there.
 template <class A>
 __device__ __forceinline__ void add_column(ComparedSums<A>& sums, const Target<A>& target, int column, A p, A rest_of_p,
                                            A log_p) {

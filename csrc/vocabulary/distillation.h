@@ -40,7 +40,7 @@ struct DistillationRows {
   int64_t vocab;
   const void* offset;
   const void* scale;
-  const void* teacher;  // what TeacherRows leaves
+  const void* teacher;  // the exponentials that teacher_rows wrote
   int64_t teacher_stride;
   int64_t teachers;
   const void* teacher_others;
@@ -49,7 +49,7 @@ struct DistillationRows {
   const void* share;     // A (count, choices): weights that sum to 1; 0: none. A row of none is left out.
   int64_t choices;
   const void* coefficient;  // A (count), or null: no gradient
-  void* loss;               // A (count), like the gap: the mean of m - z under p minus that under q
+  void* loss;               // A (count), like the gap: the mean of m - z under p minus its mean under q
   void* gap;
   void* teacher_entropy;  // A (count), like the student's; null: no statistics
   void* student_entropy;

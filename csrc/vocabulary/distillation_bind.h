@@ -5,7 +5,7 @@
 
 namespace sslkernels {
 
-// Logits that a kernel overwrites, and what turns them into z.
+// Logits that a kernel overwrites, and the scale and offset that turn them into z.
 template <class Rows>
 Rows parse_logit_rows(const Tensor& logits, const OptionalTensor& offset, const Tensor& scale) {
   check_matrix(logits, "logits");

@@ -179,7 +179,7 @@ class Target {
     }
   }
 
-  // The column that has more than half of q, -1 if none has: it is the largest of one of the teachers.
+  // The column that has more than half of q, -1 if none has. It is the largest column of one of the teachers.
   int64_t sure() const {
     for (int64_t t = 0; t < rows_.choices; ++t) {
       if (teacher(t) < 0) continue;
@@ -260,8 +260,8 @@ struct Comparison {
   Largest<A> target;
 };
 
-// The largest column of the student, and the one that has more than half of q, are added last and apart: where p and q
-// are near 1, what is missing is known to its digits.
+// The student's largest column and the column with more than half of q are added last, from 1 - p and 1 - q, which keep
+// their digits where p and q are near 1.
 template <class A>
 Comparison<A> compare(const Logits<A>& logits, const Target<A>& target, const Largest<A>& largest, A others,
                       int64_t vocab, A* stored) {

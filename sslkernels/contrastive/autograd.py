@@ -44,7 +44,7 @@ def pair_loss(
 ) -> tuple[Tensor, PairStatistics]:
     """The loss of the pairs, reduced, and its statistics."""
     acc = accumulation_dtype(inputs.query.dtype)
-    mask = inputs.candidate_mask  # read where it is, whatever its strides
+    mask = inputs.candidate_mask  # never copied: kernels take any strides
     inputs = PairInputs(*map(contiguous, inputs._replace(candidate_mask=None)))._replace(candidate_mask=mask)
     divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
@@ -88,7 +88,7 @@ def _forward(
 
 
 def _has_shared_candidates(inputs: PairInputs, options: PairOptions) -> bool:
-    """Whether there are keys or a bank to compare with; else queries have negatives of their own alone."""
+    """Whether queries are compared with keys or a bank; otherwise they have per-query negatives alone."""
     by_index = inputs.negatives is not None and not inputs.negatives.is_floating_point()
     return options.in_batch or inputs.bank is not None or by_index
 

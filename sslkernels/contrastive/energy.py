@@ -200,7 +200,7 @@ def contrastive_energy(
 def pair_energy(
     tensors: PairTensors, given: EnergyOptions, call: CallConfig
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    """`contrastive_energy` under the name of the public function that calls it."""
+    """`contrastive_energy`, whose errors name the public function that calls it."""
     own = given.in_batch and (tensors.key is None or tensors.key is tensors.query)
     if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)
@@ -209,7 +209,7 @@ def pair_energy(
     _check_numbers(tensors, given, call)
     _check_ignored(tensors, given, call.function)
     if tensors.negatives is not None and not tensors.negatives.is_floating_point() and tensors.negatives.shape[1] == 0:
-        tensors = tensors._replace(negatives=None, negatives_mask=None)  # nothing that a gradient could belong to
+        tensors = tensors._replace(negatives=None, negatives_mask=None)  # no column, and so no gradient
     query = tensors.query
     scale = _scalar(call.function, "logit_scale", given.logit_scale, query)
     bias = None if given.logit_bias is None else _scalar(call.function, "logit_bias", given.logit_bias, query)
@@ -258,8 +258,9 @@ def _stats(found: PairStatistics) -> ContrastiveStats:
 def _inputs(
     tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    query, key, _, negatives, negatives_mask, bank, *ids_and_masks, _ = tensors
-    return PairInputs(query, key, bank, negatives, negatives_mask, positive, self_index, *ids_and_masks, scale, bias)
+    shared = {name: value for name, value in tensors._asdict().items() if name in PairInputs._fields}
+    shared["positive"] = positive
+    return PairInputs(**shared, self_index=self_index, logit_scale=scale, logit_bias=bias)
 
 
 def _over_ranks(
@@ -342,7 +343,7 @@ def _check_visible(function: str, name: str, index: Tensor, wrong: Tensor, rows:
 def _positive_index(tensors: PairTensors, given: EnergyOptions, function: str, keys: int, start: int) -> Tensor | None:
     """The positive of each row (int64) among the keys of all ranks; None for row i in a single process.
 
-    keys: how many keys this rank has; start: the index of its first one; tensors.key_ids: of all ranks.
+    keys: how many keys this rank has; start: the index of its first one; tensors.key_ids: the ids of all ranks.
     """
     query, positive, exclude_self = tensors.query, tensors.positive, given.exclude_self
     count = query.shape[0]
@@ -413,7 +414,7 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
         checks.fail(TypeError, function, "process_group", must, type(group).__name__)
     if given.same_id == "positive" and tensors.query_ids is None:
         checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
-    checks.mean_divisor(function, call.reduction, call.num_items, call.on_empty, "query", tensors.query.device)
+    checks.mean_options(function, call.reduction, call.num_items, call.on_empty, "query", tensors.query.device)
     checks.number(function, "label_smoothing", given.label_smoothing, low=0.0, high=1.0)
     if given.label_smoothing > 0 and given.energy != ENERGIES[SOFTMAX]:
         checks.fail(ValueError, function, "label_smoothing", 'be 0 unless energy is "softmax"', given.label_smoothing)
@@ -424,7 +425,7 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
 
 
 def _check_ignored(tensors: PairTensors, given: EnergyOptions, function: str) -> None:
-    """Refuses what the direction or `in_batch` would ignore."""
+    """Refuses arguments that the direction or `in_batch` would ignore."""
     by_rows = given.direction != "column" or given.energy == ENERGIES[SIGMOID]
     for name, value in (("negatives", tensors.negatives), ("bank", tensors.bank)):
         if value is not None and not by_rows:
@@ -482,7 +483,7 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over
         checks.tensor(function, name, mask, (torch.bool,), optional=True)
         if mask is not None and name == "bank_mask" and bank is None:
             checks.fail(ValueError, function, name, "be None without bank", tuple(mask.shape))
-        if name != "candidate_mask" or not over_ranks:  # which has a column for each key of all ranks
+        if name != "candidate_mask" or not over_ranks:  # over ranks it has a column for each key of all ranks
             checks.shape(function, name, mask, shape, meaning)
     checks.tensor(function, "positive", positive, checks.INDEX_DTYPES, optional=True)
     checks.shape(function, "positive", positive, (count,), "(N,)")

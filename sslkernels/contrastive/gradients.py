@@ -15,10 +15,10 @@ class FeatureGradients:
     """Accumulators, None where no gradient is wanted.
 
     query, key, bank: gradients of the features as they are, in the accumulation dtype, before logit_scale; key is query
-    where the queries are the keys. pair_key: for hinge, gradients of the keys gathered by pair. negatives,
-    query_of_negatives: gradients of the per-query negatives (by index: as in `query_negatives`), and what these add to
-    the queries. dot, total: per row the
-    sum of gradient * u and the sum of the gradient, float64. positive_score: gradient of the positives' scores.
+    where the queries are the keys. pair_key: for hinge, gradients of the keys gathered by pair. negatives: gradients of
+    the per-query negatives (by index: as in `query_negatives`); query_of_negatives: the part of these in the gradient
+    of the queries. dot, total: per row the sum of gradient * u and the sum of the gradient, float64. positive_score:
+    gradient of the positives' scores.
     """
 
     def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted) -> None:
@@ -52,45 +52,45 @@ class FeatureGradients:
         if not setup.wants_gradients:
             return empty_gradients(inputs, PairWanted())
 
-        def nothing() -> Tensor:  # each result has memory of its own
+        def empty() -> Tensor:  # results must not alias
             return setup.query.new_empty(0, dtype=inputs.query.dtype)
 
         negatives, bank = None if setup.by_index else self.negatives, None
         if negatives is None and wanted.negatives and inputs.negatives is not None:
             negatives = torch.zeros_like(inputs.negatives)
         if self.bank is not None:
-            extra = self._of_indices(setup.key.shape[0], self.bank)
-            bank = self._finished(FeatureGradient(self.bank, setup.bank, setup.bank_norm, extra=extra), inputs.bank)
+            extra = self._gathered_gradient(setup.key.shape[0], self.bank)
+            bank = self._finish(FeatureGradient(self.bank, setup.bank, setup.bank_norm, extra=extra), inputs.bank)
         elif wanted.bank and inputs.bank is not None:
             bank = torch.zeros_like(inputs.bank, dtype=gradient_dtype(inputs.bank))
         logit_bias = self.dot.new_zeros(1, dtype=setup.acc)
         if setup.options.energy == SIGMOID:  # the other energies are invariant to a common offset
             logit_bias = self.total.sum().reshape(1).to(setup.acc)
         return PairGradients(
-            query=nothing() if self.query is None else self._of_queries(),
-            key=nothing() if self.key is None or setup.mutual else self._of_keys(),
-            bank=nothing() if bank is None else bank,
-            negatives=nothing() if negatives is None else negatives,
+            query=empty() if self.query is None else self._query_gradient(),
+            key=empty() if self.key is None or setup.mutual else self._key_gradient(),
+            bank=empty() if bank is None else bank,
+            negatives=empty() if negatives is None else negatives,
             logit_scale=self.dot.sum().reshape(1).to(setup.acc),
             logit_bias=logit_bias,
             scale=setup.scale,
         )
 
-    def _of_queries(self) -> Tensor:
+    def _query_gradient(self) -> Tensor:
         setup, score_gradient = self.setup, self.positive_score
         index = setup.inputs.positive
         if setup.mutual:  # a query is also the key of its positive
-            of_partner = score_gradient[index.clamp(min=0)]
-            score_gradient = score_gradient + torch.where(index >= 0, of_partner, 0)
+            partner_gradient = score_gradient[index.clamp(min=0)]
+            score_gradient = score_gradient + torch.where(index >= 0, partner_gradient, 0)
         gradient = FeatureGradient(
             self.query, setup.query, setup.query_norm, setup.key, setup.key_norm, index, score_gradient,
             self.query_of_negatives,
         )  # fmt: skip
-        return self._finished(gradient, setup.inputs.query)
+        return self._finish(gradient, setup.inputs.query)
 
-    def _of_keys(self) -> Tensor:
+    def _key_gradient(self) -> Tensor:
         setup, positives = self.setup, self.setup.positives
-        gradient = FeatureGradient(self.key, setup.key, setup.key_norm, extra=self._of_indices(0, self.key))
+        gradient = FeatureGradient(self.key, setup.key, setup.key_norm, extra=self._gathered_gradient(0, self.key))
         if positives.in_order:
             gradient = gradient._replace(
                 partner=setup.query, partner_norm=setup.query_norm, score_gradient=self.positive_score
@@ -99,9 +99,9 @@ class FeatureGradients:
             self._add_positives_by_key()
         if self.pair_key is not None:
             positives.scatter_add(self.pair_key, self.key)
-        return self._finished(gradient, setup.inputs.key)
+        return self._finish(gradient, setup.inputs.key)
 
-    def _of_indices(self, first: int, like: Tensor) -> Tensor | None:
+    def _gathered_gradient(self, first: int, like: Tensor) -> Tensor | None:
         """The gradient from negatives by index of a table whose first row has the index `first`; None without any."""
         setup = self.setup
         if not setup.by_index:
@@ -124,7 +124,7 @@ class FeatureGradients:
             part = factor[rows].unsqueeze(1)
             positives.scatter_add(torch.where(part != 0, part * setup.query[rows], 0), self.key, rows)
 
-    def _finished(self, gradient: FeatureGradient, original: Tensor) -> Tensor:
+    def _finish(self, gradient: FeatureGradient, original: Tensor) -> Tensor:
         dtype = gradient_dtype(original)
         out = gradient.total if dtype == gradient.total.dtype else torch.empty_like(gradient.total, dtype=dtype)
         self.kernels.finish_gradient(gradient, self.setup.inputs.logit_scale, out)

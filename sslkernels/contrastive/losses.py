@@ -265,7 +265,7 @@ def siglip_loss(
 
 
 def _check_pair(function: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
-    """Two tensors (N, D) of one shape, by the names that the user gave them."""
+    """Checks two tensors (N, D) of one shape, under the names of the public function's arguments."""
     for name, value in ((first_name, first), (second_name, second)):
         checks.tensor(function, name, value, checks.FLOAT_DTYPES)
         checks.dims(function, name, value, 2, "(N, D)", high=2)
@@ -288,7 +288,7 @@ def _check_like(function: str, name: str, value: Tensor, of: str, reference: Ten
 
 
 def _inverse(function: str, temperature: float | Tensor, query: Tensor) -> Tensor:
-    """One over the temperature, as a tensor: torch 2.11 compiles a graph for each value of what Python divides."""
+    """1 / temperature as a tensor: torch 2.11 compiles a graph for each value of a quotient of Python numbers."""
     if isinstance(temperature, Tensor):
         checks.tensor(function, "temperature", temperature, checks.FLOAT_DTYPES)
         return temperature.reciprocal()

@@ -21,7 +21,8 @@ from sslkernels.contrastive.records import (
     empty_state,
     empty_statistics,
 )
-from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
+from sslkernels.contrastive.score_tiles import PairKernels, ReferencePairs
+from sslkernels.contrastive.tile_backends import NativePairs, TritonPairs
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
@@ -118,7 +119,7 @@ def contrastive_bwd(
 def per_query_contrastive_fwd(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
-    """`contrastive_fwd` where each query has only negatives of its own."""
+    """`contrastive_fwd` where queries have per-query negatives alone."""
     return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
@@ -126,5 +127,5 @@ def per_query_contrastive_fwd(
 def per_query_contrastive_bwd(
     grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
 ) -> PairGradients:
-    """`contrastive_bwd` where each query has only negatives of its own."""
+    """`contrastive_bwd` where queries have per-query negatives alone."""
     return empty_gradients(inputs, wanted)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sslkernels.contrastive.pair_rows import HINGE, NO_POSITIVE, SIGMOID, SOFTMAX, PositivePairs, SideGrad, row_blocks
 from sslkernels.contrastive.records import PairInputs, PairOptions
-from sslkernels.contrastive.score_tiles import PairKernels
+from sslkernels.contrastive.score_tiles import PairKernels, SideLabels
 from sslkernels.core.dtypes import accumulation_dtype
 
 
@@ -19,12 +19,12 @@ class PairSetup:
     """The parts of a contrastive loss that are known before the first tile.
 
     query, key, bank: features in the dtype of the matmuls; query_norm, key_norm, bank_norm: their inverse norms where
-    they are normalised; mutual: key is query; negatives: the per-query negatives, as they are; by_index: whether these
-    are indices of rows, drawn_from: of these keys and this bank. positive_u, score: u and
-    s of the positives. row_threshold, column_threshold: for hinge, the score above which a negative costs. has_loss:
-    rows that have a loss; half: the share of one direction in the loss. row, column: what each side adds to the
-    gradient of sum(coefficient * loss) / scale, without the references of a softmax; weight: coefficient * half / scale
-    of each row.
+    they are normalised; mutual: key is query; negatives: the per-query negatives as given; by_index: whether these are
+    indices of rows; drawn_from: the keys and the bank that they index. positive_u, score: u and s of the positives.
+    row_threshold, column_threshold: for hinge, the score above which a negative costs. has_loss: rows that have a loss;
+    half: the share of one direction in the loss. row, column: the part of each side in the gradient of
+    sum(coefficient * loss) / scale, without the references of a softmax; weight: coefficient * half / scale of each
+    row.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class PairSetup:
         self.positives = Positives(inputs, options)
         self.drawn_from = (self.key, self.bank)
         if inputs.key_mask is not None:
-            self.key = _without_garbage(self.key, inputs.key_mask | (self.positives.rows_of_key > 0))
+            self.key = _finite_where_unused(self.key, inputs.key_mask | (self.positives.rows_of_key > 0))
         if inputs.bank_mask is not None:
-            self.bank = _without_garbage(self.bank, inputs.bank_mask)
+            self.bank = _finite_where_unused(self.bank, inputs.bank_mask)
         self.negatives = inputs.negatives if options.rows else None
         self.by_index = self.negatives is not None and not self.negatives.is_floating_point()
 
@@ -70,7 +70,7 @@ class PairSetup:
         pairs = PositivePairs(self.query, self.key, self.query_norm, self.key_norm, inputs.positive)
         kernels.positive_scores(pairs, inputs.logit_scale, inputs.logit_bias, self.positive_u, self.score)
         self._set_thresholds()
-        self._weigh(coefficient)
+        self._set_weights(coefficient)
 
     @functools.cached_property
     def row_candidates(self) -> Tensor:
@@ -80,7 +80,7 @@ class PairSetup:
             mask = self.inputs.bank_mask
             candidates = candidates + (self.bank.shape[0] if mask is None else mask.sum())
             if not self.options.ids_positive:
-                candidates = candidates - self.positives.of_same_id_in_bank
+                candidates = candidates - self.positives.same_id_in_bank
         if self.negatives is not None:
             mask = self.inputs.negatives_mask
             if self.by_index:
@@ -105,7 +105,7 @@ class PairSetup:
     def hinge_columns(self) -> int:
         return self.key.shape[0] if self.positives.in_order else self.count
 
-    def _weigh(self, coefficient: Tensor | None) -> None:
+    def _set_weights(self, coefficient: Tensor | None) -> None:
         """Sets scale, weight, row and column."""
         options, positives = self.options, self.positives
         self.half = 0.5 if options.rows and options.columns else 1.0
@@ -156,11 +156,11 @@ class _Counts(NamedTuple):
 class Positives:
     """The key that is each row's positive.
 
-    has: rows with a positive; counted: those and the invalid rows, whose loss is NaN; rows_of_key: how many rows have
-    a key as their positive. row_labels, key_labels: int32 labels of the pair, of the sample itself and of its id, as in
-    `score_tiles.Labels`; bank_labels: the same of the bank, which has ids alone. row_candidates, column_candidates: how
-    many scores a row and a column have, the positive included; row_positives, column_positives: how many of these are
-    positives. Few losses need all of them: each is computed when it is asked for.
+    has: rows with a positive; counted: rows with a positive or an invalid one, whose loss is NaN; rows_of_key: how many
+    rows have a key as their positive. row_labels, key_labels, bank_labels: as in `score_tiles.Labels`; the bank has ids
+    alone. row_candidates, column_candidates: how many scores a row and a column have, the positive included;
+    row_positives, column_positives: how many of these are positives. Few losses need all of these: each is computed at
+    its first access.
     """
 
     def __init__(self, inputs: PairInputs, options: PairOptions) -> None:
@@ -172,20 +172,20 @@ class Positives:
 
         key_index = torch.arange(self.keys, dtype=torch.int32, device=device)
         row_positive = key_index[:rows] if positive is None else positive.to(torch.int32)
-        self.row_labels: list[Tensor | None] = [row_positive, None, None]
-        self.key_labels: list[Tensor | None] = [key_index, None, None]
-        if inputs.self_index is not None:
-            self.row_labels[1], self.key_labels[1] = inputs.self_index.to(torch.int32), key_index
-        self.bank_labels: list[Tensor | None] = [None, None, None]
+        row_id = key_id = bank_id = None
         self.has_ids = inputs.key_ids is not None and options.in_batch
         has_bank_ids = inputs.bank_ids is not None and options.rows
         if self.has_ids or has_bank_ids:
             given = [inputs.key_ids] * self.has_ids + [inputs.bank_ids] * has_bank_ids
-            self.row_labels[2], *codes = _codes(inputs.query_ids.long(), [ids.long() for ids in given])
+            row_id, *codes = _codes(inputs.query_ids.long(), [ids.long() for ids in given])
             if has_bank_ids:
-                self.bank_labels[2] = codes.pop()
+                bank_id = codes.pop()
             if self.has_ids:
-                self.key_labels[2] = codes.pop()
+                key_id = codes.pop()
+        row_self = None if inputs.self_index is None else inputs.self_index.to(torch.int32)
+        self.row_labels = SideLabels(row_positive, row_self, row_id)
+        self.key_labels = SideLabels(key_index, None if row_self is None else key_index, key_id)
+        self.bank_labels = SideLabels(id=bank_id)
 
     @functools.cached_property
     def index(self) -> slice | Tensor:
@@ -209,11 +209,11 @@ class Positives:
         return self.scatter_add(self.has.long(), self.has.new_zeros(self.keys, dtype=torch.int64))
 
     @functools.cached_property
-    def with_same_id(self) -> tuple[Tensor, Tensor]:
+    def same_id_counts(self) -> tuple[Tensor, Tensor]:
         """How many keys other than the positive and itself share each row's id, and how many rows each key's."""
         inputs = self.inputs
-        if self.under_masks is not None:
-            return self.under_masks.row_same_id, self.under_masks.column_same_id
+        if self.masked_counts is not None:
+            return self.masked_counts.row_same_id, self.masked_counts.column_same_id
         query_ids, key_ids = inputs.query_ids.long(), inputs.key_ids.long()
         row, column = _occurrences(query_ids, key_ids), _occurrences(key_ids, query_ids)
         if inputs.self_index is not None:
@@ -223,7 +223,7 @@ class Positives:
         return row - positive, column - self.scatter_add(positive, torch.zeros_like(column))
 
     @functools.cached_property
-    def of_same_id_in_bank(self) -> Tensor | int:
+    def same_id_in_bank(self) -> Tensor | int:
         """How many rows of the bank share each row's id."""
         inputs = self.inputs
         if inputs.bank_ids is None or not self.options.rows:
@@ -231,7 +231,7 @@ class Positives:
         return _occurrences(inputs.query_ids.long(), inputs.bank_ids.long(), inputs.bank_mask)
 
     @functools.cached_property
-    def under_masks(self) -> _Counts | None:
+    def masked_counts(self) -> _Counts | None:
         """Candidates of each row and column that no mask leaves out, counted in blocks of rows; None without masks."""
         pair, column = self.inputs.candidate_mask, self.inputs.key_mask
         if pair is None and column is None:
@@ -261,29 +261,29 @@ class Positives:
 
     @functools.cached_property
     def row_positives(self) -> Tensor:
-        row, _ = self.with_same_id if self._ids_are(positive=True) else (0, 0)
-        return self.has.long() + row + (self.of_same_id_in_bank if self.options.ids_positive else 0)
+        row, _ = self.same_id_counts if self._ids_are(positive=True) else (0, 0)
+        return self.has.long() + row + (self.same_id_in_bank if self.options.ids_positive else 0)
 
     @functools.cached_property
     def column_positives(self) -> Tensor:
-        _, column = self.with_same_id if self._ids_are(positive=True) else (0, 0)
+        _, column = self.same_id_counts if self._ids_are(positive=True) else (0, 0)
         return self.rows_of_key + column
 
     @functools.cached_property
     def row_candidates(self) -> Tensor:
         if not self.options.in_batch:
             return self.has.long()
-        if self.under_masks is not None:
-            return self.has.long() + self.under_masks.row_candidates
-        row, _ = self.with_same_id if self._ids_are(positive=False) else (0, 0)
+        if self.masked_counts is not None:
+            return self.has.long() + self.masked_counts.row_candidates
+        row, _ = self.same_id_counts if self._ids_are(positive=False) else (0, 0)
         itself = 0 if self.inputs.self_index is None else 1
         return torch.full_like(self.has, self.keys - itself, dtype=torch.int64) - row
 
     @functools.cached_property
     def column_candidates(self) -> Tensor:
-        if self.under_masks is not None:
-            return self.rows_of_key + self.under_masks.column_candidates
-        _, column = self.with_same_id if self._ids_are(positive=False) else (0, 0)
+        if self.masked_counts is not None:
+            return self.rows_of_key + self.masked_counts.column_candidates
+        _, column = self.same_id_counts if self._ids_are(positive=False) else (0, 0)
         candidates = torch.full_like(self.rows_of_key, self.rows) - column
         if self.inputs.self_index is None:
             return candidates
@@ -362,9 +362,8 @@ def _occurrences(values: Tensor, among: Tensor, counted: Tensor | None = None) -
     return before[end] - before[begin]
 
 
-def _without_garbage(features: Tensor, used: Tensor) -> Tensor:
-    """The features, with zeros in place of what is not finite in the rows that nothing uses: their gradient of 0 would
-    become NaN in a product with them."""
+def _finite_where_unused(features: Tensor, used: Tensor) -> Tensor:
+    """The features with zeros in place of inf and NaN in unused rows, which a matmul multiplies by gradients of 0."""
     return features.masked_fill(~(used.unsqueeze(1) | features.isfinite()), 0)
 
 

@@ -176,7 +176,7 @@ class _Plan:
 
     def _add_weighted(self, rows: slice, tiles: list[tuple[TileSpec, Tile]]) -> None:
         """Sums and gradient of rows whose candidates are frozen: the gradient is a sum of candidates weighted by
-        probabilities, which are known up to one factor per row."""
+        probabilities, whose common factor per row is known only after the last tile."""
         setup, sums = self.setup, _sliced(self.row_sums, rows)
         weighted = setup.query.new_zeros(setup.query[rows].shape, dtype=setup.acc)
         weighted_u = torch.zeros_like(setup.score[rows])
@@ -203,10 +203,10 @@ class _Plan:
             norms = (at(query_norm, rows), at(key_norm, columns))
             positive = at(statistics.positive_index, rows) - columns.start
             self.kernels.positives_in_tile(tile, positive, thresholds.positive_score)
-            if not spec.candidates.in_loss or tile.leaves_out_more:  # uniformity is over all pairs
-                every_pair = tile.of_every_pair
+            if not spec.candidates.in_loss or tile.has_exclusions:  # uniformity is over all pairs
+                all_pairs = tile.with_all_pairs
                 no_thresholds = Thresholds(None, None, None)
-                self.kernels.sums(every_pair, _sliced(statistics.uniformity_sums, rows), None, no_thresholds, norms)
+                self.kernels.sums(all_pairs, _sliced(statistics.uniformity_sums, rows), None, no_thresholds, norms)
                 norms = None
 
         def row_sums(sums: RowSums) -> RowSums:
@@ -255,7 +255,7 @@ class _Plan:
     def _add_row_losses(self, rows: slice, sums: ColumnSums, others: Tensor | None, loss: Tensor | None) -> None:
         setup, positives = self.setup, self.setup.positives
         if setup.options.energy == SOFTMAX and setup.wants_gradients and self.row.reference is None:
-            self.row = _settling(setup.row, setup.count)
+            self.row = _unsettled(setup.row, setup.count)
         self._add_losses(
             LossRows(
                 sums,
@@ -273,12 +273,12 @@ class _Plan:
         )
 
     def _add_losses(
-        self, of_rows: LossRows, rows: slice, others: Tensor | None, side: SideGrad, loss: Tensor | None
+        self, loss_rows: LossRows, rows: slice, others: Tensor | None, side: SideGrad, loss: Tensor | None
     ) -> None:
-        """side: what a softmax adds to the gradient of its tiles, whose reference and weight are written."""
+        """side: of a softmax, the part in the gradient of its tiles whose reference and weight are written."""
         grads, softmax = self.grads, self.setup.options.energy == SOFTMAX
         self.kernels.add_losses(
-            of_rows,
+            loss_rows,
             self._loss_options(),
             LossOutputs(
                 others,
@@ -393,7 +393,7 @@ class _Plan:
         """The columns of keys that are the positives of rows in order."""
         setup, positives = self.setup, self.setup.positives
         if setup.options.energy == SOFTMAX and setup.wants_gradients:
-            self.column = _settling(setup.column, setup.key.shape[0])
+            self.column = _unsettled(setup.column, setup.key.shape[0])
         columns = LossRows(
             sums,
             setup.score,
@@ -468,7 +468,7 @@ def _sums_of(others: Tensor, acc: torch.dtype) -> ColumnSums:
     return ColumnSums(largest, torch.where(largest == others, 0, others - largest).exp(), None, None, None)
 
 
-def _settling(side: SideGrad, count: int) -> SideGrad:
+def _unsettled(side: SideGrad, count: int) -> SideGrad:
     """The part of `count` rows or columns in the gradient, whose reference and weight are yet to be written."""
     return side._replace(reference=side.weight.new_empty(count), weight=side.weight.new_empty(count))
 

@@ -14,11 +14,11 @@ from sslkernels.core.dtypes import accumulation_dtype
 class PairInputs(NamedTuple):
     """Features and numbers of a contrastive energy, shaped as in `contrastive_energy`.
 
-    key: None stands for the queries, whose positives must then be mutual: if j is
-    the positive of i, i is the positive of j. negatives: (N, K, D), or (N, K) int64 or int32, rows of the keys followed
-    by the bank. positive (N,) int64: the row of each query's key, `NO_POSITIVE` or `INVALID_POSITIVE`; None: row i.
-    self_index (N,) int64: the key that is the query itself and so no candidate. candidate_mask: with any strides.
-    logit_scale, logit_bias: one element each; the raw operators take them as (1,) in the accumulation dtype.
+    key: None stands for the queries, whose positives must then be mutual: if j is the positive of i, i is the positive
+    of j. negatives: (N, K, D), or (N, K) int64 or int32, rows of the keys followed by the bank. positive (N,) int64:
+    the row of each query's key, `NO_POSITIVE` or `INVALID_POSITIVE`; None: row i. self_index (N,) int64: the key that
+    is the query itself, which is not a candidate. candidate_mask: with any strides. logit_scale, logit_bias: one
+    element each; the raw operators take them as (1,) in the accumulation dtype.
     """
 
     query: Tensor

@@ -31,13 +31,13 @@ def running_sums(setup: PairSetup, count: int, softmax: bool) -> ColumnSums:
 
 
 class Statistics:
-    """row_sums: the sums of the loss, which serve here too where it is a softmax over rows. sums: those to add to;
-    uniformity_sums: the same uniformity_sum, for a pass over pairs that are no candidates; positive_index,
-    positive_score: the key of each row's positive, and its score as its tile has it; cosine_norms: inverse norms of
-    queries and keys.
+    """row_sums: the sums of the loss, which are shared where it is a softmax over rows. sums: the accumulators;
+    uniformity_sums: their uniformity_sum alone, for a pass over pairs that are not candidates; positive_index: the key
+    of each row's positive; positive_score: its score as its tile computes it; cosine_norms: inverse norms of queries
+    and keys.
 
-    The score of the positive comes from the same matmul as the scores of its rivals: where all features have become the
-    same, all scores are equal, and the positive is one among equals.
+    The score of the positive comes from the same matmul as the scores of its rivals, so that all are exactly equal
+    where the features have collapsed to one.
     """
 
     def __init__(self, kernels: PairKernels, setup: PairSetup, row_sums: RowSums) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sslkernels.contrastive.gradients import FeatureGradients
 from sslkernels.contrastive.pair_rows import HINGE
 from sslkernels.contrastive.pair_setup import PairSetup
-from sslkernels.contrastive.score_tiles import Labels, Masks, PairKernels, Tile, workspace_bytes
+from sslkernels.contrastive.score_tiles import Labels, Masks, PairKernels, SideLabels, Tile, workspace_bytes
 from sslkernels.core.chunks import round_up
 
 # Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal. Fewer of
@@ -20,7 +20,7 @@ MUTUAL_ROWS = 256
 
 
 class Candidates(NamedTuple):
-    """Candidates that all queries share: their features, inverse norms and labels, in the order of `Labels.pairs`.
+    """Candidates that all queries share: their features, inverse norms and labels.
 
     rows, columns: whether sums over each row's candidates and over each column's queries are part of the loss; keys:
     whether they are the keys, over which uniformity is summed; pairs: whether they have a column per pair. gradient:
@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
 
     values: Tensor
     norm: Tensor | None
-    labels: tuple[Tensor | None, ...]
+    labels: SideLabels
     rows: bool = False
     columns: bool = False
     keys: bool = False
@@ -182,17 +182,20 @@ def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -
         by_pair = options.energy == HINGE and options.columns and not positives.in_order and setup.key.shape[0] > 0
         columns = options.columns and not by_pair
         yield Candidates(
-            setup.key, setup.key_norm, tuple(positives.key_labels), options.rows, columns, keys=True,
+            setup.key, setup.key_norm, positives.key_labels, options.rows, columns, keys=True,
             gradient=grads.key, masks=Masks(inputs.candidate_mask, None, inputs.key_mask),
         )  # fmt: skip
         if by_pair:
             index = positives.index
-            _, *labels = positives.key_labels
-            row_positive, *_ = positives.row_labels
+            labels = positives.key_labels
             yield Candidates(
                 setup.key[index],
                 None if setup.key_norm is None else setup.key_norm[index],
-                (row_positive, *(None if label is None else label[index] for label in labels)),
+                SideLabels(
+                    positives.row_labels.positive,
+                    None if labels.itself is None else labels.itself[index],
+                    None if labels.id is None else labels.id[index],
+                ),
                 columns=True,
                 pairs=True,
                 gradient=grads.pair_key,
@@ -203,10 +206,12 @@ def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -
                 ),
             )
     elif stats:
-        yield Candidates(setup.key, setup.key_norm, tuple(positives.key_labels), keys=True)
+        yield Candidates(setup.key, setup.key_norm, positives.key_labels, keys=True)
     if setup.bank is not None:
-        labels, masks = tuple(positives.bank_labels), Masks(column=inputs.bank_mask)
-        yield Candidates(setup.bank, setup.bank_norm, labels, rows=True, gradient=grads.bank, masks=masks)
+        masks = Masks(column=inputs.bank_mask)
+        yield Candidates(
+            setup.bank, setup.bank_norm, positives.bank_labels, rows=True, gradient=grads.bank, masks=masks
+        )
 
 
 def _part_of(masks: Masks, rows: slice, columns: slice) -> Masks:

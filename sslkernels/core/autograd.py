@@ -45,8 +45,8 @@ class Function(torch.autograd.Function):
 
 
 def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, single: bool) -> None:
-    """Puts the flat methods that torch needs in place of those over records. They are closures, not methods that read
-    attributes of the class, which torch.compile does not trace."""
+    """Replaces the methods over records by the flat ones that torch needs. They are closures, because torch.compile
+    does not trace methods that read attributes of the class."""
     forward, setup_context, backward, differentiable = (
         getattr(cls, name) for name in ("forward", "setup_context", "backward", "differentiable")
     )
@@ -63,12 +63,12 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
         elif torch._C._are_functorch_transforms_active():
             results = cls.apply(*flat)
         else:
-            # Beside this, cls.apply binds the signature of forward by `inspect`, which takes longer than forward.
+            # cls.apply would also bind the signature of forward with `inspect`, which takes longer than forward.
             alive = list(flat)
             for i in tensors:
                 if alive[i] is not None:
                     alive[i] = torch._C._functorch.unwrap_if_dead(alive[i])
-            if not records([alive[i] for i in tensors]):
+            if not is_recorded([alive[i] for i in tensors]):
                 with grad_disabled():
                     return forward(*inputs.unpack(alive))
             results = apply(*alive)
@@ -100,8 +100,8 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
 
 
 def refusing_backward(results: Any, inputs: Iterable[Tensor | None], differentiable: int | None) -> Any:
-    """The results of an exported function. The graph has what forward computed, not the function, and without this its
-    gradients would be None, or those that autograd finds for the operators in forward."""
+    """The results of an exported function, through which a gradient raises. The exported graph holds the operations of
+    forward, not the function: without this, gradients would be None, or whatever autograd derives for them."""
     inputs = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     if not (inputs and torch.is_grad_enabled()):
         return results
@@ -113,7 +113,7 @@ def refusing_backward(results: Any, inputs: Iterable[Tensor | None], differentia
     )
 
 
-def records(tensors: Iterable[Tensor | None]) -> bool:
+def is_recorded(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd, of either mode, records what is computed from these tensors."""
     if forward_ad._current_level >= 0:
         return True
@@ -121,8 +121,8 @@ def records(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def may_want_gradient(*tensors: Tensor | None) -> bool:
-    """Whether forward should keep what backward needs of these tensors. Under vmap a tensor hides whether a transform
-    outside, as `torch.func.grad`, differentiates it: it may."""
+    """Whether forward should keep what backward needs of these tensors. Under vmap a tensor hides whether an outer
+    transform, such as `torch.func.grad`, differentiates it: then this is true."""
     if not torch.is_grad_enabled():
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -137,7 +137,7 @@ def save(ctx: Any, *values: Any) -> None:
 
 
 def saved(ctx: Any) -> list[Any]:
-    """What `save` was given. Call it once: a checkpoint recomputes the tensors each time they are asked for."""
+    """The values given to `save`. Call it once: activation checkpointing recomputes the tensors at every access."""
     leaves, begin, values = ctx.saved_tensors, 0, []
     for record in ctx.layout:
         end = begin + (1 if record is None else len(record._fields))
@@ -147,7 +147,7 @@ def saved(ctx: Any) -> list[Any]:
 
 
 def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the annotated function that computes gradients, so that to differentiate it again raises.
+    """Decorates the annotated function that computes gradients, so that differentiating it again raises.
 
     Unlike torch's decorator of that name it also raises where only saved tensors are differentiated, and never gives a
     gradient that is silently zero. name: the public function in the message, unless a parameter `function` names it;
@@ -183,11 +183,11 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
     return decorate
 
 
-def unit_columns(grad: Tensor) -> Tensor:
+def contiguous_rows(grad: Tensor) -> Tensor:
     """A grad_output whose last dimension is contiguous, for kernels that take any stride of the others.
 
-    The gradient of a sum or a mean is expanded: it is one number in memory. It becomes one row, expanded over the rows,
-    which stays in the cache: to materialise it all takes longer than many a kernel.
+    The gradient of a sum or a mean is one number in memory, expanded. It becomes one row, expanded over the rows, which
+    stays in the cache: materialising all of it would take longer than many a kernel.
     """
     if grad.dim() == 0 or grad.stride(-1) == 1 or grad.shape[-1] <= 1 or grad.numel() == 0:
         return grad
@@ -213,7 +213,7 @@ def wanted_only(record: Any, wanted: Iterable[bool]) -> Any:
 
 
 def distinct(leaves: Sequence[Any]) -> list[Any]:
-    """A view of each tensor that occurs before: torch.compile takes no tensor twice in one autograd function."""
+    """The leaves, with views in place of repeated tensors: torch.compile rejects a tensor that is passed twice."""
     result: list[Any] = []
     for leaf in leaves:
         seen = isinstance(leaf, Tensor) and any(leaf is other for other in result)

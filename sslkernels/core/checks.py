@@ -76,7 +76,7 @@ def tensor(function: str, argument: str, value: Any, dtypes: Sequence[torch.dtyp
 
 
 def _is_awaited(value: Tensor) -> bool:
-    """Whether it is the result of an asynchronous collective, which torch waits for when an operator reads it."""
+    """Whether `value` is the result of an asynchronous collective, which torch waits for when an operator reads it."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
     return isinstance(value, AsyncCollectiveTensor)
@@ -126,10 +126,10 @@ def number(
         fail(ValueError, function, argument, f"be in {bracket}{low:g}, {high:g}]", value)
 
 
-def mean_divisor(
+def mean_options(
     function: str, reduction: str, num_items: Any, on_empty: Any, other: str, device: torch.device
 ) -> None:
-    """The options of a reduction "mean": num_items, a number or a tensor of one element, and on_empty."""
+    """`num_items` is None, a number or a tensor of one element, and given only for a mean; `on_empty` is a choice."""
     choice(function, "on_empty", on_empty, ("nan", "zero"))
     if num_items is None:
         return
@@ -151,7 +151,7 @@ def boolean(function: str, argument: str, value: Any) -> None:
 def integer(
     function: str, argument: str, value: Any, *, low: int | None = None, optional: bool = False, unsigned: bool = False
 ) -> None:
-    """`value` is an int of 64 bits, or None if `optional`; unsigned: the caller checks its upper bound."""
+    """`value` is an int of 64 bits, or None if `optional`; unsigned: the caller checks the upper bound."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

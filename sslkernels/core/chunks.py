@@ -11,7 +11,7 @@ import torch
 # Rows of a chunk are padded to a multiple of this where they are the inner dimension of a matmul: for some smaller
 # numbers of rows MKL sums a large vocabulary with four times the error.
 ROW_MULTIPLE = 16
-# Elements that the row pitch of a reused buffer is a multiple of, so that rows of any width are aligned.
+# The row pitch of a reused buffer is a multiple of this many elements, so that rows of any width are aligned.
 PITCH = 64
 # A pitch that is a multiple of this many elements maps all rows to few sets of a CPU's caches: float32 matmuls of a
 # buffer of 640 x 32768 take 1.2 times longer.
@@ -57,20 +57,16 @@ def wave_rows(count: int, matmuls: Matmuls, fit: int, processors: int) -> int:
 
 def matmul_time(count: int, matmuls: Matmuls, rows: int, processors: int) -> float:
     """The time of `count` rows in chunks of `rows`, in steps of the inner dimension of a tile."""
-
-    def of_waves(rows: int, columns: int) -> int:
-        return -(-(-(-rows // TILE[0]) * -(-columns // TILE[1])) // processors)
-
     accumulator = 8 * matmuls.columns * matmuls.dim * FLOPS_A_BYTE / (2 * TILE[0] * TILE[1] * processors)
 
     def in_chunk(rows: int) -> float:
-        time: float = of_waves(rows, matmuls.columns) * matmuls.dim
+        time: float = product_waves(rows, matmuls.columns, processors) * matmuls.dim
         if matmuls.input:
-            time += of_waves(rows, matmuls.dim) * matmuls.columns
+            time += product_waves(rows, matmuls.dim, processors) * matmuls.columns
         if matmuls.weight:
             # Other tiles compute while one adds to the accumulator.
             adds = accumulator if rows < count else 0
-            time += max(of_waves(matmuls.columns, matmuls.dim) * rows, adds)
+            time += max(product_waves(matmuls.columns, matmuls.dim, processors) * rows, adds)
         return time
 
     chunks, rest = divmod(count, rows)
@@ -86,14 +82,15 @@ def workspace_of(device: torch.device, default: Mapping[str, int]) -> int:
     return max(least, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
-def waves(count: int, columns: int, rows: int, processors: int) -> int:
-    """Waves of tiles in the product of `count` rows and `columns` columns, computed in chunks of `rows`."""
+def product_waves(rows: int, columns: int, processors: int) -> int:
+    """Waves of tiles in a product of `rows` rows and `columns` columns."""
+    return -(-(-(-rows // TILE[0]) * -(-columns // TILE[1])) // processors)
 
-    def in_chunk(rows: int) -> int:
-        return -(-(-(-rows // TILE[0]) * -(-columns // TILE[1])) // processors)
 
+def chunked_waves(count: int, columns: int, rows: int, processors: int) -> int:
+    """Waves of tiles in a product of `count` rows and `columns` columns that is computed in chunks of `rows`."""
     chunks, rest = divmod(count, rows)
-    return chunks * in_chunk(rows) + in_chunk(rest)
+    return chunks * product_waves(rows, columns, processors) + product_waves(rest, columns, processors)
 
 
 def row_pitch(columns: int) -> int:

@@ -17,7 +17,7 @@ _formulas: dict[str, Callable[..., int]] = {}
 
 
 def add_formula(operator: str, formula: Callable[..., int]) -> None:
-    """formula: of the dispatcher's arguments, the FLOPs; a multiplication with its addition is two."""
+    """formula: computes FLOPs from the dispatcher's arguments; a multiplication and its addition count as two."""
     _formulas[operator] = formula
     if MODULE in sys.modules:
         _register(sys.modules[MODULE], operator)
@@ -32,7 +32,7 @@ def _register(flop_counter: ModuleType, operator: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Registers the formulas when the counter is imported: it imports Triton, which `import sslkernels` does not."""
+    """Registers the formulas when torch's counter is imported, which imports Triton: `import sslkernels` must not."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != MODULE:

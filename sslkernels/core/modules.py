@@ -18,8 +18,8 @@ def options_of(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 class SharedGroup:
-    """A process group that copies share. torch can neither copy nor pickle one: a pickled one is found again by its
-    name when it is first used, so that a module can be loaded where there are no ranks."""
+    """A process group that copies of a module share, since torch can neither copy nor pickle one. A pickled one is
+    looked up by its name when it is first used, so that a module can be loaded where there are no ranks."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -89,7 +89,7 @@ class Options(OverRanks):
 
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Attributes, submodules and configuration of a model are restored: some replace modules at a short input."""
+    """Restores the model's attributes, submodules and configuration: some models replace modules for a short input."""
     holders = [*model.modules(), *(vars(each)["config"] for each in model.modules() if "config" in vars(each))]
     dicts = [vars(holder) for holder in holders]
     dicts += [value for attributes in dicts for value in attributes.values() if type(value) is dict]

@@ -29,7 +29,7 @@ try:
     extension = importlib.import_module("sslkernels._C")
 except ImportError as error:
     load_error = str(error)
-    # Installers show nothing of a build that ends well, as one without an extension does unless it is required.
+    # pip hides the output of a build that succeeds, and a build succeeds without the extension unless it is required.
     if (PACKAGE / "BUILD_FAILED").exists():
         load_error = f"its build failed: {(PACKAGE / 'BUILD_FAILED').read_text().strip()}"
         message = f"sslkernels has no compiled kernels ({load_error}); build them with: {BUILD_COMMAND}"

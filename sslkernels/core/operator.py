@@ -52,8 +52,8 @@ def operator(
     """Decorates the annotated function that allocates an operator's outputs.
 
     public: the public function that the operator belongs to; implementations: backend name -> function; native_ops: the
-    operators of the compiled extension that the implementations "cpu" and "cuda" call; flops: of the arguments, the
-    floating-point operations of the matmuls, for torch's `FlopCounterMode`.
+    operators of the compiled extension that the implementations "cpu" and "cuda" call; flops: computes the
+    floating-point operations of the matmuls from the arguments, for torch's `FlopCounterMode`.
     """
 
     def decorate(allocate: Callable[..., Any]) -> Operator:
@@ -122,19 +122,20 @@ class Operator:
         self.inputs = Layout(hints[name] for name in self._names)
         self.outputs = Layout(results)
         self._tensors = [i for i, kind in enumerate(self.inputs.leaf_types) if holds_tensor(kind)]
-        self._located = next(i for i in self._tensors if self.inputs.leaf_types[i] in (Tensor, Mutated))  # never None
+        # The device of the operator is the device of this tensor, which is never None.
+        self._device_leaf = next(i for i in self._tensors if self.inputs.leaf_types[i] in (Tensor, Mutated))
         self._floats = [i for i, kind in enumerate(self.inputs.leaf_types) if kind is float]
-        self.raw = self._registered("default", self.inputs.leaf_types, self._from_dispatcher, self._fake)
+        self.raw = self._register_overload("default", self.inputs.leaf_types, self._from_dispatcher, self._fake)
         if self._floats:
-            of_tensors = [Tensor if kind is float else kind for kind in self.inputs.leaf_types]
-            self._raw_of_tensors = self._registered(
-                "float_tensors", of_tensors, self._from_dispatcher_of_tensors, self._fake_of_tensors
+            types = [Tensor if kind is float else kind for kind in self.inputs.leaf_types]
+            self._raw_float_tensors = self._register_overload(
+                "float_tensors", types, self._from_dispatcher_float_tensors, self._fake_float_tensors
             )
 
-    def _registered(
+    def _register_overload(
         self, overload: str, types: Sequence[Any], implementation: Callable[..., Any], fake: Callable[..., Any]
     ) -> Any:
-        """An overload in torch's dispatcher, whose arguments have these types."""
+        """Registers an overload in torch's dispatcher whose arguments have these types."""
         name = self.name if overload == "default" else f"{self.name}.{overload}"
         _library.define(name + _schema(self._names, self.inputs, types, self.outputs))
         _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -148,7 +149,7 @@ class Operator:
         raw = self.raw
         if torch.compiler.is_compiling():
             if any([varies(flat[i]) for i in self._floats]):
-                raw = self._raw_of_tensors
+                raw = self._raw_float_tensors
                 flat = [float_tensor(leaf) if i in self._floats else leaf for i, leaf in enumerate(flat)]
         elif plain([flat[i] for i in self._tensors]):
             return self._run(flat, args)  # the dispatcher would only call it back, 15 us later
@@ -166,7 +167,7 @@ class Operator:
         return values[0] if values else None
 
     def _flat(self, results: Any) -> Any:
-        """What the dispatcher is given: nothing, a tensor, or a tuple of tensors."""
+        """The results as the dispatcher takes them: None, a tensor, or a tuple of tensors."""
         flat = self.outputs.pack((results,) if self.single else results) if self.outputs.records else ()
         if self.single and self.outputs.records[:1] in ([], [None]):
             return flat[0] if flat else None
@@ -178,10 +179,10 @@ class Operator:
     def _from_dispatcher(self, *flat: Any) -> Any:
         return self._flat(self._run(flat, self.inputs.unpack(flat)))
 
-    def _fake_of_tensors(self, *flat: Any) -> Any:
+    def _fake_float_tensors(self, *flat: Any) -> Any:
         return self._fake(*[_Unread() if i in self._floats else leaf for i, leaf in enumerate(flat)])
 
-    def _from_dispatcher_of_tensors(self, *flat: Any) -> Any:
+    def _from_dispatcher_float_tensors(self, *flat: Any) -> Any:
         return self._from_dispatcher(*[leaf.item() if i in self._floats else leaf for i, leaf in enumerate(flat)])
 
     def _refuse_backward(self, ctx: Any, *_: Any) -> Any:
@@ -191,7 +192,7 @@ class Operator:
         )
 
     def _run(self, flat: Sequence[Any], args: Sequence[Any]) -> Any:
-        device = flat[self._located].device
+        device = flat[self._device_leaf].device
         implementation = self.implementations.functions[self.implementations.choose(device)]
         with grad_disabled():
             if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
@@ -199,7 +200,7 @@ class Operator:
             return self._run_elsewhere(implementation, args, device)
 
     def _run_elsewhere(self, implementation: Callable[..., Any], args: Sequence[Any], device: torch.device) -> Any:
-        """Without autocast, and with the device as the current one."""
+        """Runs it with autocast disabled and `device` as the current device."""
         with contextlib.ExitStack() as stack:
             if device.type != "meta" and torch.is_autocast_enabled(device.type):
                 stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -218,7 +219,7 @@ _library.define("exported(Tensor value, Tensor[] inputs) -> Tensor")
 _library.impl("exported", lambda value, inputs: value.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("sslkernels::exported", lambda value, inputs: torch.empty_like(value), lib=_library)
 torch.library.register_autograd("sslkernels::exported", _refuse_exported, lib=_library)
-exported = torch.ops.sslkernels.exported.default  # value, whose gradient raises, since it depends on the inputs
+exported = torch.ops.sslkernels.exported.default  # a copy of value, through which a gradient of the inputs raises
 
 
 class grad_disabled:
@@ -235,28 +236,31 @@ class grad_disabled:
 
 
 class _Unread:
-    """A float whose value `allocate` cannot know. It has no operators: what asks for the value raises."""
+    """Stands for a float whose value `allocate` cannot know. It has no operators: any use of the value raises."""
 
 
 def varies(value: float) -> bool:
-    """While torch.compile traces: whether the number is an input of the graph, and may be another in the next call."""
+    """Whether the number is an input of the graph that torch.compile traces, and may change from call to call."""
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not has_static_value(value)
 
 
 def float_tensor(value: float) -> Tensor:
-    """A number that is an input of a traced graph, as a tensor in the host's memory: a schema's `float` would make it a
-    constant, and each of its values another graph. A product is what torch.compile can trace this as."""
+    """A number that is an input of a traced graph, as a tensor in the host's memory.
+
+    As a `float` of the schema it would be a constant, and torch.compile would trace a graph for each value. The tensor
+    is made by a product, since torch.compile makes a constant of the argument of `torch.full`.
+    """
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def full(
     shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device, *, reciprocal: bool = False
 ) -> Tensor:
-    """`torch.full` of the value, or of one over it; the value may be an input of a traced graph.
+    """`torch.full` of the value, or of its reciprocal; the value may be an input of a traced graph.
 
-    `torch.full` would make it a constant of that graph, as torch 2.11 does with what is computed from it in Python.
+    `torch.full` would make it a constant of that graph; so would torch 2.11 with a reciprocal computed in Python.
     """
     if torch.compiler.is_compiling() and varies(value):
         ones = torch.ones(shape, dtype=dtype, device=device)
@@ -265,7 +269,7 @@ def full(
 
 
 def _schema(names: Sequence[str], inputs: Layout, types: Sequence[Any], outputs: Layout) -> str:
-    """As in `(Tensor x, SymInt? count) -> (Tensor, Tensor)`; a field's name is its record's parameter and its own."""
+    """The schema, as in `(Tensor x, SymInt? count) -> (Tensor, Tensor)`; a record's fields are `parameter_field`."""
     arguments: list[str] = []
     for parameter, at in zip(names, inputs.slices, strict=True):
         for kind, field in zip(types[at], inputs.leaf_names[at], strict=True):
@@ -289,8 +293,8 @@ def holds_tensor(kind: Any) -> bool:
 
 
 def plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the dispatcher has nothing to add: no mode traces, no transform or forward-mode derivative is active,
-    and every tensor is its memory: no subclass, no batch, no pending negation, no zeros without memory."""
+    """Whether the dispatcher has nothing to add: no mode traces, no transform or forward-mode derivative is active, and
+    every tensor is plain memory: not a subclass, not batched, not lazily negated, not a lazy zero."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     if forward_ad._current_level >= 0:

@@ -11,7 +11,7 @@ Stats = TypeVar("Stats", covariant=True)
 
 
 class ReturnsStats(Protocol[P, Result, Stats]):
-    """A call has the parameters of the function, but for calls that say `return_stats`, whose result it decides."""
+    """A function whose `return_stats` decides its result; other calls are checked against its own parameters."""
 
     @overload
     def __call__(self, *args: Any, return_stats: Literal[True], **options: Any) -> tuple[Result, Stats]: ...

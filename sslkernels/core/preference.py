@@ -1,8 +1,8 @@
 """The order in which "auto" tries backends, by public op and architecture.
 
-A prediction until it is measured: ops that are bound by memory, which are most, on CUDA kernels, which hold a row on
-the chip and access 16 bytes at a time; the search of codes, which is bound by products, on Triton's matrix units. The
-file MEASURED, which `python -m benchmarks.gpu join` writes, replaces it for the architectures that it names.
+A prediction until it is measured: most ops are bound by memory and run on the CUDA kernels, which hold a row on the
+chip and access 16 bytes at a time; the code search is bound by matmuls and runs on Triton, which uses the matrix units.
+The file MEASURED, which `python -m benchmarks.gpu join` writes, replaces it for the architectures that it names.
 """
 
 from __future__ import annotations

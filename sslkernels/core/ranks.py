@@ -18,8 +18,7 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
     """The `Ranks` of each of `tensors` (rows, ...), which may differ between ranks only in their number of rows: one
     exchange, read on the host.
 
-    Raises `ValueError` on every rank if the ranks disagree about which tensors require grad: some would wait in
-    backward for the others.
+    Raises `ValueError` on every rank if the ranks disagree about which tensors require grad: backward would hang.
     """
     rows = [[t.shape[0], int(torch.is_grad_enabled() and t.requires_grad)] for t in tensors]
     local = torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
@@ -32,7 +31,7 @@ def over_ranks(group: Any, *tensors: Tensor) -> tuple[Ranks, ...]:
 
 
 def exchange(local: Tensor, group: Any) -> list[Any]:
-    """The numbers of each rank, on the host."""
+    """Gathers the numbers of all ranks and reads them on the host."""
     every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, local, group=group)
     return torch.stack(every).tolist()
@@ -79,7 +78,7 @@ class _Gather(torch.autograd.Function):
 @once_differentiable("process_group")
 def _scattered_sum(grad: Tensor, ranks: Any, dtype: torch.dtype) -> Tensor:
     """This rank's rows of the sum of the ranks' gradients (all rows, ...)."""
-    # At least float32, because the ranks' gradients are summed. Every rank is sent as many rows.
+    # At least float32, because the ranks' gradients are summed. Padded, because every rank receives as many rows.
     most, sums = max(ranks.counts), torch.promote_types(grad.dtype, torch.float32)
     parts = grad.new_zeros(len(ranks.counts), most, *grad.shape[1:], dtype=sums)
     for part, rows in zip(parts, grad.split(ranks.counts), strict=True):
@@ -139,7 +138,7 @@ def _summed(grad: Tensor, group: str) -> Tensor:
 
 
 def summed_gradient(values: Tensor, group: str) -> Tensor:
-    """The values, which every rank has alike and uses in part; their gradient becomes the sum over all uses."""
+    """The values, equal on all ranks, of which each uses a part; their gradient is summed over the ranks."""
     return _SummedGradient.run(values, group)
 
 
@@ -186,8 +185,8 @@ def on_every_rank(
 
 
 def check_ranks(function: str, name: str, options: dict[str, Any]) -> None:
-    """With SSLKERNELS_CHECK_RANKS=1: raises `ValueError` on every rank if they call with different options, with which
-    they would wait for each other or compute nonsense. A tensor counts by its dtype, dimensions and requires_grad."""
+    """With SSLKERNELS_CHECK_RANKS=1: raises `ValueError` on every rank if their options differ, with which they would
+    hang or compute nonsense. Tensors are compared by dtype, number of dimensions and requires_grad."""
     if os.environ.get("SSLKERNELS_CHECK_RANKS") != "1" or torch.compiler.is_compiling():
         return
     own = {"function": function} | {key: _described(value) for key, value in options.items()}

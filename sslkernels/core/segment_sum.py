@@ -21,10 +21,15 @@ from torch import Tensor
 def sort_rows(keys: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """(sorted keys, order, starts): the entries by key, where row r has [starts[r], starts[r + 1]). Entries to ignore
     come last, with the key `rows`. Nothing synchronises."""
-    narrow = rows < 2**31 - 1  # half the passes of a radix sort
-    keys = (keys if narrow else keys.long()).masked_fill((keys < 0) | (keys >= rows), rows)
-    keys, order = torch.sort(keys.to(torch.int32) if narrow else keys, stable=True)
+    keys, order = _sorted_keys(keys, rows)
     return keys, order, torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device))
+
+
+def _sorted_keys(keys: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    narrow = rows < 2**31 - 1  # half the passes of a radix sort
+    outside = (keys < 0) | (keys >= rows)
+    keys, order = torch.sort((keys.int() if narrow else keys.long()).masked_fill(outside, rows), stable=True)
+    return keys, order
 
 
 class SparseRows(NamedTuple):
@@ -58,11 +63,9 @@ def sparse(
     rows: int,
     out: SparseRows,
 ) -> None:
-    """Fills `out` with the sums over `rows` rows that have entries, by the segment sum of one backend. Nothing
-    synchronises and nothing is as long as there are rows."""
-    narrow = rows < 2**31 - 1
-    outside = (keys < 0) | (keys >= rows)
-    ordered, order = torch.sort((keys.int() if narrow else keys.long()).masked_fill(outside, rows), stable=True)
+    """Fills `out` with the sums of the rows that have entries, by the segment sum of one backend. Nothing synchronises,
+    and nothing has the size of all rows."""
+    ordered, order = _sorted_keys(keys, rows)
     begins = ordered < rows
     begins[1:] &= ordered[1:] != ordered[:-1]
     number = begins.cumsum(0)
@@ -124,8 +127,7 @@ def native(
     per_source = _entries_per_source(keys, source, source_index)
     torch.ops.sslkernels_native.weighted_row_sums(starts, order, coefficient, source, source_index, out, per_source)
     if total is not None:
-        one = _stored_rows(ones(coefficient), None)
-        per_source = _entries_per_source(keys, one, None)
+        one, per_source = one_row(coefficient), max(keys.shape[0], 1)
         torch.ops.sslkernels_native.weighted_row_sums(
             starts, order, coefficient, one, None, total.unsqueeze(1), per_source
         )
@@ -146,14 +148,13 @@ def triton(
     per_source = _entries_per_source(keys, source, source_index)
     weighted_row_sums(keys, order, starts, coefficient, source, source_index, out.zero_(), per_source)
     if total is not None:
-        one = _stored_rows(ones(coefficient), None)
-        per_source = _entries_per_source(keys, one, None)
+        one, per_source = one_row(coefficient), max(keys.shape[0], 1)
         weighted_row_sums(keys, order, starts, coefficient, one, None, total.zero_().unsqueeze(1), per_source)
 
 
-def ones(coefficient: Tensor) -> Tensor:
-    """A source (entries, 1) of ones, which makes a sum of rows a sum of coefficients."""
-    return coefficient.new_ones((1, 1)).expand(coefficient.shape[0], 1)
+def one_row(coefficient: Tensor) -> Tensor:
+    """The source of ones, one row for all entries, that makes a sum of rows a sum of coefficients."""
+    return coefficient.new_ones((min(coefficient.shape[0], 1), 1))
 
 
 SUMS = {"reference": reference, "cpu": native, "triton": triton, "cuda": native}
@@ -166,7 +167,7 @@ SPARSE_SUMS = {
 
 
 def _stored_rows(source: Tensor, source_index: Tensor | None) -> Tensor:
-    """One row of an expanded source, to which all entries then belong; contiguous otherwise."""
+    """The source, contiguous; of an expanded one a single row, to which all entries then belong."""
     if source_index is None and source.shape[0] > 1 and source.stride(0) == 0:
         source = source[:1]
     return source.contiguous()

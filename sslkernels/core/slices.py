@@ -41,9 +41,13 @@ class Slices(NamedTuple):
     def largest(self) -> int:
         return max(self.sizes)
 
+    def part(self, values: Tensor) -> Tensor:
+        """This rank's rows of a tensor with a row for each class."""
+        return values[self.start : self.stop]
 
-# The slices that were exchanged for a weight, with the group. The key is the weight itself, and not its size: all ranks
-# then ask again at the same calls, where one rank of two heads might have slices of equal sizes.
+
+# The slices that were exchanged for a weight. The key is the weight, not its size: two heads may have slices of equal
+# size on one rank alone, and all ranks must exchange at the same calls.
 _exchanged: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -52,9 +56,9 @@ def slices_of(
 ) -> Slices:
     """The slices of a vocabulary of which this rank has the rows `weight`, in the group of this name.
 
-    sizes: of all ranks, where they are known; else one exchange of integers, read on the host, whose result is kept as
-    long as the weight lives. vocab_start: where the caller says that this rank's begins; every rank raises `ValueError`
-    unless each says what the sizes do.
+    sizes: the sizes of all slices, if known; otherwise the ranks exchange them, read them on the host and cache them as
+    long as the weight lives. vocab_start: the caller's claim where this rank's slice begins; every rank raises
+    `ValueError` if the claim of any rank contradicts the sizes.
     """
     group = group_named(name)
     rank = dist.get_rank(group)
@@ -81,8 +85,8 @@ def slices_of(
 
 
 class OwnSlice(NamedTuple):
-    """This rank's slice as plain tensors, and what the raw operators need to know of the others: the name of the group,
-    None without one, and the sizes of all slices, empty where they are still to be exchanged."""
+    """This rank's slice as plain tensors, the name of the group (None without one), and the sizes of all slices (empty
+    if they are still to be exchanged)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -96,12 +100,12 @@ def own_slice(
     """The slice of a vocabulary that this rank passes to `function` as linear_weight and linear_bias: plain tensors
     with a process_group, or DTensors on a tensor-parallel mesh.
 
-    While torch.compile traces, the sizes of plain tensors are left to the operators, which run with the others.
+    While torch.compile traces, the sizes of plain tensors are left to the operators, which exchange them when they run.
     """
     checks.integer(function, "vocab_start", vocab_start, low=0, optional=True)
     name = None if process_group is None else group_name(function, process_group)
     if is_dtensor(weight):
-        return _of_dtensor(function, weight, bias, name, vocab_start)
+        return _dtensor_slice(function, weight, bias, name, vocab_start)
     if name is None:
         if vocab_start not in (None, 0):
             checks.fail(ValueError, function, "vocab_start", "be 0 without a process_group", vocab_start)
@@ -117,7 +121,7 @@ def is_dtensor(value: Any) -> TypeGuard[DTensor]:
     return type(value).__module__.startswith("torch.distributed.tensor") and hasattr(value, "placements")
 
 
-def _of_dtensor(function: str, weight: Any, bias: Any, name: str | None, vocab_start: int | None) -> OwnSlice:
+def _dtensor_slice(function: str, weight: Any, bias: Any, name: str | None, vocab_start: int | None) -> OwnSlice:
     mesh, placements = weight.device_mesh, weight.placements
     if mesh.ndim == 1 and type(placements[0]).__name__ == "Shard" and placements[0].dim == 0:
         over = mesh.get_group().group_name

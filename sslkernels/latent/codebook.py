@@ -242,6 +242,6 @@ def _start_once(codebook: Tensor, rows: Rows, started: Tensor, draw: Draw, kmean
 
 @operator(NAME, dict.fromkeys(KERNELS, _start_once), native_ops=NATIVE_OPS)
 def start_codebook(codebook: Tensor, rows: Rows, started: Tensor, draw: Draw, kmeans: bool) -> Start:
-    """`start` if the codebook has not started, for torch.compile, whose graph cannot depend on it. On a GPU it draws
+    """`start` unless the codebook has started; for torch.compile, whose graph cannot branch on that. On a GPU it draws
     the rows in either case, or for k-means++ reads `started` on the host."""
     return Start(torch.empty_like(codebook), torch.empty((), dtype=torch.float32, device=codebook.device))

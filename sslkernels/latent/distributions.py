@@ -124,7 +124,7 @@ def _kl(p: Normal, q: Normal) -> Tensor:
     shaped = [t for t in tensors if t.dim() > 0] or tensors  # as torch promotes: numbers do not widen tensors
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in shaped))
     if not (isinstance(p, FusedNormal) and isinstance(q, FusedNormal)):
-        dtype = accumulation_dtype(dtype)  # of the logarithm, too
+        dtype = accumulation_dtype(dtype)  # also for the logarithm of the scale
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     mean, logvar = (_at_least_1d(t.expand(shape)) for t in _mean_and_logvar(p, dtype))
     prior_mean, prior_logvar = (_at_least_1d(t) for t in _mean_and_logvar(q, dtype))

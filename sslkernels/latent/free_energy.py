@@ -30,7 +30,7 @@ class Options(NamedTuple):
 
 class State(NamedTuple):
     """What backward needs of each result (outer, inner). "soft": the lowest energy and the sum of
-    exp(-beta (E - lowest)); "min": the index of the lowest energy. The others have no elements."""
+    exp(-beta (E - lowest)); "min": the index of the lowest energy. The fields of the other mode have no elements."""
 
     lowest: Tensor
     total: Tensor
@@ -298,7 +298,7 @@ def _outer_and_inner(energy: Tensor, dim: int) -> tuple[list[int], list[int]]:
 
 
 def _by_falling_stride(dims: list[int], strides: tuple[int, ...]) -> list[int]:
-    """By comparisons alone: torch.compile cannot sort symbolic sizes."""
+    """The dimensions by falling stride, by comparisons alone: torch.compile cannot sort symbolic sizes."""
     ordered: list[int] = []
     for d in dims:
         ordered.insert(len([other for other in ordered if strides[other] >= strides[d]]), d)
@@ -306,7 +306,7 @@ def _by_falling_stride(dims: list[int], strides: tuple[int, ...]) -> list[int]:
 
 
 def _merged(dims: list[int], sizes: torch.Size, strides: tuple[int, ...]) -> list[list[int]]:
-    """Groups of adjacent dimensions that one stride walks."""
+    """Groups of adjacent dimensions that can be viewed as one."""
     groups: list[list[int]] = []
     for d in dims:
         if groups and strides[groups[-1][-1]] == sizes[d] * strides[d]:

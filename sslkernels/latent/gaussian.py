@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslkernels.core import checks
-from sslkernels.core.autograd import Function, once_differentiable, save, saved, unit_columns, wanted_only
+from sslkernels.core.autograd import Function, contiguous_rows, once_differentiable, save, saved, wanted_only
 from sslkernels.core.overloads import returns_stats
 from sslkernels.latent.gaussian_operators import (
     ELEMENTS,
@@ -110,10 +110,10 @@ def _gradients(function: str, grads: OutputGrads, inputs: Inputs, options: Optio
     rows, columns = shape[:-1].numel(), shape[-1]
     grad_z, grad_kl = grads
     if grad_z is not None:
-        of_rows = (options.samples, rows, columns) if options.samples_first else (rows, options.samples, columns)
-        grad_z = unit_columns(grad_z.reshape(of_rows))
+        z_shape = (options.samples, rows, columns) if options.samples_first else (rows, options.samples, columns)
+        grad_z = contiguous_rows(grad_z.reshape(z_shape))
     if grad_kl is not None:
-        grad_kl = unit_columns(grad_kl.reshape(rows, columns)) if options.kl == ELEMENTS else grad_kl.reshape(rows)
+        grad_kl = contiguous_rows(grad_kl.reshape(rows, columns)) if options.kl == ELEMENTS else grad_kl.reshape(rows)
     found = gaussian_bwd(OutputGrads(grad_z, grad_kl), _by_row(inputs), options, wanted)
     if len(shape) == 2:
         return found
@@ -127,7 +127,7 @@ def _gradients(function: str, grads: OutputGrads, inputs: Inputs, options: Optio
 
 
 def _by_row(inputs: Inputs) -> Inputs:
-    """mean and logvar as (rows, D); the others are so already."""
+    """The inputs with mean and logvar as (rows, D), as the others are already."""
     mean, logvar, *others = inputs
     if mean.dim() == 2:
         return inputs

@@ -108,12 +108,12 @@ def _empty_outputs(inputs: Inputs, options: Options, statistics: bool) -> Output
     acc = accumulation_dtype(mean.dtype)
     z_shape = (options.samples, rows, columns) if options.samples_first else (rows, options.samples, columns)
     kl_shape = {NO_KL: 0, ELEMENTS: (rows, columns), ROWS: rows}[options.kl]
-    of_columns = columns if statistics else 0
+    per_column = columns if statistics else 0
     return Outputs(
         mean.new_empty(z_shape if options.samples >= 0 else 0),
         mean.new_empty(kl_shape, dtype=acc),
-        mean.new_empty(of_columns, dtype=acc),
-        mean.new_empty(of_columns, dtype=acc),
+        mean.new_empty(per_column, dtype=acc),
+        mean.new_empty(per_column, dtype=acc),
     )
 
 
@@ -205,16 +205,16 @@ def _reference_bwd(grads: OutputGrads, inputs: Inputs, options: Options, wanted:
     return gradients
 
 
-def _with_unit_stride(inputs: Inputs) -> Inputs:
-    """The kernels take any row stride, but contiguous columns."""
+def _with_contiguous_rows(inputs: Inputs) -> Inputs:
+    """The kernels take any row stride, but the columns of a row must be contiguous."""
     mean, logvar, prior_mean, prior_logvar, row_ids, seed = inputs
     if all(t is None or t.stride(1) == 1 for t in (mean, logvar, prior_mean, prior_logvar)):
         return inputs
 
-    def unit(t: Tensor | None) -> Tensor | None:
+    def fixed(t: Tensor | None) -> Tensor | None:
         return t if t is None or t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
 
-    return Inputs(unit(mean), unit(logvar), unit(prior_mean), unit(prior_logvar), row_ids, seed)
+    return Inputs(fixed(mean), fixed(logvar), fixed(prior_mean), fixed(prior_logvar), row_ids, seed)
 
 
 def _row_blocks(rows: int) -> int:
@@ -250,7 +250,7 @@ def _fwd(
     z = _row_first(outputs.z, options) if options.samples >= 0 else None
     partials = outputs.kl.new_empty((_row_blocks(rows), 3, columns)) if statistics else None
     if inputs.mean.numel() > 0:
-        fill(_with_unit_stride(inputs), options, KernelOutputs(z, kl, partials))
+        fill(_with_contiguous_rows(inputs), options, KernelOutputs(z, kl, partials))
     if options.kl == ROWS and kl.shape[1] != 1:
         torch.sum(kl, 1, out=outputs.kl)
     if statistics:
@@ -269,7 +269,7 @@ def _bwd(fill: Callable[..., None], grads: OutputGrads, inputs: Inputs, options:
             filled = filled._replace(**{name: parts})
     if inputs.mean.numel() > 0:
         grad_z = _row_first(grads.z, options) if options.samples > 0 and grads.z is not None else None
-        fill(_with_unit_stride(inputs), options, OutputGrads(grad_z, grads.kl), filled)
+        fill(_with_contiguous_rows(inputs), options, OutputGrads(grad_z, grads.kl), filled)
     for gradient, parts in zip(gradients, filled, strict=True):
         if parts is not None and parts is not gradient:
             gradient.copy_(parts.sum(0, keepdim=True))

@@ -12,11 +12,11 @@ from torch import Tensor
 from sslkernels.core import checks, segment_sum
 from sslkernels.core.autograd import (
     Function,
+    contiguous_rows,
     empty_gradients,
     once_differentiable,
     save,
     saved,
-    unit_columns,
     wanted_only,
 )
 from sslkernels.core.dtypes import accumulation_dtype
@@ -232,13 +232,7 @@ def _multiply(grad_values: Tensor, codebook: Tensor, out: Tensor) -> None:
         torch.mm(grad_values[:, g], codebook[g].t(), **out_dtype, out=out[:, g])
 
 
-SUMS = {
-    "reference": segment_sum.reference,
-    "cpu": segment_sum.native,
-    "triton": segment_sum.triton,
-    "cuda": segment_sum.native,
-}
-BACKWARD = {name: implementations(partial(_bwd, sum_rows))[name] for name, sum_rows in SUMS.items()}
+BACKWARD = {name: implementations(partial(_bwd, sum_rows))[name] for name, sum_rows in segment_sum.SUMS.items()}
 
 
 @operator(NAME, implementations(_fwd), native_ops=(*NATIVE_OPS, "weighted_row_sums"))
@@ -280,7 +274,7 @@ class _Quantize(Function):
 
     @staticmethod
     def backward(ctx, grad_values, grad_codes):
-        # Compiled graphs give zeros for the probabilities that no statistics have been computed of.
+        # Without statistics a compiled graph passes zeros as the gradient of the probabilities.
         grads = OutputGrads(grad_values, grad_codes.probability if ctx.stats else None)
         needs_source, needs_codebook, *_ = _Quantize.wanted(ctx)
         source, codebook, mask, codes = saved(ctx)
@@ -327,7 +321,7 @@ class _SoftValues(Function):
 
 @once_differentiable(NAME)
 def _soft_sums(y: Tensor, grad_values: Tensor, logits: Tensor) -> Tensor:
-    """logits: y depends on them, although it is saved without a gradient; to differentiate again must raise."""
+    """logits: passed so that differentiating again raises, since y depends on them but is saved without a gradient."""
     return y.to(grad_values.dtype).permute(1, 2, 0) @ grad_values.transpose(0, 1)
 
 
@@ -335,7 +329,7 @@ def _soft_sums(y: Tensor, grad_values: Tensor, logits: Tensor) -> Tensor:
 def _gradients(
     grads: OutputGrads, source: NoisyLogits, codebook: Tensor, mask: Tensor | None, codes: CodeState, wanted: Wanted
 ) -> Gradients:
-    grads = OutputGrads(*(None if grad is None else unit_columns(grad) for grad in grads))
+    grads = OutputGrads(*(None if grad is None else contiguous_rows(grad) for grad in grads))
     return gumbel_quantize_bwd(grads, source, codebook, mask, codes, wanted)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.core.autograd import unit_columns
+from sslkernels.core.autograd import contiguous_rows
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.random import transforms
 from sslkernels.random.philox import random_words
@@ -79,7 +79,7 @@ NO_STATE = State(None, None)
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """The rows of the last dimension, which is contiguous: a view if there is one."""
-    return unit_columns(tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
+    return contiguous_rows(tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
 
 
 class GumbelRows:

@@ -70,7 +70,7 @@ def gumbel_softmax_bwd(grad: Tensor, source: NoisyLogits, state: State) -> Tenso
     return source.logits.new_empty(source.logits.shape)
 
 
-class GumbelSoftmax(Function):
+class _GumbelSoftmax(Function):
     """Samples along dimension `dim`. Saves the logits as they are, and two numbers a row."""
 
     differentiable = 1
@@ -171,11 +171,11 @@ def gumbel_softmax(
     if logits.numel() == 0:
         return logits.clone()
     row_ids = None if row_ids is None else row_ids.reshape(-1).contiguous()
-    return GumbelSoftmax.run(NoisyLogits(logits, seed, row_ids, inverse_tau), hard, dim % dims).y
+    return _GumbelSoftmax.run(NoisyLogits(logits, seed, row_ids, inverse_tau), hard, dim % dims).y
 
 
 def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> Tensor:
-    """1 / tau, 0-d float64 on `device`: a tensor, as the seed is, so that a captured graph takes another tau."""
+    """1 / tau, 0-d float64 on `device`: a tensor, like the seed, so that a CUDA graph can be replayed with another."""
     if isinstance(tau, Tensor):
         checks.tensor(name, "tau", tau, checks.FLOAT_DTYPES)
         checks.shape(name, "tau", tau, (), "()")
@@ -185,7 +185,7 @@ def inverse_tau_tensor(name: str, tau: float | Tensor, device: torch.device) -> 
         readable = tau.device.type == "cpu" and not torch.compiler.is_compiling() and plain((tau,))
         if readable and tau.item() < 0:
             checks.fail(ValueError, name, "tau", "not be negative", tau.item())
-        tau = tau.double()  # on a GPU the host reads nothing: NaN says that it is out of range
+        tau = tau.double()  # on a GPU the host reads nothing, and a tau out of range becomes NaN
         return torch.where((tau >= SMALLEST_TAU) & (tau <= LARGEST_TAU), tau.reciprocal(), torch.nan)
     checks.number(name, "tau", tau, low=SMALLEST_TAU, high=LARGEST_TAU)
     return full((), tau, torch.float64, device, reciprocal=True)

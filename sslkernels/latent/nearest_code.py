@@ -104,11 +104,11 @@ def cuda(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, score: T
     acc = _product_dtype(input, codebook)
     as_given = input.dtype == codebook.dtype and input.itemsize == 2 and not _sums_in_half(input)
     center = None if as_given or metric != L2 else _center(codebook, acc)
-    rounding, of_units = 0.0, MATRIX_UNIT_ROUNDING * (dim + 8)
+    rounding, unit_rounding = 0.0, MATRIX_UNIT_ROUNDING * (dim + 8)
     if as_given:
-        rounding = of_units
+        rounding = unit_rounding
     elif acc == torch.float32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee"):
-        rounding = TF32_ROUNDING + of_units
+        rounding = TF32_ROUNDING + unit_rounding
     copied = center is not None or (not as_given and (input.dtype, codebook.dtype) != (acc, acc))
     fit = max(CUDA_VECTOR_BYTES // (acc.itemsize * dim), MULTIPLE) if copied else CUDA_TILE_CODES
     codes = min(codebook.shape[0], CUDA_TILE_CODES, fit)

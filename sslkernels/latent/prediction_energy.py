@@ -129,10 +129,10 @@ def _fwd(fill: Callable[..., None], inputs: Inputs, mask: Tensor | None, reducti
 
 
 def _reduce(energies: Tensor, mask: Tensor | None, reduction: Reduction, value: Tensor, weights: Tensor | None) -> None:
-    """Fills value and weights from the energies (B, K), those outside the mask are set to infinity."""
+    """Fills value and weights from the energies (B, K), of which those outside the mask become infinite."""
     mask = torch.ones_like(energies, dtype=torch.bool) if mask is None else mask
     energies.masked_fill_(~mask, math.inf)
-    some = mask.any(1)
+    has_hypothesis = mask.any(1)
     if reduction.mode == MEAN:
         count = mask.sum(1)
         found = torch.where(mask, energies, 0).sum(1) / count
@@ -144,7 +144,7 @@ def _reduce(energies: Tensor, mask: Tensor | None, reduction: Reduction, value: 
         reduced = reduce_energies(energies.unsqueeze(2), Options(reduction.beta, False), mask.unsqueeze(2))
         found = reduced.value.squeeze(1)
         weight = torch.exp(-reduction.beta * (energies - reduced.lowest)) / reduced.total
-    value.copy_(torch.where(some, found, math.nan))
+    value.copy_(torch.where(has_hypothesis, found, math.nan))
     if weights is not None:
         weights.copy_(torch.where(mask, weight, 0))
 
@@ -345,7 +345,9 @@ def prediction_energy(
         prediction, target = prediction.to(dtype), target.to(dtype)
     batch, count, *features = prediction.shape
     dim = math.prod(features)
-    inputs = Inputs(_unit_stride(prediction.reshape(batch, count, dim)), _unit_stride(target.reshape(batch, dim)))
+    inputs = Inputs(
+        _contiguous_features(prediction.reshape(batch, count, dim)), _contiguous_features(target.reshape(batch, dim))
+    )
     kept = Kept(may_want_gradient(prediction, target), return_stats)
     outputs = _PredictionEnergy.run(inputs, mask, Reduction(float(beta), MODES.index(mode)), kept)
     value = outputs.value
@@ -369,7 +371,7 @@ def _statistics(outputs: Outputs, mask: Tensor | None) -> PredictionStats:
     return PredictionStats(energies, winner, usage, perplexity, diversity)
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
+def _contiguous_features(rows: Tensor) -> Tensor:
     """Makes the features contiguous; the rows keep their strides if they were."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 

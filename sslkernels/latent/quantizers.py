@@ -20,7 +20,6 @@ from sslkernels.random.streams import random_normal
 NAME = "VectorQuantizer"
 # Defaults of options that only one mode uses: the other mode refuses them.
 EPS, REVIVE_BELOW, CODEBOOK_WEIGHT = 1e-5, 0.4, 4.0
-AVERAGES = ("codebook", "sizes", "sums")
 
 
 class VectorQuantizer(OverRanks):
@@ -131,13 +130,13 @@ class VectorQuantizer(OverRanks):
             self.register_buffer("sums", codes.clone())
         else:
             self.codebook = nn.Parameter(codes)
-        # Floating, so that tools that copy or average floating buffers alone take them.
+        # Floating point, because some tools copy or average only floating-point buffers.
         self.register_buffer("seed", codebooks.bytes_of_seed(number))
         # One-dimensional: torch.compile loses what is written into a float64 scalar on a CPU.
         self.register_buffer("steps", torch.zeros(1, dtype=torch.float64, device=device))
         started = isinstance(init, Tensor) or init == "normal"
         self.register_buffer("started", torch.full((), float(started), device=device))
-        self._read: tuple[Tensor, int] | None = None
+        self._seen_started: tuple[Tensor, int] | None = None  # the buffer and its version when it was read as set
 
     @property
     def num_codes(self) -> int:
@@ -206,12 +205,12 @@ class VectorQuantizer(OverRanks):
     def _has_started(self) -> bool:
         """Whether the buffer `started` is set. On a GPU the host reads it only after it was written or replaced."""
         started = self.started
-        if started.device.type != "cpu" and self._read is not None:
-            tensor, version = self._read
+        if started.device.type != "cpu" and self._seen_started is not None:
+            tensor, version = self._seen_started
             if tensor is started and version == started._version:
                 return True
         has = bool(started > 0)
-        self._read = (started, started._version) if has else None
+        self._seen_started = (started, started._version) if has else None
         return has
 
     def _start(self, rows: Rows) -> None:
@@ -297,7 +296,7 @@ def _warn_of_ranks() -> None:
 
 def _is_sharded(module: nn.Module) -> bool:
     """Whether fully_shard (FSDP2) holds the parameters of the module. In forward they are plain tensors, so that only
-    torch's own register of modules tells."""
+    torch's internal registry of modules tells."""
     if not dist.is_available():
         return False
     from torch.distributed._composable_state import _module_state_mapping

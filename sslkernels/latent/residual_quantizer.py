@@ -1,4 +1,4 @@
-"""Several codebooks, each of what the ones before it left."""
+"""Residual vector quantisation: each codebook quantises the residual that the ones before it leave."""
 
 from __future__ import annotations
 

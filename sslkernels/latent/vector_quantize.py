@@ -18,11 +18,11 @@ from torch import Tensor
 from sslkernels.core import checks, segment_sum
 from sslkernels.core.autograd import (
     Function,
+    contiguous_rows,
     empty_gradients,
     once_differentiable,
     save,
     saved,
-    unit_columns,
     wanted_only,
 )
 from sslkernels.core.dtypes import accumulation_dtype
@@ -175,11 +175,11 @@ def _clear_invalid(rows: Tensor, valid: Tensor | None) -> None:
 def _gather_reference(
     input: Tensor, codebook: Tensor, indices: Tensor, score: Tensor, values: Tensor, distance: Tensor
 ) -> None:
-    nothing = score.isnan()
+    no_code = score.isnan()
     codes = codebook[indices]
-    values.copy_(codes.masked_fill(nothing[:, None], float("nan")))
+    values.copy_(codes.masked_fill(no_code[:, None], float("nan")))
     squares = (input.double() - codes.double()).square().sum(1)
-    distance.copy_(squares.masked_fill(nothing, float("nan")))
+    distance.copy_(squares.masked_fill(no_code, float("nan")))
 
 
 def _difference_reference(coefficient: Tensor, input: Tensor, codebook: Tensor, indices: Tensor, out: Tensor) -> None:
@@ -237,8 +237,8 @@ def vector_quantize_bwd(
     codebook_weight: float,
     wanted: Wanted,
 ) -> Gradients:
-    """The gradients of coefficient / 2 times the sum of distances of valid rows; a code gets codebook_weight times its
-    own."""
+    """The gradients of coefficient / 2 times the sum of distances of valid rows; the codebook's is multiplied by
+    codebook_weight."""
     return _empty_gradients(operands, wanted)
 
 
@@ -249,8 +249,8 @@ def code_sums(source: Tensor, indices: Tensor, codes: int, dtype: torch.dtype) -
 
 
 class _Values(Function):
-    """The codes. Their gradient goes to the input (straight-through) or to the codebook (a gather); the caller detaches
-    the other one."""
+    """The codes. Their gradient goes to the input (straight-through) or to the codebook (a gather), of which the caller
+    detaches the other."""
 
     differentiable = 1
 
@@ -272,7 +272,7 @@ class _Values(Function):
         if ctx.straight_through:
             return (Operands(grads.values, None),)
         (indices,) = saved(ctx)
-        return (Operands(None, _sum_rows_of_codes(unit_columns(grads.values), indices, ctx.codes, ctx.dtype)),)
+        return (Operands(None, _sum_rows_of_codes(contiguous_rows(grads.values), indices, ctx.codes, ctx.dtype)),)
 
 
 @once_differentiable(NAME)
@@ -281,8 +281,8 @@ def _sum_rows_of_codes(source: Tensor, indices: Tensor, codes: int, dtype: torch
 
 
 class _Commitment(Function):
-    """The mean squared difference of rows and codes, which the search computed, with a gradient. That of the input
-    takes the codes as constants; a code gets `codebook_weight` times its own."""
+    """Gives the mean squared difference of rows and codes, which the search computed, its gradient. The gradient of the
+    input takes the codes as constants; the gradient of the codebook is multiplied by `codebook_weight`."""
 
     @staticmethod
     def forward(

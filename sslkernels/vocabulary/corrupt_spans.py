@@ -91,7 +91,7 @@ def _reference(inputs: SpanInputs, options: SpanOptions) -> CorruptedSpans:
     for kept, size in ((~noise, columns - options.noise), (noise, options.noise)):
         size += options.spans + options.has_eos
         before = kept.long().cumsum(1) - kept.long()
-        out = ids.new_empty((rows, size + 1))  # the last column takes what belongs to the other result
+        out = ids.new_empty((rows, size + 1))  # the last column is scratch for the tokens of the other result
         out.scatter_(1, torch.where(kept, before + span, size), ids)
         out.scatter_(1, torch.where(begins, before + span - 1, size), sentinel)
         if options.has_eos:

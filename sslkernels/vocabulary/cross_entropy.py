@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy as torch_cross_entropy  # the user may put ours in its place
+from torch.nn.functional import cross_entropy as torch_cross_entropy  # a user may patch F.cross_entropy with ours
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
@@ -68,7 +68,7 @@ def _implementations(function: Callable[..., Any]) -> dict[str, Callable[..., An
 
 
 def _factor(coefficient: Tensor, options: RowOptions) -> Tensor:
-    """The factor of a row's gradient with respect to its raw logits, of which the row kernels see the scaled ones."""
+    """coefficient * logit_scale, because the row kernels' gradient is with respect to the scaled logits."""
     return coefficient if options.logit_scale == 1.0 else coefficient * options.logit_scale
 
 
@@ -158,8 +158,8 @@ def _row_gradients(
 
 
 class _ReducedLoss(Function):
-    """sum(loss), or that / divisor; backward regenerates the gradient. One node of the graph where the sum and the
-    division would be two more, which at small sizes take as long as the kernels."""
+    """sum(loss), or sum(loss) / divisor; backward regenerates the gradient. Separate graph nodes for the sum and the
+    division would take as long as the kernels at small sizes."""
 
     differentiable = 1
 
@@ -342,35 +342,35 @@ def cross_entropy(
     elif class_dim == 0:
         logits = input.t()
     if target.is_floating_point():
-        rows = target if target.dim() == 2 and class_dim == 1 else target.movedim(class_dim, -1).reshape(-1, vocab)
+        targets = target if target.dim() == 2 and class_dim == 1 else target.movedim(class_dim, -1).reshape(-1, vocab)
     else:
-        rows = comparable_target(target if target.dim() == 1 else target.reshape(-1), ignore_index).contiguous()
+        targets = comparable_target(target if target.dim() == 1 else target.reshape(-1), ignore_index).contiguous()
     divisor = None
     if reduction == "mean":
         acc = accumulation_dtype(logits.dtype)
-        divisor, weight = mean_divisor(rows, weight, vocab, options, num_items, on_empty, acc)
+        divisor, weight = mean_divisor(targets, weight, vocab, options, num_items, on_empty, acc)
     if target.is_floating_point():
-        losses = _probability_losses(logits, rows, weight, options)
+        losses = _probability_losses(logits, targets, weight, options)
         return reduced(losses, token_weight, divisor, reduction, rows_shape)
 
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     weight = contiguous(weight)
     if reduction == "none" or token_weight is not None:
-        outputs = _RowLosses.run(logits, rows, weight, options, return_stats)
+        outputs = _RowLosses.run(logits, targets, weight, options, return_stats)
         loss = reduced(outputs.loss, token_weight, divisor, reduction, rows_shape)
     elif _keeps_gradient(logits):
         anchor = logits[:0].clone()
-        loss, outputs, _ = _KeptLoss.run(logits, anchor, rows, weight, divisor, options, return_stats)
+        loss, outputs, _ = _KeptLoss.run(logits, anchor, targets, weight, divisor, options, return_stats)
     else:
-        loss, outputs = _ReducedLoss.run(logits, rows, weight, divisor, options, return_stats)
+        loss, outputs = _ReducedLoss.run(logits, targets, weight, divisor, options, return_stats)
     if not return_stats:
         return loss
-    return loss, row_stats(rows, outputs, ignore_index, rows_shape)
+    return loss, row_stats(targets, outputs, ignore_index, rows_shape)
 
 
 def _class_dim(input: Tensor, target: Tensor, class_dim: int | None) -> int:
-    """The dimension of the classes, and the check of the target's shape."""
+    """Finds the class dimension, and checks the shape of the target against it."""
     dims = input.dim()
     checks.integer(NAME, "class_dim", class_dim, optional=True)
     if class_dim is not None and not -dims <= class_dim < dims:

@@ -68,7 +68,7 @@ def _implementations(adapt: Callable[..., Any], name: str) -> dict[str, Callable
 
 
 def _flops(operands: Operands, wanted: Wanted) -> int:
-    """Logits, and the wanted gradients of input and weight, as if no row were ignored: which are, the data tells."""
+    """Logits, and the wanted gradients of input and weight, as if no row were ignored: only the data say which are."""
     (rows, dim), vocab = operands.input.shape, operands.linear_weight.shape[0]
     return 2 * rows * dim * vocab * (1 + wanted.input + wanted.linear_weight)
 

@@ -26,8 +26,8 @@ class Operands(NamedTuple):
 class PlanOptions(NamedTuple):
     """How the logits are computed. capacity, workspace_bytes: the caller's bounds of the number of valid rows and of
     the bytes of the logits buffer, None for unbounded. group: name of the process group over which the vocabulary is
-    sliced, None: it is not; sizes: of the slices of all ranks, empty where they are still to be exchanged; vocab_start:
-    where the caller says that this rank's begins. Target indices, class weights and outputs then count the whole
+    sliced, None: it is not; sizes: the sizes of all slices, empty if they are still to be exchanged; vocab_start: the
+    caller's claim where this rank's slice begins. Target indices, class weights and outputs then count the whole
     vocabulary; linear_weight, linear_bias and class probabilities this rank's slice."""
 
     compute_dtype: torch.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sslkernels.core import checks
 from sslkernels.core.autograd import Function
-from sslkernels.core.chunks import TILE, equal_rows, row_pitch, waves
+from sslkernels.core.chunks import TILE, chunked_waves, equal_rows, row_pitch
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of, contiguous
 from sslkernels.core.operator import full, operator
 from sslkernels.core.ranks import check_ranks, group_named
@@ -50,13 +50,15 @@ class SampleInputs(NamedTuple):
 
 
 class SampleOptions(NamedTuple):
+    """The dtype of the matmul, and the number of draws of each row."""
+
     compute_dtype: torch.dtype
     samples: int
 
 
-class Sharing(NamedTuple):
-    """group, sizes, vocab_start: as in `linear_records.PlanOptions`; own_seeds: each rank drew a seed, and the
-    first rank's counts."""
+class Slicing(NamedTuple):
+    """group, sizes, vocab_start: as in `linear_records.PlanOptions`; own_seeds: each rank drew a seed of its own, and
+    the seed of the first rank is used."""
 
     group: str
     sizes: tuple[int, ...]
@@ -133,7 +135,7 @@ def _native(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
 
 
 def _native_slice(inputs: SampleInputs, options: SampleOptions, slices: Slices) -> SliceState:
-    state = _of_nothing(inputs, options)
+    state = _initial_state(inputs, options)
     if inputs.linear_bias is not None:  # the kernel takes the bias of all classes
         bias = inputs.linear_bias.new_zeros(slices.total)
         bias[slices.start : slices.stop] = inputs.linear_bias
@@ -152,8 +154,8 @@ def _draw_tiles(inputs: SampleInputs, options: SampleOptions, state: SliceState,
     The products of half precision are float32, like Triton's: the tile is small enough for the cache all the same, and
     rounding them to bfloat16 would change the probability of a class by several per cent.
 
-    The classes are those from `start` of `vocab`. A tile begins with a group of noise: the products before `start` are
-    -inf.
+    The weight has the classes from `start` of `vocab`. Since a tile begins with a group of four noise words, the first
+    one has up to three products before `start`, which are -inf.
     """
     input, linear_weight, linear_bias, seed, row_ids, scale = inputs
     rounded_to = options.compute_dtype
@@ -202,7 +204,7 @@ def wave_columns(rows: int, vocab: int, fit: int, processors: int) -> int:
     """Columns of a tile, at most `fit`, on a GPU with so many multiprocessors: as few waves of the matmul's own tiles
     as possible, then as few tiles. Among any `processors` successive candidates, one fills whole waves."""
     candidates = range(TILE[0], fit + 1, TILE[0])[-processors:]
-    return min(candidates, key=lambda columns: (waves(vocab, rows, columns, processors), -columns))
+    return min(candidates, key=lambda columns: (chunked_waves(vocab, rows, columns, processors), -columns))
 
 
 def _triton(inputs: SampleInputs, options: SampleOptions) -> LinearSample:
@@ -220,12 +222,12 @@ def _triton_slice(inputs: SampleInputs, options: SampleOptions, slices: Slices) 
 
     if options.compute_dtype == torch.float64:
         return _reference_slice(inputs, options, slices)
-    state = _of_nothing(inputs, options)
+    state = _initial_state(inputs, options)
     linear_sample_slice(inputs, state, options, slices.start, slices.total)
     return state
 
 
-def _of_nothing(inputs: SampleInputs, options: SampleOptions) -> SliceState:
+def _initial_state(inputs: SampleInputs, options: SampleOptions) -> SliceState:
     """The state before the first class."""
     index, logit = _empty_outputs(inputs, options)
     row_max, best = torch.empty_like(logit).fill_(-math.inf), torch.empty_like(logit).fill_(-math.inf)
@@ -233,22 +235,23 @@ def _of_nothing(inputs: SampleInputs, options: SampleOptions) -> SliceState:
 
 
 def _over_ranks(
-    of_slice: Callable[[SampleInputs, SampleOptions, Slices], SliceState],
+    draw_slice: Callable[[SampleInputs, SampleOptions, Slices], SliceState],
     inputs: SampleInputs,
     options: SampleOptions,
-    sharing: Sharing,
+    slicing: Slicing,
 ) -> LinearSample:
-    """The draws from all slices: each rank draws from its own, by the noise of the classes' numbers in the whole
+    """The draws from all slices: each rank draws from its own slice, with the noise of the columns of the whole
     vocabulary, and the largest sum of logit and noise of all ranks wins."""
     _check_scale(inputs)
-    slices = slices_of(NAME, sharing.group, inputs.linear_weight, sharing.vocab_start, sharing.sizes)
-    if sharing.own_seeds:
+    slices = slices_of(NAME, slicing.group, inputs.linear_weight, slicing.vocab_start, slicing.sizes)
+    if slicing.own_seeds:
         seed = inputs.seed.clone()
         dist.broadcast(seed, dist.get_global_rank(slices.group, 0), group=slices.group)
         inputs = inputs._replace(seed=seed)
     empty = slices.sizes[slices.rank] == 0
-    own = _of_nothing(inputs, options) if empty else of_slice(inputs, options, slices)
-    numbers, index = torch.stack(own[:4]), own.index.contiguous()
+    own = _initial_state(inputs, options) if empty else draw_slice(inputs, options, slices)
+    *fields, index = own
+    numbers, index = torch.stack(fields), index.contiguous()
     every, indices = ([torch.empty_like(part) for _ in slices.sizes] for part in (numbers, index))
     dist.all_gather(every, numbers, group=slices.group)
     dist.all_gather(indices, index, group=slices.group)
@@ -261,7 +264,7 @@ def _over_ranks(
 
 
 def _check_scale(inputs: SampleInputs) -> None:
-    """Raises `ValueError` for temperatures on a CPU that are none, which have made their row's scale NaN."""
+    """Raises `ValueError` on a CPU for an invalid temperature, which made the scale of its row NaN."""
     if inputs.scale.device.type == "cpu" and bool(inputs.scale.isnan().any()):
         row = int(inputs.scale.isnan().nonzero()[0])
         checks.fail(ValueError, NAME, "temperature", "be in [0, inf] in every row", f"another value in row {row}")
@@ -296,9 +299,9 @@ def linear_sample_fwd(inputs: SampleInputs, options: SampleOptions) -> LinearSam
         "triton": partial(_over_ranks, _triton_slice),
     },
     native_ops=("sample_rows",),
-    flops=lambda inputs, options, sharing: 2 * inputs.input.numel() * inputs.linear_weight.shape[0],
+    flops=lambda inputs, options, slicing: 2 * inputs.input.numel() * inputs.linear_weight.shape[0],
 )
-def linear_sample_slice_fwd(inputs: SampleInputs, options: SampleOptions, sharing: Sharing) -> LinearSample:
+def linear_sample_slice_fwd(inputs: SampleInputs, options: SampleOptions, slicing: Slicing) -> LinearSample:
     """The draws from the whole vocabulary, of which linear_weight is this rank's slice."""
     return _empty_outputs(inputs, options)
 
@@ -399,8 +402,8 @@ def linear_sample(
     else:
         same = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, "row_ids": row_ids}
         check_ranks(NAME, group, same | {"temperature": temperature, "num_samples": num_samples, "seed": seed})
-        sharing = Sharing(group, sizes, None if sizes else vocab_start, seed is None)
-        index, logprob = drawn = linear_sample_slice_fwd(inputs, options, sharing)
+        slicing = Slicing(group, sizes, None if sizes else vocab_start, seed is None)
+        index, logprob = drawn = linear_sample_slice_fwd(inputs, options, slicing)
     leaves = (input, linear_weight, linear_bias)
     if torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves):
         inputs = inputs._replace(input=x, linear_weight=linear_weight)
@@ -423,7 +426,7 @@ def _check_temperature(temperature: float | Tensor, shape: torch.Size, device: t
 
 
 def _row_scale(temperature: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """One over the temperature of each row (N,): infinite for 0, and NaN for what is no temperature."""
+    """1 / temperature of each row (N,): infinity for 0, NaN for an invalid temperature."""
     if not isinstance(temperature, Tensor):
         scale = math.inf if temperature < LEAST_TEMPERATURE else 1 / temperature
         return full(x.shape[:1], scale, dtype, x.device)

@@ -142,7 +142,7 @@ def _eligible(inputs: MaskInputs, options: MaskOptions) -> Tensor:
 
 
 def _states(inputs: MaskInputs, options: MaskOptions, eligible: Tensor) -> Tensor:
-    """Whether the unit of each token is chosen, whether the token is eligible or not."""
+    """Whether the unit of each token is chosen, for ineligible tokens too."""
     word, rule = random_words(inputs.seed, inputs.row_ids, *inputs.input_ids.shape, 0), mask_rule(options)
     if _chains_units(inputs, options):
         return _chain(word, eligible, inputs.word_ids, rule)
@@ -150,8 +150,8 @@ def _states(inputs: MaskInputs, options: MaskOptions, eligible: Tensor) -> Tenso
 
 
 def _at_least(inputs: MaskInputs, options: MaskOptions, least: int) -> tuple[MaskInputs, MaskOptions]:
-    """Inputs and options that choose what these choose and, in rows with fewer than `least` chosen units, those of the
-    others that have the smallest draws.
+    """Inputs and options that choose the same units and, in rows with fewer than `least` of them, also the units with
+    the smallest draws among the others.
 
     The choice is made here, in plain torch, for every backend. It becomes the mask of special tokens: all other tokens
     are chosen with probability 1, and their actions and random ids, which have draws of their own, stay what they were.
@@ -166,10 +166,10 @@ def _at_least(inputs: MaskInputs, options: MaskOptions, least: int) -> tuple[Mas
         unit = torch.where(begins, unit, 0).cummax(1).values  # the first column of the unit
 
     def of_units(tokens: Tensor) -> Tensor:
-        """Whether any token of the unit, which is addressed by its first column, is one of these."""
+        """Whether any token of the unit is marked; a unit is addressed by its first column."""
         return torch.zeros_like(unit).scatter_reduce(1, unit, tokens.long(), "amax").bool()
 
-    # Chosen units come first, then the others by draw and column, then columns that are no unit with eligible tokens.
+    # Chosen units come first, then other eligible units by draw and column, then columns where no such unit begins.
     draw = random_words(inputs.seed, inputs.row_ids, rows, columns, 0)
     order = torch.where(of_units(chosen), -1, torch.where(of_units(eligible), draw, 2**32))
     first = order.sort(dim=1, stable=True).indices[:, :least]

@@ -191,7 +191,7 @@ class LinearHead(nn.Linear):
             return super().__call__(input, **options)
         # By name, because the input hook of a tensor-parallel plan drops all positional arguments but the first.
         result = super().__call__(input, labels=labels, **options)
-        return result if isinstance(result, tuple) else _of_this_rank(result, labels, options)
+        return result if isinstance(result, tuple) else _local_loss(result, labels, options)
 
     def forward(
         self, input: Tensor, labels: Tensor | None = None, *, num_items: int | Tensor | None = None, **options: Any
@@ -213,13 +213,13 @@ class LinearHead(nn.Linear):
         mesh = input.device_mesh
         options["process_group"] = mesh.get_group()
         loss: Tensor = linear_cross_entropy(input.to_local(), self.weight, labels, **options)
-        # The output hook of a plan takes a DTensor, of a last dimension that is sharded.
+        # The output hook of a plan takes a DTensor whose last dimension is sharded.
         return DTensor.from_local(loss.unsqueeze(-1), mesh, [Shard(loss.dim())], run_check=False)
 
 
-def _of_this_rank(loss: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
-    """The loss from the output of a tensor-parallel plan's hook, in which it has one more dimension, of this rank's or
-    of all ranks' losses; any other loss as it is."""
+def _local_loss(loss: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+    """This rank's loss from the output of a tensor-parallel plan's hook, which has one more dimension, with the loss of
+    this rank or with those of all ranks; any other loss unchanged."""
     dims = (labels.dim() - labels.is_floating_point()) if options.get("reduction") == "none" else 0
     if is_dtensor(loss):
         loss = loss.to_local()

@@ -1,4 +1,4 @@
-"""What the losses divide a mean by, and the checks of the arguments that say so."""
+"""Reductions of row losses: the divisor of a mean, and the checks of the arguments that decide it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_reduction(
     function: str, reduction: str, num_items: int | Tensor | None, on_empty: str, device: torch.device
 ) -> None:
     checks.choice(function, "reduction", reduction, REDUCTIONS)
-    checks.mean_divisor(function, reduction, num_items, on_empty, "input", device)
+    checks.mean_options(function, reduction, num_items, on_empty, "input", device)
 
 
 def check_weight(function: str, weight: Tensor | None, vocab: int, device: torch.device) -> None:
@@ -76,7 +76,7 @@ def mean_divisor(
 
 
 def check_probabilities(function: str, ignore_index: int, return_stats: bool) -> None:
-    """Checks the arguments that class probabilities give no meaning to."""
+    """Checks the arguments that have no meaning with class probabilities."""
     if ignore_index >= 0:
         checks.fail(ValueError, function, "ignore_index", "be negative with class probabilities", ignore_index)
     if return_stats:
@@ -86,7 +86,7 @@ def check_probabilities(function: str, ignore_index: int, return_stats: bool) ->
 def reduced(
     losses: Tensor, token_weight: Tensor | None, divisor: Tensor | None, reduction: str, shape: tuple[int, ...]
 ) -> Tensor:
-    """The loss from the losses of the rows (N,); `shape` is the shape of the rows, divisor None unless it is a mean."""
+    """Reduces the losses of the rows (N,); `shape` is the shape of the rows, divisor None unless it is a mean."""
     if token_weight is not None:
         losses = losses * token_weight.reshape(-1).to(losses.dtype)
     if reduction == "none":

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of which each rank has the logits of a slice of the classes.
+"""Cross-entropy of rows of logits of which each rank has a slice of the classes.
 
 The row kernels of a backend reduce the slice: maximum m_r, sum s_r of exp(z - m_r), and on the rank that has the
 target's class its log-probability p within the slice. One all-reduce gives the maximum m of all slices, a second one
@@ -8,8 +8,8 @@ the sums; no logits are sent:
     label smoothing: sum_j w_j (m - z_j)        statistics: sum_j exp(z_j - m) (z_j - m), then the lowest largest index
 
 From these follow loss and state as in `softmax_rows`. The gradient of a slice needs the state of the whole row: it is a
-second pass of the row kernels over the logits. They take one column of a row for its target, here column `own`, which
-on the ranks that do not have the target's class is any other; what belongs there is computed apart.
+second pass of the row kernels over the logits. They treat one column of a row as its target: column `own`, which is the
+target on the rank that has it, and arbitrary on the others. The gradient of that column is computed separately.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, Row
 
 
 class _Targets(NamedTuple):
-    """Per row: whether it is ignored, whether its target is out of range, the target's class (0 if it has none),
-    whether this rank has that class, the column of this rank that the row kernels take for it, and that column as
-    their target, -1 for an ignored row: ignore_index may be a column."""
+    """Per row: whether it is ignored; whether its target is wrong, out of range; index, the target's class, 0 if it has
+    none; whether the class is owned by this rank; own, this rank's column that the row kernels treat as the target;
+    local, which is `own`, or -1 for an ignored row, since ignore_index may be a column."""
 
     ignored: Tensor
     wrong: Tensor
@@ -52,9 +52,9 @@ class SlicedRows(Rows):
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
         targets = self._targets(target, bias, options)
         if logits.shape[1] == 0:
-            part = _of_no_classes(logits, stats)
+            part = _empty_slice_outputs(logits, stats)
         else:
-            part = self.rows.forward(logits, targets.local, bias, *self._sums(weight, options), stats=stats)
+            part = self.rows.forward(logits, targets.local, bias, *self._smoothing(weight, options), stats=stats)
         outputs = self._merged(part, targets, bias, weight, options, stats)
         if grad is not None:
             self.backward(logits, target, bias, weight, options, outputs.state, coefficient, grad)
@@ -64,7 +64,8 @@ class SlicedRows(Rows):
         if 0 in self.slices.sizes:
             return None  # on every rank: all reduce alike
         targets = self._targets(target, bias, options)
-        part = self.rows.evaluate(input, linear_weight, targets.local, bias, *self._sums(weight, options), stats=stats)
+        smoothing = self._smoothing(weight, options)
+        part = self.rows.evaluate(input, linear_weight, targets.local, bias, *smoothing, stats=stats)
         return None if part is None else self._merged(part, targets, bias, weight, options, stats)
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
@@ -85,7 +86,7 @@ class SlicedRows(Rows):
         positive = (1 - smoothing) * target_weight
         at_own = other * probability + positive * torch.where(targets.owned, state.logprob.expm1(), probability)
         if smoothing > 0:
-            own_weight = 1.0 if weight is None else self._own(weight).to(acc)[targets.own]
+            own_weight = 1.0 if weight is None else self.slices.part(weight).to(acc)[targets.own]
             at_own = at_own - smoothing / self.slices.total * own_weight
         at_own = (at_own if slope is None else at_own * slope.squeeze(1)) * coefficient
 
@@ -104,9 +105,9 @@ class SlicedRows(Rows):
         grad.scatter_(1, column, at_own.to(grad.dtype).unsqueeze(1))
 
     def _write(self, logits, bias, weight, options, state, coefficient, factor, grad):
-        """The gradient in plain torch, for class weights with label smoothing: the row kernels scale both of its terms
-        by one factor a row."""
-        smooth = options.label_smoothing / self.slices.total * self._own(weight).to(coefficient.dtype)
+        """The gradient in plain torch, for class weights with label smoothing: its two terms need a factor each, and
+        the row kernels take one factor a row."""
+        smooth = options.label_smoothing / self.slices.total * self.slices.part(weight).to(coefficient.dtype)
         for rows in blocks_of(logits):
             z, slope = transform(logits[rows], bias, options)
             result = (z - state.row_max[rows].unsqueeze(1)).exp_()
@@ -114,25 +115,22 @@ class SlicedRows(Rows):
             result.addcmul_(smooth, coefficient[rows].unsqueeze(1), value=-1)
             grad[rows] = result if slope is None else result.mul_(slope)
 
-    def _own(self, weight: Tensor) -> Tensor:
-        return weight[self.slices.start : self.slices.stop]
-
     def _targets(self, target: Tensor, bias: Tensor | None, options: RowOptions) -> _Targets:
         target, slices = target.long(), self.slices
         ignored = target == options.ignore_index
         wrong = ((target < 0) | (target >= slices.total)) & ~ignored
         index = torch.where(ignored | wrong, 0, target)
         owned = (target >= slices.start) & (target < slices.stop) & ~ignored
-        # A class that is not masked, where there is one: the sums of the others keep it apart.
+        # A class that is not masked by its bias, if there is one: the row kernels leave this column out of their sums.
         other = 0 if bias is None or bias.numel() == 0 else bias.argmax()
         own = torch.where(owned, target - slices.start, other)
         return _Targets(ignored, wrong, index, owned, own, own.masked_fill(ignored, -1))
 
-    def _sums(self, weight: Tensor | None, options: RowOptions) -> tuple[Tensor | None, RowOptions]:
+    def _smoothing(self, weight: Tensor | None, options: RowOptions) -> tuple[Tensor | None, RowOptions]:
         """Class weights and options with which the loss of a row is (1 / size) sum_j w_j (lse - z_j) of the slice, if
         label smoothing needs it."""
         smoothed = options.label_smoothing > 0
-        own = None if weight is None or not smoothed else self._own(weight).contiguous()
+        own = None if weight is None or not smoothed else self.slices.part(weight).contiguous()
         return own, options._replace(ignore_index=-1, label_smoothing=1.0 if smoothed else 0.0, z_loss=0.0)
 
     def _merged(
@@ -146,9 +144,9 @@ class SlicedRows(Rows):
     ) -> RowOutputs:
         slices, acc = self.slices, part.loss.dtype
         sum_exp, logprob = part.sum_exp, part.logprob
-        nothing = _is_nothing(part.row_max, bias, self.slices)
-        if nothing is not None:
-            sum_exp, logprob = sum_exp.masked_fill(nothing, 0), logprob.masked_fill(nothing, -math.inf)
+        no_logits = _rows_without_logits(part.row_max, bias, self.slices)
+        if no_logits is not None:
+            sum_exp, logprob = sum_exp.masked_fill(no_logits, 0), logprob.masked_fill(no_logits, -math.inf)
         row_max = part.row_max.clone()
         dist.all_reduce(row_max, dist.ReduceOp.MAX, group=slices.group)
         shift = part.row_max - row_max
@@ -158,10 +156,10 @@ class SlicedRows(Rows):
         parts = [others, torch.where(targets.owned, shift + log_sum + logprob, 0)]
         if options.label_smoothing > 0:
             size = part.loss.new_tensor(slices.sizes[slices.rank])
-            own_weight = size if weight is None else self._own(weight).to(acc).sum()
+            own_weight = size if weight is None else slices.part(weight).to(acc).sum()
             gaps = part.loss * size - own_weight * (shift + log_sum)
-            if nothing is not None:
-                gaps = torch.where(nothing, torch.where(own_weight > 0, math.inf, 0.0), gaps)
+            if no_logits is not None:
+                gaps = torch.where(no_logits, torch.where(own_weight > 0, math.inf, 0.0), gaps)
             parts.append(gaps)
         if stats:
             moment = scaled * (log_sum - part.entropy + shift)
@@ -191,7 +189,8 @@ class SlicedRows(Rows):
             valid_only(row_max),
             valid_only(sum_exp, 1),
             valid_only(logprob.masked_fill(targets.wrong, math.nan)),
-            *part[4:],
+            part.prediction,
+            part.entropy,
         )
         if not stats:
             return outputs
@@ -210,23 +209,23 @@ class SlicedProbabilityRows(ProbabilityRows):
         self.slices = slices
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
-        own = self._own(weight)
         if logits.shape[1] == 0:
-            part = _of_no_classes(logits, False)._replace(logprob=logits.new_zeros(logits.shape[0]))
+            part = _empty_slice_outputs(logits, False)._replace(logprob=logits.new_zeros(logits.shape[0]))
         else:
+            own = None if weight is None else self.slices.part(weight)
             apart, parts = options._replace(z_loss=0.0), []
             for rows in blocks_of(logits):
                 kept = logits[rows] if grad is None else logits[rows].clone()  # the sums overwrite them
                 parts.append(super().forward(kept, target[rows], bias, own, apart, stats=False))
             part = RowOutputs(*map(torch.cat, zip(*parts, strict=True))) if parts else empty_outputs(logits, 0, False)
-        nothing = _is_nothing(part.row_max, bias, self.slices)
+        no_logits = _rows_without_logits(part.row_max, bias, self.slices)
         row_max = part.row_max.clone()
         dist.all_reduce(row_max, dist.ReduceOp.MAX, group=self.slices.group)
         shift = part.row_max - row_max
         to_max, sum_exp = part.loss - part.logprob * (shift + part.sum_exp.log()), part.sum_exp * shift.exp()
-        if nothing is not None:
-            to_max = torch.where(nothing, torch.where(part.logprob > 0, math.inf, 0.0), to_max)
-            sum_exp = sum_exp.masked_fill(nothing, 0)
+        if no_logits is not None:
+            to_max = torch.where(no_logits, torch.where(part.logprob > 0, math.inf, 0.0), to_max)
+            sum_exp = sum_exp.masked_fill(no_logits, 0)
         sums = torch.stack([sum_exp, part.logprob, to_max])
         dist.all_reduce(sums, group=self.slices.group)
         sum_exp, total, to_max = sums
@@ -234,17 +233,15 @@ class SlicedProbabilityRows(ProbabilityRows):
         loss = to_max + total * log_sum
         if options.z_loss > 0:
             loss = loss + options.z_loss * (row_max + log_sum).square()
-        outputs = RowOutputs(loss, row_max, sum_exp, total, *part[4:])
+        outputs = RowOutputs(loss, row_max, sum_exp, total, part.prediction, part.entropy)
         if grad is not None:
             self.backward(logits, target, bias, weight, options, outputs.state, coefficient, grad)
         return outputs
 
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
         if logits.shape[1]:
-            super().backward(logits, target, bias, self._own(weight), options, state, coefficient, grad)
-
-    def _own(self, weight: Tensor | None) -> Tensor | None:
-        return None if weight is None else weight[self.slices.start : self.slices.stop]
+            own = None if weight is None else self.slices.part(weight)
+            super().backward(logits, target, bias, own, options, state, coefficient, grad)
 
 
 def rows_for(target: Tensor, rows: Rows, slices: Slices | None) -> Rows:
@@ -261,16 +258,16 @@ def slices_in(plan: PlanOptions, operands: Operands) -> Slices | None:
     return slices_of(NAME, plan.group, operands.linear_weight, plan.vocab_start, plan.sizes)
 
 
-def _of_no_classes(logits: Tensor, stats: bool) -> RowOutputs:
-    """What the row kernels would give for a slice of no classes."""
+def _empty_slice_outputs(logits: Tensor, stats: bool) -> RowOutputs:
+    """The outputs that the row kernels would give for a slice without classes."""
     none = empty_outputs(logits, logits.shape[0], stats)
     state = RowState(none.row_max.fill_(-math.inf), none.sum_exp.zero_(), none.logprob.fill_(-math.inf))
     return RowOutputs(none.loss.zero_(), *state, none.prediction.zero_(), none.entropy.zero_())
 
 
-def _is_nothing(row_max: Tensor, bias: Tensor | None, slices: Slices) -> Tensor | None:
-    """The rows in which the slice has no class of a logit above -inf; None if none can be. The row kernels' sum is NaN
-    there, as it is for rows of NaN: the bias tells them apart."""
+def _rows_without_logits(row_max: Tensor, bias: Tensor | None, slices: Slices) -> Tensor | None:
+    """The rows in which all logits of the slice are -inf; None if there can be none. The row kernels' sum is NaN there,
+    as it is in rows with a NaN: the bias tells them apart."""
     if slices.sizes[slices.rank] == 0:
         return torch.ones_like(row_max, dtype=torch.bool)
     return None if bias is None else (row_max == -math.inf) & (bias == -math.inf).all()

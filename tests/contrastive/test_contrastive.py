@@ -118,7 +118,7 @@ def packed_cases() -> list[dict]:
 
 
 def cases() -> list[dict]:
-    """Two features at a time, so that a failure says which; and products of those that share code."""
+    """Two features at a time, so that a failure names them; and products of features that share code."""
     found = {}
     values = [(name, value) for name, options in FEATURES.items() for value in options]
     for one, two in itertools.combinations(values, 2):

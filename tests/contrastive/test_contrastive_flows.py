@@ -147,7 +147,7 @@ def test_no_parameter_is_written_in_forward(name, value):
     x, y = (t.detach().float().requires_grad_() for t in pairs())
     with torch.no_grad():
         module.log_scale.fill_(value)
-    regulariser = (module.log_scale.exp() - 14) ** 2  # its backward needs log_scale as it is
+    regulariser = (module.log_scale.exp() - 14) ** 2  # backward needs log_scale unchanged
     (module(x, y) + module(y, x) + regulariser.sum()).backward()
     assert module.log_scale.item() == value
     torch.func.grad(lambda x: module(x, y))(x.detach())

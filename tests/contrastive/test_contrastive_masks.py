@@ -70,7 +70,7 @@ def test_a_row_with_its_positive_alone(backend, energy):
 
 
 @pytest.mark.parametrize(("normalize", "reduction"), [(False, "mean"), (True, "none")])
-def test_what_is_masked_may_hold_anything(backend, normalize, reduction):
+def test_masked_features_may_hold_anything(backend, normalize, reduction):
     """Padded keys and rows of a bank; in a mask of pairs it touches gradients, but no loss."""
     torch.manual_seed(0)
     x, y, bank = (torch.randn(n, 5, requires_grad=True) for n in (4, 7, 3))

@@ -19,8 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from benchmarks import memory
-from sslkernels.contrastive import glove
-from sslkernels.contrastive.glove import Outputs, Pairs, Parameters, Wanted, glove_bwd, glove_fwd, glove_sparse_bwd
+from sslkernels.contrastive.words import glove
+from sslkernels.contrastive.words.glove import (
+    Outputs,
+    Pairs,
+    Parameters,
+    Wanted,
+    glove_bwd,
+    glove_fwd,
+    glove_sparse_bwd,
+)
 from sslkernels.core import segment_sum
 
 pytestmark = pytest.mark.pairwise
@@ -222,7 +230,7 @@ def test_only_wanted_gradients_are_computed(monkeypatch, device):
 @pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("words", [(3, 4), (400, 300)])
-def test_sparse_rows_are_those_of_the_dense_gradient(backend, words, dtype, device):
+def test_sparse_rows_equal_the_dense_gradient(backend, words, dtype, device):
     data, parameters = problem(device, words=words, dtype=dtype)
     dense = gradients(sk.glove_loss(**data, **parameters), parameters)
     found = gradients(sk.glove_loss(**data, **parameters, sparse=True), parameters)
@@ -236,7 +244,7 @@ def test_sparse_rows_are_those_of_the_dense_gradient(backend, words, dtype, devi
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad])
-def test_sparse_gradients_step_as_those_of_embeddings(optimizer, device):
+def test_optimizers_step_as_with_embeddings_of_glove(optimizer, device):
     data, parameters = problem(device, words=(40, 40))
     layers = [
         torch.nn.Embedding.from_pretrained(parameters[n].detach().clone(), freeze=False, sparse=True) for n in TABLES

@@ -26,7 +26,8 @@ from sslkernels.contrastive.pair_rows import (
     SideGrad,
 )
 from sslkernels.contrastive.records import gradient_dtype
-from sslkernels.contrastive.score_tiles import NativePairs, PairKernels, ReferencePairs, TritonPairs
+from sslkernels.contrastive.score_tiles import PairKernels, ReferencePairs
+from sslkernels.contrastive.tile_backends import NativePairs, TritonPairs
 
 pytestmark = pytest.mark.pairwise
 
@@ -219,7 +220,7 @@ def test_finished_gradients(kernels, dtype, shape, partner, normalize, extra, de
 @pytest.mark.parametrize(
     ("direction", "energy"), [("row", "softmax"), ("symmetric", "softmax"), ("row", "sigmoid"), ("symmetric", "hinge")]
 )
-def test_a_loss_leaves_nothing_to_the_collector(direction, energy):
+def test_a_loss_leaves_no_cycles(direction, energy):
     """The products of a plan would stay until Python's collector runs."""
     query, key = (torch.randn(16, 8, requires_grad=True) for _ in range(2))
 

@@ -10,16 +10,8 @@ from test_contrastive import DEFAULTS, cases, check, packed_cases
 
 import sslkernels as sk
 from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX, ColumnSums, SideGrad
-from sslkernels.contrastive.score_tiles import (
-    GradientOutputs,
-    Labels,
-    Masks,
-    ReferencePairs,
-    RowSums,
-    Thresholds,
-    Tile,
-    TritonPairs,
-)
+from sslkernels.contrastive.score_tiles import GradientOutputs, Labels, Masks, ReferencePairs, RowSums, Thresholds, Tile
+from sslkernels.contrastive.tile_backends import TritonPairs
 from sslkernels.contrastive.triton import score_tiles as launcher
 from sslkernels.contrastive.triton import tile_gradients, tile_sums, tile_weighted_sums
 

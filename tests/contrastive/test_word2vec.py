@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sslkernels as sk
 from benchmarks import memory
-from sslkernels.contrastive import word2vec
-from sslkernels.contrastive.word2vec import (
+from sslkernels.contrastive.words import word2vec
+from sslkernels.contrastive.words.word2vec import (
     Indices,
     Outputs,
     Tables,

@@ -10,7 +10,13 @@ from cases import DTYPES, REPEATED_DTYPES
 from test_word2vec import TABLES, gradients, problem
 
 import sslkernels as sk
-from sslkernels.contrastive.word2vec import Indices, Tables, Wanted, negative_sampling_fwd, negative_sampling_sparse_bwd
+from sslkernels.contrastive.words.word2vec import (
+    Indices,
+    Tables,
+    Wanted,
+    negative_sampling_fwd,
+    negative_sampling_sparse_bwd,
+)
 from sslkernels.core import segment_sum
 from sslkernels.core.segment_sum import SparseRows
 
@@ -112,7 +118,7 @@ def test_no_pairs(backend, device):
         assert table.grad._nnz() == 0
 
 
-def test_nothing_is_as_long_as_a_table(backend, device, monkeypatch):
+def test_no_tensor_has_the_size_of_a_table(backend, device, monkeypatch):
     """A gradient of tables with a million rows has the rows of its entries."""
     sizes = []
     original = SparseRows.empty.__func__

@@ -88,7 +88,7 @@ def test_memory_meter_sees_an_allocation():
     assert small < 4 << 20
 
 
-def test_memory_meter_sees_what_a_loop_keeps():
+def test_memory_meter_sees_memory_that_a_loop_keeps():
     size, kept = 40 << 20, []
 
     def call():
@@ -332,7 +332,7 @@ def finished(monkeypatch, tmp_path, toy_report):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all"], ["--quick"], ["--op", "double"], ["--host-time"]], ids=str)
-def test_a_users_run_writes_where_git_looks_away(finished, monkeypatch, arguments):
+def test_a_users_run_writes_into_an_ignored_folder(finished, monkeypatch, arguments):
     monkeypatch.setattr(command, "select", lambda options: [(Toy(), Toy().cases("cpu")[0])])
     assert finished(*arguments) == {"scratch/toy"}
     ignored = (environment.ROOT / ".gitignore").read_text().split()
@@ -362,7 +362,7 @@ def test_publishing_keeps_the_cases_that_were_not_measured(finished, tmp_path, t
 
 
 @pytest.mark.parametrize("other", [["--quick"], ["--output", "x"], ["--shape", "N=8,D=4,V=100"]], ids=str)
-def test_what_is_no_case_of_the_matrix_is_not_published(other, capsys):
+def test_only_cases_of_the_matrix_are_published(other, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--publish", *other])
     assert "--publish" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def wheel_of(folder: Path, *, tag: str, name_tag: str = "", files: dict[str, Pat
 
 @needs_extension
 def test_the_audit_of_wheels(tmp_path):
-    """The extension that was built here passes in a wheel of this Python, and what a wheel can get wrong does not."""
+    """The extension that was built here passes in a wheel of this Python; each fault that a wheel can have fails."""
     if shutil.which("readelf") is None or shutil.which("nm") is None:
         pytest.skip("no readelf")
     built = Path(native.extension.__file__)
@@ -68,7 +68,7 @@ def test_the_audit_of_wheels(tmp_path):
         ({"tag": "cp39-cp39-manylinux_2_34_x86_64", "files": {name: built}}, "its only library must be"),
         ({"tag": tag, "files": {}}, "its only library must be"),
         ({"tag": tag, "files": {name: built, "sslkernels/BUILD_FAILED": "no compiler"}}, "BUILD_FAILED"),
-        # A library of torch, which needs what the stable ABI does not promise.
+        # A library of torch, which the stable ABI does not promise.
         ({"tag": tag, "files": {name: Path(torch.__file__).parent / "lib" / "libshm.so"}}, "wants c10::"),
         ({"tag": tag, "files": {name: Path(torch.__file__).parent / "lib" / "libshm.so"}}, "needs libc10.so"),
     ):
@@ -231,7 +231,7 @@ def test_an_isolated_build_finds_torch_where_it_installs(tmp_path):
     assert Path(result.stdout.strip()).samefile(site / "torch"), result.stderr
 
 
-def test_a_source_distribution_has_what_the_build_reads(source):
+def test_a_source_distribution_has_the_inputs_of_the_build(source):
     shutil.copy(ROOT / "MANIFEST.in", source)
     command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar"]
     subprocess.run(command, check=True, capture_output=True, cwd=source)

@@ -1,4 +1,4 @@
-"""A call leaves nothing to Python's cycle collector: what it holds is freed when the last name of it goes."""
+"""A call leaves nothing to Python's cycle collector: its objects are freed with their last reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _unfrozen_afterwards():
 @pytest.mark.full_for(backend_name=("reference", "triton"))
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend_name", BACKENDS)
-def test_a_call_leaves_nothing(backend_name, name, device):
+def test_a_call_leaves_no_cycles(backend_name, name, device):
     call = CALLS[name]
     if backend_name not in sk.available_backends(call.op, device):
         pytest.skip(str(backends.why_not(call.op, backend_name, torch.device(device))))
@@ -65,7 +65,7 @@ def draws(device):
 
 
 @pytest.mark.parametrize("name", [name for name, _ in draws("cpu")])
-def test_a_draw_leaves_nothing(name, device):
+def test_a_draw_leaves_no_cycles(name, device):
     assert left_over(dict(draws(device))[name]) == 0
 
 
@@ -92,7 +92,7 @@ def modules():
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in modules()])
-def test_a_module_leaves_nothing(name):
+def test_a_module_leaves_no_cycles(name):
     module, inputs = {name: (module, inputs) for name, module, inputs in modules()}[name]
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
 

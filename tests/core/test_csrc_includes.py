@@ -20,13 +20,13 @@ def includes(path: Path) -> tuple[list[str], list[str]]:
     return re.findall(r'^\s*#include "(.*)"', text, re.M), re.findall(r"^\s*#include <(.*)>", text, re.M)
 
 
-def test_the_rooms_are_known():
+def test_every_folder_has_rules():
     assert {path.parts[0] for path in FILES if len(path.parts) > 1} == set(ALLOWED)
     assert [str(path) for path in FILES if len(path.parts) == 1] == ["module.cpp"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_includes_only_what_its_layer_may(path):
+def test_includes_go_one_way(path):
     own, system = includes(path)
     for name in own:
         if name == HOST_TWIN:

@@ -213,7 +213,7 @@ def test_the_table_names_public_ops():
         assert {*order} <= {*backends.BACKENDS}
 
 
-def test_a_gpu_prefers_what_is_predicted(monkeypatch, h200):
+def test_a_gpu_prefers_the_predicted_backend(monkeypatch, h200):
     """The choice falls through to what can run."""
     monkeypatch.setattr(backends.Implementations, "why_not", lambda self, name, device: None)
     made = {op: backends.Implementations(op, {}, ()) for op in ("cross_entropy", "vector_quantize")}

@@ -62,7 +62,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", sorted(OPS | {"AliasTable"}))
 def test_every_op_has_its_section(name):
-    """What goes in and comes out, what is never materialised, what it costs, and when not to use it."""
+    """Shapes, what is never materialised, the cost, and when not to use the op."""
     sections = [
         (heading, body)
         for page in ("vocabulary", "contrastive", "latent")
@@ -113,7 +113,7 @@ def test_links_of_the_front_page_lead_somewhere():
         assert target.startswith("http") or (DOCS.parent / target).exists(), target
 
 
-def test_from_the_front_page_in_two_clicks():
+def test_pages_are_two_clicks_from_the_front_page():
     """Install, the op that replaces theirs, its cost and its limits."""
 
     def links(path: Path) -> set[Path]:

@@ -1,5 +1,5 @@
-"""The two commands for a machine with a GPU, without one: every step begins and ends, what was found survives a cut,
-and what comes back is joined into the record."""
+"""The two commands for a machine with a GPU, without one: every step begins and ends, findings survive a cut, and
+results are joined into the record."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_later_steps_keep_their_time(tmp_path):
     assert [step["limit"] for step in report_of(tmp_path)["steps"]] == [3, pytest.approx(9, abs=2)]
 
 
-def test_a_command_that_is_killed_still_tells(tmp_path):
+def test_a_killed_command_keeps_its_findings(tmp_path):
     code = (
         "import sys; from pathlib import Path; from benchmarks.gpu import plan, runner; Step = plan.Step\n"
         "steps = [Step('a', [sys.executable, '-c', ''], 1, 60), Step('b', ['sleep', '600'], 1, 600)]\n"
@@ -108,8 +108,8 @@ def test_a_test_names_every_kernel_file(tmp_path):
 
 
 @pytest.mark.full
-def test_backends_are_those_of_the_tensors_of_a_test():
-    """With a GPU there, tests that are marked so run on its backends, and tests of host tensors on others."""
+def test_backends_match_the_device_of_a_test():
+    """On a machine with a GPU, tests marked `gpu` run on its backends, and tests of host tensors on the others."""
     files = ["tests/gpu/test_gpu_random.py", "tests/contrastive/test_negatives_by_index.py"]
     program = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-p", "no:cacheprovider", "--setup-only", "-rs"]
     variables = {**plan.environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -167,11 +167,11 @@ def test_peers_are_installed_from_their_wheels():
     assert set(pinned) <= set(peers.PACKAGES.values())
 
 
-def test_blob_hash_is_gits():
+def test_blob_hash_equals_git():
     assert record.blob_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
-def test_what_uses_a_header():
+def test_kernels_that_use_a_header():
     users = record.kernel_files()
     assert users["csrc/latent/gumbel_rows_cuda.h"] == {"csrc/latent/gumbel.cu"}
     assert {"csrc/latent/gaussian.cu", "csrc/random/alias_table.cu"} <= users["csrc/random/philox.h"]
@@ -291,12 +291,12 @@ def test_an_older_entry_of_another_version_is_kept(tree, tmp_path):
     }
 
 
-def test_the_page_is_what_its_command_writes():
+def test_the_page_is_current():
     """`python -m benchmarks.gpu page` after a change of kernels, floors or results."""
     assert page.PAGE.read_text() == page.page()
 
 
-def test_the_page_shows_what_was_measured(tree, tmp_path):
+def test_the_page_shows_the_measurements(tree, tmp_path):
     folder = shard(tmp_path / "1", "first", [(A, "passed")], cut=True)
     _, case = next(page.kernels())
     lines = [

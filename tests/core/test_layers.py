@@ -57,8 +57,3 @@ def test_imports_go_one_way(path):
             assert "triton" in parts[:2], f"{path}: Triton kernels import Triton kernels alone, not {module}"
         elif "triton" in parts[:2]:
             assert not at_top, f"{path} imports {module} at module level, which would import triton"
-
-
-def test_families_are_small_enough_to_read():
-    for folder in (path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__"):
-        assert len(list(folder.glob("*.py"))) <= 17, f"{folder}: at most 16 files and __init__.py"

@@ -44,14 +44,14 @@ def drawn(text: str) -> tuple[dict[str, list[str]], list[str]]:
 
 
 @pytest.mark.parametrize("name", ["house", "step"])
-def test_diagrams_are_those_of_the_code(name):
+def test_diagrams_match_the_code(name):
     graph = getattr(diagrams, f"{name}_graph")()
     boxes, arrows = drawn((ROOT / f"docs/images/{name}.svg").read_text())
     assert boxes == {node.name: list(node.lines) for node in graph.nodes}, STALE
     assert arrows == sorted(f"{edge.source} -> {edge.target}" for edge in graph.edges), STALE
 
 
-def test_the_house_has_the_rooms_and_their_imports():
+def test_the_diagram_has_the_folders_and_their_imports():
     graph = diagrams.house_graph()
     folders = {path.name for path in (ROOT / "sslkernels").iterdir() if (path / "__init__.py").exists()}
     assert folders <= {node.name for node in graph.nodes}
@@ -69,7 +69,7 @@ def test_no_tensor_of_the_step_is_tokens_by_vocabulary():
         assert not (v in sizes and (b * t in sizes or t in sizes)), line
 
 
-def test_edges_that_follow_from_others_are_left_out():
+def test_transitive_edges_are_left_out():
     a, b, c = (diagrams.Edge(*ends) for ends in ("xy", "yz", "xz"))
     assert diagrams.reduced([a, b, c]) == [a, b]
     assert diagrams.reduced([a, c]) == [a, c]
@@ -121,7 +121,7 @@ def test_the_plot_is_of_the_recorded_numbers():
     assert all(ours[n] < size for n, size in eager.items())
 
 
-def test_what_is_said_of_gpus_is_what_was_recorded():
+def test_claims_about_gpus_match_the_record():
     validated = json.loads((ROOT / "benchmarks/results/gpu_validated.json").read_text())
     said = "None has run on a GPU yet" in README
     assert said == (not validated)

@@ -56,7 +56,7 @@ def test_records_and_modules() -> None:
         assert_type(sk.available_backends("cross_entropy", "cpu"), tuple[str, ...])
 
 
-def test_what_a_checker_rejects() -> None:
+def test_a_type_checker_rejects_wrong_calls() -> None:
     """mypy fails on an unused `type: ignore`: each line is rejected by it, as it is when it runs."""
     x = torch.randn(4, 8)
     with pytest.raises(TypeError):

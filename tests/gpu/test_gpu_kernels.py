@@ -180,7 +180,7 @@ def test_masking_and_random_words(backend):
 @pytest.mark.parametrize("columns", [1, 77, 132])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_random_streams_are_those_of_the_host(backend, stream, dtype, columns):
+def test_random_streams_equal_the_host(backend, stream, dtype, columns):
     row_ids = torch.tensor([3, 0, 2**33 + 1, -5, 2**63 - 1])
     for ids in (None, row_ids):
         seed, there = torch.tensor(-(2**40)), None if ids is None else ids.cuda()

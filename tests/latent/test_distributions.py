@@ -47,7 +47,7 @@ def test_it_is_a_normal(pair, device):
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 2), (0,), (1, 1)])
-def test_samples_are_those_of_gaussian_rsample(backend, pair, shape):
+def test_samples_equal_gaussian_rsample(backend, pair, shape):
     fused, _ = pair
     z = fused.rsample(torch.Size(shape), seed=3)
     assert z.shape == (*shape, 4, 3)

@@ -70,7 +70,7 @@ def test_values_and_gradients_against_float64(backend, case, dtype, device):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.options.get("kl", "row") is not None], ids=str)
-def test_the_divergence_alone_is_that_of_the_samples(backend, case, device):
+def test_gaussian_kl_equals_the_divergence_of_the_samples(backend, case, device):
     leaves, options = case.arguments(torch.float32, device)
     shared = {k: v for k, v in options.items() if k in ("free_bits", "logvar_bounds")}
     reduction = options.get("kl", "row")

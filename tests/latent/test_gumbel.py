@@ -105,7 +105,7 @@ def test_gradcheck(backend, device):
     assert torch.autograd.gradcheck(lambda x: sk.gumbel_softmax(x, 0.7, seed=5), logits)
 
 
-def test_the_gradient_of_hard_is_that_of_soft(backend, device):
+def test_hard_has_the_gradient_of_soft(backend, device):
     """Straight-through, as torch's `y_hard - y_soft.detach() + y_soft`."""
     logits, grad = draw(4, 9, device=device).requires_grad_(), draw(4, 9, device=device, seed=2)
     soft, hard = (
@@ -132,7 +132,7 @@ def test_all_backends_draw_the_same(device):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_draws_as_float32(backend, device, dtype):
-    """Noise in the dtype of the logits would be biased (complaints 5 to 7)."""
+    """Noise in the dtype of the logits would be biased."""
     logits = draw(7, 65, dtype=dtype, device=device)
     for dim in (0, 1):
         got = sk.gumbel_softmax(logits, hard=True, dim=dim, seed=1)
@@ -174,7 +174,7 @@ def test_the_drop_in(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tau", [1e-30, 1e-3, 1.0, 1e30])
 def test_no_nan(backend, device, tau, dtype):
-    """Finite logits, up to the largest, give finite results (complaint 1) and gradients, unless the dtype overflows."""
+    """Finite logits, up to the largest, give finite results and gradients, unless the dtype overflows."""
     largest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.float32).max / 8
     for scale in (1.0, 1e3, largest):
         logits = (draw(6, 40, device=device, dtype=torch.float64).clamp(-4, 4) * scale).to(dtype).requires_grad_()
@@ -189,7 +189,7 @@ def test_no_nan(backend, device, tau, dtype):
 
 
 def test_small_tau_is_one_hot(backend, device):
-    """The documented limit that gives NaN in torch (complaint 1, pytorch#184031)."""
+    """The documented limit that gives NaN in torch (pytorch#184031)."""
     logits = draw(50, 10, device=device)
     assert torch.equal(sk.gumbel_softmax(logits, 1e-30, seed=2).round(), sk.gumbel_softmax(logits, hard=True, seed=2))
     with pytest.raises(ValueError, match=r"^gumbel_softmax: tau must be in \[1e-30, 1e\+30\]; got 0"):
@@ -293,7 +293,7 @@ def test_empty_shapes(backend, device, shape, hard):
     assert logits.grad.shape == shape
 
 
-def test_the_noise_is_that_of_random_gumbel(backend, device):
+def test_the_noise_equals_random_gumbel(backend, device):
     for shape, dim in (((4, 7), 1), ((3, 4, 5), 0), ((3, 4, 5), 1)):
         logits = draw(*shape, dtype=torch.float64, device=device)
         moved = logits.movedim(dim, -1)
@@ -451,7 +451,7 @@ def test_compile_equals_eager(backend, device, dynamic):
 
 
 def test_a_compiled_graph_takes_another_tau(device):
-    """An annealed temperature compiles no new graph for each step (complaint 48)."""
+    """An annealed temperature compiles no new graph for each step."""
     torch._dynamo.reset()
     graphs = []
 

@@ -125,7 +125,7 @@ def test_without_groups(backend, device):
         assert torch.equal(a, b)
 
 
-def test_hard_values_are_those_of_gumbel_softmax(backend, device):
+def test_hard_values_equal_gumbel_softmax(backend, device):
     """Group g of row n has the noise of row n * G + g."""
     logits, codebook = problem(device, dtype=torch.float32)
     for hard in (True, False):
@@ -308,7 +308,7 @@ def test_no_rows(backend, device):
 
 
 def test_perplexities_of_wav2vec(device):
-    """The definitions: G when each group always takes one code, G * V when all are taken alike (complaints 41, 47)."""
+    """The definitions: G when each group always takes one code, G * V when all are taken alike."""
     codebook = torch.zeros(2, 8, 3, device=device)
     one = torch.full((50, 2, 8), -100.0, device=device)
     one[..., 3] = 100.0
@@ -572,7 +572,7 @@ def test_module(device):
 
 
 def test_schedule_of_tau(device):
-    """As in fairseq: (most, least, decay), after so many updates (complaint 48)."""
+    """As in fairseq: (most, least, decay), after a number of updates."""
     quantizer = sk.nn.GumbelQuantizer(5, 8, tau=(2.0, 0.5, 0.9), device=device)
     taus = []
     for updates in (0, 1, 2, 100):

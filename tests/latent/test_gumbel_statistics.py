@@ -78,7 +78,7 @@ def test_frequencies_of_many_codes(device):
 
 def assert_tail(device: str, behind: float, codes: int, rows: int, seed: int) -> None:
     """One code leads `codes - 1` others by `behind` nats. Noise that ends at 16.6, as -log(-log(u)) of a float32 u
-    near 1 does, would draw them too rarely (complaints 2 to 4, 6). Six standard deviations of a Poisson count: false
+    near 1 does, would draw them too rarely. Six standard deviations of a Poisson count: false
     alarms 1 in 10**8."""
     logits = torch.full((codes,), -behind, device=device)
     logits[codes // 3] = 0
@@ -125,7 +125,7 @@ def test_the_end_of_the_tail(backend, device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_logit_ahead_of_4095(device, dtype):
-    """Noise in bfloat16 makes its probability 1.000 instead of 0.421 (complaint 7, torch.distributions). Five standard
+    """Noise in bfloat16 makes its probability 1.000 instead of 0.421 (torch.distributions). Five standard
     deviations: false alarms 1 in 10**6."""
     rows = 8000
     with sk.use_backend(native(device)):
@@ -139,7 +139,7 @@ def test_one_logit_ahead_of_4095(device, dtype):
 
 
 def test_a_code_without_probability_is_never_drawn(device):
-    """-inf in a long row, before and after the finite logits (complaint 5)."""
+    """-inf in a long row, before and after the finite logits."""
     with sk.use_backend(native(device)):
         logits = torch.full((2000,), -torch.inf, device=device)
         logits[700:900:3] = torch.linspace(-30, 0, 67, device=device)

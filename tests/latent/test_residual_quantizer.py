@@ -57,7 +57,7 @@ def test_against_a_loop_over_levels(backend, dtype, decay, device):
             torch.testing.assert_close(found, expected)
 
 
-def test_each_level_starts_from_what_is_left_and_lowers_the_error():
+def test_each_level_starts_from_the_residual_and_lowers_the_error():
     module = sk.nn.ResidualVectorQuantizer(4, 16, 8, decay=0.8)
     x = rows(512, 8)
     for _ in range(20):

@@ -147,7 +147,7 @@ def test_zero_rows_and_zero_codes(backend, metric, device):
         assert (got.indices[::3] == 4).all()
     else:
         assert not got.indices[::3].any()  # every score is 0
-    check(-x.abs(), c.abs(), metric)  # all scores are negative but those of zero codes
+    check(-x.abs(), c.abs(), metric)  # all scores are negative except the scores of zero codes
 
 
 @pytest.mark.slow_for(backend="triton", dtype=REPEATED_DTYPES)

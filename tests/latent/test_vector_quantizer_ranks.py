@@ -196,7 +196,7 @@ def test_codes_are_drawn_from_the_rows_of_all_ranks(ranks, name):
     assert sum(owners) > 1 or world == 1
 
 
-def test_what_would_differ_between_ranks_is_said(ranks):
+def test_settings_that_make_ranks_differ_raise_or_warn(ranks):
     world, results = ranks
     for result in results:
         found = result["flows"]

@@ -104,7 +104,7 @@ PYTHON = [
     ),
     Mistake(
         "a count of 0 is infinite",
-        "sslkernels/contrastive/glove.py",
+        "sslkernels/contrastive/words/glove.py",
         "count.log().masked_fill(nothing, 0)",
         "count.log()",
         "tests/contrastive/test_glove.py",

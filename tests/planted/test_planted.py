@@ -16,6 +16,6 @@ def test_it_applies(mistake):
     assert all((ROOT / part).exists() for part in mistake.tests.split() if part.startswith("tests/"))
 
 
-def test_there_are_enough_in_every_layer():
+def test_every_layer_has_enough_mistakes():
     assert all(len(mistakes) >= 15 for mistakes in MISTAKES.values())
     assert len({mistake.name for mistake in EVERY}) == len(EVERY)

@@ -72,7 +72,7 @@ def drawn(table, seed, row, column, columns):
 
 @pytest.mark.parametrize("columns", [1, 4, 5, 11])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_draws_are_those_of_the_definition(backend, name, columns, device):
+def test_draws_equal_the_definition(backend, name, columns, device):
     table = sk.AliasTable(torch.tensor(WEIGHTS[name])).to(device) if name == "counts" else None
     table = table or sk.AliasTable(WEIGHTS[name]).to(device)
     row_ids = [3, 0, 2**33 + 1, -5, 2**63 - 1]

@@ -155,7 +155,7 @@ def t5_masks(generator, rows, columns, noise, spans):
     return torch.repeat_interleave(torch.arange(2).repeat(rows * spans), both).reshape(rows, columns).bool()
 
 
-def test_masks_are_distributed_as_those_of_t5(device):
+def test_masks_are_distributed_as_in_t5(device):
     """Two samples: how often each token is taken out, and the histogram of the lengths of the spans."""
     rows, columns = 20_000, 40
     noise, spans = sizes(columns, 0.3)

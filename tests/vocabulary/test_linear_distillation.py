@@ -135,7 +135,7 @@ def test_every_subset_of_gradients(name, mode, device):
 @pytest.mark.full_for(name="triton", divergence="cross_entropy")
 @pytest.mark.parametrize("divergence", ["cross_entropy", "kl"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_statistics_are_those_of_float64(name, divergence, device):
+def test_statistics_equal_float64(name, divergence, device):
     leaves, constant = everything(device, rows=20, teachers=7, vocab=501)
     wide = {k: t.detach().double() if t.is_floating_point() else t for k, t in (leaves | constant).items()}
     with sk.use_backend(name):
@@ -408,7 +408,7 @@ def test_errors(argument, device):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_what_only_the_data_show(name, device):
+def test_errors_in_the_data(name, device):
     leaves, constant = everything(device)
     for change, message in (
         (

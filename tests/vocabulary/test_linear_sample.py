@@ -481,7 +481,7 @@ def test_gradient_with_temperatures_and_samples(backend, device, rows, with_bias
         torch.testing.assert_close(got.double(), e, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_are_those_of_the_stream(backend, device):
+def test_draws_use_the_noise_of_the_stream(backend, device):
     x, w, bias = inputs(device, 6, 300, 9)
     ids = torch.tensor([4, 9, 2, 0, 7, 5], device=device)
     drawn = sk.linear_sample(x.view(2, 3, 9), w, linear_bias=bias, num_samples=4, row_ids=ids.view(2, 3), seed=8)

@@ -574,7 +574,7 @@ def few(device):
 
 @pytest.mark.parametrize("span", [None, 3.0])
 @pytest.mark.parametrize("least", [0, 1, 3, 60])
-def test_at_least_so_many_tokens_of_a_row(backend, device, least, span):
+def test_min_per_row_of_tokens(backend, device, least, span):
     ids, attention, lengths = few(device)
     options = {"mask_id": MASK, "vocab_size": VOCAB, "special_ids": SPECIAL, "seed": 5, "attention_mask": attention}
     masked = sk.mask_tokens(ids, min_per_row=least, mean_span=span, **options)
@@ -591,7 +591,7 @@ def test_at_least_so_many_tokens_of_a_row(backend, device, least, span):
         assert not added or not left or max(draws[r][c] for c in added) < min(draws[r][c] for c in left)
 
 
-def test_at_least_so_many_words_of_a_row(backend, device):
+def test_min_per_row_of_words(backend, device):
     ids, _, _ = few(device)
     words = torch.arange(40, device=device).div(3, rounding_mode="floor").repeat(5, 1)
     words[1], words[2, 6:] = -1, -1

@@ -153,7 +153,7 @@ def test_slices_are_the_whole(number, ranks):
             torch.testing.assert_close(got["grads"][name], grad[own] if name in SLICED else grad, **close)
 
 
-def test_centers_are_those_of_the_rows_of_all(ranks):
+def test_centers_use_the_rows_of_all_ranks(ranks):
     """Ranks with different numbers of rows, one without any."""
     parts = parts_of_rows(len(ranks))
     rows, head = torch.cat(parts), rows_of_centers()[1]

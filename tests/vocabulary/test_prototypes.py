@@ -34,7 +34,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.full_for(name="triton", dtype=torch.float64)
 @DTYPES
 @pytest.mark.parametrize("name", BACKENDS)
-def test_sinkhorn_is_lightlys(name, dtype, device):
+def test_sinkhorn_equals_lightly(name, dtype, device):
     sinkhorn = peers.lightly_loss("swav_loss").sinkhorn
     rows, head = unit(40, D, dtype=dtype, device=device), unit(V, D, dtype=dtype, device=device, seed=1)
     bias = 0.1 * unit(1, V, dtype=dtype, device=device, seed=2)[0]
@@ -153,7 +153,7 @@ class Heads:
 
 
 @DTYPES
-def test_dino_is_lightlys(dtype, device):
+def test_dino_equals_lightly(dtype, device):
     """Over steps: the center moves. lightly rounds temperatures to float32; these are exact."""
     heads = Heads(dtype, device)
     exact = heads.in_float64()
@@ -175,7 +175,7 @@ def test_dino_is_lightlys(dtype, device):
 
 
 @DTYPES
-def test_ibot_is_lightlys(dtype, device):
+def test_ibot_equals_lightly(dtype, device):
     heads = Heads(dtype, device, views=2)
     exact = heads.in_float64()
     theirs = peers.lightly_loss("ibot_loss").IBOTPatchLoss(V, teacher_temp=0.0625).to(device, torch.float64)
@@ -197,7 +197,7 @@ def test_ibot_is_lightlys(dtype, device):
 
 
 @DTYPES
-def test_swav_is_lightlys(dtype, device):
+def test_swav_equals_lightly(dtype, device):
     heads = Heads(dtype, device)
     exact = heads.in_float64()
     queue = unit(2, 5, D, dtype=dtype, device=device, seed=9)
@@ -211,7 +211,7 @@ def test_swav_is_lightlys(dtype, device):
         assert len(stats) == 2
 
 
-def test_what_is_not_finite_leaves_the_center(device):
+def test_nonfinite_batches_leave_the_center(device):
     """No token is masked in any image, a row overflowed, a prototype is masked."""
     heads = Heads(torch.float32, device)
     module = sk.nn.PrototypeLoss.ibot(V).to(device)

@@ -10,10 +10,11 @@ pytest.importorskip("triton")
 
 from row_oracle import DTYPES, EPS32, EVERY, PLAIN, assert_near, assert_outputs, make, oracle
 
+from sslkernels.core.triton.products import splits
 from sslkernels.vocabulary.softmax_rows import empty_outputs
 from sslkernels.vocabulary.triton import linear_cross_entropy as stream_launcher
 from sslkernels.vocabulary.triton.linear_cross_entropy import config as stream_config
-from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab, stream_forward
+from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
 
 # The interpreter computes with NumPy, which warns where a device gives inf or NaN in silence.
 pytestmark = [pytest.mark.pairwise, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -35,7 +36,8 @@ def tiles_per_split(request, monkeypatch):
 
 
 def stream(input, linear_weight, target, bias, weight, options, *, stats, row_index=None):
-    outputs = empty_outputs(input, (target if row_index is None else row_index).shape[0], stats)
+    row_index = torch.arange(target.shape[0], device=target.device) if row_index is None else row_index
+    outputs = empty_outputs(input, row_index.shape[0], stats)
     stream_forward(input, linear_weight, target, bias, weight, outputs, options, stats, row_index=row_index)
     return outputs
 
@@ -127,9 +129,9 @@ def test_stream_rejects_float64(device):
 def test_splits_cover_the_vocabulary():
     for count, vocab, processors in itertools.product((1, 100, 8192, 10**6), (1, 129, 30522, 256000), (1, 108, 132)):
         chosen = stream_config(count, 768, torch.bfloat16, (9, 0), plain=True)
-        splits, per_split = split_vocab(count, vocab, chosen, processors)
-        tiles = -(-vocab // chosen.constexprs["BLOCK_V"])
-        assert (splits - 1) * per_split < tiles <= splits * per_split
+        parts, per_split = splits(count, vocab, chosen, processors)
+        tiles = -(-vocab // chosen.constexprs["BLOCK_N"])
+        assert (parts - 1) * per_split < tiles <= parts * per_split
 
 
 @kernels("linear_cross_entropy")

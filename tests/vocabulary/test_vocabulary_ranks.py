@@ -209,13 +209,13 @@ def confident(rank, world):
 
 
 def not_finite(rank, world):
-    """A row that is NaN, the classes of whole slices, and nothing but masked classes."""
+    """A NaN in a row, in the classes of whole slices, and only masked classes."""
     input, weight, target = confident_problem()
     rows = input.clone()
     rows[3] = torch.nan
     classes = weight.clone()
     classes[:6] = torch.nan
-    bias = torch.full((12,), -torch.inf)  # nothing is left
+    bias = torch.full((12,), -torch.inf)  # every class is masked
     return [
         loss_of_slices(rank, world, rows, weight, target),
         loss_of_slices(rank, world, input, classes, target, linear_bias=sliced(torch.zeros(12), world, rank)),
@@ -459,7 +459,7 @@ def test_a_confident_row_keeps_its_loss(ranks):
         torch.testing.assert_close(got, want, rtol=3e-5, atol=0)
 
 
-def test_what_is_not_finite_is_seen_on_every_rank(ranks):
+def test_nonfinite_logits_reach_every_rank(ranks):
     for row, every, nothing in special(ranks, "not_finite")[1]:
         assert row.isnan().nonzero().flatten().tolist() == [3]
         assert every.isnan().all()

@@ -18,8 +18,8 @@ constexpr int64_t kGrain = 32768;  // elements that are worth handing to another
 
 inline int64_t row_grain(int64_t columns) { return kGrain / (columns + 1) + 1; }
 
-// run(begin, end) over ranges of [0, count), in torch's threads. torch replaces what is thrown in them by a message
-// that names only its own function, so the first exception is kept and thrown again here.
+// run(begin, end) over ranges of [0, count), in torch's threads. torch replaces an exception of a thread by a message
+// that names only its own function, so the first one is kept and thrown again here.
 template <class Run>
 void parallel_ranges(int64_t count, int64_t grain, Run run) {
   std::exception_ptr thrown;

@@ -23,7 +23,7 @@ inline void store(const A* in, int64_t count, T* out) {
   for (int64_t j = 0; j < count; ++j) from_float(in[j], &out[j]);
 }
 
-// Calls run(pointer) with the elements from `begin` on of a row that is computed in A, whatever it is stored as. Code
+// Calls run(pointer) with the elements from `begin` on of a row that is computed in A, whatever its stored type. Code
 // around it is compiled once for all types that share A; only the loops that read or write are compiled per type.
 template <class T, class Void>
 inline auto* as(Void* row) {

@@ -7,7 +7,8 @@ namespace sslkernels {
 
 constexpr int kMaxWarps = 32;
 
-// A Value has `static Value identity()` and `static Value combine(Value, Value)`, and is trivially copyable.
+// A Value has `static Value identity()` and `static Value combine(Value, Value)`, and is trivially copyable. It has
+// fields `unused` in place of padding, which a shuffle would move uninitialised.
 template <class Value>
 struct Reduction {
   struct Scratch {

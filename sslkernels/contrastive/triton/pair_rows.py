@@ -172,20 +172,20 @@ def finish_gradient_kernel(
         r = tl.load(norm + row, inside, other=0.0)
     if partner is not None:
         factor = tl.load(score_gradient + row, inside & (row < score_rows), other=0.0)
-        of_row = row.to(tl.int64)
+        partner_row = row.to(tl.int64)
         if index is not None:
-            of_row = tl.load(index + row, inside, other=-1)
-        has = inside & (of_row >= 0) & (of_row < partners) & (factor != 0.0)
+            partner_row = tl.load(index + row, inside, other=-1)
+        has = inside & (partner_row >= 0) & (partner_row < partners) & (factor != 0.0)
         invalid = inside & (factor != factor)  # NaN without a partner
         if norm is not None:
-            factor *= tl.where(has, r * tl.load(partner_norm + of_row, has, other=0.0), 1.0)
+            factor *= tl.where(has, r * tl.load(partner_norm + partner_row, has, other=0.0), 1.0)
     for begin in range(0, dim, BLOCK_D):
         column = begin + tl.arange(0, BLOCK_D)
         at = row.to(tl.int64)[:, None] * dim + column[None, :]
         valid = inside[:, None] & (column < dim)[None, :]
         part = tl.load(total + at, valid, other=0.0)
         if partner is not None:
-            added = factor[:, None] * _load_rows(partner, of_row, has, column, dim, ACC)
+            added = factor[:, None] * _load_rows(partner, partner_row, has, column, dim, ACC)
             part += tl.where(has[:, None], added, tl.where(invalid, factor, 0.0)[:, None])
         part *= scale
         if extra is not None:

@@ -62,8 +62,9 @@ def row_scale(logit_scale, row_norm):
 @triton.jit
 def block_products(
     queries, candidates, query_offsets, candidate_offsets,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The dot products (BLOCK_M, BLOCK_N) of a block; the offsets are the elements before each row."""
     depth = tl.arange(0, BLOCK_D)
     query_at = queries + query_offsets[:, None] + depth[None, :]
     candidate_at = candidates + candidate_offsets[None, :] + depth[:, None]
@@ -127,8 +128,8 @@ def masked_pairs(
 
 @triton.jit
 def _places(index, start, lane, inside):
-    """(start, int64; place from there, the first one for lanes outside) of a block in a mask of pairs. Without an index
-    places have 32 bits: `_masks` gives one where they would need more."""
+    """Where a block is in a mask of pairs: (int64 start, offsets from it; lanes outside have the first offset). Without
+    an index the offsets have 32 bits: `_masks` passes an index where they would need more."""
     if index is not None:
         return tl.full((), 0, tl.int64), load_block(index, start, lane, inside, 0)
     else:

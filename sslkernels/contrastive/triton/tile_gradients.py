@@ -155,7 +155,7 @@ def pair_gradient_tile_kernel(
         column_inside = inside_of(lane, column, columns, EVEN)
         products = block_products(
             queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets,
-            feature_offsets(lane, column_inside, DIM), DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+            feature_offsets(lane, column_inside, DIM), DIM, BLOCK_D,
         )  # fmt: skip
         u = products
         if column_norm is not None:
@@ -295,11 +295,11 @@ def add_gradients(tile: Any, row: Any, column: Any, outputs: Any) -> tuple[Tenso
             _gradient_tile(tile, row, column, running, gain, tile.products if wanted else None)
             return gain, wanted
         if outputs.queries is not None:
-            _owned(tile, False, row, column, outputs.queries, running)
+            _gradient_owner(tile, False, row, column, outputs.queries, running)
         else:
             _gradient_tile(tile, row, column, running, None, None)
         if outputs.candidates is not None:
-            _owned(tile, True, column, row, outputs.candidates, _Running(None, None, None))
+            _gradient_owner(tile, True, column, row, outputs.candidates, _Running(None, None, None))
     return None, False
 
 
@@ -351,7 +351,7 @@ def _gradient_tile(
     running.add(sums)
 
 
-def _owned(tile: Any, transposed: bool, row: Any, column: Any, grad: Tensor, running: _Running) -> None:
+def _gradient_owner(tile: Any, transposed: bool, row: Any, column: Any, grad: Tensor, running: _Running) -> None:
     """grad += G @ candidates, or G.T @ queries if transposed; row and column: the sides of the rows of grad and of the
     others."""
     tensors = operands(tile, transposed)

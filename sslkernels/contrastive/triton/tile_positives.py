@@ -31,9 +31,7 @@ def positives_in_tile_kernel(
     has = inside & (at >= 0) & (at < columns)
     at = tl.where(has, at, 0)
     first = row.to(tl.int64) * DIM
-    u = block_products(
-        queries + first, candidates, tl.where(inside, lane, 0) * DIM, at * DIM, DIM, BLOCK_M, BLOCK_M, BLOCK_D
-    )
+    u = block_products(queries + first, candidates, tl.where(inside, lane, 0) * DIM, at * DIM, DIM, BLOCK_D)
     if column_norm is not None:
         u *= tl.load(column_norm + at)[None, :]
     s = block_scores(u, row_scale(logit_scale, load_block(row_norm, row, lane, inside, 0.0)), logit_bias, None)

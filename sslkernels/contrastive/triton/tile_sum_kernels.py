@@ -96,7 +96,7 @@ def pair_sums_kernel(
             column_inside = inside_of(lane, column, columns, EVEN)
             products = block_products(
                 queries + row.to(tl.int64) * DIM, candidates + column.to(tl.int64) * DIM, query_offsets,
-                feature_offsets(lane, column_inside, DIM), DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+                feature_offsets(lane, column_inside, DIM), DIM, BLOCK_D,
             )  # fmt: skip
             u = products
             if column_norm is not None:

@@ -66,13 +66,13 @@ def negative_sampling_fwd_kernel(
     for first in range(0, negatives + 1, BLOCK_K):
         _, _, used, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
         wrong += tl.sum((used & ((index < 0) | (index >= context_rows))).to(tl.int32), 0)
-    nothing = tl.where(wrong > 0, float("nan"), 0.0).to(acc)
+    poison = tl.where(wrong > 0, float("nan"), 0.0).to(acc)
 
     column = tl.arange(0, BLOCK_D)
     in_row = column < dim
     u = tl.load(center_weight_ptr + tl.where(center_wrong, 0, center) * dim + column, mask=in_row, other=0).to(acc)
-    loss = nothing
-    direction = tl.zeros((BLOCK_D,), acc) + nothing
+    loss = poison
+    direction = tl.zeros((BLOCK_D,), acc) + poison
     for first in range(0, negatives + 1, BLOCK_K):
         k, inside, used, index = _candidates(context, negatives_ptr, first, negatives, BLOCK_K)
         if EXCLUDE_POSITIVE:
@@ -87,7 +87,7 @@ def negative_sampling_fwd_kernel(
         slope = tl.where(used, tl.where(k == 0, -sigmoid, sigmoid), 0.0)
         loss += tl.sum(tl.where(used, tl.where(x > 0, x, 0.0) + log1p(e), 0.0), 0)
         if WRITE_SLOPES:
-            tl.store(slopes_ptr + i * (negatives + 1) + k, slope + nothing, mask=inside)
+            tl.store(slopes_ptr + i * (negatives + 1) + k, slope + poison, mask=inside)
         if WRITE_DIRECTION:
             direction += tl.sum(slope[:, None] * v, 0)
     tl.store(loss_ptr + i, loss)

@@ -129,7 +129,9 @@ def gaussian_fwd_kernel(
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     kl_sum = tl.zeros((COLS,), ACC)
-    average = tl.zeros((COLS,), ACC)  # of `mean` less row 0, over the `seen` rows, as `squares` is
+    # Running over the rows `seen` (Chan, Golub and LeVeque 1983): the average of `mean` minus row 0, and the sum of
+    # squared deviations from it.
+    average = tl.zeros((COLS,), ACC)
     squares = tl.zeros((COLS,), ACC)
     for step in range(STEPS):
         first, column, row, col, valid = _tile(rows, columns, tiles, step, STEPS, ROWS, COLS)

@@ -179,7 +179,7 @@ def resolve_codes_kernel(
 
     score = tl.full((), float("-inf"), tl.float64)
     index = tl.full((), 2147483647, tl.int32)
-    nothing = tl.full((), 2147483647, tl.int32)  # the first code whose score is NaN
+    first_nan = tl.full((), 2147483647, tl.int32)  # the first code with a NaN score
     per_split = tiles_per_split * TILE
     for split in range(0, splits):
         if tl.load(best_in + split * rows.to(tl.int64) + row) >= bound:
@@ -191,15 +191,15 @@ def resolve_codes_kernel(
                     input + row * dim, codebook, code.to(tl.int64), inside, dim, METRIC, BLOCK_N, BLOCK_D
                 )
                 is_nan = inside & (scores != scores)
-                nothing = tl.minimum(nothing, tl.min(tl.where(is_nan, code, NONE), 0))
+                first_nan = tl.minimum(first_nan, tl.min(tl.where(is_nan, code, NONE), 0))
                 scores = tl.where(inside & (scores == scores), scores, float("-inf"))
                 tile_score = tl.max(scores, 0)
                 tile_index = tl.min(tl.where(inside & (scores == tile_score), code, NONE), 0)
                 better = (tile_score > score) | ((tile_score == score) & (tile_index < index))
                 index = tl.where(better, tile_index, index)
                 score = tl.where(better, tile_score, score)
-    tl.store(index_out + row, tl.where(nothing < NONE, nothing, index).to(tl.int64))
-    tl.store(score_out + row, tl.where(nothing < NONE, float("nan"), score))
+    tl.store(index_out + row, tl.where(first_nan < NONE, first_nan, index).to(tl.int64))
+    tl.store(score_out + row, tl.where(first_nan < NONE, float("nan"), score))
 
 
 def config(rows: int, codes: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sslkernels.random.triton.philox import philox_words, token_groups
+from sslkernels.random.triton.philox import column_offsets, philox_words, token_groups
 
 BLOCK = 128
 
@@ -36,9 +36,7 @@ def alias_draw_kernel(
     product = high * buckets + ((low * buckets) >> 32)
     bucket = (product >> 32).to(tl.int64)
 
-    column = tl.reshape(group[:, None] * 4 + tl.arange(0, 4)[None, :], (4 * BLOCK,))
-    offset = tl.reshape((row * columns)[:, None] + tl.zeros((1, 4), tl.int64), (4 * BLOCK,)) + column
-    valid = tl.reshape(in_range[:, None] & (tl.arange(0, 4)[None, :] >= 0), (4 * BLOCK,)) & (column < columns)
+    offset, valid = column_offsets(row, group, in_range, columns, BLOCK)
     threshold = tl.load(table_ptr + 2 * bucket, mask=valid, other=0).to(tl.uint32, bitcast=True)
     alias = tl.load(table_ptr + 2 * bucket + 1, mask=valid, other=0).to(tl.int64)
     fraction = (product & 0xFFFFFFFF).to(tl.uint32)

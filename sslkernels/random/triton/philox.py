@@ -43,6 +43,15 @@ def philox_words(seed, group, draw):
 
 
 @triton.jit
+def column_offsets(row, group, in_range, columns, BLOCK: tl.constexpr):
+    """Element offsets and masks (4 * BLOCK,) of the columns of the groups, in a contiguous (rows, columns)."""
+    lane = tl.arange(0, 4)[None, :]
+    column = group[:, None] * 4 + lane
+    offset = tl.reshape(row[:, None] * columns + column, (4 * BLOCK,))
+    return offset, tl.reshape(in_range[:, None] & (column < columns), (4 * BLOCK,))
+
+
+@triton.jit
 def token_groups(first, rows, groups, BLOCK: tl.constexpr):
     """Row and group in the row (int64) of the groups first ... first + BLOCK - 1 of all rows, and their range mask."""
     # One 64-bit division per program; the lanes divide in 32 bits if `groups` has 32.

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sslkernels.random.triton import transforms
-from sslkernels.random.triton.philox import philox_words, token_groups
+from sslkernels.random.triton.philox import column_offsets, philox_words, token_groups
 
 BLOCK = 256
 
@@ -51,9 +51,7 @@ def random_stream_kernel(
         at = tl.arange(0, 4 * BLOCK)
         tl.store(out_ptr + 4 * first + at, values, mask=at // 4 < rows.to(tl.int64) * groups - first)
     else:
-        column = tl.reshape(group[:, None] * 4 + tl.arange(0, 4)[None, :], (4 * BLOCK,))
-        offset = tl.reshape((row * columns)[:, None] + tl.zeros((1, 4), tl.int64), (4 * BLOCK,)) + column
-        valid = tl.reshape(in_range[:, None] & (tl.arange(0, 4)[None, :] >= 0), (4 * BLOCK,)) & (column < columns)
+        offset, valid = column_offsets(row, group, in_range, columns, BLOCK)
         tl.store(out_ptr + offset, values, mask=valid)
 
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from sslkernels.core import checks
 from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
 from sslkernels.core.dtypes import accumulation_dtype, compute_dtype_of
-from sslkernels.core.operator import full, operator
+from sslkernels.core.operator import operator
 from sslkernels.vocabulary.prototypes.chunked_distillation import WORKSPACE_BYTES, Projection
 from sslkernels.vocabulary.prototypes.distillation_records import centered, inverse_of
 from sslkernels.vocabulary.prototypes.distillation_rows import DistillationRows, NativeRows, TritonRows
-from sslkernels.vocabulary.prototypes.heads import check_head
+from sslkernels.vocabulary.prototypes.heads import check_head, temperature_tensor
 
 NAME = "sinkhorn_center"
 COLUMNS_AT_ONCE = 4096  # on a CPU a block of columns stays in the cache through the passes over it
@@ -207,7 +207,10 @@ def sinkhorn_center(
         if mask is not None and rows.device.type == "cpu" and not torch.compiler.is_compiling():
             rows, mask = rows[mask], None
         bias = None if teacher_bias is None else teacher_bias.double()
-        inputs = ColumnInputs(rows, teacher_weight.contiguous(), bias, _temperature(temperature, teacher), mask)
+        temperature = temperature_tensor(
+            NAME, "temperature", temperature, "teacher", teacher.device, high=checks.LARGEST
+        )
+        inputs = ColumnInputs(rows, teacher_weight.contiguous(), bias, temperature, mask)
         potential = _potential(sinkhorn_columns(inputs, compute_dtype, False), process_group)
         for _ in range(iterations - 1):
             center = inputs.temperature * potential
@@ -232,18 +235,6 @@ def _potential(columns: ColumnSums, process_group: Any) -> Tensor:
     chosen = largest != -math.inf
     mean = torch.where(chosen, found, 0).sum() / chosen.sum().clamp_min(1)
     return torch.where(chosen, found - mean, 0)
-
-
-def _temperature(value: float | Tensor, teacher: Tensor) -> Tensor:
-    """0-d, float64."""
-    if not isinstance(value, Tensor):
-        checks.number(NAME, "temperature", value, low=0.0, high=checks.LARGEST, low_open=True)
-        return full((), value, torch.float64, teacher.device)
-    checks.tensor(NAME, "temperature", value, checks.FLOAT_DTYPES)
-    checks.same_device(NAME, "temperature", value, "teacher", teacher.device)
-    if value.numel() != 1:
-        checks.fail(ValueError, NAME, "temperature", "be a number or a tensor of one element", tuple(value.shape))
-    return value.reshape(()).double()
 
 
 @checks.with_python_numbers

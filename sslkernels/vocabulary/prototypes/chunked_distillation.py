@@ -78,7 +78,7 @@ def forward(
 class _Order(NamedTuple):
     """rows (count,): the rows to compute, in the order of the chunks; None for all as they are. valid: how many rows
     have a teacher, an int or a 0-d tensor. index (count, T), share (count, T): teachers and weights of these rows;
-    None: row i of row i."""
+    None: row i has teacher row i."""
 
     count: int
     rows: Tensor | None
@@ -99,7 +99,7 @@ def _order(operands: Operands, dtype: torch.dtype) -> _Order:
     index, share = shares(index, teachers, dtype)
     given = torch.where(share != 0, index, teachers)  # NaN, for an index out of range, is given too
     first = given.amin(1)
-    # Rows with a teacher in common get a common label, if a row of the one has both.
+    # A teacher's label is the first teacher of any row that has it: rows that share teachers sort next to each other.
     label = torch.full((teachers + 1,), teachers, dtype=torch.int64, device=index.device)
     label.scatter_reduce_(0, given.reshape(-1), first[:, None].expand_as(given).reshape(-1), "amin")
     label[teachers] = teachers
@@ -119,7 +119,7 @@ def _chunks(order: _Order, chunk_rows: int) -> Iterator[slice]:
 
 
 def _scatter(out: Tensor, parts: list[Tensor], order: _Order) -> None:
-    """Values of the rows in the order of the chunks to their places in `out`; 0 in rows that were dropped."""
+    """Writes values, in the order of the chunks, to their rows of `out`; rows that were dropped become 0."""
     if out.numel() == 0:
         return
     if order.count < out.shape[0]:
@@ -131,7 +131,7 @@ def _scatter(out: Tensor, parts: list[Tensor], order: _Order) -> None:
 
 
 def _masses(state: TeacherState, choice: Choice) -> Tensor:
-    """By what the exponentials of each teacher row are multiplied in the sum of q over the rows."""
+    """The factor of each teacher row's exponentials in the sum of q over the rows."""
     inverse = 1 / (1 + state.others)
     if choice.index is None:
         return inverse
@@ -154,7 +154,7 @@ class Projection:
         compute_dtype: torch.dtype,
         slices: Slices | None = None,
     ) -> None:
-        """offset (V,), float64: what is added to the logits; only its differences matter, in all slices."""
+        """offset (V,), float64, is added to the logits, without its mean over all slices."""
         acc = accumulation_dtype(rows.dtype)
         # On a CPU a matmul of 16-bit numbers has no float32 result.
         self.dtype = compute_dtype if rows.device.type == "cuda" and acc != torch.float64 else acc
@@ -188,7 +188,7 @@ class _Teachers:
             self.teacher,
             operands.teacher_weight,
             operands.teacher_offset,
-            operands.temperature[1],
+            operands.teacher_temperature,
             options.teacher_dtype,
             slices,
         )
@@ -231,7 +231,7 @@ class _Students:
             operands.input,
             operands.linear_weight,
             operands.linear_bias,
-            operands.temperature[0],
+            operands.student_temperature,
             options.student_dtype,
             slices,
         )
@@ -247,13 +247,14 @@ class _Students:
 
     def coefficient(self, coefficient: Tensor, order: _Order, operands: Operands) -> Tensor:
         """The factors of the gradients with respect to the products, in the order of the chunks."""
-        coefficient = coefficient * inverse_of(operands.temperature[0]).to(self.acc)
+        coefficient = coefficient * inverse_of(operands.student_temperature).to(self.acc)
         if order.rows is not None:
             coefficient = coefficient[order.rows].masked_fill((order.share == 0).all(1), 0)
         return normalise(coefficient, self.gradients.scale, self.input.dtype, self.dtype).contiguous()
 
     def chunk_rows(self, teachers: _Teachers, order: _Order) -> int:
-        """As many rows as fit with the teachers that they may need, and allocates their buffers."""
+        """The rows of a chunk, as many as fit the workspace with the teachers that they may need, whose buffers it
+        allocates."""
         device, pitch = self.input.device, row_pitch(self.widest)
         workspace_bytes = self.options.workspace_bytes
         if workspace_bytes is None:

@@ -40,12 +40,20 @@ class Operands(NamedTuple):
     teacher_index: Tensor | None
     temperature: Tensor
 
+    @property
+    def student_temperature(self) -> Tensor:
+        return self.temperature[0]
+
+    @property
+    def teacher_temperature(self) -> Tensor:
+        return self.temperature[1]
+
 
 class Options(NamedTuple):
     """divergence: subtract the entropy of q. stats: fill the statistics. The dtypes of the matmuls, and the caller's
     bound of the bytes of the buffers, None for the default. group: name of the process group over which the prototypes
-    are sliced, None: they are not; sizes: of the slices of all ranks, empty where they are still to be exchanged.
-    Heads, offsets and the usage are then of this rank's slice."""
+    are sliced, None: they are not; sizes: the sizes of all slices, empty if they are still to be exchanged. Heads,
+    offsets and the usage then hold this rank's slice."""
 
     divergence: bool
     stats: bool
@@ -71,7 +79,9 @@ class RowOutputs(NamedTuple):
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
-        return self[:-1]
+        """The fields with a value per row: all but the usage."""
+        *rows, _ = self
+        return tuple(rows)
 
 
 def empty_outputs(operands: Operands, count: int, stats: bool) -> RowOutputs:
@@ -89,7 +99,7 @@ def empty_outputs(operands: Operands, count: int, stats: bool) -> RowOutputs:
 
 
 def centered(vector: Tensor | None, slices: Slices | None = None) -> Tensor | None:
-    """The vector minus its mean, of all slices, float64: no softmax changes, and what is far from 0 costs no digits.
+    """The vector minus its mean over all slices, float64: no softmax changes, and a vector far from 0 costs no digits.
     Infinities, which mask columns, do not count."""
     if vector is None:
         return None
@@ -101,7 +111,7 @@ def centered(vector: Tensor | None, slices: Slices | None = None) -> Tensor | No
 
 
 def inverse_of(temperature: Tensor) -> Tensor:
-    """One over it; NaN for what is no temperature."""
+    """1 / temperature; NaN unless it is positive."""
     return torch.where(temperature > 0, 1 / temperature, float("nan"))
 
 

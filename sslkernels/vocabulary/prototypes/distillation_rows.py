@@ -26,8 +26,8 @@ class TeacherState(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The teachers of each row (n, T), as rows of a `TeacherState`, -1 for none, and their weights; None: row i of row
-    i."""
+    """The teachers of each row (n, T), as rows of a `TeacherState`, -1 for none, and their weights; None: row i has
+    teacher row i."""
 
     index: Tensor | None
     share: Tensor | None

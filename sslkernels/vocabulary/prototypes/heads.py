@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sslkernels.core import checks
+from sslkernels.core.operator import full
 from sslkernels.vocabulary.prototypes.distillation_records import NAME
 
 
@@ -38,8 +40,22 @@ def check_head(
     checks.same_device(function, f"{name}_bias", bias, name, features.device)
 
 
+def temperature_tensor(
+    function: str, name: str, value: float | Tensor, features: str, device: torch.device, *, high: float = math.inf
+) -> Tensor:
+    """A checked temperature as a float64 tensor () on the device of the argument `features`."""
+    if not isinstance(value, Tensor):
+        checks.number(function, name, value, low=0.0, high=high, low_open=True)
+        return full((), value, torch.float64, device)
+    checks.tensor(function, name, value, checks.FLOAT_DTYPES)
+    checks.same_device(function, name, value, features, device)
+    if value.numel() != 1:
+        checks.fail(ValueError, function, name, "be a number or a tensor of one element", tuple(value.shape))
+    return value.reshape(()).double()
+
+
 class Heads(NamedTuple):
-    """What has a row for each prototype, of this rank's slice if they are sliced."""
+    """The tensors with a row for each prototype, or for those of this rank's slice."""
 
     student_weight: Tensor
     student_bias: Tensor | None

@@ -30,7 +30,7 @@ from sslkernels.vocabulary.prototypes.distillation_records import (
     empty_outputs,
 )
 from sslkernels.vocabulary.prototypes.distillation_rows import DistillationRows, NativeRows, TritonRows
-from sslkernels.vocabulary.prototypes.heads import Heads, check_heads, check_rows
+from sslkernels.vocabulary.prototypes.heads import Heads, check_heads, check_rows, temperature_tensor
 from sslkernels.vocabulary.reduction import check_reduction, reduced
 
 
@@ -53,7 +53,7 @@ class DistillationStats(NamedTuple):
 def _checked(
     forward: Callable[..., Any], operands: Operands, coefficient: Tensor | None, options: Options, wanted: Wanted
 ) -> tuple[RowOutputs, Gradients]:
-    """Raises `ValueError` for what only the data show, on a CPU; elsewhere the results are NaN."""
+    """Raises `ValueError` for wrong temperatures and indices in tensors on a CPU; elsewhere they give NaN."""
     if operands.input.device.type == "cpu":
         for name, value in zip(("student_temperature", "teacher_temperature"), operands.temperature, strict=True):
             if not value > 0:
@@ -70,7 +70,7 @@ def _checked(
 def _reference(
     operands: Operands, coefficient: Tensor | None, options: Options, wanted: Wanted
 ) -> tuple[RowOutputs, Gradients]:
-    """Over slices of the prototypes every backend has the same rows, in plain torch."""
+    """Plain torch; over slices of the prototypes the chunked plan, whose `SlicedRows` all backends share."""
     if options.group is not None:
         return chunked_distillation.forward(DistillationRows(), operands, coefficient, options, wanted)
     return distillation_reference.forward(operands, coefficient, options, wanted)
@@ -338,11 +338,10 @@ def linear_distillation(
         same |= {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
         check_ranks(NAME, group, same | {"divergence": divergence, "stats": return_stats, "bytes": workspace_bytes})
         student = summed_gradient(student, group)
-    temperatures = [
-        _temperature(name, value, student.device)
-        for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature))
-    ]
-    if temperatures[1].requires_grad:
+    device = student.device
+    student_tau = temperature_tensor(NAME, "student_temperature", student_temperature, "student", device)
+    teacher_tau = temperature_tensor(NAME, "teacher_temperature", teacher_temperature, "student", device)
+    if teacher_tau.requires_grad:
         checks.fail(ValueError, NAME, "teacher_temperature", "not require grad", "requires_grad=True")
 
     acc = accumulation_dtype(student.dtype)
@@ -357,7 +356,7 @@ def linear_distillation(
         teacher_weight.detach().contiguous(),
         _offset(teacher_bias, center),
         index,
-        torch.stack(temperatures),
+        torch.stack([student_tau, teacher_tau]),
     )
     weights = None if row_weight is None else row_weight.reshape(-1).contiguous()
     divisor = _divisor(operands, num_items, on_empty, acc) if reduction == "mean" else None
@@ -380,23 +379,11 @@ def _statistics(rows: RowOutputs, shape: tuple[int, ...], group: str | None) -> 
 
 
 def _offset(teacher_bias: Tensor | None, center: Tensor | None) -> Tensor | None:
-    """What is added to the teacher's logits, float64: a center far from 0 costs no digits."""
+    """The sum that is added to the teacher's logits, float64: a center far from 0 costs no digits."""
     if center is None:
         return None if teacher_bias is None else teacher_bias.detach().double()
     offset = -center.detach().double()
     return offset if teacher_bias is None else offset + teacher_bias.detach().double()
-
-
-def _temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """0-d, float64."""
-    if not isinstance(value, Tensor):
-        checks.number(NAME, name, value, low=0.0, low_open=True)
-        return full((), value, torch.float64, device)
-    checks.tensor(NAME, name, value, checks.FLOAT_DTYPES)
-    checks.same_device(NAME, name, value, "student", device)
-    if value.numel() != 1:
-        checks.fail(ValueError, NAME, name, "be a number or a tensor of one element", tuple(value.shape))
-    return value.reshape(()).double()
 
 
 def _divisor(operands: Operands, num_items: int | Tensor | None, on_empty: str, dtype: torch.dtype) -> Tensor:

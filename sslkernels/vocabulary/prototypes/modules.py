@@ -17,8 +17,8 @@ from sslkernels.vocabulary.prototypes.linear_distillation import DistillationSta
 NAME = "PrototypeLoss"
 
 
-class _Heads(NamedTuple):
-    """What the rows of a step have in common."""
+class _StepHeads(NamedTuple):
+    """The heads of a step, and the teacher's temperature at it."""
 
     student_weight: Tensor
     student_bias: Tensor | None
@@ -155,7 +155,7 @@ class PrototypeLoss(Options):
             )
         if teacher is None:
             teacher, teacher_weight, teacher_bias = student, student_weight, student_bias
-        heads = _Heads(student_weight, student_bias, teacher_weight, teacher_bias, self.temperature_at(step))
+        heads = _StepHeads(student_weight, student_bias, teacher_weight, teacher_bias, self.temperature_at(step))
         student, teacher = _stacked(student), _stacked(teacher)
         if self.pairs == "views":
             return self._views(student, teacher, queue, heads)
@@ -185,7 +185,7 @@ class PrototypeLoss(Options):
         if queue is not None and self.pairs != "views":
             checks.fail(ValueError, NAME, "queue", 'be None unless pairs is "views"', tuple(queue.shape))
 
-    def _distil(self, student: Tensor, teacher: Tensor, heads: _Heads, **rows: Any) -> Any:
+    def _distil(self, student: Tensor, teacher: Tensor, heads: _StepHeads, **rows: Any) -> Any:
         return linear_distillation(
             student,
             heads.student_weight,
@@ -201,7 +201,7 @@ class PrototypeLoss(Options):
             **rows,
         )
 
-    def _sinkhorn(self, teacher: Tensor, heads: _Heads) -> Tensor:
+    def _sinkhorn(self, teacher: Tensor, heads: _StepHeads) -> Tensor:
         return sinkhorn_center(
             teacher,
             heads.teacher_weight,
@@ -212,7 +212,7 @@ class PrototypeLoss(Options):
         )
 
     @torch.no_grad()
-    def _update(self, teacher: Tensor, heads: _Heads) -> None:
+    def _update(self, teacher: Tensor, heads: _StepHeads) -> None:
         batch = teacher_center(
             teacher, heads.teacher_weight, teacher_bias=heads.teacher_bias, process_group=self.process_group
         )
@@ -221,14 +221,14 @@ class PrototypeLoss(Options):
         self.center.copy_(torch.where(batch.isfinite(), average, self.center))
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrototypeLoss:
-        """Keeps the center in float32, which in half precision would stop to move."""
+        """Keeps the center in float32, which in half precision would stop moving."""
         before = self.center
         super()._apply(fn, recurse)
         if before is not None and self.center.dtype in (torch.float16, torch.bfloat16):
             self.center = before.to(self.center.device)
         return self
 
-    def _views(self, student: Tensor, teacher: Tensor, queue: Tensor | None, heads: _Heads) -> Any:
+    def _views(self, student: Tensor, teacher: Tensor, queue: Tensor | None, heads: _StepHeads) -> Any:
         """Each assigned view is the teacher of the other views, with a center of its own."""
         views, batch = student.shape[:2]
         if views < 2 or teacher.shape[0] < self.assigned_views or views < self.assigned_views:

@@ -1,4 +1,4 @@
-"""Rows of `linear_distillation` of which each rank has the logits of a slice of the prototypes, in plain torch on every
+"""Rows of `linear_distillation` when each rank has the logits of a slice of the prototypes, in plain torch on every
 backend. No logits are sent: the ranks gather their maxima of each row, where the first of the largest wins, and reduce
 the sums over their columns, relative to it.
 """

@@ -78,20 +78,20 @@ def teacher_rows_kernel(
         e = tl.where(cols == best, 0.0, tl.exp(z - largest))
         others += tl.where(inside, e, 0.0)
         tl.store(row + cols, tl.where(cols == best, 1.0, e), access)
-    tl.store(others_out + index, tl.sum(others, 0) + (largest - largest))
+    tl.store(others_out + index, tl.sum(others, 0) + (largest - largest))  # NaN without a finite maximum
     tl.store(best_out + index, best)
 
 
 @triton.jit
 def _chosen(index, share, others, row, t, choices, HAS_INDEX: tl.constexpr):
-    """The t-th teacher row of a row, whether it is given, its share, and by what its exponentials are multiplied."""
+    """The t-th teacher row of a row, whether it is given, its share, and the factor of its exponentials."""
     if HAS_INDEX:
         teacher = tl.load(index + row * choices + t)
         given = teacher >= 0
         part = tl.load(share + row * choices + t, given, other=0.0)
         return teacher, given, part, part / (1.0 + tl.load(others + teacher, given, other=0.0))
     total = 1.0 + tl.load(others + row)
-    return row, row >= 0, total / total, 1.0 / total
+    return row, row >= 0, total / total, 1.0 / total  # the share is 1, or NaN for a teacher row with a NaN
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _target_at(
 def _sure_column(
     teacher, teacher_stride, index, share, others, teacher_best, row, choices, HAS_INDEX: tl.constexpr
 ):  # fmt: skip
-    """The column that has more than half of q, -1 if none has: it is the largest of one of the teachers."""
+    """The column that has more than half of q, -1 if none has. It is the largest column of one of the teachers."""
     sure = tl.full((), -1, tl.int64)
     for t in range(0, choices):
         k, given, _, _ = _chosen(index, share, others, row, t, choices, HAS_INDEX)
@@ -198,7 +198,7 @@ def distillation_rows_kernel(
         others_lanes += e
         student_lanes += tl.where(e == 0.0, 0.0, e * gap)  # 0 where a logit is -inf
         target_lanes += tl.where(q == 0.0, 0.0, q * gap)
-    others = tl.sum(others_lanes, 0) + (largest - largest)
+    others = tl.sum(others_lanes, 0) + (largest - largest)  # NaN without a finite maximum
     total = 1.0 + others
     log_sum = log1p(others)
     student_gap = tl.sum(student_lanes, 0) / total
@@ -207,8 +207,8 @@ def distillation_rows_kernel(
     tl.store(gap_out + i, student_gap - target_gap)
 
     if DIVERGENCE or STATS:
-        # The student's largest column and the one with more than half of q are added last: where p and q are near 1,
-        # what is missing is known to its digits.
+        # The student's largest column and the column with more than half of q are added last, from 1 - p and 1 - q,
+        # which keep their digits where p and q are near 1.
         sure = _sure_column(teacher, teacher_stride, index, share, others_in, best_in, i, choices, HAS_INDEX)
         entropy_lanes = tl.zeros((BLOCK,), scale.dtype)
         divergence_lanes = tl.zeros((BLOCK,), scale.dtype)
@@ -247,7 +247,7 @@ def distillation_rows_kernel(
         entropy += tl.sum(entropy_lanes, 0)
         row_divergence += tl.sum(divergence_lanes, 0)
         if DIVERGENCE:
-            row_loss = row_divergence + 0.0 * (target_gap + others)
+            row_loss = row_divergence + 0.0 * (target_gap + others)  # NaN where the row has one
         if STATS:
             _, target_best = _largest(highest, highest_col)
             tl.store(teacher_entropy + i, entropy)

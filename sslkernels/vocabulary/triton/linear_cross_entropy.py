@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sslkernels.core.triton.launch import Config, capability, next_power_of_2, on_device_of, processors
 from sslkernels.core.triton.numerics import shifted_moment
-from sslkernels.core.triton.products import tile_products
+from sslkernels.core.triton.products import splits, tile_products
 from sslkernels.vocabulary.triton.softmax_row_kernels import log_probability, ranked, transformed
 from sslkernels.vocabulary.triton.softmax_rows import scalars
 
@@ -24,13 +24,11 @@ REDUCE_ROWS = 128
 
 
 @triton.jit
-def _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr):
+def _rows_of_block(target, row_index, count, ignore_index, BLOCK_M: tl.constexpr):
     """Rows of the block, mask of rows in range, their row in the input (0 if unused), targets, mask of used rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
-    source = rows.to(tl.int64)
-    if HAS_INDEX:
-        source = tl.load(row_index + rows, valid, other=-1).to(tl.int64)
+    source = tl.load(row_index + rows, valid, other=-1).to(tl.int64)
     present = valid & (source >= 0)
     label = tl.load(target + source, present, other=0).to(tl.int64)
     used = present & (label != ignore_index)
@@ -43,11 +41,11 @@ def linear_cross_entropy_stream_kernel(
     row_max_out, others_out, moment_out, best_out, best_col_out, smooth_out, weights_out, target_z_out,
     count, vocab, tiles_per_split, input_stride, weight_stride, ignore_index,
     label_smoothing: tl.float32, z_loss: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
-    DIM: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows, valid, source, label, used = _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX, BLOCK_M)
+    rows, valid, source, label, used = _rows_of_block(target, row_index, count, ignore_index, BLOCK_M)
     if tl.max(used.to(tl.int32), 0) == 0:
         return
 
@@ -64,17 +62,15 @@ def linear_cross_entropy_stream_kernel(
     weights = tl.full((), 0.0, tl.float32)
     target_z = tl.zeros((BLOCK_M,), tl.float32)
     first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BLOCK_V))
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, BLOCK_N))
     for tile in range(first, last):
-        cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = cols < vocab
         weight_row = tl.where(inside, cols, 0).to(tl.int64)
         weight_at = linear_weight + weight_row[None, :] * weight_stride + depth[:, None]
         dots = tile_products(input_at, weight_at, depth, DIM, BLOCK_D, "ieee")
 
-        z = transformed(
-            dots, bias, cols[None, :], inside[None, :], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-        )  # fmt: skip
+        z = transformed(dots, bias, cols[None, :], inside[None, :], logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         at_target = cols[None, :] == y[:, None]
         target_z += tl.sum(tl.where(at_target, z, 0.0), 1)
         if STATS:
@@ -115,7 +111,7 @@ def linear_cross_entropy_stream_kernel(
     if SMOOTHING:
         tl.store(smooth_out + at, smooth, valid)
         tl.store(weights_out + at, tl.zeros((BLOCK_M,), tl.float32) + weights, valid)
-    target_in_split = (y >= first * BLOCK_V) & (y < last * BLOCK_V)
+    target_in_split = (y >= first * BLOCK_N) & (y < last * BLOCK_N)
     tl.store(target_z_out + rows, target_z, valid & target_in_split)
 
 
@@ -132,10 +128,10 @@ def linear_cross_entropy_reduce_kernel(
     loss, row_max_out, sum_exp_out, logprob_out, prediction, entropy,
     count, vocab, splits, ignore_index,
     label_smoothing: tl.float32, z_loss: tl.float32, softcap: tl.float32, logit_scale: tl.float32,
-    HAS_INDEX: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    rows, valid, _, label, used = _rows_of_block(target, row_index, count, ignore_index, HAS_INDEX, BLOCK_M)
+    rows, valid, _, label, used = _rows_of_block(target, row_index, count, ignore_index, BLOCK_M)
     wrong = used & ((label < 0) | (label >= vocab))
     y = tl.where(used & (label >= 0) & (label < vocab), label, 0)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -197,20 +193,12 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
     """Tiles of the matmul. plain: no options and no statistics, which need registers beside the logits."""
     rows = min(max(16, next_power_of_2(count)), 128)
     if dtype == torch.float32:
-        tiles = {"BLOCK_M": min(rows, 64), "BLOCK_V": 64, "BLOCK_D": 32}
+        tiles = {"BLOCK_M": min(rows, 64), "BLOCK_N": 64, "BLOCK_D": 32}
         return Config(tiles, {"num_warps": 4 if plain else 8, "num_stages": 3})
     depth = 64 if capability >= (9, 0) and dim % 64 == 0 else 32
     return Config(
-        {"BLOCK_M": rows, "BLOCK_V": 128 if plain else 64, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3}
+        {"BLOCK_M": rows, "BLOCK_N": 128 if plain else 64, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3}
     )
-
-
-def split_vocab(count: int, vocab: int, chosen: Config, processors: int) -> tuple[int, int]:
-    """(splits, tiles per split): about two programs per multiprocessor, each with at least one tile."""
-    blocks = -(-count // chosen.constexprs["BLOCK_M"])
-    tiles = -(-vocab // chosen.constexprs["BLOCK_V"])
-    per_split = -(-tiles // min(max(1, -(-2 * processors // blocks)), tiles))
-    return -(-tiles // per_split), per_split
 
 
 def stream_forward(
@@ -222,42 +210,36 @@ def stream_forward(
     outputs: Any,
     options: Any,
     stats: bool,
-    row_index: Tensor | None = None,
+    row_index: Tensor,
 ) -> None:
     """Fills the record `RowOutputs` from the logits input (N, D) @ linear_weight (V, D)^T and the record `RowOptions`.
 
-    `target` (N,). With `row_index` (M,) the outputs have M rows, of these rows of input and target; a negative index is
-    an ignored row. Input and linear_weight are both float32, bfloat16 or float16, with last stride 1; float64 raises
+    `target` (N,). The outputs have M rows, of the rows `row_index` (M,) of input and target; a negative index is an
+    ignored row. Input and linear_weight are both float32, bfloat16 or float16, with last stride 1; float64 raises
     `TypeError`. Logits are never rounded to the dtype of the input. Workspace: 8 to 28 bytes per row and split of the
     vocabulary.
     """
     if input.dtype not in (torch.float32, torch.bfloat16, torch.float16) or linear_weight.dtype != input.dtype:
         raise TypeError(f"stream_forward: dtypes {input.dtype} and {linear_weight.dtype} are not one of the three")
-    count = target.shape[0] if row_index is None else row_index.shape[0]
-    vocab, dim = linear_weight.shape
+    count, (vocab, dim) = row_index.shape[0], linear_weight.shape
     if count == 0:
         return
 
     smoothing, softcap = options.label_smoothing > 0, options.softcap
     plain = bias is None and not (stats or smoothing or softcap > 0)
     chosen = config(count, dim, input.dtype, capability(input), plain=plain)
-    splits, tiles_per_split = split_vocab(count, vocab, chosen, processors(input))
+    parts, tiles_per_split = splits(count, vocab, chosen, processors(input))
 
     def partial(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return input.new_empty(splits, count, dtype=dtype) if wanted else None
+        return input.new_empty(parts, count, dtype=dtype) if wanted else None
 
     moment, best, best_col = partial(stats), partial(stats), partial(stats, torch.int32)
     partials = (partial(True), partial(True), moment, best, best_col, partial(smoothing), partial(smoothing))
     target_z = input.new_empty(count, dtype=torch.float32)
     weight_sum = weight.sum(dtype=torch.float32) if smoothing and weight is not None else None
-    flags = {
-        "HAS_INDEX": row_index is not None,
-        "HAS_WEIGHT": weight is not None,
-        "SMOOTHING": smoothing,
-        "STATS": stats,
-    }
+    flags = {"HAS_WEIGHT": weight is not None, "SMOOTHING": smoothing, "STATS": stats}
     with on_device_of(input):
-        linear_cross_entropy_stream_kernel[(-(-count // chosen.constexprs["BLOCK_M"]), splits)](
+        linear_cross_entropy_stream_kernel[(-(-count // chosen.constexprs["BLOCK_M"]), parts)](
             *(input, linear_weight, target, row_index, bias, weight, *partials, target_z),
             *(count, vocab, tiles_per_split, input.stride(0), linear_weight.stride(0), *scalars(options)),
             DIM=dim,
@@ -269,7 +251,7 @@ def stream_forward(
         )
         linear_cross_entropy_reduce_kernel[(-(-count // REDUCE_ROWS),)](
             *(target, row_index, weight, weight_sum, *partials, target_z, *outputs),
-            *(count, vocab, splits, *scalars(options)),
+            *(count, vocab, parts, *scalars(options)),
             **flags,
             BLOCK_M=REDUCE_ROWS,
             num_warps=4,

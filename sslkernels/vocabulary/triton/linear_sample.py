@@ -1,9 +1,9 @@
 """Gumbel-max over a linear projection: logits are computed tile by tile, perturbed by noise, and reduced at once.
 
-The classes are cut into splits. A program takes a block of rows, a split and the number of a draw; the draws of a row
-share nothing, each multiplies again. It keeps per row the largest logit, the
-sum of exponentials relative to it, and the largest sum of logit and noise with its logit and class. These few numbers
-per row and split are then combined in the order of the splits.
+The classes are cut into splits. A program takes a block of rows, a split and the number of a draw; draws share nothing,
+so that each computes the products again. A program keeps per row the largest logit, the sum of exponentials relative to
+it, and the largest sum of logit and noise with its logit and class. These numbers are then combined in the order of the
+splits.
 """
 
 from typing import Any
@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 
 from sslkernels.core.triton.launch import Config, capability, next_power_of_2, processors
-from sslkernels.core.triton.products import tile_products
+from sslkernels.core.triton.products import splits, tile_products
 from sslkernels.random.triton import transforms
 from sslkernels.random.triton.philox import group_words
-from sslkernels.vocabulary.triton.linear_cross_entropy import split_vocab
 
 # exp(3.2): whatever the noise of the largest logit, its sum exceeds that logit less 3.2.
 MOST_REACH = tl.constexpr(24.6)
@@ -24,12 +23,12 @@ NOT_SPECIALIZED = ["count", "vocab", "tiles_per_split", "pad", "first_group", "g
 
 
 @triton.jit
-def _words_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Random words (BLOCK_M, BLOCK_V); the first column is 4 * first_group."""
-    number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_V // 4))[None, :]
+def _words_of_tile(seed, row_id, groups, first_group, draw, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Random words (BLOCK_M, BLOCK_N); the first column is 4 * first_group."""
+    number = row_id[:, None] * groups + (first_group + tl.arange(0, BLOCK_N // 4))[None, :]
     w0, w1, w2, w3 = group_words(seed, number, draw)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, (BLOCK_M, BLOCK_V))
+    return tl.reshape(words, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
@@ -65,9 +64,9 @@ def linear_sample_kernel(
     row_max_out, sum_exp_out, best_out, logit_out, column_out,
     count, vocab, tiles_per_split, input_stride, weight_stride, pad, first_group, groups,
     DIM: tl.constexpr, HAS_BIAS: tl.constexpr, FILTERS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # The classes are a slice that begins `pad` after a group of noise, the one of number first_group of `groups`.
+    # The slice of classes begins `pad` columns into the noise group first_group, of `groups` in a row.
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < count
     source = tl.where(valid, rows, 0).to(tl.int64)
@@ -85,8 +84,8 @@ def linear_sample_kernel(
     column = tl.zeros((BLOCK_M,), tl.int32)
     split = tl.program_id(1)
     first = split * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(columns_end, BLOCK_V))):
-        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(columns_end, BLOCK_N))):
+        columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (columns >= pad) & (columns < columns_end)
         weight_row = tl.where(inside, columns - pad, 0)
         weight_at = linear_weight + weight_row.to(tl.int64)[None, :] * weight_stride + depth[:, None]
@@ -105,11 +104,11 @@ def linear_sample_kernel(
         row_max = new_max
 
         draw = tl.program_id(2).to(tl.int64)
-        group = first_group + tile * (BLOCK_V // 4)
-        words = _words_of_tile(seed, row_id, groups, group, draw, BLOCK_M, BLOCK_V)
+        group = first_group + tile * (BLOCK_N // 4)
+        words = _words_of_tile(seed, row_id, groups, group, draw, BLOCK_M, BLOCK_N)
         if FILTERS:
             opens = _may_win(words, part, anchor, best) | (greedy[:, None] & (z > best[:, None]))
-            # The further a row is, the fewer tiles can win. The two logarithms of a word are half of the noise.
+            # Later tiles win more rarely, and the two logarithms of a word are half the cost of its noise.
             if tl.max(tl.max(opens.to(tl.int32), 1), 0) > 0:
                 best, column, logit = _with_tile(z, words, columns, greedy, best, column, logit)
         else:
@@ -128,9 +127,9 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
     rows = min(max(16, next_power_of_2(count)), 64)
     if dtype == torch.float32:
         # A third stage makes ptxas spill 8 bytes.
-        return Config({"BLOCK_M": rows, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 2})
+        return Config({"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 2})
     depth = 64 if capability >= (9, 0) and dim % 64 == 0 else 32
-    return Config({"BLOCK_M": rows, "BLOCK_V": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
+    return Config({"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
 
 
 def filters(capability: tuple[int, int]) -> bool:
@@ -144,7 +143,7 @@ def linear_sample(inputs: Any, outputs: Any, options: Any) -> None:
     float64."""
     if inputs.input.shape[0] == 0:
         return
-    row_max, sum_exp, best, logit, column = _splits(inputs, options, 0, inputs.linear_weight.shape[0])
+    row_max, sum_exp, best, logit, column = _draw_splits(inputs, options, 0, inputs.linear_weight.shape[0])
     winner = best.argmax(1, keepdim=True)  # ties go to the first split
     lse = (row_max + sum_exp.log()).logsumexp(1)
     outputs.index.copy_(column.gather(1, winner)[:, 0])
@@ -157,7 +156,7 @@ def linear_sample_slice(inputs: Any, state: Any, options: Any, start: int, vocab
     """Fills the record `SliceState` for the classes from `start` of `vocab`, which are at least one."""
     if inputs.input.shape[0] == 0:
         return
-    row_max, sum_exp, best, logit, column = _splits(inputs, options, start, vocab)
+    row_max, sum_exp, best, logit, column = _draw_splits(inputs, options, start, vocab)
     winner = best.argmax(1, keepdim=True)
     torch.amax(row_max, 1, out=state.row_max)
     below = (row_max - state.row_max[:, None]).masked_fill_(row_max == float("-inf"), 0)  # -inf - -inf is NaN
@@ -167,17 +166,17 @@ def linear_sample_slice(inputs: Any, state: Any, options: Any, start: int, vocab
     torch.add(column.gather(1, winner)[:, 0], start // 4 * 4, out=state.index)
 
 
-def _splits(inputs: Any, options: Any, start: int, vocab: int) -> tuple[torch.Tensor, ...]:
-    """The numbers of each row, (samples, splits, rows), and its column, which counts from the group of noise in which
-    the slice begins."""
+def _draw_splits(inputs: Any, options: Any, start: int, vocab: int) -> tuple[torch.Tensor, ...]:
+    """The outputs of the kernel, (samples, splits, rows). Columns count from the noise group in which the slice
+    begins."""
     x, weight = inputs.input.to(options.compute_dtype), inputs.linear_weight.to(options.compute_dtype)
     count, (size, dim), pad = x.shape[0], weight.shape, start % 4
     chosen = config(count, dim, x.dtype, capability(x))
-    splits, tiles_per_split = split_vocab(count, size + pad, chosen, processors(x))
+    parts, tiles_per_split = splits(count, size + pad, chosen, processors(x))
     samples = options.samples
-    numbers = [x.new_empty(samples, splits, count, dtype=torch.float32) for _ in range(4)]
-    column = x.new_empty(samples, splits, count, dtype=torch.int32)
-    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), splits, samples)](
+    numbers = [x.new_empty(samples, parts, count, dtype=torch.float32) for _ in range(4)]
+    column = x.new_empty(samples, parts, count, dtype=torch.int32)
+    linear_sample_kernel[(triton.cdiv(count, chosen.constexprs["BLOCK_M"]), parts, samples)](
         *(x, weight, inputs.linear_bias, inputs.seed, inputs.row_ids, inputs.scale),
         *(*numbers, column),
         *(count, size, tiles_per_split, x.stride(0), weight.stride(0), pad, start // 4, triton.cdiv(vocab, 4)),

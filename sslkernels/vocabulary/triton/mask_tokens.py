@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.random.triton.philox import philox_words, token_groups
+from sslkernels.random.triton.philox import column_offsets, philox_words, token_groups
 
 BLOCK = 128  # groups of four tokens per program, or per step of a row
 
@@ -46,9 +46,8 @@ def _eligible(
 
 
 @triton.jit
-def _replace(
-    ids, chosen, seed, group, to_mask, to_random, mask_id, allowed, ignore_index, RANGES: tl.constexpr
-):  # -> new ids, labels
+def _replace(ids, chosen, seed, group, to_mask, to_random, mask_id, allowed, ignore_index, RANGES: tl.constexpr):
+    """The new ids and the labels."""
     action = philox_words(seed, group, tl.full((), 1, tl.int64)).to(tl.int64)
     random_id = (philox_words(seed, group, tl.full((), 2, tl.int64)).to(tl.int64) * allowed) >> 32
     for i in tl.static_range(len(RANGES) // 2):
@@ -87,10 +86,7 @@ def mask_tokens_kernel(
     seed = tl.load(seed_ptr)
     group_id = row_id * groups + group
 
-    lane = tl.arange(0, 4)[None, :]
-    column = group[:, None] * 4 + lane
-    offset = tl.reshape(row[:, None] * columns + column, (4 * BLOCK,))
-    valid = tl.reshape(in_range[:, None] & (column < columns), (4 * BLOCK,))
+    offset, valid = column_offsets(row, group, in_range, columns, BLOCK)
     ids, _, eligible = _eligible(ids_ptr, special_mask_ptr, ids_ptr, offset, valid, HAS_SPECIAL_MASK, False, RANGES)
     draw = philox_words(seed, group_id, tl.full((), 0, tl.int64)).to(tl.int64)
     chosen = eligible & (draw < select)

@@ -120,7 +120,8 @@ def _sizes(logits, grad, coefficient):
 
 
 def scalars(options: Any) -> tuple[Any, ...]:
-    """The options as arguments of the kernels: Triton would specialise a Python int that is passed for a float."""
+    """All options, in the order of the record, as every kernel takes them, whether it needs them or not. As floats:
+    Triton would specialise a Python int that is passed for a float."""
     return tuple(value if name == "ignore_index" else float(value) for name, value in options._asdict().items())
 
 

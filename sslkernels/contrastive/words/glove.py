@@ -70,13 +70,11 @@ def _fwd(fill: Callable[..., None], parameters: Parameters, pairs: Pairs, wanted
 
 def _fill_reference(parameters: Parameters, pairs: Pairs, outputs: Outputs) -> None:
     acc = outputs.loss.dtype
-    rows = parameters.center_weight.shape[0], parameters.context_weight.shape[0]
-    wrong = torch.zeros_like(pairs.center, dtype=torch.bool)
-    index = []
-    for given, count in zip(pairs[:2], rows, strict=True):
-        wrong |= (given < 0) | (given >= count)
-        index.append(given.long().clamp(0, count - 1))
-    u, v, b, c = (table[index[i % 2]].to(acc) for i, table in enumerate(parameters))
+    centers, contexts = parameters.center_weight.shape[0], parameters.context_weight.shape[0]
+    wrong = (pairs.center < 0) | (pairs.center >= centers) | (pairs.context < 0) | (pairs.context >= contexts)
+    center, context = pairs.center.long().clamp(0, centers - 1), pairs.context.long().clamp(0, contexts - 1)
+    u, b = parameters.center_weight[center].to(acc), parameters.center_bias[center].to(acc)
+    v, c = parameters.context_weight[context].to(acc), parameters.context_bias[context].to(acc)
     error = (u * v).sum(1) + (b + c) - pairs.target
     error = error.masked_fill(wrong, float("nan"))
     outputs.loss.copy_(pairs.weight * error * error)
@@ -105,11 +103,12 @@ class Side(NamedTuple):
     source: Tensor
     source_index: Tensor
 
-    def fill_table(self, sum_rows: Callable[..., None], out: Tensor, bias: Tensor | None) -> None:
-        sum_rows(self.keys, self.coefficient, self.source, self.source_index, out, bias)
-
-    def fill_bias(self, sum_rows: Callable[..., None], out: Tensor) -> None:
-        sum_rows(self.keys, self.coefficient, segment_sum.ones(self.coefficient), None, out.unsqueeze(1))
+    def fill(self, sum_rows: Callable[..., None], table: Tensor | None, bias: Tensor | None) -> None:
+        """Fills the gradients of the table and of the bias, None where not wanted."""
+        if table is not None:
+            sum_rows(self.keys, self.coefficient, self.source, self.source_index, table, bias)
+        elif bias is not None:
+            sum_rows(self.keys, self.coefficient, segment_sum.one_row(self.coefficient), None, bias.unsqueeze(1))
 
 
 def _sides(grad_loss: Tensor, parameters: Parameters, pairs: Pairs, slope: Tensor) -> tuple[Side, Side]:
@@ -134,47 +133,41 @@ def _bwd(
     wanted: Wanted,
 ) -> Parameters:
     gradients = _empty_gradients(parameters, wanted)
-    for i, side in enumerate(_sides(grad_loss, parameters, pairs, slope)):
-        table, bias = gradients[i], gradients[2 + i]
-        if wanted[i]:
-            side.fill_table(sum_rows, table, bias if wanted[2 + i] else None)
-        elif wanted[2 + i]:
-            side.fill_bias(sum_rows, bias)
+    filled = wanted_only(gradients, wanted)
+    center, context = _sides(grad_loss, parameters, pairs, slope)
+    center.fill(sum_rows, filled.center_weight, filled.center_bias)
+    context.fill(sum_rows, filled.context_weight, filled.context_bias)
     return gradients
 
 
-class SparseGradients(NamedTuple):
-    """Rows of the gradients of the tables, and the gradients of the biases, without elements where not wanted."""
-
-    center_index: Tensor
-    center_values: Tensor
-    center_count: Tensor
-    context_index: Tensor
-    context_values: Tensor
-    context_count: Tensor
-    center_bias: Tensor
-    context_bias: Tensor
-
-    def tables(self) -> tuple[SparseRows, SparseRows]:
-        return SparseRows(*self[:3]), SparseRows(*self[3:6])
+# Rows of the gradients of both tables, and the gradients of both biases, without elements where not wanted.
+SparseGradients = tuple[SparseRows, SparseRows, Tensor, Tensor]
 
 
 def _empty_sparse_gradients(parameters: Parameters, pairs: Pairs, wanted: Wanted) -> SparseGradients:
     count = pairs.center.numel()
-    rows = (SparseRows.empty(parameters[i], count if wanted[i] else 0) for i in (0, 1))
-    return SparseGradients(*(t for table in rows for t in table), *_empty_gradients(parameters, wanted)[2:])
+    biases = _empty_gradients(parameters, wanted._replace(center_weight=False, context_weight=False))
+    return (
+        SparseRows.empty(parameters.center_weight, count if wanted.center_weight else 0),
+        SparseRows.empty(parameters.context_weight, count if wanted.context_weight else 0),
+        biases.center_bias,
+        biases.context_bias,
+    )
 
 
 def _sparse_bwd(
     backend: str, grad_loss: Tensor, parameters: Parameters, pairs: Pairs, slope: Tensor, wanted: Wanted
 ) -> SparseGradients:
     gradients = _empty_sparse_gradients(parameters, pairs, wanted)
-    biases = gradients.center_bias, gradients.context_bias
-    for i, side in enumerate(_sides(grad_loss, parameters, pairs, slope)):
-        if wanted[i]:
-            segment_sum.SPARSE_SUMS[backend](*side, parameters[i].shape[0], gradients.tables()[i])
-        if wanted[2 + i]:
-            side.fill_bias(segment_sum.SUMS[backend], biases[i])
+    in_center, in_context, center_bias, context_bias = gradients
+    center, context = _sides(grad_loss, parameters, pairs, slope)
+    sparse_sum, sum_rows = segment_sum.SPARSE_SUMS[backend], segment_sum.SUMS[backend]
+    if wanted.center_weight:
+        sparse_sum(*center, parameters.center_weight.shape[0], in_center)
+    if wanted.context_weight:
+        sparse_sum(*context, parameters.context_weight.shape[0], in_context)
+    center.fill(sum_rows, None, center_bias if wanted.center_bias else None)
+    context.fill(sum_rows, None, context_bias if wanted.context_bias else None)
     return gradients
 
 
@@ -225,7 +218,7 @@ def glove_bwd(grad_loss: Tensor, parameters: Parameters, pairs: Pairs, slope: Te
 def glove_sparse_bwd(
     grad_loss: Tensor, parameters: Parameters, pairs: Pairs, slope: Tensor, wanted: Wanted
 ) -> SparseGradients:
-    """The same, of the tables the rows that are not zero."""
+    """The same gradients, with only the rows of the tables that are not zero."""
     return _empty_sparse_gradients(parameters, pairs, wanted)
 
 
@@ -242,15 +235,16 @@ class _PairLosses(Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         parameters, pairs, ctx.computed, ctx.sparse = inputs
-        save(ctx, parameters, pairs, outputs[0].slope)
+        (losses,) = outputs
+        save(ctx, parameters, pairs, losses.slope)
 
     @staticmethod
     def backward(ctx, grads):
         if grads.loss is None:
             return None
-        needs, of_pairs, *_ = _PairLosses.wanted(ctx)
+        needs, needs_pairs, *_ = _PairLosses.wanted(ctx)
         wanted = Wanted(*needs)
-        if any(of_pairs):  # under vmap the count hides that a transform outside differentiates it
+        if any(needs_pairs):  # under vmap the count hides that an outer transform differentiates it
             _refuse_gradient_of_count()
         if not any(ctx.computed):
             raise RuntimeError(f"{NAME}: forward saw no gradient wanted")
@@ -258,12 +252,10 @@ class _PairLosses(Function):
         arguments = (grads.loss.contiguous(), parameters, pairs, slope, wanted)
         if not ctx.sparse:
             return (wanted_only(_gradients(*arguments), wanted),)
-        gradients = _sparse_gradients(*arguments)
-        tables = (
-            rows.tensor(table.shape[0]) if want else None
-            for rows, table, want in zip(gradients.tables(), parameters[:2], wanted[:2], strict=True)
-        )
-        return (wanted_only(Parameters(*tables, gradients.center_bias, gradients.context_bias), wanted),)
+        in_center, in_context, center_bias, context_bias = _sparse_gradients(*arguments)
+        center_weight = in_center.tensor(parameters.center_weight.shape[0]) if wanted.center_weight else None
+        context_weight = in_context.tensor(parameters.context_weight.shape[0]) if wanted.context_weight else None
+        return (wanted_only(Parameters(center_weight, context_weight, center_bias, context_bias), wanted),)
 
 
 @once_differentiable(NAME)
@@ -348,7 +340,7 @@ def glove_loss(
     if sparse and torch.compiler.is_compiling():
         raise NotImplementedError(f"{NAME}: sparse=True is not supported inside torch.compile; use sparse=False")
     dtype = center_weight.dtype
-    for other in parameters[1:]:  # differ under autocast alone
+    for other in parameters:  # they differ under autocast alone
         dtype = dtype if other.dtype == dtype else torch.promote_types(dtype, other.dtype)
     parameters = Parameters(*(t.to(dtype).contiguous() for t in parameters))
     shape, index = center.shape, torch.promote_types(center.dtype, context.dtype)
