@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -252,6 +253,36 @@ def test_a_model_that_torch_compiled_and_one_without_memory():
     assert unpatch(compiled)(**inputs).logits is not None
     with torch.device("meta"), pytest.raises(ValueError, match="BertForMaskedLM, whose parameters are on the meta"):
         patch(transformers.BertForMaskedLM(model.config))
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "Gemma2ForCausalLM"])
+def test_calls_from_several_threads_wait_for_each_other(name):
+    """While one thread is inside the model, another calls it without labels, and a third with other labels."""
+    model, inputs = model_and_inputs(name)
+    other = {**inputs, "labels": inputs["labels"].roll(1, 0)}
+    calls = (inputs, {"input_ids": inputs["input_ids"]}, other)
+    patch(model)
+    expected = [model(**each, return_dict=False)[0] for each in calls]
+    results, threads = {}, []
+
+    def call(number: int) -> None:
+        results[number] = model(**calls[number], return_dict=False)[0]
+
+    def meanwhile(*_: Any) -> None:
+        if not threads:
+            threads.extend(threading.Thread(target=call, args=(number,)) for number in (1, 2))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(0.2)  # they end now, or wait for this call
+
+    model.base_model.register_forward_pre_hook(meanwhile)
+    call(0)
+    for thread in threads:
+        thread.join()
+    for number, result in enumerate(expected):
+        assert torch.equal(results[number], result)
+    assert unpatch(copy.deepcopy(model))(**inputs).logits is not None
 
 
 def test_data_parallel_is_refused_where_it_makes_replicas(monkeypatch):
