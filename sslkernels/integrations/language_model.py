@@ -198,7 +198,7 @@ class PatchedForward:
     def keep_masked_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the head: rows without a label do not go through its transform."""
         asked = self.decoder.labels
-        if asked is None or not asked.compact:
+        if asked is None or not asked.compact or asked.target.numel() != args[0].shape[:-1].numel():
             return None
         target = asked.target.reshape(-1)
         rows = (target != asked.ignore_index).nonzero().squeeze(1)

@@ -255,6 +255,26 @@ def test_a_model_that_torch_compiled_and_one_without_memory():
         patch(transformers.BertForMaskedLM(model.config))
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForCausalLM"])
+def test_labels_that_do_not_fit_are_refused_and_leave_the_model_in_order(name):
+    model, inputs = model_and_inputs(name)
+    expected = stepped(model, inputs)
+    patch(model)
+    for labels, error, why in (
+        (inputs["labels"][:, :-1], ValueError, r"target must have shape .* = \(2, 16\); got \(2, 15\)"),
+        (inputs["labels"].clamp(min=200), ValueError, "got 200"),
+        (inputs["labels"].float(), TypeError, "target must have dtype"),
+    ):
+        with pytest.raises(error, match=why):
+            model(**{**inputs, "labels": labels})
+    with pytest.raises(IndexError):
+        model(**{**inputs, "input_ids": inputs["input_ids"] + 1000})
+    assert model(inputs["input_ids"]).logits.shape == (2, 16, 67)
+    assert_same_step(stepped(model, {**inputs, "labels": inputs["labels"].int()}), expected)
+    unpatch(model)
+    assert_same_step(stepped(model, inputs), expected, tolerance=0)
+
+
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "Gemma2ForCausalLM"])
 def test_calls_from_several_threads_wait_for_each_other(name):
     """While one thread is inside the model, another calls it without labels, and a third with other labels."""
