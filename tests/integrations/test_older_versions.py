@@ -48,7 +48,7 @@ def older(tmp_path_factory):
     folder = tmp_path_factory.mktemp("older")
     installed(folder, *OLDER)
     yield folder
-    shutil.rmtree(folder)  # pytest would keep those of three runs, of 200 MB each
+    shutil.rmtree(folder)  # pytest keeps the folders of three runs, 200 MB each
 
 
 def assert_tests_pass(older: Path, *chosen: str) -> None:
