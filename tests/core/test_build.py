@@ -203,8 +203,8 @@ def test_an_extension_that_is_not_wanted_is_not_missed(source):
 
 
 def test_an_isolated_build_finds_torch_where_it_installs(tmp_path):
-    """pip runs the interpreter of the environment, without its packages; VIRTUAL_ENV may name an environment; uv sets it
-    to the environment of the build, and finds in its own variables where it installs."""
+    """pip runs the interpreter of the environment, without its packages; VIRTUAL_ENV may name an environment; uv sets
+    it to the environment of the build, and finds in its own variables where it installs."""
     code = (
         "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
         "import runpy, setuptools, sysconfig; setuptools.setup = lambda **options: None\n"
