@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 WANTED = os.environ.get("SSLKERNELS_BUILD_EXT", "")
 SCHEMES = sysconfig.get_scheme_names()
-REMEDY = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+REMEDY = "SSLKERNELS_BUILD_EXT=1 pip install --force-reinstall --no-deps ."
 
 
 def find_tool(name: str, package: str, attribute: str) -> str:
@@ -45,15 +45,25 @@ def find_tool(name: str, package: str, attribute: str) -> str:
     return found
 
 
+def parent_variables() -> dict[str, str]:
+    """The environment variables of the process that started this one: uv names the environment of the build as
+    VIRTUAL_ENV, and has itself the one that it installs into."""
+    try:
+        content = Path(f"/proc/{os.getppid()}/environ").read_text()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {name: value for name, equals, value in (each.partition("=") for each in content.split("\0")) if equals}
+
+
 def find_torch() -> str:
     """The folder of the package torch."""
     if os.environ.get("SSLKERNELS_TORCH"):
         return os.environ["SSLKERNELS_TORCH"]
     environments = [sysconfig.get_path("platlib")]  # pip isolates a build from them, and keeps the interpreter
-    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):  # uv makes an environment of its own for a build
-        if variable in os.environ:
-            variables = {"base": os.environ[variable], "platbase": os.environ[variable]}
-            environments.append(sysconfig.get_path("platlib", "venv" if "venv" in SCHEMES else None, variables))
+    for variables in (os.environ, parent_variables()):
+        for folder in filter(None, (variables.get("VIRTUAL_ENV"), variables.get("CONDA_PREFIX"))):
+            bases = {"base": folder, "platbase": folder}
+            environments.append(sysconfig.get_path("platlib", "venv" if "venv" in SCHEMES else None, bases))
     found = importlib.util.find_spec("torch")
     folders = [found.submodule_search_locations[0]] if found and found.submodule_search_locations else []
     for folder in [*folders, *(f"{environment}/torch" for environment in environments)]:

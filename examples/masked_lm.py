@@ -3,22 +3,26 @@
     pip install sslkernels rich tokenizers matplotlib
     python examples/masked_lm.py [--prompt "Return the [MASK] of the list."]
 
-The labels come from the data (`mask_tokens`), and the loss over 8,192 subwords never materialises its logits
-(`linear_cross_entropy` on the tied embedding and a bias): rows that are not masked cost nothing. At the end the head is
-timed beside plain PyTorch, with the memory that each takes.
+The labels come from the data (`mask_tokens`), and the loss over 30,000 subwords never materialises its logits
+(`linear_cross_entropy` on the tied embedding and a bias): rows that are not masked cost nothing. At the end time and
+peak memory of the head are measured, with and without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import random
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from python_sources import collect_pairs, train_tokenizer
+from python_sources import Pair, collect_pairs, train_tokenizer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,11 +31,11 @@ from torch import Tensor, nn
 
 import sslkernels as sk
 
-VOCAB, DIM, LENGTH = 8_192, 128, 32
+VOCAB, DIM, LENGTH = 30_000, 128, 32
 MASK, SEPARATOR = 2, 3
 PROMPTS = (
     "Return the number [MASK] elements.",
-    "Test [MASK] this works.",
+    "This is [MASK] by default.",
     "Convert a [MASK] to a string.",
     "Raise an [MASK] if the file is missing.",
 )
@@ -64,6 +68,16 @@ class Curve(NamedTuple):
     accuracy: list[float]
 
 
+def prose(pairs: Iterable[Pair]) -> list[str]:
+    """The paragraphs of the docstrings that are sentences, each once: no examples, no tables."""
+    paragraphs = {" ".join(part.split()) for pair in pairs for part in pair.docstring.split("\n\n")}
+    return sorted(
+        text
+        for text in paragraphs
+        if text.endswith(".") and text.count(" ") > 2 and not {">>>", "---"} & {*text.split()}
+    )
+
+
 def rows_of_tokens(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """(rows, LENGTH) the texts one after another, a separator behind each."""
     stream = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, SEPARATOR)]
@@ -85,8 +99,8 @@ def masked(ids: Tensor, **options) -> sk.MaskedTokens:
 
 def train(model: Bert, ids: Tensor, steps: int, batch: int) -> Curve:
     device = model.bias.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     curve = Curve([], [], [])
     for step in track(range(1, steps + 1), "training", console=console):
         part = masked(ids[torch.randint(len(ids), (batch,))].to(device), probability=0.2)
@@ -124,9 +138,42 @@ def fill_in(model: Bert, tokenizer: Tokenizer, prompt: str) -> None:
         console.print(f"{prompt}  ->  {shown}", markup=False)
 
 
-def head_against_torch(model: Bert, ids: Tensor) -> Table:
-    """Time of the head's forward and backward, and of the logits that it does not make."""
-    part = masked(ids.to(model.bias.device), probability=0.15, seed=1)
+def resident(key: str) -> float | None:
+    """Megabytes of this process: "VmRSS" now, "VmHWM" at the peak. None where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) / 1e3
+    return None
+
+
+def cost(call: Callable[[], Tensor], device: torch.device) -> tuple[float, float | None, Tensor]:
+    """(seconds, megabytes at the peak beyond those before, result)."""
+    before: float | None = 0.0
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e6
+    else:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what is free is taken anew, and counts
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is the present
+        before, peak = resident("VmRSS"), resident("VmHWM")
+        if before is None or peak is None or peak - before > 16:  # some sandboxes do not reset it
+            before = None
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else resident("VmHWM")
+    return seconds, None if peak is None or before is None else peak - before, result
+
+
+def head_against_torch(model: Bert, ids: Tensor) -> dict[str, float | None]:
+    """Prints what forward and backward of the head cost; returns the megabytes at their peaks."""
+    device = model.bias.device
+    part = masked(ids.to(device), probability=0.15, seed=1)
     hidden = model(part.input_ids).detach()
     embedding, bias = model.tokens.weight.detach(), model.bias.detach()
 
@@ -136,19 +183,23 @@ def head_against_torch(model: Bert, ids: Tensor) -> Table:
     def fused(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return sk.linear_cross_entropy(x, w, part.labels, linear_bias=b)
 
-    table = Table("head", "loss", "seconds", "logits", title=f"{ids.numel():,} tokens, {VOCAB:,} subwords")
+    def step(head: Callable[[Tensor, Tensor, Tensor], Tensor], leaves: list[Tensor]) -> Tensor:
+        loss = head(*leaves)
+        loss.backward()
+        return loss.detach()
+
+    table = Table(
+        "head", "loss", "seconds", "peak memory", title=f"{ids.numel():,} tokens, {VOCAB:,} subwords, 15 % hidden"
+    )
+    peaks: dict[str, float | None] = {}
     for name, head in (("F.linear, F.cross_entropy", plain), ("sk.linear_cross_entropy", fused)):
         for _ in range(2):  # the first call warms up
             leaves = [values.clone().requires_grad_() for values in (hidden, embedding, bias)]
-            start = time.perf_counter()
-            loss = head(*leaves)
-            loss.backward()
-            if loss.is_cuda:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-        size = f"{2 * 4 * ids.numel() * VOCAB / 1e6:,.0f} MB with their gradient" if head is plain else "never made"
-        table.add_row(name, f"{loss.item():.4f}", f"{seconds:.2f}", size)
-    return table
+            seconds, peaks[name], loss = cost(partial(step, head, leaves), device)
+        shown = "unknown here" if peaks[name] is None else f"{peaks[name]:,.0f} MB"
+        table.add_row(name, f"{loss.item():.4f}", f"{seconds:.2f}", shown)
+    console.print(table)
+    return peaks
 
 
 def plot(curve: Curve, entropy: float, path: Path) -> None:
@@ -174,10 +225,10 @@ def plot(curve: Curve, entropy: float, path: Path) -> None:
     console.print(f"plot: {path}")
 
 
-def main() -> tuple[float, float]:
-    """(loss of held-out docstrings, unigram entropy), in nats a token."""
+def main() -> tuple[float, float, dict[str, float | None]]:
+    """(loss of held-out docstrings, unigram entropy), in nats a token, and the megabytes of the head by its name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64, help=f"rows of {LENGTH} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", action="append", help="a sentence with [MASK] in it")
@@ -186,13 +237,17 @@ def main() -> tuple[float, float]:
 
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    texts = sorted({pair.summary for pair in collect_pairs()})
+    pairs = collect_pairs()
+    texts = prose(pairs)
     random.Random(options.seed).shuffle(texts)
-    tokenizer = train_tokenizer(texts, VOCAB)
+    tokenizer = train_tokenizer((pair.docstring for pair in pairs), VOCAB)
     ids = rows_of_tokens(tokenizer, texts)
     held_out, ids = ids[:500], ids[500:]
     log_share, entropy = unigram(ids)
-    console.print(f"{len(texts):,} docstrings, {ids.numel():,} tokens, unigram entropy {entropy:.2f} nats")
+    console.print(
+        f"{len(texts):,} paragraphs, {ids.numel():,} tokens of {tokenizer.get_vocab_size():,} subwords, "
+        f"unigram entropy {entropy:.2f} nats"
+    )
 
     model = Bert(log_share).to(device)
     curve = train(model, ids, options.steps, options.batch)
@@ -203,8 +258,7 @@ def main() -> tuple[float, float]:
     plot(curve, entropy, options.output / "masked_lm.png")
     for prompt in options.prompt or PROMPTS:
         fill_in(model, tokenizer, prompt)
-    console.print(head_against_torch(model, ids[:64]))
-    return loss, entropy
+    return loss, entropy, head_against_torch(model, ids[:64])
 
 
 if __name__ == "__main__":

@@ -35,8 +35,10 @@ def test_code_is_found_by_its_docstring(run, seed):
 
 
 def test_a_small_bert_learns_from_context(run, seed):
-    loss, entropy = run("masked_lm", "--seed", seed)
+    loss, entropy, peaks = run("masked_lm", "--seed", seed)
     assert loss < entropy - 0.5
+    without, with_it = peaks.values()
+    assert without is None or with_it < without / 4
 
 
 def test_negatives_and_prototypes_prevent_a_collapse(run, seed):

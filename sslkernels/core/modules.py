@@ -1,8 +1,9 @@
-"""Base classes of the modules that hold options or a process group, and a module that a call leaves as it was."""
+"""Base classes of modules that hold options or a process group, a lock, and a module that a call leaves as it was."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,16 @@ class SharedGroup:
                     "module.process_group"
                 ) from error
         return self.group
+
+
+class Lock:
+    """A lock of a module: a copy or a pickle of the module has its own."""
+
+    def __init__(self) -> None:
+        self.held = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
 
 
 class OverRanks(nn.Module):

@@ -19,7 +19,7 @@ if _isa and _isa not in CPU_ISAS:
     raise ValueError(f"SSLKERNELS_CPU_ISA must be one of {', '.join(CPU_ISAS)}; got {_isa!r}")
 
 PACKAGE = Path(__file__).parents[1]
-BUILD_COMMAND = "SSLKERNELS_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps " + (
+BUILD_COMMAND = "SSLKERNELS_BUILD_EXT=1 pip install --force-reinstall --no-deps " + (
     "-e ." if (PACKAGE.parent / "setup.py").exists() else "."
 )
 

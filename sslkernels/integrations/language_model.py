@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from sslkernels.core.modules import Lock
 from sslkernels.vocabulary.cross_entropy import cross_entropy
 from sslkernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 
@@ -89,6 +90,7 @@ class PatchedForward:
         self.neutral: tuple[str, Any] | None = None
         self.head: nn.Module | None = None
         self.handle: Any = None
+        self.lock = Lock()
         # Generation and trainers inspect the signature of the model.
         self.__signature__ = inspect.signature(model.forward)
         self.labels_position = list(self.__signature__.parameters).index("labels")
@@ -122,6 +124,11 @@ class PatchedForward:
         return type(self.model).forward(self.model, *args, **kwargs) if before is None else before(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The labels are pending, and the model is untransformed, for one call. torch.compile traces no lock.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self.lock.held:
+            return self._called(*args, **kwargs)
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
         args = args[1:] if args and args[0] is self.model else args  # accelerate binds what it has unwrapped
         skip_logits, place = kwargs.pop("skip_logits", None), self.labels_position
         if len(args) > place:
@@ -191,7 +198,7 @@ class PatchedForward:
     def keep_masked_rows(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of the head: rows without a label do not go through its transform."""
         asked = self.decoder.labels
-        if asked is None or not asked.compact:
+        if asked is None or not asked.compact or asked.target.numel() != args[0].shape[:-1].numel():
             return None
         target = asked.target.reshape(-1)
         rows = (target != asked.ignore_index).nonzero().squeeze(1)
@@ -335,9 +342,7 @@ def _find_shift(forward: PatchedForward, logits: Tensor, labels: Tensor, own: Te
     if own is None:
         _refuse(forward.model, "which computes no loss")
     targets = (labels, nn.functional.pad(labels, (0, 1), value=-100)[..., 1:])
-    losses = [
-        cross_entropy(logits.detach().float(), target, class_dim=-1, **forward.loss_options()) for target in targets
-    ]
+    losses = [cross_entropy(logits.detach().float(), each, class_dim=-1, **forward.loss_options()) for each in targets]
     own = own.detach().float().reshape(())
     forward.shift = min((0, 1), key=lambda shift: float((losses[shift] - own).abs()))
     if not torch.allclose(own, losses[forward.shift], rtol=_tolerance(logits)):

@@ -41,8 +41,7 @@ class NTXentLoss(library.NTXentLoss):
 
 class DINOLoss(dino_loss.DINOLoss):
     """The class of lightly, a student's crop at a time: its logits meet the sum of the teacher's probabilities, so that
-    neither they nor their log-probabilities are stacked. A teacher that wants a gradient goes to the code of
-    lightly."""
+    neither they nor their log-probabilities are stacked. lightly computes a teacher that wants a gradient."""
 
     def forward(
         self,

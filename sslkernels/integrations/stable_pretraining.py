@@ -50,7 +50,7 @@ class CLIPLoss(InfoNCELoss, multimodal.CLIPLoss):
 
 
 class NTXEntLoss(InfoNCELoss, library.NTXEntLoss):
-    """The class of stable-pretraining, fused, over the views of all ranks."""
+    """The class of stable-pretraining, fused, over the views of all ranks, which the library gathers from 0.1.8 on."""
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None

@@ -10,8 +10,7 @@
 >>> masked = sk.mask_tokens(torch.randint(5, 1000, (2, 16)), mask_id=4, vocab_size=1000, seed=0)
 >>> model(input_ids=masked.input_ids, labels=masked.labels).loss.backward()
 
-The model keeps its class, parameters and code. While it is called with `labels`, the `forward` of its output embeddings
-returns the loss in place of the logits, and the `forward` of the model moves it from `logits` to `loss`.
+The model keeps its class, parameters and code; while labels are pending, its output embeddings return the loss.
 """
 
 from __future__ import annotations
@@ -39,13 +38,11 @@ def patch(model: nn.Module, *, compact: bool = True, example_inputs: Mapping[str
     sum of the losses in every model: gradients accumulated over micro-batches are those of the batch.
 
     The model is called on a few tokens to see that its loss is the cross-entropy of its output embeddings, of the same
-    token or the next one, up to a softcap or scale in its configuration; it is left as it was, and so is the state of
-    the random generators.
+    token or the next one, up to a softcap or scale in its configuration; it is left as it was, and so are generators.
 
     With FSDP2, patch the model first and shard it then. Adapters on the output embeddings are refused: by `patch`, or
     at the next call with labels where they come later. Adapters elsewhere may come before or after. A deep copy of a
-    patched model is a patched model. `nn.DataParallel` over several devices raises: use DistributedDataParallel.
-    Calls with labels are not to be made from several threads at once.
+    patched model is a patched model. Calls from several threads wait for each other. `nn.DataParallel` raises.
 
     Args:
         model: any masked or causal language model of transformers 5, on its device, or PEFT's or compile's of one.

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -204,10 +203,13 @@ def test_an_extension_that_is_not_wanted_is_not_missed(source):
 
 
 def test_an_isolated_build_finds_torch_where_it_installs(tmp_path):
-    """pip runs the interpreter of the environment without its packages; uv another one, with VIRTUAL_ENV set."""
+    """pip runs the interpreter of the environment, without its packages; VIRTUAL_ENV may name an environment; uv sets
+    it to the environment of the build, and finds in its own variables where it installs."""
     code = (
         "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
-        "import runpy, setuptools; setuptools.setup = lambda **options: None\n"
+        "import runpy, setuptools, sysconfig; setuptools.setup = lambda **options: None\n"
+        "get_path = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *of: get_path(name, *of) if of else OWN\n"
         "print(runpy.run_path('setup.py')['find_torch']())"
     )
     site = Path(torch.__file__).parents[1]
@@ -219,16 +221,19 @@ def test_an_isolated_build_finds_torch_where_it_installs(tmp_path):
     (environment / "lib" / python / "site-packages").mkdir(parents=True)
     (environment / "lib" / python / "site-packages" / "torch").symlink_to(site / "torch")
 
-    def found(**variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
-            env={**clean, "PYTHONPATH": str(tmp_path), **variables},
+    def found(*, own: str = "/nowhere", of_parent: str = "/nowhere", of_build: str = "/nowhere") -> str:
+        with_parent = ("sh", "-c", f'VIRTUAL_ENV={of_build} "$@"; exit $?', "parent")
+        ran = subprocess.run(
+            [*with_parent, sys.executable, "-c", code.replace("OWN", repr(own))], capture_output=True, text=True,
+            check=False, cwd=ROOT, env={**clean, "PYTHONPATH": str(tmp_path), "VIRTUAL_ENV": of_parent},
         )  # fmt: skip
+        return ran.stdout.strip() or ran.stderr
 
-    here = Path(sysconfig.get_path("platlib"), "torch").exists()
-    assert here or "torch was not found" in found().stderr
-    result = found() if here else found(VIRTUAL_ENV=str(environment))
-    assert Path(result.stdout.strip()).samefile(site / "torch"), result.stderr
+    assert "torch was not found in /nowhere" in found()
+    places = [{"own": str(site)}, {"of_build": str(environment)}]
+    places += [{"of_parent": str(environment)}] if os.path.exists("/proc/self/environ") else []
+    for place in places:
+        assert Path(found(**place)).samefile(site / "torch"), place
 
 
 def test_a_source_distribution_has_the_inputs_of_the_build(source):

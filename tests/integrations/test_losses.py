@@ -163,6 +163,8 @@ def nt_xent_over_ranks(rank: int) -> None:
 
 def stable_pretraining_over_ranks(rank: int) -> None:
     ours = integration("stable_pretraining")
+    if not hasattr(ours.library, "get_rank"):  # before 0.1.8 the library drops what it gathers
+        return
     views = leaves((4, 6), (4, 6), seed=rank)
     for own, fused in ((ours.library.NTXEntLoss(), ours.NTXEntLoss()), (ours.multimodal.CLIPLoss(), ours.CLIPLoss())):
         assert_same(lambda: fused(*views), lambda: own(*views), views)  # noqa: B023

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -252,6 +253,56 @@ def test_a_model_that_torch_compiled_and_one_without_memory():
     assert unpatch(compiled)(**inputs).logits is not None
     with torch.device("meta"), pytest.raises(ValueError, match="BertForMaskedLM, whose parameters are on the meta"):
         patch(transformers.BertForMaskedLM(model.config))
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForCausalLM"])
+def test_labels_that_do_not_fit_are_refused_and_leave_the_model_in_order(name):
+    model, inputs = model_and_inputs(name)
+    expected = stepped(model, inputs)
+    patch(model)
+    for labels, error, why in (
+        (inputs["labels"][:, :-1], ValueError, r"target must have shape .* = \(2, 16\); got \(2, 15\)"),
+        (inputs["labels"].clamp(min=200), ValueError, "got 200"),
+        (inputs["labels"].float(), TypeError, "target must have dtype"),
+    ):
+        with pytest.raises(error, match=why):
+            model(**{**inputs, "labels": labels})
+    with pytest.raises(IndexError):
+        model(**{**inputs, "input_ids": inputs["input_ids"] + 1000})
+    assert model(inputs["input_ids"]).logits.shape == (2, 16, 67)
+    assert_same_step(stepped(model, {**inputs, "labels": inputs["labels"].int()}), expected)
+    unpatch(model)
+    assert_same_step(stepped(model, inputs), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "Gemma2ForCausalLM"])
+def test_calls_from_several_threads_wait_for_each_other(name):
+    """While one thread is inside the model, another calls it without labels, and a third with other labels."""
+    model, inputs = model_and_inputs(name)
+    other = {**inputs, "labels": inputs["labels"].roll(1, 0)}
+    calls = (inputs, {"input_ids": inputs["input_ids"]}, other)
+    patch(model)
+    expected = [model(**each, return_dict=False)[0] for each in calls]
+    results, threads = {}, []
+
+    def call(number: int) -> None:
+        results[number] = model(**calls[number], return_dict=False)[0]
+
+    def meanwhile(*_: Any) -> None:
+        if not threads:
+            threads.extend(threading.Thread(target=call, args=(number,)) for number in (1, 2))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(0.2)  # they end now, or wait for this call
+
+    model.base_model.register_forward_pre_hook(meanwhile)
+    call(0)
+    for thread in threads:
+        thread.join()
+    for number, result in enumerate(expected):
+        assert torch.equal(results[number], result)
+    assert unpatch(copy.deepcopy(model))(**inputs).logits is not None
 
 
 def test_data_parallel_is_refused_where_it_makes_replicas(monkeypatch):
