@@ -18,6 +18,7 @@ from benchmarks.benchmark import Benchmark, HandSum, smoke_test
 from benchmarks.harness import Bar, Case, Inputs, Provider, Run
 from benchmarks.kernels.kernel import (
     PLAIN,
+    REFERENCE,
     Compiled,
     Floor,
     FloorSum,
@@ -66,6 +67,16 @@ def query_negatives_floor(
     return Floor(moved, elements * ((4 if normalise else 2) + (5 if gradient else 0)))
 
 
+def negatives_by_index_floor(
+    rows: int, count: int, dim: int, table_rows: int, element_bytes: int, index_bytes: int
+) -> Floor:
+    """Per row: the query, its gradient in float32, reference and value in float64, coefficient and two gradients; per
+    negative: its index, and its multiple of the query in float32. Each row of the table that may occur is read once. An
+    element takes a product and its sum (2), and for the query's gradient (2) again."""
+    moved = min(table_rows, rows * count) * dim * element_bytes + rows * dim * (element_bytes + 4)
+    return Floor(moved + rows * (count * (index_bytes + 4) + 16 + 12), rows * count * dim * 4)
+
+
 def negative_sampling_fwd_floor(
     pairs: int, negatives: int, center_rows: int, context_rows: int, dim: int, element_bytes: int, index_bytes: int,
     gradient: bool,
@@ -100,6 +111,8 @@ FLOOR_SUMS = (
     # Per row: the query, its float32 gradient, reference and value in float64, coefficient and two gradients.
     FloorSum(query_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * (16 + 12), 210 * 7),
     FloorSum(query_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 16, 210 * 4),
+    # All 9 rows of the table; per row 10 numbers of the query and its gradient, 3 indices and multiples.
+    FloorSum(negatives_by_index_floor, (7, 3, 10, 9, 2, 8), 90 * 2 + 70 * (2 + 4) + 7 * (3 * 12 + 28), 210 * 4),
 )
 COMPILED = (Compiled("glove_fwd", stores="one number per pair"),)
 
@@ -135,6 +148,32 @@ def per_query_plain(case: Case, t: Inputs, dtype: torch.dtype | None = None) -> 
     if case.backward:
         grads = torch.autograd.grad(value, (query, negatives), t["coefficient"].to(query.dtype))
         t["grad_query"], t["grad_negatives"] = grads
+
+
+def by_index_inputs(case: Case, device: torch.device) -> Inputs:
+    """M rows to draw from."""
+    n, k, d, m = case.shape.values()
+    generator = torch.Generator(device).manual_seed(0)
+    t = per_query_inputs(dataclasses.replace(case, shape={"N": n, "K": 0, "D": d}), device)
+    return {
+        **t,
+        "table": torch.randn(m, d, generator=generator, device=device).to(case.dtype),
+        "index": torch.randint(m, (n, k), generator=generator, device=device),
+    }
+
+
+def by_index(backend: str, case: Case, t: Inputs) -> None:
+    with use_backend(chosen(backend, t["query"].device)):
+        inputs = NegativeInputs(t["query"], t["table"], t["index"], None, None, None, t["scale"], None)
+        outputs = empty_outputs(inputs, True, True, True, False)
+        query_negatives_(inputs, RowMerge(SOFTMAX, t["reference"], t["coefficient"], None, False), outputs)
+    t["value"], t["grad_query"], t["multiples"] = outputs.value, outputs.grad_query, outputs.grad_negatives
+
+
+def by_index_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
+    by_index(REFERENCE, case, wide)
+    return wide["value"], wide["grad_query"], wide["multiples"]
 
 
 def per_query_results(case: Case) -> tuple[str, ...]:
@@ -425,6 +464,17 @@ KERNELS = {
         cpu=grid({"N": 4096, "K": 32, "D": 256}),
         smoke={"shape": {"N": 33, "K": 7, "D": 77}},
         plain=per_query_plain,
+    ),
+    "negatives_by_index": Kernel(
+        lambda case: negatives_by_index_floor(*case.shape.values(), case.dtype.itemsize, 8),
+        by_index_inputs,
+        by_index,
+        lambda case: ("value", "grad_query", "multiples"),
+        by_index_oracle,
+        grid({"N": 4096, "K": 100, "D": 256, "M": 8192}),
+        cpu=grid({"N": 4096, "K": 100, "D": 256, "M": 8192}, dtypes=(torch.float32,)),
+        smoke={"shape": {"N": 33, "K": 7, "D": 77, "M": 40}},
+        share=None,  # gathered from the cache, which holds the table
     ),
     "negative_sampling_fwd": Kernel(
         lambda case: negative_sampling_fwd_floor(
