@@ -56,7 +56,7 @@ def formula(logits, target, extra, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 129, 2048, 2501])
 def test_against_float64(kernels, device, dtype, options, vocab):
-    """Rows of one tile and of several, with room for whole vectors or without; probabilities of any dtype and layout."""
+    """Rows of one tile and several, with room for whole vectors or without; probabilities of any dtype and layout."""
     g = torch.Generator().manual_seed(vocab)
     rows = 3
     logits = (4 * torch.randn(rows, vocab, generator=g)).to(device, dtype)
