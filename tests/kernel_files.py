@@ -21,6 +21,7 @@ SHARED = {
         "csrc/core/column_sums.cu",
         "csrc/core/scale_add.cu",
         "sslkernels/vocabulary/triton/linear_cross_entropy.py",
+        "sslkernels/vocabulary/triton/probability_rows.py",
         "sslkernels/core/triton/scale.py",
     ),
     "linear_distillation": ("csrc/vocabulary/distillation.cu", "sslkernels/vocabulary/triton/distillation_rows.py"),

@@ -54,15 +54,21 @@ NEGATIVES = 5
 
 
 def query_negatives_floor(
-    rows: int, count: int, dim: int, element_bytes: int, normalise: bool, gradient: bool
-) -> Floor:
+    rows: int, count: int, dim: int, element_bytes: int, normalise: bool, gradient: bool, table_rows: int = 0,
+    index_bytes: int = 0,
+) -> Floor:  # fmt: skip
     """Per row: the query, its gradient in float32, reference and value in float64, coefficient and two gradients; the
     scores of negatives are never materialised. An element takes a product and its sum (2), for the norm (2) and for the
-    query's gradient (2) again, and the negative's gradient (3)."""
+    query's gradient (2) again, and the negative's gradient (3). By index each row of the table that may occur is read
+    once, and the gradient of a negative is one float32 number."""
     elements = rows * count * dim
     moved = elements * element_bytes * (2 if gradient else 1)
+    if table_rows:
+        moved = min(table_rows, rows * count) * dim * element_bytes
+        moved += rows * count * (index_bytes + (4 if gradient else 0))
     moved += rows * dim * (element_bytes + (4 if gradient else 0)) + rows * (16 + (12 if gradient else 0))
-    return Floor(moved, elements * ((4 if normalise else 2) + (5 if gradient else 0)))
+    of_gradients = 0 if not gradient else 2 if table_rows else 5
+    return Floor(moved, elements * ((4 if normalise else 2) + of_gradients))
 
 
 def negative_sampling_fwd_floor(
@@ -99,17 +105,31 @@ FLOOR_SUMS = (
     # Per row: the query, its float32 gradient, reference and value in float64, coefficient and two gradients.
     FloorSum(query_negatives_floor, (7, 3, 10, 2, False, True), 2 * 210 * 2 + 70 * (2 + 4) + 7 * (16 + 12), 210 * 7),
     FloorSum(query_negatives_floor, (7, 3, 10, 2, True, False), 210 * 2 + 70 * 2 + 7 * 16, 210 * 4),
+    # All 9 rows of the table; per row 10 numbers of the query and its gradient, 3 indices and multiples.
+    FloorSum(
+        query_negatives_floor, (7, 3, 10, 2, False, True, 9, 8), 90 * 2 + 70 * (2 + 4) + 7 * (3 * 12 + 28), 210 * 4
+    ),
 )
 COMPILED = (Compiled("glove_fwd", stores="one number per pair"),)
 
 
+def floor_of_per_query(case: Case) -> Floor:
+    n, k, d, *table = case.shape.values()
+    by_index = (table[0], 8) if table else ()
+    return query_negatives_floor(n, k, d, case.dtype.itemsize, False, case.backward, *by_index)
+
+
 def per_query_inputs(case: Case, device: torch.device) -> Inputs:
-    n, k, d = case.shape.values()
+    """With M in the shape the negatives are M rows and an index."""
+    n, k, d, *table = case.shape.values()
     generator = torch.Generator(device).manual_seed(0)
     acc = accumulation_dtype(case.dtype)
+    shape = (*table, d) if table else (n, k, d)
+    index = {} if not table else {"index": torch.randint(table[0], (n, k), generator=generator, device=device)}
     return {
+        **index,
         "query": torch.randn(n, d, generator=generator, device=device).mul_(d**-0.5).to(case.dtype),
-        "negatives": torch.empty(n, k, d, dtype=case.dtype, device=device).normal_(generator=generator),
+        "negatives": torch.empty(shape, dtype=case.dtype, device=device).normal_(generator=generator),
         "scale": torch.full((1,), 2.0, dtype=acc, device=device),
         "reference": torch.randn(n, generator=generator, device=device).double(),
         "coefficient": torch.full((n,), 1 / n, dtype=acc, device=device),
@@ -119,7 +139,7 @@ def per_query_inputs(case: Case, device: torch.device) -> Inputs:
 def per_query(backend: str, case: Case, t: Inputs) -> None:
     coefficient = t["coefficient"] if case.backward else None
     with use_backend(chosen(backend, t["query"].device)):
-        inputs = NegativeInputs(t["query"], t["negatives"], None, None, None, None, t["scale"], None)
+        inputs = NegativeInputs(t["query"], t["negatives"], t.get("index"), None, None, None, t["scale"], None)
         outputs = empty_outputs(inputs, case.backward, True, True, False)
         query_negatives_(inputs, RowMerge(SOFTMAX, t["reference"], coefficient, None, False), outputs)
     t["value"], t["grad_query"], t["grad_negatives"] = outputs.value, outputs.grad_query, outputs.grad_negatives
@@ -127,7 +147,8 @@ def per_query(backend: str, case: Case, t: Inputs) -> None:
 
 def per_query_plain(case: Case, t: Inputs, dtype: torch.dtype | None = None) -> None:
     query, negatives = (t[name].detach().to(dtype).requires_grad_(case.backward) for name in ("query", "negatives"))
-    scores = torch.einsum("nd,nkd->nk", query, negatives) * t["scale"].to(query.dtype)
+    rows = negatives[t["index"]] if "index" in t else negatives
+    scores = torch.einsum("nd,nkd->nk", query, rows) * t["scale"].to(query.dtype)
     candidates = torch.cat([t["reference"].to(query.dtype).unsqueeze(1), scores], 1)
     value = candidates.logsumexp(1)
     t["value"] = value.detach()
@@ -137,7 +158,9 @@ def per_query_plain(case: Case, t: Inputs, dtype: torch.dtype | None = None) -> 
 
 
 def per_query_results(case: Case) -> tuple[str, ...]:
-    return ("value", "grad_negatives") if case.backward else ("value",)
+    if not case.backward:
+        return ("value",)
+    return ("value", "grad_query" if "M" in case.shape else "grad_negatives")  # by index: multiples of the query
 
 
 def per_query_oracle(case: Case, t: Inputs) -> tuple[Tensor, ...]:
@@ -408,20 +431,22 @@ class PairKernelBenchmark(Benchmark):
         return [Bar("median / the bare matmuls", case.name, providers.time_ratio(OURS, MATMULS), 1.6)]
 
 
+BY_INDEX = {"N": 4096, "K": 100, "D": 256, "M": 8192}  # M rows to draw from
 PER_QUERY = ({"N": 8192, "K": 32, "D": 1024}, {"N": 65536, "K": 8, "D": 512})
 KERNELS = {
     "query_negatives": Kernel(
-        lambda case: query_negatives_floor(*case.shape.values(), case.dtype.itemsize, False, case.backward),
+        floor_of_per_query,
         per_query_inputs,
         per_query,
         per_query_results,
         per_query_oracle,
         [
             *grid(*PER_QUERY, dtypes=(torch.bfloat16,)),
+            *grid(BY_INDEX),
             {"shape": PER_QUERY[0], "backward": False},
             {"shape": {"N": 8192, "K": 32, "D": 512}, "dtype": torch.float32},
         ],
-        cpu=grid({"N": 4096, "K": 32, "D": 256}),
+        cpu=[*grid({"N": 4096, "K": 32, "D": 256}), *grid(BY_INDEX, dtypes=(torch.float32,))],
         smoke={"shape": {"N": 33, "K": 7, "D": 77}},
         plain=per_query_plain,
     ),

@@ -12,6 +12,7 @@ from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.vocabulary.corrupt_spans import CorruptedSpans, SpanInputs, SpanOptions
 from sslkernels.vocabulary.linear_sample import LinearSample, SampleInputs, SampleOptions
 from sslkernels.vocabulary.mask_tokens import MaskedTokens, MaskInputs, MaskRule
+from sslkernels.vocabulary.probability_rows import ProbabilityOperands
 from sslkernels.vocabulary.prototypes.distillation_records import RowOutputs
 from sslkernels.vocabulary.prototypes.distillation_rows import Choice, Head, TeacherState
 from sslkernels.vocabulary.softmax_rows import RowOptions, empty_outputs
@@ -20,6 +21,7 @@ from sslkernels.vocabulary.triton.distillation_rows import distillation_rows, te
 from sslkernels.vocabulary.triton.linear_cross_entropy import stream_forward
 from sslkernels.vocabulary.triton.linear_sample import linear_sample
 from sslkernels.vocabulary.triton.mask_tokens import mask_tokens
+from sslkernels.vocabulary.triton.probability_rows import probability_rows_bwd, probability_rows_fwd
 from sslkernels.vocabulary.triton.softmax_rows import cross_entropy_rows_bwd, cross_entropy_rows_fwd
 
 PLAIN = RowOptions(-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0)
@@ -32,6 +34,7 @@ def calls() -> Iterator[Call]:
     yield from row_calls()
     yield from stream_calls()
     yield from distillation_calls()
+    yield from probability_calls()
     for dtype, shape, bias in (
         (BF16, (8192, 768), True),
         (BF16, (1, 4096), False),
@@ -128,6 +131,36 @@ def distillation(
     outputs = RowOutputs(some, some, some, some, torch.empty(ROWS, dtype=torch.bool), torch.empty(int(every)))
     grad = products if dtype == acc else when(dtype is not None, buffer(dtype or acc))
     distillation_rows(products, head, state, choice, when(dtype is not None, some), outputs, every, grad)
+
+
+def probability_calls() -> Iterator[Call]:
+    for dtype, target, vocab, options in (
+        (BF16, FP32, 32768, {"grad": True}),
+        (BF16, BF16, 50257, {"grad": True, "every": True}),
+        (FP16, FP32, 32768, {}),
+        (FP32, FP32, 32768, {"grad": True}),
+        (FP32, FP16, 50257, {"grad": True, "every": True}),
+        (FP64, FP64, 500, {"grad": True, "every": True}),
+    ):
+        yield call(probabilities, dtype, target, vocab, **options)
+    yield binding(probabilities, BF16, FP32, 1, grad=True, every=True, one_coefficient=True)
+
+
+def probabilities(
+    dtype: torch.dtype, target: torch.dtype, vocab: int, *, grad: bool = False, every: bool = False,
+    one_coefficient: bool = False,
+) -> None:  # fmt: skip
+    """Forward, and backward if there is a gradient, which overwrites the logits; target: dtype of the probabilities."""
+    acc = accumulation_dtype(dtype)
+    logits = torch.empty(ROWS, row_pitch(vocab), dtype=dtype)[:, :vocab]
+    bias, weight = when(every, torch.empty(vocab, dtype=acc)), when(every, torch.empty(vocab, dtype=acc))
+    coefficient = torch.empty((), dtype=acc).expand(ROWS) if one_coefficient else torch.empty(ROWS, dtype=acc)
+    given = torch.empty(ROWS, vocab, dtype=target)
+    operands = ProbabilityOperands(logits, given, bias, weight, vocab, EVERY if every else PLAIN)
+    outputs = empty_outputs(logits, ROWS, False)
+    probability_rows_fwd(operands, when(grad, coefficient), outputs, when(grad, logits))
+    if grad:
+        probability_rows_bwd(operands, coefficient, outputs.state, logits)
 
 
 def stream_calls() -> Iterator[Call]:

@@ -4,6 +4,9 @@
 // one write. A row that is too long for that is processed in tiles; only the softmax reads them twice, because it needs
 // the sum over all of them first. The query is stored in shared memory in the accumulation type, padded so that a group
 // at any alignment is read without bank conflicts. Every sum has a fixed order.
+//
+// By index the negatives are gathered from a table and a bank, by the same loads: only where each begins differs. Of
+// their gradients the kernel writes the factors of the query, which segment sums turn into gradients of the tables.
 #include <algorithm>
 
 #include "contrastive/query_negatives.h"
@@ -29,7 +32,7 @@ using Sums = Reduction<NegativeSums<typename Accumulation<T>::type>>;
 template <class T>
 using Scratch = typename Sums<T>::Scratch;
 
-// Shared memory: scratch of two reductions, factors and dots of a tile, the query, validity flags, the tile.
+// Shared memory: scratch of two reductions, addresses, factors and dots of a tile, the query, validity flags, the tile.
 
 constexpr SSLKERNELS_HD int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -37,6 +40,7 @@ template <class T>
 struct Layout {
   using A = typename Accumulation<T>::type;
   static constexpr int kSize = Groups<T>::kSize;
+  int64_t found;
   int64_t factors;
   int64_t dots;
   int64_t query;
@@ -45,7 +49,8 @@ struct Layout {
   int64_t bytes;
 
   __host__ __device__ __forceinline__ Layout(int tile, int pitch, bool cache, int64_t dim) {
-    factors = 2 * int64_t(sizeof(Scratch<T>));
+    found = 2 * int64_t(sizeof(Scratch<T>));
+    factors = found + tile * int64_t(sizeof(const T*));
     dots = factors + tile * int64_t(sizeof(NegativeFactors<A>));
     query = dots + tile * int64_t(sizeof(Dots<A>));
     valid = query + (dim / kSize + 3) * (kSize + 1) * int64_t(sizeof(A));
@@ -64,8 +69,8 @@ struct Block {
   const QueryNegativesPlan& plan;
   int64_t i;
   int dim;
-  const T* negatives;   // negatives of the row
   Scratch<T>* scratch;  // for two reductions
+  const T** found;      // where each negative begins; null: it is not read
   NegativeFactors<A>* factors;
   Dots<A>* dots;
   A* query;
@@ -75,8 +80,8 @@ struct Block {
   __device__ __forceinline__ Block(const QueryNegatives& args, const QueryNegativesPlan& plan)
       : args(args), plan(plan), i(blockIdx.x), dim(int(args.dim)) {
     const Layout<T> layout(plan.tile, plan.pitch, plan.cached, args.dim);
-    negatives = static_cast<const T*>(args.negatives) + i * args.count * args.dim;
     scratch = reinterpret_cast<Scratch<T>*>(shared_memory());
+    found = reinterpret_cast<const T**>(shared_memory() + layout.found);
     factors = reinterpret_cast<NegativeFactors<A>*>(shared_memory() + layout.factors);
     dots = reinterpret_cast<Dots<A>*>(shared_memory() + layout.dots);
     query = reinterpret_cast<A*>(shared_memory() + layout.query);
@@ -94,11 +99,23 @@ struct Block {
     return kAligned || groups.whole(group);
   }
 
-  // Marked before the negatives are read, so that no load waits for a flag.
-  __device__ __forceinline__ void mark_tile(int64_t first, int size) const {
+  // Found before the negatives are read, so that no load waits for a flag or an index.
+  __device__ __forceinline__ void find_tile(int64_t first, int size) const {
     for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
-      valid[t] = is_valid(args, i * args.count + first + t);
+      const int64_t at = i * args.count + first + t;
+      const bool counts = is_valid(args, at);
+      valid[t] = counts;
+      found[t] = counts ? begin_of(at) : nullptr;
     }
+  }
+  // Null for an index out of range, which makes the row NaN.
+  __device__ __forceinline__ const T* begin_of(int64_t at) const {
+    const T* table = static_cast<const T*>(args.negatives);
+    if (args.index == nullptr) return table + at * args.dim;
+    const int64_t row = index_at(args.index, args.wide_index, at);
+    if (!in_range(row, args.table_rows + args.bank_rows)) return nullptr;
+    if (row < args.table_rows) return table + row * args.dim;
+    return static_cast<const T*>(args.bank) + (row - args.table_rows) * args.dim;
   }
 
   // One number of padding after every kSize; zeros before the first column and after the last.
@@ -122,7 +139,8 @@ struct Block {
     const T* from = negative + groups.column(group);
     if constexpr (!kAligned) {
       const T* all = static_cast<const T*>(args.negatives);
-      if (from < all || from + kSize > all + args.rows * args.count * args.dim) {
+      const bool outside = from < all || from + kSize > all + args.rows * args.count * args.dim;
+      if (args.index == nullptr ? outside : !groups.whole(group)) {
         A n[kSize];
 #pragma unroll
         for (int k = 0; k < kSize; ++k) n[k] = groups.contains(groups.column(group) + k) ? A(to_float(from[k])) : A(0);
@@ -170,7 +188,7 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
   using A = typename Accumulation<T>::type;
   constexpr int kSize = Groups<T>::kSize;
   const bool normalise = block.args.query_inverse_norm != nullptr;
-  block.mark_tile(first, size);
+  block.find_tile(first, size);
   __syncthreads();
   Visit ahead(block.plan, size), here(block.plan, size);
   A dot = 0, square = 0;
@@ -178,9 +196,9 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
     Words words[kBatch] = {};
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const T* negative = block.negatives + (first + ahead.negative) * block.args.dim;
+      const T* negative = ahead.negative < size ? block.found[ahead.negative] : nullptr;
       const Groups<T> groups = block.groups_of(negative);
-      if (ahead.negative < size && ahead.group() < groups.count && block.valid[ahead.negative]) {
+      if (negative != nullptr && ahead.group() < groups.count) {
         words[b] = block.read(negative, groups, ahead.group(), last);
       }
       ahead.next();
@@ -189,7 +207,8 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
     for (int b = 0; b < kBatch; ++b) {
       if (here.left <= 0) break;
       const int group = here.group();
-      const Groups<T> groups = block.groups_of(block.negatives + (first + here.negative) * block.args.dim);
+      const T* negative = here.negative < size ? block.found[here.negative] : nullptr;
+      const Groups<T> groups = block.groups_of(negative);
       if (here.negative < size && group < groups.count) {
         A n[kSize], x[kSize];
         unpack_group<T>(words[b], n);
@@ -212,7 +231,9 @@ __device__ __forceinline__ void load_tile(const Block<T, kAligned>& block, int64
           dot += shuffle_xor(dot, lanes);
           square += shuffle_xor(square, lanes);
         }
-        if (here.lane() == 0 && here.negative < size) block.dots[here.negative] = {dot, square};
+        if (here.lane() == 0 && here.negative < size) {
+          block.dots[here.negative] = {negative == nullptr ? A(NAN) : dot, square};
+        }
         dot = square = A(0);
       }
       here.next();
@@ -236,8 +257,9 @@ __device__ __forceinline__ void score_tile(const Block<T, kAligned>& block, cons
 }
 
 template <class T, bool kAligned, class A>
-__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int size,
-                                           const SettledRow<A>& settled, NegativeSums<A>& sums) {
+__device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, const QueryRow<A>& row, int64_t first,
+                                           int size, const SettledRow<A>& settled, NegativeSums<A>& sums) {
+  A* of_queries = block.args.index == nullptr ? nullptr : static_cast<A*>(block.args.grad_negatives);
   for (int t = int(threadIdx.x); t < size; t += int(blockDim.x)) {
     NegativeFactors<A> factors{A(0), A(0), A(0)};
     if (block.valid[t]) {
@@ -248,6 +270,7 @@ __device__ __forceinline__ void weigh_tile(const Block<T, kAligned>& block, cons
       factors = factors_of(row, score, weight);
     }
     block.factors[t] = factors;
+    if (of_queries != nullptr) of_queries[block.i * block.args.count + first + t] = factors.of_query;
   }
 }
 
@@ -257,8 +280,7 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
   constexpr int kSize = Groups<T>::kSize;
   for (Visit at(block.plan, size); at.left > 0; at.next()) {
     if (at.negative >= size) continue;
-    const int64_t offset = (first + at.negative) * block.args.dim;
-    const Groups<T> groups = block.groups_of(block.negatives + offset);
+    const Groups<T> groups = block.groups_of(block.found[at.negative]);
     const int group = at.group(), column = groups.column(group);
     if (group >= groups.count) continue;
     const NegativeFactors<A> factors = block.factors[at.negative];
@@ -270,8 +292,8 @@ __device__ __forceinline__ void write_grad_negatives(const Block<T, kAligned>& b
 #pragma unroll
       for (int k = 0; k < kSize; ++k) value[k] = factors.of_query * (x[k] - factors.projection * n[k]);
     }
-    T* grad =
-        static_cast<T*>(block.args.grad_negatives) + block.i * block.args.count * block.args.dim + offset + column;
+    T* grad = static_cast<T*>(block.args.grad_negatives) + column +
+              (block.i * block.args.count + first + at.negative) * block.args.dim;
     if (kAligned || (groups.whole(group) && reinterpret_cast<uint64_t>(grad) % 16 == 0)) {
       store_words(grad, pack_group<T>(value));
     } else {
@@ -292,14 +314,13 @@ __device__ __forceinline__ void add_grad_query(const Block<T, kAligned>& block, 
   constexpr int kSums = 4;
   A* grad = static_cast<A*>(block.args.grad_query) + block.i * block.args.dim;
   const T* cached = reinterpret_cast<const T*>(block.cached);
-  const uint64_t start = reinterpret_cast<uint64_t>(block.negatives + first * block.args.dim) / sizeof(T);
   for (int column = int(threadIdx.x) * kColumns; column < block.dim; column += int(blockDim.x) * kColumns) {
     A sums[kSums][kColumns] = {};
     for (int t = 0; t < size; t += kSums) {
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
         if (t + s >= size) break;
-        const int shift = kAligned ? 0 : int((start + uint64_t(t + s) * block.dim) % kSize);
+        const int shift = kAligned ? 0 : int(reinterpret_cast<uint64_t>(block.found[t + s]) / sizeof(T) % kSize);
         const T* at = cached + (t + s) * block.plan.pitch * kSize + shift + column;
         const A factor = block.factors[t + s].of_negative;
         if constexpr (kColumns == 2) {
@@ -328,7 +349,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
   using A = typename Accumulation<T>::type;
   const Block<T, kAligned> block(args, plan);
   const QueryRow<A> row = query_row<A>(args, block.i);
-  const bool gradient = args.coefficient != nullptr;
+  const bool gradient = args.coefficient != nullptr, by_index = args.index != nullptr;
   const bool apart = weights_are_apart(args);
   const bool one_tile = args.count <= plan.tile;
   block.load_query();  // visible after the first barrier
@@ -343,15 +364,16 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
     for (int64_t first = 0; first == 0 || first < args.count; first += plan.tile) {
       const int size = block.tile_size(first);
       if (!second || apart || !one_tile) {
-        load_tile(block, first, size, plan.cached && (second || one_tile), second || !gradient || one_tile);
+        const bool last = !by_index && (second || !gradient || one_tile);  // other rows may read what an index gathers
+        load_tile(block, first, size, plan.cached && (second || one_tile), last);
         __syncthreads();
       }
       if (!second || apart) score_tile(block, row, first, size, sums);
       if (second) {
         if (apart) settled = settle(row, row.reference);
-        if (gradient) weigh_tile(block, row, size, settled, sums);
+        if (gradient) weigh_tile(block, row, first, size, settled, sums);
         __syncthreads();
-        if (gradient && args.grad_negatives != nullptr) write_grad_negatives(block, first, size);
+        if (gradient && !by_index && args.grad_negatives != nullptr) write_grad_negatives(block, first, size);
         if (gradient && args.grad_query != nullptr) add_grad_query(block, row, first, size);
       }
       if (!one_tile) __syncthreads();
@@ -377,16 +399,19 @@ QueryNegativesPlan plan_for(const QueryNegatives& args, const DeviceLimits& limi
     fail("the CUDA kernel of query_negatives takes at most 2^24 columns");
   }
   QueryNegativesPlan plan{};
+  // Rows of columns: the negatives, their gradients or the bank; null counts as aligned.
+  const void* beside = args.index == nullptr ? args.grad_negatives : args.bank;
   plan.aligned = args.dim % kSize == 0 && reinterpret_cast<uint64_t>(args.negatives) % 16 == 0 &&
-                 reinterpret_cast<uint64_t>(args.grad_negatives) % 16 == 0;
+                 reinterpret_cast<uint64_t>(beside) % 16 == 0;
   plan.pitch = int(std::max<int64_t>(ceil_div(plan.aligned ? args.dim : args.dim + kSize - 1, kSize), 1));
   plan.team = 1;
   while (plan.team < kWarpSize && plan.team < plan.pitch) plan.team *= 2;
-  plan.cached = args.coefficient != nullptr && (args.grad_query != nullptr || args.grad_negatives != nullptr);
+  const bool writes_negatives = args.index == nullptr && args.grad_negatives != nullptr;
+  plan.cached = args.coefficient != nullptr && (args.grad_query != nullptr || writes_negatives);
 
   const int64_t fixed = Layout<T>(0, plan.pitch, plan.cached, args.dim).bytes + 16;
   const int64_t of_negative =
-      sizeof(NegativeFactors<A>) + sizeof(Dots<A>) + 1 + (plan.cached ? int64_t(plan.pitch) * 16 : 0);
+      sizeof(T*) + sizeof(NegativeFactors<A>) + sizeof(Dots<A>) + 1 + (plan.cached ? int64_t(plan.pitch) * 16 : 0);
   // Several blocks per multiprocessor, so that some load while others compute or store; fewer if a row would otherwise
   // be read twice.
   const int blocks = limits.largest_cluster > 1 ? 3 : 2;

@@ -28,6 +28,7 @@ struct QueryNegatives {
   bool wide_index;   // int64, else int32
   const void* bank;  // (bank_rows, dim)
   int64_t table_rows;
+  int64_t bank_rows;
   const uint8_t* mask;             // (rows, count); null: all are valid
   const void* query_inverse_norm;  // A (rows); null: nothing is normalised
   const void* logit_scale;         // A (1)
@@ -54,7 +55,7 @@ SSLKERNELS_HD bool weights_are_apart(const QueryNegatives& args) {
 
 SSLKERNELS_HD bool is_valid(const QueryNegatives& args, int64_t negative) {
   if (args.mask != nullptr && args.mask[negative] == 0) return false;
-  return args.index == nullptr || index_at(args.index, args.wide_index, negative) >= 0;
+  return args.index == nullptr || index_at(args.index, args.wide_index, negative) != -1;
 }
 
 // Values that the negatives of a row share.

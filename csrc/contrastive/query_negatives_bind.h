@@ -5,18 +5,17 @@
 
 namespace sslkernels {
 
-// The CUDA kernel has no index: Triton's has.
 inline void parse_negative_index(const Tensor& query, const Tensor& negatives, const Tensor& index,
                                  const OptionalTensor& bank, int64_t count, QueryNegatives& args) {
-  STD_TORCH_CHECK(!query.is_cuda(), "sslkernels: query_negatives takes no index on a GPU");
   const auto element = query.scalar_type();
-  const int64_t rows = query.size(0), dim = query.size(1), bank_rows = bank ? bank->size(0) : 0;
+  const int64_t rows = query.size(0), dim = query.size(1);
   args.table_rows = negatives.size(0);
+  args.bank_rows = bank ? bank->size(0) : 0;
   args.negatives = readable(negatives, {args.table_rows, dim}, element, "negatives");
-  args.bank = readable(bank, {bank_rows, dim}, element, "bank");
+  args.bank = readable(bank, {args.bank_rows, dim}, element, "bank");
   args.wide_index = is_wide(index, "index");
   args.index = readable(index, {rows, count}, index.scalar_type(), "index");
-  check_optional_indices(index, rows * count, args.table_rows + bank_rows, "index");
+  check_optional_indices(index, rows * count, args.table_rows + args.bank_rows, "index");
 }
 
 // An output without elements is not wanted.

@@ -89,8 +89,7 @@ def _forward(
 
 def _has_shared_candidates(inputs: PairInputs, options: PairOptions) -> bool:
     """Whether queries are compared with keys or a bank; otherwise they have per-query negatives alone."""
-    by_index = inputs.negatives is not None and not inputs.negatives.is_floating_point()
-    return options.in_batch or inputs.bank is not None or by_index
+    return options.in_batch or inputs.bank is not None
 
 
 def _raw_inputs(inputs: PairInputs) -> PairInputs:

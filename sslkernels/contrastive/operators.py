@@ -22,15 +22,15 @@ from sslkernels.contrastive.records import (
     empty_statistics,
 )
 from sslkernels.contrastive.score_tiles import PairKernels, ReferencePairs
-from sslkernels.contrastive.tile_backends import NativePairs, TritonPairs
+from sslkernels.contrastive.tile_backends import CudaPairs, NativePairs, TritonPairs
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 
 Results = tuple[Tensor, PairState, PairStatistics, PairGradients]
-# Without shared candidates there are no tiles, and only `query_negatives` runs, which has a kernel for every backend.
+# Without shared candidates there are no tiles, for which CUDA has no kernels.
 WITH_TILES = {"reference": ReferencePairs(), "cpu": NativePairs(), "triton": TritonPairs()}
-WITHOUT_TILES = dict.fromkeys(("reference", "cpu", "triton", "cuda"), PairKernels())
+WITHOUT_TILES = {**WITH_TILES, "cuda": CudaPairs()}
 
 
 def _fwd(
@@ -115,7 +115,7 @@ def contrastive_bwd(
     return empty_gradients(inputs, wanted)
 
 
-@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=("query_negatives",), flops=_fwd_flops)
+@operator("info_nce", _implementations(_fwd, WITHOUT_TILES), native_ops=CudaPairs.OPS, flops=_fwd_flops)
 def per_query_contrastive_fwd(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
@@ -123,7 +123,7 @@ def per_query_contrastive_fwd(
     return _empty_results(inputs, coefficient, options, wanted, stats)
 
 
-@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=("query_negatives",), flops=_bwd_flops)
+@operator("info_nce", _implementations(plan.backward, WITHOUT_TILES), native_ops=CudaPairs.OPS, flops=_bwd_flops)
 def per_query_contrastive_bwd(
     grad_loss: Tensor, inputs: PairInputs, state: PairState, options: PairOptions, wanted: PairWanted
 ) -> PairGradients:

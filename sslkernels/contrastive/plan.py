@@ -52,7 +52,6 @@ from sslkernels.contrastive.query_negatives import (
     NegativeInputs,
     NegativeOutputs,
     RowMerge,
-    gathered_negatives_,
     query_negatives_,
 )
 from sslkernels.contrastive.records import (
@@ -340,14 +339,10 @@ class _Plan:
         key, bank = setup.drawn_from
         norm = None if setup.query_norm is None else setup.query_norm[rows]
         if setup.by_index:
-            operands = NegativeInputs(
-                setup.query[rows], key, negatives, bank, mask, norm, inputs.logit_scale, inputs.logit_bias
-            )
-            gathered_negatives_(operands, merge, outputs)
+            features = setup.query[rows], key, negatives, bank
         else:
-            query = inputs.query[rows].to(negatives.dtype)
-            operands = NegativeInputs(query, negatives, None, None, mask, norm, inputs.logit_scale, inputs.logit_bias)
-            query_negatives_(operands, merge, outputs)
+            features = inputs.query[rows].to(negatives.dtype), negatives, None, None
+        query_negatives_(NegativeInputs(*features, mask, norm, inputs.logit_scale, inputs.logit_bias), merge, outputs)
 
     def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs:
         """The per-query negatives of the rows: accumulates their gradients."""

@@ -202,12 +202,3 @@ def _triton(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -
 )
 def query_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
     """Fills the outputs that have elements."""
-
-
-@operator(
-    "contrastive_energy",
-    {"reference": _reference, "cpu": _native, "triton": _triton},
-    native_ops=("query_negatives",),
-)
-def gathered_negatives_(inputs: NegativeInputs, merge: RowMerge, outputs: NegativeOutputs) -> None:
-    """`query_negatives_` with an index."""

@@ -63,6 +63,15 @@ def _flat(tile: Tile) -> tuple:
     return products, row_norm, column_norm, scale, bias, energy, *labels, ids_positive, *masks
 
 
+class CudaPairs(PairKernels):
+    """The compiled extension on a GPU, which has kernels for the per-query negatives alone, and none for tiles."""
+
+    OPS = ("query_negatives", "weighted_row_sums")
+
+    def sum_rows(self, index, coefficient, source, out):
+        segment_sum.native(index.flatten(), coefficient.flatten(), source, None, out)
+
+
 class TritonPairs(ReferencePairs):
     """The Triton kernels, imported at the first call; they compute the products themselves. float64: the reference."""
 

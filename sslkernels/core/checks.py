@@ -6,6 +6,7 @@ Every message reads ``"<function>: <argument> must <what>; got <what it was>"``.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 try:
     from numpy import generic as numpy_scalar
+    from numpy import ndarray
 except ImportError:  # torch runs without it
-    numpy_scalar = ()
+    numpy_scalar = ndarray = ()
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -27,25 +29,45 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 def with_python_numbers(function: _Callable) -> _Callable:
     """Decorates a public function: NumPy scalars in its arguments, their tuples and lists, become Python's."""
+    names, title = list(inspect.signature(function).parameters), function.__qualname__
+
+    def number(argument: str, value: Any) -> Any:
+        if type(value) in (tuple, list) and any([_is_numpy_scalar(item) for item in value]):
+            return type(value)([number(argument, item) for item in value])
+        if not _is_numpy_scalar(value):
+            return value
+        return _traced(title, argument, value) if torch.compiler.is_compiling() else value.item()
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        scalar = (numpy_scalar, ndarray) if torch.compiler.is_compiling() else numpy_scalar
         for value in (*args, *kwargs.values()):
-            if isinstance(value, numpy_scalar) or type(value) in (tuple, list):
-                args = tuple(map(_python_number, args))
-                kwargs = {name: _python_number(given) for name, given in kwargs.items()}
+            if isinstance(value, scalar) or type(value) in (tuple, list):
+                args = tuple([number(names[min(i, len(names) - 1)], given) for i, given in enumerate(args)])
+                kwargs = {name: number(name, given) for name, given in kwargs.items()}
                 break
         return function(*args, **kwargs)
 
     return call
 
 
-def _python_number(value: Any) -> Any:
+def _is_numpy_scalar(value: Any) -> bool:
+    """torch.compile traces a NumPy scalar as an array without dimensions."""
     if isinstance(value, numpy_scalar):
-        return value.item()
-    if type(value) in (tuple, list) and any([isinstance(item, numpy_scalar) for item in value]):
-        return type(value)(map(_python_number, value))
-    return value
+        return True
+    return torch.compiler.is_compiling() and isinstance(value, ndarray) and value.ndim == 0
+
+
+def _traced(function: str, argument: str, value: Any) -> Any:
+    """The number of a NumPy scalar while torch.compile traces, which knows the value of a scalar of 64 bits that enters
+    the graph, and of any that is made in it."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    number = torch.as_tensor(value).item()
+    if not (guard_or_false(number > 0) or guard_or_false(number <= 0)):
+        must = "be a Python number, or a NumPy scalar of 64 bits, where it enters a compiled function"
+        fail(TypeError, function, argument, must, "a NumPy scalar of fewer bits")
+    return number
 
 
 def fail(kind: type[Exception], function: str, argument: str, must: str, got: object) -> None:

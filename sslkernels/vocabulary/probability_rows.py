@@ -1,11 +1,12 @@
-"""Cross-entropy of rows of logits against class probabilities: the row loss of every backend, in plain torch.
+"""Cross-entropy of rows of logits against class probabilities: the row loss, in plain torch and by Triton.
 
 For transformed logits z as in `softmax_rows`, given probabilities p, class weights w and label smoothing s:
 
     q_j = w_j ((1 - s) p_j + s / V)        loss = sum_j q_j (lse - z_j) + z_loss lse^2
 
-The gradient with respect to l is (sum_j q_j + 2 z_loss lse) softmax(z) - q. A matmul produced the logits, which are
-many times the work of this; blocks of a few rows keep the intermediate results in the cache and the memory bounded.
+The gradient with respect to l is (sum_j q_j + 2 z_loss lse) softmax(z) - q. Plain torch, which the compiled extension
+runs too, takes blocks of a few rows: their intermediate results stay in the cache, and the matmul that made the logits
+is many times the work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.vocabulary.softmax_rows import RowOptions, Rows, RowState, empty_outputs, transform
+from sslkernels.vocabulary.softmax_rows import RowOptions, Rows, RowState, TritonRows, empty_outputs, transform
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
@@ -29,9 +30,21 @@ class _Block(NamedTuple):
     q: Tensor
 
 
+class ProbabilityOperands(NamedTuple):
+    """Logits (N, V), class probabilities (N, V), bias (V,), class weights (V,); the number of classes of the whole
+    vocabulary; the options."""
+
+    logits: Tensor
+    target: Tensor
+    bias: Tensor | None
+    weight: Tensor | None
+    classes: int
+    options: RowOptions
+
+
 class ProbabilityRows(Rows):
     """`target` holds class probabilities (N, V) of any float dtype. The field `logprob` of the outputs and of the state
-    is the sum of q. The logits are overwritten, also without a gradient. classes: of the whole vocabulary, where
+    is the sum of q. The logits may be overwritten, also without a gradient. classes: of the whole vocabulary, where
     the logits are a slice."""
 
     def __init__(self, classes: int | None = None) -> None:
@@ -75,6 +88,29 @@ class ProbabilityRows(Rows):
         if options.label_smoothing > 0:
             q = q * (1 - options.label_smoothing) + options.label_smoothing / (self.classes or z.shape[1])
         return _Block(z, slope, q if weight is None else q * weight.to(z.dtype))
+
+
+class TritonProbabilityRows(ProbabilityRows):
+    """One program per row."""
+
+    def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
+        from sslkernels.vocabulary.triton.probability_rows import probability_rows_fwd
+
+        outputs = empty_outputs(logits, logits.shape[0], False)
+        operands = ProbabilityOperands(logits, target, bias, weight, self.classes or logits.shape[1], options)
+        probability_rows_fwd(operands, coefficient, outputs, grad)
+        return outputs
+
+    def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
+        from sslkernels.vocabulary.triton.probability_rows import probability_rows_bwd
+
+        operands = ProbabilityOperands(logits, target, bias, weight, self.classes or logits.shape[1], options)
+        probability_rows_bwd(operands, coefficient, state, grad)
+
+
+def probability_rows(rows: Rows, classes: int | None = None) -> ProbabilityRows:
+    """The row kernels for class probabilities of the backend whose kernels for class indices are `rows`."""
+    return (TritonProbabilityRows if isinstance(rows, TritonRows) else ProbabilityRows)(classes)
 
 
 def blocks_of(logits: Tensor) -> Iterator[slice]:

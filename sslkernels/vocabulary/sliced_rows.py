@@ -24,7 +24,7 @@ from torch import Tensor
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.slices import Slices, slices_of
 from sslkernels.vocabulary.linear_records import NAME, Operands, PlanOptions
-from sslkernels.vocabulary.probability_rows import ProbabilityRows, blocks_of
+from sslkernels.vocabulary.probability_rows import blocks_of, probability_rows
 from sslkernels.vocabulary.softmax_rows import RowOptions, RowOutputs, Rows, RowState, empty_outputs, transform
 
 
@@ -200,12 +200,12 @@ class SlicedRows(Rows):
         return outputs._replace(prediction=valid_only(prediction, -1), entropy=valid_only(entropy))
 
 
-class SlicedProbabilityRows(ProbabilityRows):
+class SlicedProbabilityRows(Rows):
     """Class probabilities of this rank's slice; the class weights are whole. With the state of the whole row the
     gradient is one process's."""
 
-    def __init__(self, slices: Slices) -> None:
-        super().__init__(slices.total)
+    def __init__(self, rows: Rows, slices: Slices) -> None:
+        self.rows = probability_rows(rows, slices.total)
         self.slices = slices
 
     def forward(self, logits, target, bias, weight, options, *, stats, coefficient=None, grad=None):
@@ -216,7 +216,7 @@ class SlicedProbabilityRows(ProbabilityRows):
             apart, parts = options._replace(z_loss=0.0), []
             for rows in blocks_of(logits):
                 kept = logits[rows] if grad is None else logits[rows].clone()  # the sums overwrite them
-                parts.append(super().forward(kept, target[rows], bias, own, apart, stats=False))
+                parts.append(self.rows.forward(kept, target[rows], bias, own, apart, stats=False))
             part = RowOutputs(*map(torch.cat, zip(*parts, strict=True))) if parts else empty_outputs(logits, 0, False)
         no_logits = _rows_without_logits(part.row_max, bias, self.slices)
         row_max = part.row_max.clone()
@@ -241,13 +241,13 @@ class SlicedProbabilityRows(ProbabilityRows):
     def backward(self, logits, target, bias, weight, options, state, coefficient, grad):
         if logits.shape[1]:
             own = None if weight is None else self.slices.part(weight)
-            super().backward(logits, target, bias, own, options, state, coefficient, grad)
+            self.rows.backward(logits, target, bias, own, options, state, coefficient, grad)
 
 
 def rows_for(target: Tensor, rows: Rows, slices: Slices | None) -> Rows:
     """The row kernels for this target, of a slice if the vocabulary is sliced: `rows` for class indices."""
     if target.is_floating_point():
-        return ProbabilityRows() if slices is None else SlicedProbabilityRows(slices)
+        return probability_rows(rows) if slices is None else SlicedProbabilityRows(rows, slices)
     return rows if slices is None else SlicedRows(rows, slices)
 
 

@@ -4,12 +4,10 @@ import pytest
 import torch
 from contrastive_oracle import contrastive_losses
 from oracle import error
-from query_negatives_oracle import OwnCase, make
 
 import sslkernels as sk
 from benchmarks import memory
-from sslkernels.contrastive.pair_rows import HINGE, SIGMOID, SOFTMAX
-from sslkernels.contrastive.query_negatives import empty_outputs, gathered_negatives_, query_negatives_
+from sslkernels.contrastive import operators
 
 OP = "contrastive_energy"
 CASES = {
@@ -73,6 +71,27 @@ def test_against_gathered_rows(backend, name, dtype):
         assert error(got, grad) <= bound, key
 
 
+@pytest.mark.parametrize("energy", ["softmax", "sigmoid", "hinge"])
+def test_the_plan_of_cuda_kernels(monkeypatch, energy):
+    """On a CPU, whose kernels are called alike: without shared candidates it runs `query_negatives` alone."""
+    for op in (operators.per_query_contrastive_fwd, operators.per_query_contrastive_bwd):
+        functions = op.implementations.functions
+        monkeypatch.setitem(functions, "cpu", functions["cuda"])
+    for op in (operators.contrastive_fwd, operators.contrastive_bwd):
+        monkeypatch.delitem(op.implementations.functions, "cpu")  # which are tiles
+    case = {"in_batch": False, "normalize": True, "positive": True, "mask": True, "scale": 5.0, "energy": energy}
+    for reduction in ("mean", "none"):
+        leaves, index, options = problem(case | {"reduction": reduction}, torch.float32)
+        with sk.use_backend("cpu"):
+            loss = sk.contrastive_energy(negatives=index, **leaves, **options)
+            grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        exact, want = expected(leaves, index, options)
+        assert error(loss, want) <= 2e-5
+        want_grads = torch.autograd.grad(want.sum(), list(exact.values()))
+        for key, got, grad in zip(leaves, grads, want_grads, strict=True):
+            assert error(got, grad) <= 2e-5, key
+
+
 @pytest.mark.parametrize("frozen", ["query", "key"])
 def test_only_what_is_wanted(backend, frozen):
     leaves, index, options = problem(CASES["normalised"], torch.float64)
@@ -83,35 +102,6 @@ def test_only_what_is_wanted(backend, frozen):
     grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])
     for got, grad in zip(grads, torch.autograd.grad(want, [exact[name] for name in wanted]), strict=True):
         torch.testing.assert_close(got, grad)
-
-
-@pytest.mark.parametrize(
-    ("energy", "shape"), [(SOFTMAX, (3, 33, 5)), (SOFTMAX, (3, 4, 300)), (SIGMOID, (5, 7, 17)), (HINGE, (3, 4, 300))]
-)
-def test_the_same_sums_as_of_gathered_negatives(backend, energy, shape):
-    """Whatever the tiles; where rows are wider than one, they are read again."""
-    rows, count, dim = shape
-    case = OwnCase(energy=energy, shape=shape, normalise=dim != 17, mask="some", smoothing=True, bias=True)
-    plain, merge = make(case).records()
-    table = torch.randn(6, dim)
-    index = torch.randint(-1, 6, (rows, count))
-    gathered = table[index.clamp(min=0)]
-    plain = plain._replace(negatives=gathered.contiguous(), mask=plain.mask & (index >= 0))
-    want = empty_outputs(plain, True, True, True, True)
-    query_negatives_(plain, merge, want)
-    inputs = plain._replace(negatives=table[:4].clone(), bank=table[4:].clone(), index=index)
-    got = empty_outputs(inputs, True, True, True, True)
-    gathered_negatives_(inputs, merge, got)
-    for name in ("scores", "value", "grad_query", "grad_scale", "grad_bias"):
-        torch.testing.assert_close(getattr(got, name), getattr(want, name))
-    n = plain.negatives
-    if plain.query_inverse_norm is None:
-        gradient = got.grad_negatives[..., None] * plain.query[:, None]
-    else:
-        unit = torch.nn.functional.normalize(n, dim=2)
-        across = plain.query[:, None] - (plain.query[:, None] * unit).sum(2, keepdim=True) * unit
-        gradient = got.grad_negatives[..., None] * across
-    torch.testing.assert_close(gradient, want.grad_negatives, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_count_negatives_by_index(backend):
@@ -157,8 +147,6 @@ def test_an_index_out_of_range(backend, monkeypatch):
             sk.contrastive_energy(x, key, negatives=index, bank=bank, in_batch=False)
     if backend == "cpu":
         return  # its kernels refuse it, too
-    from sslkernels.contrastive import operators
-
     monkeypatch.setattr(operators, "_check_negatives", lambda *_: None)  # as on a GPU
     x.requires_grad_()
     rows = sk.contrastive_energy(x, key, negatives=index, bank=bank, in_batch=False, reduction="none")

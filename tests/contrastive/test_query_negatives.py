@@ -18,7 +18,9 @@ from query_negatives_oracle import (
     NAMES,
     OwnCase,
     assert_results,
+    by_index,
     compute,
+    gradient_by_index,
     make,
     oracle,
     pairs,
@@ -57,6 +59,14 @@ def check(case: OwnCase, device: str) -> None:
     assert_results(inputs, wanted_outputs(inputs, compute(inputs, device)))
 
 
+def check_by_index(case: OwnCase, device: str, index: torch.dtype = torch.int64) -> None:
+    inputs = make(case)
+    found = wanted_outputs(inputs, compute(by_index(inputs, index, bank=index == torch.int64), device))
+    if "grad_negatives" in found:
+        found["grad_negatives"] = gradient_by_index(inputs, found["grad_negatives"])
+    assert_results(inputs, found)
+
+
 def test_cases_cover_every_pair_of_values():
     met = set().union(*(pairs(dataclasses.asdict(case)) for case in CASES.values()))
     for (a, of_a), (b, of_b) in itertools.combinations(FEATURES.items(), 2):
@@ -66,6 +76,12 @@ def test_cases_cover_every_pair_of_values():
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(backend, device, name):
     check(CASES[name], device)
+
+
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("name", list(CASES)[1::3])
+def test_by_index_against_float64(backend, device, name, index):
+    check_by_index(CASES[name], device, index)
 
 
 @pytest.mark.parametrize("tile", [(2, 512), (4, 32), (8, 16)], ids=str)
@@ -85,6 +101,7 @@ def test_triton_tiles(device, monkeypatch, name, tile):
     monkeypatch.setattr(launcher, "config", small)
     with sk.use_backend("triton"):
         check(CASES[name], device)
+        check_by_index(CASES[name], device)
 
 
 @pytest.mark.parametrize("energy", ENERGIES)

@@ -99,6 +99,47 @@ def test_numpy_scalars_are_numbers(name):
             torch.testing.assert_close(_value_and_gradient(call, x, value), expected, rtol=0, atol=0)
 
 
+needs_scalars_in_graphs = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 breaks the graph where a number is read from a tensor"
+)
+# One of each family in `make test`.
+IN_GRAPHS = ("cross_entropy-z_loss", "contrastive_energy-margin", "free_energy-beta", "mask_tokens-mask_id")
+
+
+@needs_scalars_in_graphs
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in IN_GRAPHS else pytest.mark.slow) for name in CALLS]
+)
+def test_numpy_scalars_in_a_compiled_function(name):
+    """As an argument, whose values share a graph, and made inside."""
+    call, numbers = CALLS[name], NUMBERS[name][:2]
+    kind, narrow = (np.float64, np.float32) if name in FLOATS else (np.int64, np.uint8)
+    made_inside = [lambda x, v: call(x, kind(v)), lambda x, v: call(x, narrow(v))]
+    for i, function in enumerate([call, *made_inside]):
+        if i == 0 and name == "siglip_loss":
+            continue  # which computes a further number from it
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        x = X.clone().requires_grad_()
+        for number in numbers:
+            got = _value_and_gradient(compiled, x, kind(number) if i == 0 else number)
+            torch.testing.assert_close(got, _value_and_gradient(call, x, narrow(number).item() if i == 2 else number))
+        assert i > 0 or counters["stats"]["unique_graphs"] == 1
+
+
+@needs_scalars_in_graphs
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float16(0.5), np.uint8(1)], ids=lambda value: value.dtype.name)
+def test_a_numpy_scalar_that_a_graph_cannot_read_is_named(value):
+    """torch.compile passes it as a tensor, and knows the numbers of those of 64 bits alone."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, v: sk.free_energy(x, beta=v), backend="aot_eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="free_energy: beta must be a Python number, or a NumPy scalar of 64 bits"
+    ):
+        compiled(X, value)
+
+
 def test_numpy_scalars_in_tuples_and_constructors():
     masker = sk.nn.TokenMasker(
         mask_id=np.int64(3),

@@ -171,8 +171,9 @@ struct DistillationRowsCall : DistillationRows {
 
 struct QueryNegativesCall : QueryNegatives {
   explicit QueryNegativesCall(const Call& call) : QueryNegatives{} {
-    FIELDS(call, element, query, negatives, rows, count, dim, mask, query_inverse_norm, logit_scale, logit_bias, energy,
-           reference, coefficient, smoothing, final, scores, value, grad_query, grad_negatives, grad_scale, grad_bias);
+    FIELDS(call, element, query, negatives, rows, count, dim, index, wide_index, bank, table_rows, bank_rows, mask,
+           query_inverse_norm, logit_scale, logit_bias, energy, reference, coefficient, smoothing, final, scores, value,
+           grad_query, grad_negatives, grad_scale, grad_bias);
   }
 };
 

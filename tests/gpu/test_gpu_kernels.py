@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import pytest
 import torch
 from kernel_files import kernels
-from query_negatives_oracle import OwnCase, assert_results, wanted_outputs
+from query_negatives_oracle import OwnCase, assert_results, by_index, gradient_by_index, wanted_outputs
 from query_negatives_oracle import compute as compute_own
 from query_negatives_oracle import make as make_own
 from raw_operators import SINGLE_KERNELS, skip_without_kernel
@@ -89,6 +89,9 @@ def test_query_negatives(backend, dtype, shape, normalise):
     skip_without_kernel(backend)
     inputs = make_own(OwnCase(dtype, shape=shape, normalise=normalise, mask="some", bias=True, smoothing=True))
     assert_results(inputs, wanted_outputs(inputs, compute_own(inputs, "cuda")))
+    found = wanted_outputs(inputs, compute_own(by_index(inputs), "cuda"))
+    found["grad_negatives"] = gradient_by_index(inputs, found["grad_negatives"])
+    assert_results(inputs, found)
 
 
 @kernels("linear_sample")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
@@ -168,6 +169,36 @@ def make(case: OwnCase, seed: int = 0) -> Inputs:
     if case.reference in kinds:
         inputs.reference = kinds[case.reference]
     return inputs
+
+
+def by_index(inputs: Inputs, int_dtype: torch.dtype = torch.int64, bank: bool = True) -> Inputs:
+    """The same negatives as rows of a table and, after it, of a bank. Every second of those that the mask leaves out
+    has the index -1 in its place."""
+    rows, count, dim = inputs.negatives.shape
+    total = rows * count
+    at = torch.randperm(total, generator=torch.Generator().manual_seed(total)).view(rows, count)
+    stored = torch.empty_like(inputs.negatives).view(total, dim)
+    stored[at.flatten()] = inputs.negatives.reshape(total, dim)
+    mask = None
+    if inputs.mask is not None:
+        by_minus_one = ~inputs.mask & (at % 2 == 0)
+        at, mask = at.masked_fill(by_minus_one, -1), inputs.mask | by_minus_one
+    split = total // 3 if bank else total
+    return dataclasses.replace(
+        inputs, negatives=stored[:split].clone(), bank=stored[split:].clone() if bank else None,
+        index=at.to(int_dtype), mask=mask,
+    )  # fmt: skip
+
+
+def gradient_by_index(inputs: Inputs, of_query: Tensor) -> Tensor:
+    """The gradient (N, K, D) of the negatives, from its multiples (N, K) of the query; inputs: without an index."""
+    query, negatives, *_ = leaves_of(inputs)
+    n = negatives if inputs.mask is None else negatives.masked_fill(~inputs.mask.unsqueeze(2), 0)
+    direction = query.unsqueeze(1).expand_as(n)
+    if inputs.query_inverse_norm is not None:
+        unit = torch.nn.functional.normalize(n, dim=2)
+        direction = direction - (direction * unit).sum(2, keepdim=True) * unit
+    return (of_query.double().cpu().unsqueeze(2) * direction).detach()
 
 
 def similarities(inputs: Inputs, i: int, leaves: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor]:

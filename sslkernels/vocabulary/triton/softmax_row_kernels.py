@@ -16,7 +16,7 @@ NOT_SPECIALIZED = ["vocab", "coefficient_stride", "ignore_index"]
 
 
 @triton.jit
-def _uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
+def uncapped_logits(raw, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
     """l of raw logits in the accumulation dtype."""
     value = raw * logit_scale
     if HAS_BIAS:
@@ -25,7 +25,7 @@ def _uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _capped(value, mask, softcap, HAS_SOFTCAP: tl.constexpr):
+def capped(value, mask, softcap, HAS_SOFTCAP: tl.constexpr):
     """z from l; -inf outside the mask."""
     if HAS_SOFTCAP:
         value = softcap * tanh(value / softcap)
@@ -33,21 +33,28 @@ def _capped(value, mask, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def cap_slope(value, softcap):
+    """dz/dl of a softcap; 1 - tanh^2 would cancel where the tanh is near 1."""
+    e = tl.exp(-2.0 * tl.abs(value / softcap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def transformed(raw, bias, cols, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z of raw logits in the accumulation dtype; -inf outside the mask."""
-    return _capped(_uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS), mask, softcap, HAS_SOFTCAP)
+    return capped(uncapped_logits(raw, bias, cols, mask, logit_scale, HAS_BIAS), mask, softcap, HAS_SOFTCAP)
 
 
 @triton.jit
 def _load_uncapped(logits, at, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
     raw = tl.load(logits + at, mask, other=0.0).to(logit_scale.dtype)
-    return _uncapped(raw, bias, cols, mask, logit_scale, HAS_BIAS)
+    return uncapped_logits(raw, bias, cols, mask, logit_scale, HAS_BIAS)
 
 
 @triton.jit
 def _load_z(logits, at, bias, cols, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     value = _load_uncapped(logits, at, bias, cols, mask, logit_scale, HAS_BIAS)
-    return _capped(value, mask, softcap, HAS_SOFTCAP)
+    return capped(value, mask, softcap, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -144,7 +151,7 @@ def log_probability(target_z, row_max, others):
 
 
 @triton.jit
-def _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC: tl.constexpr):
+def scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC: tl.constexpr):
     """The options in the accumulation dtype."""
     return (
         tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC),
@@ -185,7 +192,7 @@ def _write(
     grad, at, uncapped, cols, mask, y, row_max, exp_factor, weight_factor, at_target, weight, softcap,
     HAS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    z = _capped(uncapped, mask, softcap, HAS_SOFTCAP)
+    z = capped(uncapped, mask, softcap, HAS_SOFTCAP)
     g = exp_factor * tl.exp(z - row_max)
     if SMOOTHING:
         if HAS_WEIGHT:
@@ -194,9 +201,7 @@ def _write(
             g -= weight_factor
     g = tl.where(cols == y, at_target, g)
     if HAS_SOFTCAP:
-        # 1 - tanh^2 would cancel where the tanh is near 1.
-        e = tl.exp(-2.0 * tl.abs(uncapped / softcap))
-        g *= 4.0 * e / ((1.0 + e) * (1.0 + e))
+        g *= cap_slope(uncapped, softcap)
     tl.store(grad + at, g.to(grad.dtype.element_ty), mask)
 
 
@@ -247,7 +252,7 @@ def cross_entropy_rows_fwd_kernel(
             _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing, z_loss, softcap, logit_scale = _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
@@ -257,7 +262,7 @@ def cross_entropy_rows_fwd_kernel(
 
     edge_cols, edge_mask = _edge(head, length, vocab, VECTOR)
     edge = _load_uncapped(row_logits, edge_cols, bias, edge_cols, edge_mask, logit_scale, HAS_BIAS)
-    edge_z = _capped(edge, edge_mask, softcap, HAS_SOFTCAP)
+    edge_z = capped(edge, edge_mask, softcap, HAS_SOFTCAP)
     row_max = tl.max(edge_z, 0)
     others = tl.zeros((BLOCK,), ACC)
     moment = tl.zeros((BLOCK if STATS else 1,), ACC)
@@ -269,7 +274,7 @@ def cross_entropy_rows_fwd_kernel(
         at, mask = _tile(0, length, BLOCK, VECTOR)
         cols = head + at
         uncapped = _load_uncapped(logits + body, at, bias, cols, mask, logit_scale, HAS_BIAS)
-        z = _capped(uncapped, mask, softcap, HAS_SOFTCAP)
+        z = capped(uncapped, mask, softcap, HAS_SOFTCAP)
         row_max, others, moment, smooth, best, best_col = _accumulate(
             z, cols, mask, y, smooth_anchor, weight, row_max, others, moment, smooth, best, best_col,
             STATS, SMOOTHING, HAS_WEIGHT,
@@ -362,7 +367,7 @@ def cross_entropy_rows_bwd_kernel(
         _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing, z_loss, softcap, logit_scale = _scalars(label_smoothing, z_loss, softcap, logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
