@@ -230,6 +230,7 @@ def main() -> tuple[float, float, dict[str, float | None]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64, help=f"rows of {LENGTH} tokens")
+    parser.add_argument("--standard-library", action="store_true", help="leave out the installed packages: quicker")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt", action="append", help="a sentence with [MASK] in it")
     parser.add_argument("--output", type=Path, default=Path("build/examples"), help="folder of the plot")
@@ -237,7 +238,7 @@ def main() -> tuple[float, float, dict[str, float | None]]:
 
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = collect_pairs()
+    pairs = collect_pairs(not options.standard_library)
     texts = prose(pairs)
     random.Random(options.seed).shuffle(texts)
     tokenizer = train_tokenizer((pair.docstring for pair in pairs), VOCAB)

@@ -43,7 +43,7 @@ def run(name, folder, monkeypatch, *arguments):
 
 FEW_STEPS = {
     "code_search": ("--epochs", "1", "--standard-library"),
-    "masked_lm": ("--steps", "2"),
+    "masked_lm": ("--steps", "2", "--standard-library"),
     "joint_embedding": ("--steps", "2", "--losses", "simclr"),
     "latent_prediction": ("--steps", "2"),
 }
