@@ -18,7 +18,7 @@ COMPILER = os.environ.get("CXX", "g++")
 SANITIZE = "-fsanitize=address,undefined"
 # Not: what compiles, starts processes or meters memory, and bounds on rounding that hold for vectorised sums.
 CHOSEN = "cpu and not compile and not ranks and not memory and not grid_of_options"
-FAMILIES = [f"tests/{name}" for name in ("random", "latent", "vocabulary", "contrastive")]
+FAMILIES = [str(ROOT / "tests" / name) for name in ("random", "latent", "vocabulary", "contrastive")]
 
 
 def runtime(name: str) -> str:
@@ -26,10 +26,10 @@ def runtime(name: str) -> str:
     return found.stdout.strip()
 
 
-def run(*command: str, **variables: str) -> str:
+def run(*command: str, folder: Path = ROOT, **variables: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        command, cwd=ROOT, env={**inherited, **variables},
+        command, cwd=folder, env={**inherited, **variables},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
@@ -60,9 +60,15 @@ def test_cpu_kernels_access_no_memory_that_is_not_theirs():
     preload = [runtime(name) for name in ("libasan.so", "libubsan.so")]
     if not all(map(os.path.isabs, preload)):
         pytest.skip(f"{COMPILER} has no sanitizers")
+    folder = build()  # where Python looks first
+    variables = {
+        "PYTHONPATH": str(ROOT), "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }  # fmt: skip
+    where = "from sslkernels.core import native; print(native.extension.__file__)"
+    assert run(sys.executable, "-c", where, folder=folder, **variables).startswith(str(folder))
     printed = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not full and not slow", "-k", CHOSEN,
-        *FAMILIES, PYTHONPATH=f"{build()}{os.pathsep}{ROOT}", LD_PRELOAD=" ".join(preload),
-        ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")),
+        *("-m", "not full and not slow", "-k", CHOSEN, *FAMILIES), folder=folder, **variables,
     )  # fmt: skip
     assert " passed" in printed
