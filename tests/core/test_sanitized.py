@@ -20,6 +20,16 @@ SANITIZE = "-fsanitize=address,undefined"
 CHOSEN = "cpu and not compile and not ranks and not memory and not grid_of_options"
 FAMILIES = [str(ROOT / "tests" / name) for name in ("random", "latent", "vocabulary", "contrastive")]
 
+# The first import finds the package in the working directory, before pytest looks into its own folders.
+PYTEST = """
+import sys
+import pytest
+from sslkernels.core import native
+
+assert native.extension.__file__.startswith(sys.argv[1]), native.extension.__file__
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
 
 def runtime(name: str) -> str:
     found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
@@ -60,15 +70,21 @@ def test_cpu_kernels_access_no_memory_that_is_not_theirs():
     preload = [runtime(name) for name in ("libasan.so", "libubsan.so")]
     if not all(map(os.path.isabs, preload)):
         pytest.skip(f"{COMPILER} has no sanitizers")
-    folder = build()  # where Python looks first
-    variables = {
-        "PYTHONPATH": str(ROOT), "LD_PRELOAD": " ".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-    }  # fmt: skip
-    where = "from sslkernels.core import native; print(native.extension.__file__)"
-    assert run(sys.executable, "-c", where, folder=folder, **variables).startswith(str(folder))
+    folder = build()
+    chosen = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "-m",
+        "not full and not slow",
+        "-k",
+        CHOSEN,
+    ]
     printed = run(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")),
-        *("-m", "not full and not slow", "-k", CHOSEN, *FAMILIES), folder=folder, **variables,
+        *(sys.executable, "-c", PYTEST, str(folder), *chosen, *FAMILIES), folder=folder,
+        PYTHONPATH=str(ROOT), OMP_WAIT_POLICY="passive", LD_PRELOAD=" ".join(preload),
+        ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
     )  # fmt: skip
     assert " passed" in printed
