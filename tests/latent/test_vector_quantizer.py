@@ -195,6 +195,35 @@ def test_no_state_of_torch_is_used(backend, device):
     assert equal(*results)
 
 
+@pytest.mark.slow
+def test_codes_follow_from_one_photograph_to_another():
+    """A code that is never used again wakes in tens of steps, not in hundreds."""
+    pytest.importorskip("sklearn", reason="its two photographs")
+    pytest.importorskip("PIL", reason="reads them")
+    from sklearn.datasets import load_sample_image
+
+    def patches(name):  # 4 x 4 pixels
+        image = torch.tensor(load_sample_image(name))[:424].float() / 255
+        return image.reshape(106, 4, 160, 4, 3).permute(0, 2, 1, 3, 4).reshape(-1, 48)
+
+    photographs = patches("china.jpg"), patches("flower.jpg")
+
+    def trained(**options):
+        """The squared error of the second photograph, and how many codes it uses."""
+        vq, g = sk.nn.VectorQuantizer(512, 48, **options), torch.Generator().manual_seed(1)
+        for rows in photographs:
+            for _ in range(200):
+                vq(rows[torch.randint(len(rows), (1024,), generator=g)])
+        found = vq.eval()(photographs[1])
+        return (found.values - photographs[1]).square().mean(), len(found.indices.unique())
+
+    late, few = trained(revive_below=0.01)
+    assert few < 200
+    error, used = trained()
+    assert used > 480
+    assert error < 0.7 * late
+
+
 def test_the_averages_keep_no_graph(device):
     """Buffers that held the graphs of past batches would grow without bound."""
     module = quantizer(device, revive_below=0.3)
