@@ -138,6 +138,10 @@ def run_public_calls() -> None:
         sk.mask_tokens(ids, mask_id=3, vocab_size=50, mean_span=mean_span, seed=1)
     sk.corrupt_spans(ids, sentinel_ids=[1, 2, 3, 4], seed=1)
     sk.linear_sample(torch.randn(5, 7), torch.randn(11, 7), seed=1)
+    head = [torch.randn(shape, requires_grad=True) for shape in ((5, 7), (11, 7), (11,))]
+    for reduction in ("mean", "none"):
+        probabilities = torch.rand(5, 11).softmax(1)
+        backward(sk.linear_cross_entropy(*head[:2], probabilities, linear_bias=head[2], reduction=reduction))
     sk.AliasTable([1.0, 2.0, 4.0]).draw((3, 5), seed=1)
     sk.random_normal((3, 5), seed=1)
     for dtype, query_grad, key_grad in itertools.product((torch.float32, torch.bfloat16), (True, False), (True, False)):
