@@ -214,5 +214,8 @@ def test_class_probabilities(backend, dtype, vocab):
     inputs = [t.cuda() for t in (target, bias, weight)]
     got = TritonProbabilityRows().forward(room, *inputs, EVERY, stats=False, coefficient=coefficient.cuda(), grad=room)
     for found, truth in zip((*got[:4], room), (*want[:4], grads[0]), strict=True):
-        error = (found.cpu().double() - truth).norm() / truth.norm()
-        assert error <= 1e-5 + (torch.finfo(dtype).eps if found is room else 0)
+        error, bound = (found.cpu().double() - truth).norm(), 1e-5 * truth.norm()
+        if found is room:  # rounded, also to subnormal numbers
+            limits = torch.finfo(dtype)
+            bound += limits.eps * (truth.norm() + limits.smallest_normal * truth.numel() ** 0.5)
+        assert error <= bound
