@@ -131,7 +131,7 @@ def test_numpy_scalars_in_a_compiled_function(name):
 @needs_scalars_in_graphs
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float16(0.5), np.uint8(1)], ids=lambda value: value.dtype.name)
 def test_a_numpy_scalar_that_a_graph_cannot_read_is_named(value):
-    """torch.compile passes it as a tensor, and knows the numbers of those of 64 bits alone."""
+    """torch.compile passes it as a tensor, and knows its number only if it has 64 bits."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, v: sk.free_energy(x, beta=v), backend="aot_eager", fullgraph=True)
     with pytest.raises(

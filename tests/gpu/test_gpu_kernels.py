@@ -16,8 +16,10 @@ from row_oracle import EVERY, PLAIN, assert_gradient, assert_outputs, make, orac
 from torch import Tensor
 
 import sslkernels as sk
+from sslkernels.core.chunks import row_pitch
 from sslkernels.core.scale import scale_gradient_
 from sslkernels.random.streams import STREAMS, stream_values
+from sslkernels.vocabulary.probability_rows import ProbabilityRows, TritonProbabilityRows
 from sslkernels.vocabulary.prototypes.distillation_records import RowOutputs
 from sslkernels.vocabulary.prototypes.distillation_rows import Choice, Head
 from sslkernels.vocabulary.prototypes.distillation_rows import NativeRows as NativeDistillation
@@ -191,3 +193,29 @@ def test_random_streams_equal_the_host(backend, stream, dtype, columns):
         expected = stream_values(stream, seed, ids, 5, columns, 2**35 + 2, dtype)
         got = getattr(torch.ops.sslkernels, f"random_{stream}")(seed.cuda(), there, 5, columns, 2**35 + 2, dtype)
         assert torch.equal(got.cpu(), expected)
+
+
+@kernels("linear_cross_entropy")
+@pytest.mark.parametrize("vocab", [77, 4096, 40_007])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_class_probabilities(backend, dtype, vocab):
+    """The Triton kernel against plain torch in float64; the rows of the logits have room for whole vectors."""
+    if backend != "triton":
+        pytest.skip("only Triton has this kernel")
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, vocab, generator=g).mul(4).to(dtype)
+    target, bias, weight = (torch.rand(*shape, generator=g) for shape in ((5, vocab), (vocab,), (vocab,)))
+    target = target / target.sum(1, keepdim=True)
+    coefficient = torch.rand(5, generator=g)
+    wide = [t.double() for t in (logits, target, bias, weight)]
+    grads = [torch.empty_like(wide[0])]
+    want = ProbabilityRows().forward(*wide, EVERY, stats=False, coefficient=coefficient.double(), grad=grads[0])
+    room = torch.empty(5, row_pitch(vocab), dtype=dtype, device="cuda")[:, :vocab].copy_(logits)
+    inputs = [t.cuda() for t in (target, bias, weight)]
+    got = TritonProbabilityRows().forward(room, *inputs, EVERY, stats=False, coefficient=coefficient.cuda(), grad=room)
+    for found, truth in zip((*got[:4], room), (*want[:4], grads[0]), strict=True):
+        error, bound = (found.cpu().double() - truth).norm(), 1e-5 * truth.norm()
+        if found is room:  # rounded, also to subnormal numbers
+            limits = torch.finfo(dtype)
+            bound += limits.eps * (truth.norm() + limits.smallest_normal * truth.numel() ** 0.5)
+        assert error <= bound

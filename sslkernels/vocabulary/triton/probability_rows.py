@@ -151,7 +151,7 @@ def probability_rows_bwd_kernel(
 
 
 def config(vocab: int, dtype: torch.dtype) -> Config:
-    """A thread has 8 columns of a tile, and four sums of each."""
+    """A thread has 8 columns of a tile, with four sums each."""
     block = min(max(64, next_power_of_2(vocab)), 1024 if dtype == torch.float64 else 2048)
     return Config({"BLOCK": block}, {"num_warps": min(max(block // 256, 1), 8)})
 
