@@ -203,16 +203,16 @@ def test_device() -> torch.device:
 
 
 def smoke_test(benchmarks: Sequence[Benchmark]) -> Callable[..., None]:
-    """A test that runs every provider of every smoke case; a provider that cannot run here is skipped. `make test` has
-    compiled torch in the first case of a benchmark."""
+    """A test that runs every provider of every smoke case; a provider that cannot run here is skipped. `make test` leaves
+    out compiled torch, `make test-rest` has it in the first case of a benchmark."""
     device = test_device()
     parameters = []
     for which in benchmarks:
         for number, case in enumerate(which.smoke_cases(device.type)):
             for provider in which.providers(case, device):
                 marks = [pytest.mark.skip(reason=provider.unavailable)] if provider.unavailable is not None else []
-                if number > 0 and "torch.compile" in provider.name:
-                    marks.append(pytest.mark.slow)
+                if "compile" in provider.name:
+                    marks.append(pytest.mark.slow if number > 0 else pytest.mark.full)
                 if device.type == "cuda" and provider.name.startswith(OURS):
                     marks += [pytest.mark.gpu, pytest.mark.sanitize]
                 name = f"{case.name}-{provider.name}"

@@ -102,3 +102,9 @@ def _poisoned_memory_and_fixed_seed():
 def as_users_run(_poisoned_memory_and_fixed_seed):
     """Without deterministic algorithms, under which torch's scatter and index_copy copy from the host."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def compiler(request):
+    """The backend of torch.compile: tracing and autograd alone, or with the compiler, which takes most of the time."""
+    return request.param

@@ -179,7 +179,7 @@ def _fresh_dynamo():
 @pytest.mark.costly("the compiler")
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("dynamic", "reduction"), [(False, "mean"), (True, "none")])
-def test_compile_equals_eager(backend, dynamic, reduction):
+def test_compile_equals_eager(backend, dynamic, reduction, compiler):
     ids = torch.randint(0, 5, (13,))
 
     def step(x, y, scale, negatives, ids):
@@ -189,7 +189,7 @@ def test_compile_equals_eager(backend, dynamic, reduction):
         )
         return loss.sum() + sk.nt_xent(x, y) + sk.siglip_loss(x, x, scale, -1.0) + sk.info_nce(x, y), stats
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (13, 9):
         x, y = (torch.randn(rows, 7, requires_grad=True) for _ in range(2))
         negatives, scale = torch.randn(rows, 2, 7, requires_grad=True), torch.tensor(2.0, requires_grad=True)
@@ -203,9 +203,9 @@ def test_compile_equals_eager(backend, dynamic, reduction):
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-def test_a_compiled_graph_sees_an_index_out_of_range():
+def test_a_compiled_graph_sees_an_index_out_of_range(compiler):
     query = torch.randn(3, 4)
-    compiled = torch.compile(sk.contrastive_energy, fullgraph=True)
+    compiled = torch.compile(sk.contrastive_energy, fullgraph=True, backend=compiler)
     with pytest.raises(ValueError, match=r"positive must be in \[0, 3\); got an index out of range"):
         compiled(query, query, positive=torch.tensor([0, 1, 3]))
 
@@ -308,13 +308,13 @@ def test_bitwise_equal_from_run_to_run(backend):
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-def test_parameters_compile():
+def test_parameters_compile(compiler):
     """Modules with parameters of their own, and an embedding's weight."""
     x, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     scale = torch.nn.Parameter(torch.tensor(2.0))
     for module in (sk.nn.SigLipLoss(), sk.nn.ClipLoss(), sk.nn.ContrastiveLoss(logit_scale=scale)):
         leaves = (x, y, *module.parameters())
-        got = torch.autograd.grad(torch.compile(module, fullgraph=True)(x, y), leaves)
+        got = torch.autograd.grad(torch.compile(module, fullgraph=True, backend=compiler)(x, y), leaves)
         torch.testing.assert_close(got, torch.autograd.grad(module(x, y), leaves))
 
 

@@ -432,13 +432,13 @@ def test_memory(backend, device):
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.full
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, dynamic, device):
+def test_compile_equals_eager(backend, dynamic, device, compiler):
     torch._dynamo.reset()
 
     def step(center, context, count, u, v, b, c, x_max):
         return 3 * sk.glove_loss(center, context, count, 2 * u, v, b, c, x_max=x_max)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for pairs, x_max in ((13, 50.0), (9, 30.0), (17, 31.5)):
         data, parameters = problem(device, pairs=pairs, dtype=torch.float32)
         arguments = (*data.values(), *parameters.values(), x_max)

@@ -376,14 +376,14 @@ def test_memory(backend, device):
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, dynamic, device):
+def test_compile_equals_eager(backend, dynamic, device, compiler):
     torch._dynamo.reset()
 
     def step(center, context, negatives, u, v):
         options = {"reduction": "mean", "exclude_positive": True}
         return 3 * sk.negative_sampling_loss(center, context, negatives, 2 * u, v, **options)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for pairs in (13, 9):
         indices, tables = problem(device, pairs=pairs, negatives=pairs - 5, dtype=torch.float32)
         arguments = (*indices.values(), *tables.values())
@@ -572,7 +572,7 @@ def test_nothing_synchronises_and_a_graph_replays(backend):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_compile_with_one_table_and_one_index_twice():
+def test_compile_with_one_table_and_one_index_twice(compiler):
     torch._dynamo.reset()
     table, index = torch.randn(9, 4, requires_grad=True), torch.randint(0, 9, (5,))
     negatives = torch.randint(0, 9, (5, 2))
@@ -580,7 +580,7 @@ def test_compile_with_one_table_and_one_index_twice():
     def loss(table, index):
         return sk.negative_sampling_loss(index, index, negatives, table, table)
 
-    got, want = torch.compile(loss, fullgraph=True)(table, index), loss(table, index)
+    got, want = torch.compile(loss, fullgraph=True, backend=compiler)(table, index), loss(table, index)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, table), torch.autograd.grad(want, table))
 

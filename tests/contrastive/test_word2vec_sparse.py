@@ -150,11 +150,13 @@ def test_keys_out_of_range_are_ignored(backend, dtype, device):
         torch.testing.assert_close(got.to_dense(), dense)
 
 
-def test_compiled_calls_and_wrong_arguments_are_refused(device):
+def test_compiled_calls_and_wrong_arguments_are_refused(device, compiler):
     indices, tables = problem(device)
     with pytest.raises(TypeError, match=r"negative_sampling_loss: sparse must be a bool; got int"):
         sk.negative_sampling_loss(**indices, **tables, sparse=1)
-    compiled = torch.compile(lambda: sk.negative_sampling_loss(**indices, **tables, sparse=True), fullgraph=True)
+    compiled = torch.compile(
+        lambda: sk.negative_sampling_loss(**indices, **tables, sparse=True), fullgraph=True, backend=compiler
+    )
     with pytest.raises(Exception, match=r"sparse=True is not supported inside torch.compile"):
         compiled()
 

@@ -44,13 +44,13 @@ def _fresh_dynamo():
 @pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, mode, dynamic, tensors):
+def test_compile_equals_eager(backend, mode, dynamic, tensors, compiler):
     def step(x, w, b, target):
         options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "mode": mode, "return_stats": True}
         loss, stats = sk.linear_cross_entropy(2 * x, w, target, linear_bias=b, **options)
         return 3 * loss + sk.cross_entropy(x @ w.t(), target), stats.lse
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (13, 9):
         x, w, b, target = tensors
         x, target = x[:rows].detach().requires_grad_(), target[:rows]
@@ -63,9 +63,9 @@ def test_compile_equals_eager(backend, mode, dynamic, tensors):
             torch.testing.assert_close(a, e)
 
 
-def test_the_backend_of_a_compiled_graph_can_change(tensors):
+def test_the_backend_of_a_compiled_graph_can_change(tensors, compiler):
     x, w, _, target = tensors
-    compiled = torch.compile(sk.linear_cross_entropy, fullgraph=True)
+    compiled = torch.compile(sk.linear_cross_entropy, fullgraph=True, backend=compiler)
     losses = []
     for name in sk.available_backends(OP, x.device):
         with sk.use_backend(name):
@@ -183,14 +183,14 @@ def test_autocast_takes_any_mix_of_dtypes(mode, dtype, device):
                 assert oracle.error(got, true) < 2 * torch.finfo(dtype).eps
 
 
-def test_compile_under_autocast(tensors):
+def test_compile_under_autocast(tensors, compiler):
     x, w, b, target = tensors
 
     def step(x, w, b):
         with torch.autocast(x.device.type, torch.bfloat16):
             return sk.linear_cross_entropy(x, w, target, linear_bias=b)
 
-    got = torch.autograd.grad(torch.compile(step, fullgraph=True)(x, w, b), (x, w, b))
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True, backend=compiler)(x, w, b), (x, w, b))
     for a, e in zip(got, torch.autograd.grad(step(x, w, b), (x, w, b)), strict=True):
         torch.testing.assert_close(a, e)
 

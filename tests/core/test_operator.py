@@ -220,8 +220,10 @@ def test_transforms_of_torch_func():
 
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_functions_give_the_gradients_of_eager(dynamic):
-    compiled = torch.compile(lambda left, right: Scaled.run(Pair(left, right), 2.0)[0], fullgraph=True, dynamic=dynamic)
+def test_compiled_functions_give_the_gradients_of_eager(dynamic, compiler):
+    compiled = torch.compile(
+        lambda left, right: Scaled.run(Pair(left, right), 2.0)[0], fullgraph=True, dynamic=dynamic, backend=compiler
+    )
     pair = features()
     got = torch.autograd.grad(compiled(*pair).sum(), pair)
     assert [g.tolist() for g in got] == [[6.0, 10.0], [2.0, 4.0]]

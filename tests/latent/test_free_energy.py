@@ -312,13 +312,13 @@ def test_bitwise_equal_from_run_to_run(backend, shape, device):
 @pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, dynamic, device):
+def test_compile_equals_eager(backend, dynamic, device, compiler):
     torch._dynamo.reset()
 
     def step(x, y):
         return 3 * sk.free_energy(2 * x, beta=0.5) + sk.free_energy(y.transpose(0, 1), dim=0, mode="min")
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for count in (7, 5):
         x = energies(11, count, device=device, dtype=torch.float32)
         y = energies(11, count + 1, device=device, dtype=torch.float32)

@@ -183,7 +183,7 @@ def test_checkpoint_regenerates_the_same_noise(backend, use_reentrant, preserve,
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, dynamic, device):
+def test_compile_equals_eager(backend, dynamic, device, compiler):
     torch._dynamo.reset()
 
     def f(mean, logvar, prior_mean, seed):
@@ -192,7 +192,7 @@ def test_compile_equals_eager(backend, dynamic, device):
         (z, kl), stats = sk.gaussian_rsample(2 * mean, logvar, 2, prior=prior, seed=seed, **options)
         return z + 1, kl, stats.mean_variance
 
-    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (6, 4):
         leaves = [*parameters(device, rows), torch.randn(7, device=device, requires_grad=True)]
         seed = torch.tensor(rows, device=device)

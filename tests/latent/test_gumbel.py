@@ -434,7 +434,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
 @pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, device, dynamic):
+def test_compile_equals_eager(backend, device, dynamic, compiler):
     torch._dynamo.reset()
 
     def step(logits, weight):
@@ -442,7 +442,7 @@ def test_compile_equals_eager(backend, device, dynamic):
         z = sk.gumbel_softmax(logits, dim=0, generator=None)
         return (y * weight).sum() + 0 * z.sum() + sk.gumbel_softmax(logits, dim=0, seed=2).square().sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (5, 8):
         logits, weight = draw(rows, 11, device=device).requires_grad_(), draw(rows, 11, device=device, seed=2)
         got, expected = compiled(logits, weight), step(logits, weight)

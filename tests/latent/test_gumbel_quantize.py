@@ -433,7 +433,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
 @pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, device, dynamic):
+def test_compile_equals_eager(backend, device, dynamic, compiler):
     torch._dynamo.reset()
 
     def step(logits, codebook, mask):
@@ -441,7 +441,7 @@ def test_compile_equals_eager(backend, device, dynamic):
         soft = sk.gumbel_quantize(logits, codebook, hard=False, seed=1)
         return loss_of(hard) + soft.values.sum(), hard.indices, hard.code_perplexity
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (5, 8):
         tensors = problem(device, batch=(rows,), dtype=torch.float32)
         mask = mask_of((rows,), device)

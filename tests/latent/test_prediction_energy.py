@@ -364,14 +364,14 @@ def test_memory(backend, mode, device):
 @pytest.mark.costly("the compiler")
 @pytest.mark.slow_for(backend=("triton", "reference"))
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, dynamic, device):
+def test_compile_equals_eager(backend, dynamic, device, compiler):
     torch._dynamo.reset()
 
     def step(p, y):
         soft = sk.prediction_energy(2 * p, y, beta=0.1, mode="soft")
         return 3 * soft + sk.prediction_energy(p.transpose(0, 1).contiguous().transpose(0, 1), y, reduction="sum")
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for size in (5, 6):
         inputs = problem(device, batch=size, count=size + 1, features=(size, 4), dtype=torch.float32)
         got, expected = compiled(*inputs.values()), step(*inputs.values())
@@ -380,11 +380,11 @@ def test_compile_equals_eager(backend, dynamic, device):
             torch.testing.assert_close(a, b)
 
 
-def test_compile_with_one_tensor_for_both():
+def test_compile_with_one_tensor_for_both(compiler):
     torch._dynamo.reset()
     rows = torch.randn(5, 4, requires_grad=True)
     loss = lambda x: sk.prediction_energy(x.unsqueeze(1), x)  # noqa: E731
-    got = torch.compile(loss, fullgraph=True)(rows)
+    got = torch.compile(loss, fullgraph=True, backend=compiler)(rows)
     assert got == 0
     assert not torch.autograd.grad(got, rows)[0].any()
 
@@ -632,14 +632,14 @@ def test_the_diversity_of_collapsed_predictions(backend, device):
     assert stats.diversity.isnan()
 
 
-def test_statistics_and_masks_compile_and_vmap(device):
+def test_statistics_and_masks_compile_and_vmap(device, compiler):
     (prediction, target), mask = masked(device, (5, 4, 6))
     torch._dynamo.reset()
 
     def loss(p, y, m):
         return sk.prediction_energy(p, y, mask=m, mode="mean", reduction="none", return_stats=True)
 
-    for got in (torch.compile(loss, fullgraph=True)(prediction, target, mask),):
+    for got in (torch.compile(loss, fullgraph=True, backend=compiler)(prediction, target, mask),):
         torch.testing.assert_close(got, loss(prediction, target, mask), equal_nan=True)
     each = torch.func.vmap(lambda p, y, m: loss(p[None], y[None], m[None])[0][0])(prediction, target, mask)
     torch.testing.assert_close(each, loss(prediction, target, mask)[0], equal_nan=True)

@@ -82,12 +82,12 @@ def test_a_mask_holds_at_every_level():
         torch.testing.assert_close(one.codebook, other.codebook)
 
 
-def test_no_rows_and_compile():
+def test_no_rows_and_compile(compiler):
     module = sk.nn.ResidualVectorQuantizer(2, 4, 3, init="normal")
     assert module(torch.empty(0, 3)).indices.shape == (0, 2)
     torch._dynamo.reset()
     eager, compiled = (sk.nn.ResidualVectorQuantizer(2, 4, 3, decay=0.5) for _ in range(2))
-    step = torch.compile(compiled, fullgraph=True)
+    step = torch.compile(compiled, fullgraph=True, backend=compiler)
     for seed in range(3):
         x = rows(20, 3, seed=seed)
         for a, b in zip(step(x), eager(x), strict=True):

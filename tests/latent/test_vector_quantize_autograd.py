@@ -192,7 +192,7 @@ def test_bitwise_equal_from_run_to_run(backend, device):
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend, dynamic, device):
+def test_compile_equals_eager(backend, dynamic, device, compiler):
     torch._dynamo.reset()
 
     def step(x, c):
@@ -200,7 +200,7 @@ def test_compile_equals_eager(backend, dynamic, device):
         learned = sk.vector_quantize(x, c, straight_through=False)
         return got.values.square().sum() + got.commitment + learned.values.sum(), got.indices, got.perplexity
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (13, 9):
         x, c = (t.requires_grad_() for t in draw(device, rows, 12, 6))
         (loss, *rest), (expected, *rest_expected) = compiled(x, c), step(x, c)
@@ -210,14 +210,14 @@ def test_compile_equals_eager(backend, dynamic, device):
             torch.testing.assert_close(a, b)
 
 
-def test_compile_with_one_tensor_twice(device):
+def test_compile_with_one_tensor_twice(device, compiler):
     torch._dynamo.reset()
     x = torch.randn(7, 5, device=device, requires_grad=True)
 
     def step(x):
         return sk.vector_quantize(x, x, codebook_weight=1.0, straight_through=False).values.square().sum()
 
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x))
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend=compiler)(x), step(x))
 
 
 @pytest.mark.full_for(backend="triton")

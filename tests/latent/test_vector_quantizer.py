@@ -369,10 +369,10 @@ def test_recomputation_is_refused(use_reentrant, device):
 @pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("init", ["data", "kmeans", "normal"])
 @pytest.mark.parametrize("decay", [0.9, None])
-def test_compile_equals_eager(decay, init, device):
+def test_compile_equals_eager(decay, init, device, compiler):
     torch._dynamo.reset()
     eager, compiled = (quantizer(device, decay=decay, init=init) for _ in range(2))
-    step = torch.compile(compiled, fullgraph=True)
+    step = torch.compile(compiled, fullgraph=True, backend=compiler)
     for x in batches(device, 3):
         one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         expected, got = eager(one), step(other)

@@ -163,10 +163,12 @@ def test_negatives_of_word2vec(device):
 
 
 @pytest.mark.full
-def test_compile_equals_eager(device):
+def test_compile_equals_eager(device, compiler):
     torch._dynamo.reset()
     table = sk.AliasTable(torch.rand(30)).to(device)
-    compiled = torch.compile(lambda rows, seed: table.draw((rows.shape[0], 3), seed=seed), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda rows, seed: table.draw((rows.shape[0], 3), seed=seed), fullgraph=True, dynamic=True, backend=compiler
+    )
     for rows in (4, 9):
         seed = torch.tensor(rows, device=device)
         assert torch.equal(compiled(torch.zeros(rows), seed), table.draw((rows, 3), seed=seed))

@@ -167,14 +167,14 @@ def test_an_overflow_that_cannot_raise_is_nan(backend, mode, reduction, capacity
 @pytest.mark.full_for(mode="compact")
 @pytest.mark.costly("the compiler")
 @pytest.mark.parametrize("mode", MODES)
-def test_compile_with_a_capacity_that_depends_on_a_shape(backend, mode, device):
+def test_compile_with_a_capacity_that_depends_on_a_shape(backend, mode, device, compiler):
     torch._dynamo.reset()
 
     def step(x, w, target):
         capacity = x.shape[0] // 2 + 1
         return sk.linear_cross_entropy(x.tanh(), w, target, mode=mode, capacity=capacity, workspace_bytes=1000)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=compiler)
     tensors, target = problem(device)
     w = tensors["linear_weight"]
     for rows in (ROWS, ROWS - 2):

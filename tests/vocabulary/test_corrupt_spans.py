@@ -254,13 +254,13 @@ def test_the_length_that_fits():
 
 
 @pytest.mark.full
-def test_compile_equals_eager(device):
+def test_compile_equals_eager(device, compiler):
     torch._dynamo.reset()
 
     def call(ids, seed):
         return sk.corrupt_spans(ids, sentinel_ids=SENTINELS, eos_id=1, seed=seed)
 
-    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=compiler)
     for rows, columns in ((3, 30), (5, 30), (4, 41)):
         ids, seed = tokens(rows, columns, device=device).clone(), torch.tensor(rows, device=device)
         for one, other in zip(compiled(ids, seed), call(ids, seed), strict=True):

@@ -267,14 +267,14 @@ def test_seeds(backend, device):
 
 @pytest.mark.full_for(dynamic=False)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(device, dynamic):
+def test_compile(device, dynamic, compiler):
     torch._dynamo.reset()
 
     def step(x, w, bias, seed):
         index, logprob = sk.linear_sample(2 * x, w, linear_bias=bias, seed=seed)
         return index, 3 * logprob.sum()
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for rows in (13, 9):
         tensors = [t.requires_grad_() for t in inputs(device, rows, 31, 7)]
         seed = torch.tensor(rows, device=device)
