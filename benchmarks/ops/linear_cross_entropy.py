@@ -22,7 +22,7 @@ FLOOR_FORWARD = "one matmul (floor)"
 BAR_SHAPE = {"N": 2048, "D": 768, "V": 50257}
 MASKED_SHAPE = {"N": 4096, "D": 256, "V": 30000}
 SMALL_SHAPE = {"N": 512, "D": 64, "V": 8192}
-BERT_SHAPE = {"N": 1024, "D": 768, "V": 30522}
+BERT_SHAPE = {"N": 512, "D": 768, "V": 30522}
 MEBI = 1 << 20
 
 
@@ -106,7 +106,7 @@ class LinearCrossEntropy(Benchmark):
     def default_cases(self, device: str) -> list[Case]:
         if device == "cuda":
             return self.cases(device)[:1]
-        return [self.case(BERT_SHAPE), self.case(MASKED_SHAPE, ignored=0.85), self.case(SMALL_SHAPE)]
+        return [self.case(BERT_SHAPE), self.case({**MASKED_SHAPE, "N": 2048}, ignored=0.85), self.case(SMALL_SHAPE)]
 
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 67, "D": 64, "V": 1003}
@@ -167,7 +167,7 @@ class LinearCrossEntropy(Benchmark):
                 Bar("MB beyond the gradients", case.name, providers.memory_mb, 512 * MEBI / 1e6),
                 Bar("median / fastest peer", case.name, providers.over_fastest_peer, 1.0),
             ]
-        if case.shape == MASKED_SHAPE:
+        if {**case.shape, "N": MASKED_SHAPE["N"]} == MASKED_SHAPE:
             return [
                 Bar(f"median / {other}", case.name, providers.time_ratio(OURS, other), 1.0)
                 for other in (MASKED, COMPILED_MASKED)

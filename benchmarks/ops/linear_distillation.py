@@ -88,6 +88,9 @@ class LinearDistillation(Benchmark):
         rows = {"N": 33, "M": 33, "D": 32, "K": 515}
         return [self.case(rows), self.case({**rows, "N": 24, "M": 8}, torch.bfloat16)]
 
+    def default_cases(self, device: str) -> list[Case]:
+        return [self.case({**PAIRS, "N": 512, "M": 512})] if device == "cpu" else self.cases(device)[:1]
+
     def twin(self, case: Case) -> Case:
         """Whole images: their rows, or pairs of rows."""
         n, m = case.shape["N"], case.shape["M"]
@@ -209,6 +212,9 @@ class SinkhornCenter(Benchmark):
 
     def cases(self, device: str) -> list[Case]:
         return [self.case({"N": 2048, "D": 256, "K": 65536}, torch.bfloat16 if device == "cuda" else torch.float32)]
+
+    def default_cases(self, device: str) -> list[Case]:
+        return [self.case({"N": 1024, "D": 256, "K": 65536})] if device == "cpu" else self.cases(device)
 
     def smoke_cases(self, device: str) -> list[Case]:
         return [self.case({"N": 33, "D": 32, "K": 515})]

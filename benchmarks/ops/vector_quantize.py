@@ -70,7 +70,9 @@ class VectorQuantize(Benchmark):
         return [*found, self.case(BAR_SHAPE, half, "peaked")]
 
     def default_cases(self, device: str) -> list[Case]:
-        return [self.case(BAR_SHAPE), *([self.case(SMALL_SHAPES[0])] if device == "cpu" else [])]
+        if device == "cuda":
+            return [self.case(BAR_SHAPE)]
+        return [self.case({**BAR_SHAPE, "N": 32768}), self.case(SMALL_SHAPES[0])]
 
     def smoke_cases(self, device: str) -> list[Case]:
         shape = {"N": 65, "K": 33, "D": 20}
