@@ -203,8 +203,8 @@ def test_device() -> torch.device:
 
 
 def smoke_test(benchmarks: Sequence[Benchmark]) -> Callable[..., None]:
-    """A test that runs every provider of every smoke case; a provider that cannot run here is skipped. Compiled torch is
-    left to `make test-rest`, which has it in the first case of a benchmark."""
+    """A test that runs every provider of every smoke case; a provider that cannot run here is skipped. `make test-rest`
+    has compiled torch, in the first case of a benchmark."""
     device = test_device()
     parameters = []
     for which in benchmarks:
