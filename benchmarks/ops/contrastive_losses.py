@@ -18,6 +18,7 @@ from benchmarks.providers import COMPILED, EAGER, OURS
 
 BAR_SHAPE = {"N": 4096, "D": 256}
 LARGE_SHAPE = {"N": 16384, "D": 256}
+QUICK_SHAPE = {"N": 2048, "D": 256}
 # (N, D) of ordinary batches, where eager torch and torch.compile are hard to beat.
 ORDINARY = ((64, 128), (256, 128), (1024, 128))
 ORDINARY_CLIP = (*ORDINARY, (512, 128), (2048, 128), (256, 512), (1024, 512))
@@ -97,16 +98,16 @@ class ContrastiveLoss(Benchmark):
             self.case({"N": n, "D": d}) for n, d in sorted(ORDINARY_CLIP if self.op == "clip_loss" else ORDINARY)
         ]
         if self.op == "nt_xent":
-            return [*ordinary, self.case({"N": 2048, "D": 256})]
+            return [*ordinary, self.case(QUICK_SHAPE)]
         if self.op == "clip_loss":
             return [*ordinary, self.case(BAR_SHAPE), self.case(BAR_SHAPE, torch.bfloat16), self.case(LARGE_SHAPE)]
-        return [*ordinary, self.case(BAR_SHAPE)]
+        return [*ordinary, self.case(QUICK_SHAPE), self.case(BAR_SHAPE)]
 
     def default_cases(self, device: str) -> list[Case]:
         """A large batch, and an ordinary one where eager torch is hard to beat."""
         if device == "cuda":
             return [case for case in self.cases(device) if case.shape == {"N": 16384, "D": 512}]
-        large = BAR_SHAPE if self.op == "clip_loss" else {"N": 2048, "D": 256}
+        large = BAR_SHAPE if self.op == "clip_loss" else QUICK_SHAPE
         return [self.case(large), self.case({"N": 256, "D": 128})]
 
     def smoke_cases(self, device: str) -> list[Case]:

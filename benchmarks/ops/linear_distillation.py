@@ -17,6 +17,7 @@ from benchmarks.providers import EAGER, OURS
 FLOOR = "four matmuls (floor)"
 FLOOR_OF_LOGITS = "three matmuls (floor)"
 PAIRS = {"N": 1024, "M": 1024, "D": 256, "K": 65536}
+QUICK_PAIRS = {**PAIRS, "N": 512, "M": 512}
 CROPS = {"N": 640, "M": 128, "D": 256, "K": 65536}
 LARGE = {"N": 512, "M": 512, "D": 256, "K": 262144}
 STUDENT, TEACHER = 0.1, 0.04
@@ -80,7 +81,7 @@ class LinearDistillation(Benchmark):
 
     def cases(self, device: str) -> list[Case]:
         if device == "cpu":
-            return [self.case(PAIRS), self.case(CROPS), self.case(LARGE)]
+            return [self.case(PAIRS), self.case(QUICK_PAIRS), self.case(CROPS), self.case(LARGE)]
         shapes = (PAIRS, {**CROPS, "N": 5120, "M": 1024}, {"N": 16384, "M": 16384, "D": 256, "K": 131072})
         return [self.case(shape, torch.bfloat16) for shape in shapes]
 
@@ -89,7 +90,7 @@ class LinearDistillation(Benchmark):
         return [self.case(rows), self.case({**rows, "N": 24, "M": 8}, torch.bfloat16)]
 
     def default_cases(self, device: str) -> list[Case]:
-        return [self.case({**PAIRS, "N": 512, "M": 512})] if device == "cpu" else self.cases(device)[:1]
+        return [self.case(QUICK_PAIRS)] if device == "cpu" else self.cases(device)[:1]
 
     def twin(self, case: Case) -> Case:
         """Whole images: their rows, or pairs of rows."""
@@ -211,10 +212,9 @@ class SinkhornCenter(Benchmark):
         return [HandSum(self.case({"N": 10, "D": 8, "K": 100}), (10 + 100) * 8 * 4 + 400, 6 * 10 * 8 * 100)]
 
     def cases(self, device: str) -> list[Case]:
-        return [self.case({"N": 2048, "D": 256, "K": 65536}, torch.bfloat16 if device == "cuda" else torch.float32)]
-
-    def default_cases(self, device: str) -> list[Case]:
-        return [self.case({"N": 1024, "D": 256, "K": 65536})] if device == "cpu" else self.cases(device)
+        if device == "cuda":
+            return [self.case({"N": 2048, "D": 256, "K": 65536}, torch.bfloat16)]
+        return [self.case({"N": n, "D": 256, "K": 65536}) for n in (1024, 2048)]
 
     def smoke_cases(self, device: str) -> list[Case]:
         return [self.case({"N": 33, "D": 32, "K": 515})]
