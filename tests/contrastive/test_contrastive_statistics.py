@@ -157,10 +157,11 @@ def test_a_query_without_a_positive(backend):
 @pytest.mark.full_for(dtype=torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_that_collapses_is_seen_at_every_step(dtype):
-    """Attraction alone draws the features of an encoder together; the statistics follow float64 all the way."""
+    """Attraction alone draws the features of digits together; the statistics follow float64 all the way."""
+    datasets = pytest.importorskip("sklearn.datasets")
     torch.manual_seed(0)
-    images = torch.randn(10, 24).repeat(26, 1)[:256] + 0.7 * torch.randn(256, 24)
-    encoder = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    images = torch.tensor(datasets.load_digits().data[:256], dtype=torch.float32) / 16 - 0.3
+    encoder = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
     optimizer = torch.optim.Adam(encoder.parameters(), 1e-2)
     everyone = torch.zeros(256, dtype=torch.int64)
     seen = []
