@@ -49,6 +49,7 @@ def wheel_of(folder: Path, *, tag: str, name_tag: str = "", files: dict[str, Pat
     return path
 
 
+@pytest.mark.full
 @needs_extension
 def test_the_audit_of_wheels(tmp_path):
     """The extension that was built here passes in a wheel of this Python; each fault that a wheel can have fails."""

@@ -98,7 +98,7 @@ def test_matmuls_are_counted(name, device):
     assert counter.get_total_flops() == flops
 
 
-@pytest.mark.full_for(first="sslkernels")
+@pytest.mark.full
 @pytest.mark.parametrize("first", ["sslkernels", "torch.utils.flop_counter"])
 def test_the_order_of_imports_does_not_matter(first):
     """The counter imports Triton, and so `import sslkernels` does not import the counter."""

@@ -60,6 +60,7 @@ def test_without_a_device_nothing_else_runs(tmp_path):
     assert [step["status"] for step in report_of(tmp_path)["steps"]] == ["failed", "not begun"]
 
 
+@pytest.mark.full
 def test_a_step_beyond_its_limit_is_ended_with_its_children(tmp_path):
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
     line = "import os; open(os.environ['OUTCOMES'], 'a').write('{\"test\": 1}\\n'); "
@@ -69,6 +70,7 @@ def test_a_step_beyond_its_limit_is_ended_with_its_children(tmp_path):
     assert list(record.lines(tmp_path / "first_tests.jsonl")) == [{"test": 1}]
 
 
+@pytest.mark.full
 def test_later_steps_keep_their_time(tmp_path):
     steps = [Step("first", python("import time; time.sleep(600)"), 1, 600), Step("last", python(""), 9, 60)]
     start = time.monotonic()

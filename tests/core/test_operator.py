@@ -358,6 +358,7 @@ def test_no_index_ends_the_process():
     assert result.stdout == ""
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="it limits the address space")
 @pytest.mark.skipif("cpu" not in sk.available_backends("vector_quantize", "cpu"), reason="it needs the extension")
 def test_scratch_that_does_not_fit_says_so():

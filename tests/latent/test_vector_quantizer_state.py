@@ -178,6 +178,7 @@ def test_kmeans_starts_from_distant_rows():
     assert len(few.codebook.detach().unique(dim=0)) == 3
 
 
+@pytest.mark.full
 def test_kmeans_draws_by_squared_distance():
     """Rows at 0, 1 and 3: after 0 the second is 3 with probability 9/10, after 1 with 4/5, after 3 never."""
     rows, counts = torch.tensor([[0.0], [1.0], [3.0]]), torch.zeros(3, 3)
