@@ -218,8 +218,8 @@ class LinearHead(nn.Linear):
 
 
 def _local_loss(loss: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
-    """This rank's loss from the output of a tensor-parallel plan's hook, which has one more dimension, with the loss of
-    this rank or with those of all ranks; any other loss unchanged."""
+    """This rank's loss. The output hook of a tensor-parallel plan returns it with one more dimension, over which it may
+    have gathered the losses of all ranks; a loss without that dimension is returned unchanged."""
     dims = (labels.dim() - labels.is_floating_point()) if options.get("reduction") == "none" else 0
     if is_dtensor(loss):
         loss = loss.to_local()

@@ -128,8 +128,8 @@ def masked_pairs(
 
 @triton.jit
 def _places(index, start, lane, inside):
-    """Where a block is in a mask of pairs: (int64 start, offsets from it; lanes outside have the first offset). Without
-    an index the offsets have 32 bits: `_masks` passes an index where they would need more."""
+    """(int64 start, offsets from it) of a block of a mask of pairs; lanes outside get the first offset. Offsets have 32
+    bits if there is no index: `_masks` passes an index where they need more."""
     if index is not None:
         return tl.full((), 0, tl.int64), load_block(index, start, lane, inside, 0)
     else:

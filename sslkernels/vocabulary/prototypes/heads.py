@@ -55,7 +55,7 @@ def temperature_tensor(
 
 
 class Heads(NamedTuple):
-    """The tensors with a row for each prototype, or for those of this rank's slice."""
+    """The tensors with a row per prototype; over ranks, per prototype of this rank's slice."""
 
     student_weight: Tensor
     student_bias: Tensor | None

@@ -15,16 +15,10 @@ from torch import Tensor
 
 from sslkernels.core.triton.launch import Config, next_power_of_2, on_device_of
 from sslkernels.core.triton.numerics import log1p
+from sslkernels.vocabulary.triton.softmax_row_kernels import vector_tile
 
 NOT_SPECIALIZED = ["vocab", "choices"]
 VECTOR = 4
-
-
-@triton.jit
-def _tile(start, vocab, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns, the mask of lanes to access, which is uniform per vector, and the mask of columns of the row."""
-    cols = start + tl.arange(0, BLOCK)
-    return cols, cols // VECTOR * VECTOR < vocab, cols < vocab
 
 
 @triton.jit
@@ -56,7 +50,7 @@ def _largest_of_row(
     largest = tl.full((BLOCK,), float("-inf"), scale.dtype)
     column = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab, BLOCK):
-        cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+        cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
         z = _load_z(row, offset, cols, access, inside, scale, HAS_OFFSET)
         largest, column = _largest_lanes(z, cols, largest, column)
     return _largest(largest, column)
@@ -73,7 +67,7 @@ def teacher_rows_kernel(
     largest, best = _largest_of_row(row, offset, scale, vocab, HAS_OFFSET, BLOCK, VECTOR)
     others = tl.zeros((BLOCK,), scale.dtype)
     for start in range(0, vocab, BLOCK):
-        cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+        cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
         z = _load_z(row, offset, cols, access, inside, scale, HAS_OFFSET)
         e = tl.where(cols == best, 0.0, tl.exp(z - largest))
         others += tl.where(inside, e, 0.0)
@@ -179,7 +173,7 @@ def distillation_rows_kernel(
                 tl.store(agreement + i, tl.full((), 0, tl.int1))
             if WRITE_GRAD:
                 for start in range(0, vocab, BLOCK):
-                    cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+                    cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
                     tl.store(out + cols, tl.zeros((BLOCK,), grad.dtype.element_ty), access)
             return
 
@@ -188,7 +182,7 @@ def distillation_rows_kernel(
     student_lanes = tl.zeros((BLOCK,), scale.dtype)
     target_lanes = tl.zeros((BLOCK,), scale.dtype)
     for start in range(0, vocab, BLOCK):
-        cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+        cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
         z = _load_z(row, offset, cols, access, inside, scale, HAS_OFFSET)
         q = _mixture(
             teacher, teacher_stride, index, share, others_in, i, cols, access, inside, choices, HAS_INDEX, BLOCK
@@ -215,7 +209,7 @@ def distillation_rows_kernel(
         highest = tl.full((BLOCK,), float("-inf"), scale.dtype)
         highest_col = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, vocab, BLOCK):
-            cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+            cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
             z = _load_z(row, offset, cols, access, inside, scale, HAS_OFFSET)
             q = _mixture(
                 teacher, teacher_stride, index, share, others_in, i, cols, access, inside, choices, HAS_INDEX, BLOCK
@@ -262,7 +256,7 @@ def distillation_rows_kernel(
         )
         difference = _difference(1.0 / total, at_best, others / total, rest)
         for start in range(0, vocab, BLOCK):
-            cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+            cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
             z = _load_z(row, offset, cols, access, inside, scale, HAS_OFFSET)
             q = _mixture(
                 teacher, teacher_stride, index, share, others_in, i, cols, access, inside, choices, HAS_INDEX, BLOCK

@@ -15,16 +15,9 @@ from torch import Tensor
 
 from sslkernels.core.triton.launch import VECTOR_BYTES, Config, next_power_of_2, on_device_of
 from sslkernels.core.triton.numerics import log1p
-from sslkernels.vocabulary.triton.softmax_row_kernels import cap_slope, capped, scalars_of, uncapped_logits
+from sslkernels.vocabulary.triton.softmax_row_kernels import cap_slope, capped, scalars_of, uncapped_logits, vector_tile
 
 NOT_SPECIALIZED = ["coefficient_stride"]
-
-
-@triton.jit
-def _tile(start, vocab, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns, the mask of lanes to access, which is uniform per vector, and the mask of columns of the row."""
-    cols = start + tl.arange(0, BLOCK)
-    return cols, cols // VECTOR * VECTOR < vocab, cols < vocab
 
 
 @triton.jit
@@ -70,7 +63,7 @@ def _write_row(
     """The gradient, backwards, because the cache still holds the end of the row."""
     tiles = tl.cdiv(vocab, BLOCK)
     for step in range(0, tiles):
-        cols, access, inside = _tile((tiles - 1 - step) * BLOCK, vocab, BLOCK, VECTOR)
+        cols, access, inside = vector_tile((tiles - 1 - step) * BLOCK, vocab, BLOCK, VECTOR)
         uncapped = _logits(row, cols, access, inside, bias, logit_scale, HAS_BIAS)
         z = capped(uncapped, inside, softcap, HAS_SOFTCAP)
         q = _q(target, cols, target_column, inside, weight, keep, spread, HAS_WEIGHT, SMOOTHING)
@@ -100,7 +93,7 @@ def probability_rows_fwd_kernel(
     total = tl.zeros((BLOCK,), ACC)
     to_largest = tl.zeros((BLOCK,), ACC)
     for start in range(0, vocab, BLOCK):
-        cols, access, inside = _tile(start, vocab, BLOCK, VECTOR)
+        cols, access, inside = vector_tile(start, vocab, BLOCK, VECTOR)
         z = capped(_logits(row, cols, access, inside, bias, logit_scale, HAS_BIAS), inside, softcap, HAS_SOFTCAP)
         q = _q(target, cols, target_column, inside, weight, keep, spread, HAS_WEIGHT, SMOOTHING)
         largest, others, total, to_largest = _add(z, q, largest, others, total, to_largest)

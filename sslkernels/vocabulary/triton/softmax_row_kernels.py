@@ -16,6 +16,13 @@ NOT_SPECIALIZED = ["vocab", "coefficient_stride", "ignore_index"]
 
 
 @triton.jit
+def vector_tile(start, vocab, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns, the mask of lanes to access, which is uniform per vector, and the mask of columns of the row."""
+    cols = start + tl.arange(0, BLOCK)
+    return cols, cols // VECTOR * VECTOR < vocab, cols < vocab
+
+
+@triton.jit
 def uncapped_logits(raw, bias, cols, mask, logit_scale, HAS_BIAS: tl.constexpr):
     """l of raw logits in the accumulation dtype."""
     value = raw * logit_scale
