@@ -153,7 +153,8 @@ def quantile(samples: Sequence[float], q: float) -> float:
 class Effort(NamedTuple):
     """budget: seconds of timing a case beyond the minimum of rounds; minimum: None for the default of the device; cap:
     seconds after which a case gets `ENOUGH` rounds; quick_samples: calls of a quick provider; memory_seconds: of calls
-    whose memory is metered; slow: seconds of such a call from which its time counts as one of the samples."""
+    whose memory is metered; slow: seconds of such a call from which its time counts as one of the samples;
+    compiled_errors: whether a provider that compiles in its warm-up has an error, for which it compiles once more."""
 
     budget: float = 0.0
     minimum: int | None = None
@@ -161,6 +162,7 @@ class Effort(NamedTuple):
     quick_samples: int = QUICK_SAMPLES
     memory_seconds: float = memory.SECONDS
     slow: float = math.inf
+    compiled_errors: bool = True
 
 
 class Timer:
@@ -275,7 +277,9 @@ def measure(
         else:
             live.append(provider)
 
-    live = _measure_errors(benchmark, case, device, live, rows, tick)
+    unmeasured = [provider for provider in live if provider.warmups and not effort.compiled_errors]
+    checked = _measure_errors(benchmark, case, device, [p for p in live if p not in unmeasured], rows, tick)
+    live = [provider for provider in live if provider in checked or provider in unmeasured]
     inputs = benchmark.inputs(case, device)
     runs: dict[str, Run] = {}
     once: dict[str, list[float]] = {}

@@ -234,6 +234,30 @@ def toy_report(toy_run):
     return report.Report.from_json(json.loads(toy_run))
 
 
+def test_a_compiled_provider_can_do_without_an_error():
+    calls = []
+
+    class Compiled(Toy):
+        def providers(self, case, device):
+            def build(case, inputs):
+                return Run(lambda: calls.append(case.shape["V"]) or (inputs["x"] * 2,))
+
+            return [Provider("right", self.run(self.plain)), Provider("compiled", build, warmups=1)]
+
+        def twin(self, case):
+            return self.case({"V": 10})
+
+    toy = Compiled()
+    case = toy.cases("cpu")[0]
+    for errors in (True, False):
+        calls.clear()
+        effort = Effort(minimum=2, compiled_errors=errors)
+        right, compiled = measure(toy, case, CPU, ROOFS, toy.providers(case, CPU), effort)
+        assert right.errors == {"y": 0.0}
+        assert (compiled.errors, 10 in calls) == (({"y": 0.0}, True) if errors else ({}, False))
+        assert compiled.n >= 2
+
+
 def test_measure(toy_report):
     rows = {row.provider: row for row in toy_report.rows if row.case == toy_report.cases[0]["name"]}
     assert rows["right"].error == 0
