@@ -46,7 +46,6 @@ def forward(
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
         coefficient = None
-        gradients.scale.fill_(1)
         projection = (input.to(plan.compute_dtype), linear_weight.to(plan.compute_dtype))
         outputs = row_kernels.evaluate(*projection, target, bias, weight, options, stats=stats)
         if outputs is not None:

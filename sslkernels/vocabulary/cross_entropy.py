@@ -187,7 +187,8 @@ class _ReducedLoss(Function):
         if grad_loss is None:
             return None
         logits, target, weight, divisor, state = saved(ctx)
-        coefficient = (grad_loss if divisor is None else grad_loss / divisor).expand(target.shape).contiguous()
+        coefficient = grad_loss.expand(target.shape)
+        coefficient = (coefficient if divisor is None else coefficient / divisor).contiguous()
         return (_row_gradients(coefficient, logits, target, weight, state, ctx.options),)
 
 
@@ -244,13 +245,13 @@ def _keeps_gradient(logits: Tensor) -> bool:
     saved tensors are hooked, as by activation checkpointing, whose first forward would compute it in vain.
     """
     return (
-        not torch.compiler.is_compiling()
+        cross_entropy_fwd.choose(logits.device) in KEEPING_BACKENDS
+        and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
         and torch.is_grad_enabled()
         and logits.requires_grad
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and logits.dtype in (torch.float32, torch.bfloat16)
-        and cross_entropy_fwd.choose(logits.device) in KEEPING_BACKENDS
     )
 
 

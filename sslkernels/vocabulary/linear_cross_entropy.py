@@ -264,14 +264,8 @@ def linear_cross_entropy(
     checks.boolean(NAME, "return_stats", return_stats)
     checks.choice(NAME, "mode", mode, ("auto", "fast", "compact"))
     scaled_by = logit_scale if isinstance(logit_scale, Tensor) else None
-    row_options = RowOptions.checked(
-        NAME,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale if scaled_by is None else 1.0,
-    )
+    given = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    row_options = RowOptions.checked(NAME, **given, logit_scale=logit_scale if scaled_by is None else 1.0)
     checks.integer(NAME, "capacity", capacity, low=0, optional=True)
     checks.integer(NAME, "workspace_bytes", workspace_bytes, low=1, optional=True)
     compute_dtype = compute_dtype_of(NAME, input, linear_weight)
@@ -296,25 +290,20 @@ def linear_cross_entropy(
     target = _shifted(target, shift, ignore_index, probabilities or linear_weight.dim() > 2)
 
     if materialised:
-        given = {
+        ignored = {
             "mode": mode != "auto",
             "capacity": capacity is not None,
             "workspace_bytes": workspace_bytes is not None,
         }
-        for argument in (name for name, is_given in given.items() if is_given):
-            must = (
-                "not be given for K-dimensional weights or a target that requires grad, whose logits are materialised"
-            )
+        must = "not be given for K-dimensional weights or a target that requires grad, whose logits are materialised"
+        for argument in (name for name, is_given in ignored.items() if is_given):
             checks.fail(ValueError, NAME, argument, must, "a value")
         return cross_entropy(
             _logits(input, linear_weight, linear_bias, logit_scale),
             target,
             weight,
-            ignore_index=ignore_index,
+            **given,
             reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
             token_weight=token_weight,
             num_items=num_items,
             class_dim=1 if linear_weight.dim() > 2 else -1,

@@ -58,6 +58,7 @@ class Gradients(NamedTuple):
 
 
 def empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
+    """Gradients without values, of scale 1."""
     input, linear_weight = operands.input, operands.linear_weight
     acc = accumulation_dtype(input.dtype)
     weight_dtype = acc if linear_weight.dtype == torch.float16 else linear_weight.dtype
@@ -65,14 +66,13 @@ def empty_gradients(operands: Operands, wanted: Wanted) -> Gradients:
         input.new_empty(input.shape if wanted.input else (0, 0)),
         linear_weight.new_empty(linear_weight.shape if wanted.linear_weight else (0, 0), dtype=weight_dtype),
         linear_weight.new_empty(linear_weight.shape[0] if wanted.linear_bias else 0, dtype=acc),
-        input.new_empty((), dtype=acc),
+        input.new_ones((), dtype=acc),
     )
 
 
 def normalise(coefficient: Tensor, scale: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """coefficient / scale. Fills `scale` (0-d): with 1 unless one of `dtypes` is float16."""
+    """coefficient / scale. `scale` (0-d) holds 1, and stays 1 unless one of `dtypes` is float16."""
     if torch.float16 not in dtypes or coefficient.numel() == 0:
-        scale.fill_(1)
         return coefficient
     largest = coefficient.abs().max()
     scale.copy_(torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0))

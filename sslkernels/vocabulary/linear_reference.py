@@ -25,7 +25,6 @@ def forward(
     kernels = rows_for(operands.target, ReferenceRows(), slices_in(plan, operands))
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
-        gradients.scale.fill_(1)
         return kernels.forward(logits, *rows, stats=stats), gradients
     # The coefficient of an ignored row may be anything, 1 / 0 where no row is valid.
     coefficient = coefficient.masked_fill(_ignored(operands, options), 0)
@@ -43,7 +42,6 @@ def backward(
     kernels = rows_for(operands.target, ReferenceRows(), slices_in(plan, operands))
     kernels.backward(logits, operands.target, operands.linear_bias, operands.weight, options, state, grad_loss, logits)
     gradients = empty_gradients(operands, wanted)
-    gradients.scale.fill_(1)
     _fill_gradients(logits, operands, options, plan, wanted, gradients)
     return gradients
 

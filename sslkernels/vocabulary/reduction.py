@@ -56,7 +56,7 @@ def mean_divisor(
     valid = target != options.ignore_index if indices else None
     count = None
     if valid is not None and (num_items is None or on_empty == "zero"):
-        count = valid.count_nonzero().to(dtype)
+        count = valid.count_nonzero()
     elif valid is None:
         count = torch.full((), target.shape[0], dtype=dtype, device=target.device)
     if isinstance(num_items, Tensor):

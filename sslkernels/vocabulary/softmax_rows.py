@@ -81,14 +81,11 @@ class RowOutputs(NamedTuple):
 
 
 def empty_outputs(like: Tensor, count: int, stats: bool) -> RowOutputs:
-    acc = accumulation_dtype(like.dtype)
-    loss = like.new_empty(count, dtype=acc)
-    return RowOutputs(
-        loss,
-        *(torch.empty_like(loss) for _ in RowState._fields),
-        like.new_empty(count if stats else 0, dtype=torch.int64),
-        like.new_empty(count if stats else 0, dtype=acc),
-    )
+    counted = count if stats else 0
+    loss = like.new_empty(count, dtype=accumulation_dtype(like.dtype))
+    row_max, sum_exp, logprob = torch.empty_like(loss), torch.empty_like(loss), torch.empty_like(loss)
+    prediction, entropy = loss.new_empty(counted, dtype=torch.int64), loss.new_empty(counted)
+    return RowOutputs(loss, row_max, sum_exp, logprob, prediction, entropy)
 
 
 def check_target_range(function: str, loss: Tensor, target: Tensor, vocab: int, ignore_index: int) -> None:

@@ -49,11 +49,7 @@ def forward(
     students = _Students(rows, operands, options, wanted, gradients, slices)
     teachers = _Teachers(rows, operands, options, slices)
     order = _order(operands, outputs.loss.dtype)
-    if any(wanted):
-        coefficient = students.coefficient(coefficient, order, operands)
-    else:
-        coefficient = None
-        gradients.scale.fill_(1)
+    coefficient = students.coefficient(coefficient, order, operands) if any(wanted) else None
     if options.stats:
         outputs.usage.zero_()
     parts: list[RowOutputs] = []

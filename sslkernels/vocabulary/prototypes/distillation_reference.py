@@ -66,7 +66,6 @@ def forward(
         )
     gradients = empty_gradients(operands, wanted)
     if not any(wanted):
-        gradients.scale.fill_(1)
         return outputs, gradients
     coefficient = (coefficient * student_inverse).masked_fill(left_out, 0)
     coefficient = normalise(coefficient, gradients.scale, operands.input.dtype)
