@@ -45,7 +45,7 @@ def pair_loss(
     """The loss of the pairs, reduced, and its statistics."""
     acc = accumulation_dtype(inputs.query.dtype)
     mask = inputs.candidate_mask  # never copied: kernels take any strides
-    inputs = PairInputs(*map(contiguous, inputs._replace(candidate_mask=None)))._replace(candidate_mask=mask)
+    inputs = PairInputs(*[value if value is mask else contiguous(value) for value in inputs])
     divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
     if call.reduction != "none" and torch.is_grad_enabled() and any(wanted):
@@ -224,4 +224,4 @@ def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, leaves: 
 
 
 def _input_gradients(found: dict[str, Tensor]) -> PairInputs:
-    return PairInputs(*(found.get(name) for name in PairInputs._fields))
+    return PairInputs(*[found.get(name) for name in PairInputs._fields])

@@ -258,9 +258,9 @@ def _stats(found: PairStatistics) -> ContrastiveStats:
 def _inputs(
     tensors: PairTensors, positive: Tensor | None, self_index: Tensor | None, scale: Tensor, bias: Tensor | None
 ) -> PairInputs:
-    shared = {name: value for name, value in tensors._asdict().items() if name in PairInputs._fields}
-    shared["positive"] = positive
-    return PairInputs(**shared, self_index=self_index, logit_scale=scale, logit_bias=bias)
+    query, key, _, negatives, negatives_mask, bank, query_ids, key_ids, bank_ids, *masks, _ = tensors
+    candidates = (query, key, bank, negatives, negatives_mask)
+    return PairInputs(*candidates, positive, self_index, query_ids, key_ids, bank_ids, *masks, scale, bias)
 
 
 def _over_ranks(

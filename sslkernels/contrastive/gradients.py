@@ -90,15 +90,17 @@ class FeatureGradients:
 
     def _key_gradient(self) -> Tensor:
         setup, positives = self.setup, self.setup.positives
-        gradient = FeatureGradient(self.key, setup.key, setup.key_norm, extra=self._gathered_gradient(0, self.key))
+        partner = partner_norm = score_gradient = None
         if positives.in_order:
-            gradient = gradient._replace(
-                partner=setup.query, partner_norm=setup.query_norm, score_gradient=self.positive_score
-            )
+            partner, partner_norm, score_gradient = setup.query, setup.query_norm, self.positive_score
         else:
             self._add_positives_by_key()
         if self.pair_key is not None:
             positives.scatter_add(self.pair_key, self.key)
+        extra = self._gathered_gradient(0, self.key)
+        gradient = FeatureGradient(
+            self.key, setup.key, setup.key_norm, partner, partner_norm, None, score_gradient, extra
+        )
         return self._finish(gradient, setup.inputs.key)
 
     def _gathered_gradient(self, first: int, like: Tensor) -> Tensor | None:

@@ -210,7 +210,7 @@ class _Plan:
 
         def row_sums(sums: RowSums) -> RowSums:
             part = _sliced(sums, rows)
-            return part if norms is not None else part._replace(uniformity_sum=None)
+            return part if norms is not None or part.uniformity_sum is None else part._replace(uniformity_sum=None)
 
         by_row = row_sums(self.row_sums) if spec.rows_summed and not self.fused else None
         by_column = _sliced(self.column_sums, columns) if spec.columns_summed else None
@@ -470,6 +470,9 @@ def _unsettled(side: SideGrad, count: int) -> SideGrad:
 
 def _sliced(record: Record, part: slice) -> Record:
     """A record of views of its tensors; the record itself if they have no more rows."""
-    if all(values is None or values.shape[0] == length(part) for values in record):
-        return record
+    for values in record:
+        if values is not None:  # all have as many rows
+            if values.shape[0] == part.stop - part.start:
+                return record
+            break
     return type(record)(*(at(values, part) for values in record))

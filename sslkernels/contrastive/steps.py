@@ -16,7 +16,7 @@ from sslkernels.core.chunks import round_up
 # Row blocks of a symmetric score matrix: each product serves two rows, except in the blocks on the diagonal. Fewer of
 # them where they would have few rows: each costs about 0.1 ms on a CPU.
 MUTUAL_ROW_BLOCKS = 16
-MUTUAL_ROWS = 256
+MUTUAL_ROWS = 512
 
 
 class Candidates(NamedTuple):
@@ -229,4 +229,4 @@ def length(part: slice) -> int:
 
 def at(values: Tensor | None, part: slice) -> Tensor | None:
     """values[part]; all of them without the microsecond that a view takes."""
-    return values if values is None or length(part) == values.shape[0] else values[part]
+    return values if values is None or part.stop - part.start == values.shape[0] else values[part]

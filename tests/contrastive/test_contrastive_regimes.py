@@ -443,8 +443,8 @@ def test_the_second_pass_begins_with_the_products_in_memory(products_computed, m
 
 
 def test_symmetric_scores_are_kept_as_a_triangle(products_computed):
-    x, y = (torch.randn(256, 8, requires_grad=True) for _ in range(2))
-    triangle = [(256, 256)] * 3  # two on the diagonal, one for both others
+    x, y = (torch.randn(512, 8, requires_grad=True) for _ in range(2))
+    triangle = [(512, 512)] * 3  # two on the diagonal, one for both others
     sk.nt_xent(x, y).backward()
     assert products_computed == triangle
     products_computed.clear()
