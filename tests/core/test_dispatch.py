@@ -48,6 +48,7 @@ def test_use_backend_nests_and_restores_after_an_error():
     assert backends.current_choice() == before
 
 
+@pytest.mark.full
 def test_unknown_names_are_refused():
     with pytest.raises(
         ValueError, match=r"use_backend: name must be one of auto, cuda, triton, cpu, reference; got 'x'"

@@ -222,6 +222,7 @@ def test_compile_draws_the_seed_and_takes_one_tensor_twice(device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.full
 def test_a_memory_budget_of_the_compiler_changes_no_noise(device):
     """Below 1 torch draws again in backward what forward drew from a generator (pytorch issue 190758)."""
     mean, logvar = parameters(device)

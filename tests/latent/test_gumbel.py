@@ -450,6 +450,7 @@ def test_compile_equals_eager(backend, device, dynamic, compiler):
         torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(expected, logits))
 
 
+@pytest.mark.full
 def test_a_compiled_graph_takes_another_tau(device):
     """An annealed temperature compiles no new graph for each step."""
     torch._dynamo.reset()

@@ -166,6 +166,7 @@ def test_labels_do_not_depend_on_the_batch(backend, device, mode):
     assert not torch.equal(whole.labels, permuted.labels)
 
 
+@pytest.mark.full_for(backend="triton")
 def test_leading_dimensions_and_layout(backend, device):
     data = {k: v.to(device) for k, v in example(6, 18).items()}
     options = {"mask_id": MASK, "vocab_size": VOCAB, "probability": 0.4, "seed": 5}
