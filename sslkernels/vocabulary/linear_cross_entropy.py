@@ -321,9 +321,14 @@ def linear_cross_entropy(
     divisor = None
     if reduction == "mean":
         divisor, weight = mean_divisor(y, operands.weight, vocab, row_options, num_items, on_empty, acc)
-        operands = operands._replace(weight=weight)
+        if weight is not operands.weight:
+            operands = operands._replace(weight=weight)
 
-    wanted = Wanted(*[_wants_gradient(getattr(operands, name)) for name in Wanted._fields])
+    wanted = Wanted(
+        input=_wants_gradient(operands.input),
+        linear_weight=_wants_gradient(operands.linear_weight),
+        linear_bias=_wants_gradient(operands.linear_bias),
+    )
     if mode != "compact" and reduction != "none" and any(wanted):
         loss, rows, _ = _ReducedLoss.run(operands, tokens, divisor, row_options, plan, wanted, return_stats)
     else:
