@@ -196,6 +196,27 @@ def test_gradients_of_a_record():
     assert torch.equal(only, left)
 
 
+def test_nothing_is_recorded_without_a_gradient():
+    recorded = []
+
+    class Recorded(Function):
+        @staticmethod
+        def forward(pair: Pair) -> Tensor:
+            return pair.left * pair.right
+
+        @staticmethod
+        def setup_context(ctx, inputs, outputs):
+            recorded.append(inputs)
+
+    pair = features()
+    Recorded.run(Pair(*(t.detach() for t in pair)))
+    with torch.no_grad():
+        Recorded.run(pair)
+    assert not recorded
+    Recorded.run(pair)
+    assert len(recorded) == 1
+
+
 @pytest.mark.parametrize("name", Pair._fields)
 def test_a_second_differentiation_raises_for_every_leaf(name):
     """Also for a leaf that only the saved tensors connect to the gradient; never None or zero."""
