@@ -4,8 +4,8 @@
     python tests/planted/mutate.py --count 100 --seed 1 [--layer plans] [--folder /tmp/mutants]
 
 A mutant changes one line by a rule of universalmutator (Groce et al., ICSE 2018). One that does not compile, or that
-compiles to the same code, is drawn again. The tests are those of `make test` in the family's folder. What nothing finds
-is printed as a diff: it is equivalent to the original, or a test is missing.
+compiles to the same code, is drawn again. The tests are those of `make test` for the family and the core. What they do
+not find is printed as a diff: it is equivalent to the original, or a test is missing.
 """
 
 from __future__ import annotations
@@ -98,10 +98,13 @@ def imports(copy: Path, file: Path) -> bool:
 
 
 def tests_of(file: Path) -> list[str]:
-    """The test files of the family, those first whose names are most like the file's."""
-    folder = ROOT / "tests" / file.relative_to(ROOT).parts[1]
-    names = [str(path.relative_to(ROOT)) for path in (folder if folder.exists() else ROOT / "tests").rglob("test_*.py")]
-    return sorted(names, key=lambda name: -difflib.SequenceMatcher(None, Path(name).stem, f"test_{file.stem}").ratio())
+    """The test files of the family, then those of the core; those first whose names are most like the file's."""
+    found: list[str] = []
+    for folder in dict.fromkeys((file.relative_to(ROOT).parts[1], "core")):
+        names = [str(path.relative_to(ROOT)) for path in (ROOT / "tests" / folder).glob("test_*.py")]
+        wanted = f"test_{file.stem}"
+        found += sorted(names, key=lambda name: -difflib.SequenceMatcher(None, Path(name).stem, wanted).ratio())
+    return found
 
 
 def main() -> int:
