@@ -67,7 +67,7 @@ def pair_loss(
     if over is None:
         loss, _, statistics = _RowLosses.run(inputs, options, call.function, call.return_stats)
     else:
-        if kept and inputs.bank is not None:  # it may be overwritten before backward
+        if kept and inputs.bank is not None and not wanted.bank:  # a queue may be overwritten before backward
             inputs = inputs._replace(bank=inputs.bank.clone())
         loss, _, statistics = _RankLosses.run(inputs, options, over, call.function, call.return_stats)
     if row_weight is not None:

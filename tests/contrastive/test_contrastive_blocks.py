@@ -3,8 +3,8 @@ and gradients of one process that has all rows, whatever gradients the ranks' lo
 
 from __future__ import annotations
 
-import contextlib
 import os
+import random
 import socket
 from datetime import timedelta
 
@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiers import pairwise_cases
-from torch.utils._pytree import tree_map_only
 
 import sslkernels as sk
+from sslkernels.contrastive.pair_setup import next_of_same_id
 
 pytestmark = pytest.mark.costly("processes start")
 DIM = 6
@@ -26,7 +26,6 @@ SIZES = {
 }
 FEATURES = {
     "backend": ["cpu", "reference"],
-    "ring": [False, True],
     "dtype": [torch.float64, torch.float32],
     "energy": ["softmax", "sigmoid", "hinge"],
     "direction": ["symmetric", "row", "column"],
@@ -43,7 +42,7 @@ FEATURES = {
     "bias": [False, True],
     "stats": [False, True],
     "sizes": ["equal", "ragged", "a rank without rows"],
-    "frozen": [None, "query", "key"],
+    "frozen": [None, "query", "key", "bank"],
 }
 LEAVES = ("query", "key", "bank", "negatives", "row_weight", "logit_scale", "logit_bias")
 SUMMED = ("bank", "logit_scale", "logit_bias")  # over the ranks
@@ -65,14 +64,25 @@ def allowed(case):
         case["positive"] = None
         if case["exclude_self"] and case["ids"] != "positive":
             return None
-    if case["ring"] and case["exclude_self"] and case["ids"] == "positive":
-        case["stats"] = False
     if case["exclude_self"]:
-        case["frozen"] = None  # key is query
+        case["frozen"] = "bank" if case["frozen"] else None  # key is query
     return case
 
 
-CASES = pairwise_cases(FEATURES, allowed)
+def random_cases(count):
+    draw, cases = random.Random(1), []
+    while len(cases) < count:
+        case = allowed({name: draw.choice(values) for name, values in FEATURES.items()})
+        cases += [] if case is None else [case]
+    return cases
+
+
+CASES = {"pairwise": pairwise_cases(FEATURES, allowed), "random": random_cases(200)}
+
+
+def remote(case):
+    """Whether positives may be on other ranks, of which a ring has no statistics."""
+    return case["exclude_self"] and case["ids"] == "positive"
 
 
 def whole(number, case, world):
@@ -154,9 +164,9 @@ def result_of(case, tensors, rank, **over):
     with sk.use_backend(case["backend"]):
         loss = sk.contrastive_energy(**tensors, **options_of(case), return_stats=case["stats"], **over)
         loss, stats = loss if case["stats"] else (loss, ())
-        if case["reduction"] != "none" and "bank" in tensors:
+        if case["reduction"] != "none" and case["frozen"] == "bank" and "bank" in tensors:
             with torch.no_grad():  # a queue is overwritten before backward
-                tensors["bank"].data.zero_()
+                tensors["bank"].zero_()
         (loss * grad_output(loss, rank)).sum().backward()
     grads = {name: tensors[name].grad for name in leaves}
     return {"loss": loss.detach(), "stats": tuple(stats), "grads": grads}
@@ -188,31 +198,51 @@ def expected(number, case, world):
         part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         of_rank = {name: grad if name in SUMMED else grad[part] for name, grad in grads.items()}
         per_row = tuple(value[part] for value in stats[:4])
-        yield {"loss": loss, "stats": (*per_row, *distances(made, part, counted[part])), "grads": of_rank}
+        yield {"loss": loss, "stats": (*per_row, *distances(case, made, part)), "grads": of_rank}
 
 
-def distances(made, rows, counted):
+def distances(case, made, rows):
     """Alignment and uniformity of the rows against all keys."""
     query, key = (torch.nn.functional.normalize(made[n].detach().double(), dim=1) for n in ("query", "key"))
-    index = torch.arange(len(query))
-    positive = made.get("positive", index)
-    return torch.cdist(query, key).square(), positive, rows, counted
+    every = torch.arange(len(query))
+    positive = made.get("positive", every)
+    if case["exclude_self"]:
+        following = next_of_same_id(made["key_ids"]) if remote(case) else torch.full_like(every, -1)
+        positive = torch.where(positive == every, following, positive)
+    squares = torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist").square()[rows]
+    index, has = positive[rows], positive[rows] >= 0
+    pairs = torch.ones_like(squares, dtype=torch.bool)
+    pairs[has, index[has]] = False
+    if case["exclude_self"]:
+        pairs[every[: len(index)], every[rows]] = False
+    return squares[has, index[has]].mean(), (-2 * squares[pairs]).exp().mean().log()
 
 
-def worker(rank, world, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def worker(rank, world, port, folder, cases):
+    join(rank, world, port)
     found = []
-    for number, case in enumerate(CASES):
-        mine = own(*whole(number, case, world), rank)
-        result = result_of(case, mine, rank, process_group=dist.group.WORLD, ring=case["ring"])
-        for name in SUMMED:
-            if name in result["grads"]:
-                dist.all_reduce(result["grads"][name])
-        found.append(tree_map_only(torch.Tensor, torch.Tensor.clone, result))
+    for number, case in enumerate(CASES[cases]):
+        for ring in (False, True):
+            mine = own(*whole(number, case, world), rank)
+            over = {"process_group": dist.group.WORLD, "ring": ring}
+            result = result_of(case | {"stats": case["stats"] and not (ring and remote(case))}, mine, rank, **over)
+            for name in SUMMED:
+                if name in result["grads"]:
+                    dist.all_reduce(result["grads"][name])
+            found.append(result)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def join(rank, world, port, seconds=60):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
+
+
+def spawned(folder, world, target, *arguments):
+    mp.spawn(target, (world, free_port(), str(folder), *arguments), world)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
 
 
 def free_port():
@@ -221,29 +251,38 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="module", params=[2, *(pytest.param(world, marks=pytest.mark.full) for world in (1, 4))])
-def ranks(request, tmp_path_factory):
-    world, folder = request.param, tmp_path_factory.mktemp("blocks")
-    mp.spawn(worker, (world, free_port(), str(folder)), world)
-    return world, [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
-
 def close(got, want, case, what):
     tolerance = 1e-12 if case["dtype"] == torch.float64 else 1e-6
-    size = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+    size = max(1.0, want.abs().max().item()) if want.numel() and want.isfinite().all() else 1.0
     torch.testing.assert_close(
-        got, want, rtol=tolerance, atol=tolerance * size, msg=lambda text: f"{what} of {case}: {text}"
+        got,
+        want.to(got.dtype),
+        rtol=tolerance,
+        atol=tolerance * size,
+        equal_nan=True,
+        msg=lambda text: f"{what} of {case}: {text}",
     )
 
 
-def test_every_rank_gets_the_result_of_one_process(ranks):
-    world, results = ranks
-    for number, case in enumerate(CASES):
+@pytest.mark.parametrize(
+    ("cases", "world"),
+    [
+        ("pairwise", 2),
+        *(pytest.param("pairwise", world, marks=pytest.mark.full) for world in (1, 4)),
+        *(pytest.param("random", world, marks=pytest.mark.slow) for world in (2, 4)),
+    ],
+)
+def test_every_rank_gets_the_result_of_one_process(cases, world, tmp_path):
+    results = spawned(tmp_path, world, worker, cases)
+    for number, case in enumerate(CASES[cases]):
         for rank, want in enumerate(expected(number, case, world)):
-            got = results[rank][number]
-            close(got["loss"], want["loss"], case, "loss")
-            assert got["grads"].keys() == want["grads"].keys()
-            for name, grad in want["grads"].items():
-                close(got["grads"][name], grad, case, f"gradient of {name} on rank {rank}")
-            for name, one, other in zip(("lse", "positive", "rank", "top1"), got["stats"], want["stats"], strict=False):
-                close(one, other, case, f"{name} on rank {rank}")
+            for ring in (False, True):
+                got, where = results[rank][2 * number + ring], f"on rank {rank} with ring={ring}"
+                close(got["loss"], want["loss"], case, f"loss {where}")
+                assert got["grads"].keys() == want["grads"].keys()
+                for name, grad in want["grads"].items():
+                    close(got["grads"][name], grad, case, f"gradient of {name} {where}")
+                names = ("lse", "positive", "rank", "top1", "alignment", "uniformity")
+                assert len(got["stats"]) == len(names) * (case["stats"] and not (ring and remote(case)))
+                for name, one, other in zip(names, got["stats"], want["stats"], strict=False):
+                    close(one, other, case, f"{name} {where}")
