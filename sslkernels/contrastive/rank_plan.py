@@ -225,7 +225,9 @@ class _RankGradients(FeatureGradients):
         """Adds the gradients of the scores of positives among the keys `columns` to the gradient of these keys."""
         setup, index, factor = self.setup, self.setup.inputs.positive, self.positive_score
         here = (index >= columns.start) & (index < columns.stop)
-        among = PairIndex(torch.where(here, index - columns.start, NO_POSITIVE), setup.count, total.shape[0], index.device)
+        among = PairIndex(
+            torch.where(here, index - columns.start, NO_POSITIVE), setup.count, total.shape[0], index.device
+        )
         if setup.query_norm is not None:
             pair_norm = setup.query_norm * setup.positives.gather(setup.key_norm)
             factor = torch.where(factor != 0, factor * pair_norm, 0)

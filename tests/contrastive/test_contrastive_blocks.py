@@ -6,16 +6,22 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
 from datetime import timedelta
 
+import interpreter
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiers import pairwise_cases
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import sslkernels as sk
+from sslkernels.contrastive.operators import contrastive_ranks_bwd, contrastive_ranks_fwd
 from sslkernels.contrastive.pair_setup import next_of_same_id
+from sslkernels.contrastive.score_tiles import PairKernels
 
 pytestmark = pytest.mark.costly("processes start")
 DIM = 6
@@ -286,3 +292,326 @@ def test_every_rank_gets_the_result_of_one_process(cases, world, tmp_path):
                 assert len(got["stats"]) == len(names) * (case["stats"] and not (ring and remote(case)))
                 for name, one, other in zip(names, got["stats"], want["stats"], strict=False):
                     close(one, other, case, f"{name} {where}")
+
+
+ROWS, WIDTH = 8, 64
+
+
+def features_of(rank, dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(rank)
+    made = [0.3 * torch.randn(ROWS, WIDTH, generator=generator) for _ in range(2)]
+    return [tensor.to(dtype).requires_grad_(grad) for tensor in made]
+
+
+def clip(x, y, ring, **options):
+    options = {"direction": "symmetric", "logit_scale": 2.0, "normalize": True} | options
+    return sk.contrastive_energy(x, y, process_group=dist.group.WORLD, ring=ring, **options)
+
+
+def products(rank, world):
+    """How many scores are computed in a forward, in its backward, and with statistics; the FLOPs of both."""
+    found = {}
+    for ring in (False, True):
+        counts = []
+        with pytest.MonkeyPatch.context() as patch:
+            begin = PairKernels.begin
+
+            def counted(self, tile, counts=counts, begin=begin):
+                counts[-1] += len(tile.queries) * len(tile.candidates)
+                begin(self, tile)
+
+            patch.setattr(PairKernels, "begin", counted)
+            for options in ({}, {"return_stats": True}, {"energy": "hinge"}, {"same_id": "positive", "ids": True}):
+                if options.pop("ids", False):
+                    options |= {"query_ids": torch.arange(ROWS) % 3, "key_ids": torch.arange(ROWS) % 3}
+                counts.append(0)
+                loss = clip(*features_of(rank), ring, **options)
+                counts.append(0)
+                (loss[0] if isinstance(loss, tuple) else loss).backward()
+        with FlopCounterMode(display=False) as flops:
+            clip(*features_of(rank), ring).backward()
+        found[ring] = (counts, flops.get_total_flops())
+    return found
+
+
+def traffic(rank, world):
+    """Bytes of features and of numbers that a rank sends in a forward and in its backward, by the model that a ring
+    sends (W - 1) / W of what is gathered or reduce-scattered, and twice that of what is all-reduced."""
+    found = {}
+    for ring in (False, True):
+        sent = {"features": [], "numbers": []}
+
+        def add(tensor, times, sent=sent):
+            sent["features" if tensor.dim() == 2 and tensor.shape[1] == WIDTH else "numbers"][-1] += (
+                times * tensor.numel() * tensor.element_size()
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            share = {"all_gather": (1, world - 1), "all_reduce": (0, 2 * (world - 1) / world)}
+            for name, (position, times) in (share | {"reduce_scatter": (0, world - 1)}).items():
+                call = getattr(dist, name)
+
+                def counted(*args, call=call, position=position, times=times, **kwargs):
+                    add(args[position], times)
+                    return call(*args, **kwargs)
+
+                patch.setattr(dist, name, counted)
+
+            def transferred(transfers, call=dist.batch_isend_irecv):
+                for transfer in transfers:
+                    if transfer.op is dist.isend:
+                        add(transfer.tensor, 1)
+                return call(transfers)
+
+            patch.setattr(dist, "batch_isend_irecv", transferred)
+            for values in sent.values():
+                values.append(0)
+            loss = clip(*features_of(rank), ring)
+            for values in sent.values():
+                values.append(0)
+            loss.backward()
+        found[ring] = sent
+    return found
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def memory(rank, world):
+    """The largest tensor of a step."""
+    found = {}
+    for ring in (False, True):
+        mode = Largest()
+        with pytest.MonkeyPatch.context() as patch:
+            for operator in (contrastive_ranks_fwd, contrastive_ranks_bwd):
+                functions = operator.implementations.functions
+
+                def watched(*args, call=functions["cpu"], mode=mode):
+                    with mode:
+                        return call(*args)
+
+                patch.setitem(functions, "cpu", watched)
+            clip(*features_of(rank), ring, label_smoothing=0.1).backward()
+        found[ring] = mode.elements
+    return found
+
+
+def half(rank, world):
+    """Loss and gradients in half precision, the losses of the ranks multiplied by different numbers."""
+    found = []
+    for ring in (False, True):
+        for dtype, autocast in (("bfloat16", True), ("bfloat16", False), ("float16", False)):
+            dtype = getattr(torch, dtype)
+            x, y = features_of(rank, torch.float32 if autocast else dtype)
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                loss = clip(x, y, ring)
+            (loss * 10.0 ** (-3 * rank)).backward()
+            found.append((loss.detach(), x.grad, y.grad))
+    return found
+
+
+def collapsed(rank, world):
+    """Statistics of features that are all the same."""
+    found = []
+    for ring in (False, True):
+        x = torch.linspace(-1, 1.3, 33).expand(64 + 64 * (rank % 2), 33).contiguous()
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found.append(clip(x, x.clone(), ring, return_stats=True)[1])
+    return [tuple(stats) for stats in found]
+
+
+def on_triton(rank, world):
+    with sk.use_backend("triton"):
+        found = []
+        for energy in ("softmax", "sigmoid"):
+            for ring in (False, True):
+                x, y = features_of(rank)
+                loss = clip(x[:4], y[:4], ring, energy=energy, query_ids=torch.arange(4), key_ids=torch.arange(4) % 3)
+                loss.backward()
+                found.append((loss.detach(), x.grad[:4], y.grad[:4]))
+        return found
+
+
+def raised(rank, world):
+    x, y = features_of(rank)
+    messages = []
+
+    def message_of(function):
+        try:
+            function()
+        except ValueError as error:
+            return str(error)
+        return "nothing was raised"
+
+    messages.append(message_of(lambda: clip(x, y, True, logit_scale=torch.tensor(2.0, requires_grad=rank == 0))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSLKERNELS_CHECK_RANKS", "1")
+        messages.append(message_of(lambda: clip(x, y, rank == 0)))
+        messages.append(message_of(lambda: clip(x, y, True, label_smoothing=0.1 * rank)))
+        messages.append(message_of(lambda: clip(x, y, True, query_ids=torch.arange(8), key_ids=torch.arange(8))))
+    return messages
+
+
+SPECIAL = [products, traffic, memory, half, collapsed, on_triton, raised]
+
+
+def special_worker(rank, world, port, folder):
+    interpreter.repair()
+    join(rank, world, port)
+    torch.save({find.__name__: find(rank, world) for find in SPECIAL}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)])
+def special(request, tmp_path_factory):
+    world = request.param
+    return world, spawned(tmp_path_factory.mktemp("special"), world, special_worker)
+
+
+def test_each_score_is_computed_once_in_the_world(special):
+    world, results = special
+    block = ROWS * ROWS * world
+    for result in results:
+        for counts, flops in result["products"].values():
+            assert counts == [block] * 8  # forward, and again in backward
+            assert flops == 2 * block * WIDTH * 4
+
+
+def test_bytes_on_the_wire(special):
+    world, results = special
+    block = (world - 1) * ROWS * WIDTH * 4
+    for result in results:
+        gathered, ring = result["traffic"][False], result["traffic"][True]
+        assert gathered["features"] == [block, block]
+        assert ring["features"] == [block, 2 * block]  # in backward the keys travel with their gradients
+        # Of each pair its positive and its score, of each key its norm, and the maximum and the sum of its column.
+        floats = (world - 1) * ROWS * (8 + 4 + 4) + 2 * (world - 1) * ROWS * (4 + 8)
+        counts = (world - 1) * 4 * 8  # how many queries and keys, the scale, and which of them want gradients
+        for sent in (gathered, ring):
+            assert sent["numbers"] == [floats + counts + (world - 1) * 2 * 8, (world - 1) * ROWS * 4]
+
+
+def test_a_ring_has_no_tensor_of_the_keys_of_all_ranks(special):
+    world, results = special
+    for result in results:
+        assert result["memory"][False] == world * ROWS * WIDTH
+        assert result["memory"][True] == ROWS * WIDTH
+
+
+def test_half_precision_over_ranks(special):
+    world, results = special
+    parts = [features_of(rank) for rank in range(world)]
+    x, y = (torch.cat(side).detach().requires_grad_() for side in zip(*parts, strict=True))
+    rows = sk.contrastive_energy(x, y, direction="symmetric", logit_scale=2.0, normalize=True, reduction="none")
+    losses = torch.stack([part.mean() for part in rows.split(ROWS)])
+    (losses * 10.0 ** (-3 * torch.arange(world))).sum().backward()
+    for rank, result in enumerate(results):
+        for loss, *grads in result["half"]:
+            torch.testing.assert_close(loss, losses[rank].detach(), rtol=0, atol=1e-2)
+            for grad, want in zip(grads, (x.grad, y.grad), strict=True):
+                want = want.split(ROWS)[rank]
+                torch.testing.assert_close(grad.float(), want, rtol=0, atol=2e-2 * want.abs().max().item())
+
+
+def test_statistics_at_collapse(special):
+    world, results = special
+    keys = 96 * world
+    for result in results:
+        for _, _, rank, top1, alignment, uniformity in result["collapsed"]:
+            torch.testing.assert_close(rank, torch.full_like(rank, (keys - 1) / 2), rtol=0, atol=0)
+            torch.testing.assert_close(top1, torch.full_like(top1, 1 / keys))
+            assert alignment.abs() < 1e-5
+            assert uniformity.abs() < 1e-5
+
+
+def test_the_triton_kernels_over_ranks(special):
+    world, results = special
+    parts = [features_of(rank) for rank in range(world)]
+    x, y = (torch.cat([t[:4] for t in side]).detach().requires_grad_() for side in zip(*parts, strict=True))
+    ids = torch.arange(4).repeat(world)
+    for number, energy in enumerate(("softmax", "softmax", "sigmoid", "sigmoid")):
+        options = {"direction": "symmetric", "logit_scale": 2.0, "normalize": True, "energy": energy}
+        loss = sk.contrastive_energy(x, y, query_ids=ids, key_ids=ids % 3, **options, reduction="none")
+        losses = [part.mean() for part in loss.split(4)]
+        grads = torch.autograd.grad(sum(losses), (x, y))
+        for rank, result in enumerate(results):
+            got_loss, *got = result["on_triton"][number]
+            torch.testing.assert_close(got_loss, losses[rank].detach())
+            for one, other in zip(got, grads, strict=True):
+                torch.testing.assert_close(one, other.split(4)[rank], rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_that_call_differently_raise(special):
+    _, results = special
+    for result in results:
+        scale, ring, smoothing, nothing = result["raised"]
+        assert "the ranks must agree on which features require grad" in scale
+        assert "ring must be the same on every rank; got True on rank 0, False on rank 1" in ring
+        assert "label_smoothing must be the same on every rank; got 0.0 on rank 0, 0.1 on rank 1" in smoothing
+        assert nothing == "nothing was raised"
+
+
+def dying(rank, world, port, folder):
+    """Rank 1 dies in the ring, in forward or in backward."""
+    join(rank, world, port, seconds=5)
+    x, y = features_of(rank)
+    dies_in = "forward" if folder.endswith("forward") else "backward"
+    try:
+        loss = clip(x, y, True) if dies_in == "backward" else None
+        if rank == 1:
+            dist.batch_isend_irecv = lambda transfers: os._exit(0)
+        (clip(x, y, True) if loss is None else loss).backward()
+    except RuntimeError as error:
+        torch.save(str(error), f"{folder}/{rank}.pt")
+    os._exit(0)  # the group cannot be destroyed without the other rank
+
+
+@pytest.mark.parametrize(
+    ("dies_in", "world"),
+    [
+        pytest.param("forward", 2, marks=pytest.mark.full),
+        ("backward", 2),
+        *(pytest.param(where, 4, marks=pytest.mark.full) for where in ("forward", "backward")),
+    ],
+)
+def test_a_rank_that_dies_in_the_ring_raises_on_the_others(dies_in, world, tmp_path):
+    folder = tmp_path / dies_in
+    folder.mkdir()
+    start = time.monotonic()
+    mp.spawn(dying, (world, free_port(), str(folder)), world)
+    assert time.monotonic() - start < 60
+    assert {path.stem for path in folder.iterdir()} == {str(rank) for rank in range(world) if rank != 1}
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_what_a_ring_refuses(alone):
+    x, ids = torch.randn(3, 4), torch.arange(3)
+    in_ring = {"process_group": alone, "ring": True}
+    with pytest.raises(ValueError, match="clip_loss: ring must be False without a process_group; got True"):
+        sk.clip_loss(x, x, 1.0, ring=True)
+    with pytest.raises(TypeError, match="ring must be a bool; got int"):
+        sk.contrastive_energy(x, x, process_group=alone, ring=1)
+    with pytest.raises(ValueError, match=r"info_nce: ring must be False with in_batch=False \(or given negative_keys"):
+        sk.info_nce(x, x, x, **in_ring)
+    of_ids = {"query_ids": ids, "same_id": "positive", "exclude_self": True}
+    with pytest.raises(ValueError, match="return_stats must be False with ring, exclude_self and same_id"):
+        sk.contrastive_energy(x, x, **of_ids, **in_ring, return_stats=True)
+    with pytest.raises(ValueError, match="positive must be None over columns of the hinge energy with a process_group"):
+        sk.contrastive_energy(x, x, positive=ids, energy="hinge", direction="column", process_group=alone)

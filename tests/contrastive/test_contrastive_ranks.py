@@ -193,16 +193,8 @@ def test_ids_of_the_bank_alone_over_ranks(alone):
     torch.testing.assert_close(sk.contrastive_energy(query, key, process_group=alone, **options), expected)
 
 
-def test_given_positives_have_no_columns_over_ranks(alone):
-    x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="positive must be None with a process_group over columns; got a tensor"):
-        sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=alone)
-
-
 def test_masks_over_ranks_have_the_keys_of_all(alone):
     x, mask = torch.randn(3, 4), torch.ones(3, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="candidate_mask must be None with a process_group over columns, whose"):
-        sk.contrastive_energy(x, x, candidate_mask=mask, direction="symmetric", process_group=alone)
     with pytest.raises(
         ValueError, match=r"candidate_mask must have shape .* keys of all ranks = \(3, 3\); got \(3, 2\)"
     ):
