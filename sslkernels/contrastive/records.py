@@ -92,7 +92,7 @@ class RankState(NamedTuple):
     row_others (n,), column_lse (M,), column_others (N,): as in `PairState`; of hinge, row_others and column_others (n,)
     are how many negatives of the row, and of its key's column, cost. pair_positive, pair_score (N,): the positives of
     all rows and their scores. column_positives, column_candidates (M,) int64: as in `pair_setup.Positives`, over all
-    rows. key_norm (M,): inverse norms. keys: the keys of all ranks, or in a ring the positives of the rows (n, D), where
+    rows. key_norm (M,): inverse norms. keys: those of all ranks, or in a ring the positives (n, D) of the rows, where
     they may be elsewhere. What the loss does not need is empty.
     """
 

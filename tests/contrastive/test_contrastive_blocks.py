@@ -495,7 +495,7 @@ def test_bytes_on_the_wire(special):
         gathered, ring = result["traffic"][False], result["traffic"][True]
         assert gathered["features"] == [block, block]
         assert ring["features"] == [block, 2 * block]  # in backward the keys travel with their gradients
-        # Of each pair its positive and its score, of each key its norm, and the maximum and the sum of its column.
+        # A pair's positive and its score, a key's norm, and the maximum and the sum of its column.
         floats = (world - 1) * ROWS * (8 + 4 + 4) + 2 * (world - 1) * ROWS * (4 + 8)
         counts = (world - 1) * 4 * 8  # how many queries and keys, the scale, and which of them want gradients
         for sent in (gathered, ring):
