@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiers import pairwise_cases
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import sslkernels as sk
@@ -159,7 +160,8 @@ def leaves_of(case, tensors):
 
 
 def grad_output(loss, rank):
-    return torch.linspace(0.5, 1.7, loss.numel(), dtype=loss.dtype).reshape(loss.shape) * (1 + rank)
+    numbers = torch.linspace(0.5, 1.7, loss.numel(), dtype=loss.dtype, device=loss.device)
+    return numbers.reshape(loss.shape) * (1 + rank)
 
 
 def result_of(case, tensors, rank, **over):
@@ -224,19 +226,27 @@ def distances(case, made, rows):
     return squares[has, index[has]].mean(), (-2 * squares[pairs]).exp().mean().log()
 
 
-def worker(rank, world, port, folder, cases):
-    join(rank, world, port)
+def cases_of(rank, world, cases, device="cpu"):
     found = []
-    for number, case in enumerate(CASES[cases]):
+    for number, case in enumerate(cases):
+        if device != "cpu":
+            case = case | {"backend": "triton"}
         for ring in (False, True):
-            mine = own(*whole(number, case, world), rank)
+            mine = {name: tensor.to(device) for name, tensor in own(*whole(number, case, world), rank).items()}
+            if case["exclude_self"]:
+                mine["key"] = mine["query"]
             over = {"process_group": dist.group.WORLD, "ring": ring}
             result = result_of(case | {"stats": case["stats"] and not (ring and remote(case))}, mine, rank, **over)
             for name in SUMMED:
                 if name in result["grads"]:
                     dist.all_reduce(result["grads"][name])
-            found.append(result)
-    torch.save(found, f"{folder}/{rank}.pt")
+            found.append(tree_map_only(torch.Tensor, torch.Tensor.cpu, result))
+    return found
+
+
+def worker(rank, world, port, folder, cases):
+    join(rank, world, port)
+    torch.save(cases_of(rank, world, CASES[cases]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -257,8 +267,8 @@ def free_port():
         return free.getsockname()[1]
 
 
-def close(got, want, case, what):
-    tolerance = 1e-12 if case["dtype"] == torch.float64 else 1e-6
+def close(got, want, case, what, tolerances=(1e-6, 1e-12)):
+    tolerance = tolerances[case["dtype"] == torch.float64]
     size = max(1.0, want.abs().max().item()) if want.numel() and want.isfinite().all() else 1.0
     torch.testing.assert_close(
         got,
@@ -281,17 +291,26 @@ def close(got, want, case, what):
 def test_every_rank_gets_the_result_of_one_process(cases, world, tmp_path):
     results = spawned(tmp_path, world, worker, cases)
     for number, case in enumerate(CASES[cases]):
-        for rank, want in enumerate(expected(number, case, world)):
-            for ring in (False, True):
-                got, where = results[rank][2 * number + ring], f"on rank {rank} with ring={ring}"
-                close(got["loss"], want["loss"], case, f"loss {where}")
-                assert got["grads"].keys() == want["grads"].keys()
-                for name, grad in want["grads"].items():
-                    close(got["grads"][name], grad, case, f"gradient of {name} {where}")
-                names = ("lse", "positive", "rank", "top1", "alignment", "uniformity")
-                assert len(got["stats"]) == len(names) * (case["stats"] and not (ring and remote(case)))
-                for name, one, other in zip(names, got["stats"], want["stats"], strict=False):
-                    close(one, other, case, f"{name} {where}")
+        assert_one_process(number, case, [found[2 * number : 2 * number + 2] for found in results])
+
+
+def assert_one_process(number, case, results, tolerances=(1e-6, 1e-12)):
+    """results: of each rank, with keys gathered and in a ring."""
+
+    def same(got, want, what):
+        close(got, want, case, what, tolerances)
+
+    for rank, want in enumerate(expected(number, case, len(results))):
+        for ring, got in zip((False, True), results[rank], strict=True):
+            where = f"on rank {rank} with ring={ring}"
+            same(got["loss"], want["loss"], f"loss {where}")
+            assert got["grads"].keys() == want["grads"].keys()
+            for name, grad in want["grads"].items():
+                same(got["grads"][name], grad, f"gradient of {name} {where}")
+            names = ("lse", "positive", "rank", "top1", "alignment", "uniformity")
+            assert len(got["stats"]) == len(names) * (case["stats"] and not (ring and remote(case)))
+            for name, one, other in zip(names, got["stats"], want["stats"], strict=False):
+                same(one, other, f"{name} {where}")
 
 
 ROWS, WIDTH = 8, 64
