@@ -84,8 +84,10 @@ def _scattered_sum(grad: Tensor, ranks: Any, dtype: torch.dtype) -> Tensor:
 def gathered(values: Tensor, ranks: Ranks) -> Tensor:
     """(rows, ...) of this rank -> (all rows, ...), in the order of the ranks."""
     padded = _padded(values, ranks)
-    parts = [torch.empty_like(padded) for _ in ranks.counts]
-    dist.all_gather(parts, padded, group=ranks.group)
+    parts = padded.new_empty(len(ranks.counts), *padded.shape)
+    dist.all_gather(list(parts), padded, group=ranks.group)
+    if len(set(ranks.counts)) == 1:
+        return parts.flatten(0, 1)
     return torch.cat([part[:count] for part, count in zip(parts, ranks.counts, strict=True)])
 
 
