@@ -3,11 +3,13 @@ and gradients of one process that has all rows, whatever gradients the ranks' lo
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
 import time
 from datetime import timedelta
+from typing import Any, NamedTuple
 
 import interpreter
 import pytest
@@ -77,9 +79,9 @@ def allowed(case):
 
 
 def random_cases(count):
-    draw, cases = random.Random(1), []
+    draw, cases, features = random.Random(1), [], FEATURES | {"backend": ["cpu", "reference", "triton"]}
     while len(cases) < count:
-        case = allowed({name: draw.choice(values) for name, values in FEATURES.items()})
+        case = allowed({name: draw.choice(values) for name, values in features.items()})
         cases += [] if case is None else [case]
     return cases
 
@@ -245,6 +247,7 @@ def cases_of(rank, world, cases, device="cpu"):
 
 
 def worker(rank, world, port, folder, cases):
+    interpreter.repair()
     join(rank, world, port)
     torch.save(cases_of(rank, world, CASES[cases]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -425,6 +428,35 @@ def memory(rank, world):
     return found
 
 
+def order(rank, world):
+    """What a step in a ring does, one after another: transfers that start, products, transfers that are waited for."""
+    events = []
+    with pytest.MonkeyPatch.context() as patch:
+        begin, transfer = PairKernels.begin, dist.batch_isend_irecv
+
+        def begun(self, tile):
+            events.append("products")
+            begin(self, tile)
+
+        class Work(NamedTuple):
+            work: Any
+
+            def wait(self):
+                events.append("wait")
+                self.work.wait()
+
+        def transferred(transfers):
+            events.append("start")
+            return [Work(work) for work in transfer(transfers)]
+
+        patch.setattr(PairKernels, "begin", begun)
+        patch.setattr(dist, "batch_isend_irecv", transferred)
+        loss = clip(*features_of(rank), True)
+        events.append("backward")
+        loss.backward()
+    return [event for event, _ in itertools.groupby(events)]
+
+
 def half(rank, world):
     """Loss and gradients in half precision, the losses of the ranks multiplied by different numbers."""
     found = []
@@ -482,7 +514,7 @@ def raised(rank, world):
     return messages
 
 
-SPECIAL = [products, traffic, memory, half, collapsed, on_triton, raised]
+SPECIAL = [products, traffic, memory, order, half, collapsed, on_triton, raised]
 
 
 def special_worker(rank, world, port, folder):
@@ -526,6 +558,16 @@ def test_a_ring_has_no_tensor_of_the_keys_of_all_ranks(special):
     for result in results:
         assert result["memory"][False] == world * ROWS * WIDTH
         assert result["memory"][True] == ROWS * WIDTH
+
+
+def test_a_transfer_runs_beside_the_products(special):
+    world, results = special
+    step = ["start", "products", "wait"]
+    for result in results:
+        forward = [*step * (world - 1), "products"]  # the last block goes nowhere
+        # The gradients of a block follow it from its second rank on, and home after the last products.
+        backward = [*step * (world - 1), *(step if world > 2 else ["products"]), "start", "wait"]
+        assert result["order"] == [*forward, "backward", *backward]
 
 
 def test_half_precision_over_ranks(special):
