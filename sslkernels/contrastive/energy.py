@@ -291,9 +291,6 @@ def _over_ranks(
     if options.columns and options.energy == HINGE and tensors.positive is not None:
         must = "be None over columns of the hinge energy with a process_group"
         checks.fail(ValueError, function, "positive", must, tuple(tensors.positive.shape))
-    if call.ring and remote and call.return_stats:
-        must = 'be False with ring, exclude_self and same_id="positive", whose positives are on other ranks'
-        checks.fail(ValueError, function, "return_stats", must, True)
     numbers = [number.reshape(1) for number in (scale, bias) if number is not None]
     query_ranks, key_ranks, *_ = over_ranks(call.process_group, query, local_key, *numbers)
     by_blocks = options.columns or call.ring

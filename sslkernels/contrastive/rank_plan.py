@@ -45,9 +45,9 @@ from sslkernels.contrastive.records import (
     empty_rank_state,
     empty_statistics,
 )
-from sslkernels.contrastive.score_tiles import Masks, PairKernels, SideLabels
+from sslkernels.contrastive.score_tiles import Masks, PairKernels, SideLabels, Tile
 from sslkernels.contrastive.statistics import running_sums
-from sslkernels.contrastive.steps import Candidates, Steps, at, shared_bank
+from sslkernels.contrastive.steps import Candidates, Steps, TileSpec, at, shared_bank
 from sslkernels.core.ranks import Ranks, circulate, gathered, group_named, reduced_over, scattered_sum
 
 
@@ -258,8 +258,11 @@ class RankPlan(Plan):
 
     def sum_up(self) -> None:
         setup, softmax = self.setup, self.setup.options.energy == SOFTMAX
-        self._visit(lambda columns, keys, _: self._walk([setup.block(columns, keys, None)], sums=True))
-        self._walk(self.steps.candidates, sums=True)
+        if self.statistics is not None and setup.over.ring and setup.over.remote:
+            # Ranks compare the scores of all blocks with the positive's, which may be in the last one.
+            self._visit(lambda columns, keys, _: self._walk([setup.block(columns, keys, None)], self._score_positives))
+        self._visit(lambda columns, keys, _: self._walk([setup.block(columns, keys, None)], self._add_sums))
+        self._walk(self.steps.candidates, self._add_sums)
         self._finish_rows(slice(0, setup.count))
         if setup.options.rows and setup.options.energy == HINGE:
             self.state.row_others.copy_(self.row_sums.active)
@@ -274,18 +277,23 @@ class RankPlan(Plan):
         self.state.column_others.copy_(columns.active)
         self._add_hinge_columns(columns, self.loss)
 
-    def _walk(self, candidates: list[Candidates], sums: bool) -> None:
-        """Adds tiles to the sums, or to the gradients."""
+    def _walk(
+        self, candidates: list[Candidates], use: Callable[[TileSpec, Tile], None], gradient: bool = False
+    ) -> None:
+        """Calls use(spec, tile) with the tiles of the candidates, whose products are computed. gradient: as in
+        `PairKernels.tile_shape`."""
         if not candidates:
             return
         steps = Steps(self.kernels, self.setup, candidates)
-        for step in steps.lay_out(gradient=not sums, whole_rows=self.statistics is not None):
+        for step in steps.lay_out(gradient, whole_rows=self.statistics is not None):
             steps.begin(step)
             for spec, tile in step.tiles:
-                if sums:
-                    self._add_sums(spec, tile)
-                else:
-                    self._add_gradient(spec, tile)
+                use(spec, tile)
+
+    def _score_positives(self, spec: TileSpec, tile: Tile) -> None:
+        """The scores of positives as their tiles compute them."""
+        index = at(self.statistics.positive_index, spec.rows) - spec.among_all.start
+        self.kernels.positives_in_tile(tile, index, at(self.statistics.positive_score, spec.rows))
 
     def _visit(self, use: Callable[[slice, Tensor, Tensor | None], None], sums: bool = False) -> Tensor | None:
         """Calls use(columns, keys, total) with all keys, block by block. sums: this rank's rows of the sum of the
@@ -356,10 +364,10 @@ class RankPlan(Plan):
             return
 
         def use(columns: slice, keys: Tensor, total: Tensor | None) -> None:
-            self._walk([setup.block(columns, keys, total)], sums=False)
+            self._walk([setup.block(columns, keys, total)], self._add_gradient, gradient=True)
             its_own = columns.start <= setup.own_keys.start and setup.own_keys.stop <= columns.stop
             if total is not None and (setup.over.remote or its_own):
                 grads.add_positives(total, columns)
 
         grads.key = self._visit(use, sums=grads.wanted.key)
-        self._walk(self.steps.candidates, sums=False)
+        self._walk(self.steps.candidates, self._add_gradient, gradient=True)

@@ -89,11 +89,6 @@ def random_cases(count):
 CASES = {"pairwise": pairwise_cases(FEATURES, allowed), "random": random_cases(200)}
 
 
-def remote(case):
-    """Whether positives may be on other ranks, of which a ring has no statistics."""
-    return case["exclude_self"] and case["ids"] == "positive"
-
-
 def whole(number, case, world):
     """The arguments of one process, and how many rows each rank has."""
     sizes = SIZES[case["sizes"]][world]
@@ -217,7 +212,8 @@ def distances(case, made, rows):
     every = torch.arange(len(query))
     positive = made.get("positive", every)
     if case["exclude_self"]:
-        following = next_of_same_id(made["key_ids"]) if remote(case) else torch.full_like(every, -1)
+        by_id = case["ids"] == "positive"
+        following = next_of_same_id(made["key_ids"]) if by_id else torch.full_like(every, -1)
         positive = torch.where(positive == every, following, positive)
     squares = torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist").square()[rows]
     index, has = positive[rows], positive[rows] >= 0
@@ -238,7 +234,7 @@ def cases_of(rank, world, cases, device="cpu"):
             if case["exclude_self"]:
                 mine["key"] = mine["query"]
             over = {"process_group": dist.group.WORLD, "ring": ring}
-            result = result_of(case | {"stats": case["stats"] and not (ring and remote(case))}, mine, rank, **over)
+            result = result_of(case, mine, rank, **over)
             for name in SUMMED:
                 if name in result["grads"]:
                     dist.all_reduce(result["grads"][name])
@@ -311,8 +307,7 @@ def assert_one_process(number, case, results, tolerances=(1e-6, 1e-12)):
             for name, grad in want["grads"].items():
                 same(got["grads"][name], grad, f"gradient of {name} {where}")
             names = ("lse", "positive", "rank", "top1", "alignment", "uniformity")
-            assert len(got["stats"]) == len(names) * (case["stats"] and not (ring and remote(case)))
-            for name, one, other in zip(names, got["stats"], want["stats"], strict=False):
+            for name, one, other in zip(names, got["stats"], want["stats"], strict=True) if case["stats"] else ():
                 same(one, other, f"{name} {where}")
 
 
@@ -671,8 +666,5 @@ def test_what_a_ring_refuses(alone):
         sk.contrastive_energy(x, x, process_group=alone, ring=1)
     with pytest.raises(ValueError, match=r"info_nce: ring must be False with in_batch=False \(or given negative_keys"):
         sk.info_nce(x, x, x, **in_ring)
-    of_ids = {"query_ids": ids, "same_id": "positive", "exclude_self": True}
-    with pytest.raises(ValueError, match="return_stats must be False with ring, exclude_self and same_id"):
-        sk.contrastive_energy(x, x, **of_ids, **in_ring, return_stats=True)
     with pytest.raises(ValueError, match="positive must be None over columns of the hinge energy with a process_group"):
         sk.contrastive_energy(x, x, positive=ids, energy="hinge", direction="column", process_group=alone)
