@@ -86,7 +86,9 @@ def random_cases(count):
     return cases
 
 
-CASES = {"pairwise": pairwise_cases(FEATURES, allowed), "random": random_cases(200)}
+ELSEWHERE = {"ids": "positive", "exclude_self": True, "stats": True}  # positives on other ranks, and statistics of them
+FIRST = {name: values[0] for name, values in FEATURES.items()}
+CASES = {"pairwise": [*pairwise_cases(FEATURES, allowed), FIRST | ELSEWHERE], "random": random_cases(200)}
 
 
 def whole(number, case, world):
