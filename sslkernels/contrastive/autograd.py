@@ -10,6 +10,8 @@ from torch import Tensor
 from sslkernels.contrastive.operators import (
     contrastive_bwd,
     contrastive_fwd,
+    contrastive_ranks_bwd,
+    contrastive_ranks_fwd,
     per_query_contrastive_bwd,
     per_query_contrastive_fwd,
 )
@@ -21,6 +23,8 @@ from sslkernels.contrastive.records import (
     PairState,
     PairStatistics,
     PairWanted,
+    RankOptions,
+    RankState,
 )
 from sslkernels.core.autograd import Function, once_differentiable, save, saved
 from sslkernels.core.dtypes import accumulation_dtype, contiguous
@@ -36,24 +40,36 @@ class CallConfig(NamedTuple):
     num_items: int | Tensor | None = None
     on_empty: str = "nan"
     process_group: Any = None
+    ring: bool = False
     return_stats: bool = False
 
 
 def pair_loss(
-    inputs: PairInputs, options: PairOptions, row_weight: Tensor | None, call: CallConfig
+    inputs: PairInputs,
+    options: PairOptions,
+    row_weight: Tensor | None,
+    call: CallConfig,
+    over: RankOptions | None = None,
 ) -> tuple[Tensor, PairStatistics]:
-    """The loss of the pairs, reduced, and its statistics."""
+    """The loss of the pairs, reduced, and its statistics. over: the blocks of scores are divided among ranks; inputs as
+    in `contrastive_ranks_fwd`."""
     acc = accumulation_dtype(inputs.query.dtype)
     mask = inputs.candidate_mask  # never copied: kernels take any strides
     inputs = PairInputs(*[value if value is mask else contiguous(value) for value in inputs])
     divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
-    if call.reduction != "none" and torch.is_grad_enabled() and any(wanted):
+    kept = call.reduction != "none" and torch.is_grad_enabled() and any(wanted)
+    if kept and over is None:
         loss, _, statistics, _ = _ReducedLoss.run(
             inputs, contiguous(row_weight), divisor, options, wanted, call.function, call.return_stats
         )
         return loss, statistics
-    loss, _, statistics = _RowLosses.run(inputs, options, call.function, call.return_stats)
+    if over is None:
+        loss, _, statistics = _RowLosses.run(inputs, options, call.function, call.return_stats)
+    else:
+        if kept and inputs.bank is not None and not wanted.bank:  # a queue may be overwritten before backward
+            inputs = inputs._replace(bank=inputs.bank.clone())
+        loss, _, statistics = _RankLosses.run(inputs, options, over, call.function, call.return_stats)
     if row_weight is not None:
         loss = loss * row_weight.to(acc)
     if call.reduction != "none":
@@ -137,13 +153,59 @@ def _row_gradients(
 ) -> PairInputs:
     """The gradients of the inputs, None where not wanted."""
     bwd = contrastive_bwd if _has_shared_candidates(inputs, options) else per_query_contrastive_bwd
-    gradients = bwd(grad_loss, _raw_inputs(inputs), state, options, wanted)
+    return _scaled_gradients(bwd(grad_loss, _raw_inputs(inputs), state, options, wanted), inputs, wanted)
+
+
+def _scaled_gradients(gradients: PairGradients, inputs: PairInputs, wanted: PairWanted) -> PairInputs:
     found = {}
     for name in PairWanted._fields:
         if getattr(wanted, name):
             leaf = getattr(inputs, name)
             found[name] = scaled(getattr(gradients, name), gradients.scale, leaf.dtype).reshape(leaf.shape)
     return _input_gradients(found)
+
+
+class _RankLosses(Function):
+    """The losses of this rank's rows against the keys of all ranks, each of which must run its backward, whatever
+    gradient its rows get."""
+
+    differentiable = 1
+
+    @staticmethod
+    def forward(
+        inputs: PairInputs, options: PairOptions, over: RankOptions, function: str, stats: bool
+    ) -> tuple[Tensor, RankState, PairStatistics]:
+        return contrastive_ranks_fwd(_raw_inputs(inputs), options, over, stats)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pairs, ctx.options, ctx.over, ctx.function, _ = inputs
+        _, state, _ = outputs
+        save(ctx, pairs, state)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None
+        needs, *_ = _RankLosses.wanted(ctx)
+        wanted = PairWanted(*(getattr(needs, name) for name in PairWanted._fields))
+        pairs, state = saved(ctx)
+        gradients = _rank_gradients(grad_loss.contiguous(), pairs, state, ctx.options, ctx.over, wanted, ctx.function)
+        return (gradients,)
+
+
+@once_differentiable("contrastive_energy")
+def _rank_gradients(
+    grad_loss: Tensor,
+    inputs: PairInputs,
+    state: RankState,
+    options: PairOptions,
+    over: RankOptions,
+    wanted: PairWanted,
+    function: str,
+) -> PairInputs:
+    gradients = contrastive_ranks_bwd(grad_loss, _raw_inputs(inputs), state, options, over, wanted)
+    return _scaled_gradients(gradients, inputs, wanted)
 
 
 class _Leaves(NamedTuple):

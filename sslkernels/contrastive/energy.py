@@ -10,13 +10,13 @@ from torch import Tensor
 from sslkernels.contrastive.autograd import CallConfig, pair_loss
 from sslkernels.contrastive.pair_rows import HINGE, INVALID_POSITIVE, NO_POSITIVE, SIGMOID, SOFTMAX
 from sslkernels.contrastive.pair_setup import next_of_same_id
-from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatistics, empty_statistics
+from sslkernels.contrastive.records import PairInputs, PairOptions, PairStatistics, RankOptions
 from sslkernels.contrastive.score_tiles import ENERGIES
 from sslkernels.core import checks
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import full
 from sslkernels.core.overloads import returns_stats
-from sslkernels.core.ranks import Ranks, over_ranks
+from sslkernels.core.ranks import Ranks, check_ranks, over_ranks
 
 NAME = "contrastive_energy"
 
@@ -106,6 +106,7 @@ def contrastive_energy(
     reduction: str = "mean",
     on_empty: str = "nan",
     process_group: Any = None,
+    ring: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """Loss of the energies `-(logit_scale * <query, key> + logit_bias)` of pairs against negatives.
@@ -166,14 +167,19 @@ def contrastive_energy(
             each query, and the queries of all ranks of each key. The loss is over the local rows; gradients averaged
             over the ranks, as DistributedDataParallel does, are the gradients of the mean of the ranks' losses.
             `positive`, `negatives` by index and `key_mask` are about the rank's own keys, the `bank` is its own;
-            `candidate_mask` has a column for each key of all ranks, in their order, and is refused over columns. How
-            many rows the ranks have is read on the host.
+            `candidate_mask` has a column for each key of all ranks, in their order. How many rows the ranks have is
+            read on the host. With columns `logit_scale` and `logit_bias` must be the same on every rank, and all ranks
+            must call backward: their gradients are parts, of which the ranks' mean is the gradient.
+        ring: the keys of all ranks are not gathered, but travel round the ranks while their scores are computed, so
+            that memory does not grow with their number. Needs a `process_group`. The loss and its gradients are the
+            same.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Returns:
         The loss, float32 (float64 for float64 features); with `return_stats` the pair (loss, statistics).
 
-    "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the scores again.
+    "mean" and "sum" compute gradients in forward and keep them until backward; "none" computes the scores again, as do
+    columns and a ring over a `process_group`, for which a copy of the bank is kept until then.
     On a CPU the energies take three matmuls, and two where the candidates are frozen; a softmax over columns takes up
     to four where the scores exceed 9 MiB. The Triton kernels take more of them where a matrix of probabilities would
     cost more than to compute scores again.
@@ -193,7 +199,7 @@ def contrastive_energy(
     options = EnergyOptions(
         energy, direction, logit_scale, logit_bias, normalize, same_id, exclude_self, label_smoothing, margin, in_batch
     )
-    call = CallConfig(NAME, reduction, num_items, on_empty, process_group, return_stats)
+    call = CallConfig(NAME, reduction, num_items, on_empty, process_group, ring, return_stats)
     return pair_energy(tensors, options, call)
 
 
@@ -271,54 +277,41 @@ def _over_ranks(
     scale: Tensor,
     bias: Tensor | None,
 ) -> tuple[Tensor, PairStatistics]:
-    """The loss of this rank's queries against the keys of all ranks.
+    """The loss of this rank's queries against the keys of all ranks, and over columns of its keys against all queries.
 
-    The column direction is a row direction: the keys of this rank's pairs against the queries of all ranks.
+    Over rows alone the gradients of gathered keys are computed in forward, as those of a single process are.
     """
-    query = tensors.query
-    if tensors.positive is not None and tensors.key is not None and options.columns:
-        checks.fail(ValueError, call.function, "positive", "be None with a process_group over columns", "a tensor")
-    if tensors.candidate_mask is not None and options.columns:
-        must = "be None with a process_group over columns, whose queries are on other ranks (key_mask may be given)"
-        checks.fail(ValueError, call.function, "candidate_mask", must, tuple(tensors.candidate_mask.shape))
+    query, function = tensors.query, call.function
     local_key = query if tensors.key is None else tensors.key
-    query_ranks, key_ranks = over_ranks(call.process_group, query, local_key)
-    key = key_ranks.gather(local_key)
+    group_options = given._asdict() | {"reduction": None, "ring": call.ring, "return_stats": call.return_stats}
+    is_given = {f"{name} given": value is not None for name, value in tensors._asdict().items()}
+    check_ranks(function, call.process_group.group_name, group_options | is_given | {"query": query, "key": local_key})
+    # Positives that exclude_self makes of ids may be on other ranks; no key is that of two rows, unless they are given.
+    remote = given.exclude_self and given.same_id == "positive"
+    if options.columns and options.energy == HINGE and tensors.positive is not None:
+        must = "be None over columns of the hinge energy with a process_group"
+        checks.fail(ValueError, function, "positive", must, tuple(tensors.positive.shape))
+    numbers = [number.reshape(1) for number in (scale, bias) if number is not None]
+    query_ranks, key_ranks, *_ = over_ranks(call.process_group, query, local_key, *numbers)
+    by_blocks = options.columns or call.ring
     key_ids = None if tensors.key_ids is None else key_ranks.gather(tensors.key_ids)
     key_mask = None if tensors.key_mask is None else key_ranks.gather(tensors.key_mask)
-    negatives = _indices_over_ranks(tensors, call.function, local_key.shape[0], key_ranks)
-    tensors = tensors._replace(key=key, key_ids=key_ids, key_mask=key_mask, negatives=negatives)
-    rows, start = query.shape[0], key_ranks.start
-    meaning = "(N, M) with the keys of all ranks"
-    checks.shape(call.function, "candidate_mask", tensors.candidate_mask, (rows, key.shape[0]), meaning)
-    index = _positive_index(tensors, given, call.function, local_key.shape[0], start)
-    local_rows = torch.arange(start, start + rows, device=query.device)
+    tensors = tensors._replace(key_ids=key_ids, key_mask=key_mask)
+    shape = (query.shape[0], key_ranks.total)
+    checks.shape(function, "candidate_mask", tensors.candidate_mask, shape, "(N, M) with the keys of all ranks")
+    index = _positive_index(tensors, given, function, local_key.shape[0], key_ranks.start)
+    local_rows = torch.arange(key_ranks.start, key_ranks.start + query.shape[0], device=query.device)
     index = local_rows if index is None else index
-    inputs = _inputs(tensors, index, local_rows if given.exclude_self else None, scale, bias)
-    if not options.columns:
-        return pair_loss(inputs, options, tensors.row_weight, call)
-    by_row = options._replace(rows=True, columns=False)
-    keys_alone = {"bank": None, "bank_ids": None, "bank_mask": None, "negatives": None, "negatives_mask": None}
-    row_loss, statistics = None, empty_statistics(query, False)
-    if options.rows:
-        row_loss, statistics = pair_loss(inputs, by_row, tensors.row_weight, call)
-    elif call.return_stats:
-        with torch.no_grad():
-            _, statistics = pair_loss(inputs._replace(**keys_alone), by_row, tensors.row_weight, call)
-    at = index.clamp(min=0)
-    transposed = inputs._replace(
-        query=key[at],
-        key=query_ranks.gather(query),
-        positive=torch.where(index < 0, index, torch.arange(rows, device=index.device) + query_ranks.start),
-        self_index=at if given.exclude_self else None,
-        query_ids=None if key_ids is None else key_ids[at],
-        key_ids=None if key_ids is None else query_ranks.gather(tensors.query_ids),
-        candidate_mask=None if key_mask is None else key_mask[at].unsqueeze(1).expand(-1, sum(query_ranks.counts)),
-        key_mask=None,
-        **keys_alone,
+    itself = local_rows if given.exclude_self else None
+    if not by_blocks:
+        negatives = _indices_over_ranks(tensors, function, local_key.shape[0], key_ranks)
+        tensors = tensors._replace(key=key_ranks.gather(local_key), negatives=negatives)
+        return pair_loss(_inputs(tensors, index, itself, scale, bias), options, tensors.row_weight, call)
+    over = RankOptions(
+        call.process_group.group_name, tuple(query_ranks.counts), tuple(key_ranks.counts), call.ring, remote
     )
-    column_loss, _ = pair_loss(transposed, by_row, tensors.row_weight, call._replace(return_stats=False))
-    return column_loss if row_loss is None else 0.5 * row_loss + 0.5 * column_loss, statistics
+    inputs = _inputs(tensors._replace(key=local_key), index, itself, scale, bias)
+    return pair_loss(inputs, options, tensors.row_weight, call, over)
 
 
 def _indices_over_ranks(tensors: PairTensors, function: str, keys: int, ranks: Ranks) -> Tensor | None:
@@ -404,6 +397,7 @@ def _check_choices(given: EnergyOptions, call: CallConfig) -> None:
     checks.boolean(function, "normalize", given.normalize)
     checks.boolean(function, "in_batch", given.in_batch)
     checks.boolean(function, "exclude_self", given.exclude_self)
+    checks.boolean(function, "ring", call.ring)
     checks.boolean(function, "return_stats", call.return_stats)
 
 
@@ -412,6 +406,11 @@ def _check_numbers(tensors: PairTensors, given: EnergyOptions, call: CallConfig)
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         must = "be a torch.distributed.ProcessGroup or None"
         checks.fail(TypeError, function, "process_group", must, type(group).__name__)
+    if call.ring and group is None:
+        checks.fail(ValueError, function, "ring", "be False without a process_group", True)
+    if call.ring and not given.in_batch:
+        must = "be False with in_batch=False (or given negative_keys), where queries meet no keys of other ranks"
+        checks.fail(ValueError, function, "ring", must, True)
     if given.same_id == "positive" and tensors.query_ids is None:
         checks.fail(ValueError, function, "query_ids", 'be given with same_id="positive"', None)
     checks.mean_options(function, call.reduction, call.num_items, call.on_empty, "query", tensors.query.device)

@@ -78,12 +78,12 @@ class FeatureGradients:
 
     def _query_gradient(self) -> Tensor:
         setup, score_gradient = self.setup, self.positive_score
-        index = setup.inputs.positive
+        _, partner, _, partner_norm, index = setup.partners
         if setup.mutual:  # a query is also the key of its positive
             partner_gradient = score_gradient[index.clamp(min=0)]
             score_gradient = score_gradient + torch.where(index >= 0, partner_gradient, 0)
         gradient = FeatureGradient(
-            self.query, setup.query, setup.query_norm, setup.key, setup.key_norm, index, score_gradient,
+            self.query, setup.query, setup.query_norm, partner, partner_norm, index, score_gradient,
             self.query_of_negatives,
         )  # fmt: skip
         return self._finish(gradient, setup.inputs.query)

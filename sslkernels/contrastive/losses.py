@@ -31,6 +31,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     normalize: bool = True,
     process_group: Any = None,
+    ring: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """InfoNCE of normalised features (van den Oord et al. 2018), as the package info-nce-pytorch computes it.
@@ -52,6 +53,7 @@ def info_nce(
         label_smoothing: moves this share of the target to the mean over all candidates.
         normalize: divide every feature by its norm.
         process_group: as in `contrastive_energy`.
+        ring: as in `contrastive_energy`.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype, shape or range.
@@ -85,7 +87,7 @@ def info_nce(
             label_smoothing=label_smoothing,
             in_batch=negative_keys is None,
         ),
-        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
+        CallConfig(name, reduction, num_items, on_empty, process_group, ring, return_stats),
     )
 
 
@@ -103,6 +105,7 @@ def nt_xent(
     label_smoothing: float = 0.0,
     normalize: bool = True,
     process_group: Any = None,
+    ring: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """NT-Xent of SimCLR (Chen et al. 2020): each of the 2 N views against its other view and all the rest.
@@ -121,6 +124,7 @@ def nt_xent(
         label_smoothing: moves this share of the target to the mean over all candidates.
         normalize: divide every view by its norm.
         process_group: as in `contrastive_energy`.
+        ring: as in `contrastive_energy`.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
@@ -145,7 +149,7 @@ def nt_xent(
             normalize=normalize,
             label_smoothing=label_smoothing,
         ),
-        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
+        CallConfig(name, reduction, num_items, on_empty, process_group, ring, return_stats),
     )
 
 
@@ -164,6 +168,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     normalize: bool = False,
     process_group: Any = None,
+    ring: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """The loss of CLIP (Radford et al. 2021) on features that the caller normalised, as open_clip's `ClipLoss`.
@@ -183,6 +188,7 @@ def clip_loss(
         label_smoothing: moves this share of the target to the mean over all candidates.
         normalize: divide the features by their norms; False for features that the caller normalised.
         process_group: as in `contrastive_energy`.
+        ring: as in `contrastive_energy`.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
@@ -203,7 +209,7 @@ def clip_loss(
             normalize=normalize,
             label_smoothing=label_smoothing,
         ),
-        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
+        CallConfig(name, reduction, num_items, on_empty, process_group, ring, return_stats),
     )
 
 
@@ -222,6 +228,7 @@ def siglip_loss(
     label_smoothing: float = 0.0,
     normalize: bool = False,
     process_group: Any = None,
+    ring: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """The loss of SigLIP (Zhai et al. 2023) on features that the caller normalised, as open_clip's `SigLipLoss`.
@@ -240,6 +247,7 @@ def siglip_loss(
         label_smoothing: must be 0: this loss has no distribution over candidates.
         normalize: divide the features by their norms; False for features that the caller normalised.
         process_group: as in `contrastive_energy`.
+        ring: as in `contrastive_energy`.
         return_stats: also return `ContrastiveStats`, from the same pass.
 
     Raises `TypeError` and `ValueError` for an argument of the wrong type, dtype or shape.
@@ -260,7 +268,7 @@ def siglip_loss(
             normalize=normalize,
             label_smoothing=label_smoothing,
         ),
-        CallConfig(name, reduction, num_items, on_empty, process_group, return_stats),
+        CallConfig(name, reduction, num_items, on_empty, process_group, ring, return_stats),
     )
 
 

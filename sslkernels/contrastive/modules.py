@@ -51,6 +51,7 @@ class ContrastiveLoss(Options):
         reduction: str = "mean",
         on_empty: str = "nan",
         process_group: Any = None,
+        ring: bool = False,
         return_stats: bool = False,
     ) -> None:
         options = options_of(locals())
@@ -128,6 +129,7 @@ class InfoNCELoss(Options):
         normalize: bool = True,
         on_empty: str = "nan",
         process_group: Any = None,
+        ring: bool = False,
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))
@@ -161,6 +163,7 @@ class NTXentLoss(Options):
         reduction: str = "mean",
         on_empty: str = "nan",
         process_group: Any = None,
+        ring: bool = False,
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))
@@ -213,6 +216,7 @@ class ClipLoss(_Tempered):
         reduction: str = "mean",
         on_empty: str = "nan",
         process_group: Any = None,
+        ring: bool = False,
         return_stats: bool = False,
     ) -> None:
         super().__init__(**options_of(locals()))
@@ -261,6 +265,7 @@ class SigLipLoss(_Tempered):
         reduction: str = "mean",
         on_empty: str = "nan",
         process_group: Any = None,
+        ring: bool = False,
         return_stats: bool = False,
     ) -> None:
         options = options_of(locals())

@@ -20,11 +20,13 @@ class PairSetup:
 
     query, key, bank: features in the dtype of the matmuls; query_norm, key_norm, bank_norm: their inverse norms where
     they are normalised; mutual: key is query; negatives: the per-query negatives as given; by_index: whether these are
-    indices of rows; drawn_from: the keys and the bank that they index. positive_u, score: u and s of the positives.
+    indices of rows; drawn_from: the keys and the bank that they index. keys: how many columns the keys have. partners:
+    each row's query and positive; positive_u, score: u and s of these. pairs, pair_score: the positives that have a
+    part in columns, here of all rows, and their scores; own: which of them are of these rows.
     row_threshold, column_threshold: for hinge, the score above which a negative costs. has_loss: rows that have a loss;
     half: the share of one direction in the loss. row, column: the part of each side in the gradient of
-    sum(coefficient * loss) / scale, without the references of a softmax; weight: coefficient * half / scale of each
-    row.
+    sum(coefficient * loss) / scale, without the references of a softmax; pair_weight, weight: coefficient * half /
+    scale of each pair and of each row.
     """
 
     def __init__(
@@ -51,10 +53,10 @@ class PairSetup:
         self.query = inputs.query.to(self.dtype)
         self.key = self.query if inputs.key is None else inputs.key.to(self.dtype)
         self.bank = None if inputs.bank is None or not options.rows else inputs.bank.to(self.dtype)
-        self.positives = Positives(inputs, options)
         self.drawn_from = (self.key, self.bank)
+        self._set_positives()
         if inputs.key_mask is not None:
-            self.key = _finite_where_unused(self.key, inputs.key_mask | (self.positives.rows_of_key > 0))
+            self.key = _finite_where_unused(self.key, self._used_keys())
         if inputs.bank_mask is not None:
             self.bank = _finite_where_unused(self.bank, inputs.bank_mask)
         self.negatives = inputs.negatives if options.rows else None
@@ -63,14 +65,42 @@ class PairSetup:
         self.query_norm = self.key_norm = self.bank_norm = None
         if options.normalize:
             self.query_norm = kernels.inverse_norm(self.query, self.acc)
-            self.key_norm = self.query_norm if self.mutual else kernels.inverse_norm(self.key, self.acc)
+            self.key_norm = self.query_norm if self.mutual else self.inverse_key_norm(kernels)
             self.bank_norm = None if self.bank is None else kernels.inverse_norm(self.bank, self.acc)
         self.positive_u = self.query.new_empty(self.count, dtype=self.acc)
         self.score = torch.empty_like(self.positive_u)
-        pairs = PositivePairs(self.query, self.key, self.query_norm, self.key_norm, inputs.positive)
-        kernels.positive_scores(pairs, inputs.logit_scale, inputs.logit_bias, self.positive_u, self.score)
+        self.partners = self._partners()
+        kernels.positive_scores(self.partners, inputs.logit_scale, inputs.logit_bias, self.positive_u, self.score)
+        self.pair_score = self._pair_score()
         self._set_thresholds()
         self._set_weights(coefficient)
+
+    def _set_positives(self) -> None:
+        self.positives = self.pairs = Positives(self.inputs, self.options)
+        self.own = slice(0, self.count)
+        self.keys = self.key.shape[0]
+
+    def _used_keys(self) -> Tensor:
+        return self.inputs.key_mask | (self.positives.rows_of_key > 0)
+
+    def inverse_key_norm(self, kernels: PairKernels) -> Tensor:
+        return kernels.inverse_norm(self.key, self.acc)
+
+    def _partners(self) -> PositivePairs:
+        return PositivePairs(self.query, self.key, self.query_norm, self.key_norm, self.inputs.positive)
+
+    def _pair_score(self) -> Tensor:
+        return self.score
+
+    def positives_as_negatives(self, rows: slice) -> Tensor | None:
+        """The positives of the rows as per-query negatives (rows, 1, D), or by index (rows, 1); None without keys."""
+        key, index = self.query if self.mutual else self.inputs.key, self.positives.index
+        if key.shape[0] == 0:
+            return None
+        if not self.by_index:
+            return key[index][rows].unsqueeze(1).to(self.negatives.dtype)
+        index = torch.arange(self.count, device=key.device)[index] if self.positives.in_order else index
+        return index[rows].unsqueeze(1)
 
     @functools.cached_property
     def row_candidates(self) -> Tensor:
@@ -94,53 +124,57 @@ class PairSetup:
         return torch.ones_like(self.positives.has) if every else self.positives.counted
 
     def _set_thresholds(self) -> None:
-        positives = self.positives
         self.row_threshold = self.column_threshold = None
         if self.options.energy == HINGE:
-            threshold = (self.score - self.options.margin).masked_fill(~positives.counted, float("inf"))
-            self.row_threshold = threshold
-            # One column per pair, because a key that is the positive of several rows has several thresholds.
-            self.column_threshold = F.pad(threshold, (0, self.hinge_columns() - self.count), value=float("inf"))
+            threshold = (self.pair_score - self.options.margin).masked_fill(~self.pairs.counted, float("inf"))
+            self.row_threshold = threshold if self.pairs is self.positives else threshold[self.own]
+            self.column_threshold = self._by_hinge_column(threshold, float("inf"))
 
     def hinge_columns(self) -> int:
-        return self.key.shape[0] if self.positives.in_order else self.count
+        return self.keys if self.positives.in_order else self.count
+
+    def _by_hinge_column(self, of_pairs: Tensor, otherwise: float) -> Tensor:
+        # One column per pair, because a key that is the positive of several rows has several thresholds.
+        return F.pad(of_pairs, (0, self.hinge_columns() - self.count), value=otherwise)
 
     def _set_weights(self, coefficient: Tensor | None) -> None:
         """Sets scale, weight, row and column."""
-        options, positives = self.options, self.positives
+        options, positives, pairs = self.options, self.positives, self.pairs
         self.half = 0.5 if options.rows and options.columns else 1.0
         self.scale = torch.ones((), dtype=self.acc, device=self.query.device)
         self.row, self.column = SideGrad(), SideGrad()
         if not self.wants_gradients:
             return
         weight = coefficient.to(self.acc)
-        if not positives.in_order and options.energy != SIGMOID:
-            weight = torch.where(positives.counted, weight, 0)
-        if torch.float16 in (self.inputs.query.dtype, self.dtype) and self.count:
+        if not pairs.in_order and options.energy != SIGMOID:
+            weight = torch.where(pairs.counted, weight, 0)
+        if torch.float16 in (self.inputs.query.dtype, self.dtype) and weight.numel():
             # float16 gradients are divided by the largest coefficient: 1 / N would vanish in float16's subnormals.
             largest = weight.abs().max() * self.inputs.logit_scale.abs().clamp(min=1).reshape(())
             self.scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
             weight = weight / self.scale
-        self.weight = weight = weight if self.half == 1 else self.half * weight
+        self.pair_weight = weight if self.half == 1 else self.half * weight
+        self.weight = self.pair_weight if pairs is positives else self.pair_weight[self.own]
         e, softmax = options.label_smoothing, options.energy == SOFTMAX
 
         def side(weight: Tensor, columns: bool) -> SideGrad:
             share = smoothing = None
             if options.ids_positive and softmax:
-                count = positives.column_positives if columns else positives.row_positives
+                count = pairs.column_positives if columns else positives.row_positives
                 share = (1 - e) * weight / count.clamp(min=1)
             if e > 0:
-                count = positives.column_candidates if columns else self.row_candidates
+                count = pairs.column_candidates if columns else self.row_candidates
                 smoothing = e * weight / count.clamp(min=1)
             return SideGrad(weight, None, share, smoothing)
 
         if options.rows:
-            self.row = side(weight, columns=False)._replace(reference=self.row_threshold)
+            self.row = side(self.weight, columns=False)._replace(reference=self.row_threshold)
         if options.columns and options.energy == HINGE:
-            self.column = SideGrad(F.pad(weight, (0, self.hinge_columns() - self.count)), self.column_threshold)
+            self.column = SideGrad(self._by_hinge_column(self.pair_weight, 0.0), self.column_threshold)
         elif options.columns:
-            if not (positives.in_order and self.key.shape[0] == self.count):
-                weight = positives.scatter_add(weight, weight.new_zeros(self.key.shape[0]))
+            weight = self.pair_weight
+            if not (pairs.in_order and self.keys == self.count):
+                weight = pairs.scatter_add(weight, weight.new_zeros(self.keys))
             self.column = side(weight, columns=True)
 
 
@@ -153,22 +187,90 @@ class _Counts(NamedTuple):
     column_same_id: Tensor
 
 
-class Positives:
-    """The key that is each row's positive.
+class PairIndex:
+    """The key that is each row's positive; positive (rows,) as in `PairInputs`.
 
     has: rows with a positive; counted: rows with a positive or an invalid one, whose loss is NaN; rows_of_key: how many
-    rows have a key as their positive. row_labels, key_labels, bank_labels: as in `score_tiles.Labels`; the bank has ids
-    alone. row_candidates, column_candidates: how many scores a row and a column have, the positive included;
-    row_positives, column_positives: how many of these are positives. Few losses need all of these: each is computed at
-    its first access.
+    rows have a key as their positive. Each is computed at its first access.
     """
 
-    def __init__(self, inputs: PairInputs, options: PairOptions) -> None:
-        self.inputs, self.options = inputs, options
-        positive, device = inputs.positive, inputs.query.device
-        self.rows = rows = inputs.query.shape[0]
-        self.keys = rows if inputs.key is None else inputs.key.shape[0]
+    def __init__(self, positive: Tensor | None, rows: int, keys: int, device: torch.device) -> None:
+        self.positive, self.rows, self.keys, self.device = positive, rows, keys, device
         self.in_order = positive is None
+
+    @functools.cached_property
+    def index(self) -> slice | Tensor:
+        if self.positive is None:
+            return slice(0, self.rows)
+        # Rows without a positive get distinct keys: sums by key process the rows of one key one after another.
+        spread = torch.arange(self.rows, device=self.device) % max(self.keys, 1)
+        return torch.where(self.positive < 0, spread, self.positive)
+
+    @functools.cached_property
+    def has(self) -> Tensor:
+        if self.positive is None:
+            return torch.ones(self.rows, dtype=torch.bool, device=self.device)
+        return self.positive >= 0
+
+    @functools.cached_property
+    def counted(self) -> Tensor:
+        return self.has if self.positive is None else self.positive != NO_POSITIVE
+
+    @functools.cached_property
+    def rows_of_key(self) -> Tensor:
+        return self.scatter_add(self.has.long(), self.has.new_zeros(self.keys, dtype=torch.int64))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """values (keys, ...) -> (rows, ...): the value of each row's positive, of an arbitrary key for a row without
+        one."""
+        if values.shape[0] == 0:
+            return values.new_zeros(self.rows, *values.shape[1:])
+        return values[self.index]
+
+    def scatter_add(self, values: Tensor, total: Tensor, rows: slice | None = None) -> Tensor:
+        """total (keys, ...) += values (rows, ...) of the rows with a positive, in a fixed order."""
+        rows = slice(0, self.rows) if rows is None else rows
+        if total.shape[0] == 0:
+            return total
+        if self.in_order:
+            total[rows] += values
+            return total
+        index = self.index[rows]
+        values = values.masked_fill(~self.has[rows].view(-1, *[1] * (values.dim() - 1)), 0)
+        return _index_add(total, index, values)
+
+    def log_sum_exp(self, others: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """(lse of each key's column, lse of each row's column without its own pair), from the log-sum-exp `others`
+        (keys,) of columns without positives and the scores (rows,) of the positives; all float64. A key may be the
+        positive of several rows, each of which is then a candidate of the others."""
+        score = torch.where(self.has, score, float("-inf"))
+        if others.shape[0] == 0:
+            return others.clone(), self.gather(others)
+        largest = others.scatter_reduce(0, self.index, score, "amax", include_self=True)
+        shift = torch.where(largest == float("-inf"), 0, largest)
+        part = (score - shift[self.index]).exp()
+        positives = self.scatter_add(part, torch.zeros_like(shift))
+        rest = (others - shift).exp()
+        lse = shift + (rest + positives).log()
+        shared = shift[self.index] + (rest[self.index] + (positives[self.index] - part).clamp(min=0)).log()
+        return lse, torch.where(self.rows_of_key[self.index] > 1, shared, others[self.index])
+
+
+class Positives(PairIndex):
+    """The key that is each row's positive, and who else is a candidate.
+
+    row_labels, key_labels, bank_labels: as in `score_tiles.Labels`; the bank has ids alone. row_candidates,
+    column_candidates: how many scores a row and a column have, the positive included; row_positives, column_positives:
+    how many of these are positives. Few losses need all of these: each is computed at its first access. keys: how many
+    there are, where that is not the number of rows of inputs.key.
+    """
+
+    def __init__(self, inputs: PairInputs, options: PairOptions, keys: int | None = None) -> None:
+        self.inputs, self.options = inputs, options
+        positive, device, rows = inputs.positive, inputs.query.device, inputs.query.shape[0]
+        if keys is None:
+            keys = rows if inputs.key is None else inputs.key.shape[0]
+        super().__init__(positive, rows, keys, device)
 
         key_index = torch.arange(self.keys, dtype=torch.int32, device=device)
         row_positive = key_index[:rows] if positive is None else positive.to(torch.int32)
@@ -186,27 +288,6 @@ class Positives:
         self.row_labels = SideLabels(row_positive, row_self, row_id)
         self.key_labels = SideLabels(key_index, None if row_self is None else key_index, key_id)
         self.bank_labels = SideLabels(id=bank_id)
-
-    @functools.cached_property
-    def index(self) -> slice | Tensor:
-        positive = self.inputs.positive
-        if positive is None:
-            return slice(0, self.rows)
-        # Rows without a positive get distinct keys: sums by key process the rows of one key one after another.
-        return torch.where(positive < 0, torch.arange(self.rows, device=positive.device) % max(self.keys, 1), positive)
-
-    @functools.cached_property
-    def has(self) -> Tensor:
-        positive, device = self.inputs.positive, self.inputs.query.device
-        return torch.ones(self.rows, dtype=torch.bool, device=device) if positive is None else positive >= 0
-
-    @functools.cached_property
-    def counted(self) -> Tensor:
-        return self.has if self.inputs.positive is None else self.inputs.positive != NO_POSITIVE
-
-    @functools.cached_property
-    def rows_of_key(self) -> Tensor:
-        return self.scatter_add(self.has.long(), self.has.new_zeros(self.keys, dtype=torch.int64))
 
     @functools.cached_property
     def same_id_counts(self) -> tuple[Tensor, Tensor]:
@@ -291,41 +372,6 @@ class Positives:
 
     def _ids_are(self, positive: bool) -> bool:
         return self.has_ids and self.options.ids_positive == positive
-
-    def gather(self, values: Tensor) -> Tensor:
-        """values (keys, ...) -> (rows, ...): the value of each row's positive, of an arbitrary key for a row without
-        one."""
-        if values.shape[0] == 0:
-            return values.new_zeros(self.rows, *values.shape[1:])
-        return values[self.index]
-
-    def scatter_add(self, values: Tensor, total: Tensor, rows: slice | None = None) -> Tensor:
-        """total (keys, ...) += values (rows, ...) of the rows with a positive, in a fixed order."""
-        rows = slice(0, self.rows) if rows is None else rows
-        if total.shape[0] == 0:
-            return total
-        if self.in_order:
-            total[rows] += values
-            return total
-        index = self.index[rows]
-        values = values.masked_fill(~self.has[rows].view(-1, *[1] * (values.dim() - 1)), 0)
-        return _index_add(total, index, values)
-
-    def log_sum_exp(self, others: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        """(lse of each key's column, lse of each row's column without its own pair), from the log-sum-exp `others`
-        (keys,) of columns without positives and the scores (rows,) of the positives; all float64. A key may be the
-        positive of several rows, each of which is then a candidate of the others."""
-        score = torch.where(self.has, score, float("-inf"))
-        if others.shape[0] == 0:
-            return others.clone(), self.gather(others)
-        largest = others.scatter_reduce(0, self.index, score, "amax", include_self=True)
-        shift = torch.where(largest == float("-inf"), 0, largest)
-        part = (score - shift[self.index]).exp()
-        positives = self.scatter_add(part, torch.zeros_like(shift))
-        rest = (others - shift).exp()
-        lse = shift + (rest + positives).log()
-        shared = shift[self.index] + (rest[self.index] + (positives[self.index] - part).clamp(min=0)).log()
-        return lse, torch.where(self.rows_of_key[self.index] > 1, shared, others[self.index])
 
 
 def _index_add(total: Tensor, index: Tensor, values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ normalised copy of the features is materialised.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -73,7 +74,7 @@ from sslkernels.contrastive.score_tiles import (
     add_scores,
 )
 from sslkernels.contrastive.statistics import Statistics, running_sums
-from sslkernels.contrastive.steps import Steps, TileSpec, at, length
+from sslkernels.contrastive.steps import Candidates, Steps, TileSpec, at, length, shared_candidates
 
 Record = TypeVar("Record", RowSums, ColumnSums, SideGrad)
 
@@ -88,7 +89,7 @@ def forward(
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
     """Losses and statistics, and the gradients of sum(coefficient * loss) that are wanted."""
     setup = PairSetup(kernels, inputs, options, coefficient, any(wanted), stats)
-    plan = _Plan(kernels, setup, wanted, stats)
+    plan = Plan(kernels, setup, wanted, stats)
     plan.walk(sums=True, gradient=setup.wants_gradients and not plan.two_pass)
     if options.columns:
         plan.finish_columns()
@@ -107,7 +108,7 @@ def backward(
     wanted: PairWanted,
 ) -> PairGradients:
     """The gradients of sum(grad_loss * loss), from products computed again."""
-    plan = _Plan(kernels, PairSetup(kernels, inputs, options, grad_loss, any(wanted)), wanted, stats=False)
+    plan = Plan(kernels, PairSetup(kernels, inputs, options, grad_loss, any(wanted)), wanted, stats=False)
     if options.energy == SOFTMAX:
         plan.restore(state)
         plan.walk(sums=False, gradient=True)
@@ -118,7 +119,7 @@ def backward(
     return plan.grads.results()
 
 
-class _Plan:
+class Plan:
     """Walks over the steps and accumulates losses, statistics and gradients."""
 
     def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted, stats: bool) -> None:
@@ -127,19 +128,29 @@ class _Plan:
         options = setup.options
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
-        self.grads = FeatureGradients(kernels, setup, wanted)
-        self.steps = Steps(kernels, setup, self.grads, stats)
+        self.fused = False
+        self.grads = self._gradients(wanted)
+        self.steps = Steps(kernels, setup, list(self._candidates(stats)))
 
         softmax = options.energy == SOFTMAX
         sums = running_sums(setup, setup.count, softmax)
         self.row_sums = RowSums(*sums, uniformity_sum=None, num_above_positive=None, num_equal_positive=None)
-        columns = setup.hinge_columns() if options.energy == HINGE else setup.key.shape[0]
+        columns = setup.hinge_columns() if options.energy == HINGE else setup.keys
         self.column_sums = sums if setup.mutual else running_sums(setup, columns, softmax)
         self.statistics = Statistics(kernels, setup, self.row_sums) if stats else None
         if self.statistics is not None and self.statistics.shares_sums:
             self.row_sums = self.statistics.sums
         self.loss = setup.query.new_zeros(setup.count, dtype=setup.acc)
-        self.state = empty_state(setup.inputs, options)
+        self.state = self._empty_state()
+
+    def _gradients(self, wanted: PairWanted) -> FeatureGradients:
+        return FeatureGradients(self.kernels, self.setup, wanted)
+
+    def _candidates(self, stats: bool) -> Iterable[Candidates]:
+        return shared_candidates(self.setup, self.grads, stats)
+
+    def _empty_state(self) -> PairState:
+        return empty_state(self.setup.inputs, self.setup.options)
 
     def walk(self, sums: bool, gradient: bool) -> None:
         """Processes the steps one after another. sums: of rows and columns, with the losses of the rows."""
@@ -190,7 +201,7 @@ class _Plan:
         self.grads.query[rows] += weighted.mul_(factor.unsqueeze(1))
 
     def _add_sums(self, spec: TileSpec, tile: Tile) -> None:
-        setup, statistics, rows, columns = self.setup, self.statistics, spec.rows, spec.columns
+        setup, statistics, rows, columns = self.setup, self.statistics, spec.rows, spec.among_all
         thresholds = Thresholds(
             at(setup.row_threshold, rows),
             at(setup.column_threshold, columns),
@@ -225,7 +236,7 @@ class _Plan:
             self.kernels.sums(tile._replace(energy=SOFTMAX), row_sums(statistics.sums), None, thresholds, norms)
 
     def _add_gradient(self, spec: TileSpec, tile: Tile) -> None:
-        grads, candidates, rows, columns = self.grads, spec.candidates, spec.rows, spec.columns
+        grads, candidates, rows, columns = self.grads, spec.candidates, spec.rows, spec.among_all
         row = _sliced(self.row, rows) if candidates.rows else SideGrad()
         column = _sliced(self.column, columns) if candidates.columns else SideGrad()
         if self.setup.mutual:
@@ -234,7 +245,7 @@ class _Plan:
             dot=torch.zeros_like(grads.dot[rows]) if spec.twice else at(grads.dot, rows),
             total=at(grads.total, rows),
             queries=at(grads.query, rows),
-            candidates=None if spec.twice else at(candidates.gradient, columns),
+            candidates=None if spec.twice else at(candidates.gradient, spec.columns),
             row_sums=_sliced(self.row_sums, rows) if self.fused else None,
         )
         self.kernels.add_gradients(tile, row, column, outputs)
@@ -316,16 +327,9 @@ class _Plan:
         setup, positives = self.setup, self.setup.positives
         count, nothing = length(rows), setup.score.new_empty(0)
         scores, value = setup.score.new_empty(count, 1), setup.score.new_empty(count, dtype=torch.float64)
-        if setup.key.shape[0] == 0:
+        negatives = setup.positives_as_negatives(rows)
+        if negatives is None:
             return scores.fill_(float("-inf"))
-        key = setup.query if setup.inputs.key is None else setup.inputs.key
-        if setup.by_index:
-            index = (
-                torch.arange(setup.count, device=key.device)[positives.index] if positives.in_order else positives.index
-            )
-            negatives = index[rows].unsqueeze(1)
-        else:
-            negatives = key[positives.index][rows].unsqueeze(1).to(setup.negatives.dtype)
         outputs = NegativeOutputs(scores, value, nothing, nothing, nothing, nothing)
         merge = RowMerge(SIGMOID, None, None, None, False)
         self._score_negatives(rows, negatives, at(positives.has, rows).unsqueeze(1), merge, outputs)
@@ -338,10 +342,10 @@ class _Plan:
         setup, inputs = self.setup, self.setup.inputs
         key, bank = setup.drawn_from
         norm = None if setup.query_norm is None else setup.query_norm[rows]
-        if setup.by_index:
-            features = setup.query[rows], key, negatives, bank
-        else:
+        if negatives.is_floating_point():
             features = inputs.query[rows].to(negatives.dtype), negatives, None, None
+        else:
+            features = setup.query[rows], key, negatives, bank
         query_negatives_(NegativeInputs(*features, mask, norm, inputs.logit_scale, inputs.logit_bias), merge, outputs)
 
     def _add_negatives(self, rows: slice, reference: Tensor | None, final: bool = False) -> NegativeOutputs:
@@ -388,7 +392,7 @@ class _Plan:
         """The columns of keys that are the positives of rows in order."""
         setup, positives = self.setup, self.setup.positives
         if setup.options.energy == SOFTMAX and setup.wants_gradients:
-            self.column = _unsettled(setup.column, setup.key.shape[0])
+            self.column = _unsettled(setup.column, setup.keys)
         columns = LossRows(
             sums,
             setup.score,
@@ -402,7 +406,7 @@ class _Plan:
 
     def _add_shared_columns(self) -> None:
         """The columns of keys that may be the positives of several rows, each of which is a candidate of the others."""
-        setup, sums, score, positives = self.setup, self.column_sums, self.setup.score, self.setup.positives
+        setup, sums, score, positives = self.setup, self.column_sums, self.setup.pair_score, self.setup.pairs
         lse, others = positives.log_sum_exp(log_sum(sums), score.double())
         self.state.column_lse.copy_(lse.masked_fill(positives.rows_of_key == 0, float("inf")))
         self.state.column_others.copy_(others)
@@ -416,13 +420,13 @@ class _Plan:
             score_sum=without_own_pair(sums.score_sum), positive_sum=without_own_pair(sums.positive_sum)
         )
         counts = (positives.gather(n) for n in (positives.column_positives, positives.column_candidates))
-        columns = LossRows(others_sums, score, setup.positive_u, setup.inputs.positive, *counts, SideGrad())
+        columns = LossRows(others_sums, score, score, positives.positive, *counts, SideGrad())
         loss = softmax_loss(columns, self._loss_options(), others)
-        self.loss += setup.half * torch.where(setup.has_loss, loss, 0)
+        self.loss += setup.half * torch.where(positives.counted, loss, 0)[setup.own]
         self._finish_shared_columns()
 
     def _finish_shared_columns(self) -> None:
-        setup, positives, state = self.setup, self.setup.positives, self.state
+        setup, positives, state = self.setup, self.setup.pairs, self.state
         if not setup.wants_gradients:
             return
         # gather() returns an arbitrary key's value for a row without a positive; mask it.
@@ -433,11 +437,12 @@ class _Plan:
         weight = settled(setup.column.weight, reference, state.column_lse)
         self.column = setup.column._replace(reference=reference, weight=weight)
         slope = softmax_slope(
-            by_row._replace(weight=setup.weight), self._loss_options(), state.column_others, setup.score
+            by_row._replace(weight=setup.pair_weight), self._loss_options(), state.column_others, setup.pair_score
         )
-        of_other_rows = by_row.weight - setup.weight
-        probability = (setup.score - positives.gather(state.column_lse)).exp().to(setup.acc)
+        of_other_rows = by_row.weight - setup.pair_weight
+        probability = (setup.pair_score - positives.gather(state.column_lse)).exp().to(setup.acc)
         slope = slope + torch.where(of_other_rows != 0, of_other_rows * probability, 0)
+        slope = slope[setup.own]
         self.grads.positive_score += slope
         self.grads.dot += torch.where(slope != 0, slope * setup.positive_u, 0)
 
@@ -450,14 +455,14 @@ class _Plan:
             if setup.negatives is not None:
                 lse = torch.logaddexp(state.row_others, setup.score.double())
                 self._add_negatives(every, torch.where(setup.positives.counted, lse, state.row_others), final=True)
-            self._add_row_losses(every, _sums_of(state.row_others, setup.acc), None, None)
+            self._add_row_losses(every, sums_of(state.row_others, setup.acc), None, None)
         if setup.options.columns and setup.positives.in_order:
-            self._add_column_losses(_sums_of(state.column_others, setup.acc), None, None)
+            self._add_column_losses(sums_of(state.column_others, setup.acc), None, None)
         elif setup.options.columns:
             self._finish_shared_columns()
 
 
-def _sums_of(others: Tensor, acc: torch.dtype) -> ColumnSums:
+def sums_of(others: Tensor, acc: torch.dtype) -> ColumnSums:
     """Sums whose log-sum-exp is `others`, float64."""
     largest = others.to(acc)
     return ColumnSums(largest, torch.where(largest == others, 0, others - largest).exp(), None, None, None)

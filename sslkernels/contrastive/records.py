@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.contrastive.pair_rows import SOFTMAX
+from sslkernels.contrastive.pair_rows import SIGMOID, SOFTMAX
 from sslkernels.core.dtypes import accumulation_dtype
 
 
@@ -74,6 +74,39 @@ class PairState(NamedTuple):
     column_others: Tensor
 
 
+class RankOptions(NamedTuple):
+    """group: the name of the process group; queries, keys: how many of them each rank has; ring: whether the blocks of
+    keys travel round the ranks, instead of being gathered; remote: whether the positive of a row may be the key of
+    another rank."""
+
+    group: str
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    ring: bool
+    remote: bool
+
+
+class RankState(NamedTuple):
+    """What a loss over ranks saves for its backward: n rows of this rank, N rows and M keys of all.
+
+    row_others (n,), column_lse (M,), column_others (N,): as in `PairState`; of hinge, row_others and column_others (n,)
+    are how many negatives of the row, and of its key's column, cost. pair_positive, pair_score (N,): the positives of
+    all rows and their scores. column_positives, column_candidates (M,) int64: as in `pair_setup.Positives`, over all
+    rows. key_norm (M,): inverse norms. keys: those of all ranks, or in a ring the positives (n, D) of the rows, where
+    they may be elsewhere. What the loss does not need is empty.
+    """
+
+    row_others: Tensor
+    column_lse: Tensor
+    column_others: Tensor
+    pair_positive: Tensor
+    pair_score: Tensor
+    column_positives: Tensor
+    column_candidates: Tensor
+    key_norm: Tensor
+    keys: Tensor
+
+
 class PairStatistics(NamedTuple):
     """Per row: lse, positive, num_above_positive and num_equal_positive (int64); the scalars alignment and uniformity.
     All are empty unless statistics are wanted."""
@@ -111,6 +144,25 @@ def empty_state(inputs: PairInputs, options: PairOptions) -> PairState:
         query.new_empty(rows if options.rows else 0, dtype=torch.float64),
         query.new_empty(keys if options.columns else 0, dtype=torch.float64),
         query.new_empty(rows if options.columns else 0, dtype=torch.float64),
+    )
+
+
+def empty_rank_state(inputs: PairInputs, options: PairOptions, over: RankOptions) -> RankState:
+    query, acc = inputs.query, accumulation_dtype(inputs.query.dtype)
+    (rows, dim), pairs, keys = query.shape, sum(over.queries), sum(over.keys)
+    softmax, counts = options.energy == SOFTMAX, keys if options.columns else 0
+    column_others = pairs if softmax else rows
+    features = keys if not over.ring else rows if over.remote else 0
+    return RankState(
+        query.new_empty(rows if options.rows and options.energy != SIGMOID else 0, dtype=torch.float64),
+        query.new_empty(keys if options.columns and softmax else 0, dtype=torch.float64),
+        query.new_empty(column_others if options.columns else 0, dtype=torch.float64),
+        query.new_empty(pairs, dtype=torch.int64),
+        query.new_empty(pairs, dtype=acc),
+        query.new_empty(counts if options.ids_positive else 0, dtype=torch.int64),
+        query.new_empty(counts if options.label_smoothing > 0 else 0, dtype=torch.int64),
+        query.new_empty(keys if options.normalize else 0, dtype=acc),
+        query.new_empty(features, dim, dtype=options.compute_dtype),
     )
 
 

@@ -54,8 +54,7 @@ class Statistics:
         self.uniformity_sums = RowSums(*running_sums(setup, n, True), self.sums.uniformity_sum, None, None)
         self.cosine_norms = (setup.query_norm, setup.key_norm)
         if not options.normalize:
-            norms = (kernels.inverse_norm(features, setup.acc) for features in (query, setup.key))
-            self.cosine_norms = tuple(norms)
+            self.cosine_norms = (kernels.inverse_norm(query, setup.acc), setup.inverse_key_norm(kernels))
         positive = setup.inputs.positive
         self.positive_index = torch.arange(n, device=query.device) if positive is None else positive
         self.positive_score = torch.full_like(setup.score, float("inf"))

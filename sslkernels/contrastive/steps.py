@@ -24,7 +24,8 @@ class Candidates(NamedTuple):
 
     rows, columns: whether sums over each row's candidates and over each column's queries are part of the loss; keys:
     whether they are the keys, over which uniformity is summed; pairs: whether they have a column per pair. gradient:
-    where their gradient accumulates. masks: of all rows and these candidates.
+    where their gradient accumulates. masks: of all rows and these candidates. first: where they begin among the
+    columns that are summed.
     """
 
     values: Tensor
@@ -36,6 +37,7 @@ class Candidates(NamedTuple):
     pairs: bool = False
     gradient: Tensor | None = None
     masks: Masks = Masks()
+    first: int = 0
 
     @property
     def in_loss(self) -> bool:
@@ -53,6 +55,12 @@ class TileSpec(NamedTuple):
     columns_summed: bool
     twice: bool = False
 
+    @property
+    def among_all(self) -> slice:
+        """The columns among those that are summed."""
+        first = self.candidates.first
+        return slice(self.columns.start + first, self.columns.stop + first) if first else self.columns
+
 
 class Step(NamedTuple):
     """Tiles of one row block that are processed together. ends_rows: whether they are the last ones of their rows."""
@@ -69,10 +77,10 @@ _Order = list[tuple[slice, list[TileSpec], bool]]
 class Steps:
     """The steps of a plan. `lay_out` gives them; `begin` computes the products of one, unless they are in memory."""
 
-    def __init__(self, kernels: PairKernels, setup: PairSetup, grads: FeatureGradients, stats: bool) -> None:
+    def __init__(self, kernels: PairKernels, setup: PairSetup, candidates: list[Candidates]) -> None:
         self.kernels = kernels
         self.setup = setup
-        self.candidates = list(_shared_candidates(setup, grads, stats))
+        self.candidates = candidates
         self.steps: list[Step] = []
         self.keeps_all = False  # whether each step has memory of its own
         self.computed: set[int] = set()  # the numbers of the steps whose products are in memory
@@ -175,7 +183,7 @@ class Steps:
         )
 
 
-def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -> Iterator[Candidates]:
+def shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -> Iterator[Candidates]:
     """stats: whether the keys are read for statistics, where they are no candidates."""
     options, positives, inputs = setup.options, setup.positives, setup.inputs
     if options.in_batch:
@@ -207,6 +215,11 @@ def _shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -
             )
     elif stats:
         yield Candidates(setup.key, setup.key_norm, positives.key_labels, keys=True)
+    yield from shared_bank(setup, grads)
+
+
+def shared_bank(setup: PairSetup, grads: FeatureGradients) -> Iterator[Candidates]:
+    positives, inputs = setup.positives, setup.inputs
     if setup.bank is not None:
         masks = Masks(column=inputs.bank_mask)
         yield Candidates(

@@ -1,8 +1,9 @@
-"""Over the ranks of a process group: gathers of rows, sums of gradients, and the group's name."""
+"""Over the ranks of a process group: gathers of rows, rings, sums of gradients, and the group's name."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,13 +39,18 @@ def exchange(local: Tensor, group: Any) -> list[Any]:
 
 
 class Ranks:
-    """How many rows each rank has; this rank has the rows [start, stop) of all."""
+    """How many rows each rank has; this rank has the rows [start, stop) of all `total` rows."""
 
-    def __init__(self, group: Any, rank: int, counts: list[int]) -> None:
+    def __init__(self, group: Any, rank: int, counts: Sequence[int]) -> None:
         self.group = group
-        self.counts = counts
-        self.start = sum(counts[:rank])
-        self.stop = self.start + counts[rank]
+        self.rank = rank
+        self.counts = list(counts)
+        self.total = sum(counts)
+        self.start, self.stop = self.rows_of(rank).start, self.rows_of(rank).stop
+
+    def rows_of(self, rank: int) -> slice:
+        start = sum(self.counts[:rank])
+        return slice(start, start + self.counts[rank])
 
     def gather(self, values: Tensor, *, replicated: bool = False) -> Tensor:
         """(rows, ...) of this rank -> (all rows, ...), in the order of the ranks. The gradient of `values` is the sum
@@ -55,12 +61,7 @@ class Ranks:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(values, ranks, replicated):
-        most = max(ranks.counts)
-        padded = values.new_zeros(most, *values.shape[1:])
-        padded[: values.shape[0]] = values
-        parts = [torch.empty_like(padded) for _ in ranks.counts]
-        dist.all_gather(parts, padded, group=ranks.group)
-        return torch.cat([part[:count] for part, count in zip(parts, ranks.counts, strict=True)])
+        return gathered(values, ranks)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -77,16 +78,93 @@ class _Gather(torch.autograd.Function):
 
 @once_differentiable("process_group")
 def _scattered_sum(grad: Tensor, ranks: Any, dtype: torch.dtype) -> Tensor:
-    """This rank's rows of the sum of the ranks' gradients (all rows, ...)."""
-    # At least float32, because the ranks' gradients are summed. Padded, because every rank receives as many rows.
-    most, sums = max(ranks.counts), torch.promote_types(grad.dtype, torch.float32)
-    parts = grad.new_zeros(len(ranks.counts), most, *grad.shape[1:], dtype=sums)
-    for part, rows in zip(parts, grad.split(ranks.counts), strict=True):
-        part[: len(rows)] = rows
+    return scattered_sum(grad, ranks, dtype)
+
+
+def gathered(values: Tensor, ranks: Ranks) -> Tensor:
+    """(rows, ...) of this rank -> (all rows, ...), in the order of the ranks."""
+    padded = _padded(values, ranks)
+    parts = padded.new_empty(len(ranks.counts), *padded.shape)
+    dist.all_gather(list(parts), padded, group=ranks.group)
+    if len(set(ranks.counts)) == 1:
+        return parts.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(parts, ranks.counts, strict=True)])
+
+
+def scattered_sum(values: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
+    """This rank's rows of the sum of the ranks' values (all rows, ...)."""
+    # At least float32, because the ranks' values are summed. Padded, because every rank receives as many rows.
+    sums = torch.promote_types(values.dtype, torch.float32)
+    parts = [_padded(rows.to(sums), ranks) for rows in values.split(ranks.counts)]
     total = torch.zeros_like(parts[0])
     if total.numel():
-        dist.reduce_scatter(total, list(parts), group=ranks.group)
+        dist.reduce_scatter(total, parts, group=ranks.group)
     return total[: ranks.stop - ranks.start].to(dtype)
+
+
+def _padded(values: Tensor, ranks: Ranks) -> Tensor:
+    """values (rows, ...) with as many rows as the rank that has most, the further ones zeros."""
+    most, rows = max(ranks.counts), values.shape[0]
+    if rows == most:
+        return values.contiguous()
+    padded = values.new_zeros(most, *values.shape[1:])
+    padded[:rows] = values
+    return padded
+
+
+def reduced_over(values: Tensor, ranks: Ranks, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Replaces values, equally many on every rank, by their sum over the ranks, or by the result of another `op`."""
+    if values.numel():
+        dist.all_reduce(values, op, group=ranks.group)
+    return values
+
+
+def circulate(
+    own: Tensor, ranks: Ranks, use: Callable[[int, Tensor, Tensor | None], None], sums: torch.dtype | None = None
+) -> Tensor | None:
+    """Calls use(rank, block, total) with the rows (n, D) of every rank, this one's first, which travel round the ranks:
+    the next block arrives while the one in hand is used, and no rank ever has more than two of others.
+
+    sums: the dtype of the totals (n, D), which `use` adds to, and whose sum over the ranks comes home at last, where it
+    is the result; None: total is None.
+    """
+    world, rank, rows = len(ranks.counts), ranks.rank, own.shape[0]
+    before, after = (dist.get_global_rank(ranks.group, (rank + step) % world) for step in (-1, 1))
+    block = _padded(own, ranks)
+
+    def started(send: Tensor, receive: Tensor) -> list[dist.P2POp]:
+        if not send.numel():
+            return []
+        ends = (dist.isend, send, after), (dist.irecv, receive, before)
+        return [dist.P2POp(op, tensor, peer, ranks.group) for op, tensor, peer in ends]
+
+    home = travelling = None
+    for step in range(world):
+        owner = (rank - step) % world
+        transfers, following, arrived = [], None, None
+        if step + 1 < world:
+            following = torch.empty_like(block)
+            transfers += started(block, following)
+        if travelling is not None:  # the sums of the block in hand, as the rank before left them
+            arrived = torch.empty_like(travelling)
+            transfers += started(travelling, arrived)
+        works = dist.batch_isend_irecv(transfers) if transfers else []
+        total = None if sums is None else torch.zeros_like(block, dtype=sums)
+        use(owner, block[: ranks.counts[owner]], None if total is None else total[: ranks.counts[owner]])
+        for work in works:
+            work.wait()
+        if step == 0:
+            home = total
+        elif total is not None:
+            travelling = total if arrived is None else total.add_(arrived)
+        block = following
+    if travelling is not None:
+        arrived = torch.empty_like(travelling)
+        transfers = started(travelling, arrived)
+        for work in dist.batch_isend_irecv(transfers) if transfers else []:
+            work.wait()
+        home.add_(arrived)
+    return None if home is None else home[:rows]
 
 
 def group_name(function: str, process_group: Any) -> str:

@@ -96,6 +96,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         ("nt_xent", sk.nt_xent(*features, process_group=dist.group.WORLD)),
         ("clip_loss", sk.clip_loss(*features, 2.0, process_group=dist.group.WORLD)),
         ("siglip_loss", sk.siglip_loss(*features, 2.0, -1.0, process_group=dist.group.WORLD)),
+        *((name, module(*features)) for name, module in in_a_ring().items()),
     ):
         grads = torch.autograd.grad(loss, towers[0].weight, retain_graph=True)[0]
         dist.all_reduce(grads)
@@ -104,6 +105,20 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         found["disagreement"] = disagree(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def in_a_ring() -> dict[str, torch.nn.Module]:
+    options = {"process_group": dist.group.WORLD, "ring": True}
+    clip = sk.nn.ClipLoss(2.0, learnable=False, **options)
+    siglip = sk.nn.SigLipLoss(2.0, -1.0, learnable=False, **options)
+    energy = sk.nn.ContrastiveLoss(direction="symmetric", logit_scale=2.0, **options)
+    return {
+        "nt_xent in a ring": sk.nn.NTXentLoss(**options),
+        "info_nce in a ring": sk.nn.InfoNCELoss(**options),
+        "clip_loss in a ring": clip.double(),
+        "siglip_loss in a ring": siglip.double(),
+        "contrastive_energy in a ring": energy,
+    }
 
 
 def disagree(rank: int) -> str:
@@ -162,7 +177,10 @@ def test_averaged_gradients_equal_those_of_the_mean_over_ranks(ranks, name):
             torch.testing.assert_close(got, grad)
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "siglip_loss"])
+RINGS = [f"{name} in a ring" for name in ("nt_xent", "info_nce", "clip_loss", "siglip_loss", "contrastive_energy")]
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "siglip_loss", *RINGS])
 def test_named_losses(ranks, name):
     world, results = ranks
     x, y, _ = data(world, False)
@@ -172,7 +190,9 @@ def test_named_losses(ranks, name):
         "nt_xent": lambda a, b: sk.nt_xent(a, b),
         "clip_loss": lambda a, b: sk.clip_loss(a, b, 2.0),
         "siglip_loss": lambda a, b: sk.siglip_loss(a, b, 2.0, -1.0),
-    }[name](*features)
+        "info_nce": lambda a, b: sk.info_nce(a, b),
+        "contrastive_energy": lambda a, b: sk.clip_loss(a, b, 2.0),
+    }[name.removesuffix(" in a ring")](*features)
     torch.testing.assert_close(torch.stack([results[rank][name][0] for rank in range(world)]).mean(), loss.detach())
     (want,) = torch.autograd.grad(loss, towers[0].weight)
     for rank in range(world):
@@ -193,16 +213,8 @@ def test_ids_of_the_bank_alone_over_ranks(alone):
     torch.testing.assert_close(sk.contrastive_energy(query, key, process_group=alone, **options), expected)
 
 
-def test_given_positives_have_no_columns_over_ranks(alone):
-    x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="positive must be None with a process_group over columns; got a tensor"):
-        sk.contrastive_energy(x, x, positive=torch.arange(3), direction="symmetric", process_group=alone)
-
-
 def test_masks_over_ranks_have_the_keys_of_all(alone):
     x, mask = torch.randn(3, 4), torch.ones(3, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="candidate_mask must be None with a process_group over columns, whose"):
-        sk.contrastive_energy(x, x, candidate_mask=mask, direction="symmetric", process_group=alone)
     with pytest.raises(
         ValueError, match=r"candidate_mask must have shape .* keys of all ranks = \(3, 3\); got \(3, 2\)"
     ):
