@@ -18,6 +18,8 @@ class Mistake(NamedTuple):
 
 PLAN = "sslkernels/contrastive/plan.py"
 SETUP = "sslkernels/contrastive/pair_setup.py"
+RANK_PLAN = "sslkernels/contrastive/rank_plan.py"
+BLOCKS = "tests/contrastive/test_contrastive_blocks.py"
 CHUNKS = "sslkernels/vocabulary/chunked_linear.py"
 PAIRS = "tests/contrastive/test_contrastive.py tests/contrastive/test_contrastive_losses.py"
 REGIMES = "tests/contrastive/test_contrastive_regimes.py"
@@ -197,7 +199,7 @@ PYTHON = [
     Mistake(
         "smoothing of columns by candidates of rows",
         SETUP,
-        "count = positives.column_candidates if columns else self.row_candidates",
+        "count = pairs.column_candidates if columns else self.row_candidates",
         "count = self.row_candidates",
         PAIRS,
     ),
@@ -241,9 +243,30 @@ PYTHON = [
     Mistake(
         "shared columns lose the slopes of other rows",
         PLAN,
-        "by_row.weight - setup.weight\n",
-        "torch.zeros_like(setup.weight)\n",
+        "by_row.weight - setup.pair_weight\n",
+        "torch.zeros_like(setup.pair_weight)\n",
         PAIRS,
+    ),
+    Mistake(
+        "columns end on their rank",
+        RANK_PLAN,
+        "                reduced_over(values, ranks)\n",
+        "                pass\n",
+        BLOCKS,
+    ),
+    Mistake(
+        "each rank shifts columns by its own maxima",
+        RANK_PLAN,
+        "largest = reduced_over(sums.max.clone(), ranks, dist.ReduceOp.MAX)",
+        "largest = sums.max.clone()",
+        BLOCKS,
+    ),
+    Mistake(
+        "a ring loses positives on other ranks",
+        RANK_PLAN,
+        "(setup.over.remote or its_own)",
+        "its_own",
+        BLOCKS,
     ),
     Mistake(
         "what rounds off a shared column is lost",
