@@ -58,7 +58,7 @@ def slices_of(
 
     sizes: the sizes of all slices, if known; otherwise the ranks exchange them, read them on the host and cache them as
     long as the weight lives. vocab_start: the caller's claim where this rank's slice begins; every rank raises
-    `ValueError` if the claim of any rank contradicts the sizes.
+    `ValueError` if the claim of any rank contradicts the sizes as they are exchanged, afterwards that rank alone.
     """
     group = group_named(name)
     rank = dist.get_rank(group)

@@ -141,7 +141,7 @@ def test_slices_are_the_whole(number, ranks):
     """Loss, statistics and gradients of one process that has all prototypes."""
     case = list(cases())[number]
     expected = step(*problem(number, case), case, None)
-    close = {"rtol": 1e-9, "atol": 1e-9} if case.dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    close = {"rtol": 1e-12, "atol": 1e-12} if case.dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
     sizes = sizes_of(len(ranks), V, case.empty)
     for rank, found in enumerate(ranks):
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 from datetime import timedelta
+from functools import partial
 
 import interpreter
 import pytest
@@ -610,18 +611,21 @@ def test_errors(alone, change, message):
         sk.linear_cross_entropy(**given | change, process_group=alone)
 
 
-def one_dies(rank: int, world: int, port: int, folder: str) -> None:
-    """The last rank leaves after the first step: the others raise in the second."""
+def one_dies(rank: int, world: int, port: int, folder: str, where: str) -> None:
+    """The last rank leaves after the first forward: the others raise in the backward, or in the next forward."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=5))
     input, weight, target = confident_problem()
     own = sliced(weight, world, rank)
-    sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
+    loss = sk.linear_cross_entropy(input.requires_grad_(), own, target, process_group=dist.group.WORLD)
     seen = "left"
     if rank < world - 1:
         try:
-            sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
+            if where == "backward":
+                loss.backward()
+            else:
+                sk.linear_cross_entropy(input, own, target, process_group=dist.group.WORLD)
             seen = "nothing was raised"
         except RuntimeError:
             seen = "raised"
@@ -630,5 +634,6 @@ def one_dies(rank: int, world: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.full
-def test_a_rank_that_dies_makes_the_others_raise(tmp_path):
-    assert spawned(one_dies, 2, tmp_path) == ["raised", "left"]
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_that_dies_makes_the_others_raise(where, tmp_path):
+    assert spawned(partial(one_dies, where=where), 2, tmp_path) == ["raised", "left"]
