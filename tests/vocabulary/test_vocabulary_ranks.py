@@ -27,7 +27,7 @@ FEATURES = {
     "dtype": [torch.float32, torch.float64],
     "slices": ["uneven", "even", "one empty"],
     "target": ["indices", "indices", "probabilities"],
-    "ignored": ["some", "none", "all"],
+    "ignored": ["some", "none", "all", "first sequence"],  # with sequence_parallel all rows of a rank
     "reduction": ["mean", "sum", "none"],
     "mode": ["auto", "compact", "no gradient"],
     "bias": [False, True, "masked"],
@@ -85,6 +85,7 @@ def problem(number, case):
         made["target"] = torch.randint(0, VOCAB, (4, ROWS // 4), generator=generator)
         made["target"][made["target"] == case["ignore_index"]] = 5
         ignored = {"some": torch.rand(4, ROWS // 4, generator=generator) < 0.4, "none": False, "all": True}
+        ignored["first sequence"] = torch.arange(4).unsqueeze(1) == 0
         made["target"] = made["target"].masked_fill(torch.as_tensor(ignored[case["ignored"]]), case["ignore_index"])
     if case["bias"]:
         made["linear_bias"] = draw(VOCAB)
