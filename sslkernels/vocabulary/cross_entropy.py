@@ -245,8 +245,8 @@ def _keeps_gradient(logits: Tensor) -> bool:
     saved tensors are hooked, as by activation checkpointing, whose first forward would compute it in vain.
     """
     return (
-        cross_entropy_fwd.choose(logits.device) in KEEPING_BACKENDS
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and cross_entropy_fwd.choose(logits.device) in KEEPING_BACKENDS
         and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
         and torch.is_grad_enabled()
         and logits.requires_grad

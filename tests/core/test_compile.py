@@ -63,6 +63,15 @@ def test_compile_equals_eager(backend, mode, dynamic, tensors, compiler):
             torch.testing.assert_close(a, e)
 
 
+def test_a_first_call_may_be_compiled(monkeypatch, tensors):
+    """How a backend is chosen is not traced, even before a call has chosen one."""
+    x, w, _, target = tensors
+    for operator in (cross_entropy_fwd, linear_cross_entropy_fwd):
+        monkeypatch.setattr(operator.implementations, "_chosen", {})
+    for function in (lambda: sk.cross_entropy(x @ w.t(), target), lambda: sk.linear_cross_entropy(x, w, target)):
+        torch.compile(function, fullgraph=True, backend="eager")().backward()
+
+
 def test_the_backend_of_a_compiled_graph_can_change(tensors, compiler):
     x, w, _, target = tensors
     compiled = torch.compile(sk.linear_cross_entropy, fullgraph=True, backend=compiler)
