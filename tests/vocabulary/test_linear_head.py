@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._pytree import tree_map_only
 
 import sslkernels as sk
 
@@ -39,16 +40,16 @@ class Model(nn.Module):
         return self.head(self.encoder(self.embedding(ids)).tanh(), labels, **options)
 
 
-def model_of(tied: bool) -> Model:
+def model_of(tied: bool, device: str = "cpu") -> Model:
     torch.manual_seed(0)
-    return Model(tied).double()
+    return Model(tied).double().to(device)
 
 
-def data():
+def data(device: str | torch.device = "cpu"):
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(0, VOCAB, (ROWS,), generator=generator) for _ in range(2))
     labels[:3] = labels[5] = -100
-    return ids, labels
+    return ids.to(device), labels.to(device)
 
 
 def expected(tied: bool, **options):
@@ -66,15 +67,15 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 def data_parallel(model: nn.Module, rank: int, world: int, **options):
     """Two accumulated steps of this rank's rows; the loss of each is a part of the global mean, times the ranks that
     gradients are averaged over."""
-    ids, labels = (part.chunk(world)[rank] for part in data())
+    ids, labels = (part.chunk(world)[rank] for part in data(next(model.parameters()).device))
     count = int((data()[1] != -100).sum())
     for rows in (slice(0, 1), slice(1, None)):
         (world * model(ids[rows], labels[rows], num_items=count, **options)).backward()
     return gradients(model)
 
 
-def fsdp(tied: bool, layout: str, **policy) -> nn.Module:
-    model = model_of(tied)
+def fsdp(tied: bool, layout: str, device: str = "cpu", **policy) -> nn.Module:
+    model = model_of(tied, device)
     if layout == "own group":
         fully_shard(model.head, **policy)
     if layout == "tied group":
@@ -82,19 +83,17 @@ def fsdp(tied: bool, layout: str, **policy) -> nn.Module:
     return fully_shard(model, **policy)
 
 
-def worker(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    found = {}
+def heads(rank: int, world: int, device: str) -> dict:
+    """Gradients under DDP, FSDP2 and tensor parallelism."""
+    found, mesh_device = {}, device.partition(":")[0]
     for tied in (False, True):
-        model = nn.parallel.DistributedDataParallel(model_of(tied))
+        model = nn.parallel.DistributedDataParallel(model_of(tied, device))
         found["ddp", tied] = data_parallel(model, rank, world)
-        found["root", tied] = data_parallel(fsdp(tied, "root"), rank, world, mode="compact")
-    found["own group", False] = data_parallel(fsdp(False, "own group"), rank, world)
-    found["tied group", True] = data_parallel(fsdp(True, "tied group"), rank, world)
+        found["root", tied] = data_parallel(fsdp(tied, "root", device), rank, world, mode="compact")
+    found["own group", False] = data_parallel(fsdp(False, "own group", device), rank, world)
+    found["tied group", True] = data_parallel(fsdp(True, "tied group", device), rank, world)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    found["half"] = data_parallel(fsdp(True, "tied group", mp_policy=half), rank, world)
+    found["half"] = data_parallel(fsdp(True, "tied group", device, mp_policy=half), rank, world)
 
     for name, plan in {
         "plan": ColwiseParallel(),
@@ -102,16 +101,23 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         "kept": ColwiseParallel(use_local_output=False),
     }.items():
         for reduction in ("mean", "none"):
-            model = model_of(False)
-            parallelize_module(model.head, init_device_mesh("cpu", (world,)), plan)
-            loss = model(*data(), reduction=reduction)
+            model = model_of(False, device)
+            parallelize_module(model.head, init_device_mesh(mesh_device, (world,)), plan)
+            loss = model(*data(device), reduction=reduction)
             loss.sum().backward()
             found[name, reduction] = (loss.detach(), gradients(model))
 
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-    found["tp mesh"] = of_dtensor(mesh)
-    found["given group"] = of_dtensor(init_device_mesh("cpu", (world,)), process_group=True)
-    found["recipes"] = recipes(rank, world)
+    mesh = init_device_mesh(mesh_device, (world,), mesh_dim_names=("tp",))
+    found["tp mesh"] = of_dtensor(mesh, device)
+    found["given group"] = of_dtensor(init_device_mesh(mesh_device, (world,)), device, process_group=True)
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, found)
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    found = heads(rank, world, "cpu") | {"recipes": recipes(rank, world)}
     if rank == 0:
         torch.save(found, f"{folder}/0.pt")
     else:
@@ -192,8 +198,8 @@ def recipes(rank, world):
     return found
 
 
-def of_dtensor(mesh, process_group: bool = False):
-    model, (ids, labels) = model_of(False), data()
+def of_dtensor(mesh, device: str, process_group: bool = False):
+    model, (ids, labels) = model_of(False, device), data(device)
     weight, bias = (distribute_tensor(p.detach(), mesh, [Shard(0)]).requires_grad_() for p in model.head.parameters())
     hidden = model.encoder(model.embedding(ids)).tanh()
     group = {"process_group": mesh.get_group()} if process_group else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import interpreter
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import sslkernels as sk
 
@@ -24,7 +26,7 @@ WORLDS = [2, pytest.param(4, marks=pytest.mark.full)]
 def sizes_of(world: int, total: int, empty: bool) -> list[int]:
     """Uneven parts, the first of them empty."""
     sizes = [3, 1, 2][: world - 1]
-    sizes[0] *= not empty
+    sizes[:1] = [size * (not empty) for size in sizes[:1]]
     return [*sizes, total - sum(sizes)]
 
 
@@ -83,10 +85,10 @@ def step(leaves: dict[str, Tensor], fixed: dict[str, Tensor], case: Case, group:
 
 def centers(rows: Tensor, head: Tensor, group: Any) -> dict[str, Tensor]:
     """rows: of this rank, or of all."""
-    module = sk.nn.PrototypeLoss(V, process_group=group).double()
+    module = sk.nn.PrototypeLoss(V, process_group=group).double().to(rows.device)
     module(rows, head, rows, head)
     half = rows[: rows.shape[0] // 2]
-    mask = torch.arange(rows.shape[0]) % 2 == 0
+    mask = torch.arange(rows.shape[0], device=rows.device) % 2 == 0
     return {
         "sinkhorn": sk.sinkhorn_center(rows, head, temperature=0.5, process_group=group),
         "one": sk.sinkhorn_center(half.float(), head.float(), temperature=0.05, iterations=1, process_group=group),
@@ -107,41 +109,58 @@ def parts_of_rows(world: int) -> list[Tensor]:
     return list(rows.split([0, 14, 40 - 14] if world == 2 else [14, 0, 6, 2, 18]))[-world:]
 
 
-def _on_rank(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    interpreter.repair()
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+def results_of(rank: int, world: int, device: str) -> list[Any]:
+    """Of each case, and the centers."""
     group = dist.group.WORLD
     found: list[Any] = []
     for number, case in enumerate(cases()):
+        if device != "cpu" and case.backend == "cpu":
+            case = case._replace(backend="cuda")
         leaves, fixed = problem(number, case)
         sizes = sizes_of(world, V, case.empty)
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         leaves, fixed = (
-            {k: t[own].clone() if k in SLICED else t for k, t in given.items()} for given in (leaves, fixed)
+            {k: (t[own].clone() if k in SLICED else t).to(device) for k, t in given.items()}
+            for given in (leaves, fixed)
         )
         found.append(step(leaves, fixed, case, group))
-    found.append(centers(parts_of_rows(world)[rank], rows_of_centers()[1], group))
-    torch.save(found, f"{folder}/{rank}")
+    found.append(centers(parts_of_rows(world)[rank].to(device), rows_of_centers()[1].to(device), group))
+    return tree_map_only(Tensor, Tensor.cpu, found)
+
+
+def _on_rank(rank: int, world: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    interpreter.repair()
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
+    torch.save(results_of(rank, world, "cpu"), f"{folder}/{rank}")
     dist.destroy_process_group()
+
+
+def spawned(worker: Any, world: int, folder: Path) -> list[Any]:
+    """What each rank has saved."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    mp.spawn(worker, (world, port, str(folder)), nprocs=world)
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request, tmp_path_factory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    mp.spawn(_on_rank, (request.param, port, str(folder)), nprocs=request.param)
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(request.param)]
+    return spawned(_on_rank, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("number", range(len(list(cases()))))
 def test_slices_are_the_whole(number, ranks):
-    """Loss, statistics and gradients of one process that has all prototypes."""
+    assert_whole(number, ranks)
+
+
+def assert_whole(number: int, ranks: list[Any], backend: str | None = None, limits: tuple = (2e-5, 1e-12)) -> None:
+    """Loss, statistics and gradients are those of one process that has all prototypes. limits: in float32, float64."""
     case = list(cases())[number]
-    expected = step(*problem(number, case), case, None)
-    close = {"rtol": 1e-12, "atol": 1e-12} if case.dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    expected = step(*problem(number, case), case._replace(backend=backend or case.backend), None)
+    limit = limits[case.dtype == torch.float64]
+    close = {"rtol": limit, "atol": limit}
     sizes = sizes_of(len(ranks), V, case.empty)
     for rank, found in enumerate(ranks):
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

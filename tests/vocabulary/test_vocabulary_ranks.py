@@ -301,7 +301,13 @@ def flops(rank, world):
 
 def row_ids(rank, world):
     ids = sk.row_ids_of_rank(rank + 2, dist.group.WORLD)
-    return ids, sk.random_normal((rank + 2, 5), seed=3, row_ids=ids)
+    return ids, sk.random_normal((rank + 2, 5), seed=3, row_ids=ids), masked(ids)
+
+
+def masked(ids):
+    """The masked tokens of rows of these numbers."""
+    tokens = (7 * ids.unsqueeze(1) + torch.arange(20)) % 90 + 5
+    return sk.mask_tokens(tokens, mask_id=1, vocab_size=100, probability=0.4, seed=4, row_ids=ids).input_ids
 
 
 BERT_LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -513,9 +519,11 @@ def test_the_matmuls_are_shared(ranks):
 def test_noise_does_not_depend_on_the_number_of_ranks(ranks):
     world, results = special(ranks, "row_ids")
     count = sum(rank + 2 for rank in range(world))
-    assert torch.equal(torch.cat([ids for ids, _ in results]), torch.arange(count))
+    ids, noise, tokens = (torch.cat(parts) for parts in zip(*results, strict=True))
+    assert torch.equal(ids, torch.arange(count))
     assert torch.equal(sk.row_ids_of_rank(3, None), torch.arange(3))
-    assert torch.equal(torch.cat([noise for _, noise in results]), sk.random_normal((count, 5), seed=3))
+    assert torch.equal(noise, sk.random_normal((count, 5), seed=3))
+    assert torch.equal(tokens, masked(torch.arange(count)))
 
 
 @pytest.mark.parametrize("number", range(len(SAMPLES)))
