@@ -110,7 +110,7 @@ def parts_of_rows(world: int) -> list[Tensor]:
 
 
 def results_of(rank: int, world: int, device: str) -> list[Any]:
-    """Of each case, and the centers."""
+    """The results of each case, and the centers."""
     group = dist.group.WORLD
     found: list[Any] = []
     for number, case in enumerate(cases()):
