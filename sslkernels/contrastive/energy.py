@@ -279,14 +279,16 @@ def _over_ranks(
 ) -> tuple[Tensor, PairStatistics]:
     """The loss of this rank's queries against the keys of all ranks, and over columns of its keys against all queries.
 
-    Over rows alone the gradients of gathered keys are computed in forward, as those of a single process are.
+    A loss over rows with gathered keys computes its gradients in forward, as a single process does; any other loss
+    computes them in backward.
     """
     query, function = tensors.query, call.function
     local_key = query if tensors.key is None else tensors.key
     group_options = given._asdict() | {"reduction": None, "ring": call.ring, "return_stats": call.return_stats}
     is_given = {f"{name} given": value is not None for name, value in tensors._asdict().items()}
     check_ranks(function, call.process_group.group_name, group_options | is_given | {"query": query, "key": local_key})
-    # Positives that exclude_self makes of ids may be on other ranks; no key is that of two rows, unless they are given.
+    # exclude_self makes positives of ids, which may be keys of another rank; two rows share a key only if the caller
+    # gives `positive`.
     remote = given.exclude_self and given.same_id == "positive"
     if options.columns and options.energy == HINGE and tensors.positive is not None:
         must = "be None over columns of the hinge energy with a process_group"

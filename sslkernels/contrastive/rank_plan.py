@@ -198,7 +198,7 @@ class RankSetup(PairSetup):
         return of_pairs.new_full((self.keys + 1,), otherwise).scatter(0, column, of_pairs)[: self.keys]
 
     def block(self, columns: slice, features: Tensor, gradient: Tensor | None) -> Candidates:
-        """The keys `columns` of those of all ranks."""
+        """The candidates that `columns` selects from the keys of all ranks."""
         options, inputs = self.options, self.inputs
         labels = SideLabels(*(at(label, columns) for label in self.positives.key_labels))
         mask = inputs.candidate_mask

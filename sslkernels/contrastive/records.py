@@ -87,13 +87,14 @@ class RankOptions(NamedTuple):
 
 
 class RankState(NamedTuple):
-    """What a loss over ranks saves for its backward: n rows of this rank, N rows and M keys of all.
+    """A loss over ranks saves this for backward. This rank has n rows; all ranks have N rows and M keys.
 
-    row_others (n,), column_lse (M,), column_others (N,): as in `PairState`; of hinge, row_others and column_others (n,)
-    are how many negatives of the row, and of its key's column, cost. pair_positive, pair_score (N,): the positives of
-    all rows and their scores. column_positives, column_candidates (M,) int64: as in `pair_setup.Positives`, over all
-    rows. key_norm (M,): inverse norms. keys: those of all ranks, or in a ring the positives (n, D) of the rows, where
-    they may be elsewhere. What the loss does not need is empty.
+    row_others (n,), column_lse (M,), column_others (N,): as in `PairState`; for hinge, row_others and column_others
+    (n,) count the negatives with a cost, in the row and in the column of its key. pair_positive, pair_score (N,): the
+    positive of each of the N rows, and its score. column_positives, column_candidates (M,) int64: as in
+    `pair_setup.Positives`, over the N rows. key_norm (M,): the inverse norms of the keys. keys: the keys (M, D); in a
+    ring the positives (n, D) of this rank's rows, if they may be keys of another rank. A field is empty if the loss
+    does not need it.
     """
 
     row_others: Tensor

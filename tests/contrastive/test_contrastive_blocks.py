@@ -134,7 +134,7 @@ def whole(number, case, world):
 
 
 def own(made, sizes, rank):
-    """What a rank passes."""
+    """The arguments of a rank."""
     rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     mine = {}
     for name, tensor in made.items():
@@ -354,8 +354,8 @@ def products(rank, world):
 
 
 def traffic(rank, world):
-    """Bytes of features and of numbers that a rank sends in a forward and in its backward, by the model that a ring
-    sends (W - 1) / W of what is gathered or reduce-scattered, and twice that of what is all-reduced."""
+    """Bytes of features and of numbers that a rank sends in forward and in backward. Collectives count as rings: a
+    gather or reduce-scatter of S bytes sends S (W - 1) / W, an all-reduce twice as many."""
     found = {}
     for ring in (False, True):
         sent = {"features": [], "numbers": []}

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "vocabulary"))
 
 import test_linear_head as linear_head
 import test_prototype_ranks as prototypes
+from test_vocabulary_ranks import spawned
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,14 +40,14 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     dist.init_process_group("nccl", rank=rank, world_size=world)
     device = f"cuda:{rank}"
     found = linear_head.heads(rank, world, device), prototypes.results_of(rank, world, device)
-    torch.save(found, f"{folder}/{rank}")
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     count = torch.cuda.device_count()
-    return prototypes.spawned(worker, 4 if count >= 4 else min(count, 2), tmp_path_factory.mktemp("ranks"))
+    return spawned(worker, 4 if count >= 4 else min(count, 2), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("number", NUMBERS)

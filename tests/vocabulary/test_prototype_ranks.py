@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import interpreter
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from test_vocabulary_ranks import spawned
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -132,17 +130,8 @@ def _on_rank(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     interpreter.repair()
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
-    torch.save(results_of(rank, world, "cpu"), f"{folder}/{rank}")
+    torch.save(results_of(rank, world, "cpu"), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-
-
-def spawned(worker: Any, world: int, folder: Path) -> list[Any]:
-    """What each rank has saved."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    mp.spawn(worker, (world, port, str(folder)), nprocs=world)
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

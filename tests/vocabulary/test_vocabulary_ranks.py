@@ -109,7 +109,7 @@ def problem(number, case):
 
 
 def own(made, case, world, rank):
-    """What a rank passes."""
+    """The arguments of a rank."""
     sizes, mine = sizes_of(case, world), dict(made)
     columns = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for name in ("linear_weight", "linear_bias"):
