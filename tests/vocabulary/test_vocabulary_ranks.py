@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import sslkernels as sk
+from benchmarks import over_ranks as over_ranks_benchmark
 
 pytestmark = pytest.mark.costly("processes start")
 ROWS, DIM, VOCAB = 24, 5, 21
@@ -310,6 +311,18 @@ def masked(ids):
     return sk.mask_tokens(tokens, mask_id=1, vocab_size=100, probability=0.4, seed=4, row_ids=ids).input_ids
 
 
+def benchmarked(rank, world):
+    """Gradients of the losses that `benchmarks.over_ranks` times."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(over_ranks_benchmark.SIZES, "vocabulary", (24, 16, 64))
+        leaves, others = over_ranks_benchmark.tensors("vocabulary", rank, world)
+        for name, loss in over_ranks_benchmark.providers("vocabulary", rank, world).items():
+            loss = loss(*[leaf.requires_grad_() for leaf in leaves], *others)
+            found[name] = torch.autograd.grad(loss, leaves)
+    return found
+
+
 BERT_LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -389,7 +402,19 @@ def samples(rank, world):
 
 SPECIAL = {
     function.__name__: function
-    for function in (samples, confident, not_finite, refusals, checked_ranks, two_heads, traffic, flops, row_ids, bert)
+    for function in (
+        samples,
+        confident,
+        not_finite,
+        refusals,
+        checked_ranks,
+        two_heads,
+        traffic,
+        flops,
+        row_ids,
+        bert,
+        benchmarked,
+    )
 }
 
 
@@ -514,6 +539,13 @@ def test_three_numbers_a_row_in_forward(ranks):
 
 def test_the_matmuls_are_shared(ranks):
     assert sum(special(ranks, "flops")[1]) == 6 * 12 * 12 * 12
+
+
+def test_what_is_timed_over_ranks_computes_the_same(ranks):
+    for found in special(ranks, "benchmarked")[1]:
+        ours, *others = found.values()
+        for gradients in others:
+            torch.testing.assert_close(gradients, ours, rtol=1e-5, atol=1e-7)
 
 
 def test_noise_does_not_depend_on_the_number_of_ranks(ranks):
