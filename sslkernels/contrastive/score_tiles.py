@@ -29,7 +29,7 @@ from sslkernels.contrastive.pair_rows import (
     SideGrad,
 )
 from sslkernels.core import segment_sum
-from sslkernels.core.chunks import ROW_MULTIPLE, equal_rows, row_pitch
+from sslkernels.core.chunks import ROW_MULTIPLE, clear_padding, equal_rows, row_pitch
 from sslkernels.core.products import add_product
 
 # Bytes of the buffer for the products of tiles.
@@ -203,6 +203,7 @@ class PairKernels:
     def begin(self, tile: Tile) -> None:
         """Computes the products of a tile, once, before its sums and gradients."""
         torch.mm(tile.queries, tile.candidates.t(), out=tile.products)
+        clear_padding(tile.products)  # the buffer may have held the products of another tile
 
     def sum_rows(self, index: Tensor, coefficient: Tensor, source: Tensor, out: Tensor) -> None:
         """out[r] = sum of coefficient[i, k] * source[i] over the pairs (i, k) with index[i, k] == r, in their order."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # Rows of a chunk are padded to a multiple of this where they are the inner dimension of a matmul: for some smaller
 # numbers of rows MKL sums a large vocabulary with four times the error.
@@ -16,6 +17,7 @@ PITCH = 64
 # A pitch that is a multiple of this many elements maps all rows to few sets of a CPU's caches: float32 matmuls of a
 # buffer of 640 x 32768 take 1.2 times longer.
 CONFLICT = 1024
+MATMUL_DEPTH = 32  # elements of a 16-bit row that a tile of a CPU's matrix unit takes
 # Rows and columns of a matmul that one multiprocessor of a GPU computes at a time.
 TILE = (128, 256)
 # Operations that a GPU computes in the time that it moves a byte (H200: 790 TFLOP/s in bfloat16, 4.3 TB/s).
@@ -97,6 +99,25 @@ def row_pitch(columns: int) -> int:
     """Elements from one row of a buffer to the next: `columns` or a few more."""
     pitch = round_up(columns, PITCH)
     return pitch if pitch % CONFLICT else pitch + PITCH
+
+
+def padded_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory (rows, columns) for a reused buffer, whose rows are `row_pitch(columns)` elements apart."""
+    buffer = like.new_empty((rows, row_pitch(columns)), dtype=dtype)[:, :columns]
+    clear_padding(buffer)
+    return buffer
+
+
+def clear_padding(rows: Tensor) -> None:
+    """Zeros what a matmul reads behind the rows of its left operand.
+
+    oneDNN (v3.12) reads 16-bit rows up to a multiple of MATMUL_DEPTH elements on CPUs with AMX and multiplies the rest
+    by 0: a NaN or an infinity there would make the whole row of the product NaN.
+    """
+    count, columns = rows.shape
+    rest = -columns % MATMUL_DEPTH
+    if rest and rows.dtype.itemsize == 2 and rows.device.type == "cpu" and rows.stride(0) >= columns + rest:
+        rows.as_strided((count, rest), (rows.stride(0), 1), rows.storage_offset() + columns).zero_()
 
 
 def round_up(value: int, multiple: int) -> int:

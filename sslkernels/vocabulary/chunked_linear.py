@@ -14,7 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sslkernels.core.chunks import ROW_MULTIPLE, Matmuls, equal_rows, round_up, row_pitch, wave_rows, workspace_of
+from sslkernels.core.chunks import (
+    ROW_MULTIPLE,
+    Matmuls,
+    equal_rows,
+    padded_rows,
+    round_up,
+    row_pitch,
+    wave_rows,
+    workspace_of,
+)
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.products import add_product
 from sslkernels.core.slices import Slices
@@ -123,8 +132,7 @@ class _Chunks:
         # All ranks reduce as many chunks: their rows follow from the largest slice.
         self.widest = self.vocab if slices is None else slices.largest
         self.chunk_rows = self._chunk_rows(plan.workspace_bytes)
-        buffer_shape = (round_up(self.chunk_rows, ROW_MULTIPLE), row_pitch(self.vocab))
-        self.buffer = input.new_empty(buffer_shape, dtype=self.dtype)[:, : self.vocab]
+        self.buffer = padded_rows(input, round_up(self.chunk_rows, ROW_MULTIPLE), self.vocab, self.dtype)
         self.grad_weight = gradients.linear_weight
         one_chunk = self.chunk_rows >= self.count and gradients.linear_weight.dtype == self.dtype
         if wanted.linear_weight and not one_chunk and gradients.linear_weight.dtype != accumulation_dtype(self.dtype):

@@ -35,6 +35,13 @@ PROTOTYPE_RANKS = "tests/vocabulary/test_prototype_ranks.py"
 
 PYTHON = [
     Mistake(
+        "what lies behind the rows of a 16-bit buffer",
+        "sslkernels/core/chunks.py",
+        "rest = -columns % MATMUL_DEPTH",
+        "rest = 0",
+        "tests/core/test_products.py",
+    ),
+    Mistake(
         "entropy of a confident row",
         PROTOTYPES + "distillation_reference.py",
         "torch.where(q > 0.5, torch.log1p(-target.rest), q.log())",

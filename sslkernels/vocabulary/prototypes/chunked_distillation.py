@@ -15,7 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslkernels.core.chunks import ROW_MULTIPLE, Matmuls, equal_rows, round_up, row_pitch, wave_rows, workspace_of
+from sslkernels.core.chunks import (
+    ROW_MULTIPLE,
+    Matmuls,
+    equal_rows,
+    padded_rows,
+    round_up,
+    row_pitch,
+    wave_rows,
+    workspace_of,
+)
 from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.products import add_product
 from sslkernels.core.slices import Slices
@@ -166,8 +175,8 @@ class Projection:
         """(rows, V), which the next call overwrites."""
         vocab = self.weight.shape[0]
         if self.buffer.shape[0] < rows.shape[0]:
-            self.buffer = self.buffer.new_empty((round_up(rows.shape[0], ROW_MULTIPLE), row_pitch(vocab)))
-        out = self.buffer[: rows.shape[0], :vocab]
+            self.buffer = padded_rows(self.buffer, round_up(rows.shape[0], ROW_MULTIPLE), vocab, self.buffer.dtype)
+        out = self.buffer[: rows.shape[0]]
         out_dtype = {} if out.dtype == self.dtype else {"out_dtype": out.dtype}
         return torch.mm(self.matmul_operand(rows), self.weight.t(), **out_dtype, out=out)
 
@@ -270,8 +279,8 @@ class _Students:
             matmuls = Matmuls(self.widest, self.weight.shape[1], self.wanted.input, self.wanted.linear_weight)
             rows = wave_rows(order.count, matmuls, fit, processors)
         if separate:
-            self.gradient_buffer = self.input.new_empty(
-                (round_up(rows, ROW_MULTIPLE), row_pitch(self.weight.shape[0])), dtype=self.dtype
+            self.gradient_buffer = padded_rows(
+                self.input, round_up(rows, ROW_MULTIPLE), self.weight.shape[0], self.dtype
             )
         if self.wanted.input:
             padded = round_up(order.count, ROW_MULTIPLE)
@@ -288,24 +297,24 @@ class _Students:
     def process(
         self, x: Tensor, state: TeacherState, choice: Choice, coefficient: Tensor | None, outputs: RowOutputs
     ) -> None:
-        count, vocab = x.shape[0], self.weight.shape[0]
+        count = x.shape[0]
         products = self.projection.products(x)
         if self.dtype == self.acc:
             self.gradient_buffer = self.projection.buffer
-        grad = None if coefficient is None else self.gradient_buffer[:count, :vocab]
+        grad = None if coefficient is None else self.gradient_buffer[:count]
         self.kernels.student(
             products, self.projection.head, state, choice, coefficient, outputs, self.options.divergence, grad
         )
 
     def accumulate(self, x: Tensor, begin: int) -> None:
         """Adds the contribution of the chunk whose first row is `begin` to every wanted gradient."""
-        count, vocab = x.shape[0], self.weight.shape[0]
-        grad = self.gradient_buffer[:count, :vocab]
+        count = x.shape[0]
+        grad = self.gradient_buffer[:count]
         if self.wanted.input:
             # On a CPU the rows are padded by scratch rows, whose results are not used.
             rows = count if x.is_cuda else round_up(count, ROW_MULTIPLE)
             out = self.grad_input[begin : begin + rows]
-            torch.mm(self.gradient_buffer[: out.shape[0], :vocab], self.weight, out=out)
+            torch.mm(self.gradient_buffer[: out.shape[0]], self.weight, out=out)
         if self.wanted.linear_weight:
             add_product(self.grad_weight, grad.t(), x, self.first)
         if self.wanted.linear_bias:
