@@ -7,7 +7,8 @@ SSLKERNELS_BUILD_EXT: 1 = a failed build of the extension is fatal, 0 = do not b
 SSLKERNELS_CUDA: 1 = CUDA kernels required, 0 = none, unset = if there is nvcc.
 SSLKERNELS_TORCH: the folder of the torch whose headers are taken. SSLKERNELS_BUILD_DIR: where objects are kept; builds
 for several Pythons that share it, and the torch, compile the kernels once.
-TORCH_CUDA_ARCH_LIST: as in torch, "8.0 9.0+PTX". MAX_JOBS: parallel compilations. CMAKE_ARGS: passed on.
+TORCH_CUDA_ARCH_LIST: as in torch; unset = the GPUs of this machine, or else "8.0 9.0+PTX". MAX_JOBS: parallel
+compilations. CMAKE_ARGS: passed on.
 """
 
 from __future__ import annotations

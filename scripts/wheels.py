@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "wheels"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+ARCHITECTURES = "8.0 9.0 10.0+PTX"  # of a wheel's CUDA kernels
 SYSTEM = re.compile(r"lib(torch_cpu|stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so|ld-linux-x86-64\.so")
 CHECK = """
 import torch, sslkernels as sk
@@ -89,6 +90,7 @@ def build(pythons: list[str]) -> list[Path]:
     tree = source_tree()
     options = {
         "SSLKERNELS_BUILD_EXT": "1",
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES),
         "SSLKERNELS_BUILD_DIR": str(FOLDER / "objects"),
         "SSLKERNELS_TORCH": torch.submodule_search_locations[0],
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sslkernels.core.triton.launch import VECTOR_BYTES, Config, next_power_of_2, on_device_of
 from sslkernels.core.triton.numerics import log1p
-from sslkernels.vocabulary.triton.softmax_row_kernels import cap_slope, capped, scalars_of, uncapped_logits, vector_tile
+from sslkernels.vocabulary.triton.softmax_row_kernels import cap_slope, capped, converted, uncapped_logits, vector_tile
 
 NOT_SPECIALIZED = ["coefficient_stride"]
 
@@ -85,7 +85,7 @@ def probability_rows_fwd_kernel(
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * logits_stride
     target += i * target_stride
-    label_smoothing, z_loss, softcap, logit_scale = scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = converted((label_smoothing, z_loss, softcap, logit_scale), ACC)
     keep, spread = 1.0 - label_smoothing, label_smoothing / classes
 
     largest = tl.full((BLOCK,), float("-inf"), ACC)
@@ -131,7 +131,7 @@ def probability_rows_bwd_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = row_max_in.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
-    label_smoothing, z_loss, softcap, logit_scale = scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = converted((label_smoothing, z_loss, softcap, logit_scale), ACC)
     keep, spread = 1.0 - label_smoothing, label_smoothing / classes
     row_max, sum_exp = tl.load(row_max_in + i), tl.load(sum_exp_in + i)
     factor = tl.load(coefficient + i * coefficient_stride).to(ACC)

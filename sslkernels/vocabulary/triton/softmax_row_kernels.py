@@ -158,12 +158,12 @@ def log_probability(target_z, row_max, others):
 
 
 @triton.jit
-def scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC: tl.constexpr):
-    """The options in the accumulation dtype."""
-    return (
-        tl.full((), label_smoothing, ACC), tl.full((), z_loss, ACC),
-        tl.full((), softcap, ACC), tl.full((), logit_scale, ACC),
-    )  # fmt: skip
+def converted(values, ACC: tl.constexpr):
+    """The scalars of a tuple in the accumulation dtype."""
+    found = ()
+    for i in tl.static_range(len(values)):
+        found = found + (tl.full((), values[i], ACC),)  # noqa: RUF005, of which Triton has none
+    return found
 
 
 @triton.jit
@@ -259,7 +259,7 @@ def cross_entropy_rows_fwd_kernel(
             _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing, z_loss, softcap, logit_scale = scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = converted((label_smoothing, z_loss, softcap, logit_scale), ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
@@ -374,7 +374,7 @@ def cross_entropy_rows_bwd_kernel(
         _write_zeros(grad + grad_offset, grad_body, head, length, vocab, BLOCK, VECTOR)
         return
 
-    label_smoothing, z_loss, softcap, logit_scale = scalars_of(label_smoothing, z_loss, softcap, logit_scale, ACC)
+    label_smoothing, z_loss, softcap, logit_scale = converted((label_smoothing, z_loss, softcap, logit_scale), ACC)
     wrong = (label < 0) | (label >= vocab)
     y = tl.where(wrong, 0, label).to(tl.int32)
     row_logits = logits + offset
