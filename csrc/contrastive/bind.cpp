@@ -97,7 +97,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "-> "
       "()");
   m.def(
-      "pair_finish_gradient(Tensor(a!) total, Tensor values, Tensor? norm, Tensor? partner, Tensor? partner_norm, "
+      "pair_finish_gradient(Tensor total, Tensor values, Tensor? norm, Tensor? partner, Tensor? partner_norm, "
       "Tensor? index, Tensor? score_gradient, Tensor? extra, Tensor scale, Tensor(b!) out) -> ()");
   m.def(
       "pair_positives_in_tile(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "

@@ -71,8 +71,9 @@ struct PairLosses {
 
 struct FeatureGradients {
   Element element;  // of the features
+  Element total_element;
   Element out_element;
-  void* total;  // in the accumulation type; overwritten, may be `out`
+  const void* total;  // may be `out`
   const void* values;
   const void* norm;
   int64_t rows;

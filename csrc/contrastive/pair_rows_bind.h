@@ -108,7 +108,9 @@ inline FeatureGradients parse_finish_gradients(const Tensor& total, const Tensor
   args.out_element = element_of(out);
   args.rows = values.size(0);
   args.dim = values.size(1);
-  args.total = writable(total, {args.rows, args.dim}, type, "total");
+  args.total_element = element_of(total);
+  const auto total_type = total.scalar_type() == values.scalar_type() ? values.scalar_type() : type;
+  args.total = readable(total, {args.rows, args.dim}, total_type, "total");
   args.values = readable(values, {args.rows, args.dim}, values.scalar_type(), "values");
   args.norm = readable(norm, {args.rows}, type, "norm");
   if (partner) {

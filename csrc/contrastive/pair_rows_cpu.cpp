@@ -149,10 +149,8 @@ void losses_of(const PairLosses& args, int64_t begin, int64_t end) {
 
 template <class A>
 void finish_row(const FeatureGradients& args, int64_t i) {
-  const Element accumulation = accumulation_element(args.element);
-  A* total = static_cast<A*>(row_of(accumulation, args.total, i, args.dim));
-  const A* extra =
-      args.extra == nullptr ? nullptr : static_cast<const A*>(row_of(accumulation, args.extra, i, args.dim));
+  const void* total = row_of(args.total_element, args.total, i, args.dim);
+  const A* extra = args.extra == nullptr ? nullptr : static_cast<const A*>(args.extra) + i * args.dim;
   const void* values = row_of(args.element, args.values, i, args.dim);
   void* out = row_of(args.out_element, args.out, i, args.dim);
   const A scale = entry<A>(args.scale, 0);
@@ -164,11 +162,9 @@ void finish_row(const FeatureGradients& args, int64_t i) {
   const bool has_partner = partner >= 0 && partner < args.partners;
   if (factor != A(0) && has_partner && args.norm != nullptr) factor *= norm * entry<A>(args.partner_norm, partner);
 
-  alignas(kLine) A x[kBlock], y[kBlock];
-  A along = 0;
-  for (int64_t begin = 0; begin < args.dim; begin += kBlock) {
-    const int64_t count = at_most(args.dim - begin, kBlock);
-    A* t = total + begin;
+  alignas(kLine) A t[kBlock], x[kBlock], y[kBlock];
+  const auto before_projection = [&](int64_t begin, int64_t count) {
+    load_any(args.total_element, total, begin, count, t);
     if (factor != A(0)) {
       if (has_partner) {
         load_any(args.element, row_of(args.element, args.partner, partner, args.dim), begin, count, y);
@@ -184,6 +180,11 @@ void finish_row(const FeatureGradients& args, int64_t i) {
 #pragma omp simd
       for (int64_t d = 0; d < count; ++d) t[d] += extra[begin + d];
     }
+  };
+  A along = 0;
+  for (int64_t begin = 0; begin < args.dim; begin += kBlock) {
+    const int64_t count = at_most(args.dim - begin, kBlock);
+    before_projection(begin, count);
     if (projects) {
       load_any(args.element, values, begin, count, x);
       A part = 0;
@@ -198,7 +199,7 @@ void finish_row(const FeatureGradients& args, int64_t i) {
   along *= norm * norm;
   for (int64_t begin = 0; begin < args.dim; begin += kBlock) {
     const int64_t count = at_most(args.dim - begin, kBlock);
-    A* t = total + begin;
+    before_projection(begin, count);  // again: a row does not fit the block
     load_any(args.element, values, begin, count, x);
 #pragma omp simd
     for (int64_t d = 0; d < count; ++d) t[d] -= along * x[d];

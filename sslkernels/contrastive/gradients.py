@@ -15,21 +15,25 @@ class FeatureGradients:
     """Accumulators, None where no gradient is wanted.
 
     query, key, bank: gradients of the features as they are, in the accumulation dtype, before logit_scale; key is query
-    where the queries are the keys. pair_key: for hinge, gradients of the keys gathered by pair. negatives: gradients of
+    where the queries are the keys. one_product: each is the product of one tile, which is written over it, in the
+    dtype of the product. pair_key: for hinge, gradients of the keys gathered by pair. negatives: gradients of
     the per-query negatives (by index: as in `query_negatives`); query_of_negatives: the part of these in the gradient
     of the queries. dot, total: per row the sum of gradient * u and the sum of the gradient, float64. positive_score:
     gradient of the positives' scores.
     """
 
-    def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted) -> None:
+    def __init__(self, kernels: PairKernels, setup: PairSetup, wanted: PairWanted, one_product: bool = False) -> None:
         self.kernels = kernels
         self.setup = setup
         self.wanted = wanted
+        self.one_product = one_product
         acc = setup.acc
 
         def zeros(values: Tensor | None, want: bool) -> Tensor | None:
             if values is None or not (want and setup.wants_gradients):
                 return None
+            if one_product:
+                return torch.empty_like(values, dtype=acc if values.is_cuda else values.dtype)
             return values.new_zeros(values.shape, dtype=acc)
 
         self.query = zeros(setup.query, wanted.query)

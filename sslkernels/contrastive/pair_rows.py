@@ -103,8 +103,8 @@ class LossOutputs(NamedTuple):
 
 
 class FeatureGradient(NamedTuple):
-    """total (N, D), in the accumulation dtype: the gradient of features as if u were their product as they are, before
-    logit_scale. values (N, D), norm: the features and their inverse norms.
+    """total (N, D), in the accumulation dtype or that of the features: the gradient of features as if u were their
+    product as they are, before logit_scale. values (N, D), norm: the features and their inverse norms.
 
     partner: the features of the positive, row `index` (row i if None, as far as there are rows), which add
     score_gradient * norm * partner_norm * partner. extra (N, D): added after logit_scale.
@@ -234,7 +234,7 @@ def softmax_slope(side: SideGrad, options: LossOptions, others: Tensor, score: T
 
 def finish_gradient(gradient: FeatureGradient, scale: Tensor, out: Tensor) -> None:
     """out = the gradient of the features: adds the positive's part to `total`, applies logit_scale, adds `extra`, and
-    projects out the direction of normalised features. Overwrites total."""
+    projects out the direction of normalised features. Overwrites total, which may be `out`."""
     total, values, norm, partner, partner_norm, index, score_gradient, extra = gradient
     if partner is not None and partner.shape[0] == 0:
         partner = None
@@ -245,7 +245,7 @@ def finish_gradient(gradient: FeatureGradient, scale: Tensor, out: Tensor) -> No
             pair_norm = torch.where(has, norm * partner_norm[index], 1)
             factor = torch.where(factor != 0, factor * pair_norm, 0)
     for rows in row_blocks(total):
-        part = total[rows]
+        part = total[rows].to(scale.dtype)
         if partner is not None:
             of_row = factor[rows].unsqueeze(1)
             part += torch.where(of_row != 0, of_row * partner[index[rows]].to(part.dtype), 0)
@@ -257,4 +257,4 @@ def finish_gradient(gradient: FeatureGradient, scale: Tensor, out: Tensor) -> No
             along = (part * x).sum(1) * r * r
             along = torch.where(r * NORM_EPS < 1, along, 0)  # a norm that was clamped is a constant
             part.addcmul_(along.unsqueeze(1), x, value=-1)
-    out.copy_(total)
+        out[rows] = part

@@ -74,7 +74,7 @@ from sslkernels.contrastive.score_tiles import (
     add_scores,
 )
 from sslkernels.contrastive.statistics import Statistics, running_sums
-from sslkernels.contrastive.steps import Candidates, Steps, TileSpec, at, length, shared_candidates
+from sslkernels.contrastive.steps import Candidates, Steps, TileSpec, at, is_one_tile, length, shared_candidates
 
 Record = TypeVar("Record", RowSums, ColumnSums, SideGrad)
 
@@ -129,7 +129,7 @@ class Plan:
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
         self.fused = False
-        self.grads = self._gradients(wanted)
+        self.grads = self._gradients(wanted, stats)
         self.steps = Steps(kernels, setup, list(self._candidates(stats)))
 
         softmax = options.energy == SOFTMAX
@@ -143,8 +143,10 @@ class Plan:
         self.loss = setup.query.new_zeros(setup.count, dtype=setup.acc)
         self.state = self._empty_state()
 
-    def _gradients(self, wanted: PairWanted) -> FeatureGradients:
-        return FeatureGradients(self.kernels, self.setup, wanted)
+    def _gradients(self, wanted: PairWanted, stats: bool) -> FeatureGradients:
+        whole_rows = stats or not self.two_pass
+        one_product = self.setup.wants_gradients and is_one_tile(self.kernels, self.setup, whole_rows)
+        return FeatureGradients(self.kernels, self.setup, wanted, one_product)
 
     def _candidates(self, stats: bool) -> Iterable[Candidates]:
         return shared_candidates(self.setup, self.grads, stats)
@@ -159,6 +161,8 @@ class Plan:
         # Statistics compare the scores of a row with its positive's, which is in one of its tiles.
         whole_rows = (sums and gradient) or self.statistics is not None
         steps = self.steps.lay_out(gradient and not weighted, whole_rows)
+        if self.grads.one_product and (len(steps) != 1 or len(steps[0].tiles) != 1):
+            raise AssertionError("sslkernels: a gradient of one product has several tiles")
         self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
         for step in steps if sums else reversed(steps):
             self.steps.begin(step)
@@ -248,7 +252,7 @@ class Plan:
             candidates=None if spec.twice else at(candidates.gradient, spec.columns),
             row_sums=_sliced(self.row_sums, rows) if self.fused else None,
         )
-        self.kernels.add_gradients(tile, row, column, outputs)
+        self.kernels.add_gradients(tile, row, column, outputs, grads.one_product)
         if spec.twice:
             grads.dot[rows].add_(outputs.dot, alpha=0.5)
 

@@ -246,7 +246,7 @@ class RankPlan(Plan):
     setup: RankSetup
     grads: _RankGradients
 
-    def _gradients(self, wanted: PairWanted) -> _RankGradients:
+    def _gradients(self, wanted: PairWanted, stats: bool) -> _RankGradients:
         return _RankGradients(self.kernels, self.setup, wanted)
 
     def _candidates(self, stats: bool) -> Iterator[Candidates]:

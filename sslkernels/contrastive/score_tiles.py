@@ -239,15 +239,17 @@ class PairKernels:
         if columns is not None:
             self.column_sums(tile, thresholds.column, columns)
 
-    def add_gradients(self, tile: Tile, row: SideGrad, column: SideGrad, outputs: GradientOutputs) -> None:
+    def add_gradients(
+        self, tile: Tile, row: SideGrad, column: SideGrad, outputs: GradientOutputs, first: bool = False
+    ) -> None:
         """With G the gradient of the scores times both norms, adds G @ candidates to outputs.queries and G.T @ queries
-        to outputs.candidates."""
+        to outputs.candidates. first: these are uninitialised, and may have the dtype of the tile."""
         cost = None if outputs.row_sums is None else outputs.row_sums.sum
         self.gradient(tile, row, column, outputs.dot, outputs.total, cost)
         if outputs.queries is not None:
-            self._add_product(outputs.queries, tile.products, tile.candidates)
+            self._add_product(outputs.queries, tile.products, tile.candidates, first)
         if outputs.candidates is not None:
-            self._add_product(outputs.candidates, tile.products.t(), tile.queries)
+            self._add_product(outputs.candidates, tile.products.t(), tile.queries, first)
 
     def fuses_sums(self, features: Tensor) -> bool:
         """Whether `add_gradients` of a sigmoid energy also gives its sums, so that products are computed once."""
@@ -262,10 +264,10 @@ class PairKernels:
         column_norm * candidate (rows, D) and exp(s - max) * u (rows,), in the accumulation dtype."""
         raise NotImplementedError
 
-    def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor) -> None:
-        """total += gradient @ values, in the dtype of total."""
+    def _add_product(self, total: Tensor, gradient: Tensor, values: Tensor, first: bool = False) -> None:
+        """total = (0 if first else total) + gradient @ values, in the dtype of total."""
         if total.dtype == values.dtype or total.is_cuda:
-            add_product(total, gradient, values, first=False)
+            add_product(total, gradient, values, first)
         else:
             self.add(total, torch.mm(gradient, values))
 

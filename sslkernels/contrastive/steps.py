@@ -183,6 +183,16 @@ class Steps:
         )
 
 
+def is_one_tile(kernels: PairKernels, setup: PairSetup, whole_rows: bool) -> bool:
+    """Whether one tile of keys, each the positive of at most the row of its number, holds all scores."""
+    only_keys = setup.options.in_batch and setup.bank is None and setup.negatives is None
+    scores, in_order = (setup.count, setup.keys), setup.positives.in_order and not setup.mutual
+    keeps = kernels.keeps_products(setup.query) and not kernels.has_weighted_sums(setup.query)
+    if not (only_keys and in_order and keeps):
+        return False
+    return 0 not in scores and kernels.tile_shape(scores, setup.query, True, whole_rows)[0] == scores
+
+
 def shared_candidates(setup: PairSetup, grads: FeatureGradients, stats: bool) -> Iterator[Candidates]:
     """stats: whether the keys are read for statistics, where they are no candidates."""
     options, positives, inputs = setup.options, setup.positives, setup.inputs

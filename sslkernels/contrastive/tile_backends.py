@@ -138,11 +138,11 @@ class TritonPairs(ReferencePairs):
             return super().sums(tile, rows, columns, thresholds, cosine_norms)
         add_sums(tile, rows, columns, thresholds, cosine_norms)
 
-    def add_gradients(self, tile, row, column, outputs):
+    def add_gradients(self, tile, row, column, outputs, first=False):
         from sslkernels.contrastive.triton.tile_gradients import add_gradients
 
         if tile.queries.dtype == torch.float64:
-            return super().add_gradients(tile, row, column, outputs)
+            return super().add_gradients(tile, row, column, outputs, first)
         gain, written = add_gradients(tile, row, column, outputs)
         if written and outputs.queries is not None:
             self._add_scaled_product(outputs.queries, tile.products, tile.candidates, gain)
