@@ -35,6 +35,17 @@ void run_pair_column_sums(const PairColumnSums& sums) {
   parallel(blocks, row_grain(sums.tile.rows * kPairColumns), SSLKERNELS_CURRENT_ISA(pair_column_sums), sums);
 }
 
+void run_pair_softmax_sums(PairSoftmaxSums sums) {
+  const ScoreTile& tile = sums.tile;
+  const int64_t values = parts_of(tile) * tile.columns, size = bytes_of(accumulation_element(tile.element));
+  const auto memory = scratch_of(2 * values * size);
+  sums.part_max = memory.get();
+  sums.part_sum = memory.get()->bytes + values * size;
+  parallel(parts_of(tile), row_grain(kPartRows * tile.columns), SSLKERNELS_CURRENT_ISA(pair_softmax_sums), sums);
+  const int64_t blocks = (tile.columns + kPairColumns - 1) / kPairColumns;
+  parallel(blocks, row_grain(parts_of(tile) * kPairColumns), SSLKERNELS_CURRENT_ISA(pair_softmax_merge), sums);
+}
+
 void run_pair_gradient(const PairGradient& gradient) {
   parallel(gradient.tile.rows, row_grain(gradient.tile.columns), SSLKERNELS_CURRENT_ISA(pair_gradient), gradient);
 }
@@ -119,6 +130,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
       "Tensor? threshold, Tensor(a!)? max, Tensor(b!) sum, "
       "Tensor(c!)? active, Tensor(d!)? score_sum, Tensor(e!)? positive_sum) -> ()");
   m.def(
+      "pair_softmax_sums(Tensor products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
+      "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
+      "row_id, Tensor? column_id, bool ids_positive, Tensor? pair_mask, Tensor? mask_index, Tensor? column_mask, "
+      "Tensor(a!) row_max, Tensor(b!) row_sum, Tensor(c!) column_max, Tensor(d!) column_sum) -> ()");
+  m.def(
       "pair_gradient(Tensor(a!) products, Tensor? row_norm, Tensor? column_norm, Tensor scale, Tensor? bias, int "
       "energy, Tensor? row_positive, Tensor? column_positive, Tensor? row_self, Tensor? column_self, Tensor? "
       "row_id, Tensor? column_id, bool ids_positive, Tensor? pair_mask, Tensor? mask_index, Tensor? column_mask, "
@@ -143,6 +159,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_pair_positives, run_pair_positives>(m, "pair_positives_in_tile");
   bind_cpu<parse_pair_row_sums, run_pair_row_sums>(m, "pair_row_sums");
   bind_cpu<parse_pair_column_sums, run_pair_column_sums>(m, "pair_column_sums");
+  bind_cpu<parse_pair_softmax_sums, run_pair_softmax_sums>(m, "pair_softmax_sums");
   bind_cpu<parse_pair_gradient, run_pair_gradient>(m, "pair_gradient");
   bind_cpu<parse_negative_sampling_fwd, run_negative_sampling_fwd>(m, "negative_sampling_fwd");
   bind_cpu<parse_glove_fwd, run_glove_fwd>(m, "glove_fwd");

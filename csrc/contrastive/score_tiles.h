@@ -75,6 +75,21 @@ struct PairColumnSums {
   const void* threshold;
 };
 
+// `max` and `sum` of the rows and of the columns of a softmax at once. Rows go part by part, whatever the number of
+// threads, and leave the maxima and sums of the columns over each part (parts, columns), which are merged afterwards.
+struct PairSoftmaxSums {
+  ScoreTile tile;
+  void* row_max;
+  double* row_sum;
+  void* column_max;
+  double* column_sum;
+  void* part_max;
+  void* part_sum;
+};
+
+constexpr int64_t kPartRows = 32;
+inline int64_t parts_of(const ScoreTile& tile) { return (tile.rows + kPartRows - 1) / kPartRows; }
+
 // The contribution of one side (the rows or the columns) to the gradient of a score:
 //
 //     softmax: weight * exp(s - reference) - share (extra positives) - smoothing, reference = log-sum-exp;
@@ -96,12 +111,14 @@ struct PairGradient {
   double* cost;   // sigmoid: += sum of softplus(+-s) of each row; null: not computed
 };
 
-// Columns per block of pair_column_sums, which takes blocks [begin_block, end_block).
+// Columns per block of pair_column_sums and pair_softmax_merge, which take blocks [begin_block, end_block).
 constexpr int64_t kPairColumns = 256;
 
 SSLKERNELS_CPU_KERNELS(void pair_positives_in_tile(const PairPositives& positives, int64_t begin, int64_t end);
                        void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end);
                        void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
+                       void pair_softmax_sums(const PairSoftmaxSums& sums, int64_t begin_part, int64_t end_part);
+                       void pair_softmax_merge(const PairSoftmaxSums& sums, int64_t begin_block, int64_t end_block);
                        void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end);)
 
 }  // namespace sslkernels

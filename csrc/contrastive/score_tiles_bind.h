@@ -28,7 +28,7 @@ inline void parse_masks(const OptionalTensor& pair_mask, const OptionalTensor& m
   check_indices(*mask_index, tile.columns, width, "mask_index");
 }
 
-// The arguments that the four operators share.
+// The arguments that the operators share.
 inline ScoreTile parse_score_tile(const Tensor& products, const OptionalTensor& row_norm,
                                   const OptionalTensor& column_norm, const Tensor& scale, const OptionalTensor& bias,
                                   int64_t energy, const OptionalTensor& row_positive,
@@ -148,6 +148,28 @@ inline PairSide parse_pair_side(const OptionalTensor& weight, const OptionalTens
   const auto type = accumulation_type(tile.element);
   return {readable(weight, {size}, type, "weight"), readable(reference, {size}, type, "reference"),
           readable(share, {size}, type, "share"), readable(smoothing, {size}, type, "smoothing")};
+}
+
+// Without the memory of the parts.
+inline PairSoftmaxSums parse_pair_softmax_sums(
+    const Tensor& products, const OptionalTensor& row_norm, const OptionalTensor& column_norm, const Tensor& scale,
+    const OptionalTensor& bias, int64_t energy, const OptionalTensor& row_positive,
+    const OptionalTensor& column_positive, const OptionalTensor& row_self, const OptionalTensor& column_self,
+    const OptionalTensor& row_id, const OptionalTensor& column_id, bool ids_positive, const OptionalTensor& pair_mask,
+    const OptionalTensor& mask_index, const OptionalTensor& column_mask, const Tensor& row_max, const Tensor& row_sum,
+    const Tensor& column_max, const Tensor& column_sum) {
+  PairSoftmaxSums sums{};
+  sums.tile =
+      parse_score_tile(products, row_norm, column_norm, scale, bias, energy, row_positive, column_positive, row_self,
+                       column_self, row_id, column_id, ids_positive, pair_mask, mask_index, column_mask);
+  STD_TORCH_CHECK(sums.tile.energy == Energy::kSoftmax && !ids_positive,
+                  "sslkernels: pair_softmax_sums is for a softmax without extra positives");
+  const auto type = accumulation_type(products);
+  sums.row_max = writable(row_max, {sums.tile.rows}, type, "row_max");
+  sums.row_sum = writable<double>(row_sum, {sums.tile.rows}, ScalarType::Double, "row_sum");
+  sums.column_max = writable(column_max, {sums.tile.columns}, type, "column_max");
+  sums.column_sum = writable<double>(column_sum, {sums.tile.columns}, ScalarType::Double, "column_sum");
+  return sums;
 }
 
 inline PairGradient parse_pair_gradient(

@@ -312,6 +312,98 @@ void column_sums(const PairColumnSums& sums, int64_t begin) {
   }
 }
 
+// How far below the reference of its sum a column's maximum may be: beyond, exponentials underflow.
+template <class A>
+constexpr A kTrusted = sizeof(A) == 4 ? A(60) : A(600);
+
+// Rows [part * kPartRows, ...) of a softmax, from one exponential a score: their sums, and those of the columns over
+// these rows. A block of a row has its own maximum as reference; columns follow the largest of these, and a column that
+// is far below it is summed again on its own.
+template <class A>
+void softmax_sums_of_part(const PairSoftmaxSums& sums, int64_t part) {
+  const ScoreTile& tile = sums.tile;
+  const Scores<A> scores{tile};
+  const int64_t first = part * kPartRows, rows = at_most(tile.rows - first, kPartRows);
+  A* row_max = static_cast<A*>(sums.row_max) + first;
+  double* row_sum = sums.row_sum + first;
+  alignas(kLine) A u[kBlock], s[kBlock], e[kBlock], max[kBlock], sum[kBlock];
+  for (int64_t begin = 0; begin < tile.columns; begin += kBlock) {
+    const int64_t count = at_most(tile.columns - begin, kBlock);
+    for (int64_t j = 0; j < count; ++j) max[j] = kLeftOut<A>, sum[j] = A(0);
+    A reference = kLeftOut<A>;
+    for (int64_t r = 0; r < rows; ++r) {
+      scores.block(first + r, begin, count, u, s, nullptr);
+      const A top = block_max(s, count, kLeftOut<A>);
+      const A shift = top == kLeftOut<A> ? A(0) : top;  // no score: every exponential is 0
+      A block_sum = 0;
+#pragma omp simd reduction(+ : block_sum)
+      for (int64_t j = 0; j < count; ++j) {
+        e[j] = exp_nonpositive(s[j] - shift);
+        block_sum += e[j];
+      }
+      if (top > row_max[r]) {
+        row_sum[r] = row_sum[r] * (row_max[r] == kLeftOut<A> ? A(0) : exp_nonpositive(row_max[r] - top)) + block_sum;
+        row_max[r] = top;
+      } else {
+        row_sum[r] += block_sum * (top == kLeftOut<A> ? A(1) : exp_nonpositive(top - row_max[r]));
+      }
+      A weight = 1;
+      if (top > reference) {
+        const A decay = reference == kLeftOut<A> ? A(1) : exp_nonpositive(reference - top);
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) sum[j] *= decay;
+        reference = top;
+      } else if (top != kLeftOut<A>) {
+        weight = exp_nonpositive(top - reference);
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        sum[j] += weight * e[j];
+        max[j] = s[j] > max[j] ? s[j] : max[j];
+      }
+    }
+    int32_t far = 0;
+#pragma omp simd reduction(+ : far)
+    for (int64_t j = 0; j < count; ++j) {
+      const A below = max[j] == kLeftOut<A> ? A(0) : max[j] - reference;
+      far += below < -kTrusted<A> ? 1 : 0;
+      sum[j] /= exp_nonpositive(below);
+    }
+    for (int64_t j = 0; far > 0 && j < count; ++j) {
+      if (max[j] == kLeftOut<A> || !(max[j] - reference < -kTrusted<A>)) continue;
+      sum[j] = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        A one_u, one_s;
+        scores.block(first + r, begin + j, 1, &one_u, &one_s, nullptr);
+        sum[j] += exp_nonpositive(one_s - max[j]);
+      }
+    }
+    A* part_max = static_cast<A*>(sums.part_max) + part * tile.columns + begin;
+    A* part_sum = static_cast<A*>(sums.part_sum) + part * tile.columns + begin;
+    for (int64_t j = 0; j < count; ++j) part_max[j] = max[j], part_sum[j] = sum[j];
+  }
+}
+
+// Adds the parts to the sums of at most kPairColumns columns.
+template <class A>
+void merge_parts(const PairSoftmaxSums& sums, int64_t begin) {
+  const int64_t columns = sums.tile.columns, count = at_most(columns - begin, kPairColumns);
+  A* max = static_cast<A*>(sums.column_max) + begin;
+  double* sum = sums.column_sum + begin;
+  for (int64_t part = 0; part < parts_of(sums.tile); ++part) {
+    const A* part_max = static_cast<const A*>(sums.part_max) + part * columns + begin;
+    const A* part_sum = static_cast<const A*>(sums.part_sum) + part * columns + begin;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const A moved = part_max[j] > max[j] ? part_max[j] : max[j];
+      const A decay = moved > max[j] ? exp_nonpositive(max[j] - moved) : A(1);
+      const A weight = part_max[j] == kLeftOut<A> ? A(1) : exp_nonpositive(part_max[j] - moved);
+      sum[j] = sum[j] * decay + part_sum[j] * weight;
+      max[j] = moved;
+    }
+  }
+}
+
 template <class A>
 A entry(const void* values, int64_t i) {
   return values == nullptr ? A(0) : static_cast<const A*>(values)[i];
@@ -437,6 +529,16 @@ void pair_row_sums(const PairRowSums& sums, int64_t begin, int64_t end) {
 
 void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block) {
   const auto run = sums.tile.element == Element::kDouble ? column_sums<double> : column_sums<float>;
+  for (int64_t b = begin_block; b < end_block; ++b) run(sums, b * kPairColumns);
+}
+
+void pair_softmax_sums(const PairSoftmaxSums& sums, int64_t begin_part, int64_t end_part) {
+  const auto run = sums.tile.element == Element::kDouble ? softmax_sums_of_part<double> : softmax_sums_of_part<float>;
+  for (int64_t part = begin_part; part < end_part; ++part) run(sums, part);
+}
+
+void pair_softmax_merge(const PairSoftmaxSums& sums, int64_t begin_block, int64_t end_block) {
+  const auto run = sums.tile.element == Element::kDouble ? merge_parts<double> : merge_parts<float>;
   for (int64_t b = begin_block; b < end_block; ++b) run(sums, b * kPairColumns);
 }
 

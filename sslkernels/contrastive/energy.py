@@ -449,8 +449,8 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over
     checks.dims(function, "query", query, 2, "(N, D)", high=2)
     count, dim = query.shape
     for name, value, meaning in (("key", key, "(M, D)"), ("bank", bank, "(B, D)")):
-        checks.tensor(function, name, value, checks.FLOAT_DTYPES, optional=True)
         if value is not None:
+            checks.tensor(function, name, value, checks.FLOAT_DTYPES, optional=True)
             checks.dims(function, name, value, 2, meaning, high=2)
             checks.shape(function, name, value, (value.shape[0], dim), meaning)
     checks.tensor(function, "negatives", negatives, (*checks.FLOAT_DTYPES, *checks.INDEX_DTYPES), optional=True)
@@ -472,8 +472,9 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over
         ("query_ids", query_ids, count, "(N,)"), ("key_ids", key_ids, keys, "(M,)"),
         ("bank_ids", bank_ids, banked, "(B,)"),
     ):  # fmt: skip
-        checks.tensor(function, name, value, checks.INDEX_DTYPES, optional=True)
-        checks.shape(function, name, value, (size,), meaning)
+        if value is not None:
+            checks.tensor(function, name, value, checks.INDEX_DTYPES, optional=True)
+            checks.shape(function, name, value, (size,), meaning)
     if (query_ids is None) != (key_ids is None and bank_ids is None):
         missing = "query_ids" if query_ids is None else "key_ids" if bank is None else "key_ids or bank_ids"
         checks.fail(ValueError, function, missing, "be given with the other ids", None)
@@ -481,8 +482,10 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over
         checks.fail(ValueError, function, "bank_ids", "be None without bank", tuple(bank_ids.shape))
     shapes = ((count, keys), "(N, M)"), ((keys,), "(M,)"), ((banked,), "(B,)")
     for name, mask, (shape, meaning) in zip(("candidate_mask", "key_mask", "bank_mask"), masks, shapes, strict=True):
+        if mask is None:
+            continue
         checks.tensor(function, name, mask, (torch.bool,), optional=True)
-        if mask is not None and name == "bank_mask" and bank is None:
+        if name == "bank_mask" and bank is None:
             checks.fail(ValueError, function, name, "be None without bank", tuple(mask.shape))
         if name != "candidate_mask" or not over_ranks:  # over ranks it has a column for each key of all ranks
             checks.shape(function, name, mask, shape, meaning)
@@ -492,5 +495,6 @@ def _check_tensors(function: str, tensors: PairTensors, exclude_self: bool, over
     checks.shape(function, "row_weight", row_weight, (count,), "(N,)")
     if exclude_self and keys != count:
         checks.fail(ValueError, function, "key", "be the queries with exclude_self", f"{keys} rows for {count} queries")
-    for name, value in tensors._asdict().items():
-        checks.same_device(function, name, value, "query", query.device)
+    for name, value in zip(PairTensors._fields, tensors, strict=True):
+        if value is not None and value is not query:
+            checks.same_device(function, name, value, "query", query.device)

@@ -129,8 +129,9 @@ class Plan:
         self.row, self.column = setup.row, setup.column
         self.two_pass = options.energy == SOFTMAX and (options.columns or setup.mutual)
         self.fused = False
-        self.grads = self._gradients(wanted, stats)
-        self.steps = Steps(kernels, setup, list(self._candidates(stats)))
+        one_tile = self._is_one_tile(stats)
+        self.grads = self._gradients(wanted, one_tile)
+        self.steps = Steps(kernels, setup, list(self._candidates(stats)), one_tile)
 
         softmax = options.energy == SOFTMAX
         sums = running_sums(setup, setup.count, softmax)
@@ -143,9 +144,10 @@ class Plan:
         self.loss = setup.query.new_zeros(setup.count, dtype=setup.acc)
         self.state = self._empty_state()
 
-    def _gradients(self, wanted: PairWanted, stats: bool) -> FeatureGradients:
-        whole_rows = stats or not self.two_pass
-        one_product = self.setup.wants_gradients and is_one_tile(self.kernels, self.setup, whole_rows)
+    def _is_one_tile(self, stats: bool) -> bool:
+        return is_one_tile(self.kernels, self.setup, whole_rows=stats or not self.two_pass)
+
+    def _gradients(self, wanted: PairWanted, one_product: bool) -> FeatureGradients:
         return FeatureGradients(self.kernels, self.setup, wanted, one_product)
 
     def _candidates(self, stats: bool) -> Iterable[Candidates]:
@@ -161,8 +163,6 @@ class Plan:
         # Statistics compare the scores of a row with its positive's, which is in one of its tiles.
         whole_rows = (sums and gradient) or self.statistics is not None
         steps = self.steps.lay_out(gradient and not weighted, whole_rows)
-        if self.grads.one_product and (len(steps) != 1 or len(steps[0].tiles) != 1):
-            raise AssertionError("sslkernels: a gradient of one product has several tiles")
         self.fused = sums and gradient and setup.options.energy == SIGMOID and self.kernels.fuses_sums(query)
         for step in steps if sums else reversed(steps):
             self.steps.begin(step)

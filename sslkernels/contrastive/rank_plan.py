@@ -246,7 +246,10 @@ class RankPlan(Plan):
     setup: RankSetup
     grads: _RankGradients
 
-    def _gradients(self, wanted: PairWanted, stats: bool) -> _RankGradients:
+    def _is_one_tile(self, stats: bool) -> bool:
+        return False  # a block of keys after the other
+
+    def _gradients(self, wanted: PairWanted, one_product: bool) -> _RankGradients:
         return _RankGradients(self.kernels, self.setup, wanted)
 
     def _candidates(self, stats: bool) -> Iterator[Candidates]:

@@ -77,10 +77,14 @@ _Order = list[tuple[slice, list[TileSpec], bool]]
 class Steps:
     """The steps of a plan. `lay_out` gives them; `begin` computes the products of one, unless they are in memory."""
 
-    def __init__(self, kernels: PairKernels, setup: PairSetup, candidates: list[Candidates]) -> None:
+    def __init__(
+        self, kernels: PairKernels, setup: PairSetup, candidates: list[Candidates], one_tile: bool = False
+    ) -> None:
+        """one_tile: as `is_one_tile` says."""
         self.kernels = kernels
         self.setup = setup
         self.candidates = candidates
+        self.one_tile = one_tile
         self.steps: list[Step] = []
         self.keeps_all = False  # whether each step has memory of its own
         self.computed: set[int] = set()  # the numbers of the steps whose products are in memory
@@ -90,7 +94,9 @@ class Steps:
 
         gradient: as in `PairKernels.tile_shape`; whole_rows: a step has all tiles of its rows.
         """
-        if not self.steps or not self.kernels.keeps_products(self.setup.query):
+        if self.one_tile:
+            self.steps = self.steps or [self._one_step()]
+        elif not self.steps or not self.kernels.keeps_products(self.setup.query):
             self.steps = self._with_memory(self._order(gradient, whole_rows))
         return self.steps
 
@@ -99,8 +105,14 @@ class Steps:
             return
         for _, tile in step.tiles:
             self.kernels.begin(tile)
-        if self.kernels.keeps_products(self.setup.query):
+        if self.one_tile or self.kernels.keeps_products(self.setup.query):
             self.computed = {*self.computed, step.number} if self.keeps_all else {step.number}
+
+    def _one_step(self) -> Step:
+        (candidates,), rows, columns = self.candidates, slice(0, self.setup.count), slice(0, self.setup.keys)
+        spec = TileSpec(candidates, rows, columns, candidates.rows, candidates.columns)
+        products = self.setup.query.new_empty((rows.stop, self.kernels.pitch(columns.stop, self.setup.query)))
+        return Step(0, rows, [(spec, self._tile(spec, products[:, : columns.stop]))], ends_rows=True)
 
     def _order(self, gradient: bool, whole_rows: bool) -> _Order:
         """(rows, tiles, whether the rows end) of each step."""

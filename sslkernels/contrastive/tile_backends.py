@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sslkernels.contrastive.pair_rows import SOFTMAX
 from sslkernels.contrastive.score_tiles import PairKernels, ReferencePairs, Tile, workspace_bytes
 from sslkernels.core import segment_sum
 
@@ -13,7 +14,8 @@ class NativePairs(PairKernels):
     """The compiled extension."""
 
     ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
-    TILE_OPS = ("pair_positives_in_tile", "pair_row_sums", "pair_column_sums", "pair_gradient", "scale_add")
+    SUM_OPS = ("pair_row_sums", "pair_column_sums", "pair_softmax_sums")
+    TILE_OPS = (*SUM_OPS, "pair_positives_in_tile", "pair_gradient", "scale_add")
     OPS = (*TILE_OPS, *ROW_OPS, "sort_rows", "weighted_row_sums")
 
     def inverse_norm(self, values, acc):
@@ -38,6 +40,14 @@ class NativePairs(PairKernels):
 
     def positives_in_tile(self, tile, column, score):
         torch.ops.sslkernels_native.pair_positives_in_tile(*_flat(tile), column, score)
+
+    def sums(self, tile, rows, columns, thresholds, cosine_norms):
+        if tile.energy == SOFTMAX and rows is not None and columns is not None:
+            (row_max, row_sum, *others), (column_max, column_sum, *other_columns) = rows, columns
+            if not any(sums is not None for sums in (*others, *other_columns)):
+                torch.ops.sslkernels_native.pair_softmax_sums(*_flat(tile), row_max, row_sum, column_max, column_sum)
+                return
+        super().sums(tile, rows, columns, thresholds, cosine_norms)
 
     def row_sums(self, tile, threshold, positive_score, cosine_norms, sums):
         torch.ops.sslkernels_native.pair_row_sums(
