@@ -59,7 +59,7 @@ void run_positive_scores(const PositiveScores& args) {
 }
 
 void run_pair_losses(const PairLosses& args) {
-  constexpr int64_t kCost = 64;  // of a row, in elements: exponentials and logarithms
+  constexpr int64_t kCost = 64;  // a row costs as much as so many elements: exponentials and logarithms
   if (args.references > args.rows && args.reference != nullptr) {
     with_element(args.element, [&](auto zero) {
       auto* reference = static_cast<decltype(zero)*>(args.reference);

@@ -40,7 +40,7 @@ struct PositiveScores {
 
 // One direction of a loss. Sums leave the positive out. Null: absent, or not wanted.
 struct PairLosses {
-  Element element;  // of the vectors: the accumulation type
+  Element element;  // type of the vectors: the accumulation type
   Energy energy;
   int64_t rows;
   int64_t references;  // entries of `reference` and `settled`: entries beyond the rows become infinite and 0
@@ -70,7 +70,7 @@ struct PairLosses {
 };
 
 struct FeatureGradients {
-  Element element;  // of the features
+  Element element;  // type of the features
   Element total_element;
   Element out_element;
   const void* total;  // may be `out`

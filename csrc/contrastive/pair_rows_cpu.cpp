@@ -84,7 +84,7 @@ void positive_scores_of(const PositiveScores& args, int64_t begin, int64_t end) 
 template <class A>
 struct RowLoss {
   A loss;
-  A slope;  // of the positive's score
+  A slope;  // gradient of the positive's score
 };
 
 template <class A>

@@ -255,8 +255,8 @@ Sums sums_of(const Logits<A>& logits, const Target<A>& target, const Largest<A>&
 // Sums that need log q, and so a second pass over the row.
 template <class A>
 struct Comparison {
-  double entropy = 0;     // of q
-  double divergence = 0;  // of p from q, as a sum of terms that are at least 0
+  double entropy = 0;     // entropy of q
+  double divergence = 0;  // divergence of p from q, as a sum of terms that are at least 0
   Largest<A> target;
 };
 

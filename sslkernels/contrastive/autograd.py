@@ -51,8 +51,9 @@ def pair_loss(
     call: CallConfig,
     over: RankOptions | None = None,
 ) -> tuple[Tensor, PairStatistics]:
-    """The loss of the pairs, reduced, and its statistics. over: the blocks of scores are divided among ranks; inputs as
-    in `contrastive_ranks_fwd`."""
+    """The loss of the pairs, reduced, and its statistics: `_ReducedLoss` for a mean or a sum that wants gradients,
+    `_RowLosses` for others. over: the blocks of scores are divided among ranks (`_RankLosses`); inputs as in
+    `contrastive_ranks_fwd`."""
     acc = accumulation_dtype(inputs.query.dtype)
     mask = inputs.candidate_mask  # never copied: kernels take any strides
     inputs = PairInputs(*[value if value is mask else contiguous(value) for value in inputs])
@@ -98,6 +99,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 def _forward(
     inputs: PairInputs, coefficient: Tensor | None, options: PairOptions, wanted: PairWanted, stats: bool
 ) -> tuple[Tensor, PairState, PairStatistics, PairGradients]:
+    """Runs the operator `contrastive_fwd`, or its twin for per-query negatives alone, which has no tiles."""
     tiles = stats or _has_shared_candidates(inputs, options)  # statistics are over all keys
     fwd = contrastive_fwd if tiles else per_query_contrastive_fwd
     return fwd(_raw_inputs(inputs), coefficient, options, wanted, stats)

@@ -206,7 +206,7 @@ def contrastive_energy(
 def pair_energy(
     tensors: PairTensors, given: EnergyOptions, call: CallConfig
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    """`contrastive_energy`, whose errors name the public function that calls it."""
+    """`contrastive_energy` with errors that name the public function that calls it: checks, then `pair_loss`."""
     own = given.in_batch and (tensors.key is None or tensors.key is tensors.query)
     if own and tensors.query_ids is not None and tensors.key_ids is None:
         tensors = tensors._replace(key_ids=tensors.query_ids)

@@ -1,4 +1,5 @@
-"""The losses of contrastive learning by the names and arguments that their users know, over `contrastive_energy`."""
+"""The losses of contrastive learning by their usual names and arguments: options of `contrastive_energy`, run by
+`pair_energy`."""
 
 from __future__ import annotations
 
@@ -139,7 +140,7 @@ def nt_xent(
     partner = torch.arange(2 * count, device=z0.device).roll(count)
     _check_ids(name, ids, z0)
     views, view_ids = torch.cat([z0, z1]), None if ids is None else ids.repeat(2)
-    # The statistics of a row need all its candidates; symmetric scores are computed once for two rows.
+    # Without a key each symmetric score is computed once, for two rows. Statistics need all the scores of a row.
     key = views if return_stats else None
     return pair_energy(
         PairTensors(views, key, positive=partner, query_ids=view_ids),

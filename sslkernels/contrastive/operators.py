@@ -1,4 +1,8 @@
-"""The raw operators of the contrastive energies: their signatures, and the kernels of each backend."""
+"""The raw operators of the contrastive energies: their signatures, and the kernels of each backend.
+
+A decorated function only allocates what the operator returns; `plan` and `rank_plan` compute it, with the `PairKernels`
+of the backend.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from sslkernels.core.dtypes import accumulation_dtype
 from sslkernels.core.operator import operator
 
 Results = tuple[Tensor, PairState, PairStatistics, PairGradients]
-# Without shared candidates there are no tiles, for which CUDA has no kernels.
+# CUDA has no kernels for tiles: it runs only what has none, which is per-query negatives without shared candidates.
 WITH_TILES = {"reference": ReferencePairs(), "cpu": NativePairs(), "triton": TritonPairs()}
 WITHOUT_TILES = {**WITH_TILES, "cuda": CudaPairs()}
 

@@ -3,8 +3,8 @@
 The products of a tile, some queries with some shared candidates (the keys, the bank), fit a buffer that is reused. For
 sigmoid and hinge, and for a softmax over rows, a row block with all its candidates gives sums and then, from the same
 products, the gradient: three matmuls in all, two where the candidates are frozen. A softmax over columns needs the sums
-of all tiles before the first gradient. If their products all fit the workspace, they are kept; else they are computed a
-second time, four matmuls in all, except for the last tile, where the second pass begins.
+of all tiles before the first gradient. If the products of all tiles fit the workspace, they are kept; else they are
+computed a second time, four matmuls in all, except for the last tile, where the second pass begins.
 
 Where the queries are the keys and positives are mutual, scores are symmetric: a row block computes the columns from its
 own first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all, or one and a half
@@ -157,7 +157,8 @@ class Plan:
         return empty_state(self.setup.inputs, self.setup.options)
 
     def walk(self, sums: bool, gradient: bool) -> None:
-        """Processes the steps one after another. sums: of rows and columns, with the losses of the rows."""
+        """Processes the steps in order. sums: computes the sums of rows and columns, and the losses of complete rows;
+        gradient: adds the gradients. Gradients alone run backwards: the last products are still in memory."""
         setup, query = self.setup, self.setup.query
         weighted = sums and gradient and self._candidates_are_frozen() and self.kernels.has_weighted_sums(query)
         # Statistics compare the scores of a row with its positive's, which is in one of its tiles.

@@ -35,7 +35,7 @@ from sslkernels.core.products import add_product
 # Bytes of the buffer for the products of tiles.
 WORKSPACE_BYTES = {"cpu": 9 << 20, "cuda": 512 << 20}
 
-TILE_COLUMNS = 2048  # of a tile whose rows need not be whole
+TILE_COLUMNS = 2048  # columns of a tile that need not hold whole rows
 ENERGIES = ("softmax", "sigmoid", "hinge")
 
 

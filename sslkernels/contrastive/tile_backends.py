@@ -11,7 +11,7 @@ from sslkernels.core import segment_sum
 
 
 class NativePairs(PairKernels):
-    """The compiled extension."""
+    """The compiled extension on a CPU: `score_tiles_cpu.cpp` and `pair_rows_cpu.cpp` in `csrc/contrastive`."""
 
     ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
     SUM_OPS = ("pair_row_sums", "pair_column_sums", "pair_softmax_sums")

@@ -23,7 +23,7 @@ class Function(torch.autograd.Function):
     """The methods of `torch.autograd.Function`, over records.
 
     forward(*parameters): annotated; a parameter may be a record. setup_context(ctx, inputs, outputs): tuples of the
-    parameters and results of forward; only called if autograd records them. backward(ctx, *gradients): one gradient, or
+    parameters and results of forward; only called if autograd tracks them. backward(ctx, *gradients): one gradient, or
     record of gradients, for each result, None where autograd has none; gives a tuple with one for each of the first
     parameters, or None for no gradient at all. Call the function by `run`; `wanted(ctx)` is ctx.needs_input_grad, a
     bool or a record of bools a parameter.
@@ -68,7 +68,7 @@ def _flatten_methods(cls: type[Function], inputs: Layout, outputs: Layout, singl
             for i in tensors:
                 if alive[i] is not None:
                     alive[i] = torch._C._functorch.unwrap_if_dead(alive[i])
-            if not is_recorded([alive[i] for i in tensors]):
+            if not is_tracked([alive[i] for i in tensors]):
                 with grad_disabled():
                     return forward(*inputs.unpack(alive))
             results = apply(*alive)
@@ -113,8 +113,8 @@ def refusing_backward(results: Any, inputs: Iterable[Tensor | None], differentia
     )
 
 
-def is_recorded(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether autograd, of either mode, records what is computed from these tensors."""
+def is_tracked(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd, of either mode, tracks what is computed from these tensors."""
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -176,7 +176,7 @@ def once_differentiable(name: str, hint: str = "") -> Callable[[Callable[..., An
                 return Backward.run(*arguments)
             if forward_ad._current_level >= 0:  # a tangent of grad_output, which Backward refuses
                 return Backward.run(*arguments)
-            return function(*arguments)  # nothing records what would be differentiated again
+            return function(*arguments)  # autograd tracks nothing here that could be differentiated again
 
         return call
 

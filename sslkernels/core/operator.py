@@ -7,9 +7,9 @@ An operator is written once, as one annotated function that allocates its output
         return empty_outputs(energy, options)
 
 Parameters and results may be records, NamedTuples of tensors and scalars. The signature gives the flat schema that
-torch's dispatcher needs and the packing into it; the function itself is the fake. An implementation takes the same
-records and returns the same results. Adding a field to a record therefore adds it to the schema, to the fake and to
-every backend's arguments.
+torch's dispatcher needs and the packing into it; the function itself is the fake, which `torch.compile` traces. An
+implementation takes the same records and computes the same results. Adding a field to a record therefore adds it to the
+schema, to the fake and to every backend's arguments.
 """
 
 from __future__ import annotations

@@ -80,5 +80,5 @@ def unpatch(model: nn.Module) -> nn.Module:
 def _unwrapped(function: str, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         checks.fail(TypeError, function, "model", "be a torch.nn.Module", type(model).__name__)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -37,7 +37,7 @@ from sslkernels.random.seeds import seed_tensor
 
 NAME = "gumbel_quantize"
 SMALLEST = 1e-7  # added to a probability before its logarithm, as in fairseq
-BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of the gradient of the one-hot that are materialised at a time
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # bytes of the one-hot's gradient at a time
 
 
 class GumbelQuantized(NamedTuple):

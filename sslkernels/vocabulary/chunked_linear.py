@@ -133,6 +133,7 @@ class _Chunks:
         self.widest = self.vocab if slices is None else slices.largest
         self.chunk_rows = self._chunk_rows(plan.workspace_bytes)
         self.buffer = padded_rows(input, round_up(self.chunk_rows, ROW_MULTIPLE), self.vocab, self.dtype)
+        # A 16-bit gradient of several chunks accumulates in float32, and `finish` rounds it once.
         self.grad_weight = gradients.linear_weight
         one_chunk = self.chunk_rows >= self.count and gradients.linear_weight.dtype == self.dtype
         if wanted.linear_weight and not one_chunk and gradients.linear_weight.dtype != accumulation_dtype(self.dtype):

@@ -85,7 +85,7 @@ def _reference(inputs: SpanInputs, options: SpanOptions) -> CorruptedSpans:
     noise = noise_mask(inputs, options)
     begins = noise.clone()
     begins[:, 1:] &= ~noise[:, :-1]
-    span = begins.long().cumsum(1)  # of a noise token, counted from 1
+    span = begins.long().cumsum(1)  # the span of a noise token, counted from 1
     sentinel = inputs.sentinels[(span - 1).clamp(min=0)].to(ids.dtype)
     outputs = []
     for kept, size in ((~noise, columns - options.noise), (noise, options.noise)):

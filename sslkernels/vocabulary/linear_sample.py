@@ -439,7 +439,7 @@ def _differentiable(
     drawn: LinearSample, inputs: SampleInputs, bias: Tensor | None, temperature: float | Tensor, process_group: Any
 ) -> Tensor:
     """The log-probabilities (samples, N) of the indices, by `linear_cross_entropy`; 0 without a gradient where the
-    largest logit was drawn. inputs, bias: as autograd records them."""
+    largest logit was drawn. inputs, bias: as autograd tracks them."""
     x, weight, scale = inputs.input, inputs.linear_weight, inputs.scale
     samples, greedy = drawn.index.shape[0], torch.isinf(scale)
     options: dict[str, Any] = {"linear_bias": bias}

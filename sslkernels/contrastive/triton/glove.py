@@ -9,7 +9,7 @@ import triton.language as tl
 
 from sslkernels.core.triton.launch import next_power_of_2
 
-BLOCK_BYTES = 2048  # of the rows of each table in a program, in the accumulation dtype
+BLOCK_BYTES = 2048  # bytes of a table's rows in a program, in the accumulation dtype
 BLOCK_D = 128
 
 

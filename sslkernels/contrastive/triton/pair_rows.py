@@ -13,7 +13,7 @@ from sslkernels.core.triton.numerics import log1p
 NORM_EPS = tl.constexpr(1e-12)
 NO_POSITIVE = tl.constexpr(-1)
 SOFTMAX, SIGMOID = tl.constexpr(0), tl.constexpr(1)
-ELEMENTS = 4096  # of rows in the registers of a program
+ELEMENTS = 4096  # elements of rows in the registers of a program
 LOSS_ROWS = 128
 
 

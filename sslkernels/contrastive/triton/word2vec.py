@@ -11,7 +11,7 @@ import triton.language as tl
 from sslkernels.core.triton.launch import next_power_of_2
 from sslkernels.core.triton.numerics import log1p
 
-ELEMENTS = 4096  # of rows in the registers of a program, more only where a single row is longer
+ELEMENTS = 4096  # elements in the registers of a program, more only where a single row is longer
 
 
 def config(dim: int, candidates: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -22,7 +22,7 @@ from sslkernels.random.triton.philox import group_words
 
 _SOFT = tl.constexpr(1)  # an output; the others are none, 0, and hard, 2
 _NO_INDEX = tl.constexpr(2147483647)
-PROGRAMS = 1056  # of probability_sums: eight per multiprocessor of an H100
+PROGRAMS = 1056  # programs of probability_sums: eight per multiprocessor of an H100
 NOT_SPECIALIZED = ["row_count", "columns", "groups", "chunk_rows"]
 
 

@@ -41,7 +41,7 @@ def _tile(dtype: torch.dtype, batch: int, count: int, dim: int, programs: int, m
 
 
 def _warps(tile: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
-    elements = 256 if dtype == torch.float64 else 512  # of a warp; twice as many in float64 spill registers
+    elements = 256 if dtype == torch.float64 else 512  # a warp's; twice as many in float64 spill registers
     return {"num_warps": min(max(tile["BLOCK_B"] * tile["BLOCK_K"] * tile["BLOCK_D"] // elements, 1), 8)}
 
 

@@ -16,7 +16,7 @@ from sslkernels.core.slices import Slices, slices_of
 from sslkernels.vocabulary.prototypes.distillation_records import NAME, Operands, Options, RowOutputs
 from sslkernels.vocabulary.prototypes.distillation_rows import Choice, DistillationRows, Head, TeacherState
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of the temporaries of a few rows
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of the temporaries of a few rows
 
 
 def slices_in(options: Options, operands: Operands) -> Slices | None:

@@ -176,7 +176,7 @@ def _launch(
             *(vocab, classes, logits.stride(0), *target.stride()),
             0 if grad is None else grad.stride(0),
             0 if coefficient is None else coefficient.stride(0),
-            *(float(getattr(options, name)) for name in ("label_smoothing", "z_loss", "softcap", "logit_scale")),
+            *(float(value) for name, value in options._asdict().items() if name != "ignore_index"),
             HAS_BIAS=bias is not None,
             HAS_WEIGHT=weight is not None,
             HAS_SOFTCAP=options.softcap > 0,
