@@ -58,6 +58,11 @@ void run_positive_scores(const PositiveScores& args) {
   parallel(args.rows, row_grain(args.dim), SSLKERNELS_CURRENT_ISA(positive_scores), args);
 }
 
+void run_norms_and_scores(const NormsAndScores& args) {
+  const int64_t count = args.rows < args.keys ? args.keys : args.rows;
+  parallel(count, row_grain(2 * args.dim), SSLKERNELS_CURRENT_ISA(norms_and_scores), args);
+}
+
 void run_pair_losses(const PairLosses& args) {
   constexpr int64_t kCost = 64;  // a row costs as much as so many elements: exponentials and logarithms
   if (args.references > args.rows && args.reference != nullptr) {
@@ -100,6 +105,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sslkernels_native, m) {
   m.def(
       "pair_positive_scores(Tensor query, Tensor key, Tensor? query_norm, Tensor? key_norm, Tensor? positive, Tensor "
       "scale, Tensor? bias, Tensor(a!) u, Tensor(b!) score) -> ()");
+  m.def(
+      "pair_norms_and_scores(Tensor query, Tensor key, Tensor scale, Tensor? bias, Tensor(a!) query_norm, Tensor(b!) "
+      "key_norm, Tensor(c!) u, Tensor(d!) score) -> ()");
   m.def(
       "pair_losses(Tensor? max, Tensor sum, Tensor? active, Tensor? score_sum, Tensor? positive_sum, Tensor score, "
       "Tensor u, Tensor? positive, Tensor? positives, Tensor? candidates, Tensor? weight, Tensor? share, Tensor? "
@@ -154,6 +162,7 @@ STABLE_TORCH_LIBRARY_IMPL(sslkernels_native, CPU, m) {
   bind_cpu<parse_query_negatives, run_query_negatives>(m, "query_negatives");
   bind_cpu<parse_inverse_norms, run_inverse_norms>(m, "pair_inverse_norm");
   bind_cpu<parse_positive_scores, run_positive_scores>(m, "pair_positive_scores");
+  bind_cpu<parse_norms_and_scores, run_norms_and_scores>(m, "pair_norms_and_scores");
   bind_cpu<parse_pair_losses, run_pair_losses>(m, "pair_losses");
   bind_cpu<parse_finish_gradients, run_finish_gradients>(m, "pair_finish_gradient");
   bind_cpu<parse_pair_positives, run_pair_positives>(m, "pair_positives_in_tile");

@@ -38,6 +38,22 @@ struct PositiveScores {
   void* score;
 };
 
+// `InverseNorms` of queries and keys and the `PositiveScores` of the pairs (i, i), for max(rows, keys) indices i.
+struct NormsAndScores {
+  Element element;
+  const void* query;
+  const void* key;
+  int64_t rows;
+  int64_t keys;
+  int64_t dim;
+  const void* scale;
+  const void* bias;
+  void* query_norm;
+  void* key_norm;
+  void* u;
+  void* score;
+};
+
 // One direction of a loss. Sums leave the positive out. Null: absent, or not wanted.
 struct PairLosses {
   Element element;  // type of the vectors: the accumulation type
@@ -91,6 +107,7 @@ struct FeatureGradients {
 
 SSLKERNELS_CPU_KERNELS(void inverse_norms(const InverseNorms& args, int64_t begin, int64_t end);
                        void positive_scores(const PositiveScores& args, int64_t begin, int64_t end);
+                       void norms_and_scores(const NormsAndScores& args, int64_t begin, int64_t end);
                        void pair_losses(const PairLosses& args, int64_t begin, int64_t end);
                        void finish_gradients(const FeatureGradients& args, int64_t begin, int64_t end);)
 

@@ -43,6 +43,28 @@ inline PositiveScores parse_positive_scores(const Tensor& query, const Tensor& k
   return args;
 }
 
+inline NormsAndScores parse_norms_and_scores(const Tensor& query, const Tensor& key, const Tensor& scale,
+                                             const OptionalTensor& bias, const Tensor& query_norm,
+                                             const Tensor& key_norm, const Tensor& u, const Tensor& score) {
+  check_matrix(query, "query");
+  check_matrix(key, "key");
+  const auto type = accumulation_type(query);
+  NormsAndScores args{};
+  args.element = element_of(query);
+  args.rows = query.size(0);
+  args.keys = key.size(0);
+  args.dim = query.size(1);
+  args.query = readable(query, {args.rows, args.dim}, query.scalar_type(), "query");
+  args.key = readable(key, {args.keys, args.dim}, query.scalar_type(), "key");
+  args.scale = readable(scale, {1}, type, "scale");
+  args.bias = readable(bias, {1}, type, "bias");
+  args.query_norm = writable(query_norm, {args.rows}, type, "query_norm");
+  args.key_norm = writable(key_norm, {args.keys}, type, "key_norm");
+  args.u = writable(u, {args.rows}, type, "u");
+  args.score = writable(score, {args.rows}, type, "score");
+  return args;
+}
+
 // Vectors of columns may have more entries than there are pairs.
 inline int64_t size_of(const OptionalTensor& tensor, int64_t rows) {
   const int64_t size = tensor && tensor->dim() == 1 ? tensor->size(0) : rows;

@@ -56,11 +56,16 @@ double log_add_exp(double a, A b) {
 }
 
 template <class A>
+A inverse_norm_of(A square) {
+  const A norm = std::sqrt(square);
+  return A(1) / (norm < A(kNormEps) ? A(kNormEps) : norm);
+}
+
+template <class A>
 void inverse_norms_of(const InverseNorms& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const void* row = row_of(args.element, args.values, i, args.dim);
-    const A norm = std::sqrt(dot_product<A>(args.element, row, row, args.dim));
-    static_cast<A*>(args.norm)[i] = A(1) / (norm < A(kNormEps) ? A(kNormEps) : norm);
+    static_cast<A*>(args.norm)[i] = inverse_norm_of(dot_product<A>(args.element, row, row, args.dim));
   }
 }
 
@@ -76,6 +81,43 @@ void positive_scores_of(const PositiveScores& args, int64_t begin, int64_t end) 
                          row_of(args.element, args.key, key, args.dim), args.dim);
       if (args.query_norm != nullptr) u *= entry<A>(args.query_norm, i) * entry<A>(args.key_norm, key);
     }
+    static_cast<A*>(args.u)[i] = u;
+    static_cast<A*>(args.score)[i] = scale * u + bias;
+  }
+}
+
+// The norms of query i and key i, and the score of the pair, from one read of both.
+template <class A>
+void norms_and_scores_of(const NormsAndScores& args, int64_t begin, int64_t end) {
+  const A scale = entry<A>(args.scale, 0);
+  const A bias = args.bias == nullptr ? A(0) : entry<A>(args.bias, 0);
+  for (int64_t i = begin; i < end; ++i) {
+    const void* query = row_of(args.element, args.query, i, args.dim);
+    const void* key = row_of(args.element, args.key, i, args.dim);
+    A query_square = 0, key_square = 0, product = 0;
+    if (i < args.rows && i < args.keys) {
+      with_elements<A>(args.element, query, 0, [&](auto* x) {
+        const auto* y = static_cast<decltype(x)>(key);
+        A xx = 0, yy = 0, xy = 0;
+#pragma omp simd reduction(+ : xx, yy, xy)
+        for (int64_t d = 0; d < args.dim; ++d) {
+          const A left = A(to_float(x[d])), right = A(to_float(y[d]));
+          xx += left * left;
+          yy += right * right;
+          xy += left * right;
+        }
+        query_square = xx, key_square = yy, product = xy;
+      });
+    } else if (i < args.rows) {
+      query_square = dot_product<A>(args.element, query, query, args.dim);
+    } else {
+      key_square = dot_product<A>(args.element, key, key, args.dim);
+    }
+    const A query_norm = inverse_norm_of(query_square), key_norm = inverse_norm_of(key_square);
+    if (i < args.keys) static_cast<A*>(args.key_norm)[i] = key_norm;
+    if (i >= args.rows) continue;
+    const A u = i < args.keys ? product * (query_norm * key_norm) : A(0);
+    static_cast<A*>(args.query_norm)[i] = query_norm;
     static_cast<A*>(args.u)[i] = u;
     static_cast<A*>(args.score)[i] = scale * u + bias;
   }
@@ -199,8 +241,10 @@ void finish_row(const FeatureGradients& args, int64_t i) {
   along *= norm * norm;
   for (int64_t begin = 0; begin < args.dim; begin += kBlock) {
     const int64_t count = at_most(args.dim - begin, kBlock);
-    before_projection(begin, count);  // again: a row does not fit the block
-    load_any(args.element, values, begin, count, x);
+    if (args.dim > kBlock) {  // the block of before holds another part of the row
+      before_projection(begin, count);
+      load_any(args.element, values, begin, count, x);
+    }
 #pragma omp simd
     for (int64_t d = 0; d < count; ++d) t[d] -= along * x[d];
     store_any(args.out_element, t, begin, count, out);
@@ -216,6 +260,11 @@ void inverse_norms(const InverseNorms& args, int64_t begin, int64_t end) {
 
 void positive_scores(const PositiveScores& args, int64_t begin, int64_t end) {
   const auto run = args.element == Element::kDouble ? positive_scores_of<double> : positive_scores_of<float>;
+  run(args, begin, end);
+}
+
+void norms_and_scores(const NormsAndScores& args, int64_t begin, int64_t end) {
+  const auto run = args.element == Element::kDouble ? norms_and_scores_of<double> : norms_and_scores_of<float>;
   run(args, begin, end);
 }
 

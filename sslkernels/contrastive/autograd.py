@@ -56,7 +56,7 @@ def pair_loss(
     `contrastive_ranks_fwd`."""
     acc = accumulation_dtype(inputs.query.dtype)
     mask = inputs.candidate_mask  # never copied: kernels take any strides
-    inputs = PairInputs(*[value if value is mask else contiguous(value) for value in inputs])
+    inputs = PairInputs(*[None if v is None else v if v is mask else v.contiguous() for v in inputs])
     divisor = _divisor(inputs, options, call) if call.reduction == "mean" else None
     wanted = PairWanted(*(_requires_grad(getattr(inputs, name)) for name in PairWanted._fields))
     kept = call.reduction != "none" and torch.is_grad_enabled() and any(wanted)
@@ -265,26 +265,34 @@ class _ReducedLoss(Function):
             return None
         gradients, losses, divisor, leaves = saved(ctx)
         needs, needs_row_weight, *_ = _ReducedLoss.wanted(ctx)
-        scale = grad_loss * gradients.scale
-        found = {}
-        for name in PairWanted._fields:
-            if not getattr(needs, name):
-                continue
-            if not getattr(ctx.computed, name):
+        wanted = PairWanted(*(getattr(needs, name) for name in PairWanted._fields))
+        for name, want, computed in zip(PairWanted._fields, wanted, ctx.computed, strict=True):
+            if want and not computed:
                 raise RuntimeError(f'{ctx.function}: forward saw no gradient wanted for {name}; use reduction="none"')
-            leaf = getattr(leaves, name)
-            gradient = _kept_gradient(getattr(gradients, name), scale, leaf.dtype, leaves, ctx.function)
-            found[name] = gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
+        found = _kept_gradients(gradients, grad_loss * gradients.scale, leaves, wanted, ctx.function)
         grad_row_weight = None
         if needs_row_weight:
             by_row = losses if divisor is None else losses / divisor
-            grad_row_weight = _kept_gradient(by_row, grad_loss, leaves.row_weight.dtype, leaves, ctx.function)
-        return _input_gradients(found), grad_row_weight
+            grad_row_weight = _kept_row_gradient(by_row, grad_loss, leaves, ctx.function)
+        return found, grad_row_weight
 
 
 @once_differentiable("contrastive_energy")
-def _kept_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype, leaves: _Leaves, function: str) -> Tensor:
-    return scaled(gradient, scale, dtype, saved=True)
+def _kept_gradients(
+    gradients: PairGradients, scale: Tensor, leaves: _Leaves, wanted: PairWanted, function: str
+) -> PairInputs:
+    found = {}
+    for name, want in zip(PairWanted._fields, wanted, strict=True):
+        if want:
+            leaf = getattr(leaves, name)
+            gradient = scaled(getattr(gradients, name), scale, leaf.dtype, saved=True)
+            found[name] = gradient if gradient.shape == leaf.shape else gradient.reshape(leaf.shape)
+    return _input_gradients(found)
+
+
+@once_differentiable("contrastive_energy")
+def _kept_row_gradient(gradient: Tensor, scale: Tensor, leaves: _Leaves, function: str) -> Tensor:
+    return scaled(gradient, scale, leaves.row_weight.dtype, saved=True)
 
 
 def _input_gradients(found: dict[str, Tensor]) -> PairInputs:

@@ -378,12 +378,11 @@ def _scalar(function: str, name: str, value: float | Tensor, query: Tensor) -> T
 def _compute_dtype(function: str, tensors: PairTensors) -> torch.dtype:
     """The dtype of the matmuls: autocast's, else the dtype of the features."""
     query = tensors.query
-    given = {name: getattr(tensors, name) for name in ("key", "bank", "negatives")}
-    others = {name: tensor for name, tensor in given.items() if tensor is not None and tensor.is_floating_point()}
-    dtypes = [query.dtype, *(tensor.dtype for tensor in others.values())]
-    if checks.autocast(query.device) and torch.float64 not in dtypes:
+    given = ("key", tensors.key), ("bank", tensors.bank), ("negatives", tensors.negatives)
+    others = [(name, tensor) for name, tensor in given if tensor is not None and tensor.is_floating_point()]
+    if checks.autocast(query.device) and torch.float64 not in (query.dtype, *[tensor.dtype for _, tensor in others]):
         return torch.get_autocast_dtype(query.device.type)
-    for name, tensor in others.items():
+    for name, tensor in others:
         if tensor.dtype != query.dtype:
             must = f"have the dtype of query, {query.dtype}, outside autocast"
             checks.fail(TypeError, function, name, must, tensor.dtype)

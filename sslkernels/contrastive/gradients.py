@@ -48,7 +48,8 @@ class FeatureGradients:
                 self.negatives = setup.query.new_empty(setup.negatives.shape, dtype=acc)
             elif wanted.negatives:
                 self.negatives = torch.empty_like(setup.negatives)
-        self.dot, self.total = setup.query.new_zeros((2, setup.count), dtype=torch.float64)
+        self.dot = setup.query.new_zeros(setup.count, dtype=torch.float64)
+        self.total = torch.zeros_like(self.dot)
         self.positive_score = setup.query.new_zeros(setup.count, dtype=acc)
 
     def results(self) -> PairGradients:

@@ -63,14 +63,20 @@ class PairSetup:
         self.by_index = self.negatives is not None and not self.negatives.is_floating_point()
 
         self.query_norm = self.key_norm = self.bank_norm = None
-        if options.normalize:
-            self.query_norm = kernels.inverse_norm(self.query, self.acc)
-            self.key_norm = self.query_norm if self.mutual else self.inverse_key_norm(kernels)
-            self.bank_norm = None if self.bank is None else kernels.inverse_norm(self.bank, self.acc)
         self.positive_u = self.query.new_empty(self.count, dtype=self.acc)
         self.score = torch.empty_like(self.positive_u)
+        of_scores = inputs.logit_scale, inputs.logit_bias, self.positive_u, self.score
+        at_once = options.normalize and inputs.positive is None and not self.mutual
+        if at_once:
+            self.query_norm, self.key_norm = kernels.norms_and_scores(self.query, self.key, *of_scores)
+        elif options.normalize:
+            self.query_norm = kernels.inverse_norm(self.query, self.acc)
+            self.key_norm = self.query_norm if self.mutual else self.inverse_key_norm(kernels)
+        if options.normalize and self.bank is not None:
+            self.bank_norm = kernels.inverse_norm(self.bank, self.acc)
         self.partners = self._partners()
-        kernels.positive_scores(self.partners, inputs.logit_scale, inputs.logit_bias, self.positive_u, self.score)
+        if not at_once:
+            kernels.positive_scores(self.partners, *of_scores)
         self.pair_score = self._pair_score()
         self._set_thresholds()
         self._set_weights(coefficient)

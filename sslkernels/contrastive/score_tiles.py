@@ -194,6 +194,14 @@ class PairKernels:
     ) -> None:
         pair_rows.positive_scores(pairs, scale, bias, u, score)
 
+    def norms_and_scores(
+        self, query: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None, u: Tensor, score: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse norms of queries and keys; writes u and s of the pairs (i, i) as `positive_scores` does."""
+        query_norm, key_norm = self.inverse_norm(query, u.dtype), self.inverse_norm(key, u.dtype)
+        self.positive_scores(PositivePairs(query, key, query_norm, key_norm, None), scale, bias, u, score)
+        return query_norm, key_norm
+
     def add_losses(self, rows: LossRows, options: LossOptions, outputs: LossOutputs) -> None:
         pair_rows.add_losses(rows, options, outputs)
 

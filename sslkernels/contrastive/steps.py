@@ -111,8 +111,11 @@ class Steps:
     def _one_step(self) -> Step:
         (candidates,), rows, columns = self.candidates, slice(0, self.setup.count), slice(0, self.setup.keys)
         spec = TileSpec(candidates, rows, columns, candidates.rows, candidates.columns)
-        products = self.setup.query.new_empty((rows.stop, self.kernels.pitch(columns.stop, self.setup.query)))
-        return Step(0, rows, [(spec, self._tile(spec, products[:, : columns.stop]))], ends_rows=True)
+        pitch = self.kernels.pitch(columns.stop, self.setup.query)
+        products = self.setup.query.new_empty((rows.stop, pitch))
+        if pitch != columns.stop:
+            products = products[:, : columns.stop]
+        return Step(0, rows, [(spec, self._tile(spec, products))], ends_rows=True)
 
     def _order(self, gradient: bool, whole_rows: bool) -> _Order:
         """(rows, tiles, whether the rows end) of each step."""

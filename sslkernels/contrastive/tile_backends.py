@@ -13,7 +13,8 @@ from sslkernels.core import segment_sum
 class NativePairs(PairKernels):
     """The compiled extension on a CPU: `score_tiles_cpu.cpp` and `pair_rows_cpu.cpp` in `csrc/contrastive`."""
 
-    ROW_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_losses", "pair_finish_gradient")
+    SCORE_OPS = ("pair_inverse_norm", "pair_positive_scores", "pair_norms_and_scores")
+    ROW_OPS = (*SCORE_OPS, "pair_losses", "pair_finish_gradient")
     SUM_OPS = ("pair_row_sums", "pair_column_sums", "pair_softmax_sums")
     TILE_OPS = (*SUM_OPS, "pair_positives_in_tile", "pair_gradient", "scale_add")
     OPS = (*TILE_OPS, *ROW_OPS, "sort_rows", "weighted_row_sums")
@@ -25,6 +26,11 @@ class NativePairs(PairKernels):
 
     def positive_scores(self, pairs, scale, bias, u, score):
         torch.ops.sslkernels_native.pair_positive_scores(*pairs, scale, bias, u, score)
+
+    def norms_and_scores(self, query, key, scale, bias, u, score):
+        query_norm, key_norm = torch.empty_like(u), u.new_empty(key.shape[0])
+        torch.ops.sslkernels_native.pair_norms_and_scores(query, key, scale, bias, query_norm, key_norm, u, score)
+        return query_norm, key_norm
 
     def add_losses(self, rows, options, outputs):
         sums, score, u, positive, positives, candidates, (weight, _, share, smoothing) = rows
