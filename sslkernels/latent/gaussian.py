@@ -41,8 +41,8 @@ class LatentStats(NamedTuple):
     """How much z tells of the input: what the encoder writes, not what the decoder reads. Detached.
 
     A latent that says nothing of the input, drawn from the prior, may still choose among predictions: with the best of
-    K samples at a high KL weight no unit is active, and z matters. `prediction_energy(return_stats=True)` measures
-    that, by the diversity of the predictions and the hypotheses that win.
+    K samples at a high KL weight no unit is active, and z matters. The statistics of the energy over z measure that, by
+    the diversity of the predictions and the hypotheses that win.
 
     kl_per_dim: `(D,)`, the mean over all rows of each column's KL divergence, before free_bits, in nats.
     active_units: 0-d int64, the number of columns whose `mean_variance` exceeds 0.01 (Burda et al. 2016).
