@@ -1,6 +1,7 @@
 // The operators of joint embeddings: schemas, CPU and CUDA bindings.
 #include "core/cpu/bind.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "contrastive/glove_bind.h"
@@ -46,7 +47,33 @@ void run_pair_softmax_sums(PairSoftmaxSums sums) {
   parallel(blocks, row_grain(parts_of(tile) * kPairColumns), SSLKERNELS_CURRENT_ISA(pair_softmax_merge), sums);
 }
 
-void run_pair_gradient(const PairGradient& gradient) {
+// The middle of the finite references, NaN if they are further apart than exponentials can be shared, or NaN.
+template <class A>
+double center_of(const A* references, int64_t count) {
+  A low = INFINITY, high = -INFINITY;
+  for (int64_t j = 0; j < count; ++j) {
+    if (references[j] == A(INFINITY)) continue;  // a column without a positive, whose exponentials are 0
+    if (!std::isfinite(references[j])) return NAN;
+    low = std::min(low, references[j]);
+    high = std::max(high, references[j]);
+  }
+  return double(high) - double(low) <= 2 * kSharedRange ? (double(low) + double(high)) / 2 : double(NAN);
+}
+
+void run_pair_gradient(PairGradient gradient) {
+  const ScoreTile& tile = gradient.tile;
+  const bool both = gradient.row.weight != nullptr && gradient.column.weight != nullptr;
+  std::unique_ptr<Line[]> memory;
+  if (both && tile.energy == Energy::kSoftmax) {
+    const bool wide = tile.element == Element::kDouble;
+    gradient.center = wide ? center_of(static_cast<const double*>(gradient.column.reference), tile.columns)
+                           : center_of(static_cast<const float*>(gradient.column.reference), tile.columns);
+    if (std::isfinite(gradient.center)) {
+      memory = scratch_of(tile.columns * bytes_of(accumulation_element(tile.element)));
+      gradient.column_factor = memory.get();
+      parallel(tile.columns, row_grain(1), SSLKERNELS_CURRENT_ISA(pair_column_factors), gradient);
+    }
+  }
   parallel(gradient.tile.rows, row_grain(gradient.tile.columns), SSLKERNELS_CURRENT_ISA(pair_gradient), gradient);
 }
 

@@ -109,7 +109,14 @@ struct PairGradient {
   double* dot;    // += sum of gradient * u of each row
   double* total;  // += sum of the gradient of each row
   double* cost;   // sigmoid: += sum of softplus(+-s) of each row; null: not computed
+  // Softmax over both sides: weight * exp(center - reference) of each column, so that one exponential a score serves
+  // both sides of the rows whose references are within kSharedRange of the center. Null: none is shared.
+  void* column_factor;
+  double center;
 };
+
+// The exponential of a score that counts in its column does not underflow in its row where references differ by less.
+constexpr double kSharedRange = 30;
 
 // Columns per block of pair_column_sums and pair_softmax_merge, which take blocks [begin_block, end_block).
 constexpr int64_t kPairColumns = 256;
@@ -119,6 +126,7 @@ SSLKERNELS_CPU_KERNELS(void pair_positives_in_tile(const PairPositives& positive
                        void pair_column_sums(const PairColumnSums& sums, int64_t begin_block, int64_t end_block);
                        void pair_softmax_sums(const PairSoftmaxSums& sums, int64_t begin_part, int64_t end_part);
                        void pair_softmax_merge(const PairSoftmaxSums& sums, int64_t begin_block, int64_t end_block);
+                       void pair_column_factors(const PairGradient& gradient, int64_t begin, int64_t end);
                        void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end);)
 
 }  // namespace sslkernels

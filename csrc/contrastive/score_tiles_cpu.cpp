@@ -3,6 +3,7 @@
 // A tile is processed in blocks that stay in the L1 cache: a product is loaded, normalised, scaled and masked once, and
 // all requested sums are taken from there. Maxima and sums are running values, so that a row may be split over several
 // tiles. Nothing is materialised except the sums and, in pair_gradient, the gradient in place of the products.
+#include <cmath>
 #include <limits>
 
 #include "contrastive/score_tiles.h"
@@ -415,6 +416,16 @@ const A* offset(const void* values, int64_t begin) {
 }
 
 template <class A>
+void column_factors(const PairGradient& gradient, int64_t begin, int64_t end) {
+  const A* weights = static_cast<const A*>(gradient.column.weight);
+  const A* references = static_cast<const A*>(gradient.column.reference);
+  A* factors = static_cast<A*>(gradient.column_factor);
+  const A center = A(gradient.center);
+#pragma omp simd
+  for (int64_t j = begin; j < end; ++j) factors[j] = weights[j] * vector_exp(center - references[j]);
+}
+
+template <class A>
 void gradient_row(const PairGradient& gradient, int64_t i) {
   const ScoreTile& tile = gradient.tile;
   const Scores<A> scores{tile};
@@ -424,6 +435,9 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
   // For a side that contributes nothing, every exponential is 0 whatever the score.
   const A reference =
       gradient.row.weight == nullptr ? std::numeric_limits<A>::infinity() : entry<A>(gradient.row.reference, i);
+  const A from_center = reference - A(gradient.center);
+  const bool shares = gradient.column_factor != nullptr && std::fabs(from_center) <= A(kSharedRange);
+  const A row_factor = shares ? vector_exp(from_center) : A(0);
   const A share = entry<A>(gradient.row.share, i);
   const A smoothing = entry<A>(gradient.row.smoothing, i);
   double dot = 0, total = 0, cost = 0;
@@ -436,6 +450,11 @@ void gradient_row(const PairGradient& gradient, int64_t i) {
       if (weights == nullptr) {
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) g[j] = weight * exp_nonpositive(s[j] - reference);
+      } else if (shares) {
+        const A* factors = offset<A>(gradient.column_factor, begin);
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j)
+          g[j] = exp_nonpositive(s[j] - reference) * (weight + row_factor * factors[j]);
       } else {
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
@@ -540,6 +559,11 @@ void pair_softmax_sums(const PairSoftmaxSums& sums, int64_t begin_part, int64_t 
 void pair_softmax_merge(const PairSoftmaxSums& sums, int64_t begin_block, int64_t end_block) {
   const auto run = sums.tile.element == Element::kDouble ? merge_parts<double> : merge_parts<float>;
   for (int64_t b = begin_block; b < end_block; ++b) run(sums, b * kPairColumns);
+}
+
+void pair_column_factors(const PairGradient& gradient, int64_t begin, int64_t end) {
+  const auto run = gradient.tile.element == Element::kDouble ? column_factors<double> : column_factors<float>;
+  run(gradient, begin, end);
 }
 
 void pair_gradient(const PairGradient& gradient, int64_t begin, int64_t end) {

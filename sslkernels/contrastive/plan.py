@@ -4,8 +4,8 @@ The products of a tile, some queries with some shared candidates (the keys, the 
 sigmoid and hinge, and for a softmax over rows, a row block with all its candidates gives sums and then, from the same
 products, the gradient: three matmuls in all, two where the candidates are frozen. A softmax over columns needs the sums
 of all tiles before the first gradient. If the products of all tiles fit the workspace, they are kept; else they are
-computed a second time, four matmuls in all, except for the last tile, where the second pass begins. If one tile holds all scores,
-its gradient times the features is written, not added.
+computed a second time, four matmuls in all, except for the last tile, where the second pass begins. If one tile holds
+all scores, its gradient times the features is written, not added.
 
 Where the queries are the keys and positives are mutual, scores are symmetric: a row block computes the columns from its
 own first row on, each product stands for two, and the gradient matrix is G + G^T: two matmuls in all, or one and a half

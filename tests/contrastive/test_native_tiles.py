@@ -1,4 +1,5 @@
-"""The compiled sums of rows and columns at once, against the two sums one after the other."""
+"""The compiled kernels of tiles that share exponentials between rows and columns, against those that do not: the sums
+of both at once, and the gradient of both."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import pytest
 import torch
 
 import sslkernels as sk
-from sslkernels.contrastive.pair_rows import SOFTMAX, ColumnSums
-from sslkernels.contrastive.score_tiles import Labels, Masks, PairKernels, RowSums, Thresholds, Tile
+from sslkernels.contrastive.pair_rows import SOFTMAX, ColumnSums, SideGrad
+from sslkernels.contrastive.score_tiles import Labels, Masks, PairKernels, ReferencePairs, RowSums, Thresholds, Tile
 from sslkernels.contrastive.tile_backends import NativePairs
 
 pytestmark = pytest.mark.skipif(
@@ -106,3 +107,46 @@ def test_threads_do_not_change_the_sums():
     for other in found[1:]:
         for pair, first in zip(other, found[0], strict=True):
             assert all(torch.equal(*values) for values in zip(pair, first, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("apart", [0.0, 20.0, 59.0, 61.0, 90.0, 1000.0])
+def test_gradient_of_rows_and_columns(dtype, apart):
+    """References of rows and columns that are near each other or not, infinite where there is no positive."""
+    count, columns = 37, 530
+    products = torch.randn(count, columns, dtype=dtype)
+    products[:, ::3] -= apart
+    products[::4] += apart / 2
+    rows = SideGrad(torch.rand(count, dtype=dtype), products.logsumexp(1) + 0.1)
+    cols = SideGrad(torch.rand(columns, dtype=dtype), products.logsumexp(0) + 0.1)
+    for side in (rows, cols):
+        side.reference[5], side.weight[5] = INF, 0
+    scale = torch.ones(1, dtype=dtype)
+    found = []
+    for kernels in (NativePairs(), ReferencePairs()):
+        tile = Tile(
+            products, products, products.clone(), None, None, scale, None, SOFTMAX, Labels(), ids_positive=False
+        )
+        dot, total = torch.zeros(2, count, dtype=torch.float64)
+        kernels.gradient(tile, rows, cols, dot, total, None)
+        found.append((tile.products, dot, total))
+    eps = torch.finfo(dtype).eps
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=60 * eps, atol=8 * eps * float(want.abs().max()))
+    if apart == 0:  # a column keeps its part where the row has no positive, and the row where the column has none
+        assert (found[0][0][5, :5] > 0).all()
+        assert (found[0][0][:5, 5] > 0).all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_gradient_of_a_reference_that_is_nan(side):
+    products = torch.randn(40, 530)
+    rows = SideGrad(torch.rand(40), products.logsumexp(1))
+    cols = SideGrad(torch.rand(530), products.logsumexp(0))
+    (rows, cols)[side].reference[7] = float("nan")
+    tile = Tile(products, products, products.clone(), None, None, torch.ones(1), None, SOFTMAX, Labels(), False)
+    dot, total = torch.zeros(2, 40, dtype=torch.float64)
+    NativePairs().gradient(tile, rows, cols, dot, total, None)
+    wrong = tile.products.isnan()
+    assert wrong.select(side, 7).all()
+    assert wrong.sum() == wrong.select(side, 7).numel()
