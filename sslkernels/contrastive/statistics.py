@@ -69,36 +69,35 @@ class Statistics:
             add_scores(ColumnSums(*(None if v is None else v[rows] for v in sums)), scores)
 
     def results(self) -> PairStatistics:
-        setup, sums = self.setup, self.sums
-        positives, counted = setup.positives, setup.positives.counted
+        setup, sums, positives = self.setup, self.sums, self.setup.positives
         others = log_sum(sums)
-        lse = torch.where(counted, torch.logaddexp(others, setup.score.double()), others)
-        positive = setup.score
+        lse = torch.logaddexp(others, setup.score.double())
+        positive, above, equal = setup.score.clone(), sums.num_above_positive, sums.num_equal_positive
         if sums.positive_sum is not None:
             positive = (sums.positive_sum + setup.score) / positives.row_positives
-        alignment, uniformity = self._distances()
-        return PairStatistics(
-            lse=lse.to(setup.acc),
-            positive=positive.to(setup.acc).masked_fill(~counted, 0),
-            num_above_positive=sums.num_above_positive.masked_fill(~counted, -1),
-            num_equal_positive=sums.num_equal_positive.masked_fill(~counted, 0),
-            alignment=alignment,
-            uniformity=uniformity,
-        )
+        positive = positive.to(setup.acc)
+        if not positives.in_order:
+            counted, none = positives.counted, ~positives.counted
+            lse, positive = torch.where(counted, lse, others), positive.masked_fill(none, 0)
+            above, equal = above.masked_fill(none, -1), equal.masked_fill(none, 0)
+        return PairStatistics(lse.to(setup.acc), positive, above, equal, *self._distances())
 
     def _distances(self) -> tuple[Tensor, Tensor]:
         """Alignment and uniformity, from cosines; a feature that is 0 stays 0 when it is normalised."""
         setup, positives = self.setup, self.setup.positives
         query_norm, key_norm = self.cosine_norms
-        query_is_zero, key_is_zero = (norm * NORM_EPS >= 1 for norm in self.cosine_norms)
         cosine = setup.positive_u
         if not setup.options.normalize:
             cosine = cosine * query_norm * positives.gather(key_norm)
+        itself, total = setup.inputs.self_index, self.sums.uniformity_sum.sum()
+        if positives.in_order and itself is None and self._has_no_zeros():
+            pairs = setup.count * (key_norm.shape[0] - 1)
+            return (2 - 2 * cosine).mean(), (total / pairs).log().to(setup.acc)
+        query_is_zero, key_is_zero = (norm * NORM_EPS >= 1 for norm in self.cosine_norms)
         squares = 2 - query_is_zero.to(cosine.dtype) - positives.gather(key_is_zero).to(cosine.dtype)
         alignment = torch.where(positives.counted, squares - 2 * cosine, 0).sum() / positives.counted.sum()
 
         # The sum is over exp(4 cosine - 4) of all pairs but the positive and the sample itself.
-        itself = setup.inputs.self_index
         pairs = key_is_zero.shape[0] - positives.has.double()
         zero_keys = key_is_zero.sum() - (positives.has & positives.gather(key_is_zero)).double()
         if itself is not None:
@@ -107,6 +106,12 @@ class Statistics:
         with_one_zero = torch.where(query_is_zero, pairs - zero_keys, zero_keys)
         with_two = torch.where(query_is_zero, zero_keys, 0)
         counted_as = math.exp(-4)
-        total = self.sums.uniformity_sum.sum()
         total = total + (math.exp(-2) - counted_as) * with_one_zero.sum() + (1 - counted_as) * with_two.sum()
         return alignment, (total / pairs.sum()).log().to(setup.acc)
+
+    def _has_no_zeros(self) -> bool:
+        """Whether no feature is 0, as far as the host can read it without a synchronisation."""
+        query_norm, key_norm = self.cosine_norms
+        if query_norm.device.type != "cpu" or 0 in (query_norm.numel(), key_norm.numel() - 1):
+            return False
+        return max(query_norm.max().item(), key_norm.max().item()) * NORM_EPS < 1
