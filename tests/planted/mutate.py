@@ -39,6 +39,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent))
 from run import LEFT_OUT, ROOT, build
 
 HERE = Path(__file__).parent
@@ -48,12 +49,12 @@ MEMORY = 16 << 30  # bytes of addresses for the tests: a size that is far too la
 LIMIT = 10  # times their time: the mutant never ends, which finds it
 FAMILIES = ("contrastive", "vocabulary", "latent", "random")
 LAYERS = {
-    "cpu": [f"csrc/{family}/*_cpu.cpp" for family in FAMILIES] + ["csrc/core/cpu/*.h"],
-    "common": [f"csrc/{family}/*.h" for family in FAMILIES],
-    "plans": [f"sslkernels/{family}/*.py" for family in FAMILIES] + ["sslkernels/vocabulary/prototypes/*.py"],
+    "cpu": [f"csrc/{family}/*_cpu.cpp" for family in FAMILIES] + ["csrc/core/*_cpu.cpp", "csrc/*/cpu/*.h"],
+    "common": [f"csrc/{family}/*.h" for family in (*FAMILIES, "core")],
+    "plans": [f"sslkernels/{family}/{inner}*.py" for family in FAMILIES for inner in ("", "words/", "prototypes/")],
     "triton": [f"sslkernels/{family}/triton/*.py" for family in FAMILIES],
 }
-NOT_HOST = ("_cuda.h", "_bind.h")  # no part of the extension for a CPU, or only its argument checks
+NOT_HOST = ("_cuda.h", "bind.h")  # no part of the extension for a CPU, or only its argument checks
 Executed = dict[str, tuple[float, dict[str, list[int]]]]  # {test: (seconds, {source file: lines})}
 TIER = ["-m", "not full and not slow"]
 
@@ -107,6 +108,7 @@ def drawn(layer: str, seed: int) -> Iterator[Mutant]:
 def code_of(source: str) -> str | None:
     """Python code without texts and annotations; None for what is no Python."""
     try:
+        compile(source, "", "exec")  # "break" outside of a loop is found here
         tree = ast.parse(source)
     except SyntaxError:
         return None
