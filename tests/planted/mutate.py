@@ -2,7 +2,7 @@
 
     pip install --no-deps universalmutator coverage
     python tests/planted/mutate.py --count 100 --seed 1 [--layer plans] [--minutes 30] [--folder build/mutants]
-    python tests/planted/mutate.py --again    the survivors of mutants.jsonl without a verdict: the whole tier runs
+    python tests/planted/mutate.py --again    the survivors of mutants.jsonl, before all tests of the tier
     python tests/planted/mutate.py --table    writes mutants.md from mutants.jsonl
 
 A mutant changes one line by a rule of universalmutator (Groce et al., ICSE 2018). The layers take turns, and the order
@@ -12,8 +12,8 @@ compiles to the same code is "void" and does not count.
 
 The first run records which tests execute which lines (`executed.py`), which takes some minutes per family. A mutant of
 Python meets the tests that execute its statement, one of C++ those of its op on the CPU; the cheapest case of every
-test function first, SECONDS at most. What they do not find has "survived": --again runs all of `make test` for its
-family and the core. Its verdict in mutants.jsonl is then written by hand: "equivalent: why", or "fixed: the test that
+test function first, SECONDS at most. What they do not find has "survived": --again runs all of `make test` in the
+files of those tests. Its verdict in mutants.jsonl is then written by hand: "equivalent: why", or "fixed: the test that
 finds it".
 """
 
@@ -44,7 +44,7 @@ from run import LEFT_OUT, ROOT, build
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "mutants.jsonl"
-SECONDS = 60.0  # of tests that a mutant meets, by their time without it
+SECONDS = 25.0  # of tests that a mutant meets, by their time without it
 MEMORY = 16 << 30  # bytes of addresses for the tests: a size that is far too large fails
 LIMIT = 10  # times their time: the mutant never ends, which finds it
 FAMILIES = ("contrastive", "vocabulary", "latent", "random")
@@ -179,17 +179,18 @@ def candidates(mutant: Mutant, tests: Executed) -> list[str]:
     return [test for test in found if "triton" not in test and "reference" not in test]
 
 
+def unlike(test: str, mutant: Mutant) -> float:
+    """How little the name of the test's file is like the mutant's."""
+    name = Path(test.partition("::")[0]).stem
+    return -difflib.SequenceMatcher(None, name, f"test_{Path(mutant.file).stem}").ratio()
+
+
 def chosen(mutant: Mutant, tests: Executed) -> list[str]:
     """The cheapest case of every test function, then the next; the functions of files with a similar name first."""
     functions: dict[str, list[str]] = {}
     for test in sorted(candidates(mutant, tests), key=lambda test: tests[test][0]):
         functions.setdefault(test.partition("[")[0], []).append(test)
-    wanted = f"test_{Path(mutant.file).stem}"
-
-    def unlike(name: str) -> float:
-        return -difflib.SequenceMatcher(None, Path(name.partition("::")[0]).stem, wanted).ratio()
-
-    order = sorted(functions, key=lambda name: (unlike(name), tests[functions[name][0]][0]))
+    order = sorted(functions, key=lambda name: (unlike(name, mutant), tests[functions[name][0]][0]))
     found, seconds = [], 0.0
     for turn in itertools.zip_longest(*(functions[name] for name in order)):
         for test in filter(None, turn):
@@ -199,10 +200,13 @@ def chosen(mutant: Mutant, tests: Executed) -> list[str]:
     return found
 
 
-def tier(mutant: Mutant) -> list[str]:
-    """All of `make test` for the family and the core."""
-    folders = dict.fromkeys((mutant.file.split("/")[1], "core"))
-    return [*TIER, *(f"tests/{folder}" for folder in folders)]
+def tier(mutant: Mutant, tests: Executed) -> list[str]:
+    """`make test` of the files whose tests could find it, similar names first, and of the ranks of the family."""
+    ranks = (ROOT / "tests" / mutant.file.split("/")[1]).glob("test_*ranks.py")
+    files = {test.partition("::")[0] for test in candidates(mutant, tests)}
+    host = [] if mutant.file.endswith(".py") else ["-k", "not triton and not reference"]
+    found = sorted(files | {str(path.relative_to(ROOT)) for path in ranks}, key=lambda file: unlike(file, mutant))
+    return [*TIER, *host, *found]
 
 
 # What becomes of it
@@ -344,7 +348,7 @@ def main() -> int:
     clean = pristine(options.folder)
     if not copy.exists():
         shutil.copytree(clean, copy)
-    tests = {} if options.again else executed(copy, options.folder / "executed")
+    tests = executed(copy, options.folder / "executed")
     layers = [options.layer] if options.layer else [*LAYERS]
     orders = {layer: drawn(layer, options.seed) for layer in layers}
     done = {(row["file"], row["before"].strip(), row["after"].strip()): row for row in rows()}
@@ -363,7 +367,7 @@ def main() -> int:
         shutil.copytree(clean, copy)  # with the times of the files: one object is compiled
         path, start = copy / mutant.file, time.time()
         path.write_text(mutant.source(path.read_text()))
-        selected = tier(mutant) if options.again else chosen(mutant, tests)
+        selected = tier(mutant, tests) if options.again else chosen(mutant, tests)
         limit = 1800 if options.again else 60 + LIMIT * sum(tests[test][0] for test in selected)
         kind, by = verdict(mutant, copy, selected, options.folder / "log", limit)
         seconds = round(time.time() - start)
