@@ -10,7 +10,7 @@ depends on the seed and the lines alone: a run that ends early is a fair sample,
 ended, also when lines moved. `mutants.jsonl` keeps a line per mutant. One that does not compile, does not import, or
 compiles to the same code is "void" and does not count.
 
-The first run records which tests execute which lines (`executed.py`), which takes some minutes per family. A mutant of
+The first run records which tests execute which lines (`executed.py`), which takes some twenty minutes. A mutant of
 Python meets the tests that execute its statement, one of C++ those of its op on the CPU; the cheapest case of every
 test function first, SECONDS at most. What they do not find has "survived": --again runs all of `make test` in the
 files of those tests. Its verdict in mutants.jsonl is then written by hand: "equivalent: why", or "fixed: the test that
@@ -44,7 +44,7 @@ from run import LEFT_OUT, ROOT, build
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "mutants.jsonl"
-SECONDS = 15.0  # of tests that a mutant meets, by their time without it
+SECONDS = 25.0  # of tests that a mutant meets, by their time without it
 MEMORY = 16 << 30  # bytes of addresses for the tests: a size that is far too large fails
 LIMIT = 10  # times their time: the mutant never ends, which finds it
 FAMILIES = ("contrastive", "vocabulary", "latent", "random")
@@ -323,10 +323,8 @@ def table(every: list[dict]) -> str:
     lines += ["", '"found": by the tests as they were. "fixed": by a test that was written for it.', ""]
     for row in counted:
         if row["verdict"] != "found":
-            lines += [
-                f"- `{row['file']}`: `{row['before'].strip()}` -> `{row['after'].strip()}`  ",
-                f"  {row['verdict']}",
-            ]
+            before, after = (" ".join(row[name].split()) for name in ("before", "after"))
+            lines += [f"- `{row['file']}`: `{before}` -> `{after}`  ", f"  {row['verdict']}"]
     return "\n".join(lines) + "\n"
 
 
