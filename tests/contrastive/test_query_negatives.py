@@ -33,6 +33,8 @@ from sslkernels.contrastive.query_negatives import (
     HINGE,
     SIGMOID,
     SOFTMAX,
+    NegativeInputs,
+    RowMerge,
     empty_outputs,
     query_negatives_,
 )
@@ -246,3 +248,16 @@ def test_more_than_2_to_the_31_elements(backend, device):
     got = compute(dataclasses.replace(inputs, **repeated), device)
     last = {name: part[-1:] for name, part in got._asdict().items()}
     assert_results(inputs, last)
+
+
+def test_scores_of_minus_infinity_have_no_gradient(backend, device):
+    """A row without a score to compare with has no softmax, and its weights are 0."""
+    query, negatives = torch.randn(2, 3, device=device), torch.randn(2, 4, 3, device=device)
+    scale, bias = (torch.tensor([value], device=device) for value in (2.0, float("-inf")))
+    inputs = NegativeInputs(query, negatives, None, None, None, None, scale, bias)
+    outputs = empty_outputs(inputs, True, True, True, True)
+    merge = RowMerge(SOFTMAX, None, torch.ones(2, device=device), None, False)
+    query_negatives_(inputs, merge, outputs)
+    assert outputs.value.isneginf().all()
+    for gradient in outputs[2:]:
+        assert torch.equal(gradient, torch.zeros_like(gradient))

@@ -1,8 +1,9 @@
-"""Every planted mistake still applies. `run.py` says which of them the tests find."""
+"""Every planted mistake still applies, and every mutant that survived is judged. `run.py` runs the mistakes."""
 
 from pathlib import Path
 
 import pytest
+from planted import mutate
 from planted.mistakes import MISTAKES
 from planted.run import planted
 
@@ -19,3 +20,11 @@ def test_it_applies(mistake):
 def test_every_layer_has_enough_mistakes():
     assert all(len(mistakes) >= 15 for mistakes in MISTAKES.values())
     assert len({mistake.name for mistake in EVERY}) == len(EVERY)
+
+
+def test_the_mutants_that_survived_are_judged():
+    rows = [row for row in mutate.rows() if row["verdict"] != "void"]
+    for row in rows:
+        verdict, _, why = row["verdict"].partition(": ")
+        assert verdict == "found" or (verdict in ("equivalent", "fixed") and why), row
+    assert (ROOT / "tests" / "planted" / "mutants.md").read_text() == mutate.table(mutate.rows())

@@ -132,6 +132,27 @@ def test_fma_rounds_once():
     assert transforms.fma(a[:3], b[:3], c[:3]).tolist() == [1 + 2.0**-11 + 2.0**-23, 1 + 2.0**-11, 1 + 2.0**-11]
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="of Triton's interpreter")
+@pytest.mark.parametrize("scale", [1.0, -1.0, 2.0**-4, -(2.0**-4), 2.0**4])
+def test_fma_of_the_interpreter_rounds_once(scale):
+    import numpy as np
+
+    triton = pytest.importorskip("triton")
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    import sslkernels.random.triton.transforms  # noqa: F401  (repairs the interpreter)
+
+    # The exact product is half an ulp above a float32, and float64 loses the addend.
+    factors = (
+        np.full(3, 1 + 2.0**-12),
+        np.full(3, scale * (1 + 2.0**-12)),
+        scale * np.array([2.0**-60, -(2.0**-60), 0]),
+    )
+    handles = (TensorHandle(values.astype(np.float32), triton.language.float32) for values in factors)
+    rounded = InterpreterBuilder().create_fma(*handles).data / scale
+    assert rounded.tolist() == [1 + 2.0**-11 + 2.0**-23, 1 + 2.0**-11, 1 + 2.0**-11]
+
+
 NORMAL_QUARTER_BINS = 256
 
 

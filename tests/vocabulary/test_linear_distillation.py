@@ -301,6 +301,23 @@ def test_rows_without_a_teacher_reach_no_gradient(name, mode, dropped, device, m
 
 @pytest.mark.parametrize("mode", ["fast", "compact"])
 @pytest.mark.parametrize("name", BACKENDS)
+def test_small_weights_reach_the_gradients_in_float16(name, mode, device):
+    """A weight of 2^-30 under a loss scale of 2^30, as of a mean over many rows: float16 would hold neither."""
+    leaves, constant = everything(device)
+    half = {k: leaves[k].detach().half().requires_grad_() for k in ("student", "student_weight", "student_bias")}
+    rest = {k: v for k, v in (leaves | constant).items() if k not in half and k != "row_weight"}
+    found = []
+    for weight in (1.0, 2.0**-30):
+        rows = torch.full((12,), weight, device=device)
+        with sk.use_backend(name):
+            loss = sk.linear_distillation(**half, **rest, row_weight=rows, reduction="sum", mode=mode)
+            found.append(torch.autograd.grad(loss, list(half.values()), torch.full_like(loss, 1 / weight)))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["fast", "compact"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_no_rows(name, mode, device):
     leaves, constant = everything(device)
     none = torch.full((12, 2), -1, device=device)
