@@ -17,10 +17,6 @@ pytest.importorskip("triton")
 from benchmarks import triton_launches
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes that ptxas of CUDA 12.8 spills.
-SPILLED = {
-    "pair_gradient_tile bf16 256 sigmoid 8192x65536 norm bias candidates": 16,
-}
 MATMULS = {
     "best_codes_kernel",
     "linear_cross_entropy_stream_kernel",
@@ -73,8 +69,7 @@ def test_names_are_unique():
 
 def test_registers_do_not_spill(compiled):
     assert named([row for row in compiled if not 0 < row["registers"] <= 255]) == []
-    spilled = [row for row in compiled if row["stack"] + row["local"] > SPILLED.get(row["name"], 0)]
-    assert named([row for row in spilled if not row["binds"]]) == []
+    assert named([row for row in compiled if row["stack"] + row["local"] and not row["binds"]]) == []
 
 
 def test_shared_memory_fits(compiled):

@@ -278,13 +278,18 @@ def config(
         height = 128 if small and hopper and not narrow else 64 if medium else 32
         width = 64 if small and not (energy == ENERGY_SIGMOID and depth == 128 and burden > 0) else 32
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
-        return Config(blocks, {"num_warps": 8 if blocks["BLOCK_M"] * depth >= 4096 else 4, "num_stages": 2})
+        # With 4 warps for the scores of 128 rows, sm_100 spills where Triton 3.6 compiles for it.
+        many = blocks["BLOCK_M"] * depth >= 4096 or (capability >= (10, 0) and blocks["BLOCK_M"] == 128)
+        return Config(blocks, {"num_warps": 8 if many else 4, "num_stages": 2})
     if kernel == "weighted":
         height = 32 if dtype == torch.float32 else 128 if capability[0] == 9 or (hopper and depth <= 128) else 64
         width = 32 if dtype == torch.float32 or (height == 128 and depth > 128 and burden > 0) else 64
         blocks = {"BLOCK_M": min(block_m, height), "BLOCK_N": min(block_n, width), "BLOCK_D": depth}
         elements = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
-        return Config(blocks, {"num_warps": 8 if elements >= 4096 else 4, "num_stages": 2})
+        options = {"num_warps": 8 if elements >= 4096 else 4, "num_stages": 2}
+        if dtype == torch.float32 and depth == 128 and burden == 0 and capability >= (10, 0):
+            options["maxnreg"] = 96  # with Triton 3.6, ptxas limits itself to 80 otherwise, and spills 8 bytes
+        return Config(blocks, options)
     if dtype == torch.float32:
         width = 32 if burden > 2 else 64
         blocks = {"BLOCK_M": min(block_m, 64), "BLOCK_N": min(block_n, width), "BLOCK_D": min(depth, 32)}
@@ -300,7 +305,11 @@ def config(
     options = {"num_warps": 8, "num_stages": 3}
     if sums and capability >= (10, 0):
         options["maxnreg"] = 255  # ptxas limits itself to 128 otherwise, and spills
-    return Config(blocks, options)
+    chosen = Config(blocks, options)
+    unwritten = kernel == "tile" and owns_rows(dim, dtype)  # only sums of G
+    if unwritten and energy == ENERGY_SIGMOID and burden == 0 and not hopper and is_even(rows, columns, chosen):
+        options["maxnreg"] = 128  # ptxas uses as many without a limit, and spills 16 bytes
+    return chosen
 
 
 def owns_rows(dim: int, dtype: torch.dtype) -> bool:

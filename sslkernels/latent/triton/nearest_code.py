@@ -215,9 +215,11 @@ def config(rows: int, codes: int, dim: int, dtype: torch.dtype, capability: tupl
     return Config(tiles, {"num_warps": 8, "num_stages": 3})
 
 
-def exact_config(dim: int) -> Config:
+def exact_config(dim: int, dtype: torch.dtype) -> Config:
     depth = min(128, next_power_of_2(dim))
-    return Config({"BLOCK_N": EXACT_ELEMENTS // depth, "BLOCK_D": depth}, {"num_warps": 4})
+    # As many of float32 spill registers on sm_100.
+    elements = EXACT_ELEMENTS // 2 if dtype == torch.float32 else EXACT_ELEMENTS
+    return Config({"BLOCK_N": elements // depth, "BLOCK_D": depth}, {"num_warps": 4})
 
 
 def norm_config(dim: int) -> Config:
@@ -246,7 +248,7 @@ def best_codes(input: Tensor, codebook: Tensor, metric: int, indices: Tensor, sc
 
     norm, factor, constant, number = numbers(rows), numbers(codes), numbers(codes), numbers(codes)
     partials = [numbers(count, rows) for _ in range(3)] + [numbers(count, rows, dtype=torch.int32)]
-    exact, norms = exact_config(dim), norm_config(dim)
+    exact, norms = exact_config(dim, dtype), norm_config(dim)
     errors = (4 * FLOAT_ROUNDING, 4 * (dim + 8) * TINY)
     with on_device_of(input):
         for vectors, outs in ((input, (norm, None, None)), (codebook, (factor, constant, number))):

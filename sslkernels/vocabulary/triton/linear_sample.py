@@ -126,8 +126,10 @@ def config(count: int, dim: int, dtype: torch.dtype, capability: tuple[int, int]
     """Smaller tiles than a plain matmul: the noise needs registers beside the products."""
     rows = min(max(16, next_power_of_2(count)), 64)
     if dtype == torch.float32:
-        # A third stage makes ptxas spill 8 bytes.
-        return Config({"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 2})
+        options = {"num_warps": 8, "num_stages": 2}  # a third stage makes ptxas spill 8 bytes
+        if capability >= (10, 0):
+            options["maxnreg"] = 128  # ptxas uses as many without a limit, and with Triton 3.6 spills 16 bytes
+        return Config({"BLOCK_M": rows, "BLOCK_N": 64, "BLOCK_D": 32}, options)
     depth = 64 if capability >= (9, 0) and dim % 64 == 0 else 32
     return Config({"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_D": depth}, {"num_warps": 8, "num_stages": 3})
 
