@@ -95,7 +95,7 @@ def test_triton_tiles(device, monkeypatch, name, tile):
     from sslkernels.contrastive.triton import query_negatives as launcher
     from sslkernels.core.triton.launch import Config
 
-    def small(count, dim, dtype, by_index):
+    def small(count, dim, dtype, by_index, capability):
         block_k, block_d = tile
         whole = {"ONE_TILE": count <= block_k and dim <= block_d, "ONE_BLOCK": dim <= block_d}
         return Config({**whole, "BLOCK_K": block_k, "BLOCK_D": block_d}, {"num_warps": 1})

@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sslkernels.core.triton.launch import Config, next_power_of_2, on_device_of
+from sslkernels.core.triton.launch import Config, capability, next_power_of_2, on_device_of
 from sslkernels.core.triton.numerics import log1p
 
 SOFTMAX, SIGMOID, HINGE = range(3)
 NORM_FLOOR = tl.constexpr(1e-12)
 
 
-def config(count: int, dim: int, dtype: torch.dtype, by_index: bool) -> Config:
+def config(count: int, dim: int, dtype: torch.dtype, by_index: bool, capability: tuple[int, int]) -> Config:
     """The largest tile that fits the registers: 32 elements per thread, fewer in float64, and by index, where
     the addresses of the rows take registers, too."""
     most, per_warp, most_warps = {2: (16384, 512, 16), 4: (8192, 512, 8), 8: (2048, 128, 16)}[dtype.itemsize]
@@ -30,8 +30,8 @@ def config(count: int, dim: int, dtype: torch.dtype, by_index: bool) -> Config:
     warps = min(max(block_k * block_d // per_warp, 1), most_warps)
     shape = {"ONE_TILE": count <= block_k and dim <= block_d, "ONE_BLOCK": dim <= block_d}
     options = {"num_warps": warps}
-    if dtype == torch.float64 and warps == 8:
-        options["maxnreg"] = 128  # on sm_80 ptxas uses as many without a limit, and spills 8 bytes
+    if dtype == torch.float64 and warps == 8 and capability < (10, 0):
+        options["maxnreg"] = 128  # ptxas uses as many without a limit, and spills 8 bytes
     return Config({**shape, "BLOCK_K": block_k, "BLOCK_D": block_d}, options)
 
 
@@ -284,7 +284,7 @@ def query_negatives(inputs: Any, merge: Any, outputs: Any) -> None:
         return
     if count == 0:
         outputs.grad_query.zero_()
-    chosen = config(count, dim, query.dtype, index is not None)
+    chosen = config(count, dim, query.dtype, index is not None, capability(query))
     with on_device_of(query):
         query_negatives_kernel[(rows,)](
             *inputs._replace(mask=None if mask is None else mask.view(torch.uint8)),

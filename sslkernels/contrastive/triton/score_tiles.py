@@ -288,7 +288,7 @@ def config(
         elements = blocks["BLOCK_M"] * max(depth, blocks["BLOCK_N"])
         options = {"num_warps": 8 if elements >= 4096 else 4, "num_stages": 2}
         if dtype == torch.float32 and depth == 128 and burden == 0 and capability >= (10, 0):
-            options["maxnreg"] = 96  # with Triton 3.6, ptxas limits itself to 80 otherwise, and spills 8 bytes
+            options["maxnreg"] = 128  # with Triton 3.6, ptxas limits itself to 80 otherwise, and spills 8 bytes
         return Config(blocks, options)
     if dtype == torch.float32:
         width = 32 if burden > 2 else 64
