@@ -99,7 +99,12 @@ class Gradients(NamedTuple):
 def empty_outputs(inputs: Inputs, kept: Kept) -> Outputs:
     prediction = inputs.prediction
     batch, count, _ = prediction.shape
-    shapes = (batch, (batch, count) if kept.weights else 0, (batch, count) if kept.stats else 0, batch * kept.stats)
+    shapes = (
+        batch,
+        (batch, count) if kept.weights else 0,
+        (batch, count) if kept.stats else 0,
+        batch if kept.stats else 0,
+    )
     return Outputs(*(prediction.new_empty(shape, dtype=accumulation_dtype(prediction.dtype)) for shape in shapes))
 
 

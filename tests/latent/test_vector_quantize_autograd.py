@@ -88,7 +88,7 @@ def test_a_loss_without_a_codebook_gradient_raises(backend, device):
     with pytest.warns(UserWarning, match="codebook requires a gradient and gets none"):
         got = sk.vector_quantize(x, c.requires_grad_())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a codebook that is frozen on purpose
+        warnings.simplefilter("error", UserWarning)  # a codebook that is frozen on purpose
         sk.vector_quantize(x, c, codebook_weight=0.0)
         sk.vector_quantize(x, c, straight_through=False)
         with torch.no_grad():
