@@ -401,7 +401,9 @@ class _ScaledRows(Function):
     @staticmethod
     def forward(input: Tensor, scale: Tensor, ignored: Tensor | None) -> Tensor:
         acc = accumulation_dtype(input.dtype)
-        return (input.to(acc) * scale.to(acc).reshape(())).to(input.dtype)
+        product = input.to(acc) * scale.to(acc).reshape(())
+        # torch.compile of torch 2.11 loses the gradient of a result that `to` returns as it is.
+        return product if product.dtype == input.dtype else product.to(input.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
