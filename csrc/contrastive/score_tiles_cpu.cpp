@@ -317,9 +317,9 @@ void column_sums(const PairColumnSums& sums, int64_t begin) {
 template <class A>
 constexpr A kTrusted = sizeof(A) == 4 ? A(60) : A(600);
 
-// Rows [part * kPartRows, ...) of a softmax, from one exponential a score: their sums, and those of the columns over
-// these rows. A block of a row has its own maximum as reference; columns follow the largest of these, and a column that
-// is far below it is summed again on its own.
+// Computes the sums of rows [part * kPartRows, ...) of a softmax, and the sums of the columns over these rows, with one
+// exponential a score. Each block of a row is shifted by its own maximum, the columns by the largest of these maxima; a
+// column whose scores are far below is summed again on its own.
 template <class A>
 void softmax_sums_of_part(const PairSoftmaxSums& sums, int64_t part) {
   const ScoreTile& tile = sums.tile;

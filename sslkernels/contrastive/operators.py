@@ -90,8 +90,8 @@ def _implementations(function: Callable[..., Any], kernels: dict[str, PairKernel
 
 
 def _flops(inputs: PairInputs, options: PairOptions, wanted: PairWanted, keys: int | None = None) -> int:
-    """One matmul for the scores of each kind of candidate, and one for each wanted gradient that they have. keys: the
-    number of keys, None for that of `inputs`."""
+    """One matmul for the scores of each kind of candidate, and one for each wanted gradient that they have. keys: how
+    many keys there are; None: as many as `inputs` has."""
     rows, dim = inputs.query.shape
     wants_key = wanted.query if inputs.key is None else wanted.key
     if keys is None:

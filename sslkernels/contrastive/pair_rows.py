@@ -103,8 +103,9 @@ class LossOutputs(NamedTuple):
 
 
 class FeatureGradient(NamedTuple):
-    """total (N, D), in the accumulation dtype or that of the features: the gradient of features as if u were their
-    product as they are, before logit_scale. values (N, D), norm: the features and their inverse norms.
+    """total (N, D), in the accumulation dtype or the dtype of the features: the gradient before logit_scale and
+    normalisation, as if u were the product of the features themselves. values (N, D), norm: the features and their
+    inverse norms.
 
     partner: the features of the positive, row `index` (row i if None, as far as there are rows), which add
     score_gradient * norm * partner_norm * partner. extra (N, D): added after logit_scale.

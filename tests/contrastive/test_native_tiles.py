@@ -55,7 +55,7 @@ def test_both_directions(dtype, shape):
     labels = Labels(index[: shape[0]], index[: shape[1]], None, None, index[: shape[0]] % 3, index[: shape[1]] % 5)
     found = sums_of(products, 3.0, -1.0, labels)
     assert_equal(found, tolerance)
-    # What is there already is added to.
+    # A second tile adds to the sums of the first.
     before = found[0]
     assert_equal(sums_of(products + 1, 2.0, None, labels, before=before), tolerance)
     assert_equal(sums_of(products - 5, 2.0, None, labels, before=before), tolerance)
@@ -64,7 +64,7 @@ def test_both_directions(dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("far", [40.0, 61.0, 100.0, 1000.0])
 def test_columns_far_below_the_largest_score(dtype, far):
-    """Their exponentials would underflow beside those of the other columns, and of the other rows."""
+    """Shifted by the largest score of all columns, the exponentials of such a column would underflow."""
     products = torch.randn(70, 600, dtype=dtype)
     products[:, ::7] -= far
     products[40] += far

@@ -35,7 +35,7 @@ PROTOTYPE_RANKS = "tests/vocabulary/test_prototype_ranks.py"
 
 PYTHON = [
     Mistake(
-        "what lies behind the rows of a 16-bit buffer",
+        "the padding of 16-bit rows is not zeroed",
         "sslkernels/core/chunks.py",
         "rest = -columns % MATMUL_DEPTH",
         "rest = 0",

@@ -11,10 +11,10 @@ ended, also when lines moved. `mutants.jsonl` keeps a line per mutant. One that 
 compiles to the same code is "void" and does not count.
 
 The first run records which tests execute which lines (`executed.py`), which takes some twenty minutes. A mutant of
-Python meets the tests that execute its statement, one of C++ those of its op on the CPU; the cheapest case of every
-test function first, SECONDS at most. What they do not find has "survived": --again runs all of `make test` in the
-files of those tests. Its verdict in mutants.jsonl is then written by hand: "equivalent: why", or "fixed: the test that
-finds it".
+Python is run against the tests that execute its statement, a mutant of C++ against the tests of its op on the CPU; the
+cheapest case of every test function comes first, for SECONDS at most. A mutant that they do not find has "survived":
+--again runs all of `make test` in the files of those tests. Its verdict in mutants.jsonl is then written by hand:
+"equivalent: why", or "fixed: the test that finds it".
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Mutant(NamedTuple):
         return "".join(lines)
 
 
-# What is drawn
+# Drawing mutants
 
 
 def files_of(layer: str) -> list[Path]:
@@ -131,7 +131,7 @@ def same_code(mutant: Mutant) -> bool:
     return bare[0] == bare[1]
 
 
-# Which tests it meets
+# Choosing tests
 
 
 def executed(copy: Path, folder: Path) -> Executed:
@@ -209,7 +209,7 @@ def tier(mutant: Mutant, tests: Executed) -> list[str]:
     return [*TIER, *host, *found]
 
 
-# What becomes of it
+# Judging mutants
 
 
 def run_tests(copy: Path, tests: list[str], log: Path, limit: float, **variables: str) -> int | None:
@@ -297,7 +297,7 @@ def pristine(folder: Path) -> Path:
     return clean
 
 
-# The results
+# Results
 
 
 def rows() -> list[dict]:
